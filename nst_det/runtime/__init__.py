@@ -1,0 +1,1 @@
+"""Plumbing that every stage shares: config, seeds, atomic files, checkpoints, run folders, provenance."""

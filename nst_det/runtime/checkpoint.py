@@ -1,0 +1,79 @@
+"""Checkpoints of a run: never half written, checked before they are believed, the last two kept."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nst_det.errors import UserError
+from nst_det.runtime.files import atomic_path
+
+log = logging.getLogger(__name__)
+KEPT = 2
+
+
+def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any]) -> Path:
+    """Write ``folder/step-00000042.pt`` atomically and drop all but the newest :data:`KEPT`.
+
+    Args:
+        step: number of finished optimizer steps.
+        state: tensors, scalars, strings and containers of them (it is read back with ``weights_only=True``).
+    """
+    path = Path(folder) / f"step-{step:08d}.pt"
+    with atomic_path(path) as temporary:
+        torch.save({"step": step, **state}, temporary)
+    for old in checkpoints(folder)[:-KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(path for path in Path(folder).glob("step-*.pt") if re.fullmatch(r"step-\d{8,}\.pt", path.name))
+
+
+def load_latest_checkpoint(folder: str | Path) -> dict[str, Any] | None:
+    """The newest undamaged checkpoint, or None where there is none at all.
+
+    A damaged one is named in a warning and the one before it is taken.
+
+    Raises:
+        UserError: there are checkpoints, but every one is damaged.
+    """
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return load_checkpoint(path)
+        except UserError as error:
+            log.warning("%s; taking the one before it", error)
+    if paths:
+        raise UserError(f"{folder}: every checkpoint here is damaged; remove the folder to start this run again")
+    return None
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read one checkpoint onto the CPU; its checksums are compared first, and no code in it is executed.
+
+    Raises:
+        UserError: missing, damaged, or not a checkpoint.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise UserError(f"{path}: damaged checkpoint (checksum of {damaged} differs)")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such checkpoint") from error
+    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise UserError(f"{path}: damaged checkpoint, or not one ({type(error).__name__})") from error
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise UserError(f"{path}: not a checkpoint of nst_det (it has no step)")
+    return state

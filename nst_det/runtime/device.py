@@ -1,0 +1,45 @@
+"""Devices, processes and mixed precision, by accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+
+from nst_det.errors import UserError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def make_accelerator(precision: str = "auto", key: str = "SOLVER.AMP") -> Accelerator:
+    """The accelerator of this process; its ``device`` and ``autocast()`` are what the stages use.
+
+    Args:
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the hardware multiplies in it, else fp32.
+        key: the config key that is named in the error.
+
+    Raises:
+        UserError: an unknown precision, or fp16 without a GPU.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"{key}: unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16() else "fp32"
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError(f"{key}: fp16 needs a GPU; use bf16 or fp32")
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+
+
+def has_fast_bf16() -> bool:
+    """Whether matrix products in bf16 are faster than in fp32 on the device that will be used."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported: Callable[[], bool] | None = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported and supported())
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """``torch.autocast`` in ``dtype``; None switches it off."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

@@ -1,0 +1,80 @@
+"""Metrics of a run as JSON lines and, if asked, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nst_det.errors import UserError
+from nst_det.runtime.files import write_text
+
+
+class MetricsWriter:
+    """Append one JSON object a step to ``metrics.jsonl``; each loss term keeps its own name.
+
+    A run that goes on at step k first drops the lines from step k on, so that the file of a run that was
+    stopped ends equal to an undisturbed run's.
+
+    Args:
+        path: the ``metrics.jsonl`` file.
+        start_step: the first step that will be written.
+        tensorboard: a folder for TensorBoard events, or None.
+    """
+
+    def __init__(self, path: str | Path, start_step: int = 0, tensorboard: str | Path | None = None) -> None:
+        path = Path(path)
+        kept = [row for row in read_metrics(path) if row["step"] < start_step] if path.exists() else []
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._board: Any = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(tensorboard), purge_step=start_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write scalars of one step; a value that is not finite is written as null."""
+        row = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in values.items():
+                self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All rows of a ``metrics.jsonl``; a last line cut off by a kill is left out.
+
+    Raises:
+        UserError: a line before the last is not a JSON object with a step.
+    """
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} is not JSON; remove that line") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}: line {number} has no step; remove that line")
+        rows.append(row)
+    return rows

@@ -1,0 +1,90 @@
+"""Progress that fits where it is shown: a live bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True)
+PLAIN_SECONDS = 15.0
+
+
+def start_logging(level: int = logging.INFO) -> None:
+    """Log to standard error: through rich on a terminal, as plain lines elsewhere."""
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, rich_tracebacks=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+class Meter:
+    """Counts steps of one task and shows them; made by :func:`progress`."""
+
+    def __init__(self, name: str, total: int, bar: Progress | None) -> None:
+        self._name, self._total, self._bar, self._done = name, total, bar, 0
+        self._task = bar.add_task(name, total=total, note="") if bar else None
+        self._first = self._last = time.monotonic()
+        self._skipped = 0
+
+    def start_at(self, done: int) -> None:
+        """Say that ``done`` steps were finished by an earlier call; they don't count for the ETA."""
+        self._done = self._skipped = done
+        if self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, total=self._total, completed=done)
+
+    def step(self, values: Mapping[str, float] | None = None) -> None:
+        """One step is done; ``values`` are shown beside the bar."""
+        self._done += 1
+        note = "  ".join(f"{key} {value:.4g}" for key, value in (values or {}).items())
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=1, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last >= PLAIN_SECONDS or self._done == self._total:
+            self._last = now
+            rate = (now - self._first) / max(self._done - self._skipped, 1)
+            left = rate * (self._total - self._done)
+            logging.getLogger(__name__).info(
+                "%s %d/%d  %.3g s/it  ETA %.0f s  %s", self._name, self._done, self._total, rate, left, note
+            )
+
+
+@contextmanager
+def progress(name: str, total: int) -> Iterator[Meter]:
+    """A meter of ``total`` steps, with ETA.
+
+    Example:
+        >>> with progress("teacher", 2) as meter:
+        ...     meter.step({"loss": 1.0})
+    """
+    if not console.is_terminal:
+        yield Meter(name, total, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield Meter(name, total, bar)

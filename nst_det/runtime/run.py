@@ -1,0 +1,105 @@
+"""A run is a folder: config, provenance, metrics, checkpoints, result."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from nst_det.errors import UserError
+from nst_det.runtime.config import flat, plain
+from nst_det.runtime.files import read_json, write_json, write_text
+from nst_det.runtime.provenance import provenance
+
+# keys that may differ between two calls of one run: they change where and how fast, not what
+FREE_KEYS = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "VIS_PERIOD")
+
+
+class RunFolder:
+    """One run on disk.
+
+    ``config.json`` (resolved), ``provenance.json`` (one entry a start), ``metrics.jsonl``, ``checkpoints/`` and,
+    once the run is done, ``result.json``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.result_path = self.path / "result.json"
+
+    @contextmanager
+    def opened(self, config: CfgNode | dict[str, Any]) -> Iterator[RunFolder]:
+        """Hold the folder for this process and write its config; a second process is refused.
+
+        Raises:
+            UserError: another process writes here, or the folder holds a run with another config.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"{self.path}: can't be written ({error.strerror}); name another folder") from error
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: another process is writing this run; wait for it or name another folder"
+                ) from error
+            self._claim(config)
+            yield self
+        finally:
+            os.close(lock)
+
+    def _claim(self, config: CfgNode | dict[str, Any]) -> None:
+        values = plain(flat(config) if isinstance(config, CfgNode) else config)
+        if self.config_path.exists():
+            before = read_json(self.config_path)
+            for key in sorted({*before, *values}):
+                if key not in FREE_KEYS and before.get(key) != values.get(key):
+                    raise UserError(
+                        f"{self.path}: this folder holds a run with {key} {before.get(key)!r}, now it is "
+                        f"{values.get(key)!r}; name another folder or remove this one"
+                    )
+        else:
+            write_json(self.config_path, values)
+        if isinstance(config, CfgNode):
+            write_text(self.path / "config.yaml", config.dump())
+        starts = read_json(self.path / "provenance.json") if (self.path / "provenance.json").exists() else []
+        write_json(self.path / "provenance.json", [*starts, provenance()])
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has its result."""
+        return self.result_path.exists()
+
+    def result(self) -> dict[str, Any]:
+        """The result of a finished run.
+
+        Raises:
+            UserError: it is not finished, or its result file is damaged.
+        """
+        result = read_json(self.result_path)
+        if not isinstance(result, dict):
+            raise UserError(f"{self.result_path}: not a result; remove it to run this again")
+        return result
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result; from now on the run is done."""
+        write_json(self.result_path, result)
+
+
+def config_hash(config: CfgNode | dict[str, Any]) -> str:
+    """Twelve hexadecimal digits that name a resolved config; :data:`FREE_KEYS` don't count."""
+    values = plain(flat(config) if isinstance(config, CfgNode) else config)
+    text = json.dumps({key: value for key, value in values.items() if key not in FREE_KEYS}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
