@@ -1,0 +1,25 @@
+# Everything a newcomer needs: `make demo` and `make test` set themselves up in .venv the first time.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(VENV)/bin/nst-det compare --config-file configs/compare/demo.yaml --output output/demo
+
+test: $(READY) lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto -m "not detectron2"
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
