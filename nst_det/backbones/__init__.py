@@ -1,0 +1,47 @@
+"""Students and teachers (timm models), their feature levels, backbone files and the registry behind ``backbone://``."""
+
+from nst_det.backbones.bottomup import Bottomup
+from nst_det.backbones.card import Card, check_input_contract, input_contract
+from nst_det.backbones.files import load_backbone, load_card, load_plain, save_backbone
+from nst_det.backbones.handover import bottomup_from_file, load_into, prove_parity
+from nst_det.backbones.levels import LEVELS, LevelInfo, feature_levels, forward_outputs, take_levels
+from nst_det.backbones.models import count_parameters, create_model
+from nst_det.backbones.norms import NORM_POLICIES
+from nst_det.backbones.registry import (
+    BackboneHandler,
+    check_name,
+    path_manager,
+    register_handler,
+    registry_folders,
+    resolve,
+)
+from nst_det.backbones.strict import load_strict
+
+__all__ = [
+    "LEVELS",
+    "NORM_POLICIES",
+    "BackboneHandler",
+    "Bottomup",
+    "Card",
+    "LevelInfo",
+    "bottomup_from_file",
+    "check_input_contract",
+    "check_name",
+    "count_parameters",
+    "create_model",
+    "feature_levels",
+    "forward_outputs",
+    "input_contract",
+    "load_backbone",
+    "load_card",
+    "load_into",
+    "load_plain",
+    "load_strict",
+    "path_manager",
+    "prove_parity",
+    "register_handler",
+    "registry_folders",
+    "resolve",
+    "save_backbone",
+    "take_levels",
+]

@@ -1,0 +1,150 @@
+"""Feature levels named by stride, ``res2`` to ``res5``, of any timm model; they are measured, not listed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nst_det.transfer import Outputs
+
+# stride 4, 8, 16, 32
+LEVELS = ("res2", "res3", "res4", "res5")
+PROBE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class LevelInfo:
+    """Where a level is: its index in ``forward_intermediates``, its stride in pixels and its channels."""
+
+    index: int
+    stride: int
+    channels: int
+
+
+def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
+    """The levels of a timm model: the last map of stride 4, 8, 16 and 32, as far as it has them.
+
+    A black image is sent through the model once, in evaluation mode and without gradients; the model is left
+    as it was.
+
+    Args:
+        model: a timm model with ``forward_intermediates``.
+
+    Raises:
+        ValueError: the model gives no intermediate maps, or none at these strides.
+
+    Example:
+        >>> import timm
+        >>> feature_levels(timm.create_model("resnet18"))["res3"]
+        LevelInfo(index=2, stride=8, channels=128)
+    """
+    name = type(model).__name__
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"{name} has no forward_intermediates, so its feature maps can't be read; use another model")
+    levels: dict[str, LevelInfo] = {}
+    for index, (stride, channels) in enumerate(_probe(model)):
+        level = f"res{int(math.log2(stride))}"
+        if level in LEVELS:
+            levels[level] = LevelInfo(index, stride, channels)
+    if not levels:
+        raise ValueError(f"{name} has no feature map of stride 4, 8, 16 or 32; use another model")
+    return levels
+
+
+def take_levels(available: Mapping[str, LevelInfo], names: Sequence[str], arch: str) -> dict[str, LevelInfo]:
+    """The named levels, by stride.
+
+    Raises:
+        ValueError: a level that the model doesn't have; the line lists those that it has.
+    """
+    if not names:
+        raise ValueError(f"no levels asked of {arch}; it has {', '.join(available)}")
+    for name in names:
+        if name not in available:
+            raise ValueError(f"{arch} has no level '{name}'; it has {', '.join(available)}")
+    return {name: info for name, info in available.items() if name in names}
+
+
+def probe_image(model: nn.Module, size: int) -> Tensor:
+    """A black image (1, C, size, size) on the model's device."""
+    parameter = next(model.parameters())
+    channels = getattr(model, "in_chans", None) or getattr(model, "default_cfg", {}).get("input_size", (3,))[0]
+    return torch.zeros(1, channels, size, size, device=parameter.device, dtype=parameter.dtype)
+
+
+def probe_size(model: nn.Module) -> int:
+    """The side of a square image that the model takes: small where it may be, else the model's own."""
+    return _own_size(model) if _needs_own_size(model, PROBE_SIZE) else PROBE_SIZE
+
+
+def _own_size(model: nn.Module) -> int:
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", {})
+    return int(config.get("input_size", (3, 224, 224))[-1])
+
+
+def _needs_own_size(model: nn.Module, size: int) -> bool:
+    """Whether the model refuses a small image, or pads so little that its strides can't be read from one."""
+    try:
+        maps = _maps(model, size)
+    except (RuntimeError, AssertionError, ValueError):
+        return True
+    return any(stride_of(map_, size) * map_.shape[-1] != size for map_ in maps)
+
+
+def _maps(model: nn.Module, size: int) -> list[Tensor]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            maps: list[Tensor] = model.forward_intermediates(probe_image(model, size), intermediates_only=True)  # type: ignore[operator]
+    finally:
+        for module in training:
+            module.training = True
+    return maps
+
+
+def stride_of(map_: Tensor, size: int) -> int:
+    """The stride of a map (B, C, H, W) of an image of ``size`` pixels: a power of two, the nearest one."""
+    stride: int = 2 ** round(math.log2(size / map_.shape[-1]))
+    return stride
+
+
+def _probe(model: nn.Module) -> list[tuple[int, int]]:
+    """(stride, channels) of every intermediate map."""
+    size = probe_size(model)
+    return [(stride_of(map_, size), map_.shape[1]) for map_ in _maps(model, size)]
+
+
+def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, LevelInfo]) -> Outputs:
+    """Logits, maps and embedding of a classifier in one pass, equal to what ``model(images)`` computes.
+
+    Args:
+        model: a timm model with its classifier.
+        images: (B, 3, H, W), normalized.
+        levels: the maps to give, from :func:`feature_levels`; may be empty.
+
+    Returns:
+        logits (B, K), maps (B, C, H / stride, W / stride) by level, embedding (B, D): what enters the classifier.
+    """
+    from nst_det.transfer import Outputs
+
+    indices = [info.index for info in levels.values()]
+    if indices:
+        features, maps = model.forward_intermediates(images, indices=indices)  # type: ignore[operator]
+    else:
+        features, maps = model.forward_features(images), []  # type: ignore[operator]
+    seen: list[Tensor] = []
+    classifier = model.get_classifier()  # type: ignore[operator]
+    # the head runs once: a second call for pre_logits would draw another dropout mask and move BN statistics twice
+    hook = classifier.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        logits = model.forward_head(features)  # type: ignore[operator]
+    finally:
+        hook.remove()
+    return Outputs(logits=logits, maps=dict(zip(levels, maps)), embedding=seen[0].flatten(1) if seen else None)
