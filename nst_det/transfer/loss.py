@@ -1,0 +1,217 @@
+"""The sum of a method's terms, built for the levels and widths of one student and one teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nst_det.transfer.method import Method, parse_method
+from nst_det.transfer.outputs import Outputs
+from nst_det.transfer.registry import Pair, Term, check_weight, get_term
+
+Level = str | tuple[str, str]
+
+
+class TransferLoss(nn.Module):
+    """The weighted terms of one method, with their adapters (FitNet's regressor, VID's networks).
+
+    The adapters' parameters belong to the student's training: give ``parameters()`` to its optimizer and keep
+    ``state_dict()`` in its checkpoint; none of it is part of the student.
+
+    Attributes:
+        method: the method that it was built from.
+        weights: term to weight; may be changed between steps.
+        pairs: term to the pairs of places it compares; a term's value is the sum over its pairs.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        weights: Mapping[str, float],
+        pairs: Mapping[str, Sequence[Pair]],
+        options: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        super().__init__()
+        self.method = method
+        self.weights = dict(weights)
+        self.pairs = {name: tuple(places) for name, places in pairs.items()}
+        self.terms = nn.ModuleDict(
+            {
+                name: nn.ModuleDict({pair.label: get_term(name).build(pair, **options[name]) for pair in places})
+                for name, places in self.pairs.items()
+            }
+        )
+        self._kinds = {name: (get_term(name).student_kind, get_term(name).level) for name in self.pairs}
+
+    @property
+    def student_levels(self) -> tuple[str, ...]:
+        """The levels whose maps are read from the student."""
+        return self._levels(0)
+
+    @property
+    def teacher_levels(self) -> tuple[str, ...]:
+        """The levels whose maps are read from the teacher."""
+        return self._levels(1)
+
+    def reads(self, who: str) -> frozenset[str]:
+        """The kinds of output (``logits``, ``maps``, ``embedding``) read from ``student`` or ``teacher``."""
+        return frozenset(kinds[who == "teacher"] for kinds in self._kinds.values())
+
+    def forward(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """Each term by name: its weight times its value, a scalar in float32 even under autocast.
+
+        Gradient goes to the student's outputs and the adapters, never to the teacher's.
+
+        Raises:
+            ValueError: an output that a term reads isn't there, or has a shape that can't be compared.
+        """
+        values: dict[str, Tensor] = {}
+        for name in self.pairs:
+            modules = cast(nn.ModuleDict, self.terms[name])
+            student_kind, teacher_kind = self._kinds[name]
+            parts = []
+            for pair in self.pairs[name]:
+                reply = teacher.of(teacher_kind, pair.teacher)
+                shared = partial(_shared, teacher, (teacher_kind, pair.teacher))
+                with torch.autocast(reply.device.type, enabled=False):
+                    parts.append(modules[pair.label](student.of(student_kind, pair.student), reply, shared))
+            values[name] = self.weights[name] * torch.stack(parts).sum()
+        return values
+
+    def extra_repr(self) -> str:
+        """The method and its weights."""
+        return f"{self.method.word}, weights={self.weights}"
+
+    def _levels(self, side: int) -> tuple[str, ...]:
+        found: dict[str, None] = {}
+        for name, places in self.pairs.items():
+            if self._kinds[name][side] == "maps":
+                found.update({(pair.student, pair.teacher)[side]: None for pair in places})
+        return tuple(found)
+
+
+def _shared(teacher: Outputs, place: tuple[str, str], key: Hashable, compute: Any) -> Any:
+    return teacher.shared((place, key), compute)
+
+
+def build_transfer(
+    method: str | Method,
+    *,
+    levels: Sequence[Level] = (),
+    student_channels: Mapping[str, int] | None = None,
+    teacher_channels: Mapping[str, int] | None = None,
+    num_classes: int | None = None,
+    student_embedding: int | None = None,
+    teacher_embedding: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    term_levels: Mapping[str, Sequence[Level]] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> TransferLoss:
+    """The losses of ``method`` for one student and one teacher.
+
+    Args:
+        method: a word such as ``kd+nst-poly:50``, or a parsed one; ``ce`` gives no terms.
+        levels: where maps are compared: a level's name if both have it, ``(student's, teacher's)`` or
+            ``"student:teacher"`` where they differ.
+        student_channels: the student's levels and their channel counts.
+        teacher_channels: the teacher's.
+        num_classes: K of the logits.
+        student_embedding: length of the student's embedding, for terms that have parameters there.
+        teacher_embedding: the teacher's.
+        weights: term to weight, used where the word has none; the term's default comes last.
+        term_levels: term to its own levels instead of ``levels``; a student's level that stands in ``levels`` keeps
+            its partner there.
+        options: term to its options (``{"kd": {"temperature": 2.0}}``).
+            These three may name terms that this method lacks, so that one configuration serves several methods.
+
+    Returns:
+        The module; its adapters are drawn from torch's global generator on the CPU.
+
+    Raises:
+        ValueError: an unknown term, level or option, or a term without what it reads; one line, listing what there is.
+
+    Example:
+        >>> loss = build_transfer("nst-poly", levels=["res4"], student_channels={"res4": 8},
+        ...                       teacher_channels={"res4": 16})
+        >>> student = Outputs(maps={"res4": torch.rand(2, 8, 7, 7)})
+        >>> teacher = Outputs(maps={"res4": torch.rand(2, 16, 7, 7)})
+        >>> sorted(loss(student, teacher))
+        ['nst-poly']
+    """
+    method = parse_method(method)
+    weights, options, term_levels = weights or {}, options or {}, term_levels or {}
+    for name in (*weights, *options, *term_levels):
+        get_term(name)
+    channels = (student_channels or {}, teacher_channels or {})
+    partners = _level_pairs(levels, {})
+    widths = {
+        ("student", "logits"): num_classes,
+        ("teacher", "logits"): num_classes,
+        ("student", "embedding"): student_embedding,
+        ("teacher", "embedding"): teacher_embedding,
+    }
+    chosen: dict[str, float] = {}
+    pairs: dict[str, list[Pair]] = {}
+    for name, weight in method:
+        term = get_term(name)
+        in_config = check_weight(name, weights.get(name, term.weight))
+        chosen[name] = in_config if weight is None else weight
+        if term.level == "maps":
+            places = _level_pairs(term_levels[name], dict(partners)) if term_levels.get(name) else partners
+            pairs[name] = _map_pairs(term, places, *channels)
+        else:
+            pairs[name] = [_vector_pair(term, widths)]
+    return TransferLoss(method, chosen, pairs, {name: _checked_options(get_term(name), options) for name in pairs})
+
+
+def _level_pairs(levels: Iterable[Level], partners: Mapping[str, str]) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for level in levels:
+        if isinstance(level, str):
+            student, colon, teacher = (part.strip() for part in level.partition(":"))
+            pair = (student, teacher if colon else partners.get(student, student))
+        else:
+            pair = (str(level[0]), str(level[1]))
+        if pair in found:
+            raise ValueError(f"the level {level} is named twice")
+        found.append(pair)
+    return found
+
+
+def _map_pairs(
+    term: Term, places: Sequence[tuple[str, str]], student: Mapping[str, int], teacher: Mapping[str, int]
+) -> list[Pair]:
+    if not places:
+        raise ValueError(f"{term.name} compares maps, but no level is named; the student has {_listed(student)}")
+    for who, names, there in (
+        ("student", [p[0] for p in places], student),
+        ("teacher", [p[1] for p in places], teacher),
+    ):
+        for name in names:
+            if name not in there:
+                raise ValueError(f"{term.name}: the {who} has no level '{name}'; it has {_listed(there)}")
+    return [Pair(s, t, student[s], teacher[t]) for s, t in places]
+
+
+def _vector_pair(term: Term, widths: Mapping[tuple[str, str], int | None]) -> Pair:
+    student, teacher = widths["student", term.student_kind], widths["teacher", term.level]
+    if term.needs_widths and not (student and teacher):
+        missing = f"student's {term.student_kind}" if not student else f"teacher's {term.level}"
+        raise ValueError(f"{term.name} has parameters: the width of the {missing} must be given")
+    return Pair(term.student_kind, term.level, student or 0, teacher or 0)
+
+
+def _checked_options(term: Term, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    given = dict(options.get(term.name) or {})
+    for key in given:
+        if key not in term.options:
+            raise ValueError(f"{term.name} has no option '{key}'; it has {_listed(term.options)}")
+    return {**term.options, **given}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,68 @@
+"""What the losses share: one floating point width, one spatial size, unit vectors that survive zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# how a loss asks for a teacher-side quantity that other losses of the batch may need as well (Outputs.shared)
+Shared = Callable[[Hashable, Callable[[], Any]], Any]
+
+# Added to a sum of squares before the root.  A dead channel (all zeros) then has the value 0 and a gradient of at
+# most 1e3; a channel counts as alive when its L2 norm is well above 1e-3.
+EPS = 1e-6
+
+
+def compute_now(key: Hashable, compute: Callable[[], Any]) -> Any:
+    """A ``Shared`` that keeps nothing: for a loss called as a function, outside a batch of many students."""
+    with torch.no_grad():
+        return compute()
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """``x`` as float32; float64 stays. No copy where nothing changes."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def check_maps(student: Tensor, teacher: Tensor) -> None:
+    """Both are maps (B, C, H, W) of the same batch.
+
+    Raises:
+        ValueError: they aren't.
+    """
+    if student.dim() != 4 or teacher.dim() != 4 or student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"maps must be (B, C, H, W) with one B; the student's is {tuple(student.shape)}, "
+            f"the teacher's {tuple(teacher.shape)}"
+        )
+
+
+def common_size(student: Tensor, teacher: Tensor) -> tuple[int, int]:
+    """The (H, W) at which two maps meet: the smaller one, per axis."""
+    return min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
+
+
+def pooled(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """``x`` (B, C, H, W) averaged down to ``size``; the same tensor if it has that size."""
+    return x if tuple(x.shape[2:]) == tuple(size) else F.adaptive_avg_pool2d(x, size)
+
+
+def aligned(student: Tensor, teacher: Tensor, shared: Shared = compute_now) -> tuple[Tensor, Tensor]:
+    """Both maps in full precision at their common size; the teacher's is made once for all that ask and detached.
+
+    Raises:
+        ValueError: the shapes aren't maps of one batch.
+    """
+    check_maps(student, teacher)
+    size = common_size(student, teacher)
+    aligned_teacher = shared(("aligned", size), lambda: pooled(full_precision(teacher.detach()), size))
+    return pooled(full_precision(student), size), aligned_teacher
+
+
+def unit(x: Tensor, dim: int | tuple[int, ...] = -1, eps: float = EPS) -> Tensor:
+    """``x / sqrt(sum x^2 + eps)`` along ``dim``: L2 normalization with finite value and gradient at zero."""
+    return x * (x.square().sum(dim, keepdim=True) + eps).rsqrt()
