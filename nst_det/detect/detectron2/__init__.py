@@ -1,0 +1,67 @@
+"""The Detectron2 engine.
+
+Importing this package does not import Detectron2; the first use of one of its names does.  Files:
+
+- ``backbone``: timm bottom-ups in Detectron2's ``BACKBONE_REGISTRY``
+- ``heads``: RoI heads whose canonical box size can be set
+- ``checkpoint``: backbone files and ``backbone://NAME`` in Detectron2's checkpointer
+- ``datasets``, ``loader``, ``evaluator``: VOC roots by name, batches that depend on seed and step alone, VOC AP
+- ``trainer``, ``teacher``, ``solver``: the trainer
+- ``library``: three lines for somebody's own Detectron2 project
+- ``names``, ``convert``, ``export``, ``parity``: the same weights elsewhere
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from nst_det.errors import UserError
+
+INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+
+# public name -> the file it lives in
+_HOMES = {
+    "DistillTrainer": "trainer",
+    "TimmBackbone": "backbone",
+    "VocEvaluator": "evaluator",
+    "add_config": "config",
+    "build_teacher": "teacher",
+    "distill": "library",
+    "load_config": "config",
+    "main": "main",
+    "register_voc": "datasets",
+    "student_checkpointer": "library",
+}
+__all__ = list(_HOMES)
+
+
+def is_available() -> bool:
+    """Whether Detectron2 is installed; nothing is imported."""
+    return importlib.util.find_spec("detectron2") is not None
+
+
+def require() -> None:
+    """Import Detectron2.
+
+    Raises:
+        UserError: it is not installed, or its build doesn't fit the installed PyTorch.
+    """
+    if not is_available():
+        raise UserError(
+            f"Detectron2 is not installed; see {INSTALL_PAGE}, or set ENGINE torchvision, which needs none of it"
+        )
+    try:
+        importlib.import_module("detectron2._C")
+    except ImportError as error:
+        raise UserError(
+            f"Detectron2 is installed but can't be loaded ({error}); build it for this PyTorch, see {INSTALL_PAGE}"
+        ) from error
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    require()
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,75 @@
+"""VOC roots by name in Detectron2's catalogs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from nst_det.data.annotation import usable_boxes
+from nst_det.data.voc import VocDataset
+
+log = logging.getLogger(__name__)
+
+
+def register_voc(
+    name: str, root: str, split: str, classes: Sequence[str] | None = None, use_difficult: bool = True
+) -> VocDataset:
+    """Register one split of a VOC folder; a name that is taken already now means this folder.
+
+    Args:
+        name: for ``DATASETS.TRAIN`` and ``TEST``.
+        root: the folder that holds ``Annotations``.
+        split: a list in ``ImageSets/Main``.
+        classes: class names in the order of their labels; None reads them from the annotations.
+        use_difficult: train on objects marked ``difficult`` too, as Detectron2 does.  Evaluation never counts them.
+
+    Returns:
+        The data set; it is also ``MetadataCatalog.get(name).voc``, where :class:`VocEvaluator` finds it.
+
+    Raises:
+        UserError: no such folder or list, or a bad annotation.
+    """
+    data = VocDataset(root, split, classes)
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+    # metadata can't be changed once set
+    MetadataCatalog.pop(name, None)
+    DatasetCatalog.register(name, partial(voc_dicts, data, use_difficult))
+    MetadataCatalog.get(name).set(
+        thing_classes=list(data.classes), dirname=str(data.root), split=split, evaluator_type="nst_voc", voc=data
+    )
+    return data
+
+
+def voc_dicts(data: VocDataset, use_difficult: bool = True) -> list[dict[str, Any]]:
+    """A split as Detectron2's dataset dicts.
+
+    Boxes are 0-based continuous (xmin - 1, ymin - 1, xmax, ymax); those without area are left out, with a warning.
+    """
+    dicts = []
+    for id_ in data.ids:
+        item = data.annotation(id_)
+        keep, dropped = usable_boxes(item)
+        for line in dropped:
+            log.warning("%s; left out", line)
+        if not use_difficult:
+            keep &= ~item.difficult
+        annotations = [
+            {"category_id": label, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
+            for box, label in zip(item.boxes[keep].tolist(), data.labels(item)[keep].tolist())
+        ]
+        dicts.append(
+            {
+                "file_name": str(data.image_path(id_)),
+                "image_id": id_,
+                "height": item.height,
+                "width": item.width,
+                "annotations": annotations,
+            }
+        )
+    return dicts

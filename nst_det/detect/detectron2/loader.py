@@ -1,0 +1,158 @@
+"""Training batches that are a function of the seed and the step alone.
+
+Detectron2's own loader is an endless stream: what it gives after a restart depends on how often it was started,
+and two processes see other batches than one.  Here the batch of step k is known without the k before it having
+been drawn, so that a run that goes on sees what the undisturbed run saw, all methods of one seed see the same
+images with the same augmentation, and several processes share out the very batch that one process would see.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.common import DatasetFromList
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from nst_det.errors import UserError
+from nst_det.runtime.seeds import derive_seed
+
+log = logging.getLogger(__name__)
+# (index of the image, step, place in the whole batch)
+Place = tuple[int, int, int]
+
+
+class StepBatches:
+    """The places of one process in the batches of steps ``start``, ``start + 1``, ...
+
+    Every epoch is a permutation of all images; a batch may span two epochs.  With ``wide`` given, wide and tall
+    images are not mixed in one batch (Detectron2's aspect ratio grouping), over all processes together.
+
+    Args:
+        size: number of images.
+        batch: images of all processes in one step.
+        seed: of the run.
+        rank: of this process.
+        world: number of processes.
+        wide: for each image, whether it is wider than high; None mixes them.
+
+    Attributes:
+        start: the first step that an iterator gives; set it before the loader is used.
+
+    Example:
+        >>> places = iter(StepBatches(size=4, batch=2, seed=0))
+        >>> sorted(index for _ in range(2) for index, _, _ in next(places))
+        [0, 1, 2, 3]
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        wide: Sequence[bool] | None = None,
+    ) -> None:
+        if size < 1 or batch < 1 or batch % world:
+            raise UserError(
+                f"SOLVER.IMS_PER_BATCH: {batch} images a step can't be shared out to {world} processes; "
+                "use a multiple of their number"
+            )
+        self.size, self.batch, self.seed, self.rank, self.world, self.wide = size, batch, seed, rank, world, wide
+        self.start = 0
+
+    def _order(self) -> Iterator[int]:
+        epoch = 0
+        while True:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+            yield from torch.randperm(self.size, generator=generator).tolist()
+            epoch += 1
+
+    def _batches(self) -> Iterator[list[int]]:
+        waiting: tuple[list[int], list[int]] = ([], [])
+        for index in self._order():
+            bucket = waiting[0 if self.wide is None or self.wide[index] else 1]
+            bucket.append(index)
+            if len(bucket) == self.batch:
+                yield list(bucket)
+                bucket.clear()
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        share = self.batch // self.world
+        mine = range(self.rank * share, (self.rank + 1) * share)
+        for step, indices in enumerate(self._batches()):
+            # going over the indices of past steps costs microseconds each, no image is read for them
+            if step >= self.start:
+                yield [(indices[slot], step, slot) for slot in mine]
+
+
+class SeededImages(Dataset[Any]):
+    """Dataset dicts through a mapper whose random draws depend on (seed, step, place) alone.
+
+    Args:
+        dicts: Detectron2's dataset dicts, a list or anything with ``len`` and ``[]``.
+        mapper: Detectron2's :class:`DatasetMapper` or anything that maps a dict to the model's input.
+        seed: of the run.
+    """
+
+    def __init__(self, dicts: Any, mapper: Callable[[dict[str, Any]], Any], seed: int) -> None:
+        self.dicts, self.mapper, self.seed = dicts, mapper, seed
+
+    def __len__(self) -> int:
+        return len(self.dicts)
+
+    def __getitem__(self, place: Place) -> Any:
+        index, step, slot = place
+        # Detectron2's augmentations draw from NumPy and Python only; torch's state is left alone
+        numpy_state, python_state = np.random.get_state(), random.getstate()
+        seed = derive_seed(self.seed, "augment", step, slot)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            item = self.mapper(self.dicts[index])
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+        if item is None:
+            raise UserError(f"{self.dicts[index].get('file_name', index)}: the mapper gave nothing for this image")
+        return item
+
+
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """A training loader from Detectron2's keys; its ``batch_sampler.start`` says at which step it begins.
+
+    A negative ``SEED`` and samplers other than TrainingSampler leave the order to Detectron2's own loader; a run
+    that goes on then doesn't see the images that the undisturbed run saw, and a warning says so.
+    """
+    if cfg.SEED < 0 or cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        log.warning(
+            "SEED %d, DATALOADER.SAMPLER_TRAIN %s: batches come from Detectron2's own loader, so a run that goes on "
+            "sees other images than an undisturbed one",
+            cfg.SEED,
+            cfg.DATALOADER.SAMPLER_TRAIN,
+        )
+        return build_detection_train_loader(cfg, mapper=mapper)
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    wide = [item["width"] > item["height"] for item in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+    places = StepBatches(len(dicts), cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, comm.get_rank(), comm.get_world_size(), wide)
+    # serialized once, so that loader processes share the memory
+    images = SeededImages(DatasetFromList(dicts, copy=False), mapper or DatasetMapper(cfg, True), cfg.SEED)
+    return DataLoader(
+        images,
+        batch_sampler=places,  # type: ignore[arg-type]  # endless, so it has no length
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=trivial_batch_collator,
+    )

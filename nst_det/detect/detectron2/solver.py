@@ -1,0 +1,60 @@
+"""SGD as Detectron2 builds it, or AdamW; a learning rate of its own for the backbone."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+from nst_det.errors import UserError
+
+OPTIMIZERS = ("SGD", "ADAMW")
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of ``SOLVER``; with the defaults of the extra keys it is Detectron2's own.
+
+    Args:
+        cfg: reads SOLVER.OPTIMIZER and BACKBONE_MULTIPLIER besides Detectron2's keys.
+        model: a detector, or the :class:`~nst_det.detect.distilled.DistilledDetector` around it.
+
+    Raises:
+        UserError: an optimizer that isn't known.
+    """
+    solver = cfg.SOLVER
+    kind = solver.OPTIMIZER.upper()
+    if kind not in OPTIMIZERS:
+        raise UserError(f"SOLVER.OPTIMIZER: '{solver.OPTIMIZER}' is not one of {', '.join(OPTIMIZERS)}")
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if is_backbone(name) else 1.0,
+    )
+    if kind == "ADAMW":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True
+        )
+    else:
+        optimizer = torch.optim.SGD(
+            groups,
+            lr=solver.BASE_LR,
+            momentum=solver.MOMENTUM,
+            nesterov=solver.NESTEROV,
+            weight_decay=solver.WEIGHT_DECAY,
+            foreach=True,
+        )
+    # Detectron2's "norm" clips every parameter by itself
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def is_backbone(name: str) -> bool:
+    """Whether a parameter of a detector belongs to the pre-trained bottom-up (FPN, which is new, does not)."""
+    words = name.split(".")
+    if "bottom_up" in words:
+        return True
+    return "backbone" in words and not any(word.startswith("fpn_") for word in words)
