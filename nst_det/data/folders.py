@@ -1,0 +1,164 @@
+"""Image folders for classification: one folder a class, with or without ``train`` and ``val`` above them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nst_det.data.reading import name_problem, shown, shown_path
+from nst_det.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """Images with labels.
+
+    Attributes:
+        root: the folder that ``paths`` start from.
+        paths: N paths relative to ``root`` (``train/cat/1.jpg``), sorted by class, then by name.
+        labels: (N,) int64 indices into the classes.
+        sizes: (N,) int64, bytes of each file.
+    """
+
+    root: Path
+    paths: tuple[str, ...]
+    labels: np.ndarray
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> Path:
+        """The file of one image; :func:`nst_det.data.images.read_image` decodes it."""
+        return self.root / self.paths[index]
+
+    def select(self, indices: np.ndarray) -> ImageSplit:
+        """The images at ``indices``, in that order."""
+        paths = tuple(self.paths[index] for index in indices)
+        return ImageSplit(self.root, paths, self.labels[indices], self.sizes[indices])
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) over path, label and size in bytes of every image; pixels are not read."""
+        digest = hashlib.sha256()
+        for path, label, size in zip(self.paths, self.labels, self.sizes):
+            digest.update(f"{path}\0{label}\0{size}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A classification data set: class names, and images to train and to validate on."""
+
+    root: Path
+    classes: tuple[str, ...]
+    train: ImageSplit
+    val: ImageSplit
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) over the classes and the fingerprints of both splits."""
+        parts = (*self.classes, self.train.fingerprint(), self.val.fingerprint())
+        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def read_image_folder(
+    root: str | Path,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+) -> ImageFolder:
+    """List the images of ``root/train/CLASS/*`` and ``root/val/CLASS/*``, or of ``root/CLASS/*``.
+
+    Where there is no ``val``, ``val_fraction`` of each class (at least one image) is cut off by ``seed``, the same
+    images on every machine.  Files with another extension than :data:`EXTENSIONS` and hidden ones are passed over;
+    links are followed, since many subsets of large sets are made of links.
+
+    Args:
+        root: the folder.
+        val_fraction: 0..1, used only where there is no ``val`` folder; 0 leaves ``val`` empty.
+        seed: of the cut.
+        classes: the class folders to take, in the order of their labels; None takes all, sorted.
+
+    Raises:
+        UserError: no such folder, no classes, a class without images, or a class in ``val`` that isn't in ``train``.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{shown_path(root)}: no such folder; name one that holds train/CLASS/*.jpg or CLASS/*.jpg")
+    below = root / "train"
+    above = below if below.is_dir() else root
+    names = tuple(class_folders(above) if classes is None else classes)
+    if not names:
+        raise UserError(f"{shown_path(above)}: no class folders; put the images of each class into a folder of its own")
+    train = _read_split(root, above, names, required=True)
+    val_root = root / "val"
+    if above is below and val_root.is_dir():
+        extra = sorted(set(class_folders(val_root)) - set(names))
+        if extra and classes is None:
+            raise UserError(f"{shown_path(val_root / extra[0])}: a class that {shown_path(above)} doesn't have")
+        return ImageFolder(root, names, train, _read_split(root, val_root, names, required=False))
+    return ImageFolder(root, names, *_cut(train, val_fraction, seed))
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in ``folder``, sorted; hidden ones left out."""
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{shown_path(folder)}: can't be listed ({error.strerror}); correct its permissions") from error
+
+
+def _read_split(root: Path, folder: Path, classes: Sequence[str], required: bool) -> ImageSplit:
+    files: list[tuple[str, int, int]] = []
+    prefix = "" if folder == root else f"{folder.name}/"
+    for label, name in enumerate(classes):
+        problem = name_problem(name)
+        if problem:
+            raise UserError(f"class '{shown(name)}' {problem}; name a folder in {shown_path(folder)}")
+        images = _images(folder / name)
+        if required and not images:
+            raise UserError(
+                f"{shown_path(folder / name)}: a class without images ({', '.join(EXTENSIONS)}); add some or remove it"
+            )
+        files += [(f"{prefix}{name}/{file}", label, size) for file, size in images]
+    if not files:
+        raise UserError(f"{shown_path(folder)}: no images; put them into one folder a class")
+    paths, labels, sizes = zip(*files)
+    return ImageSplit(root, paths, np.array(labels, dtype=np.int64), np.array(sizes, dtype=np.int64))
+
+
+def _images(folder: Path) -> list[tuple[str, int]]:
+    if not folder.is_dir():
+        return []
+    try:
+        return sorted(
+            (entry.name, entry.stat().st_size)
+            for entry in os.scandir(folder)
+            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+        )
+    except OSError as error:
+        raise UserError(f"{shown_path(folder)}: can't be listed ({error.strerror}); correct its permissions") from error
+
+
+def _cut(images: ImageSplit, fraction: float, seed: int) -> tuple[ImageSplit, ImageSplit]:
+    if not 0 <= fraction < 1:
+        raise UserError(f"val_fraction: {fraction} is not in [0, 1); give the share of images to validate on")
+    val: list[int] = []
+    for label in range(int(images.labels.max()) + 1):
+        members = np.flatnonzero(images.labels == label).tolist()
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1) if fraction else 0
+        # ordered by a hash of the path: an image added later moves hardly any other between the two
+        val += sorted(members, key=lambda index: _draw(images.paths[index], seed))[:count]
+    held_out = np.zeros(len(images), dtype=bool)
+    held_out[val] = True
+    return images.select(np.flatnonzero(~held_out)), images.select(np.flatnonzero(held_out))
+
+
+def _draw(path: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\0{path}".encode("utf-8", "surrogateescape")).digest()

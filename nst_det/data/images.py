@@ -1,0 +1,114 @@
+"""Images from bytes to RGB arrays, with a bound on their size that is checked before anything is decoded.
+
+Decoding is Pillow's and the orientation in a photo's EXIF is applied, both as in Detectron2's reader, so that
+either engine sees the same pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from nst_det.data.reading import read_bytes, shown_path
+from nst_det.errors import UserError
+
+MAX_IMAGE_BYTES = 128 << 20
+MAX_IMAGE_PIXELS = 80_000_000
+# no other decoder of Pillow's is ever given a byte
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "MPO")
+# more than 8 bits a channel would be cut silently
+DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_ORIENTATION_TAG = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ON_ITS_SIDE = (5, 6, 7, 8)
+
+# Pillow's own warning starts above MAX_IMAGE_PIXELS, where _check_size refuses the image in any case
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read and decode an image file.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+
+    Raises:
+        UserError: missing, too large, or it can't be decoded; the file is named.
+    """
+    path = Path(path)
+    return decode_image(read_bytes(path, MAX_IMAGE_BYTES, "image"), shown_path(path))
+
+
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """Decode a JPEG, PNG, BMP or WebP image.
+
+    Grey and palette images become RGB, transparency is dropped, EXIF orientation is applied.
+
+    Args:
+        data: the file's content.
+        name: how errors call it.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+
+    Raises:
+        UserError: not an image, truncated, more than :data:`MAX_IMAGE_PIXELS`, or more than 8 bits a channel.
+    """
+    with _opened(data, name) as image:
+        try:
+            image.load()
+            turn = _TURNS.get(_orientation(image))
+            upright = image if turn is None else image.transpose(turn)
+            return np.array(upright.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+            raise _undecodable(name, error) from error
+
+
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """(width, height) in pixels as :func:`decode_image` would give it, from the header alone.
+
+    Raises:
+        UserError: not an image, or one that :func:`decode_image` refuses by its header.
+    """
+    with _opened(data, name) as image:
+        return (image.height, image.width) if _orientation(image) in _ON_ITS_SIDE else (image.width, image.height)
+
+
+def _opened(data: bytes, name: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name}: more than {MAX_IMAGE_PIXELS} pixels; scale it down or remove it") from error
+    except Exception as error:  # as above
+        raise _undecodable(name, error) from error
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        size = f"{image.width}x{image.height}"
+        raise UserError(f"{name}: {size} is more than {MAX_IMAGE_PIXELS} pixels; scale it down or remove it")
+    if image.mode in DEEP_MODES:
+        raise UserError(f"{name}: more than 8 bits a channel (mode {image.mode}); convert it to 8-bit RGB")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # unreadable EXIF says nothing about orientation
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _undecodable(name: str, error: Exception) -> UserError:
+    reason = str(error).split("<_io")[0].strip() or type(error).__name__
+    return UserError(f"{name}: can't be decoded as an image ({reason}); replace it or take it out of the list")

@@ -1,0 +1,287 @@
+"""PASCAL VOC folders: ``Annotations/ID.xml``, ``JPEGImages/ID.jpg``, ``ImageSets/Main/SPLIT.txt``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, read_annotation
+from nst_det.data.images import read_image
+from nst_det.data.reading import leads_outside, name_problem, read_bytes, read_names, shown, shown_path
+from nst_det.errors import UserError
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True, init=False)
+class VocDataset:
+    """One split of a VOC folder.
+
+    The image list is read and checked at once, annotations on first use (and kept).  An image's files are found
+    by its id alone, inside ``root``; nothing that an annotation says names a file.
+
+    Attributes:
+        root: the folder that holds ``Annotations``, resolved.
+        split: name of the list in ``ImageSets/Main``.
+        classes: class names; a label is an index into them.
+        ids: image ids in the order of the list.
+
+    Example:
+        >>> data = VocDataset("VOCdevkit/VOC2007", "trainval")  # doctest: +SKIP
+        >>> data.annotation(data.ids[0]).boxes.shape            # doctest: +SKIP
+        (1, 4)
+    """
+
+    root: Path
+    split: str
+    classes: tuple[str, ...]
+    ids: tuple[str, ...]
+
+    def __init__(self, root: str | Path, split: str, classes: Sequence[str] | None = None) -> None:
+        """Open a split.
+
+        Args:
+            root: see :func:`find_voc_root`.
+            split: such as ``trainval``.
+            classes: class names in the order of their labels; None takes those of this split's annotations by
+                :func:`class_names`.
+
+        Raises:
+            UserError: no such folder or list, an id twice or one that leads outside the folder, no image at
+                all, or (where classes are read from them) a bad annotation.
+        """
+        found = find_voc_root(root)
+        object.__setattr__(self, "root", found)
+        object.__setattr__(self, "split", split)
+        object.__setattr__(self, "ids", read_split(found, split))
+        if classes is None:
+            classes = class_names(item.name for id_ in self.ids for item in self.annotation(id_).objects)
+            if not classes:
+                raise UserError(f"{shown_path(split_path(found, split))}: no image of this split has an object")
+        if len(set(classes)) != len(classes) or not classes:
+            raise UserError(f"classes: {', '.join(map(shown, classes)) or 'none'}; give each name once")
+        object.__setattr__(self, "classes", tuple(classes))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def annotation(self, id_: str) -> VocAnnotation:
+        """The annotation of one image.
+
+        Raises:
+            UserError: missing, malformed, or outside ``root``.
+        """
+        if id_ not in self._annotations:
+            self._annotations[id_] = read_annotation(self.annotation_path(id_))
+        return self._annotations[id_]
+
+    def annotations(self) -> list[VocAnnotation]:
+        """All annotations in the order of ``ids``."""
+        return [self.annotation(id_) for id_ in self.ids]
+
+    def labels(self, annotation: VocAnnotation) -> np.ndarray:
+        """(N,) int64 indices into ``classes``.
+
+        Raises:
+            UserError: an object of a class that is not among ``classes``.
+        """
+        unknown = [name for name in annotation.names if name not in self._label_of]
+        if unknown:
+            raise UserError(
+                f"{shown_path(self.annotation_path(annotation.id))}: object name '{shown(unknown[0])}' is not among "
+                f"the classes {', '.join(map(shown, self.classes))}; add it to them or correct the annotation"
+            )
+        return np.array([self._label_of[name] for name in annotation.names], dtype=np.int64)
+
+    def annotation_path(self, id_: str) -> Path:
+        """``root/Annotations/ID.xml``; it may not exist.
+
+        Raises:
+            UserError: it is a link that leads outside ``root``.
+        """
+        path = self._folder("Annotations") / f"{id_}.xml"
+        return _inside(path, self.root) if path.is_symlink() else path
+
+    def image_path(self, id_: str) -> Path:
+        """The image file of an id, with one of :data:`IMAGE_EXTENSIONS` in small or capital letters.
+
+        Raises:
+            UserError: there is none, or it is a link that leads outside ``root``.
+        """
+        name = self._image_names.get(id_)
+        folder = self._folder("JPEGImages")
+        if name is None:
+            raise UserError(
+                f"{shown_path(folder / id_)}: no image with this name and {' or '.join(IMAGE_EXTENSIONS)}; "
+                f"add it or take it out of {shown_path(split_path(self.root, self.split))}"
+            )
+        path = folder / name
+        return _inside(path, self.root) if path.is_symlink() else path
+
+    def image(self, id_: str) -> np.ndarray:
+        """The pixels of an image, (H, W, 3) uint8, RGB, of the size that its annotation says.
+
+        Raises:
+            UserError: missing, can't be decoded, or its size differs from the annotation's.
+        """
+        annotation, path = self.annotation(id_), self.image_path(id_)
+        image = read_image(path)
+        if image.shape[:2] != (annotation.height, annotation.width):
+            raise UserError(
+                f"{shown_path(path)}: the image is {image.shape[1]}x{image.shape[0]}, but its annotation says "
+                f"{annotation.width}x{annotation.height}; correct size in {shown_path(self.annotation_path(id_))}"
+            )
+        return image
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) over classes and, for every image in order: id, annotation's bytes, image's size.
+
+        Two data sets with the same fingerprint train the same detector, unless an image was replaced by another
+        one of the same number of bytes: pixels are not read.
+
+        Raises:
+            UserError: a file is missing.
+        """
+        digest = hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogateescape"))
+        for id_ in self.ids:
+            xml = read_bytes(self.annotation_path(id_), MAX_XML_BYTES, "annotation")
+            size = self.image_path(id_).stat().st_size
+            digest.update(f"\n{id_}\0{size}\0{hashlib.sha256(xml).hexdigest()}".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    @cached_property
+    def _annotations(self) -> dict[str, VocAnnotation]:
+        return {}
+
+    @cached_property
+    def _label_of(self) -> dict[str, int]:
+        return {name: label for label, name in enumerate(self.classes)}
+
+    @cached_property
+    def _image_names(self) -> dict[str, str]:
+        return image_names(self._folder("JPEGImages"))
+
+    def _folder(self, name: str) -> Path:
+        if name not in self._folders:
+            self._folders[name] = _inside(self.root / name, self.root)
+        return self._folders[name]
+
+    @cached_property
+    def _folders(self) -> dict[str, Path]:
+        return {}
+
+
+def find_voc_root(root: str | Path) -> Path:
+    """The folder that holds ``Annotations``.
+
+    That is ``root`` itself, or the only one such folder among ``root/*`` and ``root/VOCdevkit/*``.
+
+    Raises:
+        UserError: there is none, or there are several (say ``VOC2007`` and ``VOC2012``) and one must be named.
+    """
+    root = Path(root).expanduser()
+    if (root / "Annotations").is_dir():
+        return root.resolve()
+    if not root.is_dir():
+        raise UserError(f"{shown_path(root)}: no such folder; name the folder that holds Annotations and ImageSets")
+    found = sorted(path.parent for pattern in ("*", "VOCdevkit/*") for path in root.glob(f"{pattern}/Annotations"))
+    if len(found) > 1:
+        names = ", ".join(shown_path(path) for path in found)
+        raise UserError(f"{shown_path(root)}: several VOC folders inside; name one of {names}")
+    if not found:
+        raise UserError(
+            f"{shown_path(root)}: not a VOC folder; it needs Annotations/ID.xml, JPEGImages/ID.jpg and "
+            "ImageSets/Main/SPLIT.txt"
+        )
+    return found[0].resolve()
+
+
+def split_path(root: Path, split: str) -> Path:
+    """``root/ImageSets/Main/SPLIT.txt``.
+
+    Raises:
+        UserError: the split's name could lead to another folder.
+    """
+    problem = name_problem(split)
+    if problem:
+        raise UserError(f"split '{shown(split)}' {problem}; name a list in ImageSets/Main such as trainval")
+    return root / "ImageSets" / "Main" / f"{split}.txt"
+
+
+def split_names(root: Path) -> list[str]:
+    """The lists in ``ImageSets/Main``, sorted; lists of one class (``cat_trainval``: id and flag) left out."""
+    paths = sorted((root / "ImageSets" / "Main").glob("*.txt"))
+    return [path.stem for path in paths if not is_class_list(name for _, name in read_names(path)[0])]
+
+
+def read_split(root: Path, split: str) -> tuple[str, ...]:
+    """The ids of a split, in the order of its list.
+
+    Raises:
+        UserError: no such list, a list of one class, a bad or repeated id, or no id at all.
+    """
+    path = split_path(root, split)
+    if not path.is_file():
+        known = ", ".join(p.stem for p in sorted(path.parent.glob("*.txt"))[:20])
+        raise UserError(f"{shown_path(path)}: no such list; there are {shown(known, 400) or 'no lists at all'}")
+    lines, problems = read_names(_inside(path, root))
+    if problems:
+        raise UserError(f"{shown_path(path)}: {problems[0]}; a line is the name of one image, without extension")
+    if not lines:
+        raise UserError(f"{shown_path(path)}: no image is listed; add one id a line")
+    if is_class_list(name for _, name in lines):
+        raise UserError(f"{shown_path(path)}: a list of one class (id and flag a line); name a list of ids alone")
+    first: dict[str, int] = {}
+    for number, id_ in lines:
+        if id_ in first:
+            raise UserError(f"{shown_path(path)}: line {number}: {shown(id_)} stands in line {first[id_]} too")
+        first[id_] = number
+    return tuple(first)
+
+
+def is_class_list(lines: Iterable[str]) -> bool:
+    """Whether lines are ``ID FLAG`` with flags -1, 0, 1, as VOC's lists of one class have."""
+    flags = [line.split()[-1] if len(line.split()) == 2 else "" for line in lines]
+    return bool(flags) and set(flags) <= {"-1", "0", "1"} and "-1" in flags
+
+
+def class_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Distinct class names, sorted; :data:`VOC_CLASSES` in the official order if all names are among them.
+
+    Example:
+        >>> class_names(["wbc", "rbc", "wbc"])
+        ('rbc', 'wbc')
+    """
+    found = set(names)
+    return VOC_CLASSES if found and found <= set(VOC_CLASSES) else tuple(sorted(found))
+
+
+def image_names(folder: Path) -> dict[str, str]:
+    """File name of every image in a folder by its stem; of several with one stem the first extension wins."""
+    try:
+        files = os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"{shown_path(folder)}: can't be listed ({error.strerror}); put the images there") from error
+    found: dict[str, str] = {}
+    for extension in reversed(IMAGE_EXTENSIONS):
+        for file in sorted(files):
+            stem, suffix = os.path.splitext(file)
+            if suffix.lower() == extension:
+                found[stem] = file
+    return found
+
+
+def _inside(path: Path, root: Path) -> Path:
+    if leads_outside(path, root):
+        raise UserError(f"{shown_path(path)}: leads outside {shown_path(root)}; put the file itself there, not a link")
+    return path
