@@ -67,7 +67,7 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     cfg.DATALOADER.CACHE_IMAGES_MB = 1024
 
 
-def default_config() -> CfgNode:
+def get_defaults() -> CfgNode:
     """The torchvision engine's keys with their defaults, which are Detectron2's."""
     cfg = CfgNode()
     add_honored_keys(cfg)
@@ -87,7 +87,7 @@ def load_detect_config(file: str | Path | None, overrides: Sequence[str] = ()) -
             _refuse_detectron2_only(key, source)
     for key in [word for word in overrides if word != "--"][::2]:
         _refuse_detectron2_only(key, "command line")
-    config = load_config(default_config(), file, overrides)
+    config = load_config(get_defaults(), file, overrides)
     check_config(config, source)
     return config
 
@@ -107,7 +107,7 @@ def _refuse_detectron2_only(key: str, source: str) -> None:
         )
 
 
-def check_config(config: CfgNode, source: str) -> None:
+def check_config(config: CfgNode, source: str = "detection config") -> None:
     """Refuse values that the torchvision engine can't honor.
 
     Raises:
