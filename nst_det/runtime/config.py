@@ -161,6 +161,8 @@ def _cast(value: Any, default: Any, name: str, source: str) -> Any:
         return float(value)
     if isinstance(default, float) and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)  # YAML 1.1 reads 1e-4 as text
+    if isinstance(default, list | tuple) and isinstance(value, str):
+        value = parse_value(value)  # Detectron2's files write (60000, 80000), which YAML reads as text
     if isinstance(default, list | tuple) and isinstance(value, list | tuple):
         return type(default)(value)
     if isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):

@@ -1,0 +1,73 @@
+"""Detectron2's config with this project's keys, read as strictly as every other config of this project."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from nst_det.data.voc import class_names
+from nst_det.detect.config import add_nst_det_config, resolve_classes, resolve_device, voc_roots
+from nst_det.detect.detectron2 import backbone, checkpoint, heads  # noqa: F401 (they fill Detectron2's registries)
+from nst_det.detect.detectron2.datasets import register_voc
+from nst_det.detect.detectron2.heads import choose_roi_heads
+from nst_det.errors import UserError
+from nst_det.runtime import config as runtime
+
+log = logging.getLogger(__name__)
+
+
+def add_config(cfg: CfgNode) -> None:
+    """Add this project's keys to Detectron2's ``get_cfg()``; backbones and heads are in the registries from then on."""
+    add_nst_det_config(cfg)
+
+
+def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
+    """Detectron2's config from a YAML file (with ``_BASE_``) and ``KEY VALUE`` pairs, frozen.
+
+    ``MODEL.DEVICE`` becomes the CPU where there is no GPU, and the RoI heads those that read the canonical keys
+    where these differ from Detectron2's constants.
+
+    Raises:
+        UserError: no such file, an unknown key, or a value of the wrong type.
+    """
+    defaults = get_cfg()
+    add_config(defaults)
+    cfg = runtime.load_config(defaults, file, overrides)
+    cfg.defrost()
+    cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
+    choose_roi_heads(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register the folders of ``DATASETS.VOC`` that TRAIN and TEST name, and set NUM_CLASSES where it is 0.
+
+    All of them get the same classes: ``DATASETS.CLASSES``, or those in the annotations of the training sets.  Names
+    that aren't in ``DATASETS.VOC`` must be known to Detectron2.
+
+    Raises:
+        UserError: a data set that nobody knows, a bad folder, or a number of classes that isn't the data's.
+    """
+    names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
+    ours = [name for name in names if name in cfg.DATASETS.VOC]
+    for name in names:
+        if name not in ours and name not in DatasetCatalog:
+            raise UserError(f"DATASETS: no data set '{name}'; add DATASETS.VOC.{name} with ROOT and SPLIT")
+    roots = dict(zip(ours, voc_roots(cfg, ours, "DATASETS")))
+    if not ours:
+        return
+    classes = tuple(cfg.DATASETS.CLASSES)
+    if not classes:
+        sources = [name for name in cfg.DATASETS.TRAIN if name in ours] or ours
+        opened = [register_voc(name, str(roots[name][0]), roots[name][1]) for name in sources]
+        classes = class_names(name for data in opened for item in data.annotations() for name in item.names)
+    for name in ours:
+        root, split = roots[name]
+        register_voc(name, str(root), split, classes, cfg.DATASETS.USE_DIFFICULT)
+        log.info("%s: %s of %s, classes %s", name, split, root, ", ".join(MetadataCatalog.get(name).thing_classes))
+    resolve_classes(cfg, classes)
