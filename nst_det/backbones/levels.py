@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from nst_det.transfer import Outputs
+from nst_det.transfer import Outputs
 
 # stride 4, 8, 16, 32
 LEVELS = ("res2", "res3", "res4", "res5")
@@ -98,15 +98,23 @@ def _needs_own_size(model: nn.Module, size: int) -> bool:
 
 
 def _maps(model: nn.Module, size: int) -> list[Tensor]:
+    with _evaluating(model), torch.no_grad():
+        maps: list[Tensor] = model.forward_intermediates(  # type: ignore[operator]
+            probe_image(model, size), intermediates_only=True
+        )
+    return maps
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; each module's own mode is put back after the block."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
-            maps: list[Tensor] = model.forward_intermediates(probe_image(model, size), intermediates_only=True)  # type: ignore[operator]
+        yield
     finally:
         for module in training:
             module.training = True
-    return maps
 
 
 def stride_of(map_: Tensor, size: int) -> int:
@@ -132,8 +140,6 @@ def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, Level
     Returns:
         logits (B, K), maps (B, C, H / stride, W / stride) by level, embedding (B, D): what enters the classifier.
     """
-    from nst_det.transfer import Outputs
-
     indices = [info.index for info in levels.values()]
     if indices:
         features, maps = model.forward_intermediates(images, indices=indices)  # type: ignore[operator]
@@ -148,3 +154,10 @@ def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, Level
     finally:
         hook.remove()
     return Outputs(logits=logits, maps=dict(zip(levels, maps)), embedding=seen[0].flatten(1) if seen else None)
+
+
+def embedding_width(model: nn.Module) -> int:
+    """D of the embedding that :func:`forward_outputs` gives; 0 if there is no classifier to enter."""
+    with _evaluating(model), torch.no_grad():
+        embedding = forward_outputs(model, probe_image(model, probe_size(model)), {}).embedding
+    return 0 if embedding is None else embedding.shape[1]

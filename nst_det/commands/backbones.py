@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the result of the check."""
+    import sys
     from pathlib import Path
 
     from rich.console import Console
@@ -30,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     from nst_det.errors import UserError
 
     folders = [Path(args.root).expanduser()] if args.root else registry_folders()
-    console = Console()
+    # into a file or a pipe: as wide as the table needs
+    console = Console(width=None if sys.stdout.isatty() else 160)
     if args.check:
         name = args.check.removeprefix(PREFIX)
         if args.root and "/" not in name:

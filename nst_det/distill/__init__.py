@@ -1,0 +1,1 @@
+"""Stage one: one teacher pass feeds every student."""

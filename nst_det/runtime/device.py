@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from nst_det.errors import UserError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_MIXED = {None: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def make_accelerator(precision: str = "auto", key: str = "SOLVER.AMP") -> Accelerator:
@@ -23,13 +24,27 @@ def make_accelerator(precision: str = "auto", key: str = "SOLVER.AMP") -> Accele
     Raises:
         UserError: an unknown precision, or fp16 without a GPU.
     """
+    return Accelerator(mixed_precision=_MIXED[amp_dtype(precision, key)])
+
+
+def amp_dtype(precision: str = "auto", key: str = "SOLVER.AMP") -> torch.dtype | None:
+    """The dtype of :func:`autocast` for a precision as :func:`make_accelerator` takes it; None is float32.
+
+    Raises:
+        UserError: an unknown precision, or fp16 without a GPU.
+    """
     if precision not in PRECISIONS:
         raise UserError(f"{key}: unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
     if precision == "auto":
         precision = "bf16" if has_fast_bf16() else "fp32"
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError(f"{key}: fp16 needs a GPU; use bf16 or fp32")
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def default_device() -> torch.device:
+    """The GPU of this process if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def has_fast_bf16() -> bool:

@@ -1,0 +1,35 @@
+"""``nst-det distill``: stage one, a backbone file for each transfer method."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "stage one: train students by several transfer methods side by side"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the word."""
+    parser.add_argument("--config-file", metavar="FILE", required=True, help="YAML of stage one, see configs/distill")
+    parser.add_argument(
+        "overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="keys of the config with other values"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, then print a table of the results."""
+    import sys
+
+    from rich.console import Console
+
+    from nst_det.distill.config import load_distill_config
+    from nst_det.distill.stage import distill
+    from nst_det.distill.table import results_table
+    from nst_det.runtime.progress import start_logging
+
+    start_logging()
+    config = load_distill_config(args.config_file, args.overrides)
+    results = distill(config)
+    # into a file or a pipe: as wide as the table needs
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(results_table(results, config.OUTPUT_DIR))
+    return 0

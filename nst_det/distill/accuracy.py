@@ -1,0 +1,65 @@
+"""Top-1 and top-5 of several networks in one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nst_det.distill.images import Batch
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Fractions of images, 0..1; ``top5`` is among the five best, or all classes where there are fewer."""
+
+    top1: float
+    top5: float
+
+
+def correct_counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of a batch have the right class first, and among the first five: (2,) int64.
+
+    Args:
+        logits: (B, K).
+        labels: (B,).
+    """
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    return torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
+
+
+def measure(
+    networks: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    normalize: Callable[[Tensor], Tensor],
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> dict[str, Accuracy]:
+    """The accuracy of every network, in evaluation mode, on the same batches; training modes are put back.
+
+    Args:
+        networks: classifiers by name; ``network(images)`` gives logits.
+        batches: the validation split.
+        normalize: uint8 images to what the networks take.
+        autocast: the precision in which the networks were trained.
+    """
+    training = {name: network.training for name, network in networks.items()}
+    counts = {name: torch.zeros(2, dtype=torch.long) for name in networks}
+    total = 0
+    for network in networks.values():
+        network.eval()
+    with torch.no_grad():
+        for batch in batches:
+            images = normalize(batch.images)
+            labels = batch.labels.to(images.device)
+            total += len(labels)
+            for name, network in networks.items():
+                with autocast():
+                    logits = network(images)
+                counts[name] = counts[name].to(images.device) + correct_counts(logits.float(), labels)
+    for name, network in networks.items():
+        network.train(training[name])
+    return {name: Accuracy(*(count.double() / max(total, 1)).tolist()) for name, count in counts.items()}

@@ -1,0 +1,246 @@
+"""Stage one: from a config to a backbone file for each method."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from nst_det.backbones import check_name, count_parameters, load_into, registry_folders, save_backbone
+from nst_det.distill.accuracy import Accuracy, measure
+from nst_det.distill.claims import student_claim, teacher_claim
+from nst_det.distill.config import check_config, teacher_augment, teacher_solver
+from nst_det.distill.dataset import StageOneData
+from nst_det.distill.export import card_of, finish
+from nst_det.distill.images import Normalizer
+from nst_det.distill.loop import train_side_by_side
+from nst_det.distill.networks import (
+    Network,
+    build_losses,
+    copy_of,
+    initial_student,
+    initial_teacher,
+    same_labels,
+)
+from nst_det.distill.student import Student
+from nst_det.distill.teacher import Teacher
+from nst_det.errors import UserError
+from nst_det.runtime.config import expand_path, plain
+from nst_det.runtime.device import amp_dtype, autocast, default_device
+from nst_det.runtime.files import write_text
+from nst_det.runtime.run import RunFolder
+from nst_det.transfer import LABELS_ONLY, Method, TransferLoss, build_transfer, parse_method
+
+log = logging.getLogger(__name__)
+
+
+def distill(config: CfgNode) -> dict[str, dict[str, Any]]:
+    """Train the teacher, if it must be, and the students of all methods side by side.
+
+    What is done already in OUTPUT_DIR is not done again; what was stopped goes on from its newest checkpoint, to
+    the same bits on a CPU.
+
+    Args:
+        config: see :func:`nst_det.distill.config.get_defaults`.
+
+    Returns:
+        ``result.json`` of the teacher (under ``teacher``, where there is one) and of every student, by method.
+
+    Raises:
+        UserError: something in config, data or weights can't be used, or the teacher is worse than expected.
+    """
+    check_config(config)
+    return StageOne(config).run()
+
+
+class StageOne:
+    """What the steps of one call share."""
+
+    def __init__(self, config: CfgNode) -> None:
+        self.config = config
+        self.output = Path(expand_path(config.OUTPUT_DIR, "OUTPUT_DIR"))
+        self.registry = Path(expand_path(config.REGISTRY, "REGISTRY")) if config.REGISTRY else registry_folders()[0]
+        self.methods = parse_methods(config.METHODS)
+        self.teacher_file = self._file(f"{config.NAME}-teacher")
+        self.student_files = {word: self._file(f"{config.NAME}-{word}-s{config.SEED}") for word in self.methods}
+        self.data = StageOneData(config)
+        self.device = default_device()
+        self.normalize = Normalizer(config.DATA.MEAN, config.DATA.STD, self.device)
+
+    def _file(self, name: str) -> Path:
+        return self.registry / f"{check_name(name)}.safetensors"
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """All of it; see :func:`distill`."""
+        write_text(self.output / "config.yaml", self.config.dump())
+        classes = self.data.classes
+        student = initial_student(self.config, len(classes))
+        needed = not self.methods or any(method.names for method in self.methods.values())
+        teacher = initial_teacher(self.config, classes) if needed else None
+        # before hours of training, not after: every method's levels, terms and options
+        labels_shared = teacher is not None and same_labels(teacher, classes)
+        losses = build_losses(self.config, self.methods, student, teacher, labels_shared)
+        results = {}
+        if teacher is not None:
+            results["teacher"] = self.prepare_teacher(teacher, labels_shared)
+        return results | self.train_students(student, teacher, losses, results.get("teacher", {}))
+
+    def prepare_teacher(self, network: Network, labels_shared: bool) -> dict[str, Any]:
+        """Train or take the teacher, measure it, and stop if it is worse than expected."""
+        folder = RunFolder(self.output / "teacher")
+        with folder.opened(teacher_claim(self.config, self.data.fingerprint, network.sha256)):
+            if not folder.done and not network.sha256 and self.config.TEACHER.TRAIN:
+                self._train_teacher(network, folder)
+            elif not folder.done:
+                self._take_teacher(network, folder, labels_shared)
+            result = folder.result()
+        if not network.sha256:
+            load_into(network.model, result["backbone"])
+        self._gate(result)
+        return result
+
+    def _train_teacher(self, network: Network, folder: RunFolder) -> None:
+        solver, augment = teacher_solver(self.config), teacher_augment(self.config)
+        teacher = self._student("teacher", network, build_transfer(LABELS_ONLY), solver, folder)
+        self._train([teacher], None, solver, augment, "teacher")
+        finish(teacher, network, self.data, self.teacher_file, config=self._config())
+
+    def _take_teacher(self, network: Network, folder: RunFolder, labels_shared: bool) -> None:
+        """A teacher whose weights are there already: measure it, and give plain weights a card."""
+        accuracy = None
+        if labels_shared:
+            model = copy_of(network, self.device)
+            accuracy = self._measure({"teacher": model}, teacher_solver(self.config))["teacher"]
+        path, sha256 = network.source, network.sha256
+        if network.card is None:
+            path = self.teacher_file
+            source = "timm" if network.source is None else network.source.name
+            card = card_of(network, self.data, method=f"weights of {source}", config=self._config())
+            card.top1, card.top5 = (accuracy.top1, accuracy.top5) if accuracy else (None, None)
+            sha256 = save_backbone(path, network.model, card).sha256
+        folder.finish(
+            {
+                "method": "teacher",
+                "backbone": str(path),
+                "sha256": sha256,
+                "name": path.stem if path else "",
+                "top1": accuracy.top1 if accuracy else None,
+                "top5": accuracy.top5 if accuracy else None,
+                "seconds": 0.0,
+                "steps": 0,
+                "seed": self.config.SEED,
+                "params": count_parameters(network.model),
+            }
+        )
+
+    def _gate(self, result: dict[str, Any]) -> None:
+        expected, top1 = self.config.TEACHER.EXPECTED_TOP1, result["top1"]
+        if expected and top1 is None:
+            raise UserError(
+                "TEACHER.EXPECTED_TOP1: the teacher's classes are not those of the data, so its accuracy can't be "
+                "measured; set it to 0 to take it anyway"
+            )
+        if expected and top1 < expected:
+            raise UserError(
+                f"TEACHER.EXPECTED_TOP1: the teacher {result['name']} has top-1 {top1:.4f} on the validation split, "
+                f"at least {expected:.4f} is expected; train it longer, name other weights, or lower the expectation"
+            )
+        log.info("teacher %s: top-1 %s", result["name"], "not measured" if top1 is None else f"{top1:.4f}")
+
+    def train_students(
+        self,
+        network: Network,
+        teacher: Network | None,
+        losses: Mapping[str, TransferLoss],
+        teacher_result: Mapping[str, Any],
+    ) -> dict[str, dict[str, Any]]:
+        """Train what isn't done; results of all methods by word."""
+        sha256 = str(teacher_result.get("sha256", ""))
+        about = {}
+        if teacher is not None:
+            about = {key: teacher_result[key] for key in ("name", "top1", "sha256")} | {"arch": teacher.arch}
+        results: dict[str, dict[str, Any]] = {}
+        with ExitStack() as held:
+            unfinished: list[Student] = []
+            for word, method in self.methods.items():
+                folder = RunFolder(self.output / "students" / word)
+                held.enter_context(folder.opened(student_claim(self.config, method, self.data.fingerprint, sha256)))
+                if folder.done:
+                    results[word] = folder.result()
+                else:
+                    unfinished.append(self._student(word, network, losses[word], self.config.SOLVER, folder))
+            if unfinished:
+                precision = amp_dtype(self.config.SOLVER.AMP)
+                reads = {level for loss in losses.values() for level in loss.teacher_levels}
+                live = None if teacher is None else Teacher(copy_of(teacher, self.device), reads, precision)
+                title = f"{len(unfinished)} students" if len(unfinished) > 1 else unfinished[0].word
+                self._train(unfinished, live, self.config.SOLVER, self.config.DATA.AUGMENT, title)
+            for student in unfinished:
+                path = self.student_files[student.word]
+                fields = {"teacher": about if student.needs_teacher else {}, "config": self._config()}
+                results[student.word] = finish(student, network, self.data, path, **fields)
+        return {word: results[word] for word in self.methods}
+
+    def _student(self, word: str, network: Network, loss: TransferLoss, solver: CfgNode, folder: RunFolder) -> Student:
+        return Student(
+            word,
+            copy_of(network, self.device),
+            network.levels,
+            loss.to(self.device),
+            solver,
+            self.config.SEED,
+            folder,
+            amp_dtype(solver.AMP),
+            self.config.TRANSFER.WARMUP_ITERS,
+        )
+
+    def _train(
+        self, students: Sequence[Student], teacher: Teacher | None, solver: CfgNode, augment: CfgNode, title: str
+    ) -> None:
+        config = self.config
+        with ExitStack() as opened:
+            for student in students:
+                opened.callback(student.close)
+                student.start(config.TENSORBOARD)
+            train_side_by_side(
+                students,
+                teacher,
+                self.data.train_steps(augment, solver.IMS_PER_BATCH),
+                self.normalize,
+                lambda active: self._measure({student.word: student.model for student in active}, solver),
+                last=solver.MAX_ITER,
+                eval_period=config.TEST.EVAL_PERIOD,
+                checkpoint_period=config.CHECKPOINT_PERIOD,
+                log_period=config.LOG_PERIOD,
+                title=title,
+            )
+
+    def _measure(self, networks: Mapping[str, nn.Module], solver: CfgNode) -> dict[str, Accuracy]:
+        precision = amp_dtype(solver.AMP)
+        return measure(networks, self.data.validation(), self.normalize, lambda: autocast(self.device, precision))
+
+    def _config(self) -> dict[str, Any]:
+        return dict(plain(self.config))
+
+
+def parse_methods(words: Sequence[str]) -> dict[str, Method]:
+    """The methods of METHODS by their canonical words.
+
+    Raises:
+        UserError: a word that isn't a method, or one method twice.
+    """
+    methods: dict[str, Method] = {}
+    for word in words:
+        try:
+            method = parse_method(word)
+        except ValueError as error:
+            raise UserError(f"METHODS: {error}") from error
+        if method.word in methods:
+            raise UserError(f"METHODS: {method.word} stands there twice; leave one out")
+        methods[method.word] = method
+    return methods

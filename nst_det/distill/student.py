@@ -1,0 +1,187 @@
+"""One network in training: its weights, its transfer loss, its optimizer and its run folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from nst_det.backbones import LevelInfo, forward_outputs
+from nst_det.distill.accuracy import Accuracy
+from nst_det.distill.solver import build_optimizer, clip_gradients, lr_factor
+from nst_det.errors import UserError
+from nst_det.runtime.checkpoint import load_latest_checkpoint, save_checkpoint
+from nst_det.runtime.device import autocast
+from nst_det.runtime.metrics import MetricsWriter
+from nst_det.runtime.run import RunFolder
+from nst_det.runtime.seeds import derive_seed
+from nst_det.transfer import Outputs, TransferLoss
+
+
+class Student:
+    """A classifier that learns from labels and, by its method, from a teacher.
+
+    What it computes at a step depends on its own state, the batch and the step, never on the students beside it:
+    random numbers are drawn under a seed of their own for each step.
+
+    Args:
+        word: the method's word.
+        model: the timm classifier, on its device.
+        levels: all levels of the model, from ``feature_levels``.
+        transfer: the transfer loss with its adapters, on the same device.
+        solver: the SOLVER node.
+        seed: of the run.
+        folder: its run folder.
+        precision: of the forward pass; None is float32.
+        warmup: steps over which the transfer terms rise to their weights.
+
+    Attributes:
+        step: finished optimizer steps.
+        terms: values of the last step's loss terms, by name; :attr:`total` is their sum.
+    """
+
+    def __init__(
+        self,
+        word: str,
+        model: nn.Module,
+        levels: Mapping[str, LevelInfo],
+        transfer: TransferLoss,
+        solver: CfgNode,
+        seed: int,
+        folder: RunFolder,
+        precision: torch.dtype | None = None,
+        warmup: int = 0,
+    ) -> None:
+        self.word, self.model, self.transfer = word, model, transfer
+        self.levels = {name: levels[name] for name in transfer.student_levels}
+        self.needs_teacher = bool(transfer.pairs)
+        self.solver, self.seed, self.folder, self.precision, self.warmup = solver, seed, folder, precision, warmup
+        self.device = next(model.parameters()).device
+        self.step = 0
+        self.seconds = 0.0
+        self.accuracy: Accuracy | None = None
+        self.best = Accuracy(0.0, 0.0)
+        self.best_step = 0
+        self.terms: dict[str, Tensor] = {}
+        self.total = torch.zeros(())
+        self._optimizer = build_optimizer([model, transfer], solver)
+        self._parameters = [item for group in self._optimizer.param_groups for item in group["params"]]
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self._metrics: MetricsWriter | None = None
+
+    def start(self, tensorboard: bool) -> None:
+        """Load the newest checkpoint, if there is one, and open the metrics."""
+        state = load_latest_checkpoint(self.folder.checkpoints)
+        if state is not None:
+            self._load(state)
+        board = self.folder.path / "tensorboard" if tensorboard else None
+        self._metrics = MetricsWriter(self.folder.metrics_path, self.step, board)
+
+    def close(self) -> None:
+        """Close the metrics."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def forward_backward(self, images: Tensor, labels: Tensor, teacher: Outputs | None) -> None:
+        """One pass; gradients stay in the parameters, loss terms in :attr:`terms`.
+
+        Args:
+            images: (B, 3, H, W), normalized.
+            labels: (B,).
+            teacher: what the teacher said about ``images``; None where the method has no terms.
+        """
+        # dropout and the like: the same draws at this step whoever trains beside
+        torch.manual_seed(derive_seed(self.seed, "forward", self.step))
+        self.model.train()
+        with autocast(self.device, self.precision):
+            outputs = forward_outputs(self.model, images, self.levels)
+        logits = outputs.logits
+        assert logits is not None
+        outputs.logits = logits = logits.float()
+        ce = cross_entropy(logits, labels, label_smoothing=self.solver.LABEL_SMOOTHING)
+        terms = {"ce": self.solver.CE_WEIGHT * ce}
+        if teacher is not None:
+            rise = min(1.0, (self.step + 1) / self.warmup) if self.warmup else 1.0
+            terms |= {name: rise * value for name, value in self.transfer(outputs, teacher).items()}
+        total = torch.stack(list(terms.values())).sum()
+        self._scaler.scale(total).backward()
+        self.terms, self.total = {name: value.detach() for name, value in terms.items()}, total.detach()
+
+    def update(self) -> None:
+        """One optimizer step with the gradients that are there."""
+        rate = self.solver.BASE_LR * lr_factor(self.step, self.solver)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._scaler.unscale_(self._optimizer)
+        clip_gradients(self._parameters, self.solver.CLIP_GRADIENTS)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def check_finite(self, total: float) -> None:
+        """Stop at a loss that is no number.
+
+        Raises:
+            UserError: naming method, step and the terms that aren't finite.
+        """
+        if not math.isfinite(total):
+            bad = [name for name, value in self.terms.items() if not bool(torch.isfinite(value))]
+            raise UserError(
+                f"{self.word}: the loss is not finite at step {self.step} ({', '.join(bad) or 'their sum'}); "
+                "lower SOLVER.BASE_LR or the term's weight, or set SOLVER.CLIP_GRADIENTS"
+            )
+
+    def log(self) -> None:
+        """Write the terms of the step that was just done, each by its name."""
+        values = {f"loss/{name}": float(value) for name, value in self.terms.items()}
+        last = self.step - 1
+        rate = self.solver.BASE_LR * lr_factor(last, self.solver)
+        self._write(last, {**values, "loss/total": float(self.total), "lr": rate})
+
+    def record(self, accuracy: Accuracy) -> None:
+        """Take note of the accuracy after the step that was just done."""
+        self.accuracy = accuracy
+        if accuracy.top1 > self.best.top1:
+            self.best, self.best_step = accuracy, self.step
+        self._write(self.step - 1, {"val/top1": accuracy.top1, "val/top5": accuracy.top5})
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        assert self._metrics is not None, "start() opens the metrics"
+        self._metrics.write(step, values)
+
+    def save(self) -> None:
+        """Write a checkpoint of all that the next step depends on."""
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "transfer": self.transfer.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "seconds": self.seconds,
+            "accuracy": asdict(self.accuracy) if self.accuracy else None,
+            "best": asdict(self.best),
+            "best_step": self.best_step,
+        }
+        save_checkpoint(self.folder.checkpoints, self.step, state)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(state["model"])
+            self.transfer.load_state_dict(state["transfer"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._scaler.load_state_dict(state["scaler"])
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
+            self.best, self.best_step = Accuracy(**state["best"]), state["best_step"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(
+                f"{self.folder.checkpoints}: the checkpoint is of another network ({reason}); remove this folder"
+            ) from error

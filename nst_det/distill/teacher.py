@@ -1,0 +1,39 @@
+"""The teacher: frozen, asked once a step for all students."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from nst_det.backbones import LevelInfo, feature_levels, forward_outputs
+from nst_det.runtime.device import autocast
+from nst_det.transfer import Outputs
+
+
+class Teacher:
+    """A frozen classifier in evaluation mode.
+
+    Args:
+        model: the timm classifier, on its device.
+        reads: levels whose maps the students' losses read.
+        precision: of the forward pass; None is float32.
+    """
+
+    def __init__(self, model: nn.Module, reads: Iterable[str], precision: torch.dtype | None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.precision = precision
+        self.device = next(model.parameters()).device
+        names = set(reads)
+        self.levels: dict[str, LevelInfo] = {
+            name: info for name, info in feature_levels(model).items() if name in names
+        }
+
+    def __call__(self, images: Tensor) -> Outputs:
+        """What the teacher says about normalized images (B, 3, H, W), without gradient."""
+        with torch.no_grad(), autocast(self.device, self.precision):
+            outputs = forward_outputs(self.model, images, self.levels)
+        assert outputs.logits is not None
+        outputs.logits = outputs.logits.float()
+        return outputs
