@@ -1,0 +1,133 @@
+"""What a comparison found, in sentences that claim no more than its numbers do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nst_det.report.rows import BASELINE, BETTER, LOWER_MARK, NOISE, SINGLE, WORSE, Results, Row
+from nst_det.report.tables import fraction, interval_text, signed
+
+QUESTION = "Which transfer method gives the better detector?"
+# mAP in percent on PASCAL VOC 2007 test; Huang & Wang, "Like What You Like: Knowledge Distill via Neuron
+# Selectivity Transfer", table 4 (Faster R-CNN, Inception-BN student).  NST is the polynomial kernel.
+PAPER = {"ce": 75.6, "kd": 76.0, "fitnet": 76.6, "at": 76.5, "nst-poly": 76.8, "kd+nst-poly": 77.2}
+
+
+def conclusion(results: Results) -> str:
+    """The result in one or two sentences, made from the verdicts alone.
+
+    With a single seed it says that there is no spread to judge by and names no winner.
+    """
+    methods = [row for row in results.rows if row.is_method]
+    leader = results.leader
+    if not methods or leader is None:
+        return "No transfer method was compared: there is nothing to tell apart yet."
+    if results.row(BASELINE) is None:
+        return f"{leader.method} has the highest mAP ({fraction(leader.map)}), but there is no row ce to compare with."
+    if all(row.verdict == SINGLE for row in methods):
+        return (
+            f"With one seed there is no spread to judge by: {leader.method} has the highest mAP "
+            f"({fraction(leader.map)}, {signed(leader.delta)} against ce), "
+            "but another seed may order the rows otherwise."
+        )
+    better, worse, noise = (_ordered(methods, verdict) for verdict in (BETTER, WORSE, NOISE))
+    seeds = f"Over {len(results.seeds)} seeds"
+    if better:
+        best = better[0]
+        interval = f" (95 % interval {interval_text(best).strip('[]').replace(', ', ' to ')})" if best.interval else ""
+        gain = f"{signed(best.delta)} mAP{interval}"
+        text = f"{seeds}, {_names(better)} {_verb(better, 'beats', 'beat')} ce (labels only)"
+        text += f". The largest gain is that of {best.method}: {gain}." if len(better) > 1 else f": {gain}."
+    elif noise:
+        text = f"{seeds}, no transfer method can be told to beat ce (labels only)."
+    else:
+        text = f"{seeds}, no transfer method beats ce (labels only)."
+    if noise and better:
+        text += f" {_names(noise)} can't be told from ce: the difference lies within the noise."
+    elif noise:
+        text += f" The difference of {_names(noise)} lies within the noise."
+    if worse:
+        text += f" {_names(worse)} {_verb(worse, 'is', 'are')} worse than ce."
+    return text
+
+
+def caveats(results: Results) -> list[str]:
+    """What a careful reader should know before quoting the result; short sentences, the weightiest first."""
+    notes = []
+    corrected = [row for row in results.rows if row.is_method and row.verdict in (BETTER, WORSE) and row.p_holm]
+    lost = [row for row in corrected if row.p_holm is not None and row.p_holm >= 0.05]
+    if lost:
+        notes.append(
+            f"Each interval stands for its row alone. With Holm's correction for the number of rows, "
+            f"{_names(lost)} would no longer count as told from ce (p ≥ 0.05)."
+        )
+    scratch, baseline = results.row(LOWER_MARK), results.row(BASELINE)
+    if scratch and baseline:
+        gain = baseline.map - scratch.map
+        notes.append(
+            f"Stage one itself: a backbone trained with labels only (ce) gives {signed(gain)} mAP against a random one."
+        )
+    single = [row for row in results.rows if row.verdict == SINGLE]
+    if single and len(results.seeds) > 1:
+        notes.append(f"{_names(single)} shares only one seed with ce: no spread to judge by.")
+    if len(results.seeds) == 2:
+        notes.append("Two seeds give very wide intervals; three or more tell differences apart far better.")
+    if sum(row.is_method for row in results.rows) > 1:
+        notes.append("Intervals compare a method with ce, not two methods with each other.")
+    return notes
+
+
+def _ordered(rows: list[Row], verdict: str) -> list[Row]:
+    return sorted((row for row in rows if row.verdict == verdict), key=lambda row: -(row.delta or 0.0))
+
+
+def _names(rows: list[Row]) -> str:
+    names = [row.method for row in rows]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _verb(rows: list[Row], one: str, many: str) -> str:
+    return one if len(rows) == 1 else many
+
+
+@dataclass(frozen=True)
+class PaperLine:
+    """One method against the paper: both differences to the baseline (mAP, fractions), and what they say."""
+
+    method: str
+    paper: float
+    here: float | None
+    says: str
+
+
+def against_paper(results: Results) -> list[PaperLine]:
+    """For each method that the paper has on VOC 2007: does the difference to the baseline point the same way?
+
+    In the paper every method beats the baseline, with one number each and no spread; so a row contradicts it
+    only where the row is told to be worse than ce.
+    """
+    lines = []
+    words = {
+        BETTER: "agrees",
+        WORSE: "contradicts the paper",
+        NOISE: "can't be told",
+        SINGLE: "can't be told (one seed)",
+    }
+    for row in results.rows:
+        if row.is_method and row.method in PAPER:
+            paper = (PAPER[row.method] - PAPER[BASELINE]) / 100
+            lines.append(PaperLine(row.method, paper, row.delta, words[row.verdict]))
+    return lines
+
+
+def paper_order(results: Results) -> str | None:
+    """Whether the rows are in the paper's order by mAP; None with fewer than two of its methods."""
+    rows = [row for row in results.rows if row.is_method and row.method in PAPER]
+    if len(rows) < 2:
+        return None
+    here = [row.method for row in sorted(rows, key=lambda row: (-row.map, row.method))]
+    paper = sorted(here, key=lambda method: -PAPER[method])
+    text = f"By mAP the paper has {' > '.join(paper)}, "
+    if here == paper:
+        return text + "and so has this comparison."
+    return text + f"this comparison {' > '.join(here)}: the paper's order is not reproduced here."

@@ -1,0 +1,78 @@
+from pathlib import Path
+
+from nst_det.report.rows import read_results
+from nst_det.report.sentences import against_paper, caveats, conclusion, paper_order
+
+
+def read(tree):
+    return read_results(tree, Path("runs"))
+
+
+def with_verdicts(make_results, **verdicts):
+    tree = make_results()
+    for row in tree["rows"]:
+        row["verdict"] = verdicts.get(row["method"].replace("-", "_").replace("+", "_"), row["verdict"])
+    return read(tree)
+
+
+def test_winners_noise_and_interval(make_results) -> None:
+    text = conclusion(read(make_results()))
+    assert text == (
+        "Over 3 seeds, fitnet, kd+nst-poly, nst-poly and kd beat ce (labels only). The largest gain is that of fitnet: "
+        "+0.312 mAP (95 % interval +0.157 to +0.467). at can't be told from ce: the difference lies within the noise."
+    )
+
+
+def test_one_winner(make_results) -> None:
+    text = conclusion(with_verdicts(make_results, kd="noise", nst_poly="worse", kd_nst_poly="worse"))
+    assert text.startswith("Over 3 seeds, fitnet beats ce (labels only): +0.312 mAP")
+    assert "kd and at can't be told from ce" in text
+    assert text.endswith("kd+nst-poly and nst-poly are worse than ce.")
+
+
+def test_no_winner_is_said(make_results) -> None:
+    words = dict.fromkeys(("kd", "fitnet", "nst_poly", "kd_nst_poly"), "noise")
+    text = conclusion(with_verdicts(make_results, **words))
+    assert text.startswith("Over 3 seeds, no transfer method can be told to beat ce (labels only).")
+    assert "beats" not in text
+    words = dict.fromkeys(("kd", "at", "fitnet", "nst_poly", "kd_nst_poly"), "worse")
+    assert conclusion(with_verdicts(make_results, **words)).startswith("Over 3 seeds, no transfer method beats ce")
+
+
+def test_one_seed_names_no_winner(make_results) -> None:
+    text = conclusion(read(make_results(seeds=1)))
+    assert "no spread to judge by" in text
+    assert "beat" not in text
+    assert "fitnet has the highest mAP (0.812, +0.240 against ce)" in text
+
+
+def test_without_methods_or_baseline(make_results) -> None:
+    numbers = {"ce": ((0.5, 0.5, 0.4), (0.1, 0.2, 0.3)), "scratch": ((0.1, 0.1, 0.1), None)}
+    assert conclusion(read(make_results(numbers=numbers))).startswith("No transfer method was compared")
+    tree = make_results()
+    tree["rows"] = [row for row in tree["rows"] if row["method"] != "ce"]
+    assert "no row ce to compare with" in conclusion(read(tree))
+
+
+def test_caveats(make_results) -> None:
+    tree = make_results()
+    for row, p in zip(tree["rows"], (0.01, None, 0.09, 0.02, 0.5, 0.04, 0.0501)):
+        row["p_holm"] = p
+    notes = caveats(read(tree))
+    assert "kd and kd+nst-poly would no longer count" in notes[0]
+    assert any("gives +0.393 mAP against a random one" in note for note in notes)
+    assert not any("Two seeds" in note for note in notes)
+    assert any("Two seeds" in note for note in caveats(read(make_results(seeds=2))))
+
+
+def test_against_the_paper(make_results) -> None:
+    lines = {line.method: line for line in against_paper(with_verdicts(make_results, nst_poly="worse"))}
+    assert set(lines) == {"kd", "fitnet", "at", "nst-poly", "kd+nst-poly"}
+    assert round(lines["nst-poly"].paper, 6) == 0.012
+    assert lines["nst-poly"].says == "contradicts the paper"
+    assert lines["fitnet"].says == "agrees"
+    assert lines["at"].says == "can't be told"
+    order = paper_order(read(make_results()))
+    assert order is not None
+    assert "kd+nst-poly > nst-poly > fitnet > at > kd" in order
+    assert "fitnet > kd+nst-poly > nst-poly > kd > at: the paper's order is not reproduced here." in order
