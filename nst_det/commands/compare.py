@@ -1,0 +1,51 @@
+"""``nst-det compare``: every method and seed through both stages, then the table and the report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+HELP = "run a whole comparison of transfer methods and write its report; goes on where it was stopped"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the word's options."""
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML of the comparison")
+    parser.add_argument("--output", metavar="DIR", help="where everything is written, in place of OUTPUT_DIR")
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs side by side (default: cores, or GPUs)")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and what is done of them, start none")
+    parser.add_argument(
+        "overrides",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="config values, such as SEEDS [0,1,2]; DISTILL.X and DETECT.X set X of that stage's config",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run or show the comparison.  Codes: 0 done, 1 a run failed, 2 an input can't be used, 128 + signal stopped."""
+    from nst_det.compare.comparison import compare, plan_table, print_table, results_table
+    from nst_det.compare.config import load_comparison
+    from nst_det.compare.plan import make_plan
+    from nst_det.compare.run import RunFailed, Stopped
+    from nst_det.errors import UserError
+    from nst_det.runtime.progress import start_logging
+
+    if args.jobs < 0:
+        raise UserError("--jobs can't be negative; leave it out for as many as there are cores or GPUs")
+    comparison = load_comparison(args.config_file, args.output, args.overrides)
+    if args.dry_run:
+        print_table(plan_table(comparison, make_plan(comparison)))
+        return 0
+    start_logging()
+    try:
+        results = compare(comparison, args.jobs)
+    except RunFailed as error:
+        print(f"nst-det: {error}", file=sys.stderr)
+        return error.code
+    except Stopped as error:
+        print(f"nst-det: stopped by {error}; the same command goes on from here", file=sys.stderr)
+        return 128 + error.signum
+    print_table(results_table(results))
+    print(f"report: {comparison.folder / 'report' / 'index.html'}")
+    return 0

@@ -1,0 +1,139 @@
+"""A comparison from its config to its report."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+from rich.console import Console
+from rich.table import Table
+
+from nst_det.compare.config import Comparison, merge_stage
+from nst_det.compare.live import View, steps_done
+from nst_det.compare.plan import DATA, DETECTOR, Run, check_order, make_plan
+from nst_det.compare.results import build_results
+from nst_det.compare.run import Command, Runner, this_machine
+from nst_det.compare.stages import DETECT, DISTILL, total_steps
+from nst_det.runtime.files import write_json, write_text
+from nst_det.runtime.run import RunFolder
+
+log = logging.getLogger(__name__)
+# of a table that goes to a file or pipe
+PLAIN_WIDTH = 140
+
+
+def compare(comparison: Comparison, jobs: int = 0, command: Command | None = None) -> dict[str, Any]:
+    """Do what is not done yet, then write and print the report.
+
+    Args:
+        comparison: from :func:`~nst_det.compare.config.load_comparison`.
+        jobs: runs side by side; 0 takes the config's JOBS.
+        command: gives the command line of a run, in place of this package's own.
+
+    Returns:
+        The results, as written to ``report/results.json``.
+
+    Raises:
+        UserError: the input of the comparison, or of one of its stages, can't be used.
+        RunFailed: a run ended with an error; the same call goes on from what is done.
+        Stopped: a signal asked to stop.
+    """
+    runs = make_plan(comparison)
+    check_order(runs)
+    configs = {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
+    machine = this_machine(jobs or comparison.jobs)
+    folder = comparison.folder
+    with RunFolder(folder).opened(comparison.claim):
+        for run in runs:
+            if run.name in configs:
+                write_text(run.config_path(folder), configs[run.name].dump())
+        steps = {run.kind: total_steps(run.kind, configs[run.name]) for run in runs if run.name in configs}
+        with View(runs, steps, machine.jobs, machine.weight) as view:
+            Runner(runs, folder, machine, view, command).run_all()
+        results = build_results(comparison, runs)
+        write_report(results, folder)
+    return results
+
+
+def write_report(results: dict[str, Any], folder: Path) -> None:
+    """``report/results.json`` and what the report room makes of it."""
+    import nst_det.report
+
+    report = folder / "report"
+    write_json(report / "results.json", results)
+    nst_det.report.write_report(results, report, folder)
+
+
+def run_config(comparison: Comparison, run: Run) -> CfgNode:
+    """The whole config of one run, checked by its stage.
+
+    Raises:
+        UserError: the stage can't use it.
+    """
+    stage, base = (DETECT, comparison.detect) if run.kind == DETECTOR else (DISTILL, comparison.distill)
+    config = _with_settings(merge_stage(base, run.options, f"row {run.row}"), run)
+    stage.check(config, comparison.engine, f"run {run.name}")
+    return config
+
+
+def _with_settings(config: CfgNode, run: Run) -> CfgNode:
+    config = config.clone()
+    config.defrost()
+    for key, value in run.settings.items():
+        *path, last = key.split(".")
+        node = config
+        for part in path:
+            node = node[part]
+        assert last in node, key
+        node[last] = value
+    config.freeze()
+    return config
+
+
+def plan_table(comparison: Comparison, runs: Sequence[Run]) -> Table:
+    """The runs, and what is done of them already."""
+    done = sum(run.done for run in runs)
+    table = Table(caption=f"{len(runs)} runs, {done} done, {len(runs) - done} to do")
+    for name in ("run", "state", "steps", "threads", "needs"):
+        table.add_column(name, justify="right" if name in ("steps", "threads") else "left")
+    for run in runs:
+        total = 0 if run.kind == DATA else total_steps(run.kind, run_config(comparison, run))
+        steps, _ = steps_done(run)
+        state = "done" if run.done else f"stopped at {steps}" if run.started and steps else "to do"
+        table.add_row(run.name, state, str(total or "-"), str(run.threads), ", ".join(run.needs) or "-")
+    return table
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """The answer as a table: fractions with three digits."""
+    several = any(len(row["seeds"]) > 1 for row in results["rows"])
+    title = f"VOC mAP at IoU 0.5, 11-point; engine {results['engine']}"
+    caption = None if several else "One seed: there is no spread to judge differences by."
+    table = Table(title=title, caption=caption)
+    table.add_column("row")
+    heads = ["mAP", "area", "vs ce", "top-1", "seconds"]
+    heads = [*heads[:1], "±", *heads[1:3], "95 % interval", *heads[3:]] if several else heads
+    for head in heads:
+        table.add_column(head, justify="right")
+    table.add_column("verdict")
+    for row in results["rows"]:
+        interval = row["delta_interval"]
+        spread = ["-" if row["map_std"] is None else f"{row['map_std']:.3f}"]
+        between = ["-" if interval is None else f"{interval[0]:+.3f} .. {interval[1]:+.3f}"]
+        top1 = "-" if row["top1"] is None else f"{row['top1']:.3f}"
+        cells = [f"{row['map']:.3f}", *(spread if several else []), f"{row['map_area']:.3f}"]
+        cells += [f"{row['delta_vs_ce']:+.3f}", *(between if several else []), top1, f"{row['seconds']:.0f}"]
+        table.add_row(row["method"], *cells, row["verdict"])
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print to standard output, unbroken where that is no terminal."""
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=PLAIN_WIDTH)
+    console.print(table)

@@ -1,0 +1,251 @@
+"""What a comparison is asked to do: its own few keys, and the two stages' configs that it hands on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from nst_det.compare.stages import DETECT, DISTILL, STAGES, Stage, check_generated, check_hand_over, resolve_engine
+from nst_det.errors import UserError
+from nst_det.runtime.config import expand_path, flat, load_config, merge_overrides, plain
+from nst_det.runtime.files import read_json
+from nst_det.runtime.run import FREE_KEYS, RunFolder
+
+SCRATCH, TEACHER, BASELINE = "scratch", "teacher", "ce"
+EXTRA_ROWS = (SCRATCH, TEACHER)
+# small networks gain nothing from more
+MOST_THREADS = 8
+# these may grow (or differ) between two calls on one folder: what is there already stays as it is
+GROWING_KEYS = ("OUTPUT_DIR", "METHODS", "SEEDS", "ROWS", "JOBS", "DISTILL", "DETECT")
+
+
+def default_config() -> CfgNode:
+    """The keys of a comparison with their defaults.
+
+    ========================  ======================================================================================
+    NAME                      begins the names of the backbone files
+    OUTPUT_DIR                where everything is written; "" takes output/NAME
+    ENGINE                    detector engine: auto, detectron2 or torchvision
+    METHODS                   words of transfer methods; ``ce`` (labels only) is always among them
+    SEEDS                     one whole set of rows a seed
+    ROWS                      detectors that start elsewhere: ``scratch`` (random backbone, always among them) and
+                              ``teacher`` (the teacher's own backbone, as an upper mark)
+    JOBS                      runs side by side; 0 takes the number of cores, or of GPUs
+    THREADS                   CPU threads of stage one (a detector has one); 0 takes the cores, at most 8
+    DATA.GENERATE             settings of the generated data set; {} generates none
+    DATA.ROOT                 where it is written; "" takes OUTPUT_DIR/data
+    DISTILL.CONFIG, .OPTS     stage one's YAML (relative to this file) and KEY VALUE pairs on top of it
+    DETECT.CONFIG, .OPTS      the same of stage two
+    DETECT.SCRATCH_OPTS       KEY VALUE pairs for the detectors of the row ``scratch`` alone
+    DETECT.TEACHER_OPTS       KEY VALUE pairs for the detectors of the row ``teacher`` alone
+    ========================  ======================================================================================
+    """
+    config = CfgNode()
+    config.NAME = "comparison"
+    config.OUTPUT_DIR = ""
+    config.ENGINE = "auto"
+    config.METHODS = ["kd", "nst-poly"]
+    config.SEEDS = [0]
+    config.ROWS = [SCRATCH]
+    config.JOBS = 0
+    config.THREADS = 0
+    config.DATA = CfgNode()
+    config.DATA.GENERATE = CfgNode(new_allowed=True)
+    config.DATA.ROOT = ""
+    config.DISTILL = CfgNode({"CONFIG": "", "OPTS": []})
+    config.DETECT = CfgNode({"CONFIG": "", "OPTS": [], "SCRATCH_OPTS": [], "TEACHER_OPTS": []})
+    return config
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison with everything resolved and checked.
+
+    ``methods`` are canonical words, ``ce`` first.  ``distill`` and ``detect`` are the stages' whole configs before
+    the settings of a single run; ``row_opts`` holds what a row of its own adds.  ``claim`` is what must not change
+    between two calls on one folder.
+    """
+
+    name: str
+    folder: Path
+    engine: str
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    rows: tuple[str, ...]
+    jobs: int
+    threads: int
+    generate: dict[str, Any]
+    data_root: Path | None
+    distill: CfgNode
+    detect: CfgNode
+    row_opts: dict[str, tuple[str, ...]]
+    claim: dict[str, Any]
+
+    @property
+    def all_rows(self) -> tuple[str, ...]:
+        """Rows of the table in order: scratch, the methods, then teacher."""
+        return (SCRATCH, *self.methods, *(row for row in self.rows if row != SCRATCH))
+
+
+def load_comparison(file: str | Path, output: str | Path | None = None, overrides: Sequence[str] = ()) -> Comparison:
+    """Read and check a comparison before anything is started.
+
+    Args:
+        file: the YAML of the comparison.
+        output: takes the place of OUTPUT_DIR.
+        overrides: KEY VALUE pairs; ``DISTILL.X.Y 3`` and ``DETECT.X.Y 3`` set X.Y of that stage's own config.
+
+    Raises:
+        UserError: a key, word or value in the comparison or in a stage's config can't be used.
+    """
+    own, forwarded = _split(overrides)
+    config = load_config(default_config(), file, own)
+    methods = _methods(config.METHODS, str(file))
+    seeds = _seeds(config.SEEDS, str(file))
+    rows = _rows(config.ROWS, str(file))
+    folder = Path(output or config.OUTPUT_DIR or Path("output") / config.NAME).expanduser().resolve()
+    files = {stage.prefix: _stage_file(stage, config, Path(file), own) for stage in STAGES}
+    engine = resolve_engine(config.ENGINE, files[DETECT.prefix], str(file))
+    distill, detect = (
+        _stage_config(stage, config, files[stage.prefix], forwarded[stage.prefix], engine, str(file))
+        for stage in STAGES
+    )
+    row_opts = {
+        SCRATCH: _words(config.DETECT.SCRATCH_OPTS),
+        TEACHER: _words(config.DETECT.TEACHER_OPTS),
+    }
+    for row, words in row_opts.items():
+        merge_stage(detect, words, f"{file}: DETECT.{row.upper()}_OPTS")
+    check_hand_over(distill, detect, str(file))
+    generate = plain(config.DATA.GENERATE)
+    root = Path(expand_path(config.DATA.ROOT, "DATA.ROOT")).resolve() if config.DATA.ROOT else folder / "data"
+    if generate:
+        check_generated(generate, root, str(file))
+    claim = {key: value for key, value in plain(flat(config)).items() if key.split(".")[0] not in GROWING_KEYS}
+    threads = config.THREADS or _recorded_threads(folder) or min(core_count(), MOST_THREADS)
+    claim |= {"ENGINE": engine, "THREADS": threads, **_prefixed(DISTILL, distill), **_prefixed(DETECT, detect)}
+    claim |= {f"DETECT.{row.upper()}_OPTS": list(words) for row, words in row_opts.items()}
+    if config.JOBS < 0 or config.THREADS < 0:
+        raise UserError(f"{file}: JOBS and THREADS can't be negative; 0 takes the number of cores")
+    return Comparison(
+        name=config.NAME,
+        folder=folder,
+        engine=engine,
+        methods=methods,
+        seeds=seeds,
+        rows=rows,
+        jobs=config.JOBS,
+        threads=threads,
+        generate=generate,
+        data_root=root if generate else None,
+        distill=distill,
+        detect=detect,
+        row_opts=row_opts,
+        claim=claim,
+    )
+
+
+def merge_stage(config: CfgNode, words: Sequence[str], source: str) -> CfgNode:
+    """A copy of a stage's config with KEY VALUE pairs on top; ``source`` is named in errors."""
+    merged = config.clone()
+    merged.defrost()
+    try:
+        merge_overrides(merged, words)
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).removeprefix('command line: ')}") from error
+    merged.freeze()
+    return merged
+
+
+def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The command line's pairs: the comparison's own, and those that a stage's config gets."""
+    words = [word for word in overrides if word != "--"]
+    if len(words) % 2:
+        raise UserError(f"command line: KEY VALUE pairs expected, but '{words[-1]}' has no value")
+    known = flat(default_config())
+    own: list[str] = []
+    forwarded: dict[str, list[str]] = {stage.prefix: [] for stage in STAGES}
+    for key, value in zip(words[::2], words[1::2]):
+        prefix, _, rest = key.partition(".")
+        if key not in known and prefix in forwarded and rest:
+            forwarded[prefix] += [rest, value]
+        else:
+            own += [key, value]
+    return own, forwarded
+
+
+def _stage_file(stage: Stage, config: CfgNode, file: Path, own: Sequence[str]) -> Path:
+    key = f"{stage.prefix}.CONFIG"
+    if not config[stage.prefix].CONFIG:
+        raise UserError(f"{file}: {key} names no file; give the YAML of {stage.title}")
+    path = Path(expand_path(config[stage.prefix].CONFIG, key))
+    # a path typed on the command line is relative to where it is typed
+    return path if key in own[::2] else file.parent / path
+
+
+def _stage_config(stage: Stage, config: CfgNode, path: Path, forwarded: list[str], engine: str, source: str) -> CfgNode:
+    resolved = stage.load(path, engine)
+    resolved = merge_stage(resolved, _words(config[stage.prefix].OPTS), f"{source}: {stage.prefix}.OPTS")
+    # in a tree of its own, so that an error names the key as it was typed
+    typed = CfgNode({stage.prefix: resolved})
+    typed.defrost()
+    merge_overrides(typed, [f"{stage.prefix}.{word}" if at % 2 == 0 else word for at, word in enumerate(forwarded)])
+    typed.freeze()
+    return typed[stage.prefix]
+
+
+def _words(opts: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(str(word) for word in opts)
+
+
+def _prefixed(stage: Stage, config: CfgNode) -> dict[str, Any]:
+    """What a stage's config says of every run of it."""
+    return {
+        f"{stage.prefix}.{key}": value
+        for key, value in plain(flat(config)).items()
+        if key not in FREE_KEYS and key not in stage.run_keys
+    }
+
+
+def _methods(words: Sequence[Any], source: str) -> tuple[str, ...]:
+    from nst_det.transfer import parse_method
+
+    methods = [BASELINE]
+    for word in words:
+        try:
+            canonical = parse_method(str(word)).word
+        except ValueError as error:
+            raise UserError(f"{source}: METHODS: {error}") from error
+        if canonical not in methods:
+            methods.append(canonical)
+    return tuple(methods)
+
+
+def _seeds(seeds: Sequence[Any], source: str) -> tuple[int, ...]:
+    if not seeds or not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds):
+        raise UserError(f"{source}: SEEDS must be a list of whole numbers from 0 up, like [0, 1, 2], but is {seeds!r}")
+    return tuple(sorted(set(seeds)))
+
+
+def _rows(rows: Sequence[Any], source: str) -> tuple[str, ...]:
+    for row in rows:
+        if row not in EXTRA_ROWS:
+            raise UserError(f"{source}: ROWS: unknown row {row!r}; known are {', '.join(EXTRA_ROWS)}")
+    return tuple(row for row in EXTRA_ROWS if row == SCRATCH or row in rows)
+
+
+def core_count() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _recorded_threads(folder: Path) -> int:
+    """The threads that an earlier call on this folder settled on: sums over threads must not change their order."""
+    path = RunFolder(folder).config_path
+    recorded = read_json(path).get("THREADS", 0) if path.exists() else 0
+    return recorded if isinstance(recorded, int) else 0

@@ -1,0 +1,174 @@
+"""The answer of a comparison as data, put together from the result files of its runs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nst_det.compare.config import BASELINE, SCRATCH, TEACHER, Comparison
+from nst_det.compare.plan import Run, backbone_name, detector_folder, student_folder, teacher_folder
+from nst_det.compare.statistics import EXPLANATION, REFERENCE, holm, mean_std, paired_difference
+from nst_det.errors import UserError
+from nst_det.runtime.files import read_json
+from nst_det.runtime.provenance import provenance
+
+# they differ between two equal comparisons: when, where and how fast, not what
+VOLATILE = ("provenance", "commands")
+# what a detector's result must hold: name -> whether it is a number
+_NEEDED = {"map": True, "map_area": True, "per_class": False, "per_class_area": False}
+
+
+def build_results(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Any]:
+    """``results.json`` of a finished comparison.
+
+    ``rows`` hold, each: ``method``; ``map``, ``map_std``, ``map_area``, ``map_area_std`` (VOC mAP at IoU 0.5, 11-point
+    and area, 0..1; standard deviation over seeds, None with one seed); ``seeds``; ``delta_vs_ce``,
+    ``delta_interval``, ``p_value``, ``p_holm``, ``verdict`` (see ``settings["statistics"]``); ``per_class``,
+    ``per_class_area`` (means over seeds); ``top1`` of the backbone (None for scratch); ``seconds`` (student and
+    detector together, a mean over seeds); ``params`` of the detector; ``backbone`` (one name a seed); ``per_seed``
+    (the same by seed, with the run folders relative to the comparison's); ``commands`` that make the row again.
+
+    Raises:
+        UserError: a result file is damaged or lacks a field.
+    """
+    by_row = {
+        row: {seed: _seed_entry(comparison, row, seed) for seed in comparison.seeds} for row in comparison.all_rows
+    }
+    baseline = {seed: entry["map"] for seed, entry in by_row[BASELINE].items()}
+    rows = [_row(comparison, row, entries, baseline) for row, entries in by_row.items()]
+    for row, corrected in zip(rows, holm([row["p_value"] for row in rows])):
+        row["p_holm"] = corrected
+        row["commands"] = _commands(comparison, runs, row["method"])
+    engines = sorted({str(entry["engine"]) for entries in by_row.values() for entry in entries.values()})
+    return {
+        "name": comparison.name,
+        "engine": ", ".join(engines),
+        "classes": list(rows[0]["per_class"]),
+        "rows": rows,
+        "teacher": _teacher(comparison),
+        "settings": {**comparison.claim, "statistics": EXPLANATION},
+        "provenance": {**provenance(), "threads": comparison.threads, "folder": str(comparison.folder)},
+    }
+
+
+def comparable(results: Any) -> Any:
+    """Results without what may differ between two runs of the same comparison: times, places and versions.
+
+    Example:
+        >>> comparable({"map": 0.5, "seconds": 3.2, "provenance": {}})
+        {'map': 0.5}
+    """
+    if isinstance(results, Mapping):
+        return {
+            key: comparable(value)
+            for key, value in results.items()
+            if key not in VOLATILE and not str(key).startswith("seconds")
+        }
+    return [comparable(item) for item in results] if isinstance(results, list | tuple) else results
+
+
+def _seed_entry(comparison: Comparison, row: str, seed: int) -> dict[str, Any]:
+    """One row of one seed: the detector's result, and its backbone's."""
+    folder = detector_folder(comparison, row, seed)
+    detector = _read_result(folder, _NEEDED)
+    entry = {key: detector[key] for key in _NEEDED}
+    entry |= {key: detector.get(key) for key in ("coco", "params", "engine", "steps")}
+    entry["seconds_detector"] = float(detector.get("seconds") or 0.0)
+    backbone_folder = {SCRATCH: None, TEACHER: teacher_folder(comparison)}.get(
+        row, student_folder(comparison, row, seed)
+    )
+    if backbone_folder is not None and not (backbone_folder / "result.json").exists():
+        backbone_folder = None  # a teacher of the user's own
+    backbone = {} if backbone_folder is None else _read_result(backbone_folder, {})
+    entry |= {key: backbone.get(key) for key in ("top1", "top5")}
+    entry["backbone"] = backbone_name(comparison, row, seed) if backbone_folder is not None else ""
+    entry["seconds_backbone"] = float(backbone.get("seconds") or 0.0)
+    entry["seconds"] = entry["seconds_detector"] + entry["seconds_backbone"]
+    entry["run"] = folder.relative_to(comparison.folder).as_posix()
+    entry["distill_run"] = backbone_folder and backbone_folder.relative_to(comparison.folder).as_posix()
+    return entry
+
+
+def _read_result(folder: Path, needed: Mapping[str, bool]) -> dict[str, Any]:
+    path = folder / "result.json"
+    result = read_json(path)
+    if not isinstance(result, dict):
+        raise UserError(f"{path}: not a result; remove it to run this again")
+    for key, number in needed.items():
+        value = result.get(key)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) if number else isinstance(value, dict)
+        if not fits:
+            raise UserError(f"{path}: {key} is missing or of the wrong type; remove the file to run this again")
+    return result
+
+
+def _row(
+    comparison: Comparison, row: str, entries: Mapping[int, Mapping[str, Any]], baseline: Mapping[int, float]
+) -> dict[str, Any]:
+    values = list(entries.values())
+    first = values[0]
+    map_mean, map_std = mean_std([entry["map"] for entry in values])
+    area_mean, area_std = mean_std([entry["map_area"] for entry in values])
+    difference = asdict(paired_difference({seed: entry["map"] for seed, entry in entries.items()}, baseline))
+    if row == BASELINE:
+        difference |= {"mean": 0.0, "interval": None, "p_value": None, "verdict": REFERENCE}
+    return {
+        "method": row,
+        "map": map_mean,
+        "map_std": map_std,
+        "map_area": area_mean,
+        "map_area_std": area_std,
+        "seeds": list(entries),
+        "delta_vs_ce": difference["mean"],
+        "delta_interval": difference["interval"] and list(difference["interval"]),
+        "p_value": difference["p_value"],
+        "verdict": difference["verdict"],
+        "per_class": _mean_by_class([entry["per_class"] for entry in values]),
+        "per_class_area": _mean_by_class([entry["per_class_area"] for entry in values]),
+        "top1": _mean([entry["top1"] for entry in values]),
+        "top1_std": mean_std([entry["top1"] for entry in values])[1] if first["top1"] is not None else None,
+        "seconds": _mean([entry["seconds"] for entry in values]),
+        "seconds_backbone": _mean([entry["seconds_backbone"] for entry in values]),
+        "seconds_detector": _mean([entry["seconds_detector"] for entry in values]),
+        "params": first["params"],
+        "backbone": [entry["backbone"] for entry in values if entry["backbone"]],
+        "per_seed": {str(seed): dict(entry) for seed, entry in entries.items()},
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean_std(known)[0] if known else None
+
+
+def _mean_by_class(values: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Mean AP by class; None for a class without any object in the test set."""
+    return {name: _mean([entry.get(name) for entry in values]) for name in values[0]}
+
+
+def _teacher(comparison: Comparison) -> dict[str, Any] | None:
+    folder = teacher_folder(comparison)
+    if not (folder / "result.json").exists():
+        return None
+    result = _read_result(folder, {})
+    return {key: result.get(key) for key in ("name", "top1", "top5", "params", "steps", "seconds")}
+
+
+def _commands(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]:
+    """The commands of a row's runs and of all that they need, in the order of the plan."""
+    by_name = {run.name: run for run in runs}
+    names = {run.name for run in runs if run.row == row}
+    todo = list(names)
+    while todo:
+        new = set(by_name[todo.pop()].needs) - names
+        names |= new
+        todo += new
+    return [command_line(comparison, run) for run in runs if run.name in names]
+
+
+def command_line(comparison: Comparison, run: Run) -> str:
+    """What to type to make one run again, to the same bits on the same CPU."""
+    return f"OMP_NUM_THREADS={run.threads} nst-det {shlex.join(run.command(comparison.folder))}"

@@ -1,0 +1,243 @@
+"""Carry a plan out: every run a process of its own, several side by side, none left behind, none done twice."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from nst_det.compare.config import core_count
+from nst_det.compare.live import View
+from nst_det.compare.plan import Run
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 0.1
+STOP_SECONDS = 10.0
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+# what numerical libraries read; set before a process starts, because they look only once
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+Command = Callable[[Run, Path], list[str]]
+
+
+class RunFailed(Exception):
+    """A run ended with an error; ``code`` is what the comparison should exit with (2: its input can't be used)."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Stopped(Exception):
+    """The comparison was asked by a signal to stop; ``signum`` says which."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What runs may use: ``jobs`` processes at a time, CPU cores, and GPUs (as CUDA_VISIBLE_DEVICES names them)."""
+
+    jobs: int
+    gpus: tuple[str, ...] = ()
+
+    def weight(self, run: Run) -> int:
+        """How many of the jobs a run counts for: on a CPU one for each of its threads."""
+        return 1 if self.gpus else max(1, min(run.threads, self.jobs))
+
+
+def this_machine(jobs: int = 0) -> Machine:
+    """This machine; ``jobs`` 0 takes one run a GPU, or where there is none, one thread a core."""
+    import torch
+
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    count = torch.cuda.device_count()
+    gpus = tuple(named[:count]) if named else tuple(str(index) for index in range(count))
+    return Machine(jobs or len(gpus) or core_count(), gpus)
+
+
+def stage_command(run: Run, folder: Path) -> list[str]:
+    """The command line of a run of the comparison in ``folder``."""
+    return [sys.executable, "-m", "nst_det.compare.child", str(os.getpid()), *run.command(folder)]
+
+
+@dataclass
+class _Process:
+    run: Run
+    popen: subprocess.Popen[bytes]
+    log: Path
+    offset: int
+    gpu: str | None
+    file: IO[bytes] = field(repr=False)
+
+
+class Runner:
+    """Starts the runs of a plan as soon as what they need is done and the machine has room.
+
+    Runs start in the order of the plan: one that waits for room is not overtaken, so that the long runs which
+    all others wait for never starve.  How many run at once changes when a run happens, never what it computes.
+
+    Args:
+        runs: the plan.
+        folder: of the comparison; holds ``configs/`` (written before) and ``logs/``.
+        machine: what may be used.
+        view: is told what starts, runs and ends.
+        command: gives the command line of a run.
+    """
+
+    def __init__(
+        self, runs: Sequence[Run], folder: Path, machine: Machine, view: View, command: Command | None = None
+    ) -> None:
+        self._runs, self._folder, self._machine, self._view = list(runs), folder, machine, view
+        self._command = command or stage_command
+        self._processes: list[_Process] = []
+
+    def run_all(self) -> None:
+        """Do all runs that are not done.
+
+        Raises:
+            RunFailed: one of them ended with an error; the others were stopped.
+            Stopped: SIGTERM or SIGINT came; all were stopped.
+        """
+        done = {run.name for run in self._runs if run.done}
+        waiting = [run for run in self._runs if run.name not in done]
+        try:
+            with _signals_raise():
+                while waiting or self._processes:
+                    self._start_what_fits(waiting, done)
+                    done |= self._collect()
+                    self._view.update([process.run for process in self._processes])
+                    time.sleep(POLL_SECONDS)
+        finally:
+            self._stop_all()
+
+    def _start_what_fits(self, waiting: list[Run], done: set[str]) -> None:
+        used = sum(self._machine.weight(process.run) for process in self._processes)
+        for run in [run for run in waiting if done.issuperset(run.needs)]:
+            used += self._machine.weight(run)
+            if used > self._machine.jobs:
+                return
+            waiting.remove(run)
+            self._start(run)
+
+    def _start(self, run: Run) -> None:
+        path = self._folder / "logs" / f"{run.name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        gpu = self._free_gpu()
+        command = self._command(run, self._folder)
+        file = open(path, "ab")  # noqa: SIM115 (closed when the process is collected)
+        offset = file.tell()
+        # a session of its own: Ctrl-C reaches the comparison alone, which then stops its runs in order
+        popen = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=_environment(run, gpu),
+            start_new_session=True,
+        )
+        self._processes.append(_Process(run, popen, path, offset, gpu, file))
+        self._view.started(run)
+
+    def _free_gpu(self) -> str | None:
+        """The GPU with the fewest runs on it."""
+        if not self._machine.gpus:
+            return None
+        busy = [process.gpu for process in self._processes]
+        return min(self._machine.gpus, key=busy.count)
+
+    def _collect(self) -> set[str]:
+        """Take out the processes that ended; the names of their runs."""
+        ended = [process for process in self._processes if process.popen.poll() is not None]
+        for process in ended:
+            self._processes.remove(process)
+            process.file.close()
+            if process.popen.returncode != 0:
+                raise _failure(process)
+            if not process.run.done:
+                missing = next(path for path in process.run.results if not path.exists())
+                raise RunFailed(
+                    f"run {process.run.name} ended without writing {missing}; see {process.log}", EXIT_FAILED
+                )
+            self._view.finished(process.run)
+        return {process.run.name for process in ended}
+
+    def _stop_all(self) -> None:
+        """Ask all processes to end, and kill those that don't within :data:`STOP_SECONDS`."""
+        for process in self._processes:
+            _signal_group(process.popen, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self._processes:
+            try:
+                process.popen.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("run %s did not stop when asked; it is killed", process.run.name)
+                _signal_group(process.popen, signal.SIGKILL)
+                process.popen.wait()
+            process.file.close()
+        self._processes.clear()
+
+
+def _environment(run: Run, gpu: str | None) -> dict[str, str]:
+    extra = {"PYTHONUNBUFFERED": "1"}
+    if gpu is None:
+        extra |= dict.fromkeys(THREAD_VARIABLES, str(run.threads))
+    else:
+        extra["CUDA_VISIBLE_DEVICES"] = gpu
+    return {**os.environ, **extra}
+
+
+def _failure(process: _Process) -> RunFailed:
+    code = process.popen.returncode
+    with open(process.log, "rb") as file:
+        file.seek(process.offset)
+        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    said = [line.removeprefix("nst-det: ") for line in lines if line.startswith("nst-det: ")]
+    reason = said[-1] if said else lines[-1] if lines else "it said nothing"
+    if code < 0:
+        name = signal.Signals(-code).name
+        reason = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    message = f"run {process.run.name} failed: {reason} (log: {process.log})"
+    return RunFailed(message, EXIT_BAD_INPUT if code == EXIT_BAD_INPUT else EXIT_FAILED)
+
+
+def _signal_group(popen: subprocess.Popen[bytes], signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(popen.pid, signum)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Within the block SIGTERM and SIGINT raise :class:`Stopped`, once; later ones are ignored while all stops."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        raise Stopped(signum)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    stopped = False
+    try:
+        yield
+    except Stopped:
+        stopped = True
+        raise
+    finally:
+        if not stopped:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,158 @@
+"""What the comparison knows of the two stages: their configs, and the keys that it sets for a single run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from nst_det.errors import UserError
+from nst_det.runtime.config import load_config, read_yaml
+
+PIXEL_VALUES = 255.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as the comparison sees it.
+
+    Attributes:
+        prefix: of its keys in the comparison's config (``DISTILL`` or ``DETECT``).
+        title: what errors call it.
+        run_keys: keys that the comparison sets for every run.
+    """
+
+    prefix: str
+    title: str
+    run_keys: tuple[str, ...]
+
+    def load(self, file: Path, engine: str) -> CfgNode:
+        """Its whole config as a file gives it.
+
+        Raises:
+            UserError: the file can't be read, or has a key that this stage (on this engine) doesn't know.
+        """
+        if self.prefix == "DETECT":
+            return _load_detect(file, engine)
+        from nst_det.distill.config import get_defaults
+
+        return load_config(get_defaults(), file)
+
+    def check(self, config: CfgNode, engine: str, source: str) -> None:
+        """Refuse the config of one run before anything is started, where the stage itself would refuse it.
+
+        Raises:
+            UserError: the line names the key.
+        """
+        try:
+            if self.prefix == "DETECT":
+                _check_detect(config, engine)
+            else:
+                from nst_det.distill.config import check_config
+
+                check_config(config)
+        except UserError as error:
+            raise UserError(f"{source}: {self.title}: {str(error).removeprefix('config: ')}") from error
+
+
+DISTILL = Stage("DISTILL", "stage one", ("NAME", "OUTPUT_DIR", "REGISTRY", "SEED", "METHODS"))
+DETECT = Stage("DETECT", "stage two", ("OUTPUT_DIR", "SEED", "ENGINE", "MODEL.WEIGHTS"))
+STAGES = (DISTILL, DETECT)
+
+
+def resolve_engine(wanted: str, detect_file: Path, source: str) -> str:
+    """The detector engine: the comparison's ENGINE, or where that is auto, the one of stage two's file.
+
+    Raises:
+        UserError: an unknown engine, or one that is not installed.
+    """
+    from nst_det.detect.config import choose_engine, wanted_engine
+
+    if wanted == "auto":
+        read_yaml(detect_file)
+        return choose_engine(wanted_engine(detect_file, ()), str(detect_file))
+    return choose_engine(wanted, source)
+
+
+def _load_detect(file: Path, engine: str) -> CfgNode:
+    from nst_det.detect.config import load_detect_config
+
+    assert engine == "torchvision"
+    return load_detect_config(file)
+
+
+def _check_detect(config: CfgNode, engine: str) -> None:
+    from nst_det.detect.config import check_config
+
+    assert engine == "torchvision"
+    check_config(config, "config")
+
+
+def check_hand_over(distill: CfgNode, detect: CfgNode, source: str) -> None:
+    """Refuse two stages that don't fit: other architecture, or pixels of another scale or channel order.
+
+    Raises:
+        UserError: one line with both sides.
+    """
+    from nst_det.backbones.card import Card, check_input_contract, input_contract
+
+    data, model = distill.DATA, detect.MODEL
+    student = (distill.STUDENT.ARCH, dict(distill.STUDENT.ARCH_KWARGS))
+    bottom_up = (model.TIMM.ARCH, dict(model.TIMM.KWARGS))
+    if "timm" in model.BACKBONE.NAME and student != bottom_up:
+        raise UserError(
+            f"{source}: stage one trains {_arch_text(*student)} (DISTILL.STUDENT.ARCH), stage two expects "
+            f"{_arch_text(*bottom_up)} (DETECT.MODEL.TIMM.ARCH); set one to the other"
+        )
+    card = Card(student[0], 1, input=input_contract(data.MEAN, data.STD, "RGB", data.IMAGE_SIZE))
+    mean, std = ([value / PIXEL_VALUES for value in values] for values in (model.PIXEL_MEAN, model.PIXEL_STD))
+    try:
+        check_input_contract(card, mean, std, detect.INPUT.FORMAT)
+    except UserError as error:
+        raise UserError(
+            f"{source}: DETECT.MODEL.PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT don't fit DISTILL.DATA.MEAN and STD "
+            f"(divided by 255): {error}"
+        ) from error
+
+
+def _arch_text(arch: str, kwargs: dict[str, Any]) -> str:
+    return f"{arch} {kwargs}" if kwargs else arch
+
+
+def total_steps(kind: str, config: CfgNode) -> int:
+    """Optimizer steps of a run of a kind."""
+    if kind == "teacher":
+        from nst_det.distill.config import teacher_solver
+
+        return int(teacher_solver(config).MAX_ITER)
+    return int(config.SOLVER.MAX_ITER)
+
+
+def check_generated(generate: dict[str, Any], root: Path, source: str) -> None:
+    """Refuse settings of the generated data set that can't be used, or that differ from what is in ``root`` already.
+
+    Raises:
+        UserError: the line names the setting.
+    """
+    from nst_det.data.generate import SETTINGS_FILE, generate_data, settings_from
+
+    try:
+        settings = settings_from(generate)
+    except UserError as error:
+        raise UserError(f"{source}: DATA.GENERATE: {str(error).removeprefix('generate-data: ')}") from error
+    if (root / SETTINGS_FILE).exists():
+        generate_data(root, settings)
+
+
+def generated_settings(stage: Stage, config: CfgNode, root: Path | None) -> dict[str, Any]:
+    """The keys by which a stage reads the generated data set under ``root``; none without one."""
+    if root is None:
+        return {}
+    from nst_det.data.generate import CLASSIFICATION, DETECTION
+
+    if stage is DISTILL:
+        return {"DATA.ROOT": str(root / CLASSIFICATION)}
+    names = dict.fromkeys([*config.DATASETS.TRAIN, *config.DATASETS.TEST])
+    return {f"DATASETS.VOC.{name}.ROOT": str(root / DETECTION) for name in names if name in config.DATASETS.VOC}

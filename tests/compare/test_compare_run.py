@@ -1,0 +1,264 @@
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import nst_det.compare.run
+from nst_det.cli import main
+from nst_det.compare.comparison import compare
+from nst_det.compare.config import load_comparison
+from nst_det.compare.live import View
+from nst_det.compare.plan import Run, make_plan
+from nst_det.compare.results import comparable
+from nst_det.compare.run import Machine, RunFailed, Runner
+from nst_det.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """The report room is tested by itself."""
+    monkeypatch.setattr("nst_det.report.write_report", lambda *_: None)
+
+
+@pytest.fixture
+def start(config_file, tmp_path, monkeypatch):
+    """Starts ``nst-det compare`` on tmp_path/out in a process; forked, because importing torch takes its time."""
+    started = []
+
+    def begin(*words):
+        words = ["compare", "--config-file", str(config_file), "--output", str(tmp_path / "out"), *words]
+        process = multiprocessing.get_context("fork").Process(target=in_process, args=(words, tmp_path / "said.txt"))
+        process.start()
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def in_process(words, said):
+    with open(said, "w", buffering=1) as sys.stdout:
+        sys.stderr = sys.stdout
+        nst_det.compare.run.stage_command = watched_command
+        main(words)
+
+
+def watched_command(run, folder):
+    os.environ["FAKE_PARENT_DIES"] = str(os.getpid())
+    fake = Path(__file__).with_name("fake_stage.py")
+    return [sys.executable, str(fake), *run.command(folder)]
+
+
+def starts(folder):
+    return (folder / "starts.log").read_text().splitlines()
+
+
+def test_a_comparison_is_done_once(comparison, fake_command, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
+    results = compare(comparison, jobs=4, command=fake_command)
+    assert [row["method"] for row in results["rows"]] == ["scratch", "ce", "kd", "kd+nst-poly"]
+    assert json.loads((comparison.folder / "report" / "results.json").read_text()) == results
+    assert (comparison.folder / "logs" / "detect" / "seed0" / "kd.log").exists()
+    again = compare(comparison, jobs=1, command=lambda *_: pytest.fail("a run that is done was started"))
+    assert comparable(again) == comparable(results)
+    # stage one has the plan's threads, a detector one, however many jobs there are
+    assert starts(comparison.folder / "distill" / "seed1" / "students" / "kd") == ["0 threads 2"]
+    assert starts(comparison.folder / "detect" / "seed1" / "kd") == ["0 threads 1"]
+
+
+def test_methods_and_seeds_may_be_added_and_nothing_else_changed(comparison, config_file, fake_command, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
+    few = ["METHODS", "['kd']", "SEEDS", "[0]"]
+    first = compare(load_comparison(config_file, comparison.folder, few), 4, fake_command)
+    assert [row["verdict"] for row in first["rows"]] == ["single seed", "reference", "single seed"]
+    more = compare(comparison, 4, fake_command)
+    assert starts(comparison.folder / "distill" / "seed0" / "students" / "ce") == ["0 threads 2"]
+    assert starts(comparison.folder / "detect" / "seed0" / "kd") == ["0 threads 1"]
+    assert more["rows"][2]["per_seed"]["0"] == first["rows"][2]["per_seed"]["0"]
+    words = ["DISTILL.SOLVER.BASE_LR", "0.3"]
+    with pytest.raises(UserError, match=r"holds a run with DISTILL\.SOLVER\.BASE_LR 0\.1, now it is 0\.3; name"):
+        compare(load_comparison(config_file, comparison.folder, words), 4, fake_command)
+    # the threads of an earlier call stay
+    (config_file.parent / "compare.yaml").write_text(config_file.read_text().replace("THREADS: 2", "THREADS: 0"))
+    assert load_comparison(config_file, comparison.folder).threads == 2
+
+
+@pytest.mark.parametrize(("said", "code"), [("2", 2), ("1", 1), ("3", 1)])
+def test_a_failing_run_stops_the_others_and_is_named(comparison, fake_command, monkeypatch, said, code):
+    monkeypatch.setenv("FAKE_FAILS", "scratch")
+    monkeypatch.setenv("FAKE_CODE", said)
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0.3")
+    with pytest.raises(
+        RunFailed, match="run detect/seed0/scratch failed: the images are gone; bring them back"
+    ) as info:
+        compare(comparison, 3, fake_command)
+    assert info.value.code == code
+    assert str(comparison.folder / "logs" / "detect" / "seed0" / "scratch.log") in str(info.value)
+    # the teacher ran beside it
+    stopped = comparison.folder / "teacher" / "teacher"
+    assert starts(stopped) == ["0 threads 2"]
+    before = (stopped / "metrics.jsonl").read_bytes()
+    time.sleep(0.5)
+    assert (stopped / "metrics.jsonl").read_bytes() == before
+    monkeypatch.delenv("FAKE_FAILS")
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
+    assert len(compare(comparison, 3, fake_command)["rows"]) == 4
+
+
+def test_a_run_without_its_result_is_a_failure(tmp_path):
+    run = Run("detect/seed0/kd", "detector", (), (tmp_path / "result.json",), {})
+    with View([run], {}) as view:
+        runner = Runner([run], tmp_path, Machine(1), view, lambda *_: [sys.executable, "-c", ""])
+        with pytest.raises(RunFailed, match=r"run detect/seed0/kd ended without writing .*result\.json"):
+            runner.run_all()
+        killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+        with pytest.raises(RunFailed, match="killed by SIGKILL"):
+            Runner([run], tmp_path, Machine(1), view, lambda *_: killed).run_all()
+
+
+def test_order_room_and_gpus(tmp_path):
+    """A run that needs all cores is not overtaken; with GPUs each run gets the one with the fewest runs."""
+    note = "import os,sys,time; open(sys.argv[1],'w').write(os.environ.get('CUDA_VISIBLE_DEVICES','')); time.sleep(.2)"
+
+    def runs(name):
+        out = [tmp_path / name / letter for letter in "abcd"]
+        (tmp_path / name).mkdir()
+        needs = [(), ("a",), (), ()]
+        return [
+            Run(path.name, "detector", need, (path,), {}, threads=2 if path.name == "b" else 1)
+            for path, need in zip(out, needs)
+        ]
+
+    class Log(View):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.events = []
+
+        def started(self, run):
+            super().started(run)
+            self.events.append(run.name)
+
+        def finished(self, run):
+            super().finished(run)
+            self.events.append(run.name.upper())
+
+    def events(name, machine):
+        plan = runs(name)
+        with Log(plan, {}) as view:
+            Runner(
+                plan, tmp_path, machine, view, lambda run, _: [sys.executable, "-c", note, str(run.results[0])]
+            ).run_all()
+        return view.events
+
+    # b needs both cores: it waits for c, and d does not slip in before it
+    assert events("cpu", Machine(2))[:4] in (["a", "c", "A", "C"], ["a", "c", "C", "A"], ["a", "c", "C", "d"])
+    events("gpu", Machine(2, ("3", "5")))
+    assert {(tmp_path / "gpu" / name).read_text() for name in "ac"} == {"3", "5"}
+
+
+def test_a_second_comparison_on_one_folder_is_refused(start, comparison, fake_command, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0.5")
+    start()
+    wait_for(comparison.folder / "teacher" / "teacher" / "metrics.jsonl")
+    with pytest.raises(UserError, match="another process is writing this run"):
+        compare(comparison, 1, fake_command)
+
+
+def wait_for(path, seconds=30):
+    for _ in range(seconds * 50):
+        if path.exists():
+            return
+        time.sleep(0.02)
+    pytest.fail(f"{path} never came")
+
+
+def alive(folder):
+    """Processes whose command line names the folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes().decode("utf-8", "replace")
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except OSError:
+                continue
+            if str(folder) in words and state != "Z":
+                found.append(words.replace("\0", " "))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_no_run_outlives_the_comparison(start, comparison, signum, monkeypatch, tmp_path):
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0.5")
+    process = start()
+    wait_for(comparison.folder / "teacher" / "teacher" / "metrics.jsonl")
+    assert alive(comparison.folder / "configs")
+    os.kill(process.pid, signum)
+    process.join(30)
+    assert process.exitcode == (-signum if signum == signal.SIGKILL else 128 + signum)
+    if signum != signal.SIGKILL:
+        said = (tmp_path / "said.txt").read_text().splitlines()
+        assert said[-1] == f"nst-det: stopped by {signum.name}; the same command goes on from here"
+    for _ in range(100):
+        if not alive(comparison.folder / "configs"):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"still running: {alive(comparison.folder / 'configs')}")
+
+
+def steps_in(folder):
+    return sum(path.read_text().count("\n") for path in folder.rglob("metrics.jsonl"))
+
+
+def test_killed_anywhere_and_started_again_gives_the_undisturbed_result(
+    start, comparison, config_file, fake_command, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
+    undisturbed = compare(load_comparison(config_file, tmp_path / "undisturbed"), 4, fake_command)
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0.03")
+    draw = random.Random(0)
+    for _ in range(5):
+        process = start("--jobs", "3")
+        enough = steps_in(comparison.folder) + draw.randint(2, 15)
+        while process.is_alive() and steps_in(comparison.folder) < enough:
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
+    process = start("--jobs", "4")
+    process.join(60)
+    assert process.exitcode == 0
+    results = json.loads((comparison.folder / "report" / "results.json").read_text())
+    assert comparable(results) == comparable(json.loads(json.dumps(undisturbed)))
+    logs = list(comparison.folder.rglob("starts.log"))
+    assert sum(len(starts(path.parent)) for path in logs) > len(logs)
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(comparison, config_file, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["compare", "--config-file", str(config_file), "--output", str(comparison.folder), "--dry-run"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert "11 runs, 0 done, 11 to do" in shown
+    for run in make_plan(comparison):
+        assert run.name in shown
+    assert not comparison.folder.exists()
+
+
+def test_the_command_line_says_what_failed_and_with_which_code(start, comparison, monkeypatch, tmp_path):
+    monkeypatch.setenv("FAKE_FAILS", "scratch")
+    monkeypatch.setenv("FAKE_CODE", "2")
+    process = start("--jobs", "3")
+    process.join(60)
+    assert process.exitcode == 2
+    last = (tmp_path / "said.txt").read_text().splitlines()[-1]
+    assert last.startswith("nst-det: run detect/seed0/scratch failed: the images are gone; bring them back (log: ")

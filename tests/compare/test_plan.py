@@ -1,0 +1,112 @@
+import pytest
+
+from nst_det.compare.config import load_comparison
+from nst_det.compare.plan import Run, check_order, make_plan
+from nst_det.errors import UserError
+
+
+def test_the_runs_and_what_they_need(comparison):
+    needs = {run.name: run.needs for run in make_plan(comparison)}
+    assert needs == {
+        "teacher": (),
+        "distill/seed0": ("teacher",),
+        "distill/seed1": ("teacher",),
+        "detect/seed0/scratch": (),
+        "detect/seed0/ce": ("distill/seed0",),
+        "detect/seed0/kd": ("distill/seed0",),
+        "detect/seed0/kd+nst-poly": ("distill/seed0",),
+        "detect/seed1/scratch": (),
+        "detect/seed1/ce": ("distill/seed1",),
+        "detect/seed1/kd": ("distill/seed1",),
+        "detect/seed1/kd+nst-poly": ("distill/seed1",),
+    }
+
+
+def test_settings_of_each_kind(comparison):
+    runs = {run.name: run for run in make_plan(comparison)}
+    folder = comparison.folder
+    teacher = folder / "backbones" / "small-teacher.safetensors"
+    assert runs["teacher"].settings["METHODS"] == []
+    assert runs["distill/seed1"].settings == {
+        "NAME": "small",
+        "REGISTRY": str(folder / "backbones"),
+        "OUTPUT_DIR": str(folder / "distill" / "seed1"),
+        "SEED": 1,
+        "METHODS": ["ce", "kd", "kd+nst-poly"],
+        "TEACHER.WEIGHTS": str(teacher),
+    }
+    detector = runs["detect/seed1/kd+nst-poly"]
+    weights = folder / "backbones" / "small-kd+nst-poly-s1.safetensors"
+    assert detector.settings["MODEL.WEIGHTS"] == str(weights)
+    assert (detector.settings["SEED"], detector.settings["ENGINE"], detector.row, detector.seed) == (
+        1, "torchvision", "kd+nst-poly", 1,
+    )  # fmt: skip
+    assert runs["detect/seed0/scratch"].settings["MODEL.WEIGHTS"] == ""
+    assert runs["detect/seed0/scratch"].options == ("SOLVER.BACKBONE_MULTIPLIER", "0.5")
+    assert detector.options == ()
+    assert {name: run.threads for name, run in runs.items() if "seed0" in name or name == "teacher"} == {
+        "teacher": 2, "distill/seed0": 2, "detect/seed0/scratch": 1, "detect/seed0/ce": 1, "detect/seed0/kd": 1,
+        "detect/seed0/kd+nst-poly": 1,
+    }  # fmt: skip
+
+
+def test_a_teacher_of_ones_own_is_not_trained(config_file):
+    words = ["DISTILL.TEACHER.WEIGHTS", "backbone://big", "ROWS", "['teacher']", "DISTILL.TEACHER.ARCH", "resnet50"]
+    runs = {run.name: run for run in make_plan(load_comparison(config_file, overrides=words))}
+    assert "teacher" not in runs
+    assert runs["distill/seed0"].settings["TEACHER.WEIGHTS"] == "backbone://big"
+    row = runs["detect/seed1/teacher"]
+    assert row.needs == ()
+    assert (row.settings["MODEL.WEIGHTS"], row.settings["MODEL.TIMM.ARCH"]) == ("backbone://big", "resnet50")
+
+
+def test_a_run_is_done_when_all_results_are_there(comparison):
+    run = next(run for run in make_plan(comparison) if run.name == "distill/seed0")
+    assert [path.parent.name for path in run.results] == ["ce", "kd", "kd+nst-poly"]
+    for path in run.results:
+        assert not run.done
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    assert run.done
+
+
+def test_an_order_that_never_ends_is_refused():
+    late = Run("b", "data", (), (), {})
+    early = Run("a", "data", ("b",), (), {})
+    check_order([late, early])
+    with pytest.raises(UserError, match="run a is named twice or stands before"):
+        check_order([early, late])
+
+
+def test_generated_data_comes_first_and_both_stages_read_it(config_file, tmp_path):
+    words = ["DATA.GENERATE", "{'classification_images': 40, 'contrast': 90.5}", "DATA.ROOT", str(tmp_path / "made")]
+    comparison = load_comparison(config_file, tmp_path / "out", words)
+    runs = {run.name: run for run in make_plan(comparison)}
+    assert runs["data"].command(comparison.folder) == [
+        "generate-data", "--output", str(tmp_path / "made"), "--workers", "2", "--classification-images", "40",
+        "--contrast", "90.5",
+    ]  # fmt: skip
+    assert runs["data"].results == (tmp_path / "made" / "settings.json",)
+    assert runs["teacher"].needs == runs["detect/seed0/scratch"].needs == ("data",)
+    assert runs["distill/seed0"].settings["DATA.ROOT"] == str(tmp_path / "made" / "shapes_cls")
+    settings = runs["detect/seed0/scratch"].settings
+    for name in ("own_train", "own_test"):
+        assert settings[f"DATASETS.VOC.{name}.ROOT"] == str(tmp_path / "made" / "shapes_voc")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{'pictures': 4}", r"DATA\.GENERATE: unknown setting pictures"),
+        ("{'detection_images': 0}", r"DATA\.GENERATE: detection_images is 0"),
+    ],
+)
+def test_settings_of_generated_data_are_checked_first(config_file, settings, message):
+    with pytest.raises(UserError, match=message):
+        load_comparison(config_file, overrides=["DATA.GENERATE", settings])
+
+
+def test_other_data_in_the_folder_is_refused(config_file, tmp_path):
+    (tmp_path / "settings.json").write_text('{"seed": 4}')
+    with pytest.raises(UserError, match="holds data made with seed 4, not 0"):
+        load_comparison(config_file, overrides=["DATA.GENERATE", "{'seed': 0}", "DATA.ROOT", str(tmp_path)])
