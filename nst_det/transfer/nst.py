@@ -11,16 +11,26 @@ Shapes: B batch, C channels, N = H*W positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from nst_det.transfer.nst_kernels import KERNELS, mmd
 from nst_det.transfer.registry import Pair, Term, register_term
-from nst_det.transfer.tensors import Shared, aligned, compute_now, unit
-
-KERNELS = ("linear", "poly", "gaussian")
+from nst_det.transfer.tensors import Shared, check_maps, common_size, compute_now, full_precision, pooled
 
 
-def nst_loss(student: Tensor, teacher: Tensor, kernel: str = "poly", shared: Shared = compute_now) -> Tensor:
+def nst_loss(
+    student: Tensor,
+    teacher: Tensor,
+    kernel: str = "poly",
+    shared: Shared = compute_now,
+    limit: int | None = None,
+) -> Tensor:
     """MMD^2 between the normalized channel maps of student and teacher, mean over the batch.
 
     Args:
@@ -29,6 +39,8 @@ def nst_loss(student: Tensor, teacher: Tensor, kernel: str = "poly", shared: Sha
         kernel: ``linear`` x'y, ``poly`` (x'y)^2, or ``gaussian`` exp(-|x - y|^2 / (2 sigma^2)) with sigma^2 the mean
             squared distance of all pairs of one image, a constant for the gradient.
         shared: keeps what is the teacher's alone for other students and kernels.
+        limit: bytes for temporary tensors beside the gradient, as far as single images fit in; by default 8 MiB on
+            the CPU and 256 MiB elsewhere.
 
     Returns:
         A scalar >= 0, in float32 (float64 for float64 maps) whatever autocast says.
@@ -38,57 +50,45 @@ def nst_loss(student: Tensor, teacher: Tensor, kernel: str = "poly", shared: Sha
 
     Example:
         >>> maps = torch.rand(2, 8, 7, 7)
-        >>> float(nst_loss(maps, maps))
-        0.0
+        >>> bool(nst_loss(maps, maps) < 1e-6)
+        True
     """
     if kernel not in KERNELS:
         raise ValueError(f"nst: kernel must be one of {', '.join(KERNELS)}, not '{kernel}'")
+    check_maps(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
-        small, target = aligned(student, teacher, shared)
-        size = tuple(target.shape[2:])
-        s_BCN = unit(small.flatten(2))
-        t_BCN = shared(("unit", size), lambda: unit(target.flatten(2)))
-        if kernel == "linear":
-            return _linear(s_BCN, t_BCN).mean()
-        if kernel == "poly":
-            return _poly(s_BCN, t_BCN, size, shared).mean()
-        return _gaussian(s_BCN, t_BCN).mean()
+        size = common_size(student, teacher)
+        shared = partial(_named, shared, size)
+        small = student if tuple(student.shape[2:]) == size else pooled(full_precision(student), size)
+        target = shared("pooled", lambda: _pooled_teacher(teacher.detach(), size))
+        wanted = small.requires_grad and torch.is_grad_enabled()
+        with torch.no_grad():
+            value, gradient = mmd(small.detach().flatten(2), target.flatten(2), kernel, shared, wanted, limit)
+        return value if gradient is None else _WithGradient.apply(small, value, gradient.view_as(small))
 
 
-def positions_side_is_cheaper(student_channels: int, teacher_channels: int, positions: int) -> bool:
-    """Whether N x N Gram matrices take fewer operations than the C x C kernel matrices."""
-    s, t = student_channels, teacher_channels
-    return positions * (s + t) < s * s + t * t + s * t
+def _named(shared: Shared, size: tuple[int, int], name: Hashable, compute: Callable[[], Any]) -> Any:
+    return shared(("nst", name, size), compute)
 
 
-def _linear(s_BCN: Tensor, t_BCN: Tensor) -> Tensor:
-    return (s_BCN.mean(1) - t_BCN.mean(1)).square().sum(1)
+def _pooled_teacher(teacher: Tensor, size: tuple[int, int]) -> Tensor:
+    return teacher if tuple(teacher.shape[2:]) == size else pooled(full_precision(teacher), size)
 
 
-def _poly(s_BCN: Tensor, t_BCN: Tensor, size: tuple[int, ...], shared: Shared) -> Tensor:
-    if positions_side_is_cheaper(s_BCN.shape[1], t_BCN.shape[1], s_BCN.shape[2]):
-        gram_t = shared(("gram", size), lambda: t_BCN.mT @ t_BCN / t_BCN.shape[1])
-        return (s_BCN.mT @ s_BCN / s_BCN.shape[1] - gram_t).square().sum((1, 2))
-    term_t = shared(("poly", size), lambda: (t_BCN @ t_BCN.mT).square().mean((1, 2)))
-    term_s = (s_BCN @ s_BCN.mT).square().mean((1, 2))
-    return _not_negative(term_t + term_s - 2 * (s_BCN @ t_BCN.mT).square().mean((1, 2)))
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradient is known already."""
 
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = maps.dtype
+        return value.clone()
 
-def _gaussian(s_BCN: Tensor, t_BCN: Tensor) -> Tensor:
-    joint = torch.cat([s_BCN, t_BCN], 1)
-    gram = joint @ joint.mT
-    norms = gram.diagonal(dim1=1, dim2=2)
-    distance = (norms[:, :, None] + norms[:, None, :] - 2 * gram).clamp_min(0)
-    bandwidth = distance.detach().mean((1, 2), keepdim=True).clamp_min(1e-12)
-    kernel = torch.exp(-distance / (2 * bandwidth))
-    c = s_BCN.shape[1]
-    terms = kernel[:, :c, :c].mean((1, 2)) + kernel[:, c:, c:].mean((1, 2)) - 2 * kernel[:, :c, c:].mean((1, 2))
-    return _not_negative(terms)
-
-
-def _not_negative(value: Tensor) -> Tensor:
-    # rounding can leave -1e-8 where two sets are equal; the gradient there is right and stays
-    return value + (value.clamp_min(0) - value).detach()
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * outer).to(ctx.dtype), None, None
 
 
 class NST(nn.Module):
@@ -102,7 +102,7 @@ class NST(nn.Module):
         """Maps (B, C_S, H, W) and (B, C_T, H', W') to a scalar."""
         if not (self.center or self.relu):
             return nst_loss(student, teacher, self.kernel, shared)
-        key = ("nst", self.center, self.relu)
+        key = ("center", self.center, "relu", self.relu)
         prepared = shared(key, lambda: self._prepare(teacher.detach()))
         return nst_loss(self._prepare(student), prepared, self.kernel, lambda k, compute: shared((key, k), compute))
 

@@ -1,0 +1,311 @@
+"""MMD^2 between normalized channel maps, and its gradient, in the fewest products and in bounded memory.
+
+Value and gradient are computed together, a few images at a time, so that nothing of a map's size is kept but the
+gradient itself.  What makes it cheap:
+
+- For the kernel (x'y)^2 the sum over C x C kernel values equals a squared distance of two N x N Gram matrices over the
+  positions; the side with fewer operations is taken.
+- On the C x C side maps are not normalized: products of raw maps are scaled instead, and the derivative of the
+  normalization is folded into the C x C matrices, so that the gradient is a matrix times the raw maps.
+- Where maps are smaller than C x C matrices, it is the maps that are scaled.
+- What depends on the teacher alone is computed once for all students.
+
+Legend of the shape suffixes: B images of the batch, b of a chunk, S and T channels of student and teacher, N = H*W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from nst_det.transfer.tensors import EPS, Shared, full_precision
+
+KERNELS = ("linear", "poly", "gaussian")
+
+# Temporary tensors of one chunk stay below this many bytes, or belong to a single image.  On the CPU a chunk should
+# fit into the cache; on an accelerator the number of launches counts more.
+CPU_LIMIT = 8 * 2**20
+DEVICE_LIMIT = 256 * 2**20
+
+# sigma^2 lies in [0, 2] for unit vectors; below this all channels are one map and what is left is rounding
+SMALLEST_BANDWIDTH = 1e-3
+
+# rows of a symmetric matrix computed at a time: of the blocks left of the diagonal none is computed
+ROWS = 256
+
+
+def mmd(
+    student_BSN: Tensor,
+    teacher_BTN: Tensor,
+    kernel: str,
+    shared: Shared,
+    with_gradient: bool,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Batch mean of MMD^2 and, if wanted, its gradient with respect to the student's maps.
+
+    Args:
+        student_BSN: raw maps of any floating type; computed in float32 (float64 stays).
+        teacher_BTN: raw maps at the same positions.
+        kernel: one of ``KERNELS``.
+        shared: keeps the teacher's part.
+        with_gradient: whether the gradient is wanted.
+        limit: bytes for the temporary tensors of a chunk; by default what suits the device.
+
+    Returns:
+        A scalar >= 0, and the gradient or None.
+    """
+    s, (batch, t, n) = student_BSN.shape[1], teacher_BTN.shape
+    if limit is None:
+        limit = CPU_LIMIT if student_BSN.device.type == "cpu" else DEVICE_LIMIT
+    step, floats = _plan(kernel, s, t, n)
+    per_teacher = _teacher_side(step, teacher_BTN, shared, limit)
+    # fp16 can't hold a gradient that no loss scaler has scaled yet
+    keep = torch.float32 if student_BSN.dtype == torch.float16 else student_BSN.dtype
+    gradient = torch.empty_like(student_BSN, dtype=keep) if with_gradient else None
+    values = []
+    for part in _chunks(batch, floats * 4, limit):
+        s_bSN = full_precision(student_BSN[part])
+        out = None if gradient is None else gradient[part]
+        exact = out if out is None or out.dtype == s_bSN.dtype else torch.empty_like(s_bSN)
+        values.append(step(s_bSN, *(x[part] for x in per_teacher), exact, 1 / batch))
+        if out is not None and exact is not None and exact is not out:
+            out.copy_(exact)
+    # where both sets are equal, rounding can leave -1e-8 on the C x C side
+    return torch.cat(values).mean().clamp_min(0).to(s_bSN.dtype), gradient
+
+
+def positions_side_is_cheaper(student_channels: int, teacher_channels: int, positions: int) -> bool:
+    """Whether N x N Gram matrices take fewer operations than the C x C kernel matrices."""
+    s, t = student_channels, teacher_channels
+    return positions * (s + t) < s * s + t * t + s * t
+
+
+def _plan(kernel: str, s: int, t: int, n: int) -> tuple[Callable[..., Tensor], int]:
+    """The way to compute a chunk, and the floats of temporary tensors that an image takes."""
+    if kernel == "linear":
+        return _linear, s * n
+    if kernel == "poly":
+        if positions_side_is_cheaper(s, t, n):
+            return _poly_by_positions, 2 * s * n + 2 * n * n
+        return _poly_by_channels, 2 * s * (s + t)
+    if t <= n:
+        return _gaussian_by_scaled_products, 4 * s * (s + t)
+    return _gaussian_by_scaled_maps, 3 * (s + t) * n + s * (s + t) + min(ROWS, t) * t
+
+
+def _teacher_side(step: Callable[..., Tensor], maps_BTN: Tensor, shared: Shared, limit: int) -> tuple[Tensor, ...]:
+    """What ``step`` takes of the teacher, each of it computed once a batch."""
+
+    def once(name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        per_image = 4 * sum(x[0].numel() for x in inputs)
+        parts = _chunks(len(maps_BTN), per_image, limit)
+        return shared(name, lambda: torch.cat([compute(*(full_precision(x[part]) for x in inputs)) for part in parts]))
+
+    if step is _poly_by_positions:
+        return (once("gram", _gram_over_positions, maps_BTN),)
+    scale_BT = once("scale", _inverse_norm, maps_BTN)
+    if step is _poly_by_channels:
+        return maps_BTN, scale_BT, once("poly", _mean_square_product, maps_BTN, scale_BT)
+    mean_BN = once("mean", _mean_of_normalized, maps_BTN, scale_BT)
+    if step is _linear:
+        return (mean_BN,)
+    if step is _gaussian_by_scaled_products:
+        return maps_BTN, scale_BT, mean_BN, once("products", _products, maps_BTN, scale_BT)
+    return maps_BTN, scale_BT, mean_BN
+
+
+def _chunks(batch: int, bytes_per_image: int, limit: int) -> list[slice]:
+    count = max(1, limit // max(1, bytes_per_image))
+    return [slice(start, min(start + count, batch)) for start in range(0, batch, count)]
+
+
+def _inverse_norm(x_bCN: Tensor) -> Tensor:
+    return (torch.linalg.vector_norm(x_bCN, dim=2).square() + EPS).rsqrt()
+
+
+def _mean_of_normalized(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
+    return (scale_bC[:, None] @ x_bCN)[:, 0] / x_bCN.shape[1]
+
+
+def _gram_over_positions(x_bCN: Tensor) -> Tensor:
+    unit_bCN = x_bCN * _inverse_norm(x_bCN)[:, :, None]
+    return (unit_bCN.mT @ unit_bCN).div_(x_bCN.shape[1])
+
+
+def _products(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
+    return (x_bCN @ x_bCN.mT).mul_(scale_bC[:, :, None]).mul_(scale_bC[:, None])
+
+
+def _upper_rows(left_bCN: Tensor, right_bCN: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Blocks of rows of the symmetric ``left right'``, from the diagonal on, and their number of rows."""
+    for start in range(0, left_bCN.shape[1], ROWS):
+        rows_brN = left_bCN[:, start : start + ROWS]
+        yield rows_brN @ right_bCN[:, start:].mT, rows_brN.shape[1]
+
+
+def _mean_square_product(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
+    total, start = _wide(x_bCN.new_zeros(len(x_bCN))), 0
+    for block, rows in _upper_rows(x_bCN, x_bCN):
+        block.mul_(scale_bC[:, start : start + rows, None]).mul_(scale_bC[:, None, start:])
+        total = total + 2 * _sum_of_squares(block) - _sum_of_squares(block[:, :, :rows])
+        start += rows
+    return total / x_bCN.shape[1] ** 2
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    return _wide(torch.linalg.vector_norm(x, dim=(1, 2))).square()
+
+
+def _wide(x: Tensor) -> Tensor:
+    # the three terms nearly cancel, so their sums are kept in float64 where the device has it
+    return x if x.device.type == "mps" else x.double()
+
+
+def _linear(s_bSN: Tensor, mean_bN: Tensor, out: Tensor | None, scale: float) -> Tensor:
+    s = s_bSN.shape[1]
+    inverse_bS = _inverse_norm(s_bSN)
+    difference_b1N = torch.baddbmm(mean_bN[:, None], inverse_bS[:, None], s_bSN, beta=-1, alpha=1 / s)
+    if out is not None:
+        weight_bS = inverse_bS * (2 * scale / s)
+        radial_bS = (s_bSN @ difference_b1N.mT)[:, :, 0] * inverse_bS.square()
+        out.baddbmm_(weight_bS[:, :, None], difference_b1N, beta=0)
+        out.addcmul_(s_bSN, (weight_bS * radial_bS)[:, :, None], value=-1)
+    return difference_b1N.square().sum((1, 2))
+
+
+def _poly_by_positions(s_bSN: Tensor, gram_bNN: Tensor, out: Tensor | None, scale: float) -> Tensor:
+    s = s_bSN.shape[1]
+    inverse_bS = _inverse_norm(s_bSN)
+    unit_bSN = s_bSN * inverse_bS[:, :, None]
+    difference_bNN = torch.baddbmm(gram_bNN, unit_bSN.mT, unit_bSN, beta=-1, alpha=1 / s)
+    if out is not None:
+        out.baddbmm_(unit_bSN, difference_bNN, beta=0, alpha=4 * scale / s)
+        _through_normalization(out, unit_bSN, inverse_bS)
+    return torch.linalg.vector_norm(difference_bNN, dim=(1, 2)).square()
+
+
+def _through_normalization(out: Tensor, unit_bSN: Tensor, inverse_bS: Tensor) -> None:
+    """From the gradient at the normalized maps to the one at the raw maps, in place."""
+    radial_bS = (out * unit_bSN).sum(2)
+    out.addcmul_(unit_bSN, radial_bS[:, :, None], value=-1).mul_(inverse_bS[:, :, None])
+
+
+def _poly_by_channels(
+    s_bSN: Tensor, t_bTN: Tensor, scale_bT: Tensor, term_b: Tensor, out: Tensor | None, scale: float
+) -> Tensor:
+    s, t_bTN = s_bSN.shape[1], full_precision(t_bTN)
+    t = t_bTN.shape[1]
+    inverse_bS = _inverse_norm(s_bSN)
+    own_bSS = _products(s_bSN, inverse_bS)
+    cross_bST = (s_bSN @ t_bTN.mT).mul_(inverse_bS[:, :, None]).mul_(scale_bT[:, None])
+    rows_own = torch.linalg.vector_norm(own_bSS, dim=2).square()
+    rows_cross = torch.linalg.vector_norm(cross_bST, dim=2).square()
+    if out is not None:
+        weight_own, weight_cross = 4 * scale / s**2, -4 * scale / (s * t)
+        diagonal_bS = -(weight_own * rows_own + weight_cross * rows_cross)
+        own_bSS.mul_(weight_own)
+        cross_bST.mul_(weight_cross)
+        _pull_back(out, own_bSS, cross_bST, diagonal_bS, s_bSN, t_bTN, inverse_bS, scale_bT)
+    return term_b + _wide(rows_own).sum(1) / s**2 - _wide(rows_cross).sum(1) * 2 / (s * t)
+
+
+def _pull_back(
+    out: Tensor,
+    own_bSS: Tensor,
+    cross_bST: Tensor,
+    diagonal_bS: Tensor,
+    s_bSN: Tensor,
+    t_bTN: Tensor,
+    inverse_bS: Tensor,
+    scale_bT: Tensor,
+) -> None:
+    """``out = (own + diag) s + cross t`` for normalized maps, written for the raw ones; overwrites both matrices."""
+    own_bSS.diagonal(dim1=1, dim2=2).add_(diagonal_bS)
+    own_bSS.mul_(inverse_bS[:, :, None]).mul_(inverse_bS[:, None])
+    cross_bST.mul_(inverse_bS[:, :, None]).mul_(scale_bT[:, None])
+    out.baddbmm_(own_bSS, s_bSN, beta=0)
+    out.baddbmm_(cross_bST, t_bTN)
+
+
+def _bandwidth(mean_s_bN: Tensor, mean_t_bN: Tensor, norms_bS: Tensor, norms_bT: Tensor) -> Tensor:
+    """Mean squared distance over all pairs of the joint set, per image, from its mean alone."""
+    s, t = norms_bS.shape[1], norms_bT.shape[1]
+    mean_norm_b = (norms_bS.sum(1) + norms_bT.sum(1)) / (s + t)
+    mean_bN = (mean_s_bN * s + mean_t_bN * t) / (s + t)
+    return (2 * (mean_norm_b - mean_bN.square().sum(1))).clamp_min(SMALLEST_BANDWIDTH)
+
+
+def _squared_norms(inverse_bC: Tensor) -> Tensor:
+    # q / (q + eps), where inverse = 1 / sqrt(q + eps)
+    return 1 - EPS * inverse_bC.square()
+
+
+def _gaussian_by_scaled_products(
+    s_bSN: Tensor,
+    t_bTN: Tensor,
+    scale_bT: Tensor,
+    mean_bN: Tensor,
+    products_bTT: Tensor,
+    out: Tensor | None,
+    scale: float,
+) -> Tensor:
+    s, t_bTN = s_bSN.shape[1], full_precision(t_bTN)
+    t = t_bTN.shape[1]
+    inverse_bS = _inverse_norm(s_bSN)
+    norms_bS, norms_bT = _squared_norms(inverse_bS), _squared_norms(scale_bT)
+    variance_b11 = _bandwidth(_mean_of_normalized(s_bSN, inverse_bS), mean_bN, norms_bS, norms_bT)[:, None, None]
+
+    def kernel(products: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return torch.exp(((products - left[:, :, None] / 2).sub_(right[:, None] / 2)).div_(variance_b11))
+
+    products_own = _products(s_bSN, inverse_bS)
+    products_cross = (s_bSN @ t_bTN.mT).mul_(inverse_bS[:, :, None]).mul_(scale_bT[:, None])
+    own_bSS, cross_bST = kernel(products_own, norms_bS, norms_bS), kernel(products_cross, norms_bS, norms_bT)
+    rows_own, rows_cross = own_bSS.sum(2), cross_bST.sum(2)
+    if out is not None:
+        own_bSS.mul_(2 * scale / s**2 / variance_b11)
+        cross_bST.mul_(-2 * scale / (s * t) / variance_b11)
+        diagonal_bS = -own_bSS.sum(2) - cross_bST.sum(2)
+        radial_bS = (own_bSS * products_own).sum(2) + (cross_bST * products_cross).sum(2) + diagonal_bS * norms_bS
+        _pull_back(out, own_bSS, cross_bST, diagonal_bS - radial_bS, s_bSN, t_bTN, inverse_bS, scale_bT)
+    term_b = _wide(kernel(products_bTT, norms_bT, norms_bT)).mean((1, 2))
+    return term_b + _wide(rows_own).sum(1) / s**2 - _wide(rows_cross).sum(1) * 2 / (s * t)
+
+
+def _gaussian_by_scaled_maps(
+    s_bSN: Tensor, t_bTN: Tensor, scale_bT: Tensor, mean_bN: Tensor, out: Tensor | None, scale: float
+) -> Tensor:
+    s, n = s_bSN.shape[1:]
+    t = t_bTN.shape[1]
+    inverse_bS = _inverse_norm(s_bSN)
+    norms_bS, norms_bT = _squared_norms(inverse_bS), _squared_norms(scale_bT)
+    variance_b = _bandwidth(_mean_of_normalized(s_bSN, inverse_bS), mean_bN, norms_bS, norms_bT)
+    root_b11 = variance_b.rsqrt()[:, None, None]
+
+    def extended(x_bCN: Tensor, inverse_bC: Tensor, norms_bC: Tensor) -> tuple[Tensor, Tensor]:
+        # two more columns, so that one product gives -|x - y|^2 / (2 sigma^2) itself
+        half_bC1 = norms_bC[:, :, None] / (-2 * variance_b[:, None, None])
+        scaled_bCN = x_bCN * (inverse_bC[:, :, None] * root_b11)
+        ones = torch.ones_like(half_bC1)
+        return torch.cat([scaled_bCN, half_bC1, ones], 2), torch.cat([scaled_bCN, ones, half_bC1], 2)
+
+    left_s, right_s = extended(s_bSN, inverse_bS, norms_bS)
+    left_t, right_t = extended(full_precision(t_bTN), scale_bT, norms_bT)
+    own_bSS, cross_bST = (left_s @ right_s.mT).exp_(), (left_s @ right_t.mT).exp_()
+    rows_own, rows_cross = own_bSS.sum(2), cross_bST.sum(2)
+    if out is not None:
+        weight_own, weight_cross = 2 * scale / s**2, -2 * scale / (s * t)
+        scaled_bSN = left_s[:, :, :n]
+        out.baddbmm_(own_bSS, scaled_bSN, beta=0, alpha=weight_own)
+        out.baddbmm_(cross_bST, left_t[:, :, :n], alpha=weight_cross)
+        out.addcmul_(scaled_bSN, (weight_own * rows_own + weight_cross * rows_cross)[:, :, None], value=-1)
+        radial_bS = (out * scaled_bSN).sum(2) * variance_b[:, None]
+        out.addcmul_(scaled_bSN, radial_bS[:, :, None], value=-1).mul_(inverse_bS[:, :, None] * root_b11)
+    total_b = _wide(s_bSN.new_zeros(len(s_bSN)))
+    for block, rows in _upper_rows(left_t, right_t):
+        block.exp_()
+        total_b = total_b + 2 * _wide(block.sum((1, 2))) - _wide(block[:, :, :rows].sum((1, 2)))
+    return total_b / t**2 + _wide(rows_own).sum(1) / s**2 - _wide(rows_cross).sum(1) * 2 / (s * t)
