@@ -192,7 +192,8 @@ def _stage_config(stage: Stage, config: CfgNode, path: Path, forwarded: list[str
     resolved = stage.load(path, engine)
     resolved = merge_stage(resolved, _words(config[stage.prefix].OPTS), f"{source}: {stage.prefix}.OPTS")
     # in a tree of its own, so that an error names the key as it was typed
-    typed = CfgNode({stage.prefix: resolved})
+    typed = CfgNode()
+    typed[stage.prefix] = resolved.clone()
     typed.defrost()
     merge_overrides(typed, [f"{stage.prefix}.{word}" if at % 2 == 0 else word for at, word in enumerate(forwarded)])
     typed.freeze()

@@ -91,7 +91,9 @@ class View:
             )
             self._bar = Progress(*columns, console=console, refresh_per_second=4)
             self._bar.start()
-            self._tasks[""] = self._bar.add_task("[bold]runs", total=len(self._runs), note="")
+            self._tasks[""] = self._bar.add_task(
+                "[bold]runs", total=len(self._runs), completed=len(self._done), note=""
+            )
         elif self._done:
             log.info("%d of %d runs are done already", len(self._done), len(self._runs))
         return self
@@ -120,6 +122,7 @@ class View:
             self._seconds.setdefault(run.kind, []).append(seconds * total / (total - first) if first else seconds)
         if self._bar is not None:
             self._bar.remove_task(self._tasks.pop(run.name))
+            self._bar.update(self._tasks[""], completed=len(self._done))
         log.info("%s: done in %.0f s (%d of %d runs)", run.name, seconds, len(self._done), len(self._runs))
 
     def update(self, running: Sequence[Run]) -> None:

@@ -77,17 +77,25 @@ def resolve_engine(wanted: str, detect_file: Path, source: str) -> str:
 
 
 def _load_detect(file: Path, engine: str) -> CfgNode:
-    from nst_det.detect.config import load_detect_config
+    if engine == "torchvision":
+        from nst_det.detect.config import load_detect_config
 
-    assert engine == "torchvision"
-    return load_detect_config(file)
+        return load_detect_config(file)
+    from detectron2.config import get_cfg
+
+    from nst_det.detect.detectron2.config import add_config
+
+    defaults = get_cfg()
+    add_config(defaults)
+    return load_config(defaults, file)
 
 
 def _check_detect(config: CfgNode, engine: str) -> None:
-    from nst_det.detect.config import check_config
+    # Detectron2 takes all its own keys and values; what it can't use it says when it builds
+    if engine == "torchvision":
+        from nst_det.detect.config import check_config
 
-    assert engine == "torchvision"
-    check_config(config, "config")
+        check_config(config, "config")
 
 
 def check_hand_over(distill: CfgNode, detect: CfgNode, source: str) -> None:

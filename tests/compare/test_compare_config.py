@@ -21,7 +21,10 @@ def test_methods_become_canonical_and_ce_is_always_among_them(config_file):
 
 def test_keys_of_a_stage_are_handed_on(config_file):
     words = ["DISTILL.SOLVER.MAX_ITER", "9", "SEEDS", "[3]", "DETECT.SOLVER.BASE_LR", "1e-4"]
+    words += ["DISTILL.TEACHER.SOLVER.BASE_LR", "0.7", "DETECT.DATASETS.VOC.own_test.ROOT", "there"]
     comparison = load_comparison(config_file, overrides=words)
+    assert comparison.distill.TEACHER.SOLVER.BASE_LR == 0.7
+    assert comparison.detect.DATASETS.VOC.own_test.ROOT == "there"
     assert comparison.distill.SOLVER.MAX_ITER == 9
     assert comparison.detect.SOLVER.BASE_LR == 1e-4
     assert comparison.seeds == (3,)
@@ -74,3 +77,15 @@ def test_stage_files_are_relative_to_the_comparison_or_from_the_environment(conf
     change(config_file, DISTILL={"CONFIG": ""})
     with pytest.raises(UserError, match=r"DISTILL\.CONFIG names no file"):
         load_comparison(config_file)
+
+
+@pytest.mark.detectron2
+def test_on_the_detectron2_engine_all_its_keys_are_known(config_file):
+    pytest.importorskip("detectron2")
+    words = ["ENGINE", "detectron2", "DETECT.MODEL.RPN.NMS_THRESH", "0.6", "DETECT.MODEL.RESNETS.DEPTH", "34"]
+    comparison = load_comparison(config_file, overrides=words)
+    assert comparison.engine == "detectron2"
+    assert comparison.detect.MODEL.RESNETS.DEPTH == 34
+    assert comparison.detect.MODEL.TIMM.ARCH == "nst_resnet10_w32"
+    with pytest.raises(UserError, match=r"unknown key DETECT\.MODEL\.RESNET"):
+        load_comparison(config_file, overrides=["ENGINE", "detectron2", "DETECT.MODEL.RESNET.DEPTHS", "34"])
