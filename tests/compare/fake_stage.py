@@ -73,7 +73,7 @@ def detect(config):
 
 if __name__ == "__main__":
     if parent := os.environ.get("FAKE_PARENT_DIES"):
-        from nst_det.compare.child import end_with_parent
+        from nst_det.runtime.lifetime import end_with_parent
 
         end_with_parent(int(parent))
     config = yaml.safe_load(Path(sys.argv[3]).read_text())
