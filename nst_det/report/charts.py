@@ -109,15 +109,17 @@ def top1_scatter(results: Results) -> str | None:
         figure, axes = _new(WIDTH, 3.4)
         for row in rows:
             one = look[row.method]
-            seeds = [run for run in row.runs if run.top1 is not None]
-            if len(seeds) > 1:
-                xs = [run.top1 or 0.0 for run in seeds]
-                axes.plot(xs, [run.map for run in seeds], one.marker, color=one.color, ms=3.5, alpha=0.5, mew=0)
+            dots = [run for run in row.runs if run.top1 is not None]
+            if len(dots) > 1:
+                xs = [run.top1 or 0.0 for run in dots]
+                axes.plot(xs, [run.map for run in dots], one.marker, color=one.color, ms=3.5, alpha=0.5, mew=0)
             axes.plot([row.top1 or 0.0], [row.map], one.marker, color=one.color, ms=8, mec=SURFACE, mew=1)
         axes.margins(0.14)
         axes.set_xlabel("top-1 accuracy of the backbone (stage one)")
         axes.set_ylabel("mAP (11-point)")
-        _place_labels(figure, axes, [(row.top1 or 0.0, row.map, shorten(row.method)) for row in rows])
+        seeds = [(run.top1, run.map) for row in rows for run in row.runs if run.top1 is not None]
+        labels = [Label(row.top1 or 0.0, row.map, shorten(row.method), look[row.method].color) for row in rows]
+        _place_labels(figure, axes, labels, seeds)
         parts = [f"{row.method} {fraction(row.top1)} to {fraction(row.map)}" for row in rows]
         return to_svg(figure, "scatter", f"Scatter plot of top-1 accuracy against mAP: {', '.join(parts)}")
 
@@ -125,32 +127,61 @@ def top1_scatter(results: Results) -> str | None:
 # where a label may stand beside its point: offset in points, and the side that it is aligned at; the best first
 PLACES = (
     *((9, 0, "left"), (-9, 0, "right"), (0, 11, "center"), (0, -11, "center"), (9, 12, "left"), (9, -12, "left")),
-    *((-9, 12, "right"), (-9, -12, "right"), (12, 22, "left"), (12, -22, "left")),
+    *((-9, 12, "right"), (-9, -12, "right"), (12, 22, "left"), (12, -22, "left"), (-12, 22, "right")),
+    *((-12, -22, "right"), (16, 34, "left"), (16, -34, "left"), (-16, 34, "right"), (-16, -34, "right")),
+    *((20, 48, "left"), (20, -48, "left"), (-20, 48, "right"), (24, 62, "left"), (-24, 62, "right")),
 )
 
 
-def _place_labels(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Label points beside, above or below them, wherever the label covers no point and no other label."""
+@dataclass(frozen=True)
+class Label:
+    """A name for the point (x, y) of a chart."""
+
+    x: float
+    y: float
+    text: str
+    color: str
+
+
+def _place_labels(figure: Figure, axes: Axes, labels: Sequence[Label], others: Sequence[tuple[float, float]]) -> None:
+    """Label points beside, above or below them, where the label is near no other point and covers no label."""
+    from matplotlib.text import Text
+
     figure.draw_without_rendering()
+    # the layout stays as it was when the places were chosen
+    figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    pixels = [axes.transData.transform((x, y)) for x, y, _ in points]
+    pixels = [axes.transData.transform(point) for point in [*((label.x, label.y) for label in labels), *others]]
     frame = axes.get_window_extent(renderer)
     taken: list[Any] = []
-    for x, y, text in points:
+    for label in labels:
         best: tuple[int, Any, Any] | None = None
         for dx, dy, align in PLACES:
-            label = axes.annotate(
-                text, (x, y), (dx, dy), textcoords="offset points", ha=align, va="center", fontsize=8.5, color=INK
+            text = axes.annotate(
+                label.text,
+                (label.x, label.y),
+                (dx, dy),
+                textcoords="offset points",
+                ha=align,
+                va="center",
+                fontsize=8.5,
+                color=label.color,
+                arrowprops={"arrowstyle": "-", "lw": 0.7, "color": label.color} if abs(dy) > 20 else None,
             )
-            box = label.get_window_extent(renderer)
-            hits = sum(box.overlaps(other) for other in taken) + sum(bool(box.contains(*pixel)) for pixel in pixels)
+            text.update_positions(renderer)
+            # the words alone, without the line to the point
+            box = Text.get_window_extent(text, renderer)
+            near = box.padded(4)
+            hits = 3 * sum(box.overlaps(other) for other in taken) + sum(
+                bool(near.contains(*pixel)) for pixel in pixels
+            )
             hits += 2 * (box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1)
             if best is None or hits < best[0]:
                 if best is not None:
                     best[1].remove()
-                best = (hits, label, box)
+                best = (hits, text, box)
             else:
-                label.remove()
+                text.remove()
             if best[0] == 0:
                 break
         assert best is not None
@@ -207,10 +238,14 @@ def term_panel(terms: Mapping[str, Curve], name: str, method: str) -> str:
         return to_svg(figure, name, f"Loss terms of {method} over training steps: {', '.join(ends)}")
 
 
+# what a metric is called on the page
+TITLES = {"val/top1": "top-1 accuracy", "val/top5": "top-5 accuracy"}
+
+
 def panels(curves: Curves, look: Mapping[str, Look], prefix: str, log_scale: bool) -> list[str]:
     """A :func:`curve_panel` for each quantity."""
     return [
-        curve_panel(methods, look, f"{prefix}{index}", quantity, log_scale)
+        curve_panel(methods, look, f"{prefix}{index}", TITLES.get(quantity, quantity), log_scale)
         for index, (quantity, methods) in enumerate(curves.items())
     ]
 

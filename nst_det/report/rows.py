@@ -71,6 +71,7 @@ class Results:
     classes: tuple[str, ...]
     provenance: Any = field(default_factory=dict)
     settings: Any = field(default_factory=dict)
+    teacher: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -114,6 +115,7 @@ def read_results(tree: Mapping[str, Any], runs: Path, source: str = "results") -
         classes=tuple(str(name) for name in classes),
         provenance=tree.get("provenance") or {},
         settings=tree.get("settings") or {},
+        teacher=tree["teacher"] if isinstance(tree.get("teacher"), Mapping) else {},
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nst_det.errors import UserError
-from nst_det.report.rows import Results, Row
+from nst_det.report.rows import BASELINE, Results, Row
 from nst_det.report.truth import Truth, read_truth
 from nst_det.runtime.files import read_json
 
@@ -24,6 +24,8 @@ SCORE_THRESHOLD = 0.5
 IOU_THRESHOLD = 0.5
 IMAGES = 6
 LONGEST_SIDE = 400
+# panels beside the ground truth: the baseline, the leading row, the one after it
+FIRST_PANELS = 3
 FOUND, MISSED, FALSE, TRUE, DIFFICULT = "found", "missed", "false", "true", "difficult"
 
 
@@ -53,7 +55,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with the ground truth and a panel for each method."""
+    """One image with the ground truth, the panels to look at first, and those of the other rows."""
 
     image_id: str
     data: str  # data URI of a JPEG
@@ -62,6 +64,7 @@ class Sample:
     objects: int
     truth: Panel
     panels: tuple[Panel, ...]
+    more: tuple[Panel, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,22 @@ def choose_samples(results: Results, count: int = IMAGES) -> Samples:
     if leader.method not in by_row:
         return Samples(reason=f"{leader.method} has no detections.json")
     ranked = sorted(truth, key=lambda image: _badness(image, by_row[leader.method]))
+    first = _first_rows(results, by_row)
     samples: list[Sample] = []
     for image in ranked:
         if len(samples) == count:
             break
-        sample = _sample(image, by_row)
+        sample = _sample(image, by_row, first)
         if sample is not None:
             samples.append(sample)
     reason = "" if samples else "none of the test images can be read any more"
     return Samples(tuple(samples), leader.method, run.seed, len(truth), reason)
+
+
+def _first_rows(results: Results, by_row: Mapping[str, Detections]) -> list[str]:
+    """The baseline, then the transfer methods from the highest mAP down."""
+    best = sorted((row for row in results.rows if row.is_method), key=lambda row: -row.map)
+    return [name for name in (BASELINE, *(row.method for row in best)) if name in by_row][:FIRST_PANELS]
 
 
 def _badness(image: Truth, detections: Detections) -> tuple[int, int, str]:
@@ -169,7 +179,7 @@ def _iou(box: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.flo
     return inner / np.maximum(outer, 1e-9)
 
 
-def _sample(image: Truth, by_row: Mapping[str, Detections]) -> Sample | None:
+def _sample(image: Truth, by_row: Mapping[str, Detections], first: Sequence[str]) -> Sample | None:
     picture = _picture(image.path)
     if picture is None:
         return None
@@ -178,11 +188,22 @@ def _sample(image: Truth, by_row: Mapping[str, Detections]) -> Sample | None:
         _box(box, scale, label, DIFFICULT if hard else TRUE)
         for box, label, hard in zip(image.boxes, image.labels, image.difficult)
     ]
-    panels = tuple(
-        _panel(method, image, detections.get(image.image_id, ()), scale) for method, detections in by_row.items()
-    )
+    panels = {
+        method: _panel(method, image, detections.get(image.image_id, ()), scale)
+        for method, detections in by_row.items()
+    }
+    more = tuple(panel for method, panel in panels.items() if method not in first)
     objects = int(np.sum(~image.difficult))
-    return Sample(image.image_id, data, width, height, objects, Panel("ground truth", tuple(truth)), panels)
+    return Sample(
+        image.image_id,
+        data,
+        width,
+        height,
+        objects,
+        Panel("ground truth", tuple(truth)),
+        tuple(panels[method] for method in first),
+        more,
+    )
 
 
 def _panel(method: str, image: Truth, detections: Sequence[tuple[str, float, Any]], scale: float) -> Panel:

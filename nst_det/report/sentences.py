@@ -8,6 +8,8 @@ from nst_det.report.rows import BASELINE, BETTER, LOWER_MARK, NOISE, SINGLE, WOR
 from nst_det.report.tables import fraction, interval_text, signed
 
 QUESTION = "Which transfer method gives the better detector?"
+# more names than this would hide what a sentence says
+MOST_NAMES = 4
 # mAP in percent on PASCAL VOC 2007 test; Huang & Wang, "Like What You Like: Knowledge Distill via Neuron
 # Selectivity Transfer", table 4 (Faster R-CNN, Inception-BN student).  NST is the polynomial kernel.
 PAPER = {"ce": 75.6, "kd": 76.0, "fitnet": 76.6, "at": 76.5, "nst-poly": 76.8, "kd+nst-poly": 77.2}
@@ -42,12 +44,13 @@ def conclusion(results: Results) -> str:
         text = f"{seeds}, no transfer method can be told to beat ce (labels only)."
     else:
         text = f"{seeds}, no transfer method beats ce (labels only)."
-    if noise and better:
-        text += f" {_names(noise)} can't be told from ce: the difference lies within the noise."
-    elif noise:
-        text += f" The difference of {_names(noise)} lies within the noise."
+    if noise:
+        which = f"{len(noise)} of the {len(methods)} methods" if len(noise) > MOST_NAMES else _names(noise)
+        everyone = len(noise) == len(methods) > 1
+        text += " Every difference lies" if everyone else f" For {which}, the difference lies"
+        text += " within the noise."
     if worse:
-        text += f" {_names(worse)} {_verb(worse, 'is', 'are')} worse than ce."
+        text += f" Worse than ce: {_names(worse)}."
     return text
 
 
@@ -69,10 +72,10 @@ def caveats(results: Results) -> list[str]:
         )
     single = [row for row in results.rows if row.verdict == SINGLE]
     if single and len(results.seeds) > 1:
-        notes.append(f"{_names(single)} shares only one seed with ce: no spread to judge by.")
+        notes.append(f"Only one seed is shared with ce by {_names(single)}: no spread to judge by.")
     if len(results.seeds) == 2:
         notes.append("Two seeds give very wide intervals; three or more tell differences apart far better.")
-    if sum(row.is_method for row in results.rows) > 1:
+    if sum(row.is_method and row.interval is not None for row in results.rows) > 1:
         notes.append("Intervals compare a method with ce, not two methods with each other.")
     return notes
 

@@ -56,13 +56,14 @@ def test_worst_misses_come_first(comparison) -> None:
                         left.remove(index)
                         break
         missed[image_id] = len(left)
-    shown = [next(p for p in sample.panels if p.title == "fitnet").missed for sample in chosen.samples]
+    shown = [next(panel for panel in sample.panels if panel.title == "fitnet").missed for sample in chosen.samples]
     assert shown == sorted(missed.values(), reverse=True)[:6]
     assert [missed[sample.image_id] for sample in chosen.samples] == shown
     for sample in chosen.samples:
-        assert [panel.title for panel in sample.panels] == [row["method"] for row in tree["rows"]]
+        assert [panel.title for panel in sample.panels] == ["ce", "fitnet", "kd+nst-poly"]
+        assert [panel.title for panel in sample.more] == ["scratch", "kd", "at", "nst-poly"]
         assert len(sample.truth.boxes) == len(truth[sample.image_id].labels)
-        assert all(panel.found + panel.missed == sample.objects for panel in sample.panels)
+        assert all(panel.found + panel.missed == sample.objects for panel in sample.panels + sample.more)
         assert sample.data.startswith("data:image/jpeg;base64,/9j/")
 
 

@@ -40,7 +40,7 @@ for (const table of document.querySelectorAll("table[data-filter]")) {
 }
 let opened = [];
 addEventListener("beforeprint", () => {
-  opened = [...document.querySelectorAll("details:not([open])")];
+  opened = [...document.querySelectorAll("details:not([open], .more)")];
   for (const details of opened) details.open = true;
 });
 addEventListener("afterprint", () => {
