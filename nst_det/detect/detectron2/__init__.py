@@ -32,7 +32,6 @@ _HOMES = {
     "load_config": "config",
     "main": "main",
     "register_voc": "datasets",
-    "student_checkpointer": "library",
 }
 __all__ = list(_HOMES)
 

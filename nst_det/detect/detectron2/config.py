@@ -8,8 +8,9 @@ from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from fvcore.common.config import CfgNode as FvcoreNode
 
-from nst_det.data.voc import class_names
+from nst_det.data.voc import VocDataset, class_names
 from nst_det.detect.config import add_nst_det_config, resolve_classes, resolve_device, voc_roots
 from nst_det.detect.detectron2 import backbone, checkpoint, heads  # noqa: F401 (they fill Detectron2's registries)
 from nst_det.detect.detectron2.datasets import register_voc
@@ -23,6 +24,18 @@ log = logging.getLogger(__name__)
 def add_config(cfg: CfgNode) -> None:
     """Add this project's keys to Detectron2's ``get_cfg()``; backbones and heads are in the registries from then on."""
     add_nst_det_config(cfg)
+    _as_detectron2_nodes(cfg)
+
+
+def _as_detectron2_nodes(node: CfgNode) -> None:
+    # ``merge_from_file`` merges nodes of one class only, and the class adds nothing to the values
+    for key, value in list(node.items()):
+        if isinstance(value, FvcoreNode):
+            own = CfgNode(new_allowed=value.is_new_allowed())
+            for name, item in value.items():
+                own[name] = item
+            _as_detectron2_nodes(own)
+            node[key] = own
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
@@ -58,16 +71,22 @@ def register_datasets(cfg: CfgNode) -> None:
     for name in names:
         if name not in ours and name not in DatasetCatalog:
             raise UserError(f"DATASETS: no data set '{name}'; add DATASETS.VOC.{name} with ROOT and SPLIT")
-    roots = dict(zip(ours, voc_roots(cfg, ours, "DATASETS")))
     if not ours:
         return
-    classes = tuple(cfg.DATASETS.CLASSES)
-    if not classes:
-        sources = [name for name in cfg.DATASETS.TRAIN if name in ours] or ours
-        opened = [register_voc(name, str(roots[name][0]), roots[name][1]) for name in sources]
-        classes = class_names(name for data in opened for item in data.annotations() for name in item.names)
+    roots = dict(zip(ours, voc_roots(cfg, ours, "DATASETS")))
+    classes = data_classes(cfg)
     for name in ours:
         root, split = roots[name]
         register_voc(name, str(root), split, classes, cfg.DATASETS.USE_DIFFICULT)
         log.info("%s: %s of %s, classes %s", name, split, root, ", ".join(MetadataCatalog.get(name).thing_classes))
     resolve_classes(cfg, classes)
+
+
+def data_classes(cfg: CfgNode) -> tuple[str, ...]:
+    """The classes of a config's VOC data sets: ``DATASETS.CLASSES``, or those in the annotations it trains on."""
+    if cfg.DATASETS.CLASSES:
+        return tuple(cfg.DATASETS.CLASSES)
+    names = [name for name in cfg.DATASETS.TRAIN if name in cfg.DATASETS.VOC]
+    names = names or [name for name in cfg.DATASETS.TEST if name in cfg.DATASETS.VOC]
+    opened = [VocDataset(root, split) for root, split in voc_roots(cfg, names, "DATASETS")]
+    return class_names(name for data in opened for item in data.annotations() for name in item.names)

@@ -1,0 +1,112 @@
+"""Three lines for somebody's own Detectron2 project."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import nn
+
+from nst_det.detect import distilled
+from nst_det.detect.detectron2.teacher import build_teacher
+from nst_det.detect.distilled import DistilledDetector
+from nst_det.runtime.config import transfer_node
+from nst_det.runtime.seeds import seeded
+from nst_det.transfer import TransferLoss
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | str,
+    method: str = "nst-poly",
+    levels: Sequence[str] = ("p2", "p3", "p4", "p5"),
+    *,
+    teacher_weights: str = "",
+    weights: Mapping[str, float] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    warmup_iters: int = 0,
+    seed: int = 0,
+) -> DistilledDetector:
+    """Any Detectron2 detector, made to learn from a teacher detector while it trains.
+
+    The result trains, evaluates and is saved like ``student``: its losses get a ``loss_transfer_<term>`` a term, and
+    its state dict is the student's, by the student's names.  Give its ``parameters()`` to the optimizer, since some
+    terms have adapters; to keep these over a restart, add
+    ``checkpointer.add_checkpointable("adapters", model.transfer)``.
+
+    Args:
+        student: the detector that is trained, from ``build_model(cfg)``, ``instantiate(cfg.model)`` or anywhere.
+        teacher: a trained detector, or its config: a YAML, a Python LazyConfig, or a name in Detectron2's model zoo.
+        method: a method's word, such as ``nst-poly``, ``at+nst-poly`` or ``nst-poly:20``.
+        levels: what is compared: names that the backbones give, ``student:teacher`` where they differ.
+        teacher_weights: the teacher's checkpoint if ``teacher`` is a config; "" takes those that it names.
+        weights: term to weight, where the word has none.
+        options: term to its options.
+        warmup_iters: the weights rise linearly from 0 over that many steps.
+        seed: of the adapters.
+
+    Raises:
+        UserError: no such teacher, weights that don't fit it, or a method that these two can't be compared by.
+
+    Example:
+        >>> class Trainer(DefaultTrainer):                                      # doctest: +SKIP
+        ...     @classmethod
+        ...     def build_model(cls, cfg):
+        ...         return distill(super().build_model(cfg), "teacher.yaml", "nst-poly")
+    """
+    node = transfer_node()
+    node.METHOD, node.LEVELS, node.WARMUP_ITERS = method, list(levels), warmup_iters
+    for name, values in (("WEIGHTS", weights), ("OPTIONS", options)):
+        for term, value in (values or {}).items():
+            node[name][term] = dict(value) if isinstance(value, Mapping) else value
+    if isinstance(teacher, str):
+        teacher = build_teacher(teacher, teacher_weights, str(_device(student)), levels=node.LEVELS)
+    return _wrap(student, teacher, node, seed)
+
+
+def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
+    """The same from the ``TRANSFER`` node of a config; the student itself where ``METHOD`` is ``ce``.
+
+    Raises:
+        UserError: see :func:`distill`.
+    """
+    node = cfg.TRANSFER
+    if not distilled.wants_teacher(node):
+        return student
+    teacher = build_teacher(node.TEACHER.CONFIG_FILE, node.TEACHER.WEIGHTS, str(_device(student)), levels=_levels(node))
+    return _wrap(student, teacher, node, max(cfg.SEED, 0))
+
+
+def _levels(node: CfgNode) -> list[str]:
+    return [*node.LEVELS, *(level for levels in node.TERM_LEVELS.values() for level in levels)]
+
+
+def _wrap(student: nn.Module, teacher: nn.Module, node: CfgNode, seed: int) -> DistilledDetector:
+    with seeded(seed, "adapters"):
+        model = distilled.distill(student, teacher, node)
+    model.to(_device(student))
+    model.register_forward_pre_hook(_follow_iteration)
+    return model
+
+
+def _follow_iteration(model: nn.Module, _: Any) -> None:
+    # a run that goes on doesn't warm up again, whoever's trainer it is
+    if model.training and has_event_storage():
+        model.iteration = get_event_storage().iter  # type: ignore[assignment]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """The student in a :class:`DistilledDetector`; any other model itself."""
+    return model.student if isinstance(model, DistilledDetector) else model
+
+
+def transfer_of(model: nn.Module) -> TransferLoss | None:
+    """The transfer terms of a :class:`DistilledDetector`; None for any other model."""
+    return model.transfer if isinstance(model, DistilledDetector) else None

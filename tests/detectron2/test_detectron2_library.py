@@ -1,0 +1,169 @@
+"""NST in somebody's own Detectron2 project: their model, their trainer class, their LazyConfig."""
+
+import pytest
+import torch
+
+pytest.importorskip(
+    "detectron2",
+    reason="Detectron2 is not installed: https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
+)
+pytestmark = pytest.mark.detectron2
+
+from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
+from detectron2.config import LazyCall, get_cfg, instantiate  # noqa: E402
+from detectron2.engine import DefaultTrainer, SimpleTrainer  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+from detectron2.utils.events import EventStorage  # noqa: E402
+
+from nst_det.backbones import forward_outputs  # noqa: E402, F401
+from nst_det.detect.detectron2 import build_teacher, distill  # noqa: E402
+from nst_det.detect.detectron2.config import load_config, register_datasets  # noqa: E402
+from nst_det.detect.detectron2.loader import build_train_loader  # noqa: E402
+from nst_det.errors import UserError  # noqa: E402
+from nst_det.transfer import nst_loss  # noqa: E402
+
+
+@pytest.fixture
+def cfg(tiny_yaml, tmp_path):
+    cfg = load_config(tiny_yaml, ["OUTPUT_DIR", str(tmp_path / "out")])
+    register_datasets(cfg)
+    return cfg
+
+
+def first_batch(cfg):
+    return next(iter(build_train_loader(cfg)))
+
+
+def test_the_added_loss_is_nst_on_the_fpn_maps(cfg, tiny_teacher):
+    torch.manual_seed(0)
+    student = build_model(cfg)
+    teacher = build_teacher(*map(str, tiny_teacher), device="cpu")
+    model = distill(student, teacher, "nst-poly:3", ["p2", "p4"]).train()
+    batch = first_batch(cfg)
+    with EventStorage():
+        torch.manual_seed(1)
+        losses = model(batch)
+        torch.manual_seed(1)
+        alone = student(batch)
+    assert set(losses) - set(alone) == {"loss_transfer_nst-poly"}
+    # the student is in training mode, so batch normalization gave the same maps in both calls
+    for name, value in alone.items():
+        torch.testing.assert_close(losses[name], value)
+    with torch.no_grad():
+        images = student.preprocess_image(batch).tensor
+        mine, theirs = student.backbone(images), teacher.backbone(images)
+        wanted = 3 * sum(nst_loss(mine[level], theirs[level]) for level in ("p2", "p4"))
+    torch.testing.assert_close(losses["loss_transfer_nst-poly"], wanted, rtol=1e-4, atol=1e-7)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert model.state_dict().keys() == student.state_dict().keys()
+
+
+def test_somebodys_trainer_saves_the_student_alone(cfg, tiny_teacher):
+    class Trainer(DefaultTrainer):
+        @classmethod
+        def build_model(cls, cfg):
+            return distill(super().build_model(cfg), str(tiny_teacher[0]), teacher_weights=str(tiny_teacher[1]))
+
+    cfg.defrost()
+    cfg.TEST.EVAL_PERIOD, cfg.DATASETS.TEST, cfg.SOLVER.MAX_ITER = 0, (), 2
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert trainer.storage.history("loss_transfer_nst-poly").latest() > 0
+    plain = build_model(cfg)
+    seen = []
+    checkpointer = DetectionCheckpointer(plain)
+    checkpointer._log_incompatible_keys = seen.append
+    checkpointer.load(f"{cfg.OUTPUT_DIR}/model_final.pth")
+    assert (seen[0].missing_keys, seen[0].unexpected_keys) == ([], [])
+    trained = trainer.model.student.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in plain.state_dict().items())
+
+
+def test_a_lazy_config_builds_it_and_simple_trainer_trains_it(cfg, tiny_teacher):
+    lazy = LazyCall(distill)(
+        student=LazyCall(build_model)(cfg=cfg),
+        teacher=str(tiny_teacher[0]),
+        teacher_weights=str(tiny_teacher[1]),
+        method="at+nst-poly",
+        levels=["p3", "res4"],
+    )
+    model = instantiate(lazy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    trainer = SimpleTrainer(model, build_train_loader(cfg), optimizer)
+    before = {name: value.clone() for name, value in model.student.state_dict().items()}
+    trainer.train(0, 1)
+    moved = {name for name, value in model.student.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"backbone.bottom_up.model.conv1.weight", "backbone.fpn_output3.weight"} <= moved
+
+
+def test_levels_below_an_fpn_and_a_teacher_backbone_file(cfg):
+    config = cfg.clone()
+    config.defrost()
+    config.MODEL.TIMM.ARCH, config.OUTPUT_DIR = "resnet18", "unused"
+    text = config.dump()
+    path = f"{cfg.OUTPUT_DIR}.yaml"
+    with open(path, "w") as file:
+        file.write(text)
+    model = distill(build_model(cfg), path, "nst-poly", ["res3", "res4"], teacher_weights="backbone://r18").train()
+    with EventStorage():
+        assert float(model(first_batch(cfg))["loss_transfer_nst-poly"].detach()) > 0
+    with pytest.raises(UserError, match="'p3' would be random"):
+        distill(build_model(cfg), path, "nst-poly", ["p3"], teacher_weights="backbone://r18")
+
+
+def test_warm_up_follows_the_iteration_of_the_storage(cfg, tiny_teacher):
+    student = build_model(cfg)
+    model = distill(
+        student, str(tiny_teacher[0]), "nst-poly", ["p3"], teacher_weights=str(tiny_teacher[1]), warmup_iters=4
+    ).train()
+    batch = first_batch(cfg)
+    values = []
+    for iteration in (0, 1, 3, 9):
+        with EventStorage(iteration), torch.no_grad():
+            values.append(float(model(batch)["loss_transfer_nst-poly"]))
+    full = values[-1]
+    assert values == pytest.approx([full / 4, full / 2, full, full], rel=1e-3)
+
+
+def test_any_detectron2_config_teaches(cfg, tmp_path):
+    # a config of Detectron2's own, its ResNet, BGR pixels and all; the weights are random but saved
+    own = get_cfg()
+    own.MODEL.DEVICE, own.MODEL.RESNETS.DEPTH, own.MODEL.RESNETS.RES2_OUT_CHANNELS = "cpu", 18, 64
+    own.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    own.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    own.MODEL.FPN.IN_FEATURES, own.MODEL.FPN.OUT_CHANNELS = ["res2", "res3", "res4", "res5"], 32
+    own.MODEL.RPN.IN_FEATURES = own.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    own.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256]]
+    own.MODEL.ROI_HEADS.NAME, own.MODEL.ROI_BOX_HEAD.NAME = "StandardROIHeads", "FastRCNNConvFCHead"
+    own.MODEL.ROI_BOX_HEAD.NUM_FC, own.MODEL.ROI_BOX_HEAD.FC_DIM = 1, 16
+    (tmp_path / "own.yaml").write_text(own.dump())
+    torch.save({"model": build_model(own).state_dict()}, tmp_path / "own.pth")
+    student = build_model(cfg)
+    model = distill(student, str(tmp_path / "own.yaml"), teacher_weights=str(tmp_path / "own.pth")).train()
+    batch = first_batch(cfg)
+    with EventStorage(), torch.no_grad():
+        got = model(batch)["loss_transfer_nst-poly"]
+        # the teacher sees what its own preprocessing would give it: BGR, its mean, std 1
+        theirs = [{"image": item["image"].flip(0)} for item in batch]
+        pixels = model.teacher.preprocess_image(theirs).tensor
+        student_maps = student.backbone(student.preprocess_image(batch).tensor)
+        wanted = 50 * sum(
+            nst_loss(student_maps[level], model.teacher.backbone(pixels)[level]) for level in ("p2", "p3", "p4", "p5")
+        )
+    weight = model.transfer.weights["nst-poly"]
+    torch.testing.assert_close(got, wanted / 50 * weight, rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_wrong_with_a_teacher_is_said(cfg, tiny_teacher, tmp_path):
+    student = build_model(cfg)
+    with pytest.raises(UserError, match="no such config file"):
+        distill(student, "nowhere.yaml")
+    with pytest.raises(UserError, match="a random teacher"):
+        distill(student, str(tiny_teacher[0]))
+    with pytest.raises(UserError, match="the student has no level 'p9'"):
+        distill(student, str(tiny_teacher[0]), levels=["p9"], teacher_weights=str(tiny_teacher[1]))
+    part = {key: value for key, value in torch.load(tiny_teacher[1])["model"].items() if "fpn_" not in key}
+    torch.save({"model": part}, tmp_path / "part.pth")
+    with pytest.raises(UserError, match="entries that this detector needs"):
+        distill(student, str(tiny_teacher[0]), teacher_weights=str(tmp_path / "part.pth"))
