@@ -18,8 +18,6 @@ log = logging.getLogger(__name__)
 
 BINS = 60
 ACCURACIES = ("top1", "top5", "val_top1", "val_top5", "map", "map_area", "accuracy")
-# how fast and how the optimizer went: not what was learned
-NOT_CURVES = ("step", "epoch", "lr", "learning_rate", "time", "data_time", "eta", "seconds", "memory", "grad_norm")
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,8 @@ def _points(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _is_curve(name: str) -> bool:
-    last = name.rsplit("/", 1)[-1]
-    return last not in NOT_CURVES and not last.endswith(("_seconds", "_time", "_lr"))
+    """Losses and accuracies; learning rates, times and the like say nothing about what was learned."""
+    return "loss" in name or _is_accuracy(name)
 
 
 def merge_seeds(seeds: Sequence[Sequence[tuple[int, float]]], bins: int = BINS) -> Curve:

@@ -129,7 +129,7 @@ def write_metrics(
     for step in range(STEPS):
         falling = floor + (1 - floor) * math.exp(-step / 40)
         line: dict[str, Any] = {name: start * falling * draw.uniform(0.8, 1.2) for name, start in terms.items()}
-        lines.append(json.dumps({"step": step, **line, "lr": 0.01}))
+        lines.append(json.dumps({"step": step, **line, "lr": 0.01, "data_time": 0.1}))
         if top1 is not None and (step + 1) % 25 == 0:
             now = top1 * (1 - 0.6 * math.exp(-step / 50))
             lines.append(json.dumps({"step": step, "val/top1": now, "val/top5": min(1.0, now + 0.1)}))
