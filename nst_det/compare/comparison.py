@@ -52,7 +52,7 @@ def compare(comparison: Comparison, jobs: int = 0, command: Command | None = Non
             if run.name in configs:
                 write_text(run.config_path(folder), configs[run.name].dump())
         steps = {run.kind: total_steps(run.kind, configs[run.name]) for run in runs if run.name in configs}
-        with View(runs, steps, machine.jobs, machine.weight) as view:
+        with View(runs, steps, lambda run: machine.weight(run) / machine.room(run)) as view:
             Runner(runs, folder, machine, view, command).run_all()
         results = build_results(comparison, runs)
         write_report(results, folder)

@@ -108,7 +108,8 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     methods = _methods(config.METHODS, str(file))
     seeds = _seeds(config.SEEDS, str(file))
     rows = _rows(config.ROWS, str(file))
-    folder = Path(output or config.OUTPUT_DIR or Path("output") / config.NAME).expanduser().resolve()
+    _check_name(config.NAME, str(file))
+    folder = Path(expand_path(str(output or config.OUTPUT_DIR or f"output/{config.NAME}"), "OUTPUT_DIR")).resolve()
     files = {stage.prefix: _stage_file(stage, config, Path(file), own) for stage in STAGES}
     engine = resolve_engine(config.ENGINE, files[DETECT.prefix], str(file))
     distill, detect = (
@@ -211,6 +212,15 @@ def _prefixed(stage: Stage, config: CfgNode) -> dict[str, Any]:
         for key, value in plain(flat(config)).items()
         if key not in FREE_KEYS and key not in stage.run_keys
     }
+
+
+def _check_name(name: str, source: str) -> None:
+    from nst_det.backbones.registry import check_name
+
+    try:
+        check_name(name)
+    except UserError as error:
+        raise UserError(f"{source}: NAME: {error}") from error
 
 
 def _methods(words: Sequence[Any], source: str) -> tuple[str, ...]:

@@ -61,18 +61,16 @@ class View:
     Args:
         runs: the whole plan.
         total_steps: steps of a run of a kind, 0 where not known.
-        capacity: how many one-thread runs fit side by side.
-        weight: how much of the capacity a run takes.
+        share: the part of the machine that a run takes, 0..1.
     """
 
     def __init__(
         self,
         runs: Sequence[Run],
         total_steps: Mapping[str, int],
-        capacity: int = 1,
-        weight: Callable[[Run], int] = lambda run: 1,
+        share: Callable[[Run], float] = lambda run: 1.0,
     ) -> None:
-        self._runs, self._total, self._capacity, self._weight = list(runs), dict(total_steps), capacity, weight
+        self._runs, self._total, self._share = list(runs), dict(total_steps), share
         self._done = {run.name for run in runs if run.done}
         self._begin: dict[str, tuple[float, int]] = {}
         self._seconds: dict[str, list[float]] = {}
@@ -159,8 +157,8 @@ class View:
             if run.name in left:
                 if run.kind not in guesses:
                     return None
-                work += left[run.name] * guesses[run.kind] * self._weight(run)
-        return work / max(1, self._capacity)
+                work += left[run.name] * guesses[run.kind] * self._share(run)
+        return work
 
 
 def _note(metrics: Mapping[str, Any]) -> str:

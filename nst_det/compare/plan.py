@@ -46,6 +46,7 @@ class Run:
         threads: CPU threads of the process.
         row: the row of the table it belongs to, or None.
         seed: its seed, or None.
+        wants_gpu: whether it computes on a GPU where there is one.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Run:
     threads: int = 1
     row: str | None = None
     seed: int | None = None
+    wants_gpu: bool = False
 
     @property
     def word(self) -> str:
@@ -161,6 +163,7 @@ def _teacher_run(comparison: Comparison, needs: tuple[str, ...]) -> Run:
         settings={**_distill_settings(comparison), "OUTPUT_DIR": str(comparison.folder / "teacher"), "METHODS": []},
         folders=(teacher_folder(comparison),),
         threads=comparison.threads,
+        wants_gpu=True,
     )
 
 
@@ -181,6 +184,7 @@ def _students_run(comparison: Comparison, seed: int, needs: tuple[str, ...]) -> 
         folders=folders,
         threads=comparison.threads,
         seed=seed,
+        wants_gpu=True,
     )
 
 
@@ -206,6 +210,7 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
         folders=(folder,),
         row=row,
         seed=seed,
+        wants_gpu=comparison.detect.MODEL.DEVICE.startswith("cuda"),
     )
 
 

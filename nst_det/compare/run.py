@@ -48,24 +48,39 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Machine:
-    """What runs may use: ``jobs`` processes at a time, CPU cores, and GPUs (as CUDA_VISIBLE_DEVICES names them)."""
+    """What runs may use: CPU cores, and GPUs (as CUDA_VISIBLE_DEVICES names them) with room for ``gpu_jobs`` runs.
+
+    Attributes:
+        jobs: one-thread runs side by side on the CPU.
+        gpus: empty where there is none; then all runs are the CPU's.
+        gpu_jobs: runs side by side on all GPUs together.
+    """
 
     jobs: int
     gpus: tuple[str, ...] = ()
+    gpu_jobs: int = 0
+
+    def on_gpu(self, run: Run) -> bool:
+        """Whether a run gets a GPU."""
+        return run.wants_gpu and bool(self.gpus)
+
+    def room(self, run: Run) -> int:
+        """The room on the device of a run."""
+        return self.gpu_jobs if self.on_gpu(run) else self.jobs
 
     def weight(self, run: Run) -> int:
-        """How many of the jobs a run counts for: on a CPU one for each of its threads."""
-        return 1 if self.gpus else max(1, min(run.threads, self.jobs))
+        """How much of that room a run takes: on a CPU one for each of its threads."""
+        return 1 if self.on_gpu(run) else max(1, min(run.threads, self.jobs))
 
 
 def this_machine(jobs: int = 0) -> Machine:
-    """This machine; ``jobs`` 0 takes one run a GPU, or where there is none, one thread a core."""
+    """This machine; ``jobs`` 0 takes one run a GPU, and one thread a core."""
     import torch
 
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     count = torch.cuda.device_count()
     gpus = tuple(named[:count]) if named else tuple(str(index) for index in range(count))
-    return Machine(jobs or len(gpus) or core_count(), gpus)
+    return Machine(jobs or core_count(), gpus, jobs or len(gpus))
 
 
 def stage_command(run: Run, folder: Path) -> list[str]:
@@ -124,18 +139,22 @@ class Runner:
             self._stop_all()
 
     def _start_what_fits(self, waiting: list[Run], done: set[str]) -> None:
-        used = sum(self._machine.weight(process.run) for process in self._processes)
+        machine = self._machine
+        used = {True: 0, False: 0}
+        for process in self._processes:
+            used[machine.on_gpu(process.run)] += machine.weight(process.run)
         for run in [run for run in waiting if done.issuperset(run.needs)]:
-            used += self._machine.weight(run)
-            if used > self._machine.jobs:
-                return
-            waiting.remove(run)
-            self._start(run)
+            device = machine.on_gpu(run)
+            # also where it does not fit, so that no later run slips in before it
+            used[device] += machine.weight(run)
+            if used[device] <= machine.room(run):
+                waiting.remove(run)
+                self._start(run)
 
     def _start(self, run: Run) -> None:
         path = self._folder / "logs" / f"{run.name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        gpu = self._free_gpu()
+        gpu = self._free_gpu() if self._machine.on_gpu(run) else None
         command = self._command(run, self._folder)
         file = open(path, "ab")  # noqa: SIM115 (closed when the process is collected)
         offset = file.tell()
@@ -145,16 +164,14 @@ class Runner:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=_environment(run, gpu),
+            env=_environment(run, gpu, bool(self._machine.gpus)),
             start_new_session=True,
         )
         self._processes.append(_Process(run, popen, path, offset, gpu, file))
         self._view.started(run)
 
-    def _free_gpu(self) -> str | None:
+    def _free_gpu(self) -> str:
         """The GPU with the fewest runs on it."""
-        if not self._machine.gpus:
-            return None
         busy = [process.gpu for process in self._processes]
         return min(self._machine.gpus, key=busy.count)
 
@@ -190,12 +207,12 @@ class Runner:
         self._processes.clear()
 
 
-def _environment(run: Run, gpu: str | None) -> dict[str, str]:
+def _environment(run: Run, gpu: str | None, has_gpus: bool) -> dict[str, str]:
     extra = {"PYTHONUNBUFFERED": "1"}
     if gpu is None:
         extra |= dict.fromkeys(THREAD_VARIABLES, str(run.threads))
-    else:
-        extra["CUDA_VISIBLE_DEVICES"] = gpu
+    if has_gpus:
+        extra["CUDA_VISIBLE_DEVICES"] = gpu or ""
     return {**os.environ, **extra}
 
 

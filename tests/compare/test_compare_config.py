@@ -51,6 +51,7 @@ def test_opts_come_below_the_command_line(config_file):
         (["SEEDS", "[]"], "SEEDS must be a list of whole numbers"),
         (["ROWS", "['stock']"], "ROWS: unknown row 'stock'"),
         (["ENGINE", "mmdet"], "ENGINE 'mmdet' is not one of"),
+        (["NAME", "../up"], "NAME: '../up' can't name a backbone"),
         (["JOBS", "-1"], "JOBS and THREADS can't be negative"),
         (["SEEDS"], "'SEEDS' has no value"),
         (["DISTILL.CONFIG", "none.yaml"], "none.yaml: no such config file"),

@@ -124,44 +124,52 @@ def test_a_run_without_its_result_is_a_failure(tmp_path):
             Runner([run], tmp_path, Machine(1), view, lambda *_: killed).run_all()
 
 
-def test_order_room_and_gpus(tmp_path):
-    """A run that needs all cores is not overtaken; with GPUs each run gets the one with the fewest runs."""
-    note = "import os,sys,time; open(sys.argv[1],'w').write(os.environ.get('CUDA_VISIBLE_DEVICES','')); time.sleep(.2)"
+class Log(View):
+    """Notes what starts (a) and ends (A)."""
 
-    def runs(name):
-        out = [tmp_path / name / letter for letter in "abcd"]
-        (tmp_path / name).mkdir()
-        needs = [(), ("a",), (), ()]
-        return [
-            Run(path.name, "detector", need, (path,), {}, threads=2 if path.name == "b" else 1)
-            for path, need in zip(out, needs)
-        ]
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.events = []
 
-    class Log(View):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.events = []
+    def started(self, run):
+        super().started(run)
+        self.events.append(run.name)
 
-        def started(self, run):
-            super().started(run)
-            self.events.append(run.name)
+    def finished(self, run):
+        super().finished(run)
+        self.events.append(run.name.upper())
 
-        def finished(self, run):
-            super().finished(run)
-            self.events.append(run.name.upper())
 
-    def events(name, machine):
-        plan = runs(name)
-        with Log(plan, {}) as view:
-            Runner(
-                plan, tmp_path, machine, view, lambda run, _: [sys.executable, "-c", note, str(run.results[0])]
-            ).run_all()
-        return view.events
+def events_of(folder, machine, runs):
+    """What happens when runs ``name -> (threads, needs, wants_gpu)`` go; each notes the GPU that it sees."""
+    note = "import os,sys,time; open(sys.argv[1],'w').write(os.environ.get('CUDA_VISIBLE_DEVICES','-')); time.sleep(.2)"
+    plan = [
+        Run(name, "detector", needs, (folder / name,), {}, threads=threads, wants_gpu=gpu)
+        for name, (threads, needs, gpu) in runs.items()
+    ]
+    with Log(plan, {}) as view:
+        command = [sys.executable, "-c", note]
+        Runner(plan, folder, machine, view, lambda run, _: [*command, str(run.results[0])]).run_all()
+    return view.events
 
-    # b needs both cores: it waits for c, and d does not slip in before it
-    assert events("cpu", Machine(2))[:4] in (["a", "c", "A", "C"], ["a", "c", "C", "A"], ["a", "c", "C", "d"])
-    events("gpu", Machine(2, ("3", "5")))
-    assert {(tmp_path / "gpu" / name).read_text() for name in "ac"} == {"3", "5"}
+
+def test_a_run_that_waits_for_room_is_not_overtaken(tmp_path):
+    runs = {"a": (1, (), False), "b": (2, (), False), "c": (1, (), False)}
+    assert events_of(tmp_path, Machine(2), runs) == ["a", "A", "b", "B", "c", "C"]
+
+
+def test_a_run_that_waits_for_another_lets_others_go(tmp_path):
+    runs = {"a": (1, (), False), "b": (2, ("a",), False), "c": (1, (), False)}
+    assert events_of(tmp_path, Machine(2), runs)[:2] == ["a", "c"]
+
+
+def test_each_gpu_run_gets_the_gpu_with_the_fewest_and_the_cpus_run_beside_them(tmp_path):
+    runs = {"a": (8, (), True), "b": (8, (), True), "c": (8, (), True), "d": (1, (), False)}
+    events = events_of(tmp_path, Machine(1, ("3", "5"), 2), runs)
+    assert events[:3] == ["a", "b", "d"]
+    assert {(tmp_path / name).read_text() for name in "ab"} == {"3", "5"}
+    assert (tmp_path / "c").read_text() in ("3", "5")
+    assert (tmp_path / "d").read_text() == ""
 
 
 def test_a_second_comparison_on_one_folder_is_refused(start, comparison, fake_command, monkeypatch):

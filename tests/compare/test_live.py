@@ -51,7 +51,7 @@ def clock(monkeypatch):
 def test_the_time_left_by_hand(tmp_path, clock):
     teacher = make_run(tmp_path, "teacher", "teacher", threads=2)
     detectors = [make_run(tmp_path, name) for name in "abc"]
-    with View([teacher, *detectors], {"teacher": 10, "detector": 20}, 2, lambda run: run.threads) as view:
+    with View([teacher, *detectors], {"teacher": 10, "detector": 20}, lambda run: run.threads / 2) as view:
         view.started(teacher)
         assert view._eta([teacher], {"teacher": 0}) is None  # no run of the kind detector was seen yet
         clock[0] += 30
