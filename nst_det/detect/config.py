@@ -47,24 +47,33 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     DATALOADER.CACHE_IMAGES_MB            decoded images are kept in memory if all of a set fit in this many MB
     ====================================  ==========================================================================
     """
+    # a config of Detectron2 merges files only into nodes of its own class
+    kind = type(cfg)
     cfg.ENGINE = "auto"
-    cfg.TRANSFER = transfer_node()
+    cfg.TRANSFER = _as_kind(transfer_node(), kind)
     cfg.TRANSFER.METHOD = "ce"
-    cfg.TRANSFER.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": ""})
-    cfg.MODEL.TIMM = CfgNode()
+    cfg.TRANSFER.TEACHER = kind({"CONFIG_FILE": "", "WEIGHTS": ""})
+    cfg.MODEL.TIMM = kind()
     cfg.MODEL.TIMM.ARCH = "resnet18"
     cfg.MODEL.TIMM.PRETRAINED = False
     cfg.MODEL.TIMM.NORM = "FrozenBN"
     cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.TIMM.KWARGS = CfgNode(new_allowed=True)
+    cfg.MODEL.TIMM.KWARGS = kind(new_allowed=True)
     cfg.MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE = 224
     cfg.MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL = 4
     cfg.SOLVER.OPTIMIZER = "SGD"
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
-    cfg.DATASETS.VOC = CfgNode(new_allowed=True)
+    cfg.DATASETS.VOC = kind(new_allowed=True)
     cfg.DATASETS.CLASSES = []
     cfg.DATASETS.USE_DIFFICULT = False
     cfg.DATALOADER.CACHE_IMAGES_MB = 1024
+
+
+def _as_kind(node: CfgNode, kind: type[CfgNode]) -> CfgNode:
+    copy = kind(new_allowed=node.is_new_allowed())
+    for key, value in node.items():
+        copy[key] = _as_kind(value, kind) if isinstance(value, CfgNode) else value
+    return copy
 
 
 def get_defaults() -> CfgNode:
