@@ -1,0 +1,1 @@
+"""Detections in, average precision out: PASCAL VOC's and COCO's."""
