@@ -74,7 +74,8 @@ class ImageStore:
         with ThreadPoolExecutor(max_workers=min(torch.get_num_threads() + 1, 16)) as pool:
             images = pool.map(self._decode, range(len(self)))
             if self.square:
-                self._squares = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
+                shape = (len(self), 3, self.size, self.size)
+                self._squares = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
                 for row, image in enumerate(images):
                     self._squares[row] = image
             else:
@@ -90,11 +91,11 @@ class ImageStore:
             return self._decode(index)
         return self._squares[index] if self.square else self._images[index]
 
-    def squares(self, indices: Sequence[int]) -> Tensor:
-        """The images of evaluation, (B, 3, S, S) uint8."""
+    def squares(self, indices: Tensor) -> Tensor:
+        """The images of evaluation by their indices (B,): (B, 3, S, S) uint8."""
         if self.cached and self.square:
-            return self._squares[torch.as_tensor(indices)]
-        images = [self[index] for index in indices]
+            return self._squares[indices]
+        images = [self[index] for index in indices.tolist()]
         return torch.stack(images if self.square else [center_square(i, self.size, self.crop_ratio) for i in images])
 
 
@@ -114,26 +115,32 @@ class TrainingBatches(Dataset[Batch]):
         self.store, self.batch_size, self.seed, self.augment = store, batch_size, seed, augment
         self._permutations: dict[int, Tensor] = {}
 
-    def indices(self, step: int) -> list[int]:
-        """Which images make the batch of ``step``."""
-        count = len(self.store)
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [int(self._permutation(position // count)[position % count]) for position in positions]
+    def indices(self, step: int) -> Tensor:
+        """Which images make the batch of ``step``: (B,) int64."""
+        count, first = len(self.store), step * self.batch_size
+        last = first + self.batch_size
+        parts = []
+        for epoch in range(first // count, (last - 1) // count + 1):
+            start, stop = max(first - epoch * count, 0), min(last - epoch * count, count)
+            parts.append(self._permutation(epoch)[start:stop])
+        return torch.cat(parts)
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._permutations:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            # a batch needs this epoch's and, at its end, the next one's
+            # a batch at the end of an epoch needs the next one's as well
             self._permutations = {key: value for key, value in self._permutations.items() if key == epoch - 1}
             self._permutations[epoch] = torch.randperm(len(self.store), generator=generator)
         return self._permutations[epoch]
 
     def __getitem__(self, step: int) -> Batch:
         indices = self.indices(step)
-        labels = self.store.labels[torch.as_tensor(indices)]
+        labels = self.store.labels[indices]
         with seeded(self.seed, "augment", step):
             if self.augment.CROP_AREA or self.augment.COLOR_JITTER:
-                images = crop_and_jitter([self.store[index] for index in indices], self.store.size, self.augment)
+                images = crop_and_jitter(
+                    [self.store[index] for index in indices.tolist()], self.store.size, self.augment
+                )
             else:
                 images = self.store.squares(indices)
             images = shift_and_flip(images, self.augment.SHIFT, self.augment.HFLIP)
@@ -174,8 +181,8 @@ class _ErrorsAsItems(Dataset["Batch | UserError"]):
 def evaluation_batches(store: ImageStore, batch_size: int) -> Iterator[Batch]:
     """All images once, in order."""
     for start in range(0, len(store), batch_size):
-        rows = range(start, min(start + batch_size, len(store)))
-        yield Batch(store.squares(rows), store.labels[rows.start : rows.stop])
+        rows = torch.arange(start, min(start + batch_size, len(store)))
+        yield Batch(store.squares(rows), store.labels[rows])
 
 
 class Normalizer:
@@ -183,10 +190,13 @@ class Normalizer:
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self.device = device
-        self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255
-        self._scale = 1 / (torch.tensor(std, device=device).view(1, 3, 1, 1) * 255)
+        self._mean = 255 * torch.tensor(mean, device=device)
+        self._scale = 1 / (255 * torch.tensor(std, device=device))
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 to the same size in float32."""
-        images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-        return images.float().sub_(self._mean).mul_(self._scale)
+        width = images.shape[3]
+        pixels = images.to(self.device, non_blocking=True).permute(0, 2, 3, 1).float().contiguous()
+        # as wide as a row: one value a channel would break the vector loops into threes
+        pixels = pixels.sub_(self._mean.repeat(width, 1)).mul_(self._scale.repeat(width, 1))
+        return pixels.permute(0, 3, 1, 2)

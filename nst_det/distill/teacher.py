@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nst_det.backbones import LevelInfo, feature_levels, forward_outputs
+from nst_det.distill.layout import by_positions
 from nst_det.runtime.device import autocast
 from nst_det.transfer import Outputs
 
@@ -24,6 +25,11 @@ class Teacher:
     def __init__(self, model: nn.Module, reads: Iterable[str], precision: torch.dtype | None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.precision = precision
+        if precision is not None:
+            # what autocast would do again at each call, to the same bits
+            for module in self.model.modules():
+                if type(module) in (nn.Conv2d, nn.Linear):
+                    module.to(precision)
         self.device = next(model.parameters()).device
         names = set(reads)
         self.levels: dict[str, LevelInfo] = {
@@ -36,4 +42,5 @@ class Teacher:
             outputs = forward_outputs(self.model, images, self.levels)
         assert outputs.logits is not None
         outputs.logits = outputs.logits.float()
+        outputs.maps = {name: by_positions(maps) for name, maps in outputs.maps.items()}
         return outputs
