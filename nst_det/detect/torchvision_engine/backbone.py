@@ -114,7 +114,8 @@ def build_backbone(config: CfgNode, seed: int) -> Plain | Fpn:
             bottom_up = kind(timm.ARCH, timm.OUT_FEATURES, dict(timm.KWARGS), pretrained=timm.PRETRAINED)
         if isinstance(bottom_up, Plain):
             return bottom_up
-        pyramid = Fpn(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, average=fpn.FUSE_TYPE == "avg")
+        with seeded(seed, "init", "fpn"):
+            pyramid = Fpn(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, average=fpn.FUSE_TYPE == "avg")
     except ValueError as error:
         raise UserError(f"MODEL.TIMM: {error}") from error
     pyramid.initialize(seed)

@@ -80,7 +80,7 @@ class Boxes(BoxCoder):
 
     def decode_rows(self, deltas: Tensor, boxes: Tensor) -> Tensor:
         """(..., K * 4) deltas applied to (..., 4) boxes of the same leading shape."""
-        flat: Tensor = self.decode_single(deltas.reshape(-1, deltas.shape[-1]), boxes.reshape(-1, 4))
+        flat: Tensor = self.decode_single(deltas.flatten(0, -2), boxes.flatten(0, -2))
         return flat.reshape(deltas.shape)
 
     def regression_loss(self, deltas: Tensor, boxes: Tensor, targets: Tensor, beta: float) -> Tensor:

@@ -31,8 +31,8 @@ class Detector(nn.Module):
         input_format: ``RGB`` or ``BGR``: the channel order of the images.
 
     Attributes:
-        amp: dtype of the backbone's arithmetic, or None for float32; the heads always compute in float32, because
-            a box coordinate above 128 has steps of a whole pixel in bfloat16.
+        amp: dtype of the backbone's arithmetic in training, or None for float32.  Inference is in float32, and so
+            are the heads: a box coordinate above 128 has steps of a whole pixel in bfloat16.
 
     Example:
         >>> from nst_det.detect.config import get_defaults   # doctest: +SKIP
@@ -72,7 +72,7 @@ class Detector(nn.Module):
             ``boxes`` (N, 4) xyxy in pixels of the original image, ``scores`` (N,), ``labels`` (N,), best first.
         """
         images, sizes = self.preprocess([item["image"] for item in batch])
-        with autocast(images.device, self.amp):
+        with autocast(images.device, self.amp if self.training else None):
             maps = self.backbone(images)
         maps = {name: map_.float() for name, map_ in maps.items()}
         if self.training:

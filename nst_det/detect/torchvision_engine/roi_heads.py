@@ -204,7 +204,7 @@ class RoiHeads(nn.Module):
     ) -> dict[str, Tensor]:
         settings = self.settings
         positive = torch.nonzero(labels < settings.classes).squeeze(1)
-        rows = deltas.reshape(len(deltas), -1, 4)
+        rows = deltas.unflatten(1, (deltas.shape[1] // 4, 4))
         agnostic = rows.shape[1] == 1
         found = rows[positive, 0 if agnostic else labels[positive]]
         distance = self.coder.regression_loss(found, boxes[positive], targets[positive], settings.beta)
@@ -229,7 +229,7 @@ class RoiHeads(nn.Module):
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
         boxes, scores = boxes[finite], scores[finite, :-1]
         rows, labels = torch.nonzero(scores > settings.score_threshold, as_tuple=True)
-        by_class = clip(boxes.reshape(len(boxes), -1, 4), size)
+        by_class = clip(boxes.unflatten(1, (boxes.shape[1] // 4, 4)), size)
         chosen = by_class[rows, 0 if by_class.shape[1] == 1 else labels]
         confidence = scores[rows, labels]
         best = batched_nms(chosen, confidence, labels, settings.nms_threshold)

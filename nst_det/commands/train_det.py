@@ -1,0 +1,48 @@
+"""``nst-det train-det``: stage two, a detector on a distilled backbone."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "stage two: train and evaluate a detector"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the word; they are those of Detectron2's training scripts."""
+    parser.add_argument("--config-file", metavar="FILE", required=True, help="YAML of stage two, see configs/detect")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint; with --eval-only: evaluate this run's model",
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and train nothing")
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine (Detectron2 engine)")
+    parser.add_argument("--num-machines", type=int, default=1, help="machines in all (Detectron2 engine)")
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine (Detectron2 engine)")
+    parser.add_argument("--dist-url", default="auto", help="where the machines meet (Detectron2 engine)")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="keys of the config with other values"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or evaluate, and print what came out."""
+    from nst_det.detect.config import choose_engine, load_detect_config, wanted_engine
+    from nst_det.errors import UserError
+    from nst_det.runtime.progress import start_logging
+
+    start_logging()
+    engine = choose_engine(wanted_engine(args.config_file, args.opts), args.config_file)
+    if engine == "detectron2":
+        from nst_det.detect import detectron2
+
+        return int(detectron2.main(args))
+    if args.num_gpus > 1 or args.num_machines > 1:
+        raise UserError("--num-gpus, --num-machines: the torchvision engine trains in one process; use 1")
+    from nst_det.detect.stage import evaluate_detector, train_detector
+    from nst_det.detect.table import print_result
+
+    config = load_detect_config(args.config_file, args.opts)
+    result = evaluate_detector(config, args.resume) if args.eval_only else train_detector(config)
+    print_result(result, config.OUTPUT_DIR)
+    return 0

@@ -1,0 +1,224 @@
+"""Stage two by the torchvision engine: one run of a config, from its folder to its result."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+
+from nst_det.backbones import count_parameters
+from nst_det.data.voc import VocDataset
+from nst_det.detect.config import load_detect_config, resolve_classes, resolve_device
+from nst_det.detect.dataset import data_classes, evaluation_batches, open_voc, training_batches
+from nst_det.detect.distilled import DistilledDetector, distill, level_channels, wants_teacher
+from nst_det.detect.evaluation import detect, score
+from nst_det.detect.torchvision_engine import Detector, build_detector
+from nst_det.detect.train import train
+from nst_det.detect.weights import load_weights, save_weights, saved_classes
+from nst_det.errors import UserError
+from nst_det.runtime.config import expand_path
+from nst_det.runtime.device import amp_dtype
+from nst_det.runtime.files import read_json, write_json, write_text
+from nst_det.runtime.run import RunFolder
+from nst_det.runtime.seeds import derive_seed, seeded
+from nst_det.transfer import parse_method
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "model.safetensors"
+DETECTIONS_FILE = "detections.json"
+
+
+def train_detector(config: CfgNode) -> dict[str, Any]:
+    """Train a detector in OUTPUT_DIR and evaluate it, or go on where a former call stopped; nothing is done twice.
+
+    The folder then holds ``model.safetensors`` (the student alone), ``detections.json`` and ``result.json``.
+
+    Args:
+        config: from :func:`~nst_det.detect.config.load_detect_config`; ENGINE and NUM_CLASSES are resolved in it.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        UserError: an input can't be used.
+    """
+    _settle(config, ENGINE="torchvision")
+    folder = RunFolder(config.OUTPUT_DIR)
+    classes = data_classes(config)
+    resolve_classes(config, classes)
+    with folder.opened(config):
+        if folder.done:
+            log.info("%s is done already", folder.path)
+            return folder.result()
+        seed = _seed(config, folder)
+        data = _test_data(config, classes)
+        sets = open_voc(config, "DATASETS.TRAIN", classes)
+        student = _student(config, classes, seed)
+        model = _with_teacher(student, config, seed)
+
+        def batches_from(step: int) -> Iterable[list[dict[str, Any]]]:
+            return training_batches(config, sets, seed, step)
+
+        def evaluate() -> dict[str, float]:
+            found = _evaluate(student, config, data)
+            return {name: found[name] for name in ("map", "map_area") if found.get(name) is not None}
+
+        trained = train(model, config, seed, folder, batches_from, evaluate)
+        save_weights(folder.path / WEIGHTS_FILE, student, classes)
+        result = {
+            **_evaluate(student, config, data, folder.path / DETECTIONS_FILE),
+            "seconds": trained.seconds,
+            "steps": config.SOLVER.MAX_ITER,
+            "engine": "torchvision",
+            "params": count_parameters(student),
+            "seed": seed,
+            "method": parse_method(config.TRANSFER.METHOD).word,
+            "losses": trained.losses,
+        }
+        folder.finish(result)
+        return result
+
+
+def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
+    """Evaluate a whole detector on DATASETS.TEST; the numbers go to ``OUTPUT_DIR/inference``.
+
+    Args:
+        config: MODEL.WEIGHTS names the detector.
+        resume: evaluate the one that was trained in OUTPUT_DIR instead.
+
+    Raises:
+        UserError: the weights are not a whole detector, or there is nothing to evaluate on.
+    """
+    _settle(config, ENGINE="torchvision")
+    if resume:
+        _settle_weights(config, str(Path(config.OUTPUT_DIR) / WEIGHTS_FILE))
+    if not config.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty; name the data set to evaluate on")
+    classes = _saved_classes(config) or data_classes(config)
+    resolve_classes(config, classes)
+    detector = build_detector(config)
+    if load_weights(detector, config, classes) != "detector":
+        raise UserError(
+            f"MODEL.WEIGHTS {config.MODEL.WEIGHTS or 'is empty'}: --eval-only needs a whole detector; name its "
+            f"{WEIGHTS_FILE}, or add --resume to take the one in {config.OUTPUT_DIR}"
+        )
+    _place(detector, config)
+    folder = Path(config.OUTPUT_DIR) / "inference"
+    found = _evaluate(detector, config, _test_data(config, classes), folder / DETECTIONS_FILE)
+    write_json(folder / "result.json", found)
+    return found
+
+
+def _settle(config: CfgNode, **values: Any) -> None:
+    frozen = config.is_frozen()
+    config.defrost()
+    config.update(values)
+    if frozen:
+        config.freeze()
+
+
+def _settle_weights(config: CfgNode, weights: str) -> None:
+    frozen = config.is_frozen()
+    config.defrost()
+    config.MODEL.WEIGHTS = weights
+    if frozen:
+        config.freeze()
+
+
+def _seed(config: CfgNode, folder: RunFolder) -> int:
+    """SEED, or where it is negative one drawn by chance and kept in the folder, for the run to go on with."""
+    if config.SEED >= 0:
+        return int(config.SEED)
+    path = folder.path / "seed.json"
+    if not path.exists():
+        write_json(path, derive_seed(os.urandom(16).hex()) % 2**31)
+    seed = read_json(path)
+    if not isinstance(seed, int):
+        raise UserError(f"{path}: not a seed; remove {folder.path} to start this run again")
+    return seed
+
+
+def _student(config: CfgNode, classes: tuple[str, ...], seed: int) -> Detector:
+    detector = build_detector(config, seed)
+    load_weights(detector, config, classes)
+    detector.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
+    if config.SOLVER.AMP.ENABLED:
+        detector.amp = amp_dtype("auto")
+        if detector.amp is None:
+            log.info("SOLVER.AMP.ENABLED: this machine has no fast bf16, training in float32")
+    _place(detector, config)
+    return detector
+
+
+def _place(detector: Detector, config: CfgNode) -> None:
+    torch.backends.cudnn.benchmark = config.CUDNN_BENCHMARK
+    if config.FLOAT32_PRECISION:
+        torch.set_float32_matmul_precision(config.FLOAT32_PRECISION)
+    device = torch.device(resolve_device(config.MODEL.DEVICE))
+    detector.to(device)
+    if device.type == "cpu" or detector.amp is not None:
+        # a layout in which convolutions are faster there; the heads work on flat rows
+        detector.backbone.to(memory_format=torch.channels_last)
+
+
+def _with_teacher(student: Detector, config: CfgNode, seed: int) -> Detector | DistilledDetector:
+    if not wants_teacher(config.TRANSFER):
+        return student
+    with seeded(seed, "init", "teacher"):
+        teacher, filled = _teacher(config)
+    with seeded(seed, "init", "transfer"):
+        model = distill(student, teacher, config.TRANSFER)
+    below = set(level_channels(teacher.backbone.bottom_up))
+    if filled != "detector" and not (filled in ("backbone", "timm") and set(model.transfer.teacher_levels) <= below):
+        raise UserError(
+            f"TRANSFER.TEACHER.WEIGHTS: the teacher's {', '.join(model.transfer.teacher_levels)} would be random; "
+            f"name the {WEIGHTS_FILE} of a trained detector"
+        )
+    return model.to(student.pixel_mean.device)
+
+
+def _teacher(config: CfgNode) -> tuple[Detector, str]:
+    named = config.TRANSFER.TEACHER
+    overrides = ["MODEL.WEIGHTS", named.WEIGHTS] if named.WEIGHTS else []
+    own = load_detect_config(expand_path(named.CONFIG_FILE, "TRANSFER.TEACHER.CONFIG_FILE"), overrides)
+    resolve_classes(own, _saved_classes(own) or data_classes(own))
+    teacher = build_detector(own)
+    filled = load_weights(teacher, own, key="TRANSFER.TEACHER.WEIGHTS")
+    _place(teacher, config)
+    return teacher, filled
+
+
+def _saved_classes(config: CfgNode) -> list[str]:
+    """DATASETS.CLASSES, or those in the weights file, or []."""
+    weights = config.MODEL.WEIGHTS
+    if config.DATASETS.CLASSES or not weights or "://" in weights:
+        return list(config.DATASETS.CLASSES)
+    path = Path(expand_path(weights, "MODEL.WEIGHTS"))
+    return saved_classes(path) if path.is_file() else []
+
+
+def _test_data(config: CfgNode, classes: Iterable[str]) -> VocDataset | None:
+    if len(config.DATASETS.TEST) > 1:
+        raise UserError("DATASETS.TEST: the torchvision engine evaluates one data set a run; name one")
+    return open_voc(config, "DATASETS.TEST", tuple(classes))[0] if config.DATASETS.TEST else None
+
+
+def _evaluate(
+    detector: Detector, config: CfgNode, data: VocDataset | None, detections_file: Path | None = None
+) -> dict[str, Any]:
+    """What the detector scores; nothing without test data."""
+    if data is None:
+        return {}
+    found = detect(detector, evaluation_batches(config, data), data)
+    if detections_file is not None:
+        # a detection a line
+        lines = ",\n".join(json.dumps(record, allow_nan=False) for record in found.to_json())
+        write_text(detections_file, f"[\n{lines}\n]\n")
+    return score(found, data)

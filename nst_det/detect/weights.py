@@ -1,0 +1,105 @@
+"""Weights into and out of the torchvision engine's detector: whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from fvcore.common.config import CfgNode
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from nst_det.backbones import check_input_contract, load_into, load_plain, load_strict, resolve
+from nst_det.backbones.registry import PREFIX
+from nst_det.detect.torchvision_engine import Detector
+from nst_det.errors import UserError
+from nst_det.runtime.config import expand_path
+from nst_det.runtime.files import atomic_path
+
+log = logging.getLogger(__name__)
+CARD_SUFFIX, WEIGHTS_SUFFIX = ".json", ".safetensors"
+
+
+def load_weights(detector: Detector, config: CfgNode, classes: Sequence[str] = (), key: str = "MODEL.WEIGHTS") -> str:
+    """Fill a detector from MODEL.WEIGHTS.
+
+    ``backbone://NAME``, or a ``.safetensors`` file with a card beside it, fills the bottom-up and leaves the rest as
+    it was drawn.  Any other file must hold a whole detector by this engine's names, which are Detectron2's.
+
+    Args:
+        detector: as built.
+        config: reads MODEL.WEIGHTS, and MODEL.PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT against the card.
+        classes: compared with those in a detector's file, where it has them.
+        key: named in errors.
+
+    Returns:
+        ``random``, ``timm``, ``backbone`` or ``detector``: what the detector begins with.
+
+    Raises:
+        UserError: no such file, weights that don't fit whole, or another input contract.
+    """
+    named = config.MODEL.WEIGHTS
+    if not named:
+        return "timm" if config.MODEL.TIMM.PRETRAINED else "random"
+    source = named if named.startswith(PREFIX) else expand_path(named, key)
+    path = resolve(source)
+    if source.startswith(PREFIX) or (path.suffix == WEIGHTS_SUFFIX and path.with_suffix(CARD_SUFFIX).is_file()):
+        card = load_into(detector.backbone.bottom_up, source)
+        try:
+            mean, std = (
+                [value / 255 for value in values] for values in (config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD)
+            )
+            check_input_contract(card, mean, std, config.INPUT.FORMAT)
+        except UserError as error:
+            wanted = card.input
+            raise UserError(
+                f"{key} {source}: {error} (INPUT.FORMAT {wanted['channel_order']}, "
+                f"MODEL.PIXEL_MEAN {[round(255 * value, 3) for value in wanted['mean']]}, "
+                f"MODEL.PIXEL_STD {[round(255 * value, 3) for value in wanted['std']]})"
+            ) from error
+        log.info("%s: the bottom-up is filled (method %s); FPN and heads start anew", source, card.method or "unknown")
+        return "backbone"
+    _load_detector(detector, path, classes, key)
+    log.info("%s: the whole detector is filled", source)
+    return "detector"
+
+
+def _load_detector(detector: Detector, path: Path, classes: Sequence[str], key: str) -> None:
+    if path.suffix == ".pkl":
+        raise UserError(f"{key}: {path} is a pickle, which is never opened here; convert it with Detectron2 installed")
+    state_dict = load_plain(path)
+    named = saved_classes(path)
+    if named and classes and list(classes) != named:
+        raise UserError(
+            f"{key}: {path} was trained on the classes {', '.join(named)}, these data have {', '.join(classes)}; "
+            "set DATASETS.CLASSES to the former"
+        )
+    try:
+        load_strict(detector, state_dict, str(path))
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+    detector.backbone.bottom_up.loaded = True
+
+
+def save_weights(path: str | Path, detector: Detector, classes: Sequence[str]) -> None:
+    """Write a detector's state dict and its classes as a ``.safetensors`` file, atomically."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, str(temporary), metadata={"format": "pt", "classes": json.dumps(list(classes))})
+
+
+def saved_classes(path: str | Path) -> list[str]:
+    """The classes in a detector's file, or [] where it has none."""
+    if Path(path).suffix != WEIGHTS_SUFFIX:
+        return []
+    with safe_open(str(path), framework="pt") as file:
+        text = (file.metadata() or {}).get("classes", "[]")
+    try:
+        classes = json.loads(text)
+    except ValueError:
+        classes = None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{path}: its list of classes is damaged; write the file again")
+    return classes
