@@ -186,7 +186,7 @@ def _stage_file(stage: Stage, config: CfgNode, file: Path, own: Sequence[str]) -
         raise UserError(f"{file}: {key} names no file; give the YAML of {stage.title}")
     path = Path(expand_path(config[stage.prefix].CONFIG, key))
     # a path typed on the command line is relative to where it is typed
-    return path if key in own[::2] else file.parent / path
+    return path if key in own[::2] else Path(os.path.normpath(file.parent / path))
 
 
 def _stage_config(stage: Stage, config: CfgNode, path: Path, forwarded: list[str], engine: str, source: str) -> CfgNode:
