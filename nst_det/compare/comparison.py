@@ -17,7 +17,7 @@ from nst_det.compare.live import View, steps_done
 from nst_det.compare.plan import DATA, DETECTOR, Run, check_order, make_plan
 from nst_det.compare.results import build_results
 from nst_det.compare.run import Command, Runner, this_machine
-from nst_det.compare.stages import DETECT, DISTILL, total_steps
+from nst_det.compare.stages import DETECT, DISTILL, check_data_folders, check_transfer, total_steps
 from nst_det.runtime.files import write_json, write_text
 from nst_det.runtime.run import RunFolder
 
@@ -44,6 +44,9 @@ def compare(comparison: Comparison, jobs: int = 0, command: Command | None = Non
     """
     runs = make_plan(comparison)
     check_order(runs)
+    check_transfer(comparison.distill, comparison.methods, comparison.name)
+    if not comparison.generate:
+        check_data_folders(comparison.distill, comparison.detect, comparison.name)
     configs = {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
     machine = this_machine(jobs or comparison.jobs)
     folder = comparison.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from nst_det.errors import UserError
-from nst_det.runtime.config import load_config, read_yaml
+from nst_det.runtime.config import expand_path, load_config, read_yaml
 
 PIXEL_VALUES = 255.0
 
@@ -123,6 +124,42 @@ def check_hand_over(distill: CfgNode, detect: CfgNode, source: str) -> None:
             f"{source}: DETECT.MODEL.PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT don't fit DISTILL.DATA.MEAN and STD "
             f"(divided by 255): {error}"
         ) from error
+
+
+def check_transfer(distill: CfgNode, methods: Sequence[str], source: str) -> None:
+    """Build what stage one will build, so that hours of a teacher's training don't end in a wrong level or term.
+
+    Raises:
+        UserError: networks, weights of the teacher, or the transfer terms of a method can't be had.
+    """
+    from nst_det.distill.networks import build_losses, initial_student, initial_teacher
+    from nst_det.distill.stage import parse_methods
+
+    config = distill.clone()
+    config.defrost()
+    config.STUDENT.PRETRAINED = config.TEACHER.PRETRAINED = False
+    try:
+        teacher = initial_teacher(config, ["0", "1"])
+        student = initial_student(config, teacher.num_classes)
+        build_losses(config, parse_methods(methods), student, teacher, labels_shared=True)
+    except UserError as error:
+        raise UserError(f"{source}: DISTILL: {str(error).removeprefix('config: ')}") from error
+
+
+def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
+    """Look whether the folders of both stages are there, before the first of them takes its hours.
+
+    Raises:
+        UserError: one is not; the line names its key.
+    """
+    folders = {"DISTILL.DATA.ROOT": distill.DATA.ROOT}
+    for name in (*detect.DATASETS.TRAIN, *detect.DATASETS.TEST):
+        # Detectron2 may know other names by itself
+        if name in detect.DATASETS.VOC:
+            folders[f"DETECT.DATASETS.VOC.{name}.ROOT"] = detect.DATASETS.VOC[name].get("ROOT", "")
+    for key, folder in folders.items():
+        if not folder or not Path(expand_path(str(folder), key)).is_dir():
+            raise UserError(f"{source}: {key}: no folder '{folder}'; name it on the command line: {key} DIR")
 
 
 def _arch_text(arch: str, kwargs: dict[str, Any]) -> str:

@@ -24,8 +24,8 @@ DETECT = {
     "DATASETS": {"TRAIN": ["own_train"], "TEST": ["own_test"]},
     "SOLVER": {"MAX_ITER": 8},
 }
-DETECT["DATASETS"]["VOC"] = {name: {"ROOT": "voc", "SPLIT": name[4:]} for name in ("own_train", "own_test")}
-DISTILL = {"DATA": {"ROOT": "images"}, "SOLVER": {"MAX_ITER": 6}, "TEACHER": {"SOLVER": {"MAX_ITER": 5}}}
+DETECT["DATASETS"]["VOC"] = {name: {"ROOT": "FOLDER/voc", "SPLIT": name[4:]} for name in ("own_train", "own_test")}
+DISTILL = {"DATA": {"ROOT": "FOLDER/images"}, "SOLVER": {"MAX_ITER": 6}, "TEACHER": {"SOLVER": {"MAX_ITER": 5}}}
 COMPARE = {
     "NAME": "small",
     "METHODS": ["kd", "nst-poly+kd"],
@@ -40,7 +40,9 @@ COMPARE = {
 def config_file(tmp_path):
     """The YAML of a small comparison, with those of both stages beside it."""
     for name, tree in (("distill", DISTILL), ("detect", DETECT), ("compare", COMPARE)):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree).replace("FOLDER", str(tmp_path)))
+    for name in ("images", "voc"):
+        (tmp_path / name).mkdir()
     return tmp_path / "compare.yaml"
 
 

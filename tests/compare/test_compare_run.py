@@ -113,6 +113,28 @@ def test_a_failing_run_stops_the_others_and_is_named(comparison, fake_command, m
     assert len(compare(comparison, 3, fake_command)["rows"]) == 4
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["DISTILL.DATA.ROOT", "/nowhere"], r"DISTILL\.DATA\.ROOT: no folder '/nowhere'"),
+        (["DISTILL.DATA.ROOT", "$NOT_SET_HERE/x"], r"DISTILL\.DATA\.ROOT: the environment variable NOT_SET_HERE"),
+        (["DETECT.DATASETS.VOC.own_test.ROOT", "/nowhere"], r"DETECT\.DATASETS\.VOC\.own_test\.ROOT: no folder"),
+        (["DISTILL.TRANSFER.LEVELS", "['res9']"], "DISTILL: TRANSFER: .*res9"),
+        (
+            ["DISTILL.STUDENT.ARCH", "resnet11", "DETECT.MODEL.TIMM.ARCH", "resnet11"],
+            "DISTILL: STUDENT.ARCH: .*resnet11",
+        ),
+        (["DISTILL.TEACHER.WEIGHTS", "gone.safetensors"], "gone.safetensors"),
+        (["DISTILL.SOLVER.BASE_LR", "-1.0"], "run teacher: stage one: SOLVER.BASE_LR must be above 0"),
+        (["DETECT.MODEL.FPN.FUSE_TYPE", "max"], "stage two: .*MODEL.FPN.FUSE_TYPE 'max'"),
+    ],
+)
+def test_what_would_fail_after_hours_fails_at_once(config_file, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        compare(load_comparison(config_file, tmp_path / "out", words), 1, lambda *_: pytest.fail("a run was started"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_without_its_result_is_a_failure(tmp_path):
     run = Run("detect/seed0/kd", "detector", (), (tmp_path / "result.json",), {})
     with View([run], {}) as view:
@@ -122,6 +144,39 @@ def test_a_run_without_its_result_is_a_failure(tmp_path):
         killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
         with pytest.raises(RunFailed, match="killed by SIGKILL"):
             Runner([run], tmp_path, Machine(1), view, lambda *_: killed).run_all()
+
+
+def test_a_run_that_does_not_stop_when_asked_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(nst_det.compare.run, "STOP_SECONDS", 0.3)
+    stubborn = Run("stubborn", "detector", (), (tmp_path / "s",), {})
+    failing = Run("failing", "detector", (), (tmp_path / "f",), {})
+    deaf = "import pathlib,signal,time; signal.signal(15, signal.SIG_IGN)\n"
+    deaf += f"pathlib.Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(60)"
+    waits = f"import pathlib,time\nwhile not pathlib.Path({str(tmp_path / 'ready')!r}).exists(): time.sleep(.01)\n1 / 0"
+    code = {"stubborn": deaf, "failing": waits}
+    with View([stubborn, failing], {}) as view:
+        runner = Runner(
+            [stubborn, failing], tmp_path, Machine(2), view, lambda run, _: [sys.executable, "-c", code[run.name]]
+        )
+        with pytest.raises(RunFailed, match="run failing failed: ZeroDivisionError: division by zero") as info:
+            runner.run_all()
+    assert info.value.code == 1
+    assert runner._processes == []
+    assert not alive(tmp_path / "ready")
+
+
+def test_this_machine_takes_the_gpus_that_it_may_see(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(nst_det.compare.run, "core_count", lambda: 6)
+    assert nst_det.compare.run.this_machine() == Machine(6)
+    assert nst_det.compare.run.this_machine(3) == Machine(3, (), 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert nst_det.compare.run.this_machine() == Machine(6, ("0", "1"), 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert nst_det.compare.run.this_machine(4) == Machine(4, ("4", "7"), 4)
 
 
 class Log(View):
