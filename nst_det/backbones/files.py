@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -138,7 +137,7 @@ def load_plain(path: str | Path) -> dict[str, Tensor]:
         return load_file(str(path))
     try:
         value: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's unpickler raises whatever it stumbles over
         raise UserError(f"{path}: damaged, or more than plain weights ({type(error).__name__})") from error
     for key in ("state_dict", "model"):
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
