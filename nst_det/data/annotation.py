@@ -167,6 +167,14 @@ def parse_annotation(data: bytes, name: str) -> tuple[VocAnnotation | None, list
     return VocAnnotation(name, width, height, tuple(item for item in objects if item is not None)), problems
 
 
+def declared_filename(data: bytes) -> str | None:
+    """What ``<filename>`` says, for checks only; None if there is none or the XML is malformed."""
+    try:
+        return fromstring(data, forbid_dtd=True).findtext("filename")
+    except (DefusedXmlException, ParseError, ValueError, LookupError):
+        return None
+
+
 def _side(root: Element, side: str, problems: list[str]) -> int | None:
     text = root.findtext(f"size/{side}")
     value = None if text is None else _number(text)

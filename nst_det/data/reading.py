@@ -65,7 +65,7 @@ def name_problem(name: str) -> str | None:
     if name in (".", "..") or "/" in name or "\\" in name:
         return "could lead to another folder"
     if not name.isprintable():
-        return "has control characters"
+        return "has characters that can't be printed"
     if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
         return f"is longer than {MAX_NAME_BYTES} bytes"
     return None

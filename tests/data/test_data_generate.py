@@ -20,6 +20,12 @@ from nst_det.errors import UserError
 SMALL = GenerateSettings(
     classification_images=110, classification_val_images=20, detection_images=24, detection_test_images=6
 )
+TINY = {
+    "classification_images": 10,
+    "classification_val_images": 10,
+    "detection_images": 2,
+    "detection_test_images": 1,
+}
 
 
 def digest(root):
@@ -69,22 +75,21 @@ def test_any_number_of_processes_gives_the_same_bytes(generated, tmp_path):
 
 
 def test_another_seed_gives_other_pictures(generated, tmp_path):
-    small = {"classification_images": 10, "classification_val_images": 10, "detection_images": 2}
-    one = digest(generate_data(tmp_path / "one", settings_from({**small, "seed": 1}), workers=1))
-    two = digest(generate_data(tmp_path / "two", settings_from({**small, "seed": 2}), workers=1))
+    one = digest(generate_data(tmp_path / "one", settings_from({**TINY, "seed": 1}), workers=1))
+    two = digest(generate_data(tmp_path / "two", settings_from({**TINY, "seed": 2}), workers=1))
     assert one.keys() == two.keys()
     same = [name for name in one if one[name] == two[name]]
     assert all(name.startswith("shapes_voc/ImageSets/") for name in same)
 
 
 def test_a_finished_one_is_kept_and_another_one_refused(tmp_path, voc):
-    settings = settings_from({"classification_images": 10, "classification_val_images": 10, "detection_images": 2})
+    settings = settings_from(TINY)
     output = generate_data(tmp_path / "data", settings, workers=1)
     marked = voc.write(output / "mine.txt", "kept")
     assert generate_data(output, settings, workers=1) == output
     assert marked.read_text() == "kept"
     with pytest.raises(UserError, match=r"data: holds data made with seed 0, not 5; name another folder or remove"):
-        generate_data(output, settings_from({"seed": 5}), workers=1)
+        generate_data(output, settings_from({**TINY, "seed": 5}), workers=1)
     voc.write(tmp_path / "other" / "thesis.txt", "x")
     with pytest.raises(UserError, match="other: holds something else; name another folder or remove this one"):
         generate_data(tmp_path / "other", settings, workers=1)
@@ -113,7 +118,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", script, tmp_path / "data"], env=environment, check=False)
     assert [path.name.startswith(".data.") for path in tmp_path.iterdir()] == [True]
-    settings = settings_from({"classification_images": 10, "classification_val_images": 10, "detection_images": 2})
+    settings = settings_from(TINY)
     generate_data(tmp_path / "data", settings, workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
@@ -189,3 +194,26 @@ def test_a_box_holds_exactly_the_visible_pixels():
     assert _annotate(_Item("square", placed, False), seen).difficult
     assert _annotate(_Item("square", placed, True), np.ones((40, 40), bool)).difficult
     assert _annotate(_Item("square", placed, False), np.zeros((40, 40), bool)) is None
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_of_two_processes_the_faster_one_wins_and_the_other_takes_its_data(tmp_path, monkeypatch, seed):
+    from nst_det.data import generate
+
+    slow, output = generate._generate, tmp_path / "data"
+
+    def overtaken(folder, settings, workers):
+        monkeypatch.setattr(generate, "_generate", slow)
+        # as if by another process that lives
+        monkeypatch.setattr(os, "getpid", os.getppid)
+        generate_data(output, settings_from({**TINY, "seed": seed}), workers=1)
+        slow(folder, settings, workers)
+
+    monkeypatch.setattr(generate, "_generate", overtaken)
+    if seed == 0:
+        assert generate_data(output, settings_from(TINY), workers=1) == output
+    else:
+        with pytest.raises(UserError, match="holds data made with seed 1, not 0"):
+            generate_data(output, settings_from(TINY), workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert json.loads((output / "settings.json").read_text())["seed"] == seed

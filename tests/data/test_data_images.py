@@ -85,6 +85,7 @@ def with_size(jpeg_bytes, width, height):
     return jpeg_bytes[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + jpeg_bytes[at + 4 :]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [9000, 12000, 65535])
 def test_a_header_that_claims_a_huge_image_is_refused_before_decoding(voc, side):
     assert side * side > MAX_IMAGE_PIXELS

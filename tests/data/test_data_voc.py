@@ -77,7 +77,7 @@ def test_several_or_no_roots_are_errors(voc, tmp_path):
         ("a\n../x\n", r"line 2: '\.\./x' could lead to another folder"),
         ("sub/a\n", "line 1: 'sub/a' could lead to another folder"),
         ("..\n", r"line 1: '\.\.' could lead to another folder"),
-        ("a\x00b\n", r"line 1: 'a\\x00b' has control characters"),
+        ("a\x00b\n", r"line 1: 'a\\x00b' has characters that can't be printed"),
         ("a 1\nb -1\n", "a list of one class"),
         ("x" * 201 + "\n", "is longer than 200 bytes"),
         (b"a\n\xff\xfe\n", "line 2 is not UTF-8; save the list as UTF-8 text"),
