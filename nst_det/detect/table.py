@@ -31,8 +31,9 @@ def print_result(result: Mapping[str, Any], folder: str) -> None:
         table.add_row(escape(name), _cell(ap), _cell(result["per_class_area"][name]))
     table.add_section()
     table.add_row("mean", _cell(result["map"]), _cell(result["map_area"]), style="bold")
-    table.caption = "COCO " + ", ".join(f"{name} {_cell(value)}" for name, value in result["coco"].items())
     console.print(table)
+    coco = ", ".join(f"{name} {_cell(value)}" for name, value in result["coco"].items())
+    console.print(f"COCO: {coco}", highlight=False)
 
 
 def _cell(value: float | None) -> str:

@@ -1,0 +1,215 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nst_det.cli import main
+from nst_det.detect import train as module
+from nst_det.detect.dataset import data_classes
+from nst_det.detect.stage import evaluate_detector, train_detector
+from nst_det.detect.torchvision_engine import build_detector
+from nst_det.detect.weights import save_weights
+from nst_det.errors import UserError
+from nst_det.runtime.metrics import read_metrics
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detect"
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Make the next training end abruptly, as a kill would, after some checkpoint."""
+
+    def arrange(step):
+        save = module.save_checkpoint
+
+        def save_and_stop(folder, at, state):
+            save(folder, at, state)
+            if at == step:
+                raise Stopped
+
+        monkeypatch.setattr(module, "save_checkpoint", save_and_stop)
+        return lambda: monkeypatch.setattr(module, "save_checkpoint", save)
+
+    return arrange
+
+
+def same_files(one, other):
+    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_and_its_folder(on_shapes, tmp_path):
+    config = on_shapes(changes={"TEST.EVAL_PERIOD": 3})
+    result = train_detector(config)
+    folder = tmp_path / "run"
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert set(result) == {
+        "map", "map_area", "per_class", "per_class_area", "coco", "seconds", "steps", "engine", "params", "seed",
+        "method", "losses",
+    }  # fmt: skip
+    assert (result["engine"], result["method"], result["steps"], result["seed"]) == ("torchvision", "ce", 6, 0)
+    assert set(result["per_class"]) <= set(data_classes(config))
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(6))
+    assert {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc", "total_loss", "lr"} <= set(rows[0])
+    assert [row["step"] for row in rows if "map" in row] == [2]
+    records = json.loads((folder / "detections.json").read_text())
+    assert set(records[0]) == {"image_id", "category", "bbox", "score"}
+    assert {record["category"] for record in records} <= set(data_classes(config))
+    assert not any("teacher" in name or "transfer" in name for name in load_file(folder / "model.safetensors"))
+    # nothing is done twice
+    assert train_detector(on_shapes(changes={"TEST.EVAL_PERIOD": 3})) == result
+
+
+def test_training_learns(on_shapes, tmp_path):
+    train_detector(on_shapes(changes={"SOLVER.MAX_ITER": 30, "SOLVER.BASE_LR": 0.003, "DATASETS.TEST": []}))
+    totals = [row["total_loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert sum(totals[-5:]) < 0.6 * sum(totals[:5])
+
+
+@pytest.mark.parametrize("kind", ["ADAMW", "SGD"])
+def test_a_run_that_goes_on_ends_with_the_same_bits(on_shapes, tmp_path, stop_after, kind):
+    changes = {"SOLVER.OPTIMIZER": kind, "SOLVER.AMP.ENABLED": True, "INPUT.MIN_SIZE_TRAIN": [64, 96]}
+    undisturbed = train_detector(on_shapes("one", changes))
+    restore = stop_after(3)
+    with pytest.raises(Stopped):
+        train_detector(on_shapes("two", changes))
+    restore()
+    gone_on = train_detector(on_shapes("two", changes))
+    assert same_files(tmp_path / "one", tmp_path / "two")
+    for name in ("map", "map_area", "per_class", "coco", "losses"):
+        assert undisturbed[name] == gone_on[name]
+    assert read_metrics(tmp_path / "one" / "metrics.jsonl") == read_metrics(tmp_path / "two" / "metrics.jsonl")
+    assert (tmp_path / "one" / "detections.json").read_bytes() == (tmp_path / "two" / "detections.json").read_bytes()
+
+
+def test_a_folder_with_another_run_is_refused(on_shapes):
+    train_detector(on_shapes(changes={"SOLVER.MAX_ITER": 1}))
+    with pytest.raises(UserError, match="this folder holds a run with SOLVER.MAX_ITER 1, now it is 2"):
+        train_detector(on_shapes(changes={"SOLVER.MAX_ITER": 2}))
+
+
+def teacher_words(on_shapes, tmp_path, method):
+    """A teacher detector's file and config, and the keys that make a student learn from it."""
+    wide = {"MODEL.TIMM.ARCH": "nst_resnet18_w48", "MODEL.ROI_HEADS.NUM_CLASSES": 8, "MODEL.FPN.OUT_CHANNELS": 24}
+    config = on_shapes("teacher", wide)
+    save_weights(tmp_path / "teacher.safetensors", build_detector(config, 7), data_classes(config))
+    (tmp_path / "teacher.yaml").write_text(config.dump())
+    return {
+        "TRANSFER.METHOD": method,
+        "TRANSFER.LEVELS": ["p2", "p3"],
+        "TRANSFER.WARMUP_ITERS": 4,
+        "TRANSFER.TEACHER.CONFIG_FILE": str(tmp_path / "teacher.yaml"),
+        "TRANSFER.TEACHER.WEIGHTS": str(tmp_path / "teacher.safetensors"),
+    }
+
+
+def test_training_with_a_teacher_goes_on_with_the_same_bits(on_shapes, tmp_path, stop_after):
+    changes = teacher_words(on_shapes, tmp_path, "fitnet:3+nst-poly:20")
+    result = train_detector(on_shapes("one", changes))
+    assert result["method"] == "fitnet:3+nst-poly:20"
+    assert {"loss_transfer_nst-poly", "loss_transfer_fitnet"} <= set(result["losses"])
+    restore = stop_after(3)
+    with pytest.raises(Stopped):
+        train_detector(on_shapes("two", changes))
+    restore()
+    assert train_detector(on_shapes("two", changes))["losses"] == result["losses"]
+    assert same_files(tmp_path / "one", tmp_path / "two")
+    student = build_detector(on_shapes("x", {"MODEL.ROI_HEADS.NUM_CLASSES": 8}))
+    assert set(load_file(tmp_path / "one" / "model.safetensors")) == set(student.state_dict())
+
+
+def test_a_teacher_whose_pyramid_is_random_is_refused(on_shapes, tmp_path):
+    changes = teacher_words(on_shapes, tmp_path, "nst-poly")
+    changes["TRANSFER.TEACHER.WEIGHTS"] = ""
+    with pytest.raises(UserError, match="TRANSFER.TEACHER.WEIGHTS: the teacher's p2, p3 would be random"):
+        train_detector(on_shapes("one", changes))
+
+
+def test_methods_of_one_seed_begin_alike_and_see_the_same_batches(on_shapes, tmp_path):
+    changes = teacher_words(on_shapes, tmp_path, "nst-poly")
+    train_detector(on_shapes("ce", {"SOLVER.MAX_ITER": 1, "DATASETS.TEST": []}))
+    train_detector(on_shapes("nst", {**changes, "SOLVER.MAX_ITER": 1, "DATASETS.TEST": []}))
+    (one,), (other,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("ce", "nst"))
+    for name in ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"):
+        assert one[name] == other[name]
+
+
+def test_a_loss_that_is_not_finite_is_one_line(on_shapes):
+    with pytest.raises(UserError, match="not finite"):
+        train_detector(on_shapes(changes={"SOLVER.BASE_LR": 1e25, "SOLVER.WARMUP_ITERS": 0}))
+
+
+def test_random_weights_can_not_be_frozen(on_shapes):
+    with pytest.raises(UserError, match="MODEL.WEIGHTS is empty: freezing batch normalization would freeze"):
+        train_detector(on_shapes(changes={"MODEL.TIMM.NORM": "FrozenBN"}))
+
+
+def test_a_negative_seed_is_drawn_once(on_shapes, tmp_path):
+    result = train_detector(on_shapes(changes={"SEED": -1, "SOLVER.MAX_ITER": 1}))
+    assert json.loads((tmp_path / "run" / "seed.json").read_text()) == result["seed"] >= 0
+
+
+def test_evaluation_alone(on_shapes, tmp_path):
+    result = train_detector(on_shapes())
+    for config, resume in (
+        (on_shapes(changes={"MODEL.WEIGHTS": str(tmp_path / "run" / "model.safetensors")}), False),
+        (on_shapes(), True),
+    ):
+        found = evaluate_detector(config, resume)
+        assert found == {name: result[name] for name in found}
+        assert set(found) == {"map", "map_area", "per_class", "per_class_area", "coco"}
+    inference = tmp_path / "run" / "inference"
+    assert (inference / "detections.json").read_bytes() == (tmp_path / "run" / "detections.json").read_bytes()
+    assert json.loads((inference / "result.json").read_text())["map"] == result["map"]
+    with pytest.raises(UserError, match="--eval-only needs a whole detector"):
+        evaluate_detector(on_shapes())
+
+
+def test_the_command(shapes, tmp_path, small_words, base_file, capsys):
+    words = small_words(
+        {
+            "MODEL.ROI_HEADS.NUM_CLASSES": 0,
+            "DATASETS.VOC": {
+                "a": {"ROOT": str(shapes), "SPLIT": "trainval"},
+                "b": {"ROOT": str(shapes), "SPLIT": "test"},
+            },
+            "DATASETS.TRAIN": ["a"],
+            "DATASETS.TEST": ["b"],
+            "OUTPUT_DIR": str(tmp_path / "run"),
+            "SOLVER.MAX_ITER": 1,
+            "ENGINE": "torchvision",
+        }
+    )
+    command = ["train-det", "--config-file", str(base_file)]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, *words])
+    assert ended.value.code == 0
+    assert "AP 11-point" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--eval-only", "--resume", *words])
+    assert ended.value.code == 0
+    with pytest.raises(SystemExit) as ended:
+        main([*command, *words, "MODEL.MASK_ON", "True"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "can't honor MODEL.MASK_ON True" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.real_data
+def test_a_few_steps_on_real_blood_cells(real_data, tmp_path, monkeypatch):
+    from nst_det.detect.config import load_detect_config
+
+    monkeypatch.setenv("NST_DET_REAL_DATA", str(real_data))
+    words = ["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.MAX_ITER", "5", "DATASETS.TEST", "[]"]
+    result = train_detector(load_detect_config(CONFIGS / "bccd.yaml", words))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["total_loss"] < rows[0]["total_loss"]
+    assert result["params"] > 1_000_000
