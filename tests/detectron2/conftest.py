@@ -44,7 +44,7 @@ def _named_registry(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def voc_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VOC folder of 12 images with bright squares and dark bars; ``train`` has 8, ``test`` 4, one object is difficult."""
+    """12 images with bright squares and dark bars; ``train`` has 8, ``test`` 4, one object is difficult."""
     root = tmp_path_factory.mktemp("voc")
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
@@ -99,10 +99,27 @@ MODEL:
   TIMM: {{ARCH: nst_resnet10_w32, NORM: BN}}
   FPN: {{IN_FEATURES: [res2, res3, res4, res5], OUT_CHANNELS: 16}}
   ANCHOR_GENERATOR: {{SIZES: [[12], [24], [36], [48], [64]]}}
-  RPN: {{IN_FEATURES: [p2, p3, p4, p5, p6], BATCH_SIZE_PER_IMAGE: 32, PRE_NMS_TOPK_TRAIN: 60, POST_NMS_TOPK_TRAIN: 40}}
+  RPN:
+    IN_FEATURES: [p2, p3, p4, p5, p6]
+    BATCH_SIZE_PER_IMAGE: 32
+    PRE_NMS_TOPK_TRAIN: 60
+    POST_NMS_TOPK_TRAIN: 40
   ROI_HEADS: {{NAME: StandardROIHeads, IN_FEATURES: [p2, p3, p4, p5], NUM_CLASSES: 0, BATCH_SIZE_PER_IMAGE: 16}}
-  ROI_BOX_HEAD: {{NAME: FastRCNNConvFCHead, NUM_FC: 2, FC_DIM: 32, POOLER_RESOLUTION: 5, CANONICAL_BOX_SIZE: 28, CANONICAL_LEVEL: 3}}
-SOLVER: {{OPTIMIZER: ADAMW, IMS_PER_BATCH: 2, BASE_LR: 0.002, WARMUP_ITERS: 0, MAX_ITER: 6, STEPS: [5], CHECKPOINT_PERIOD: 3}}
+  ROI_BOX_HEAD:
+    NAME: FastRCNNConvFCHead
+    NUM_FC: 2
+    FC_DIM: 32
+    POOLER_RESOLUTION: 5
+    CANONICAL_BOX_SIZE: 28
+    CANONICAL_LEVEL: 3
+SOLVER:
+  OPTIMIZER: ADAMW
+  IMS_PER_BATCH: 2
+  BASE_LR: 0.002
+  WARMUP_ITERS: 0
+  MAX_ITER: 6
+  STEPS: [5]
+  CHECKPOINT_PERIOD: 3
 VERSION: 2
 """
     )

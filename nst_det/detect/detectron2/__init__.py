@@ -30,7 +30,7 @@ _HOMES = {
     "build_teacher": "teacher",
     "distill": "library",
     "load_config": "config",
-    "main": "main",
+    "main": "command",
     "register_voc": "datasets",
 }
 __all__ = list(_HOMES)

@@ -25,8 +25,10 @@ from nst_det.backbones import (
     create_model,
     load_backbone,
     load_into,
+    load_plain,
     resolve,
 )
+from nst_det.backbones.files import card_path
 from nst_det.backbones.norms import batch_norms
 from nst_det.backbones.strict import check_shapes
 from nst_det.detect.detectron2.backbone import bottom_up_of
@@ -41,10 +43,10 @@ SUFFIX = ".safetensors"
 class BackboneCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer that also reads backbone files, strictly.
 
-    From a backbone file (``backbone://NAME`` or a ``.safetensors`` path) the bottom-up is filled whole or an error
-    names what doesn't fit; FPN and heads, which such a file can't hold, are reported apart.  The file's input
-    contract (channel order, mean, std) is compared with the model's.  All other files go the way they go in
-    Detectron2.
+    From a backbone file (``backbone://NAME``, or a ``.safetensors`` path with its card) the bottom-up is filled whole
+    or an error names what doesn't fit; FPN and heads, which such a file can't hold, are reported apart.  The file's
+    input contract (channel order, mean, std) is compared with the model's.  A ``.safetensors`` file without a card
+    is a whole detector of the torchvision engine, whose names are Detectron2's.  Other files go Detectron2's way.
 
     Args:
         model: a detector with a ``backbone``.
@@ -87,6 +89,9 @@ class BackboneCheckpointer(DetectionCheckpointer):
         if not filename.endswith(SUFFIX):
             loaded: dict[str, Any] = super()._load_file(filename)
             return loaded
+        if not card_path(filename).is_file():
+            # a whole detector, as the torchvision engine writes it
+            return {"model": load_plain(filename)}
         entries, self.card = backbone_entries(self.model, filename)
         check_contract(self.model, self.card, filename)
         return {"model": entries}

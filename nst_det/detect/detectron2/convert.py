@@ -96,13 +96,7 @@ def convert(state_dict: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
     if form not in FORMS:
         raise UserError(f"unknown form '{form}'; there are {', '.join(FORMS)}")
     given = detect_form(state_dict)
-    ours = {"timm": dict, "detectron2": _timm_from_detectron2, "torchvision": _timm_from_torchvision}[given](state_dict)
-    out: Callable[[dict[str, Tensor]], dict[str, Tensor]] = {
-        "timm": dict,
-        "detectron2": _timm_to_detectron2,
-        "torchvision": _timm_to_torchvision,
-    }[form]
-    return out(ours)
+    return _TO[form](_FROM[given](state_dict))
 
 
 def convert_file(weights: str | Path, form: str, output: str | Path) -> tuple[str, int]:
@@ -197,3 +191,8 @@ def _rename(name: str, table: tuple[tuple[str, str], ...], shift: int) -> str:
         f"'{name}' has no place in the other form; convertible are Faster R-CNNs with a two-layer box head and an FPN "
         "of four levels without normalization"
     )
+
+
+Names = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+_FROM: dict[str, Names] = {"timm": dict, "detectron2": _timm_from_detectron2, "torchvision": _timm_from_torchvision}
+_TO: dict[str, Names] = {"timm": dict, "detectron2": _timm_to_detectron2, "torchvision": _timm_to_torchvision}

@@ -95,7 +95,7 @@ def _wrap(student: nn.Module, teacher: nn.Module, node: CfgNode, seed: int) -> D
 def _follow_iteration(model: nn.Module, _: Any) -> None:
     # a run that goes on doesn't warm up again, whoever's trainer it is
     if model.training and has_event_storage():
-        model.iteration = get_event_storage().iter  # type: ignore[assignment]
+        model.iteration = get_event_storage().iter
 
 
 def _device(module: nn.Module) -> torch.device:

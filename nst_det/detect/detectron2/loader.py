@@ -12,6 +12,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,19 +25,17 @@ from detectron2.data.transforms import AugInput
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from nst_det.detect.batches import Place, StepBatches
 from nst_det.errors import UserError
 from nst_det.runtime.seeds import derive_seed
 
 log = logging.getLogger(__name__)
-# (index of the image, step, place in the whole batch)
-Place = tuple[int, int, int]
 
 
-class StepBatches:
-    """The places of one process in the batches of steps ``start``, ``start + 1``, ...
+class SharedBatches:
+    """The part of one process in the batches of steps ``start``, ``start + 1``, ...
 
-    Every epoch is a permutation of all images; a batch may span two epochs.  With ``wide`` given, wide and tall
-    images are not mixed in one batch (Detectron2's aspect ratio grouping), over all processes together.
+    The batches are those of :class:`~nst_det.detect.batches.StepBatches`, so they are the torchvision engine's too.
 
     Args:
         size: number of images.
@@ -48,11 +47,6 @@ class StepBatches:
 
     Attributes:
         start: the first step that an iterator gives; set it before the loader is used.
-
-    Example:
-        >>> places = iter(StepBatches(size=4, batch=2, seed=0))
-        >>> sorted(index for _ in range(2) for index, _, _ in next(places))
-        [0, 1, 2, 3]
     """
 
     def __init__(
@@ -64,37 +58,19 @@ class StepBatches:
         world: int = 1,
         wide: Sequence[bool] | None = None,
     ) -> None:
-        if size < 1 or batch < 1 or batch % world:
+        if batch < 1 or batch % world:
             raise UserError(
                 f"SOLVER.IMS_PER_BATCH: {batch} images a step can't be shared out to {world} processes; "
                 "use a multiple of their number"
             )
-        self.size, self.batch, self.seed, self.rank, self.world, self.wide = size, batch, seed, rank, world, wide
+        share = batch // world
+        self._mine = slice(rank * share, (rank + 1) * share)
+        self._batches = partial(StepBatches, size, batch, seed, wide=wide)
         self.start = 0
 
-    def _order(self) -> Iterator[int]:
-        epoch = 0
-        while True:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            yield from torch.randperm(self.size, generator=generator).tolist()
-            epoch += 1
-
-    def _batches(self) -> Iterator[list[int]]:
-        waiting: tuple[list[int], list[int]] = ([], [])
-        for index in self._order():
-            bucket = waiting[0 if self.wide is None or self.wide[index] else 1]
-            bucket.append(index)
-            if len(bucket) == self.batch:
-                yield list(bucket)
-                bucket.clear()
-
     def __iter__(self) -> Iterator[list[Place]]:
-        share = self.batch // self.world
-        mine = range(self.rank * share, (self.rank + 1) * share)
-        for step, indices in enumerate(self._batches()):
-            # going over the indices of past steps costs microseconds each, no image is read for them
-            if step >= self.start:
-                yield [(indices[slot], step, slot) for slot in mine]
+        for places in self._batches(start=self.start):
+            yield places[self._mine]
 
 
 class SeededImages(Dataset[Any]):
@@ -113,19 +89,20 @@ class SeededImages(Dataset[Any]):
         return len(self.dicts)
 
     def __getitem__(self, place: Place) -> Any:
-        index, step, slot = place
         # Detectron2's augmentations draw from NumPy and Python only; torch's state is left alone
         numpy_state, python_state = np.random.get_state(), random.getstate()
-        seed = derive_seed(self.seed, "augment", step, slot)
+        seed = derive_seed(self.seed, "augment", place.step, place.slot)
         np.random.seed(seed % 2**32)
         random.seed(seed)
         try:
-            item = self.mapper(self.dicts[index])
+            item = self.mapper(self.dicts[place.image])
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
         if item is None:
-            raise UserError(f"{self.dicts[index].get('file_name', index)}: the mapper gave nothing for this image")
+            raise UserError(
+                f"{self.dicts[place.image].get('file_name', place.image)}: the mapper gave nothing for this image"
+            )
         return item
 
 
@@ -185,7 +162,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
     wide = [item["width"] > item["height"] for item in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
-    places = StepBatches(len(dicts), cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, comm.get_rank(), comm.get_world_size(), wide)
+    places = SharedBatches(len(dicts), cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, comm.get_rank(), comm.get_world_size(), wide)
     # serialized once, so that loader processes share the memory
     images = SeededImages(DatasetFromList(dicts, copy=False), mapper or choose_mapper(cfg, dicts), cfg.SEED)
     return DataLoader(
@@ -193,4 +170,6 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
         batch_sampler=places,  # endless, so it has no length
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
+        # a loader that is started draws a seed for its processes; not from the generator that the model draws from
+        generator=torch.Generator().manual_seed(derive_seed(cfg.SEED, "loader")),
     )

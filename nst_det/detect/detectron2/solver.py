@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
+from nst_det.detect.solver import is_backbone
 from nst_det.errors import UserError
 
 OPTIMIZERS = ("SGD", "ADAMW")
@@ -50,11 +51,3 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         )
     # Detectron2's "norm" clips every parameter by itself
     return maybe_add_gradient_clipping(cfg, optimizer)
-
-
-def is_backbone(name: str) -> bool:
-    """Whether a parameter of a detector belongs to the pre-trained bottom-up (FPN, which is new, does not)."""
-    words = name.split(".")
-    if "bottom_up" in words:
-        return True
-    return "backbone" in words and not any(word.startswith("fpn_") for word in words)

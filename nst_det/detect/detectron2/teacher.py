@@ -12,8 +12,10 @@ from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 
+from nst_det.backbones.files import card_path
 from nst_det.detect.config import resolve_device
-from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
+from nst_det.detect.detectron2.backbone import TimmBackbone, bottom_up_of
+from nst_det.detect.detectron2.checkpoint import PREFIX, SUFFIX, BackboneCheckpointer
 from nst_det.detect.detectron2.config import add_config, data_classes
 from nst_det.detect.detectron2.heads import choose_roi_heads
 from nst_det.errors import UserError
@@ -52,24 +54,26 @@ def build_teacher(
         model, named = _build_lazy(path) if path.endswith(".py") else _build_yaml(path, weights, device, overrides)
     # a config of the model zoo names the weights that its training began with, not those it ended with
     source = expand_path(weights, "TRANSFER.TEACHER.WEIGHTS") or (_zoo_weights(config_file) if of_zoo else named)
-    if not source:
+    _, bottom_up = bottom_up_of(model)
+    published = isinstance(bottom_up, TimmBackbone) and bottom_up.loaded
+    if not source and not published:
         raise UserError(
             f"{config_file}: names no weights and TRANSFER.TEACHER.WEIGHTS is empty; a random teacher teaches nothing"
         )
-    if _is_backbone_file(source):
-        _check_levels(levels, source)
+    if not source or _is_backbone_file(source):
+        _check_levels(levels, source or f"{config_file} with timm's weights")
         complete: list[str] = []
     else:
         complete = [name for name, _ in model.named_children()]
     BackboneCheckpointer(model, complete=complete).load(source)
-    log.info("teacher: %s, weights %s", config_file, source)
+    log.info("teacher: %s, weights %s", config_file, source or "timm's")
     if device is not None:
         model.to(device)
     return model.eval().requires_grad_(False)
 
 
 def _is_backbone_file(source: str) -> bool:
-    return source.startswith("backbone://") or source.endswith(".safetensors")
+    return source.startswith(PREFIX) or (source.endswith(SUFFIX) and card_path(source).is_file())
 
 
 def _check_levels(levels: Sequence[str], source: str) -> None:
@@ -119,7 +123,7 @@ def _build_yaml(path: str, weights: str, device: str | None, overrides: Sequence
     cfg.MODEL.DEVICE = device or resolve_device(cfg.MODEL.DEVICE)
     # the guard against frozen random layers is for those without weights; these come below
     cfg.MODEL.WEIGHTS = weights or named or "later"
-    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.TIMM.PRETRAINED and not (weights or named)
     choose_roi_heads(cfg)
     if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = _classes(cfg, path)

@@ -1,0 +1,137 @@
+"""One training or evaluation run of a config by Detectron2, started with Detectron2's arguments."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup, launch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessRaisedException
+
+from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
+from nst_det.detect.detectron2.config import load_config, register_datasets
+from nst_det.detect.detectron2.evaluator import summary_path
+from nst_det.detect.detectron2.trainer import DistillTrainer
+from nst_det.errors import UserError
+from nst_det.runtime.files import read_json
+from nst_det.runtime.metrics import read_metrics
+from nst_det.runtime.run import RunFolder
+from nst_det.transfer import parse_method
+
+log = logging.getLogger(__name__)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train or evaluate, in as many processes as asked.
+
+    Args:
+        args: ``config_file``, ``resume``, ``eval_only``, ``num_gpus`` (processes a machine; on a machine without a GPU
+            they share the CPU), ``num_machines``, ``machine_rank``, ``dist_url`` and ``opts`` (``KEY VALUE`` pairs).
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: an input can't be used, in whichever process it was found.
+    """
+    # what can be wrong with the config is said here, before any process is started
+    cfg = load_config(args.config_file or None, args.opts or [])
+    if args.num_gpus > 1 and torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+        raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}")
+    if cfg.SOLVER.IMS_PER_BATCH % max(args.num_gpus * args.num_machines, 1):
+        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} can't be shared out to the processes evenly")
+    try:
+        launch(
+            run,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ProcessRaisedException as error:
+        raise _from_process(error) from error
+    return 0
+
+
+def _from_process(error: ProcessRaisedException) -> Exception:
+    marker = f"{UserError.__module__}.{UserError.__name__}: "
+    for line in reversed(str(error).splitlines()):
+        if line.startswith(marker):
+            return UserError(line.removeprefix(marker))
+    return error
+
+
+def run(args: argparse.Namespace) -> None:
+    """What each process does.  The first one owns the run folder."""
+    cfg = load_config(args.config_file or None, args.opts or [])
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    with ExitStack() as stack:
+        if comm.is_main_process():
+            stack.enter_context(folder.opened(cfg))
+        comm.synchronize()
+        if not args.eval_only and folder.done:
+            log.info("%s is done already", folder.path)
+            return
+        default_setup(cfg, args)
+        register_datasets(cfg)
+        if args.eval_only:
+            evaluate(cfg)
+        else:
+            train(cfg, folder, args.resume)
+
+
+def train(cfg: CfgNode, folder: RunFolder, resume: bool) -> None:
+    """Train, evaluate and write the result."""
+    stopped = (folder.path / "last_checkpoint").exists()
+    if stopped and not resume:
+        log.info("%s: going on where it was stopped; remove the folder to begin again", folder.path)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=resume or stopped)
+    trainer.train()
+    if comm.is_main_process():
+        folder.finish(run_result(cfg, trainer))
+        log.info("result: %s", folder.result_path)
+
+
+def evaluate(cfg: CfgNode) -> dict[str, Any]:
+    """Evaluate ``MODEL.WEIGHTS`` on ``DATASETS.TEST``.
+
+    Raises:
+        UserError: no weights, or weights that leave a part of the detector random.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("--eval-only: MODEL.WEIGHTS is empty; name the detector's weights")
+    model = build_model(cfg)
+    parts = [name for name, _ in model.named_children()]
+    BackboneCheckpointer(model, complete=parts).load(cfg.MODEL.WEIGHTS)
+    results: dict[str, Any] = DistillTrainer.test(cfg, model)
+    return results
+
+
+def run_result(cfg: CfgNode, trainer: DistillTrainer) -> dict[str, Any]:
+    """``result.json`` of a finished run: the fields that both engines write.
+
+    The AP values are those of the first of ``DATASETS.TEST``; without one, or with one that isn't ours, they are
+    missing.
+    """
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    rows = read_metrics(folder.metrics_path)
+    last = {key: value for key, value in rows[-1].items() if key not in ("step", "lr", "total_loss")} if rows else {}
+    summary = summary_path(cfg.OUTPUT_DIR, cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+    return {
+        **(read_json(summary) if summary is not None and summary.exists() else {}),
+        "seconds": round(trainer.seconds, 3),
+        "steps": trainer.max_iter,
+        "engine": "detectron2",
+        "params": sum(parameter.numel() for parameter in trainer.student.parameters()),
+        "seed": cfg.SEED,
+        "method": parse_method(cfg.TRANSFER.METHOD).word,
+        "losses": last,
+    }

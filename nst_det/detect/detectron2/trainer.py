@@ -1,0 +1,213 @@
+"""Detectron2's trainer around a student that learns from a teacher detector."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from nst_det.detect.detectron2.backbone import check_frozen_random
+from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
+from nst_det.detect.detectron2.evaluator import VocEvaluator
+from nst_det.detect.detectron2.library import distill_from_config, student_of, transfer_of
+from nst_det.detect.detectron2.loader import SharedBatches, build_train_loader
+from nst_det.detect.detectron2.solver import build_optimizer
+from nst_det.detect.distilled import DistilledDetector
+from nst_det.errors import UserError
+from nst_det.runtime.device import amp_dtype, autocast
+from nst_det.runtime.metrics import MetricsWriter
+from nst_det.runtime.run import RunFolder
+from nst_det.runtime.seeds import seed_everything, seeded
+
+log = logging.getLogger(__name__)
+
+
+class DistillTrainer(DefaultTrainer):
+    """Detectron2's DefaultTrainer; the model it trains is the student inside a ``DistilledDetector``.
+
+    Hooks, mixed precision, data parallelism, schedule, evaluation and events are Detectron2's.  What differs:
+
+    - the model in a checkpoint is the student alone; adapters of transfer terms stand with the optimizer's state
+    - batches and all random draws depend on the seed and the step, so that a run that goes on repeats the
+      undisturbed one (``SEED`` not negative)
+    - ``SOLVER.OPTIMIZER``, ``SOLVER.BACKBONE_MULTIPLIER`` and backbone files as ``MODEL.WEIGHTS``
+    - several processes work on the CPU too
+
+    Args:
+        cfg: from :func:`~nst_det.detect.detectron2.config.load_config`, with its data sets registered.
+
+    Attributes:
+        student: the detector alone.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # DefaultTrainer makes all of this in its constructor, for a GPU in each process and with the wrapped model
+        # in the checkpoint, so its constructor is not called
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        self._whole, self.student = model, student_of(model)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        if cfg.SOLVER.AMP.ENABLED and on_cpu:
+            for part in (self.student, *((model.teacher,) if isinstance(model, DistilledDetector) else ())):
+                compute_in_bf16(part.backbone, amp_dtype("auto"))
+        parallel = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
+        kind = AMPTrainer if cfg.SOLVER.AMP.ENABLED and not on_cpu else SimpleTrainer
+        self._trainer = kind(parallel, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = BackboneCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self._seconds_before, self._began = 0.0, time.monotonic()
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The student, in a ``DistilledDetector`` unless ``TRANSFER.METHOD`` is ``ce``.
+
+        The student is drawn under the seed, so that all methods of one seed begin with the same heads.
+        """
+        if cfg.SEED >= 0:
+            with seeded(cfg.SEED, "init"):
+                student = build_model(cfg)
+        else:
+            student = build_model(cfg)
+        return distill_from_config(student, cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See :mod:`nst_det.detect.detectron2.solver`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """See :mod:`nst_det.detect.detectron2.loader`."""
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """Ours for data sets in ``DATASETS.VOC``; Detectron2's for what Detectron2 registers."""
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if kind == "nst_voc":
+            return VocEvaluator(dataset_name, cfg.OUTPUT_DIR)
+        if kind == "coco":
+            return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise UserError(f"DATASETS.TEST: no evaluator for '{dataset_name}'; name its folder in DATASETS.VOC")
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks, after one that seeds each step and before the writer of ``metrics.jsonl``."""
+        hooks: list[HookBase | None] = [StepSeed(self.cfg.SEED), *super().build_hooks()]
+        if comm.is_main_process():
+            hooks.append(RunMetrics(RunFolder(self.cfg.OUTPUT_DIR)))
+        return hooks
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; ``MODEL.WEIGHTS`` may be ``backbone://NAME``, and the loader begins at the right step.
+
+        Raises:
+            UserError: weights that don't fit, or layers that are frozen and random.
+        """
+        super().resume_or_load(resume)
+        check_frozen_random(self.student)
+        places = getattr(self.data_loader, "batch_sampler", None)
+        if isinstance(places, SharedBatches):
+            places.start = self.start_iter
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this run, that before it was stopped included."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    def state_dict(self) -> dict[str, Any]:
+        """Detectron2's training state, with the adapters' parameters and the time it took."""
+        state: dict[str, Any] = super().state_dict()
+        state["seconds"] = self.seconds
+        transfer = transfer_of(self._whole)
+        if transfer is not None and transfer.state_dict():
+            state["adapters"] = transfer.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""
+        super().load_state_dict(state_dict)
+        self._seconds_before, self._began = float(state_dict.get("seconds", 0.0)), time.monotonic()
+        transfer = transfer_of(self._whole)
+        if transfer is not None and transfer.state_dict():
+            if "adapters" not in state_dict:
+                raise UserError("the checkpoint holds no adapters for these transfer terms; it is of another run")
+            transfer.load_state_dict(state_dict["adapters"])
+
+
+class StepSeed(HookBase):
+    """Seeds everything from (seed, step, rank) before each step; a negative seed leaves chance to chance."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def before_step(self) -> None:
+        """Seed."""
+        if self.seed >= 0:
+            seed_everything(self.seed, "step", self.trainer.iter, comm.get_rank())
+
+
+class RunMetrics(HookBase):
+    """Losses and learning rate of every step as JSON lines in the run folder."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.writer: MetricsWriter | None = None
+
+    def before_train(self) -> None:
+        """Open the file; lines of steps that will be repeated are dropped."""
+        self.writer = MetricsWriter(self.run.metrics_path, self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        """Write one line."""
+        step = self.trainer.iter
+        latest = self.trainer.storage.latest().items()
+        assert self.writer is not None
+        self.writer.write(step, {key: value for key, (value, at) in latest if at == step and is_curve(key)})
+
+    def after_train(self) -> None:
+        """Close the file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def is_curve(name: str) -> bool:
+    """Whether an event is a loss or the learning rate (not a time)."""
+    return name == "lr" or "loss" in name or name.startswith("transfer")
+
+
+def compute_in_bf16(backbone: nn.Module, dtype: torch.dtype | None) -> None:
+    """Let a backbone compute in ``dtype`` and give float32 maps; None changes nothing.
+
+    Detectron2's mixed precision needs a GPU.  On the CPU the heads stay in float32, because a box coordinate above
+    128 has steps of a whole pixel in bfloat16; the torchvision engine does the same.
+    """
+    if dtype is None:
+        return
+    forward = backbone.forward
+
+    def reduced(images: Tensor) -> dict[str, Tensor]:
+        with autocast(images.device, dtype):
+            maps = forward(images)
+        return {name: map_.float() for name, map_ in maps.items()}
+
+    backbone.forward = reduced

@@ -1,0 +1,262 @@
+"""The trainer and the command, on a data set small enough for a test."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip(
+    "detectron2",
+    reason="Detectron2 is not installed: https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
+)
+pytestmark = pytest.mark.detectron2
+
+from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
+from detectron2.engine import HookBase  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+from torch.multiprocessing import ProcessRaisedException  # noqa: E402
+
+from nst_det.cli import main  # noqa: E402
+from nst_det.detect.detectron2 import DistillTrainer  # noqa: E402
+from nst_det.detect.detectron2.command import train  # noqa: E402
+from nst_det.detect.detectron2.config import load_config, register_datasets  # noqa: E402
+from nst_det.detect.detectron2.heads import CanonicalROIHeads  # noqa: E402
+from nst_det.errors import UserError  # noqa: E402
+from nst_det.runtime.metrics import read_metrics  # noqa: E402
+from nst_det.runtime.run import RunFolder  # noqa: E402
+
+
+def nst_opts(tiny_teacher, method="nst-poly"):
+    return [
+        *("TRANSFER.METHOD", method, "TRANSFER.LEVELS", "['p2', 'p3', 'p4', 'p5']", "TRANSFER.WARMUP_ITERS", "2"),
+        *("TRANSFER.TEACHER.CONFIG_FILE", str(tiny_teacher[0]), "TRANSFER.TEACHER.WEIGHTS", str(tiny_teacher[1])),
+    ]
+
+
+def make_cfg(tiny_yaml, folder, *opts):
+    cfg = load_config(tiny_yaml, [*opts, "OUTPUT_DIR", str(folder)])
+    register_datasets(cfg)
+    return cfg
+
+
+@pytest.fixture(autouse=True)
+def _own_logging():
+    """The command logs to the standard error of its test, which is closed after it."""
+    yield
+    for name in (None, "detectron2", "fvcore"):
+        logger = logging.getLogger(name)
+        for handler in [item for item in logger.handlers if isinstance(item, logging.StreamHandler)]:
+            logger.removeHandler(handler)
+
+
+def command(*words):
+    with pytest.raises(SystemExit) as left:
+        main(["train-det", *map(str, words)])
+    return left.value.code
+
+
+def test_the_command_trains_evaluates_and_leaves_a_run_folder(tiny_yaml, tiny_teacher, tmp_path, capsys):
+    folder = tmp_path / "run"
+    opts = [*nst_opts(tiny_teacher), "OUTPUT_DIR", folder]
+    assert command("--config-file", tiny_yaml, *opts) == 0
+    result = json.loads((folder / "result.json").read_text())
+    assert set(result["per_class"]) == {"bar", "square"}
+    assert 0 <= result["map"] <= 1
+    assert (result["engine"], result["steps"], result["seed"], result["method"]) == ("detectron2", 6, 3, "nst-poly")
+    assert set(result["losses"]) == {
+        *("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc", "loss_transfer_nst-poly")
+    }
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(6))
+    # the weight rises over two steps, and Detectron2's own events have the term too
+    assert 0 < rows[0]["loss_transfer_nst-poly"] < rows[1]["loss_transfer_nst-poly"]
+    events = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    assert any("loss_transfer_nst-poly" in event for event in events)
+    found = json.loads((folder / "detections.json").read_text())
+    assert {"image_id", "category", "bbox", "score"} == set(found[0])
+
+    # what is done is not done again
+    before = (folder / "model_final.pth").stat().st_mtime_ns
+    assert command("--config-file", tiny_yaml, *opts) == 0
+    assert (folder / "model_final.pth").stat().st_mtime_ns == before
+
+    # its weights score the same when evaluated alone
+    weights = folder / "model_final.pth"
+    assert (
+        command("--config-file", tiny_yaml, "--eval-only", "OUTPUT_DIR", tmp_path / "e", "MODEL.WEIGHTS", weights) == 0
+    )
+    alone = json.loads((tmp_path / "e" / "inference" / "tiny_test.json").read_text())
+    assert alone["map"] == result["map"]
+
+
+def test_the_checkpoint_holds_the_student_alone(tiny_yaml, tiny_teacher, tmp_path):
+    cfg = make_cfg(tiny_yaml, tmp_path, *nst_opts(tiny_teacher, "fitnet+nst-poly"), "DATASETS.TEST", "()")
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    saved = torch.load(tmp_path / "model_final.pth")
+    plain = build_model(cfg)
+    assert saved["model"].keys() == plain.state_dict().keys()
+    assert not any("teacher" in key or "nst" in key or "transfer" in key for key in saved["model"])
+    DetectionCheckpointer(plain).load(str(tmp_path / "model_final.pth"))
+    assert all(torch.equal(value, trainer.student.state_dict()[key]) for key, value in plain.state_dict().items())
+    # the adapters stand with the optimizer's state and were trained
+    assert len(saved["trainer"]["adapters"]) > 0
+
+
+class Stop(HookBase):
+    def after_step(self):
+        if self.trainer.iter == 4:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_goes_on_repeats_the_undisturbed_one(tiny_yaml, tiny_teacher, tmp_path):
+    opts = [*nst_opts(tiny_teacher, "fitnet+nst-poly"), "DATASETS.TEST", "()"]
+    whole = make_cfg(tiny_yaml, tmp_path / "whole", *opts)
+    train(whole, RunFolder(whole.OUTPUT_DIR), resume=False)
+
+    part = make_cfg(tiny_yaml, tmp_path / "part", *opts)
+    first = DistillTrainer(part)
+    first.register_hooks([Stop()])
+    first.resume_or_load(resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert (tmp_path / "part" / "last_checkpoint").read_text() == "model_0000002.pth"
+    train(part, RunFolder(part.OUTPUT_DIR), resume=True)
+
+    assert read_metrics(tmp_path / "part" / "metrics.jsonl") == read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    one, other = (torch.load(tmp_path / name / "model_final.pth") for name in ("whole", "part"))
+    assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
+    adapters = one["trainer"]["adapters"], other["trainer"]["adapters"]
+    assert all(torch.equal(value, adapters[1][key]) for key, value in adapters[0].items())
+
+
+def test_methods_of_one_seed_begin_alike_and_see_the_same_batches(tiny_yaml, tiny_teacher, tmp_path):
+    plain = DistillTrainer(make_cfg(tiny_yaml, tmp_path / "a"))
+    taught = DistillTrainer(make_cfg(tiny_yaml, tmp_path / "b", *nst_opts(tiny_teacher)))
+    other = DistillTrainer(make_cfg(tiny_yaml, tmp_path / "c", "SEED", "4"))
+    state = plain.student.state_dict()
+    assert all(torch.equal(value, taught.student.state_dict()[key]) for key, value in state.items())
+    assert not torch.equal(
+        state["roi_heads.box_head.fc1.weight"], other.student.state_dict()["roi_heads.box_head.fc1.weight"]
+    )
+    for one, two, three in zip(*(iter(trainer.data_loader) for trainer in (plain, taught, other)), strict=False):
+        assert [item["image_id"] for item in one] == [item["image_id"] for item in two]
+        assert all(torch.equal(a["image"], b["image"]) for a, b in zip(one, two))
+        if [item["image_id"] for item in one] != [item["image_id"] for item in three]:
+            break
+
+
+def test_the_extra_keys_do_what_they_say(tiny_yaml, tmp_path):
+    cfg = make_cfg(tiny_yaml, tmp_path, "SOLVER.BACKBONE_MULTIPLIER", "0.1", "SOLVER.CLIP_GRADIENTS.ENABLED", "True")
+    trainer = DistillTrainer(cfg)
+    assert isinstance(trainer.student.roi_heads, CanonicalROIHeads)
+    assert trainer.student.roi_heads.box_pooler.canonical_box_size == 28
+    assert trainer.student.roi_heads.box_pooler.canonical_level == 3
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert type(trainer.optimizer).__name__ == "AdamWWithGradientClip"
+    rates = {
+        name: group["initial_lr"]
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+        for name, own in trainer.student.named_parameters()
+        if own is parameter
+    }
+    assert rates["backbone.bottom_up.model.conv1.weight"] == pytest.approx(0.0002)
+    assert rates["backbone.fpn_lateral2.weight"] == pytest.approx(0.002)
+    assert rates["roi_heads.box_head.fc1.weight"] == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(
+    ("opts", "said"),
+    [
+        (["MODEL.WIGHTS", "x"], "unknown key MODEL.WIGHTS; did you mean MODEL.WEIGHTS"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "no such weights file"),
+        (["MODEL.WEIGHTS", "backbone://nobody"], "not found"),
+        (["SOLVER.OPTIMIZER", "LION"], "SOLVER.OPTIMIZER"),
+        (["DATASETS.TRAIN", "['voc_x']"], "add DATASETS.VOC.voc_x"),
+        (["TRANSFER.METHOD", "nst-poly"], "needs a teacher"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "7"], "the data has 2 classes"),
+        (["SOLVER.IMS_PER_BATCH", "3", "OUTPUT_DIR", "x"], None),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_code_2(tiny_yaml, tmp_path, capsys, monkeypatch, opts, said):
+    monkeypatch.chdir(tmp_path)
+    if said is None:
+        assert command("--config-file", tiny_yaml, "--num-gpus", "2", *opts) == 2
+        assert "can't be shared out" in capsys.readouterr().err
+        return
+    assert command("--config-file", tiny_yaml, "OUTPUT_DIR", tmp_path / "run", *opts) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert said in printed[-1]
+
+
+def test_mixed_precision_on_the_cpu_keeps_the_heads_in_float32(tiny_yaml, tiny_teacher, tmp_path, monkeypatch):
+    from nst_det.detect.detectron2 import trainer as room
+
+    monkeypatch.setattr(room, "amp_dtype", lambda _: torch.bfloat16)
+    cfg = make_cfg(tiny_yaml, tmp_path, *nst_opts(tiny_teacher), "SOLVER.AMP.ENABLED", "True", "DATASETS.TEST", "()")
+    made = DistillTrainer(cfg)
+    seen = []
+    made.student.backbone.bottom_up.register_forward_hook(lambda _m, _i, maps: seen.append(maps["res3"].dtype))
+    made.student.proposal_generator.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[1]["p3"].dtype))
+    made.teacher = made._whole.teacher
+    made.teacher.backbone.register_forward_hook(lambda _m, _i, maps: seen.append(maps["p3"].dtype))
+    made.max_iter = 1
+    made.train()
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_two_processes_train_to_the_weights_of_one(tiny_yaml, tiny_teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Nothing may depend on the share of a process: sampling is exhaustive, so that nothing is drawn; normalization is
+    # frozen; the images of a batch have one size, so that none is padded; every image has the same number of
+    # proposals, 40 and its two objects.
+    opts = [
+        *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.RPN.POSITIVE_FRACTION", "1.0"),
+        *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", "40", "MODEL.RPN.NMS_THRESH", "1.0"),
+        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "1000", "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0"),
+        *("MODEL.TIMM.ARCH", "resnet18", "MODEL.TIMM.NORM", "FrozenBN", "MODEL.WEIGHTS", "backbone://r18"),
+        *("SOLVER.IMS_PER_BATCH", "4", "SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "3"),
+        *("SOLVER.STEPS", "()", "INPUT.MIN_SIZE_TRAIN", "[64]", *nst_opts(tiny_teacher)),
+    ]
+    for processes in (1, 2):
+        words = ["--config-file", tiny_yaml, "--num-gpus", processes, "--dist-url", "auto"]
+        assert command(*words, *opts, "OUTPUT_DIR", tmp_path / str(processes)) == 0
+    one, two = (torch.load(tmp_path / str(processes) / "model_final.pth")["model"] for processes in (1, 2))
+    begun = build_model(make_cfg(tiny_yaml, tmp_path / "x", *opts)).state_dict()
+    for key, value in one.items():
+        if value.is_floating_point() and "fpn" in key:
+            assert not torch.equal(value, begun[key]), f"{key} was not trained"
+        torch.testing.assert_close(two[key], value, rtol=0, atol=2e-5, msg=key)
+    for mine, shared in zip(*(read_metrics(tmp_path / name / "metrics.jsonl") for name in ("1", "2"))):
+        assert shared == pytest.approx(mine, rel=1e-5, abs=1e-7)
+    # both evaluate all images, each once
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("1", "2")]
+    assert results[0]["map"] == pytest.approx(results[1]["map"], abs=1e-6)
+
+
+def test_a_user_error_in_a_process_is_one_line_too(tiny_yaml, monkeypatch, capsys):
+    trace = "Traceback ...\n  File ...\nnst_det.errors.UserError: SOLVER.OPTIMIZER: wrong\n"
+
+    def fail(*_, **__):
+        raise ProcessRaisedException(trace, 0, 1)
+
+    monkeypatch.setattr("nst_det.detect.detectron2.command.launch", fail)
+    assert command("--config-file", tiny_yaml, "--num-gpus", "2") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "nst-det: SOLVER.OPTIMIZER: wrong"
+
+
+def test_a_second_start_in_another_runs_folder_is_refused(tiny_yaml, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with RunFolder(folder).opened(load_config(tiny_yaml, ["OUTPUT_DIR", str(folder), "SEED", "9"])):
+        pass
+    assert command("--config-file", tiny_yaml, "OUTPUT_DIR", folder) == 2
+    assert "holds a run with SEED 9" in capsys.readouterr().err
+
+
+def test_frozen_random_layers_stop_the_run(tiny_yaml, tmp_path):
+    cfg = make_cfg(tiny_yaml, tmp_path, "MODEL.TIMM.NORM", "FrozenBN")
+    with pytest.raises(UserError, match="random weights"):
+        DistillTrainer(cfg)
