@@ -124,9 +124,7 @@ def test_a_stride_that_is_not_there_cant_be_frozen_at():
 
 def test_random_layers_are_not_frozen_unasked():
     bottomup = Bottomup("nst_resnet10_w32")
-    with pytest.raises(
-        ValueError, match=r"freezing at 2 would freeze layers with random weights: bn1.bias, bn1.weight"
-    ):
+    with pytest.raises(ValueError, match="freezing at 2 would freeze layers with random weights: bn1.bias,"):
         bottomup.freeze(2)
     with pytest.raises(ValueError, match="freezing batch normalization would freeze layers with random weights"):
         bottomup.set_norm("frozen")
