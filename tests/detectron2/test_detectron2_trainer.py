@@ -86,8 +86,12 @@ def test_the_command_trains_evaluates_and_leaves_a_run_folder(tiny_yaml, tiny_te
     assert (
         command("--config-file", tiny_yaml, "--eval-only", "OUTPUT_DIR", tmp_path / "e", "MODEL.WEIGHTS", weights) == 0
     )
-    alone = json.loads((tmp_path / "e" / "inference" / "tiny_test.json").read_text())
-    assert alone["map"] == result["map"]
+    alone = json.loads((tmp_path / "e" / "inference" / "result.json").read_text())
+    assert alone == {key: result[key] for key in alone}
+    assert {"map", "map_area", "per_class", "per_class_area", "coco"} == set(alone)
+    assert command("--config-file", tiny_yaml, "--eval-only", "--resume", "OUTPUT_DIR", folder) == 0
+    assert "square" in capsys.readouterr().out
+    assert json.loads((folder / "result.json").read_text()) == result
 
 
 def test_the_checkpoint_holds_the_student_alone(tiny_yaml, tiny_teacher, tmp_path):

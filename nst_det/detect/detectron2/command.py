@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +17,16 @@ from torch.multiprocessing import ProcessRaisedException
 
 from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detect.detectron2.config import load_config, register_datasets
-from nst_det.detect.detectron2.evaluator import summary_path
-from nst_det.detect.detectron2.trainer import DistillTrainer
+from nst_det.detect.detectron2.trainer import DistillTrainer, inference_folder
+from nst_det.detect.table import print_result
 from nst_det.errors import UserError
-from nst_det.runtime.files import read_json
+from nst_det.runtime.files import read_json, write_text
 from nst_det.runtime.metrics import read_metrics
 from nst_det.runtime.run import RunFolder
 from nst_det.transfer import parse_method
 
 log = logging.getLogger(__name__)
+DETECTIONS_FILE, RESULT_FILE = "detections.json", "result.json"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -72,19 +74,21 @@ def run(args: argparse.Namespace) -> None:
     """What each process does.  The first one owns the run folder."""
     cfg = load_config(args.config_file or None, args.opts or [])
     folder = RunFolder(cfg.OUTPUT_DIR)
+    if args.eval_only:
+        evaluate(cfg, args)
+        return
     with ExitStack() as stack:
         if comm.is_main_process():
             stack.enter_context(folder.opened(cfg))
         comm.synchronize()
-        if not args.eval_only and folder.done:
+        if folder.done:
             log.info("%s is done already", folder.path)
-            return
-        default_setup(cfg, args)
-        register_datasets(cfg)
-        if args.eval_only:
-            evaluate(cfg)
         else:
+            default_setup(cfg, args)
+            register_datasets(cfg)
             train(cfg, folder, args.resume)
+        if comm.is_main_process():
+            print_result(folder.result(), cfg.OUTPUT_DIR)
 
 
 def train(cfg: CfgNode, folder: RunFolder, resume: bool) -> None:
@@ -96,23 +100,42 @@ def train(cfg: CfgNode, folder: RunFolder, resume: bool) -> None:
     trainer.resume_or_load(resume=resume or stopped)
     trainer.train()
     if comm.is_main_process():
+        if cfg.DATASETS.TEST:
+            found = inference_folder(cfg, cfg.DATASETS.TEST[0]) / DETECTIONS_FILE
+            if found.exists():
+                write_text(folder.path / DETECTIONS_FILE, found.read_text(encoding="utf-8"))
         folder.finish(run_result(cfg, trainer))
-        log.info("result: %s", folder.result_path)
 
 
-def evaluate(cfg: CfgNode) -> dict[str, Any]:
-    """Evaluate ``MODEL.WEIGHTS`` on ``DATASETS.TEST``.
+def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Evaluate ``MODEL.WEIGHTS``, or with ``--resume`` what was trained in OUTPUT_DIR, on ``DATASETS.TEST``.
+
+    Everything is written to ``OUTPUT_DIR/inference``, so that a run's own files stay as they are.
 
     Raises:
         UserError: no weights, or weights that leave a part of the detector random.
     """
-    if not cfg.MODEL.WEIGHTS:
-        raise UserError("--eval-only: MODEL.WEIGHTS is empty; name the detector's weights")
+    weights = str(Path(cfg.OUTPUT_DIR) / "model_final.pth") if args.resume else cfg.MODEL.WEIGHTS
+    if not weights or not cfg.DATASETS.TEST:
+        raise UserError(
+            "--eval-only needs MODEL.WEIGHTS of a whole detector (or --resume, for the one that was trained in "
+            "OUTPUT_DIR) and DATASETS.TEST"
+        )
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = weights
+    # Detectron2's log and config go beside the figures, not over those of a run
+    beside = cfg.clone()
+    beside.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "inference")
+    default_setup(beside, args)
+    register_datasets(cfg)
     model = build_model(cfg)
     parts = [name for name, _ in model.named_children()]
-    BackboneCheckpointer(model, complete=parts).load(cfg.MODEL.WEIGHTS)
-    results: dict[str, Any] = DistillTrainer.test(cfg, model)
-    return results
+    BackboneCheckpointer(model, complete=parts).load(weights)
+    DistillTrainer.test(cfg, model)
+    for name in cfg.DATASETS.TEST:
+        path = inference_folder(cfg, name) / RESULT_FILE
+        if comm.is_main_process() and path.exists():
+            print_result(read_json(path), name)
 
 
 def run_result(cfg: CfgNode, trainer: DistillTrainer) -> dict[str, Any]:
@@ -124,7 +147,7 @@ def run_result(cfg: CfgNode, trainer: DistillTrainer) -> dict[str, Any]:
     folder = RunFolder(cfg.OUTPUT_DIR)
     rows = read_metrics(folder.metrics_path)
     last = {key: value for key, value in rows[-1].items() if key not in ("step", "lr", "total_loss")} if rows else {}
-    summary = summary_path(cfg.OUTPUT_DIR, cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+    summary = inference_folder(cfg, cfg.DATASETS.TEST[0]) / RESULT_FILE if cfg.DATASETS.TEST else None
     return {
         **(read_json(summary) if summary is not None and summary.exists() else {}),
         "seconds": round(trainer.seconds, 3),

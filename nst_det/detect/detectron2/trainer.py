@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,9 +104,9 @@ class DistillTrainer(DefaultTrainer):
         """Ours for data sets in ``DATASETS.VOC``; Detectron2's for what Detectron2 registers."""
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind == "nst_voc":
-            return VocEvaluator(dataset_name, cfg.OUTPUT_DIR)
+            return VocEvaluator(dataset_name, inference_folder(cfg, dataset_name))
         if kind == "coco":
-            return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
+            return COCOEvaluator(dataset_name, output_dir=str(inference_folder(cfg, dataset_name)))
         if kind == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
         raise UserError(f"DATASETS.TEST: no evaluator for '{dataset_name}'; name its folder in DATASETS.VOC")
@@ -188,6 +189,12 @@ class RunMetrics(HookBase):
         """Close the file."""
         if self.writer is not None:
             self.writer.close()
+
+
+def inference_folder(cfg: CfgNode, dataset_name: str) -> Path:
+    """Where the evaluation on one of ``DATASETS.TEST`` is written."""
+    folder = Path(cfg.OUTPUT_DIR) / "inference"
+    return folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder
 
 
 def is_curve(name: str) -> bool:
