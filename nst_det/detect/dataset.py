@@ -243,7 +243,11 @@ def training_batches(
         collate_fn=list,
     )
     log.info("%d images to train on, %d objects", len(items), sum(len(item.labels) for item in items))
-    yield from loader
+    try:
+        yield from loader
+    except UserError as error:
+        # a loader process hands over its whole traceback; the line that was meant stands at its end
+        raise UserError(str(error).rsplit(f"{UserError.__module__}.{UserError.__qualname__}: ", 1)[-1]) from error
 
 
 def evaluation_batches(config: CfgNode, data: VocDataset, largest: int = 8) -> Iterator[list[dict[str, Any]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable
@@ -17,14 +16,14 @@ from nst_det.data.voc import VocDataset
 from nst_det.detect.config import load_detect_config, resolve_classes, resolve_device
 from nst_det.detect.dataset import data_classes, evaluation_batches, open_voc, training_batches
 from nst_det.detect.distilled import DistilledDetector, distill, level_channels, wants_teacher
-from nst_det.detect.evaluation import detect, score
+from nst_det.detect.evaluation import detect, score, write_detections
 from nst_det.detect.torchvision_engine import Detector, build_detector
 from nst_det.detect.train import train
 from nst_det.detect.weights import load_weights, save_weights, saved_classes
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path
 from nst_det.runtime.device import amp_dtype
-from nst_det.runtime.files import read_json, write_json, write_text
+from nst_det.runtime.files import read_json, write_json
 from nst_det.runtime.run import RunFolder
 from nst_det.runtime.seeds import derive_seed, seeded
 from nst_det.transfer import parse_method
@@ -109,7 +108,7 @@ def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
             f"MODEL.WEIGHTS {config.MODEL.WEIGHTS or 'is empty'}: --eval-only needs a whole detector; name its "
             f"{WEIGHTS_FILE}, or add --resume to take the one in {config.OUTPUT_DIR}"
         )
-    _place(detector, config)
+    place_detector(detector, config)
     folder = Path(config.OUTPUT_DIR) / "inference"
     found = _evaluate(detector, config, _test_data(config, classes), folder / DETECTIONS_FILE)
     write_json(folder / "result.json", found)
@@ -153,17 +152,18 @@ def _student(config: CfgNode, classes: tuple[str, ...], seed: int) -> Detector:
         detector.amp = amp_dtype("auto")
         if detector.amp is None:
             log.info("SOLVER.AMP.ENABLED: this machine has no fast bf16, training in float32")
-    _place(detector, config)
+    place_detector(detector, config)
     return detector
 
 
-def _place(detector: Detector, config: CfgNode) -> None:
+def place_detector(detector: Detector, config: CfgNode) -> None:
+    """Move a detector to MODEL.DEVICE, in the layout and precision that its config asks for."""
     torch.backends.cudnn.benchmark = config.CUDNN_BENCHMARK
     if config.FLOAT32_PRECISION:
         torch.set_float32_matmul_precision(config.FLOAT32_PRECISION)
     device = torch.device(resolve_device(config.MODEL.DEVICE))
     detector.to(device)
-    if device.type == "cpu" or detector.amp is not None:
+    if device.type == "cpu" or config.SOLVER.AMP.ENABLED:
         # a layout in which convolutions are faster there; the heads work on flat rows
         detector.backbone.to(memory_format=torch.channels_last)
 
@@ -191,7 +191,7 @@ def _teacher(config: CfgNode) -> tuple[Detector, str]:
     resolve_classes(own, _saved_classes(own) or data_classes(own))
     teacher = build_detector(own)
     filled = load_weights(teacher, own, key="TRANSFER.TEACHER.WEIGHTS")
-    _place(teacher, config)
+    place_detector(teacher, config)
     return teacher, filled
 
 
@@ -218,7 +218,5 @@ def _evaluate(
         return {}
     found = detect(detector, evaluation_batches(config, data), data)
     if detections_file is not None:
-        # a detection a line
-        lines = ",\n".join(json.dumps(record, allow_nan=False) for record in found.to_json())
-        write_text(detections_file, f"[\n{lines}\n]\n")
+        write_detections(detections_file, found)
     return score(found, data)

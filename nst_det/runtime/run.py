@@ -19,7 +19,7 @@ from nst_det.runtime.files import read_json, write_json, write_text
 from nst_det.runtime.provenance import provenance
 
 # keys that may differ between two calls of one run: they change where and how fast, not what
-FREE_KEYS = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "VIS_PERIOD")
+FREE_KEYS = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "DATALOADER.CACHE_IMAGES_MB", "VIS_PERIOD")
 
 
 class RunFolder:

@@ -190,6 +190,17 @@ def test_loader_processes_give_the_same_batches(on_shapes):
         assert all(torch.equal(a["image"], b["image"]) for a, b in zip(one, other))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_line(tmp_path, small, workers):
+    data, _ = write_voc(tmp_path, [(1, 1, 10, 10, 0)])
+    path = tmp_path / "JPEGImages" / "one.png"
+    path.write_bytes(path.read_bytes()[:500])
+    config = small({"DATALOADER.NUM_WORKERS": workers, "DATALOADER.CACHE_IMAGES_MB": 0, "SOLVER.IMS_PER_BATCH": 1})
+    with pytest.raises(UserError, match=rf"^{path}: .*") as caught:
+        next(iter(training_batches(config, [data], 0, 0)))
+    assert "Traceback" not in str(caught.value)
+
+
 def test_test_images_of_one_size_share_a_batch(on_shapes, shapes):
     data = VocDataset(shapes, "test", CLASSES)
     batches = list(evaluation_batches(on_shapes(), data, largest=3))
