@@ -10,25 +10,38 @@ from nst_det.transfer.kd import kd_loss
 from nst_det.transfer.fitnet import hint_loss  # isort: skip
 from nst_det.transfer.at import at_loss  # isort: skip
 from nst_det.transfer.nst import nst_loss  # isort: skip
+from nst_det.transfer.vid import gaussian_nll  # isort: skip
+from nst_det.transfer.lp import lp_loss  # isort: skip
+from nst_det.transfer.cwd import cwd_loss  # isort: skip
+from nst_det.transfer.pkd import pkd_loss  # isort: skip
+from nst_det.transfer.mgd import generation_loss  # isort: skip
 
 # isort: split
 from nst_det.transfer.loss import TransferLoss, build_transfer
 from nst_det.transfer.method import LABELS_ONLY, Method, parse_method
+from nst_det.transfer.shapes import PairShape, pair_shapes
 
 __all__ = [
     "LABELS_ONLY",
     "Method",
     "Outputs",
     "Pair",
+    "PairShape",
     "Term",
     "TransferLoss",
     "at_loss",
     "build_transfer",
+    "cwd_loss",
+    "gaussian_nll",
+    "generation_loss",
     "get_term",
     "hint_loss",
     "kd_loss",
+    "lp_loss",
     "nst_loss",
+    "pair_shapes",
     "parse_method",
+    "pkd_loss",
     "register_term",
     "terms",
     "unregister_term",

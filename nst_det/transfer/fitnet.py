@@ -45,7 +45,7 @@ register_term(
         name="fitnet",
         level="maps",
         weight=100.0,
-        source="RepDistiller (beta 100); the NST paper's 1e2 as remembered",
+        source="RepDistiller (beta 100); the NST paper's 1e2 (not verified)",
         summary="the map itself, through a trained 1x1 convolution",
         build=FitNet,
         options={"regressor": "conv"},

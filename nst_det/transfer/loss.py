@@ -26,6 +26,7 @@ class TransferLoss(nn.Module):
         method: the method that it was built from.
         weights: term to weight; may be changed between steps.
         pairs: term to the pairs of places it compares; a term's value is the sum over its pairs.
+        kinds: term to the kinds of output that it reads from student and teacher.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class TransferLoss(nn.Module):
                 for name, places in self.pairs.items()
             }
         )
-        self._kinds = {name: (get_term(name).student_kind, get_term(name).level) for name in self.pairs}
+        self.kinds = {name: (get_term(name).student_kind, get_term(name).level) for name in self.pairs}
 
     @property
     def student_levels(self) -> tuple[str, ...]:
@@ -59,7 +60,7 @@ class TransferLoss(nn.Module):
 
     def reads(self, who: str) -> frozenset[str]:
         """The kinds of output (``logits``, ``maps``, ``embedding``) read from ``student`` or ``teacher``."""
-        return frozenset(kinds[who == "teacher"] for kinds in self._kinds.values())
+        return frozenset(kinds[who == "teacher"] for kinds in self.kinds.values())
 
     def forward(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """Each term by name: its weight times its value, a scalar in float32 even under autocast.
@@ -72,7 +73,7 @@ class TransferLoss(nn.Module):
         values: dict[str, Tensor] = {}
         for name in self.pairs:
             modules = cast(nn.ModuleDict, self.terms[name])
-            student_kind, teacher_kind = self._kinds[name]
+            student_kind, teacher_kind = self.kinds[name]
             parts = []
             for pair in self.pairs[name]:
                 reply = teacher.of(teacher_kind, pair.teacher)
@@ -89,7 +90,7 @@ class TransferLoss(nn.Module):
     def _levels(self, side: int) -> tuple[str, ...]:
         found: dict[str, None] = {}
         for name, places in self.pairs.items():
-            if self._kinds[name][side] == "maps":
+            if self.kinds[name][side] == "maps":
                 found.update({(pair.student, pair.teacher)[side]: None for pair in places})
         return tuple(found)
 

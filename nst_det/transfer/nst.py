@@ -63,8 +63,10 @@ def nst_loss(
         target = shared("pooled", lambda: _pooled_teacher(teacher.detach(), size))
         wanted = small.requires_grad and torch.is_grad_enabled()
         with torch.no_grad():
-            value, gradient = mmd(small.detach().flatten(2), target.flatten(2), kernel, shared, wanted, limit)
-        return value if gradient is None else _WithGradient.apply(small, value, gradient.view_as(small))
+            value, gradient, factor = mmd(small.detach().flatten(2), target.flatten(2), kernel, shared, wanted, limit)
+        if gradient is None or factor is None:
+            return value
+        return _WithGradient.apply(small, value, gradient.view_as(small), factor[:, :, None, None])
 
 
 def _named(shared: Shared, size: tuple[int, int], name: Hashable, compute: Callable[[], Any]) -> Any:
@@ -76,19 +78,19 @@ def _pooled_teacher(teacher: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value whose gradient is known already."""
+    """A value whose gradient ``gradient * factor`` is known already."""
 
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, maps: Tensor, value: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient, factor)
         ctx.dtype = maps.dtype
         return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * outer).to(ctx.dtype), None, None
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient, factor = ctx.saved_tensors
+        return (gradient * (factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None
 
 
 class NST(nn.Module):
@@ -125,6 +127,6 @@ def _register(kernel: str, weight: float, source: str, summary: str) -> None:
     )
 
 
-_register("linear", 50.0, "the NST paper's 5e1 as remembered", "the mean of the normalized channel maps")
+_register("linear", 50.0, "the NST paper's 5e1 (not verified)", "the mean of the normalized channel maps")
 _register("poly", 50.0, "the NST authors' code and RepDistiller (50)", "which positions are active together")
-_register("gaussian", 100.0, "the NST paper's 1e2 as remembered", "the distribution of the normalized channel maps")
+_register("gaussian", 100.0, "the NST paper's 1e2 (not verified)", "the distribution of the normalized channel maps")

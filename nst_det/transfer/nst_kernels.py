@@ -26,8 +26,12 @@ KERNELS = ("linear", "poly", "gaussian")
 
 # Temporary tensors of one chunk stay below this many bytes, or belong to a single image.  On the CPU a chunk should
 # fit into the cache; on an accelerator the number of launches counts more.
-CPU_LIMIT = 8 * 2**20
+CPU_LIMIT = 2 * 2**20
 DEVICE_LIMIT = 256 * 2**20
+
+# (maps of a chunk, what it takes of the teacher, where the gradient goes or None) to the values of the images and the
+# factor of each channel's gradient
+Step = Callable[..., tuple[Tensor, Tensor]]
 
 # sigma^2 lies in [0, 2] for unit vectors; below this all channels are one map and what is left is rounding
 SMALLEST_BANDWIDTH = 1e-3
@@ -43,8 +47,8 @@ def mmd(
     shared: Shared,
     with_gradient: bool,
     limit: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Batch mean of MMD^2 and, if wanted, its gradient with respect to the student's maps.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Batch mean of MMD^2 and, if wanted, its gradient with respect to the student's maps, in two factors.
 
     Args:
         student_BSN: raw maps of any floating type; computed in float32 (float64 stays).
@@ -55,26 +59,32 @@ def mmd(
         limit: bytes for the temporary tensors of a chunk; by default what suits the device.
 
     Returns:
-        A scalar >= 0, and the gradient or None.
+        A scalar >= 0; a tensor like the student's maps; (B, S), by which each channel of it is still to be
+        multiplied (the caller multiplies by the outer gradient anyway).  The last two are None if not wanted.
     """
     s, (batch, t, n) = student_BSN.shape[1], teacher_BTN.shape
     if limit is None:
-        limit = CPU_LIMIT if student_BSN.device.type == "cpu" else DEVICE_LIMIT
+        # torch.compile unrolls the loop over chunks, so these should be few there
+        small = student_BSN.device.type == "cpu" and not torch.compiler.is_compiling()
+        limit = CPU_LIMIT if small else DEVICE_LIMIT
     step, floats = _plan(kernel, s, t, n)
     per_teacher = _teacher_side(step, teacher_BTN, shared, limit)
     # fp16 can't hold a gradient that no loss scaler has scaled yet
     keep = torch.float32 if student_BSN.dtype == torch.float16 else student_BSN.dtype
     gradient = torch.empty_like(student_BSN, dtype=keep) if with_gradient else None
-    values = []
+    values, factors = [], []
     for part in _chunks(batch, floats * 4, limit):
         s_bSN = full_precision(student_BSN[part])
         out = None if gradient is None else gradient[part]
         exact = out if out is None or out.dtype == s_bSN.dtype else torch.empty_like(s_bSN)
-        values.append(step(s_bSN, *(x[part] for x in per_teacher), exact, 1 / batch))
+        value_b, factor_bS = step(s_bSN, *(x[part] for x in per_teacher), exact)
+        values.append(value_b)
+        factors.append(factor_bS)
         if out is not None and exact is not None and exact is not out:
             out.copy_(exact)
     # where both sets are equal, rounding can leave -1e-8 on the C x C side
-    return torch.cat(values).mean().clamp_min(0).to(s_bSN.dtype), gradient
+    value = torch.cat(values).mean().clamp_min(0).to(s_bSN.dtype)
+    return value, gradient, None if gradient is None else torch.cat(factors) / batch
 
 
 def positions_side_is_cheaper(student_channels: int, teacher_channels: int, positions: int) -> bool:
@@ -83,7 +93,7 @@ def positions_side_is_cheaper(student_channels: int, teacher_channels: int, posi
     return positions * (s + t) < s * s + t * t + s * t
 
 
-def _plan(kernel: str, s: int, t: int, n: int) -> tuple[Callable[..., Tensor], int]:
+def _plan(kernel: str, s: int, t: int, n: int) -> tuple[Step, int]:
     """The way to compute a chunk, and the floats of temporary tensors that an image takes."""
     if kernel == "linear":
         return _linear, s * n
@@ -91,12 +101,12 @@ def _plan(kernel: str, s: int, t: int, n: int) -> tuple[Callable[..., Tensor], i
         if positions_side_is_cheaper(s, t, n):
             return _poly_by_positions, 2 * s * n + 2 * n * n
         return _poly_by_channels, 2 * s * (s + t)
-    if t <= n:
+    if (s + t) * n > 2 * (s * s + s * t + t * t):
         return _gaussian_by_scaled_products, 4 * s * (s + t)
     return _gaussian_by_scaled_maps, 3 * (s + t) * n + s * (s + t) + min(ROWS, t) * t
 
 
-def _teacher_side(step: Callable[..., Tensor], maps_BTN: Tensor, shared: Shared, limit: int) -> tuple[Tensor, ...]:
+def _teacher_side(step: Step, maps_BTN: Tensor, shared: Shared, limit: int) -> tuple[Tensor, ...]:
     """What ``step`` takes of the teacher, each of it computed once a batch."""
 
     def once(name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -164,38 +174,31 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
-def _linear(s_bSN: Tensor, mean_bN: Tensor, out: Tensor | None, scale: float) -> Tensor:
+def _linear(s_bSN: Tensor, mean_bN: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     s = s_bSN.shape[1]
     inverse_bS = _inverse_norm(s_bSN)
     difference_b1N = torch.baddbmm(mean_bN[:, None], inverse_bS[:, None], s_bSN, beta=-1, alpha=1 / s)
     if out is not None:
-        weight_bS = inverse_bS * (2 * scale / s)
-        radial_bS = (s_bSN @ difference_b1N.mT)[:, :, 0] * inverse_bS.square()
-        out.baddbmm_(weight_bS[:, :, None], difference_b1N, beta=0)
-        out.addcmul_(s_bSN, (weight_bS * radial_bS)[:, :, None], value=-1)
-    return difference_b1N.square().sum((1, 2))
+        radial_bS1 = (s_bSN @ difference_b1N.mT) * inverse_bS.square()[:, :, None]
+        out.copy_(torch.addcmul(difference_b1N, s_bSN, radial_bS1, value=-1))
+    return difference_b1N.square().sum((1, 2)), inverse_bS * (2 / s)
 
 
-def _poly_by_positions(s_bSN: Tensor, gram_bNN: Tensor, out: Tensor | None, scale: float) -> Tensor:
+def _poly_by_positions(s_bSN: Tensor, gram_bNN: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     s = s_bSN.shape[1]
     inverse_bS = _inverse_norm(s_bSN)
     unit_bSN = s_bSN * inverse_bS[:, :, None]
     difference_bNN = torch.baddbmm(gram_bNN, unit_bSN.mT, unit_bSN, beta=-1, alpha=1 / s)
     if out is not None:
-        out.baddbmm_(unit_bSN, difference_bNN, beta=0, alpha=4 * scale / s)
-        _through_normalization(out, unit_bSN, inverse_bS)
-    return torch.linalg.vector_norm(difference_bNN, dim=(1, 2)).square()
-
-
-def _through_normalization(out: Tensor, unit_bSN: Tensor, inverse_bS: Tensor) -> None:
-    """From the gradient at the normalized maps to the one at the raw maps, in place."""
-    radial_bS = (out * unit_bSN).sum(2)
-    out.addcmul_(unit_bSN, radial_bS[:, :, None], value=-1).mul_(inverse_bS[:, :, None])
+        out.baddbmm_(unit_bSN, difference_bNN, beta=0)
+        radial_bS = (out * unit_bSN).sum(2)
+        out.addcmul_(unit_bSN, radial_bS[:, :, None], value=-1)
+    return torch.linalg.vector_norm(difference_bNN, dim=(1, 2)).square(), inverse_bS * (4 / s)
 
 
 def _poly_by_channels(
-    s_bSN: Tensor, t_bTN: Tensor, scale_bT: Tensor, term_b: Tensor, out: Tensor | None, scale: float
-) -> Tensor:
+    s_bSN: Tensor, t_bTN: Tensor, scale_bT: Tensor, term_b: Tensor, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
     s, t_bTN = s_bSN.shape[1], full_precision(t_bTN)
     t = t_bTN.shape[1]
     inverse_bS = _inverse_norm(s_bSN)
@@ -204,12 +207,18 @@ def _poly_by_channels(
     rows_own = torch.linalg.vector_norm(own_bSS, dim=2).square()
     rows_cross = torch.linalg.vector_norm(cross_bST, dim=2).square()
     if out is not None:
-        weight_own, weight_cross = 4 * scale / s**2, -4 * scale / (s * t)
+        weight_own, weight_cross = 4 / s**2, -4 / (s * t)
         diagonal_bS = -(weight_own * rows_own + weight_cross * rows_cross)
         own_bSS.mul_(weight_own)
         cross_bST.mul_(weight_cross)
         _pull_back(out, own_bSS, cross_bST, diagonal_bS, s_bSN, t_bTN, inverse_bS, scale_bT)
-    return term_b + _wide(rows_own).sum(1) / s**2 - _wide(rows_cross).sum(1) * 2 / (s * t)
+    return _three_terms(term_b, rows_own, rows_cross, t), torch.ones_like(inverse_bS)
+
+
+def _three_terms(term_b: Tensor, rows_own_bS: Tensor, rows_cross_bS: Tensor, t: int) -> Tensor:
+    own_b, cross_b = _wide(rows_own_bS).sum(1), _wide(rows_cross_bS).sum(1)
+    s = rows_own_bS.shape[1]
+    return term_b + own_b / s**2 - cross_b * 2 / (s * t)
 
 
 def _pull_back(
@@ -250,8 +259,7 @@ def _gaussian_by_scaled_products(
     mean_bN: Tensor,
     products_bTT: Tensor,
     out: Tensor | None,
-    scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     s, t_bTN = s_bSN.shape[1], full_precision(t_bTN)
     t = t_bTN.shape[1]
     inverse_bS = _inverse_norm(s_bSN)
@@ -266,18 +274,18 @@ def _gaussian_by_scaled_products(
     own_bSS, cross_bST = kernel(products_own, norms_bS, norms_bS), kernel(products_cross, norms_bS, norms_bT)
     rows_own, rows_cross = own_bSS.sum(2), cross_bST.sum(2)
     if out is not None:
-        own_bSS.mul_(2 * scale / s**2 / variance_b11)
-        cross_bST.mul_(-2 * scale / (s * t) / variance_b11)
+        own_bSS.mul_(2 / s**2 / variance_b11)
+        cross_bST.mul_(-2 / (s * t) / variance_b11)
         diagonal_bS = -own_bSS.sum(2) - cross_bST.sum(2)
         radial_bS = (own_bSS * products_own).sum(2) + (cross_bST * products_cross).sum(2) + diagonal_bS * norms_bS
         _pull_back(out, own_bSS, cross_bST, diagonal_bS - radial_bS, s_bSN, t_bTN, inverse_bS, scale_bT)
     term_b = _wide(kernel(products_bTT, norms_bT, norms_bT)).mean((1, 2))
-    return term_b + _wide(rows_own).sum(1) / s**2 - _wide(rows_cross).sum(1) * 2 / (s * t)
+    return _three_terms(term_b, rows_own, rows_cross, t), torch.ones_like(inverse_bS)
 
 
 def _gaussian_by_scaled_maps(
-    s_bSN: Tensor, t_bTN: Tensor, scale_bT: Tensor, mean_bN: Tensor, out: Tensor | None, scale: float
-) -> Tensor:
+    s_bSN: Tensor, t_bTN: Tensor, scale_bT: Tensor, mean_bN: Tensor, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
     s, n = s_bSN.shape[1:]
     t = t_bTN.shape[1]
     inverse_bS = _inverse_norm(s_bSN)
@@ -297,15 +305,15 @@ def _gaussian_by_scaled_maps(
     own_bSS, cross_bST = (left_s @ right_s.mT).exp_(), (left_s @ right_t.mT).exp_()
     rows_own, rows_cross = own_bSS.sum(2), cross_bST.sum(2)
     if out is not None:
-        weight_own, weight_cross = 2 * scale / s**2, -2 * scale / (s * t)
+        weight_own, weight_cross = 2 / s**2, -2 / (s * t)
         scaled_bSN = left_s[:, :, :n]
         out.baddbmm_(own_bSS, scaled_bSN, beta=0, alpha=weight_own)
         out.baddbmm_(cross_bST, left_t[:, :, :n], alpha=weight_cross)
         out.addcmul_(scaled_bSN, (weight_own * rows_own + weight_cross * rows_cross)[:, :, None], value=-1)
         radial_bS = (out * scaled_bSN).sum(2) * variance_b[:, None]
-        out.addcmul_(scaled_bSN, radial_bS[:, :, None], value=-1).mul_(inverse_bS[:, :, None] * root_b11)
+        out.addcmul_(scaled_bSN, radial_bS[:, :, None], value=-1)
     total_b = _wide(s_bSN.new_zeros(len(s_bSN)))
     for block, rows in _upper_rows(left_t, right_t):
         block.exp_()
         total_b = total_b + 2 * _wide(block.sum((1, 2))) - _wide(block[:, :, :rows].sum((1, 2)))
-    return total_b / t**2 + _wide(rows_own).sum(1) / s**2 - _wide(rows_cross).sum(1) * 2 / (s * t)
+    return _three_terms(total_b / t**2, rows_own, rows_cross, t), inverse_bS * root_b11[:, :, 0]

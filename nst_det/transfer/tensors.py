@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 # how a loss asks for a teacher-side quantity that other losses of the batch may need as well (Outputs.shared)
@@ -66,3 +66,8 @@ def aligned(student: Tensor, teacher: Tensor, shared: Shared = compute_now) -> t
 def unit(x: Tensor, dim: int | tuple[int, ...] = -1, eps: float = EPS) -> Tensor:
     """``x / sqrt(sum x^2 + eps)`` along ``dim``: L2 normalization with finite value and gradient at zero."""
     return x * (x.square().sum(dim, keepdim=True) + eps).rsqrt()
+
+
+def channel_adapter(student: int, teacher: int) -> nn.Module:
+    """A 1x1 convolution from one channel count to the other, nothing where they are equal."""
+    return nn.Identity() if student == teacher else nn.Conv2d(student, teacher, 1)
