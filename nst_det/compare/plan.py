@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nst_det.compare.config import SCRATCH, TEACHER, Comparison
+from nst_det.compare.config import SCRATCH, TEACHER, Comparison, core_count
 from nst_det.compare.stages import DETECT, DISTILL, generated_settings
 from nst_det.errors import UserError
 
@@ -142,7 +142,9 @@ def _data_run(comparison: Comparison) -> Run:
 
     assert comparison.data_root is not None
     options = [word for name, value in comparison.generate.items() for word in (f"--{name.replace('_', '-')}", value)]
-    options = ["--output", comparison.data_root, "--workers", comparison.threads, *options]
+    # the images are the same whatever the number of workers
+    workers = core_count()
+    options = ["--output", comparison.data_root, "--workers", workers, *options]
     return Run(
         name="data",
         kind=DATA,
@@ -150,7 +152,7 @@ def _data_run(comparison: Comparison) -> Run:
         results=(comparison.data_root / SETTINGS_FILE,),
         settings={},
         options=tuple(str(word) for word in options),
-        threads=comparison.threads,
+        threads=workers,
     )
 
 

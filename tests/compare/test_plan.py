@@ -1,7 +1,9 @@
 import pytest
 
-from nst_det.compare.config import load_comparison
+from nst_det.compare.comparison import run_config
+from nst_det.compare.config import core_count, load_comparison
 from nst_det.compare.plan import Run, check_order, make_plan
+from nst_det.compare.stages import check_transfer
 from nst_det.errors import UserError
 
 
@@ -83,8 +85,8 @@ def test_generated_data_comes_first_and_both_stages_read_it(config_file, tmp_pat
     comparison = load_comparison(config_file, tmp_path / "out", words)
     runs = {run.name: run for run in make_plan(comparison)}
     assert runs["data"].command(comparison.folder) == [
-        "generate-data", "--output", str(tmp_path / "made"), "--workers", "2", "--classification-images", "40",
-        "--contrast", "90.5",
+        "generate-data", "--output", str(tmp_path / "made"), "--workers", str(core_count()),
+        "--classification-images", "40", "--contrast", "90.5",
     ]  # fmt: skip
     assert runs["data"].results == (tmp_path / "made" / "settings.json",)
     assert runs["teacher"].needs == runs["detect/seed0/scratch"].needs == ("data",)
@@ -110,3 +112,18 @@ def test_other_data_in_the_folder_is_refused(config_file, tmp_path):
     (tmp_path / "settings.json").write_text('{"seed": 4}')
     with pytest.raises(UserError, match="holds data made with seed 4, not 0"):
         load_comparison(config_file, overrides=["DATA.GENERATE", "{'seed': 0}", "DATA.ROOT", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["demo", "bccd", "voc07_sample"])
+def test_the_comparisons_that_come_with_the_project(name, pytestconfig, tmp_path, monkeypatch):
+    monkeypatch.setenv("NST_DET_REAL_DATA", str(tmp_path))
+    comparison = load_comparison(pytestconfig.rootpath / "configs" / "compare" / f"{name}.yaml", tmp_path)
+    assert comparison.all_rows == ("scratch", "ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly")
+    runs = make_plan(comparison)
+    check_order(runs)
+    assert len(runs) == (10 if name == "demo" else 9)
+    configs = {run.name: run_config(comparison, run) for run in runs if run.kind != "data"}
+    check_transfer(comparison.distill, comparison.methods, name)
+    assert configs["detect/seed0/scratch"].SOLVER.BACKBONE_MULTIPLIER == 1.0
+    assert configs["detect/seed0/ce"].SOLVER.BACKBONE_MULTIPLIER < 1.0
+    assert comparison.detect.MODEL.TIMM.NORM == "BN"
