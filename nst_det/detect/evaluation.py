@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from nst_det.detect.torchvision_engine import Detector
 from nst_det.evaluate.boxes import Detections, GroundTruth
 from nst_det.evaluate.coco import evaluate_coco
 from nst_det.evaluate.voc import evaluate_voc
+from nst_det.runtime.files import write_text
 from nst_det.runtime.progress import progress
 
 COCO_FIGURES = ("AP", "AP50", "AP75")
@@ -36,6 +39,12 @@ def detect(detector: Detector, batches: Iterable[list[dict[str, Any]]], data: Vo
                 images.append((item["image_id"], boxes, labels, scores))
                 meter.step()
     return Detections.from_images(images, data.classes)
+
+
+def write_detections(path: str | Path, found: Detections) -> None:
+    """Write detections as JSON in COCO's results style, one a line, atomically; ``nst-det evaluate`` reads them."""
+    lines = ",\n".join(json.dumps(record, allow_nan=False) for record in found.to_json())
+    write_text(path, f"[\n{lines}\n]\n")
 
 
 def score(found: Detections, data: VocDataset) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nst_det.backbones import check_input_contract, load_into, load_plain, load_strict, resolve
@@ -94,8 +94,11 @@ def saved_classes(path: str | Path) -> list[str]:
     """The classes in a detector's file, or [] where it has none."""
     if Path(path).suffix != WEIGHTS_SUFFIX:
         return []
-    with safe_open(str(path), framework="pt") as file:
-        text = (file.metadata() or {}).get("classes", "[]")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("classes", "[]")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file ({error}); write the file again") from error
     try:
         classes = json.loads(text)
     except ValueError:

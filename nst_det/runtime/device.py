@@ -47,6 +47,22 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def named_device(name: str, key: str = "--device") -> torch.device:
+    """The device that a user names (``cpu``, ``cuda``, ``cuda:1``); "" takes :func:`default_device`.
+
+    Raises:
+        UserError: no such device, or it is not here.
+    """
+    if not name:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{key}: '{name}' can't be used here; leave it out, or name cpu or cuda") from error
+    return device
+
+
 def has_fast_bf16() -> bool:
     """Whether matrix products in bf16 are faster than in fp32 on the device that will be used."""
     if torch.cuda.is_available():
