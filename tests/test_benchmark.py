@@ -1,0 +1,138 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from nst_det.benchmark import WARMUP, Latency, benchmark, count_arithmetic, measure_latency
+from nst_det.cli import main
+from nst_det.commands.benchmark import parse_size
+from nst_det.errors import UserError
+
+
+def small_net():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(16 * 6 * 5, 10),
+    ).eval()
+
+
+def test_arithmetic_equals_a_hand_count():
+    found = count_arithmetic(small_net(), torch.zeros(1, 3, 12, 10))
+    first = 12 * 10 * 8 * (3 * 9)
+    second = 6 * 5 * 16 * (4 * 9)
+    linear = 16 * 6 * 5 * 10
+    assert found.macs == first + second + linear
+    # batch normalization in evaluation: a factor and a shift for every value
+    assert found.flops == 2 * (first + second + linear) + 2 * (12 * 10 * 8)
+    assert set(found.uncounted) <= {"aten::relu"}
+
+
+def test_arithmetic_is_of_the_whole_batch():
+    one, three = (count_arithmetic(small_net(), torch.zeros(batch, 3, 12, 10)) for batch in (1, 3))
+    assert three.macs == 3 * one.macs
+    assert three.flops == 3 * one.flops
+
+
+def test_percentiles_with_a_clock_that_is_not_real():
+    # passes that take 1 .. 11 seconds, out of order: 10 % of the way is 2, the middle 6, 90 % is 10
+    durations = [7, 1, 11, 3, 5, 2, 9, 4, 10, 6, 8]
+    now, calls, waits = [0.0], [], []
+
+    def call():
+        calls.append(now[0])
+        if len(calls) > WARMUP:
+            now[0] += durations[len(calls) - WARMUP - 1]
+        else:
+            now[0] += 1000
+
+    found = measure_latency(call, 4, len(durations), clock=lambda: now[0], wait=lambda: waits.append(len(calls)))
+    assert found == Latency(4, 11, 2.0, 6.0, 10.0)
+    assert found.images_per_second == pytest.approx(4 / 6)
+    assert len(calls) == WARMUP + 11
+    # the device is waited for before and after each pass
+    assert waits == [n for i in range(11) for n in (WARMUP + i, WARMUP + i + 1)]
+
+
+def test_the_network_sees_the_asked_batches():
+    seen = []
+    net = small_net()
+    net.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    figures = benchmark(net, (12, 10), [1, 3], repeats=2, device=torch.device("cpu"))
+    assert figures["parameters"] == 3 * 8 * 9 + 8 + 16 + 16 * 4 * 9 + 480 * 10 + 10
+    assert [row["batch"] for row in figures["latency"]] == [1, 3]
+    assert seen.count((3, 3, 12, 10)) == WARMUP + 2
+    for row in figures["latency"]:
+        assert 0 < row["p10"] <= row["median"] <= row["p90"]
+        assert row["images_per_second"] == pytest.approx(row["batch"] / row["median"])
+
+
+def call(*words):
+    with pytest.raises(SystemExit) as ended:
+        main(["benchmark", *map(str, words)])
+    return ended.value.code
+
+
+def test_a_backbone_by_its_name(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    words = ["--arch", "nst_resnet10_w32", "--size", "64", "--batch", "1", "2", "--repeats", "2", "--device", "cpu"]
+    assert call(*words, "--json", file) == 0
+    figures = json.loads(file.read_text())
+    said = capsys.readouterr().out
+    # the stem by hand: 3 x 3 on 3 channels to 32, stride 2, at 64 pixels
+    stem = 32 * 32 * 32 * 27
+    blocks = 0
+    side, before = 16, 32
+    for width in (32, 64, 128, 256):
+        side = side if width == 32 else side // 2
+        blocks += side * side * (9 * before * width + 9 * width * width + (before * width if width != before else 0))
+        before = width
+    assert figures["macs"] == stem + blocks + 256 * 1000
+    assert figures["size"] == [64, 64]
+    assert "MACs" in said
+    assert "papers often print MACs as FLOPs" in said
+
+
+def test_a_detector_by_its_config(tmp_path):
+    from pathlib import Path
+
+    config = Path(__file__).resolve().parents[1] / "configs" / "detect" / "small_cpu.yaml"
+    file = tmp_path / "out.json"
+    words = ["--config-file", config, "--batch", "1", "--repeats", "1", "--size", "64x96", "--device", "cpu"]
+    keys = ["ENGINE", "torchvision", "MODEL.ROI_HEADS.NUM_CLASSES", "3"]
+    assert call(*words, "--json", file, *keys) == 0
+    figures = json.loads(file.read_text())
+    assert figures["size"] == [64, 96]
+    # bottom-up and FPN at least: p2's output convolution alone is 64 x 64 x 9 at 16 x 24
+    assert figures["macs"] > 64 * 64 * 9 * 16 * 24
+    assert 1e6 < figures["parameters"] < 3e6
+
+
+def test_sizes():
+    assert parse_size("224") == (224, 224)
+    assert parse_size("240x320") == (240, 320)
+    assert parse_size("") is None
+    for text in ("224x", "a", "0", "240x320x3", "99999"):
+        with pytest.raises(UserError, match="--size"):
+            parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--arch", "resnet19"], "--arch: unknown architecture 'resnet19'"),
+        (["--weights", "backbone://nothing-here"], "backbone://nothing-here: not found"),
+        (["--run", "no/run"], "no/run: no such folder"),
+        (["--arch", "resnet18", "--batch", "0"], "--batch and --repeats must be at least 1"),
+        (["--arch", "resnet18", "X", "1"], "KEY VALUE pairs go with --config-file"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, capsys):
+    assert call(*words) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said
+    assert "\n" not in said
