@@ -131,3 +131,14 @@ def test_a_pickle_is_not_opened(small, tmp_path):
 
 def test_no_weights_are_random(small):
     assert load_weights(build_detector(small()), small()) == "random"
+
+
+def test_a_damaged_file(small, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"not weights at all")
+    for read in (
+        saved_classes,
+        lambda path: load_weights(build_detector(small()), small({"MODEL.WEIGHTS": str(path)})),
+    ):
+        with pytest.raises(UserError, match="model.safetensors: damaged, or not a safetensors file"):
+            read(path)
