@@ -44,14 +44,9 @@ def steps_done(run: Run) -> tuple[int, dict[str, Any]]:
 
     Of several folders (the students of stage one) the one that is furthest behind counts; done ones don't.
     """
-    rows = [
-        last_metrics(folder / "metrics.jsonl") or {"step": -1}
-        for folder, result in zip(run.folders, run.results)
-        if not result.exists()
-    ]
-    if not rows:
-        return 0, {}
-    row = min(rows, key=lambda row: row["step"])
+    rows = [last_metrics(folder / "metrics.jsonl") or {"step": -1} for folder in run.folders]
+    behind = [row for row, result in zip(rows, run.results) if not result.exists()]
+    row = min(behind or rows or [{"step": -1}], key=lambda row: row["step"])
     return row["step"] + 1, {key: value for key, value in row.items() if key != "step"}
 
 
