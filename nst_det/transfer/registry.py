@@ -6,7 +6,9 @@ package does the same with :func:`register_term` and may then use its name in an
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from torch import nn
 
 KINDS = ("logits", "maps", "embedding")
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+# modules that register terms from outside, separated by commas; imported when terms are first looked up
+VARIABLE = "NST_DET_TERMS"
 # words of the comparison that aren't sums of terms
 RESERVED = ("ce", "scratch")
 
@@ -75,6 +79,7 @@ class Term:
 
 
 _TERMS: dict[str, Term] = {}
+_IMPORTED: set[str] = set()
 
 
 def register_term(term: Term) -> Term:
@@ -106,7 +111,8 @@ def unregister_term(name: str) -> None:
 
 
 def terms() -> dict[str, Term]:
-    """All terms by name, in the order in which they were registered."""
+    """All terms by name, in the order in which they were registered; those of ``$NST_DET_TERMS`` are among them."""
+    _import_outside()
     return dict(_TERMS)
 
 
@@ -116,9 +122,24 @@ def get_term(name: str) -> Term:
     Raises:
         ValueError: there is none; the message lists those there are.
     """
+    _import_outside()
     if name not in _TERMS:
         raise ValueError(f"unknown term '{name}'; known: {', '.join(_TERMS)}")
     return _TERMS[name]
+
+
+def _import_outside() -> None:
+    named = [part.strip() for part in os.environ.get(VARIABLE, "").split(",") if part.strip()]
+    for module in named:
+        if module in _IMPORTED:
+            continue
+        # before the import, since the module itself may look terms up
+        _IMPORTED.add(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            _IMPORTED.discard(module)
+            raise ValueError(f"${VARIABLE}: can't import '{module}': {error}") from error
 
 
 def check_weight(name: str, weight: float | str) -> float:

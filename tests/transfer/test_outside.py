@@ -1,5 +1,9 @@
 """A method from outside the package, in the four steps that docs/methods.md shows."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -90,3 +94,21 @@ def test_what_was_unregistered_is_unknown():
         parse_method("sp")
     with pytest.raises(ValueError, match="unknown term 'sp'"):
         unregister_term("sp")
+
+
+def test_a_module_named_in_the_environment_adds_its_terms_to_every_command(tmp_path):
+    (tmp_path / "my_terms.py").write_text(
+        "from torch import nn\n"
+        "from nst_det.transfer import Term, register_term\n"
+        "register_term(Term('sp', 'maps', 3000.0, 'RepDistiller (beta 3000)', 'similar samples', nn.Identity))\n"
+    )
+    environment = {**os.environ, "NST_DET_TERMS": "my_terms", "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "nst_det", "methods", "kd+sp"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "similar samples" in done.stdout
+    environment["NST_DET_TERMS"] = "no_such_terms"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "$NST_DET_TERMS: can't import 'no_such_terms'" in done.stderr
+    assert done.stderr.count("\n") == 1
