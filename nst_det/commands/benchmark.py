@@ -124,8 +124,8 @@ def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[str, 
             resolve_classes(config, data_classes(config))
         detector = build_detector(config)
     sizes = config.INPUT
-    photo = (sizes.MIN_SIZE_TEST, round(PHOTO_ASPECT * sizes.MIN_SIZE_TEST)) if sizes.MIN_SIZE_TEST else BACKBONE_SIZE
-    size = resized_shape(*photo, sizes.MIN_SIZE_TEST, sizes.MAX_SIZE_TEST)
+    short = sizes.MIN_SIZE_TEST
+    size = resized_shape(short, round(PHOTO_ASPECT * short), short, sizes.MAX_SIZE_TEST) if short else BACKBONE_SIZE
     return args.run_folder or args.config_file, Pixels(detector), count_parameters(detector), size
 
 

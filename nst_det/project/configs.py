@@ -1,0 +1,212 @@
+"""The three YAMLs of a project: whole, commented, and depending on no other file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nst_det.project.fit import Schedule
+
+DISTILL = """\
+# Stage one: a teacher, and one student a transfer method.
+#   nst-det distill --config-file {file}
+NAME: {name}
+OUTPUT_DIR: {output_distill}
+METHODS: [ce, kd, fitnet, at, nst-poly, kd+nst-poly]
+SEED: 0
+DATA:
+  # {images_note}
+  ROOT: {images}
+  IMAGE_SIZE: {image_size}
+  MEAN: [0.485, 0.456, 0.406]
+  STD: [0.229, 0.224, 0.225]
+  AUGMENT: {{SHIFT: {shift}, HFLIP: 0.5}}
+TEACHER:
+  ARCH: nst_resnet18_w48
+  # your own teacher: a backbone file or a plain state dict of ARCH
+  WEIGHTS: ""
+  # raise it, and a teacher that is worse stops the run before its students learn from it
+  EXPECTED_TOP1: 0.0
+  SOLVER: {{MAX_ITER: {teacher.iterations}, BASE_LR: 0.004}}
+STUDENT:
+  ARCH: nst_resnet10_w32
+TRANSFER:
+  LEVELS: [res3, res4]
+  WEIGHTS: {{kd: 1.0, at: 10.0, fitnet: 30.0, nst-linear: 100.0, nst-poly: 100.0, nst-gaussian: 100.0}}
+SOLVER:
+  OPTIMIZER: ADAMW
+  BASE_LR: 0.006
+  WEIGHT_DECAY: 0.05
+  SCHEDULE: onecycle
+  MAX_ITER: {student.iterations}
+  IMS_PER_BATCH: {student.batch}
+  CLIP_GRADIENTS: 5.0
+CHECKPOINT_PERIOD: 100
+LOG_PERIOD: 10
+"""
+
+DETECT = """\
+# Stage two: a small Faster R-CNN with FPN, {size[0]} x {size[1]} pixels.
+#   nst-det train-det --config-file {file} MODEL.WEIGHTS backbone://NAME
+ENGINE: torchvision
+OUTPUT_DIR: {output_detect}
+MODEL:
+  DEVICE: {device}
+  META_ARCHITECTURE: GeneralizedRCNN
+  PIXEL_MEAN: [123.675, 116.28, 103.53]
+  PIXEL_STD: [58.395, 57.12, 57.375]
+  BACKBONE:
+    NAME: build_timm_fpn_backbone
+    FREEZE_AT: 0
+  TIMM:
+    ARCH: nst_resnet10_w32
+    NORM: BN
+    OUT_FEATURES: [res2, res3, res4, res5]
+  FPN:
+    IN_FEATURES: [res2, res3, res4, res5]
+    OUT_CHANNELS: 64
+  ANCHOR_GENERATOR:
+    # quantiles .1 .3 .5 .7 .9 of the boxes' sizes after resizing, none below its level's stride
+    SIZES: {anchors}
+    ASPECT_RATIOS: [[0.5, 1.0, 2.0]]
+  RPN:
+    IN_FEATURES: [p2, p3, p4, p5, p6]
+    BATCH_SIZE_PER_IMAGE: 64
+    PRE_NMS_TOPK_TRAIN: 400
+    PRE_NMS_TOPK_TEST: 400
+    POST_NMS_TOPK_TRAIN: 150
+    POST_NMS_TOPK_TEST: 100
+  ROI_HEADS:
+    NAME: StandardROIHeads
+    IN_FEATURES: [p2, p3, p4, p5]
+    NUM_CLASSES: {num_classes}
+    BATCH_SIZE_PER_IMAGE: 64
+    SCORE_THRESH_TEST: 0.02
+  ROI_BOX_HEAD:
+    NAME: FastRCNNConvFCHead
+    NUM_FC: 2
+    FC_DIM: 256
+    POOLER_RESOLUTION: 5
+    POOLER_SAMPLING_RATIO: 1
+    # boxes of the median size are pooled from p3
+    CANONICAL_BOX_SIZE: {median}
+    CANONICAL_LEVEL: 3
+DATASETS:
+  VOC:
+    own_train: {{ROOT: {voc}, SPLIT: {train}}}
+    own_test: {{ROOT: {voc}, SPLIT: {test}}}
+  TRAIN: [own_train]
+  TEST: [own_test]
+  CLASSES: {classes}
+INPUT:
+  FORMAT: RGB
+  MIN_SIZE_TRAIN: [{size[0]}]
+  MAX_SIZE_TRAIN: {size[1]}
+  MIN_SIZE_TEST: {size[0]}
+  MAX_SIZE_TEST: {size[1]}
+DATALOADER:
+  # images are decoded once and stay in memory
+  NUM_WORKERS: 0
+SOLVER:
+  OPTIMIZER: ADAMW
+  BASE_LR: 0.002
+  # a pre-trained backbone; a random one wants 1.0
+  BACKBONE_MULTIPLIER: 0.3
+  LR_SCHEDULER_NAME: WarmupCosineLR
+  WARMUP_ITERS: 20
+  WARMUP_FACTOR: 0.05
+  MAX_ITER: {detection.iterations}
+  IMS_PER_BATCH: {detection.batch}
+  CHECKPOINT_PERIOD: {period}
+  CLIP_GRADIENTS:
+    ENABLED: True
+    CLIP_TYPE: norm
+    CLIP_VALUE: 10.0
+  AMP:
+    ENABLED: True
+TEST:
+  DETECTIONS_PER_IMAGE: {detections}
+SEED: 0
+"""
+
+COMPARE = """\
+# Which transfer method makes the better detector of your objects.
+#   nst-det compare --config-file {file}
+NAME: {name}
+OUTPUT_DIR: {output}
+ENGINE: torchvision
+METHODS: [ce, kd, fitnet, at, nst-poly, kd+nst-poly]
+# with one seed, a difference can't be told from noise
+SEEDS: [0, 1, 2]
+DISTILL:
+  CONFIG: distill.yaml
+DETECT:
+  CONFIG: detect.yaml
+  # a random backbone has to learn as fast as the heads
+  SCRATCH_OPTS: [SOLVER.BACKBONE_MULTIPLIER, 1.0]
+"""
+
+
+@dataclass(frozen=True)
+class Values:
+    """What fits one data set; paths are absolute, sizes in pixels."""
+
+    name: str
+    folder: Path
+    voc: Path
+    train: str
+    test: str
+    classes: Sequence[str]
+    images: Path
+    images_note: str
+    image_size: int
+    size: tuple[int, int]
+    anchors: Sequence[int]
+    median: int
+    most_objects: int
+    teacher: Schedule
+    student: Schedule
+    detection: Schedule
+    device: str
+
+
+def render(values: Values) -> dict[str, str]:
+    """The text of ``distill.yaml``, ``detect.yaml`` and ``compare.yaml``."""
+    fields: dict[str, Any] = {
+        "images_note": values.images_note,
+        "image_size": values.image_size,
+        # a tenth of the image
+        "shift": round(values.image_size / 10),
+        "size": values.size,
+        "num_classes": len(values.classes),
+        "median": values.median,
+        "teacher": values.teacher,
+        "student": values.student,
+        "detection": values.detection,
+        "period": max(25, values.detection.iterations // 4),
+        "detections": max(50, 2 * values.most_objects),
+        "device": values.device,
+        # JSON is YAML, with names and paths quoted
+        "anchors": json.dumps([[size] for size in values.anchors]),
+        "classes": json.dumps(list(values.classes), ensure_ascii=False),
+        "images": _quoted(values.images),
+        "voc": _quoted(values.voc),
+        "train": _quoted(values.train),
+        "test": _quoted(values.test),
+        "name": _quoted(values.name),
+    }
+    output = values.folder / "output"
+    fields |= {
+        "output": _quoted(output),
+        "output_distill": _quoted(output / "distill"),
+        "output_detect": _quoted(output / "detect"),
+    }
+    templates = {"distill.yaml": DISTILL, "detect.yaml": DETECT, "compare.yaml": COMPARE}
+    return {file: template.format(**fields, file=values.folder / file) for file, template in templates.items()}
+
+
+def _quoted(value: str | Path) -> str:
+    return json.dumps(str(value), ensure_ascii=False)

@@ -1,0 +1,175 @@
+"""From a VOC folder to a project that can be compared on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nst_det.backbones import check_name
+from nst_det.data.annotation import VocAnnotation, read_annotation
+from nst_det.data.check import Report, check_data
+from nst_det.data.folders import read_image_folder
+from nst_det.data.reading import shown_path
+from nst_det.data.voc import VOC_CLASSES, VocDataset, find_voc_root
+from nst_det.errors import UserError
+from nst_det.project.configs import Values, render
+from nst_det.project.crops import write_crops
+from nst_det.project.fit import LARGEST, box_sizes, fit_anchors, fit_detection, fit_distillation, fit_size
+from nst_det.project.splits import TEST_FRACTION, hold_out, ids_to_cut, known_pair, write_pair
+from nst_det.runtime.files import write_text
+
+# problems with which a run would stop half-way; with the others it goes on
+FATAL = ("unreadable image", "missing image", "missing annotation", "bad annotation", "bad list", "wrong size")
+IMAGE_SIZE = {"cpu": 64, "cuda": 128}
+CROPS = Path("data") / "crops"
+
+
+@dataclass(frozen=True)
+class Project:
+    """What was made, and what was seen on the way.
+
+    Attributes:
+        values: as they stand in the YAMLs.
+        report: of the data's check.
+        images: to train and to test on.
+        objects: to train on.
+        small: part of them, 0..1, that is smaller than 8 pixels after resizing.
+        cut: whether lists were written into the VOC folder.
+    """
+
+    values: Values
+    report: Report
+    images: tuple[int, int]
+    objects: int
+    small: float
+    cut: bool
+
+
+def init_project(
+    folder: str | Path,
+    voc: str | Path,
+    images: str | Path | None = None,
+    train: str = "",
+    test: str = "",
+    device: str = "cpu",
+) -> Project:
+    """Look at a VOC folder and make a project for it.
+
+    Where the folder has no lists to train and test on, a fifth of the images is held out and the lists
+    ``nst_det_train`` and ``nst_det_test`` are written into its ``ImageSets/Main``; nothing else in it is changed.
+
+    Args:
+        folder: the project to make; its last part names the backbone files.
+        voc: see :func:`nst_det.data.voc.find_voc_root`.
+        images: an image folder for stage one; None cuts crops out of the images (see :mod:`nst_det.project.crops`).
+        train: list to train on; "" takes those there are, or cuts them.
+        test: list to test on.
+        device: ``cpu`` or ``cuda``: what the sizes and schedules are made for.
+
+    Raises:
+        UserError: the project is there already, or the data can't be used.
+    """
+    folder = Path(folder).expanduser().resolve()
+    check_name(folder.name)
+    if folder.exists():
+        raise UserError(f"{folder}: is there already; name another project, or remove it")
+    root = find_voc_root(voc)
+    report = check_data(root, [train, test] if train and test else None)
+    _refuse_broken(report)
+    (train, test), cut = _lists(root, train, test)
+    learned, tested = (VocDataset(root, name).annotations() for name in (train, test))
+    classes = _classes([*learned, *tested])
+    size = fit_size(learned, LARGEST[device])
+    sizes = box_sizes(learned, *size)
+    if not len(sizes):
+        raise UserError(f"{root}: no object in {train} to train on; see nst-det check-data {root}")
+    with _beside(folder) as made:
+        if images is None:
+            counts = write_crops(VocDataset(root, train, classes), made / CROPS)
+            image_root, count = folder / CROPS, counts.total()
+            note = f"{count} crops, cut out of {train}; with classification data of your own, name its folder here"
+        else:
+            found = read_image_folder(images)
+            if len(found.classes) < 2:
+                raise UserError(f"{images}: one class of images teaches nothing; stage one needs two or more")
+            image_root, count = found.root.resolve(), len(found.train)
+            note = f"{len(found.classes)} classes, {count} images to train on"
+        teacher, student = fit_distillation(count, device)
+        values = Values(
+            name=folder.name,
+            folder=folder,
+            voc=root,
+            train=train,
+            test=test,
+            classes=classes,
+            images=image_root,
+            images_note=note,
+            image_size=IMAGE_SIZE[device],
+            size=size,
+            anchors=fit_anchors(sizes),
+            median=max(1, round(float(np.median(sizes)))),
+            most_objects=max(len(item.objects) for item in [*learned, *tested]),
+            teacher=teacher,
+            student=student,
+            detection=fit_detection(sum(bool(item.objects) for item in learned), device),
+            device=device,
+        )
+        for name, text in render(values).items():
+            write_text(made / name, text)
+    small = float((sizes < 8).mean())
+    return Project(values, report, (len(learned), len(tested)), len(sizes), small, cut)
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A folder that becomes ``folder`` at the end of the block, or is removed: no half project is left."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}); name another project") from error
+    try:
+        yield made
+        made.chmod(0o755)
+        os.replace(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _refuse_broken(report: Report) -> None:
+    broken = [problem for problem in report.problems if problem.kind in FATAL]
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise UserError(
+            f"{shown_path(report.root)}: {broken[0].kind}: {broken[0].line()}{more}; nst-det check-data "
+            f"{shown_path(report.root)} lists all"
+        )
+
+
+def _lists(root: Path, train: str, test: str) -> tuple[tuple[str, str], bool]:
+    """Names of the lists to train and test on, and whether they were written now."""
+    pair = known_pair(root, train, test)
+    if pair is not None:
+        return pair, False
+    ids = ids_to_cut(root)
+    classes_of = {id_: read_annotation(root / "Annotations" / f"{id_}.xml").names for id_ in ids}
+    held = hold_out(classes_of, TEST_FRACTION)
+    if not held or len(held) == len(ids):
+        raise UserError(
+            f"{shown_path(root)}: {len(ids)} images are too few to hold some out for the test; add images, so that "
+            "every class is on two at least"
+        )
+    return write_pair(root, ids, held), True
+
+
+def _classes(annotations: Sequence[VocAnnotation]) -> tuple[str, ...]:
+    """Names in the annotations, sorted; PASCAL VOC's own in its order where all twenty are there."""
+    found = {name for item in annotations for name in item.names}
+    return VOC_CLASSES if found == set(VOC_CLASSES) else tuple(sorted(found))
