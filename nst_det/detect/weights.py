@@ -10,6 +10,7 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from nst_det.backbones import check_input_contract, load_into, load_plain, load_strict, resolve
 from nst_det.backbones.registry import PREFIX
@@ -83,7 +84,7 @@ def _load_detector(detector: Detector, path: Path, classes: Sequence[str], key: 
     detector.backbone.bottom_up.loaded = True
 
 
-def save_weights(path: str | Path, detector: Detector, classes: Sequence[str]) -> None:
+def save_weights(path: str | Path, detector: nn.Module, classes: Sequence[str]) -> None:
     """Write a detector's state dict and its classes as a ``.safetensors`` file, atomically."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()}
     with atomic_path(path) as temporary:

@@ -1,5 +1,9 @@
 """NST in somebody's own Detectron2 project: their model, their trainer class, their LazyConfig."""
 
+import json
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,12 +19,13 @@ from detectron2.engine import DefaultTrainer, SimpleTrainer  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 
-from nst_det.backbones import forward_outputs  # noqa: E402, F401
-from nst_det.detect.detectron2 import build_teacher, distill  # noqa: E402
+from nst_det.detect.detectron2 import build_teacher, distill, register_voc  # noqa: E402
 from nst_det.detect.detectron2.config import load_config, register_datasets  # noqa: E402
 from nst_det.detect.detectron2.loader import build_train_loader  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
 from nst_det.transfer import nst_loss  # noqa: E402
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture
@@ -167,3 +172,19 @@ def test_what_is_wrong_with_a_teacher_is_said(cfg, tiny_teacher, tmp_path):
     torch.save({"model": part}, tmp_path / "part.pth")
     with pytest.raises(UserError, match="entries that this detector needs"):
         distill(student, str(tiny_teacher[0]), teacher_weights=str(tmp_path / "part.pth"))
+
+
+def test_the_example_trains(tiny_yaml, tiny_teacher, voc_root, tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        register_voc(f"tiny_{split}", voc_root, split)
+    # the example's config is plain Detectron2's: the number of classes is said
+    words = ["--config-file", tiny_yaml, "--teacher", tiny_teacher[0], "--teacher-weights", tiny_teacher[1]]
+    opts = ["OUTPUT_DIR", tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", 2, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()"]
+    monkeypatch.setattr("sys.argv", ["detectron2_own_trainer.py", *map(str, words), *map(str, opts)])
+    runpy.run_path(str(EXAMPLES / "detectron2_own_trainer.py"), run_name="__main__")
+    events = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert events[-1]["loss_transfer_nst-poly"] > 0
+    saved = torch.load(tmp_path / "model_final.pth")["model"]
+    assert saved.keys() == {
+        key for key in saved if key.split(".")[0] in ("backbone", "proposal_generator", "roi_heads")
+    }

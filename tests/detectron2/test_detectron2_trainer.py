@@ -15,6 +15,7 @@ pytestmark = pytest.mark.detectron2
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.engine import HookBase  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torch.multiprocessing import ProcessRaisedException  # noqa: E402
 
 from nst_det.cli import main  # noqa: E402
@@ -22,6 +23,7 @@ from nst_det.detect.detectron2 import DistillTrainer  # noqa: E402
 from nst_det.detect.detectron2.command import train  # noqa: E402
 from nst_det.detect.detectron2.config import load_config, register_datasets  # noqa: E402
 from nst_det.detect.detectron2.heads import CanonicalROIHeads  # noqa: E402
+from nst_det.detect.weights import saved_classes  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
 from nst_det.runtime.metrics import read_metrics  # noqa: E402
 from nst_det.runtime.run import RunFolder  # noqa: E402
@@ -81,8 +83,11 @@ def test_the_command_trains_evaluates_and_leaves_a_run_folder(tiny_yaml, tiny_te
     assert command("--config-file", tiny_yaml, *opts) == 0
     assert (folder / "model_final.pth").stat().st_mtime_ns == before
 
-    # its weights score the same when evaluated alone
+    # its weights score the same when evaluated alone, in either form
     weights = folder / "model_final.pth"
+    saved = load_file(folder / "model.safetensors")
+    assert all(torch.equal(saved[key], value) for key, value in torch.load(weights)["model"].items())
+    assert saved_classes(folder / "model.safetensors") == ["bar", "square"]
     assert (
         command("--config-file", tiny_yaml, "--eval-only", "OUTPUT_DIR", tmp_path / "e", "MODEL.WEIGHTS", weights) == 0
     )

@@ -16,9 +16,11 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessRaisedException
 
 from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
-from nst_det.detect.detectron2.config import load_config, register_datasets
+from nst_det.detect.detectron2.config import class_list, load_config, register_datasets
 from nst_det.detect.detectron2.trainer import DistillTrainer, inference_folder
+from nst_det.detect.stage import DETECTIONS_FILE, WEIGHTS_FILE
 from nst_det.detect.table import print_result
+from nst_det.detect.weights import save_weights
 from nst_det.errors import UserError
 from nst_det.runtime.files import read_json, write_text
 from nst_det.runtime.metrics import read_metrics
@@ -26,7 +28,7 @@ from nst_det.runtime.run import RunFolder
 from nst_det.transfer import parse_method
 
 log = logging.getLogger(__name__)
-DETECTIONS_FILE, RESULT_FILE = "detections.json", "result.json"
+RESULT_FILE = "result.json"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -100,6 +102,8 @@ def train(cfg: CfgNode, folder: RunFolder, resume: bool) -> None:
     trainer.resume_or_load(resume=resume or stopped)
     trainer.train()
     if comm.is_main_process():
+        # the name and form that the torchvision engine gives it too
+        save_weights(folder.path / WEIGHTS_FILE, trainer.student, class_list(cfg))
         if cfg.DATASETS.TEST:
             found = inference_folder(cfg, cfg.DATASETS.TEST[0]) / DETECTIONS_FILE
             if found.exists():
@@ -115,7 +119,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
     Raises:
         UserError: no weights, or weights that leave a part of the detector random.
     """
-    weights = str(Path(cfg.OUTPUT_DIR) / "model_final.pth") if args.resume else cfg.MODEL.WEIGHTS
+    weights = str(Path(cfg.OUTPUT_DIR) / WEIGHTS_FILE) if args.resume else cfg.MODEL.WEIGHTS
     if not weights or not cfg.DATASETS.TEST:
         raise UserError(
             "--eval-only needs MODEL.WEIGHTS of a whole detector (or --resume, for the one that was trained in "

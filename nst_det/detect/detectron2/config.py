@@ -82,6 +82,13 @@ def register_datasets(cfg: CfgNode) -> None:
     resolve_classes(cfg, classes)
 
 
+def class_list(cfg: CfgNode) -> list[str]:
+    """The classes that the data sets of a config are registered with; [] where they have none."""
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        return list(MetadataCatalog.get(name).get("thing_classes", []))
+    return []
+
+
 def data_classes(cfg: CfgNode) -> tuple[str, ...]:
     """The classes of a config's VOC data sets: ``DATASETS.CLASSES``, or those in the annotations it trains on."""
     if cfg.DATASETS.CLASSES:

@@ -18,6 +18,7 @@ from nst_det.detect.detectron2.backbone import TimmBackbone, bottom_up_of
 from nst_det.detect.detectron2.checkpoint import PREFIX, SUFFIX, BackboneCheckpointer
 from nst_det.detect.detectron2.config import add_config, data_classes
 from nst_det.detect.detectron2.heads import choose_roi_heads
+from nst_det.detect.weights import saved_classes
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path
 from nst_det.runtime.seeds import seeded
@@ -126,13 +127,14 @@ def _build_yaml(path: str, weights: str, device: str | None, overrides: Sequence
     cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.TIMM.PRETRAINED and not (weights or named)
     choose_roi_heads(cfg)
     if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = _classes(cfg, path)
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = _classes(cfg, path, weights or named)
     model: nn.Module = build_model(cfg)
     return model, named
 
 
-def _classes(cfg: CfgNode, path: str) -> int:
-    classes = data_classes(cfg)
+def _classes(cfg: CfgNode, path: str, weights: str) -> int:
+    local = weights if weights and "://" not in weights and Path(weights).is_file() else ""
+    classes = (saved_classes(local) if local else []) or data_classes(cfg)
     if not classes:
         raise UserError(f"{path}: MODEL.ROI_HEADS.NUM_CLASSES is 0, and no data set of DATASETS.VOC tells the number")
     return len(classes)
