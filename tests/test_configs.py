@@ -1,0 +1,153 @@
+"""Every config of the repository is read by its loader, so that none rots."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from nst_det.compare.comparison import run_config
+from nst_det.compare.config import load_comparison
+from nst_det.compare.plan import DATA, check_order, make_plan
+from nst_det.compare.stages import check_transfer
+from nst_det.detect.config import ENGINES, load_detect_config, voc_roots
+from nst_det.detect.torchvision_engine import build_detector
+from nst_det.distill.config import load_distill_config
+from nst_det.runtime.config import expand_path, read_yaml
+from nst_det.transfer import parse_method
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# what the files may read from the environment
+VARIABLES = ("IMAGENET", "NST_DET_REAL_DATA", "NST_DET_SHAPES", "VOC_ROOT")
+
+
+def files(kind):
+    found = sorted((CONFIGS / kind).rglob("*.yaml"))
+    return pytest.mark.parametrize("file", found, ids=lambda path: str(path.relative_to(CONFIGS)))
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, str(tmp_path))
+
+
+def is_base(file):
+    return file.stem == "base" or file.stem.startswith("base_") or file.stem == "small_cpu"
+
+
+def test_there_is_no_config_beside_the_three_kinds():
+    found = {path.relative_to(CONFIGS).parts[0] for path in CONFIGS.rglob("*.yaml")}
+    assert found == {"distill", "detect", "compare"}
+
+
+@files("distill")
+def test_distill(file):
+    config = load_distill_config(file, ["DATA.ROOT", "somewhere"] if is_base(file) else [])
+    for word in config.METHODS:
+        assert parse_method(word).word == word
+    assert not Path(config.DATA.ROOT).is_absolute()
+    assert "$" not in expand_path(config.DATA.ROOT, "DATA.ROOT")
+
+
+@files("detect")
+def test_detect(file):
+    config = load_detect_config(file)
+    assert config.ENGINE in ENGINES
+    assert parse_method(config.TRANSFER.METHOD).word == config.TRANSFER.METHOD
+    if config.TRANSFER.METHOD != "ce":
+        assert (CONFIGS.parent / config.TRANSFER.TEACHER.CONFIG_FILE).is_file()
+    roots = voc_roots(config, [*config.DATASETS.TRAIN, *config.DATASETS.TEST], "DATASETS")
+    assert is_base(file) or len(roots) >= 2
+
+
+@files("compare")
+def test_compare(file, tmp_path):
+    # the torchvision engine takes no key that it doesn't know, so what it takes Detectron2 takes too
+    comparison = load_comparison(file, output=tmp_path / "out", overrides=["ENGINE", "torchvision"])
+    runs = make_plan(comparison)
+    check_order(runs)
+    for run in runs:
+        if run.kind != DATA:
+            run_config(comparison, run)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_files_that_are_named_exist_and_variables_are_known(file):
+    text = file.read_text()
+    # the config in a command line of the head is the file itself, or one beside it
+    for name in re.findall(r"configs/[\w/.]+\.yaml", text):
+        assert (CONFIGS.parent / name).is_file(), name
+    assert set(re.findall(r"\$\{?([A-Z][A-Z_0-9]*)", text)) <= set(VARIABLES)
+
+
+def test_the_papers_students_can_be_built(tmp_path):
+    file = CONFIGS / "compare" / "paper_imagenet.yaml"
+    comparison = load_comparison(file, output=tmp_path / "out", overrides=["ENGINE", "torchvision"])
+    check_transfer(comparison.distill, comparison.methods, "paper")
+    distill, model = comparison.distill, comparison.detect.MODEL
+    assert (distill.TEACHER.ARCH, distill.STUDENT.ARCH) == ("resnet101.tv_in1k", "inception_bn")
+    assert dict(distill.STUDENT.ARCH_KWARGS) == dict(model.TIMM.KWARGS) == {"stride16_tap": "4b"}
+    assert model.RPN.IN_FEATURES == model.ROI_HEADS.IN_FEATURES == ["res4"]
+    detect = comparison.detect
+    assert list(detect.DATASETS.TRAIN) == ["voc_2007_trainval", "voc_2012_trainval"]
+    assert list(detect.DATASETS.TEST) == ["voc_2007_test"]
+    assert detect.TRANSFER.METHOD == "ce"
+
+
+def test_the_papers_schedule_is_that_of_its_code():
+    solver = load_distill_config(CONFIGS / "distill" / "paper" / "imagenet.yaml").SOLVER
+    epoch = 1_281_167 // solver.IMS_PER_BATCH
+    assert solver.IMS_PER_BATCH == 64 * 8
+    assert epoch * 100 == solver.MAX_ITER
+    assert list(solver.STEPS) == [30 * epoch, 60 * epoch, 90 * epoch]
+    assert (solver.OPTIMIZER, solver.NESTEROV, solver.BASE_LR) == ("SGD", True, 0.1)
+    assert (solver.MOMENTUM, solver.WEIGHT_DECAY, solver.GAMMA) == (0.9, 1e-4, 0.1)
+
+
+def test_each_paper_config_trains_the_method_in_its_name():
+    found = {}
+    for file in sorted((CONFIGS / "distill" / "paper").glob("imagenet_*.yaml")):
+        config = load_distill_config(file)
+        found[file.stem.removeprefix("imagenet_")] = list(config.METHODS)
+        own = read_yaml(file) | {"METHODS": [], "OUTPUT_DIR": ""}
+        assert own == read_yaml(file.with_name("imagenet.yaml")) | {"METHODS": [], "OUTPUT_DIR": ""}
+        assert config.OUTPUT_DIR.endswith(file.stem)
+    assert found == {
+        "ce": ["ce"],
+        "kd": ["kd"],
+        "fitnet": ["fitnet"],
+        "at": ["at"],
+        "nst_poly": ["nst-poly"],
+        "kd_fitnet": ["kd+fitnet"],
+        "kd_at": ["kd+at"],
+        "kd_nst_poly": ["kd+nst-poly"],
+    }
+
+
+def test_table_3_goes_on_where_table_4_stopped():
+    few, all_ = (
+        load_comparison(CONFIGS / "compare" / f"paper_{name}.yaml", overrides=["ENGINE", "torchvision"])
+        for name in ("voc07", "imagenet")
+    )
+    assert set(few.methods) == {"ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"}
+    assert set(all_.methods) - set(few.methods) == {"kd+fitnet", "kd+at"}
+    assert (few.folder, few.claim) == (all_.folder, all_.claim)
+
+
+def test_the_papers_detector_reads_block_4b_and_its_scratch_row_trains():
+    file = CONFIGS / "detect" / "c4" / "voc0712_inception_bn_c4.yaml"
+    scratch = read_yaml(CONFIGS / "compare" / "paper_voc07.yaml")["DETECT"]["SCRATCH_OPTS"]
+    small = ["MODEL.ROI_HEADS.NUM_CLASSES", "20", "MODEL.ROI_BOX_HEAD.FC_DIM", "8", "MODEL.DEVICE", "cpu"]
+    config = load_detect_config(file, [*map(str, scratch), *small])
+    detector = build_detector(config)
+    shapes = {name: (shape.channels, shape.stride) for name, shape in detector.backbone.output_shape().items()}
+    assert shapes == {"res4": (576, 16)}
+    detector.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
+    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    objects = {"boxes": torch.tensor([[5.0, 8.0, 60.0, 50.0]]), "labels": torch.tensor([7])}
+    losses = detector.train()([{"image": image, "height": 64, "width": 96, "image_id": "0", **objects}])
+    sum(losses.values()).backward()
+    bottom_up = dict(detector.backbone.named_parameters())
+    assert bottom_up
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in bottom_up.values())
