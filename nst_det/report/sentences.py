@@ -13,6 +13,17 @@ MOST_NAMES = 4
 # mAP in percent on PASCAL VOC 2007 test; Huang & Wang, "Like What You Like: Knowledge Distill via Neuron
 # Selectivity Transfer", table 4 (Faster R-CNN, Inception-BN student).  NST is the polynomial kernel.
 PAPER = {"ce": 75.6, "kd": 76.0, "fitnet": 76.6, "at": 76.5, "nst-poly": 76.8, "kd+nst-poly": 77.2}
+# top-1 error in percent on ImageNet's validation set, table 3 (the same students, single crop)
+PAPER_ERROR = {
+    "ce": 25.74,
+    "kd": 24.56,
+    "fitnet": 25.30,
+    "at": 25.10,
+    "nst-poly": 24.82,
+    "kd+fitnet": 24.48,
+    "kd+at": 24.64,
+    "kd+nst-poly": 24.34,
+}
 
 
 def conclusion(results: Results) -> str:
@@ -95,32 +106,59 @@ def _verb(rows: list[Row], one: str, many: str) -> str:
 
 @dataclass(frozen=True)
 class PaperLine:
-    """One method against the paper: both differences to the baseline (mAP, fractions), and what they say."""
+    """One row beside the paper's; all numbers are fractions, None where the paper or the comparison has none.
+
+    Attributes:
+        method: its word.
+        paper_map: mAP on VOC 2007 test (table 4).
+        map: mAP here.
+        paper: the paper's difference in mAP to its baseline; None for the baseline.
+        here: the same here.
+        paper_top1: top-1 accuracy on ImageNet (table 3).
+        top1: top-1 accuracy of stage one here.
+        says: what the two differences say together.
+    """
 
     method: str
-    paper: float
+    paper_map: float | None
+    map: float
+    paper: float | None
     here: float | None
+    paper_top1: float
+    top1: float | None
     says: str
 
 
 def against_paper(results: Results) -> list[PaperLine]:
-    """For each method that the paper has on VOC 2007: does the difference to the baseline point the same way?
+    """Each row that the paper has, with the paper's numbers: does the difference to the baseline point the same way?
 
     In the paper every method beats the baseline, with one number each and no spread; so a row contradicts it
-    only where the row is told to be worse than ce.
+    only where the row is told to be worse than ce.  Empty where no method of the paper was compared.
     """
-    lines = []
     words = {
         BETTER: "agrees",
         WORSE: "contradicts the paper",
         NOISE: "can't be told",
         SINGLE: "can't be told (one seed)",
     }
+    lines = []
     for row in results.rows:
-        if row.is_method and row.method in PAPER:
-            paper = (PAPER[row.method] - PAPER[BASELINE]) / 100
-            lines.append(PaperLine(row.method, paper, row.delta, words[row.verdict]))
-    return lines
+        if row.method in PAPER_ERROR:
+            paper_map = PAPER[row.method] / 100 if row.method in PAPER else None
+            told = row.is_method and paper_map is not None
+            lines.append(
+                PaperLine(
+                    method=row.method,
+                    paper_map=paper_map,
+                    map=row.map,
+                    paper=(PAPER[row.method] - PAPER[BASELINE]) / 100 if told else None,
+                    here=row.delta if row.is_method else None,
+                    paper_top1=1 - PAPER_ERROR[row.method] / 100,
+                    top1=row.top1,
+                    says=words[row.verdict] if told else "the baseline" if row.method == BASELINE else "not in table 4",
+                )
+            )
+    return lines if any(line.method != BASELINE for line in lines) else []
 
 
 def paper_order(results: Results) -> str | None:

@@ -68,8 +68,15 @@ def test_caveats(make_results) -> None:
 
 def test_against_the_paper(make_results) -> None:
     lines = {line.method: line for line in against_paper(with_verdicts(make_results, nst_poly="worse"))}
-    assert set(lines) == {"kd", "fitnet", "at", "nst-poly", "kd+nst-poly"}
+    assert set(lines) == {"ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"}
     assert round(lines["nst-poly"].paper, 6) == 0.012
+    maps = {"ce": 75.6, "kd": 76.0, "fitnet": 76.6, "at": 76.5, "nst-poly": 76.8, "kd+nst-poly": 77.2}
+    assert {method: round(100 * line.paper_map, 6) for method, line in lines.items()} == maps
+    tops = {"ce": 74.26, "kd": 75.44, "fitnet": 74.70, "at": 74.90, "nst-poly": 75.18, "kd+nst-poly": 75.66}
+    assert {method: round(100 * line.paper_top1, 6) for method, line in lines.items()} == tops
+    rows = {row["method"]: row for row in make_results()["rows"]}
+    assert all((line.map, line.top1) == (rows[name]["map"], rows[name]["top1"]) for name, line in lines.items())
+    assert (lines["ce"].paper, lines["ce"].here, lines["ce"].says) == (None, None, "the baseline")
     assert lines["nst-poly"].says == "contradicts the paper"
     assert lines["fitnet"].says == "agrees"
     assert lines["at"].says == "can't be told"
@@ -77,3 +84,18 @@ def test_against_the_paper(make_results) -> None:
     assert order is not None
     assert "kd+nst-poly > nst-poly > fitnet > at > kd" in order
     assert "fitnet > kd+nst-poly > nst-poly > kd > at: the paper's order is not reproduced here." in order
+
+
+def test_a_method_that_only_table_3_has_is_shown_with_its_top1_alone(make_results) -> None:
+    tree = make_results()
+    tree["rows"][4]["method"] = "kd+at"
+    line = next(line for line in against_paper(read(tree)) if line.method == "kd+at")
+    assert (line.paper_map, line.paper, line.says) == (None, None, "not in table 4")
+    assert round(line.paper_top1, 6) == 0.7536
+    assert line.here == tree["rows"][4]["delta_vs_ce"]
+
+
+def test_a_comparison_without_the_papers_methods_has_no_such_box(make_results) -> None:
+    tree = make_results()
+    tree["rows"] = [row | {"method": row["method"].replace("kd+nst-poly", "cwd")} for row in tree["rows"][:2]]
+    assert against_paper(read(tree)) == []
