@@ -69,7 +69,7 @@ MODEL:
     IN_FEATURES: [res2, res3, res4, res5]
     OUT_CHANNELS: 64
   ANCHOR_GENERATOR:
-    # quantiles .1 .3 .5 .7 .9 of the boxes' sizes after resizing, none below its level's stride
+    # quantiles .1 .3 .5 .7 .9 of the boxes' sizes after resizing (classes weigh the same), at least the level's stride
     SIZES: {anchors}
     ASPECT_RATIOS: [[0.5, 1.0, 2.0]]
   RPN:

@@ -42,32 +42,61 @@ def fit_size(annotations: Sequence[VocAnnotation], largest: int) -> tuple[int, i
     return round(short * scale), round(long * scale)
 
 
-def box_sizes(annotations: Sequence[VocAnnotation], shortest: int, longest: int) -> np.ndarray:
-    """Square root of the area of every box that is trained on, in pixels of the resized images, (N,) float64."""
-    sizes = []
+def box_sizes(annotations: Sequence[VocAnnotation], shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """How large the boxes are that are trained on.
+
+    Returns:
+        Square root of the area of each, in pixels of the resized images, (N,) float64; and its class name, (N,).
+    """
+    sizes, names = [np.zeros(0)], [np.zeros(0, dtype=np.str_)]
     for item in annotations:
         keep, _ = usable_boxes(item)
-        boxes = item.boxes[keep & ~item.difficult].astype(np.float64)
+        keep &= ~item.difficult
+        boxes = item.boxes[keep].astype(np.float64)
         height, width = resized_shape(item.height, item.width, shortest, longest)
         sides = (boxes[:, 2:] - boxes[:, :2]) * (width / item.width, height / item.height)
         sizes.append(np.sqrt(sides.prod(axis=1)))
-    return np.concatenate(sizes) if sizes else np.zeros(0)
+        names.append(np.array(item.names, dtype=np.str_)[keep])
+    return np.concatenate(sizes), np.concatenate(names)
 
 
-def fit_anchors(sizes: np.ndarray) -> list[int]:
+def balanced_quantiles(sizes: np.ndarray, names: np.ndarray, at: Sequence[float]) -> list[float]:
+    """Quantiles of sizes in which every class weighs the same, however many boxes it has.
+
+    A box stands in the middle of its share of the weight; between two boxes the size is interpolated.
+
+    Args:
+        sizes: (N,), at least one.
+        names: (N,) class names.
+        at: 0..1.
+
+    Example:
+        >>> balanced_quantiles(np.array([9.0, 2.0, 2.0, 2.0]), np.array(["b", "a", "a", "a"]), [0.25, 0.75])
+        [2.0, 9.0]
+    """
+    _, label, count = np.unique(names, return_inverse=True, return_counts=True)
+    order = np.argsort(sizes, kind="stable")
+    weights = (1.0 / count[label] / len(count))[order]
+    quantiles: list[float] = np.interp(at, np.cumsum(weights) - weights / 2, sizes[order]).tolist()
+    return quantiles
+
+
+def fit_anchors(sizes: np.ndarray, names: np.ndarray) -> list[int]:
     """One anchor size a level, ``p2`` .. ``p6``, in pixels.
 
-    They are the quantiles :data:`QUANTILES` of the boxes' sizes, so that each serves about a fifth of the boxes, but
-    none smaller than its level's stride: its map has no finer places.
+    They are the quantiles :data:`QUANTILES` of the boxes' sizes with all classes weighing the same (a frequent class
+    would leave a rare one of another size without an anchor), but none is smaller than its level's stride: its map
+    has no finer places.
 
     Args:
         sizes: from :func:`box_sizes`, at least one.
+        names: likewise.
 
     Example:
-        >>> fit_anchors(np.arange(1.0, 101.0))
-        [11, 31, 50, 70, 90]
+        >>> fit_anchors(np.array([20.0, 40.0, 60.0, 80.0, 100.0]), np.array(["cat"] * 5))
+        [20, 40, 60, 80, 100]
     """
-    quantiles = np.quantile(sizes, QUANTILES).tolist()
+    quantiles = balanced_quantiles(sizes, names, QUANTILES)
     return [max(round(size), stride) for size, stride in zip(quantiles, STRIDES)]
 
 

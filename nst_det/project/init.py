@@ -87,7 +87,7 @@ def init_project(
     learned, tested = (VocDataset(root, name).annotations() for name in (train, test))
     classes = _classes([*learned, *tested])
     size = fit_size(learned, LARGEST[device])
-    sizes = box_sizes(learned, *size)
+    sizes, names = box_sizes(learned, *size)
     if not len(sizes):
         raise UserError(f"{root}: no object in {train} to train on; see nst-det check-data {root}")
     with _beside(folder) as made:
@@ -113,7 +113,7 @@ def init_project(
             images_note=note,
             image_size=IMAGE_SIZE[device],
             size=size,
-            anchors=fit_anchors(sizes),
+            anchors=fit_anchors(sizes, names),
             median=max(1, round(float(np.median(sizes)))),
             most_objects=max(len(item.objects) for item in [*learned, *tested]),
             teacher=teacher,
@@ -121,8 +121,8 @@ def init_project(
             detection=fit_detection(sum(bool(item.objects) for item in learned), device),
             device=device,
         )
-        for name, text in render(values).items():
-            write_text(made / name, text)
+        for file, text in render(values).items():
+            write_text(made / file, text)
     small = float((sizes < 8).mean())
     return Project(values, report, (len(learned), len(tested)), len(sizes), small, cut)
 

@@ -25,19 +25,30 @@ def test_box_sizes_after_resizing():
     one = image(400, 200, (1, 1, 40, 90), (101, 51, 180, 70), (5, 5, 5, 20))
     two = image(100, 300, (11, 21, 60, 120))
     hard = image(400, 200, (1, 1, 100, 100), difficult=True)
-    found = box_sizes([one, two, hard], 100, 200)
+    found, names = box_sizes([one, two, hard], 100, 200)
+    assert names.tolist() == ["cat"] * 3
     # the second image becomes 67 x 200 (its longest side is bound)
     wanted = [math.sqrt(20 * 45), math.sqrt(40 * 10), math.sqrt(50 * 67 / 100 * 100 * 200 / 300)]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def test_anchors_by_hand():
-    # quantiles of 11 evenly spaced values are the values themselves: 2nd, 4th, 6th, 8th, 10th
-    sizes = np.array([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110.0])
-    assert fit_anchors(sizes) == [20, 40, 60, 80, 100]
+    # of five boxes each stands in the middle of a fifth: at .1, .3, .5, .7, .9
+    sizes, cats = np.array([60.0, 20, 100, 40, 80]), np.array(["cat"] * 5)
+    assert fit_anchors(sizes, cats) == [20, 40, 60, 80, 100]
     # small boxes: each level's stride bounds its anchor from below
-    assert fit_anchors(sizes / 10) == [4, 8, 16, 32, 64]
-    assert fit_anchors(np.array([30.0])) == [30, 30, 30, 32, 64]
+    assert fit_anchors(sizes / 10, cats) == [4, 8, 16, 32, 64]
+    assert fit_anchors(np.array([30.0]), cats[:1]) == [30, 30, 30, 32, 64]
+
+
+def test_a_rare_class_has_its_anchors():
+    # 98 cats of 50, one ant of 10, one whale of 200: a third of the weight each, at 1/6, ..., 5/6
+    sizes = np.array([50.0] * 98 + [10, 200])
+    names = np.array(["cat"] * 98 + ["ant", "whale"])
+    # .1 lies before the ant's middle; .3 between it (1/6) and the first cat (1/3 + 1/588); .7 and .9 alike
+    below = 10 + 40 * (0.3 - 1 / 6) / (1 / 6 + 1 / 588)
+    above = 50 + 150 * (0.7 - (2 / 3 - 1 / 588)) / (1 / 6 + 1 / 588)
+    assert fit_anchors(sizes, names) == [10, round(below), 50, round(above), 200]
 
 
 @pytest.mark.parametrize(
