@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "detect" / "voc" / "base_fpn.yaml"
+WARM_UP = 3
 
 
 def build(kind: type, cfg, storage_at: int = 0):
@@ -118,17 +119,17 @@ def main() -> int:
 
         distilled._teacher_forward = timed
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
-        for index in range(args.steps + 5):
+        for index in range(args.steps + WARM_UP):
             # begin with another one each time
             order = list(trainers.items())
             for name, trainer in order[index % 3 :] + order[: index % 3]:
                 taken = step(trainer, clock)
-                if index >= 5:
+                if index >= WARM_UP:
                     seconds[name].append(taken)
 
     width = teacher_cfg.MODEL.FPN.OUT_CHANNELS
     medians = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
-    teacher = 1000 * statistics.median(teacher_seconds[5:])
+    teacher = 1000 * statistics.median(teacher_seconds[WARM_UP:])
     base = medians["detectron2"]
     # differences of steps taken in the same round, so that load on the machine cancels
     off = statistics.median(b / a for a, b in zip(seconds["detectron2"], seconds["ours, ce"])) - 1

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ pytest.importorskip(
 pytestmark = pytest.mark.detectron2
 
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
+from detectron2.config import get_cfg  # noqa: E402
 from detectron2.engine import HookBase  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -25,6 +29,7 @@ from nst_det.detect.detectron2.config import load_config, register_datasets  # n
 from nst_det.detect.detectron2.heads import CanonicalROIHeads  # noqa: E402
 from nst_det.detect.weights import saved_classes  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
+from nst_det.runtime.config import flat  # noqa: E402
 from nst_det.runtime.metrics import read_metrics  # noqa: E402
 from nst_det.runtime.run import RunFolder  # noqa: E402
 
@@ -265,7 +270,62 @@ def test_a_second_start_in_another_runs_folder_is_refused(tiny_yaml, tmp_path, c
     assert "holds a run with SEED 9" in capsys.readouterr().err
 
 
+OWN_RESNET = [
+    *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", "2"),
+    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.RESNETS.STRIDE_IN_1X1", "False"),
+    *("MODEL.RESNETS.OUT_FEATURES", "['res2', 'res3', 'res4', 'res5']", "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()"),
+    *("MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE", "224", "MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL", "4"),
+]
+PLAIN = """
+import sys, torch
+sys.modules["nst_det"] = None  # an import of it would fail
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+model = build_model(cfg).eval()
+checkpointer = DetectionCheckpointer(model)
+seen = []
+checkpointer._log_incompatible_keys = seen.append
+checkpointer.load(sys.argv[2])
+with torch.no_grad():
+    found = model([{"image": torch.arange(3 * 64 * 96).reshape(3, 64, 96) % 255}])[0]["instances"]
+keys = seen[0].missing_keys, seen[0].unexpected_keys
+torch.save({"missing": keys[0], "unexpected": keys[1], "scores": found.scores}, sys.argv[3])
+"""
+
+
+def test_a_plain_detectron2_loads_the_checkpoint_of_its_own_resnet(tiny_yaml, tiny_teacher, tmp_path):
+    opts = [*OWN_RESNET, *nst_opts(tiny_teacher), "MODEL.WEIGHTS", "backbone://r18"]
+    cfg = make_cfg(tiny_yaml, tmp_path, *opts)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    plain = get_cfg()
+    plain.merge_from_list([word for key in flat(plain) for word in (key, flat(cfg)[key])])
+    (tmp_path / "plain.yaml").write_text(plain.dump())
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, tmp_path / "plain.yaml", tmp_path / "model_final.pth", tmp_path / "seen.pt"],
+        cwd="/",
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = torch.load(tmp_path / "seen.pt")
+    assert (seen["missing"], seen["unexpected"]) == ([], [])
+    image = (torch.arange(3 * 64 * 96) % 255).reshape(3, 64, 96)
+    with torch.no_grad():
+        wanted = trainer.student.eval()([{"image": image}])[0]["instances"].scores
+    torch.testing.assert_close(seen["scores"], wanted)
+
+
 def test_frozen_random_layers_stop_the_run(tiny_yaml, tmp_path):
     cfg = make_cfg(tiny_yaml, tmp_path, "MODEL.TIMM.NORM", "FrozenBN")
     with pytest.raises(UserError, match="random weights"):
         DistillTrainer(cfg)
+    trainer = DistillTrainer(make_cfg(tiny_yaml, tmp_path, *OWN_RESNET))
+    with pytest.raises(UserError, match="stay random"):
+        trainer.resume_or_load(resume=False)

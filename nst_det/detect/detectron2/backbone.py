@@ -119,18 +119,23 @@ def bottom_up_of(model: nn.Module) -> tuple[str, nn.Module]:
     return "backbone.", backbone  # type: ignore[return-value]
 
 
-def check_frozen_random(model: nn.Module) -> None:
+def check_frozen_random(model: nn.Module, filled: bool = False) -> None:
     """Refuse a detector that would be trained with frozen layers that no weights were ever loaded into.
+
+    Args:
+        model: after its weights were loaded.
+        filled: whether any weights were named; a bottom-up of Detectron2's doesn't know it itself.
 
     Raises:
         UserError: layers are frozen and random.
     """
     _, bottom_up = bottom_up_of(model)
-    if isinstance(bottom_up, TimmBackbone) and not bottom_up.loaded:
-        frozen = [name for name, parameter in bottom_up.named_parameters() if not parameter.requires_grad]
-        if frozen:
-            raise UserError(
-                f"MODEL.WEIGHTS brought nothing for the bottom-up, but {len(frozen)} of its layers are frozen "
-                f"({', '.join(frozen[:3])}, ...): they would stay random; name backbone weights, or set "
-                "MODEL.BACKBONE.FREEZE_AT 0 and MODEL.TIMM.NORM BN"
-            )
+    if bottom_up.loaded if isinstance(bottom_up, TimmBackbone) else filled:
+        return
+    frozen = [name for name, parameter in bottom_up.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise UserError(
+            f"MODEL.WEIGHTS brought nothing for the bottom-up, but {len(frozen)} of its layers are frozen "
+            f"({', '.join(frozen[:3])}, ...): they would stay random; name backbone weights, or set "
+            "MODEL.BACKBONE.FREEZE_AT 0 and train the batch normalization"
+        )

@@ -125,7 +125,7 @@ class DistillTrainer(DefaultTrainer):
             UserError: weights that don't fit, or layers that are frozen and random.
         """
         super().resume_or_load(resume)
-        check_frozen_random(self.student)
+        check_frozen_random(self.student, filled=bool(self.cfg.MODEL.WEIGHTS) or self.start_iter > 0)
         places = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(places, SharedBatches):
             places.start = self.start_iter
