@@ -1,0 +1,42 @@
+"""What this project does where Detectron2 is not installed, and that nothing imports it unasked."""
+
+import subprocess
+import sys
+
+import pytest
+
+from nst_det.detect import detectron2 as engine
+from nst_det.detect.detectron2.export import export_backbone
+from nst_det.errors import UserError
+
+IMPORTS = """
+import sys
+import nst_det.cli, nst_det.commands.train_det, nst_det.commands.parity, nst_det.detect.stage
+import nst_det.detect.detectron2, nst_det.detect.detectron2.convert, nst_det.detect.detectron2.export
+nst_det.cli.build_parser()
+loaded = [name for name in sys.modules if name.split(".")[0] == "detectron2"]
+assert not loaded, loaded
+"""
+
+
+def test_nothing_imports_it_unasked():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def absent(monkeypatch):
+    monkeypatch.setattr(engine, "is_available", lambda: False)
+
+
+def test_asking_for_it_gives_the_address_of_its_installation_page(absent):
+    with pytest.raises(UserError, match="detectron2.readthedocs.io/en/latest/tutorials/install.html"):
+        _ = engine.DistillTrainer
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = engine.nothing
+
+
+def test_export_works_without_it_and_says_that_parity_was_not_measured(absent, tmp_path):
+    exported = export_backbone("backbone://r18", tmp_path / "x.pth")
+    assert exported.parity is None
+    assert "DEPTH: 18" in exported.config.read_text()
