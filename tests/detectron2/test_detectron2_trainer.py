@@ -51,7 +51,7 @@ def make_cfg(tiny_yaml, folder, *opts):
 def _own_logging():
     """The command logs to the standard error of its test, which is closed after it."""
     yield
-    for name in (None, "detectron2", "fvcore"):
+    for name in (None, "nst_det", "detectron2", "fvcore"):
         logger = logging.getLogger(name)
         for handler in [item for item in logger.handlers if isinstance(item, logging.StreamHandler)]:
             logger.removeHandler(handler)
@@ -87,6 +87,15 @@ def test_the_command_trains_evaluates_and_leaves_a_run_folder(tiny_yaml, tiny_te
     before = (folder / "model_final.pth").stat().st_mtime_ns
     assert command("--config-file", tiny_yaml, *opts) == 0
     assert (folder / "model_final.pth").stat().st_mtime_ns == before
+
+    # stopped between the last step and its result, it is only evaluated again
+    (folder / "result.json").unlink()
+    assert command("--config-file", tiny_yaml, *opts) == 0
+    again = json.loads((folder / "result.json").read_text())
+    assert again.pop("seconds") > 0
+    assert again == {key: value for key, value in result.items() if key != "seconds"}
+    result = json.loads((folder / "result.json").read_text())
+    assert "classes bar, square" in (folder / "log.txt").read_text()
 
     # its weights score the same when evaluated alone, in either form
     weights = folder / "model_final.pth"
@@ -188,6 +197,7 @@ def test_the_extra_keys_do_what_they_say(tiny_yaml, tmp_path):
         (["MODEL.WIGHTS", "x"], "unknown key MODEL.WIGHTS; did you mean MODEL.WEIGHTS"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "no such weights file"),
         (["MODEL.WEIGHTS", "backbone://nobody"], "not found"),
+        (["MODEL.WEIGHTS", __file__], "damaged checkpoint, or not one"),
         (["SOLVER.OPTIMIZER", "LION"], "SOLVER.OPTIMIZER"),
         (["DATASETS.TRAIN", "['voc_x']"], "add DATASETS.VOC.voc_x"),
         (["TRANSFER.METHOD", "nst-poly"], "needs a teacher"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,7 @@ from nst_det.backbones.strict import check_shapes
 from nst_det.detect.detectron2.backbone import bottom_up_of
 from nst_det.detect.detectron2.names import resnet_to_detectron2
 from nst_det.errors import UserError
+from nst_det.runtime.files import write_text
 
 log = logging.getLogger(__name__)
 PREFIX = "backbone://"
@@ -95,6 +97,20 @@ class BackboneCheckpointer(DetectionCheckpointer):
         entries, self.card = backbone_entries(self.model, filename)
         check_contract(self.model, self.card, filename)
         return {"model": entries}
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        try:
+            loaded: dict[str, Any] = super()._torch_load(f)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"{f}: damaged checkpoint, or not one ({type(error).__name__}); get it again, or where it is a run's "
+                "own, write the name of the one before it into last_checkpoint"
+            ) from error
+        return loaded
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """As Detectron2's, but a process that is killed meanwhile leaves the former name."""
+        write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         must = [name for name in incompatible.missing_keys if name.startswith(self.complete)] if self.complete else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,20 @@ def run(args: argparse.Namespace) -> None:
             log.info("%s is done already", folder.path)
         else:
             default_setup(cfg, args)
+            share_log_file()
             register_datasets(cfg)
             train(cfg, folder, args.resume)
         if comm.is_main_process():
             print_result(folder.result(), cfg.OUTPUT_DIR)
+
+
+def share_log_file() -> None:
+    """What this project logs goes into Detectron2's ``log.txt`` too."""
+    own = logging.getLogger("nst_det")
+    own.setLevel(logging.INFO)
+    for handler in logging.getLogger("detectron2").handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream not in (sys.stdout, sys.stderr):
+            own.addHandler(handler)
 
 
 def train(cfg: CfgNode, folder: RunFolder, resume: bool) -> None:
