@@ -79,7 +79,10 @@ def initial_teacher(config: CfgNode, classes: list[str]) -> Network:
             be built.
     """
     if not config.TEACHER.WEIGHTS:
-        return _new_network(config.TEACHER, "TEACHER", len(classes), config.SEED, "teacher")
+        network = _new_network(config.TEACHER, "TEACHER", len(classes), config.SEED, "teacher")
+        if not config.TEACHER.TRAIN:
+            _check_untrained(network, config, len(classes))
+        return network
     path = resolve(expand_path(config.TEACHER.WEIGHTS, "TEACHER.WEIGHTS"))
     beside = path.with_suffix(".json")
     if path.suffix != ".safetensors" or (path.exists() and not beside.exists()):
@@ -98,6 +101,18 @@ def initial_teacher(config: CfgNode, classes: list[str]) -> Network:
     model = create_model(card.arch, card.num_classes, **card.arch_kwargs)
     load_strict(model, state_dict, str(path))
     return Network(model, card.arch, card.arch_kwargs, path, card, card.sha256)
+
+
+def _check_untrained(network: Network, config: CfgNode, num_classes: int) -> None:
+    """A teacher that is taken as it is must have learned these classes."""
+    if not config.TEACHER.PRETRAINED:
+        raise UserError("config: TEACHER.TRAIN is False, but there are no weights; set TEACHER.WEIGHTS or PRETRAINED")
+    known = getattr(network.model, "pretrained_cfg", {}).get("num_classes")
+    if known != num_classes:
+        raise UserError(
+            f"config: TEACHER.TRAIN is False, but {network.arch} was pretrained on {known} classes and the data has "
+            f"{num_classes}; set TEACHER.TRAIN to True to fine-tune it first"
+        )
 
 
 def _new_network(

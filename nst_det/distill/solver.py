@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from fvcore.common.config import CfgNode
@@ -55,7 +55,12 @@ def _cosine(start: float, end: float, part: float) -> float:
     return end + (start - end) / 2 * (1 + math.cos(math.pi * min(part, 1.0)))
 
 
-def clip_gradients(parameters: Iterable[Tensor], limit: float) -> None:
+def clip_gradients(parameters: Sequence[Tensor], limit: float) -> None:
     """Scale all gradients together so that their norm is at most ``limit``; 0 leaves them alone."""
-    if limit > 0:
-        nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+    if limit <= 0:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    # on a GPU the question would wait for it; scaling by 1 doesn't
+    if norm.device.type != "cpu" or norm > limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from nst_det.runtime.checkpoint import checkpoints
 from nst_det.runtime.metrics import read_metrics
 from nst_det.runtime.run import RunFolder
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "distill"
 STEPS = 8
 METHODS = ["ce", "fitnet", "kd+nst-poly"]
 
@@ -317,6 +319,10 @@ def test_a_teacher_of_other_classes_gives_maps_but_no_logits(finished, images, t
         ({"TRANSFER.OPTIONS": {"kd": {"nix": 1}}}, "TRANSFER: kd has no option 'nix'; it has temperature"),
         ({"STUDENT.ARCH": "resnet81"}, "STUDENT.ARCH: unknown architecture 'resnet81'"),
         ({"TEACHER.ARCH": "nst_resnet18_w48", "TEACHER.PRETRAINED": True}, "TEACHER.ARCH: the small networks have no"),
+        (
+            {"TEACHER.TRAIN": False},
+            "TEACHER.TRAIN is False, but there are no weights; set TEACHER.WEIGHTS",
+        ),
         ({"TEACHER.WEIGHTS": "backbone://../x"}, "can't name a backbone"),
         ({"TEACHER.WEIGHTS": "/nowhere/x.pth"}, "no such weights file"),
         ({"DATA.ROOT": "/nowhere"}, "/nowhere: no such folder"),
@@ -397,3 +403,24 @@ def test_transfer_terms_rise_over_the_warm_up(images, tmp_path, finished):
     ]
     assert [b / a for a, b in zip(*rows)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1], rel=1e-4)
     assert plain["at:1000"]["steps"] == rising["at:1000"]["steps"]
+
+
+def test_pretrained_weights_of_other_classes_are_not_taken_as_a_teacher(images, tmp_path, monkeypatch):
+    real = networks.create_model
+    # timm's weights would be fetched; their number of classes stands in timm's own table
+    monkeypatch.setattr(networks, "create_model", lambda arch, classes, pretrained, **kw: real(arch, classes, **kw))
+    keys = {"TEACHER.ARCH": "resnet18", "TEACHER.PRETRAINED": True, "TEACHER.TRAIN": False}
+    with pytest.raises(UserError, match="resnet18 was pretrained on 1000 classes and the data has 3; set"):
+        run(images, tmp_path, **keys)
+
+
+@pytest.mark.real_data
+def test_two_steps_on_real_images(real_data, tmp_path):
+    config = CONFIGS / "tiny_imagenet.yaml"
+    changes = {"DATA.ROOT": real_data / "tiny_imagenet_50", "OUTPUT_DIR": tmp_path, "REGISTRY": tmp_path / "b"}
+    changes |= {"SOLVER.MAX_ITER": 2, "TEACHER.SOLVER.MAX_ITER": 2, "TEACHER.EXPECTED_TOP1": 0.0, "TEST.EVAL_PERIOD": 0}
+    overrides = [str(word) for pair in changes.items() for word in pair]
+    results = distill(load_distill_config(config, [*overrides, "METHODS", "['ce', 'kd+nst-poly']"]))
+    card = load_card(results["kd+nst-poly"]["backbone"])
+    assert (card.num_classes, card.data["images"], card.data["validation_images"]) == (50, 6000, 1500)
+    assert all(name.startswith("n0") for name in card.classes)
