@@ -66,10 +66,13 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     timm = cfg.MODEL.TIMM
     if input_shape.channels != 3:
         raise UserError(f"MODEL.PIXEL_MEAN: {input_shape.channels} channels, the timm backbones take 3")
+    # weights named in the config come after the model is built: the guard is for those that never come, and timm's
+    # are not fetched for nothing
+    weights_to_come = bool(cfg.MODEL.WEIGHTS)
     try:
-        backbone = TimmBackbone(timm.ARCH, timm.OUT_FEATURES, dict(timm.KWARGS), pretrained=timm.PRETRAINED)
-        # weights named in the config come after the model is built, so the guard is for those that never come
-        weights_to_come = bool(cfg.MODEL.WEIGHTS)
+        backbone = TimmBackbone(
+            timm.ARCH, timm.OUT_FEATURES, dict(timm.KWARGS), pretrained=timm.PRETRAINED and not weights_to_come
+        )
         backbone.set_norm(norm_policy(timm.NORM), allow_random=weights_to_come)
         backbone.freeze(cfg.MODEL.BACKBONE.FREEZE_AT, allow_random=weights_to_come)
     except ValueError as error:
