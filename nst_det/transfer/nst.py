@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def nst_loss(
         kernel: ``linear`` x'y, ``poly`` (x'y)^2, or ``gaussian`` exp(-|x - y|^2 / (2 sigma^2)) with sigma^2 the mean
             squared distance of all pairs of one image, a constant for the gradient.
         shared: keeps what is the teacher's alone for other students and kernels.
-        limit: bytes for temporary tensors beside the gradient, as far as single images fit in; by default 8 MiB on
+        limit: bytes for temporary tensors beside the gradient, as far as single images fit in; by default 2 MiB on
             the CPU and 256 MiB elsewhere.
 
     Returns:
@@ -66,7 +66,10 @@ def nst_loss(
             value, gradient, factor = mmd(small.detach().flatten(2), target.flatten(2), kernel, shared, wanted, limit)
         if gradient is None or factor is None:
             return value
-        return _WithGradient.apply(small, value, gradient.view_as(small), factor[:, :, None, None])
+        ready = gradient.view_as(small), factor[:, :, None, None]
+        if torch.compiler.is_compiling():
+            return _WithGradient.apply(small, value, *ready)
+        return _WithGradientOnce.apply(small, target, value, ready, kernel, limit)
 
 
 def _named(shared: Shared, size: tuple[int, int], name: Hashable, compute: Callable[[], Any]) -> Any:
@@ -78,7 +81,7 @@ def _pooled_teacher(teacher: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value whose gradient ``gradient * factor`` is known already."""
+    """A value whose gradient ``gradient * factor`` is known already; this form is the one that can be compiled."""
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, value: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
@@ -91,6 +94,32 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
         gradient, factor = ctx.saved_tensors
         return (gradient * (factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None
+
+
+class _WithGradientOnce(torch.autograd.Function):
+    """The same without a second tensor of the map's size: the first backward hands out the gradient's own memory.
+
+    Another backward through the same graph (``retain_graph``) computes the gradient again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, maps: Tensor, target: Tensor, value: Tensor, ready: tuple[Tensor, Tensor], kernel: str, limit: Any
+    ) -> Tensor:
+        ctx.save_for_backward(maps, target)
+        ctx.ready, ctx.kernel, ctx.limit, ctx.dtype = ready, kernel, limit, maps.dtype
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.ready is None:
+            # autograd refuses these after a backward that freed the graph
+            maps, target = ctx.saved_tensors
+            _, again, factor_BS = mmd(maps.flatten(2), target.flatten(2), ctx.kernel, compute_now, True, ctx.limit)
+            ctx.ready = cast(Tensor, again).view_as(maps), cast(Tensor, factor_BS)[:, :, None, None]
+        (gradient, factor), ctx.ready = ctx.ready, None
+        return gradient.mul_((factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None, None, None
 
 
 class NST(nn.Module):

@@ -180,7 +180,7 @@ def _linear(s_bSN: Tensor, mean_bN: Tensor, out: Tensor | None) -> tuple[Tensor,
     difference_b1N = torch.baddbmm(mean_bN[:, None], inverse_bS[:, None], s_bSN, beta=-1, alpha=1 / s)
     if out is not None:
         radial_bS1 = (s_bSN @ difference_b1N.mT) * inverse_bS.square()[:, :, None]
-        out.copy_(torch.addcmul(difference_b1N, s_bSN, radial_bS1, value=-1))
+        out.copy_(difference_b1N.expand_as(out)).addcmul_(s_bSN, radial_bS1, value=-1)
     return difference_b1N.square().sum((1, 2)), inverse_bS * (2 / s)
 
 

@@ -234,7 +234,11 @@ def test_backward_works_twice_and_asks_for_nothing_more(kernel):
     value = nst_loss(student, teacher, kernel)
     first, none = torch.autograd.grad(value, (student, teacher), retain_graph=True, allow_unused=True)
     assert none is None
-    torch.testing.assert_close(torch.autograd.grad(3 * value, student)[0], 3 * first)
+    kept = first.clone()
+    torch.testing.assert_close(torch.autograd.grad(3 * value, student)[0], 3 * kept)
+    assert torch.equal(first, kept)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(value, student)
     assert not nst_loss(student.detach(), teacher, kernel).requires_grad
     with torch.no_grad():
         assert not nst_loss(student, teacher, kernel).requires_grad
