@@ -112,10 +112,21 @@ def _nested(key: str, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A Python literal (``3``, ``[1, 2]``, ``True``, ``None``), or the text itself."""
+    """A Python literal (``3``, ``(1, 2)``, ``None``), a list or mapping as YAML writes it, or the text itself.
+
+    Example:
+        >>> parse_value("[ce, kd+nst-poly:50]"), parse_value("res[3")
+        (['ce', 'kd+nst-poly:50'], 'res[3')
+    """
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
+        pass
+    if text.strip()[:1] not in ("[", "{"):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError):
         return text
 
 

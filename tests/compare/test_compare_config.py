@@ -32,6 +32,14 @@ def test_keys_of_a_stage_are_handed_on(config_file):
     assert not {"METHODS", "SEEDS", "JOBS", "DISTILL.SEED", "DETECT.MODEL.WEIGHTS"} & set(comparison.claim)
 
 
+def test_lists_on_the_command_line_need_no_quotes(config_file):
+    words = ["METHODS", "[ce, nst-poly:50, kd]", "SEEDS", "[0, 1, 2]"]
+    words += ["DETECT.SCRATCH_OPTS", "[SOLVER.BACKBONE_MULTIPLIER, 0.25]"]
+    comparison = load_comparison(config_file, overrides=words)
+    assert comparison.methods == ("ce", "nst-poly:50", "kd")
+    assert comparison.row_opts["scratch"] == ("SOLVER.BACKBONE_MULTIPLIER", "0.25")
+
+
 def test_opts_come_below_the_command_line(config_file):
     change(config_file, DISTILL={"CONFIG": "distill.yaml", "OPTS": ["SOLVER.MAX_ITER", 7, "SOLVER.BASE_LR", 0.5]})
     comparison = load_comparison(config_file, overrides=["DISTILL.SOLVER.MAX_ITER", "9"])
@@ -45,8 +53,8 @@ def test_opts_come_below_the_command_line(config_file):
         (["DETECT.SOLVR.X", "9"], r"unknown key DETECT\.SOLVR"),
         (["DETECT.SOLVER.MAX_ITER", "many"], r"DETECT\.SOLVER\.MAX_ITER must be of type int"),
         (["METHOD", "[kd]"], "unknown key METHOD; did you mean METHODS"),
-        (["METHODS", "[kd, nst-cubic]"], "METHODS must be of type list"),
-        (["METHODS", "['kd','nst-cubic']"], "METHODS: method 'nst-cubic'"),
+        (["METHODS", "kd"], "METHODS must be of type list"),
+        (["METHODS", "[kd, nst-cubic]"], "METHODS: method 'nst-cubic'"),
         (["SEEDS", "[-1]"], "SEEDS must be a list of whole numbers"),
         (["SEEDS", "[]"], "SEEDS must be a list of whole numbers"),
         (["ROWS", "['stock']"], "ROWS: unknown row 'stock'"),

@@ -2,7 +2,7 @@ import pytest
 from fvcore.common.config import CfgNode
 
 from nst_det.errors import UserError
-from nst_det.runtime.config import expand_path, flat, load_config, plain, transfer_node
+from nst_det.runtime.config import expand_path, flat, load_config, parse_value, plain, transfer_node
 
 
 def defaults() -> CfgNode:
@@ -95,3 +95,13 @@ def test_expand_path(monkeypatch):
     monkeypatch.delenv("NST_DET_T")
     with pytest.raises(UserError, match="DATA.ROOT: the environment variable NST_DET_T is not set"):
         expand_path("$NST_DET_T/x", "DATA.ROOT")
+
+
+def test_values_of_the_command_line():
+    assert parse_value("3") == 3
+    assert parse_value("(1, 2.5)") == (1, 2.5)
+    assert parse_value("['a', \"b\"]") == ["a", "b"]
+    assert parse_value("[ce, kd+nst-poly:50]") == ["ce", "kd+nst-poly:50"]
+    assert parse_value("{at: 10.0}") == {"at": 10.0}
+    for text in ("[a", "{a: [}", "res[3", "a: b", "None of these", "[" * 2000):
+        assert parse_value(text) == text
