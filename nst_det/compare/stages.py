@@ -137,6 +137,8 @@ def check_transfer(distill: CfgNode, methods: Sequence[str], source: str) -> Non
 
     config = distill.clone()
     config.defrost()
+    # published weights are not fetched to look at shapes; a random network of the architecture has the same
+    config.TEACHER.TRAIN = config.TEACHER.TRAIN or config.TEACHER.PRETRAINED
     config.STUDENT.PRETRAINED = config.TEACHER.PRETRAINED = False
     try:
         teacher = initial_teacher(config, ["0", "1"])
