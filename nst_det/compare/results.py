@@ -27,9 +27,11 @@ def build_results(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Any]
     ``rows`` hold, each: ``method``; ``map``, ``map_std``, ``map_area``, ``map_area_std`` (VOC mAP at IoU 0.5, 11-point
     and area, 0..1; standard deviation over seeds, None with one seed); ``seeds``; ``delta_vs_ce``,
     ``delta_interval``, ``p_value``, ``p_holm``, ``verdict`` (see ``settings["statistics"]``); ``per_class``,
-    ``per_class_area`` (means over seeds); ``top1`` of the backbone (None for scratch); ``seconds`` (student and
-    detector together, a mean over seeds); ``params`` of the detector; ``backbone`` (one name a seed); ``per_seed``
-    (the same by seed, with the run folders relative to the comparison's); ``commands`` that make the row again.
+    ``per_class_area``, ``map_by_iou``, ``coco`` (means over seeds) and ``objects`` (all three as
+    :func:`~nst_det.evaluate.figures.summarize` gives them); ``top1`` of the backbone (None for scratch); ``seconds``
+    (student and detector together, a mean over seeds); ``params`` of the detector; ``backbone`` (one name a seed);
+    ``per_seed`` (the same by seed, with the run folders relative to the comparison's); ``commands`` that make the row
+    again.
 
     Raises:
         UserError: a result file is damaged or lacks a field.
@@ -75,7 +77,7 @@ def _seed_entry(comparison: Comparison, row: str, seed: int) -> dict[str, Any]:
     folder = detector_folder(comparison, row, seed)
     detector = _read_result(folder, _NEEDED)
     entry = {key: detector[key] for key in _NEEDED}
-    entry |= {key: detector.get(key) for key in ("coco", "params", "engine", "steps")}
+    entry |= {key: detector.get(key) for key in ("map_by_iou", "coco", "objects", "params", "engine", "steps")}
     entry["seconds_detector"] = float(detector.get("seconds") or 0.0)
     backbone_folder = {SCRATCH: None, TEACHER: teacher_folder(comparison)}.get(
         row, student_folder(comparison, row, seed)
@@ -128,6 +130,9 @@ def _row(
         "verdict": difference["verdict"],
         "per_class": _mean_by_class([entry["per_class"] for entry in values]),
         "per_class_area": _mean_by_class([entry["per_class_area"] for entry in values]),
+        "map_by_iou": _mean_by_class([entry["map_by_iou"] or {} for entry in values]),
+        "coco": _mean_by_class([entry["coco"] or {} for entry in values]),
+        "objects": first["objects"],
         "top1": _mean([entry["top1"] for entry in values]),
         "top1_std": mean_std([entry["top1"] for entry in values])[1] if first["top1"] is not None else None,
         "seconds": _mean([entry["seconds"] for entry in values]),

@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from nst_det.data.holdout import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detect.torchvision_engine import Detector
 from nst_det.evaluate.boxes import Detections, GroundTruth
-from nst_det.evaluate.coco import evaluate_coco
-from nst_det.evaluate.voc import evaluate_voc
+from nst_det.evaluate.figures import summarize
 from nst_det.runtime.files import write_text
 from nst_det.runtime.progress import progress
 
-COCO_FIGURES = ("AP", "AP50", "AP75")
-
 
 @torch.no_grad()
-def detect(detector: Detector, batches: Iterable[list[dict[str, Any]]], data: VocDataset) -> Detections:
+def detect(detector: Detector, batches: Iterable[list[dict[str, Any]]], data: VocDataset | JoinedVoc) -> Detections:
     """The detections on all images of a split, the best of each image first.
 
     Args:
@@ -47,20 +45,6 @@ def write_detections(path: str | Path, found: Detections) -> None:
     write_text(path, f"[\n{lines}\n]\n")
 
 
-def score(found: Detections, data: VocDataset) -> dict[str, Any]:
-    """VOC AP at overlap 0.5, and COCO AP, as ``result.json`` holds them.
-
-    Returns:
-        ``map`` (mean of the 11-point AP), ``map_area``, ``per_class`` and ``per_class_area`` (name to AP), ``coco``
-        (AP, AP50, AP75); all 0..1, None where no object counts.
-    """
-    truth = GroundTruth.from_annotations(data.annotations(), data.classes)
-    voc = evaluate_voc(found, truth).to_dict()
-    coco = evaluate_coco(found, truth).to_dict()
-    return {
-        "map": voc["map"],
-        "map_area": voc["map_area"],
-        "per_class": {name: numbers["ap11"] for name, numbers in voc["per_class"].items()},
-        "per_class_area": {name: numbers["ap_area"] for name, numbers in voc["per_class"].items()},
-        "coco": {name: coco[name] for name in COCO_FIGURES},
-    }
+def score(found: Detections, data: VocDataset | JoinedVoc) -> dict[str, Any]:
+    """What ``result.json`` holds of a detector, see :func:`~nst_det.evaluate.figures.summarize`."""
+    return summarize(found, GroundTruth.from_annotations(data.annotations(), data.classes))[1]

@@ -23,7 +23,9 @@ def detector_result(value, **changes):
     per_class = {"cup": value - 0.125, "hat": value + 0.125, "never": None}
     area = {name: None if ap is None else ap / 2 for name, ap in per_class.items()}
     result = {"map": value, "map_area": value / 2, "per_class": per_class, "per_class_area": area, "params": 11}
-    return result | {"engine": "torchvision", "seconds": 30.0, "steps": 8, "coco": {"AP": value / 3}} | changes
+    result |= {"engine": "torchvision", "seconds": 30.0, "steps": 8, "coco": {"AP": value / 3}}
+    result |= {"map_by_iou": {"0.5": value, "0.95": None}, "objects": {"small": 1, "medium": 2, "large": 3}}
+    return result | changes
 
 
 @pytest.fixture
@@ -54,6 +56,9 @@ def test_rows_by_hand(finished):
     assert (kd["map_area"], kd["map_area_std"]) == pytest.approx((0.275, 0.075 / math.sqrt(2)))
     assert kd["per_class"] == {"cup": pytest.approx(0.425), "hat": pytest.approx(0.675), "never": None}
     assert (kd["top1"], kd["seconds"], kd["seconds_detector"]) == (pytest.approx(0.8), 40.5, 30.0)
+    assert kd["map_by_iou"] == {"0.5": pytest.approx(0.55), "0.95": None}
+    assert kd["coco"] == {"AP": pytest.approx(0.55 / 3)}
+    assert kd["objects"] == {"small": 1, "medium": 2, "large": 3}
     # differences .125 and .075: mean .1, error .025; with one degree of freedom t(.975) = tan(.475 pi)
     assert kd["delta_vs_ce"] == pytest.approx(0.1)
     assert kd["delta_interval"] == pytest.approx([0.1 - 0.025 * math.tan(0.475 * math.pi), 0.1 + 0.3176551184])

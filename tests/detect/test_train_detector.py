@@ -50,8 +50,8 @@ def test_a_run_and_its_folder(on_shapes, tmp_path):
     folder = tmp_path / "run"
     assert json.loads((folder / "result.json").read_text()) == result
     assert set(result) == {
-        "map", "map_area", "per_class", "per_class_area", "coco", "seconds", "steps", "engine", "params", "seed",
-        "method", "losses",
+        "map", "map_area", "per_class", "per_class_area", "map_by_iou", "coco", "objects", "seconds", "steps", "engine",
+        "params", "seed", "method", "losses",
     }  # fmt: skip
     assert (result["engine"], result["method"], result["steps"], result["seed"]) == ("torchvision", "ce", 6, 0)
     assert set(result["per_class"]) <= set(data_classes(config))
@@ -164,7 +164,9 @@ def test_evaluation_alone(on_shapes, tmp_path):
     ):
         found = evaluate_detector(config, resume)
         assert found == {name: result[name] for name in found}
-        assert set(found) == {"map", "map_area", "per_class", "per_class_area", "coco"}
+        assert set(found) == {
+            "map", "map_area", "per_class", "per_class_area", "map_by_iou", "coco", "objects",
+        }  # fmt: skip
     inference = tmp_path / "run" / "inference"
     assert (inference / "detections.json").read_bytes() == (tmp_path / "run" / "detections.json").read_bytes()
     assert json.loads((inference / "result.json").read_text())["map"] == result["map"]

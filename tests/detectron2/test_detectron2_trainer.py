@@ -107,7 +107,7 @@ def test_the_command_trains_evaluates_and_leaves_a_run_folder(tiny_yaml, tiny_te
     )
     alone = json.loads((tmp_path / "e" / "inference" / "result.json").read_text())
     assert alone == {key: result[key] for key in alone}
-    assert {"map", "map_area", "per_class", "per_class_area", "coco"} == set(alone)
+    assert {"map", "map_area", "per_class", "per_class_area", "map_by_iou", "coco", "objects"} == set(alone)
     assert command("--config-file", tiny_yaml, "--eval-only", "--resume", "OUTPUT_DIR", folder) == 0
     assert "square" in capsys.readouterr().out
     assert json.loads((folder / "result.json").read_text()) == result

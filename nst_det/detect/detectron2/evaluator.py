@@ -16,13 +16,10 @@ from detectron2.utils import comm
 
 from nst_det.errors import UserError
 from nst_det.evaluate.boxes import Detections, GroundTruth
-from nst_det.evaluate.coco import evaluate_coco
-from nst_det.evaluate.voc import VocResult, evaluate_voc
+from nst_det.evaluate.figures import THRESHOLDS, summarize
 from nst_det.runtime.files import write_json, write_text
 
 log = logging.getLogger(__name__)
-# those of Detectron2's VOC evaluator; the first is the one that VOC is quoted at
-THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 
 
 class VocEvaluator(DatasetEvaluator):
@@ -70,10 +67,10 @@ class VocEvaluator(DatasetEvaluator):
         found = list({item[0]: item for part in gathered for item in part}.values())
         detections = Detections.from_images(found, self.data.classes)
         truth = GroundTruth.from_annotations(self.data.annotations(), self.data.classes)
-        result = evaluate_voc(detections, truth, THRESHOLDS)
-        coco = evaluate_coco(detections, truth).to_dict() if self.coco else {}
+        result, figures = summarize(detections, truth, self.coco)
+        coco = figures["coco"]
         if self.output_dir:
-            write_json(Path(self.output_dir) / "result.json", summary(result, coco))
+            write_json(Path(self.output_dir) / "result.json", figures)
             write_records(Path(self.output_dir) / "detections.json", detections.to_json())
         by_class = {f"AP50-{name}": value for name, value in zip(result.classes, result.ap11[0].tolist())}
         voc = {
@@ -89,18 +86,6 @@ class VocEvaluator(DatasetEvaluator):
 
 def _percent(values: Mapping[str, float | None]) -> dict[str, float]:
     return {name: float("nan") if value is None else 100 * value for name, value in values.items()}
-
-
-def summary(result: VocResult, coco: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a run's ``result.json``, as fractions; a class without positives has none."""
-    figures = result.to_dict()
-    return {
-        "map": figures["map"],
-        "map_area": figures["map_area"],
-        "per_class": {name: values["ap11"] for name, values in figures["per_class"].items()},
-        "per_class_area": {name: values["ap_area"] for name, values in figures["per_class"].items()},
-        "coco": {name: coco[name] for name in ("AP", "AP50", "AP75") if name in coco},
-    }
 
 
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
