@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nst_det.data.holdout import held_out
 from nst_det.data.reading import name_problem, shown, shown_path
 from nst_det.errors import UserError
 
@@ -72,18 +73,21 @@ def read_image_folder(
     val_fraction: float = 0.1,
     seed: int = 0,
     classes: Sequence[str] | None = None,
+    always_cut: bool = False,
 ) -> ImageFolder:
     """List the images of ``root/train/CLASS/*`` and ``root/val/CLASS/*``, or of ``root/CLASS/*``.
 
-    Where there is no ``val``, ``val_fraction`` of each class (at least one image) is cut off by ``seed``, the same
-    images on every machine.  Files with another extension than :data:`EXTENSIONS` and hidden ones are passed over;
-    links are followed, since many subsets of large sets are made of links.
+    Where there is no ``val``, ``val_fraction`` of each class (at least one image) is cut off by
+    :func:`~nst_det.data.holdout.held_out`, the same images on every machine.  Files with another extension than
+    :data:`EXTENSIONS` and hidden ones are passed over; links are followed, since many subsets of large sets are made
+    of links.
 
     Args:
         root: the folder.
-        val_fraction: 0..1, used only where there is no ``val`` folder; 0 leaves ``val`` empty.
+        val_fraction: 0..1, used only where images are cut off; 0 leaves ``val`` empty.
         seed: of the cut.
         classes: the class folders to take, in the order of their labels; None takes all, sorted.
+        always_cut: cut ``val`` off the training images even where there is a ``val`` folder, which is not read.
 
     Raises:
         UserError: no such folder, no classes, a class without images, or a class in ``val`` that isn't in ``train``.
@@ -98,7 +102,7 @@ def read_image_folder(
         raise UserError(f"{shown_path(above)}: no class folders; put the images of each class into a folder of its own")
     train = _read_split(root, above, names, required=True)
     val_root = root / "val"
-    if above is below and val_root.is_dir():
+    if above is below and val_root.is_dir() and not always_cut:
         extra = sorted(set(class_folders(val_root)) - set(names))
         if extra and classes is None:
             raise UserError(f"{shown_path(val_root / extra[0])}: a class that {shown_path(above)} doesn't have")
@@ -147,18 +151,8 @@ def _images(folder: Path) -> list[tuple[str, int]]:
 
 
 def _cut(images: ImageSplit, fraction: float, seed: int) -> tuple[ImageSplit, ImageSplit]:
-    if not 0 <= fraction < 1:
-        raise UserError(f"val_fraction: {fraction} is not in [0, 1); give the share of images to validate on")
-    val: list[int] = []
-    for label in range(int(images.labels.max()) + 1):
-        members = np.flatnonzero(images.labels == label).tolist()
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1) if fraction else 0
-        # ordered by a hash of the path: an image added later moves hardly any other between the two
-        val += sorted(members, key=lambda index: _draw(images.paths[index], seed))[:count]
-    held_out = np.zeros(len(images), dtype=bool)
-    held_out[val] = True
-    return images.select(np.flatnonzero(~held_out)), images.select(np.flatnonzero(held_out))
-
-
-def _draw(path: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}\0{path}".encode("utf-8", "surrogateescape")).digest()
+    labels = range(int(images.labels.max()) + 1)
+    groups = [[images.paths[index] for index in np.flatnonzero(images.labels == label)] for label in labels]
+    names = held_out(groups, fraction, seed)
+    kept = np.array([path in names for path in images.paths], dtype=bool)
+    return images.select(np.flatnonzero(~kept)), images.select(np.flatnonzero(kept))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -74,6 +75,12 @@ class VocDataset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def subset(self, ids: Iterable[str]) -> VocDataset:
+        """Some of its images, in the order given; what was read of them already is not read again."""
+        part = copy.copy(self)
+        object.__setattr__(part, "ids", tuple(ids))
+        return part
 
     def annotation(self, id_: str) -> VocAnnotation:
         """The annotation of one image.

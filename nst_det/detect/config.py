@@ -44,6 +44,9 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     DATASETS.VOC                          name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN and TEST
     DATASETS.CLASSES                      names of the classes in order; [] takes those in the data, sorted
     DATASETS.USE_DIFFICULT                whether ``difficult`` objects are trained on
+    DATASETS.VAL_FRACTION                 share of the images of each of DATASETS.TRAIN that is kept from training and
+                                          validated on (some of each class); 0 keeps none
+    DATASETS.VAL_SEED                     chooses these images, the same whatever the SEED
     DATALOADER.CACHE_IMAGES_MB            decoded images are kept in memory if all of a set fit in this many MB
     ====================================  ==========================================================================
     """
@@ -66,6 +69,8 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     cfg.DATASETS.VOC = kind(new_allowed=True)
     cfg.DATASETS.CLASSES = []
     cfg.DATASETS.USE_DIFFICULT = False
+    cfg.DATASETS.VAL_FRACTION = 0.0
+    cfg.DATASETS.VAL_SEED = 0
     cfg.DATALOADER.CACHE_IMAGES_MB = 1024
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from nst_det.data.annotation import usable_boxes
+from nst_det.data.holdout import JoinedVoc
 from nst_det.data.voc import VocDataset, class_names
 from nst_det.detect.batches import Place, StepBatches
 from nst_det.detect.config import voc_roots
@@ -250,12 +251,18 @@ def training_batches(
         raise UserError(str(error).rsplit(f"{UserError.__module__}.{UserError.__qualname__}: ", 1)[-1]) from error
 
 
-def evaluation_batches(config: CfgNode, data: VocDataset, largest: int = 8) -> Iterator[list[dict[str, Any]]]:
+def evaluation_batches(
+    config: CfgNode, data: VocDataset | JoinedVoc, largest: int = 8
+) -> Iterator[list[dict[str, Any]]]:
     """All images of a split; those of equal size after resizing that follow each other share a batch.
 
     Equal sizes need no padding to each other, so that an image's detections don't depend on its neighbors.
     """
-    items = [Item(data, a.id, a.height, a.width, np.zeros((0, 4)), np.zeros(0, np.int64)) for a in data.annotations()]
+    items = [
+        Item(part, a.id, a.height, a.width, np.zeros((0, 4)), np.zeros(0, np.int64))
+        for part in (data.sets if isinstance(data, JoinedVoc) else [data])
+        for a in part.annotations()
+    ]
     images = DetectionImages(items, config, train=False)
     batch: list[dict[str, Any]] = []
     for index in range(len(images)):

@@ -12,6 +12,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from nst_det.backbones import count_parameters
+from nst_det.data.holdout import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detect.config import load_detect_config, resolve_classes, resolve_device
 from nst_det.detect.dataset import data_classes, evaluation_batches, open_voc, training_batches
@@ -19,6 +20,7 @@ from nst_det.detect.distilled import DistilledDetector, distill, level_channels,
 from nst_det.detect.evaluation import detect, score, write_detections
 from nst_det.detect.torchvision_engine import Detector, build_detector
 from nst_det.detect.train import train
+from nst_det.detect.validation import split_training
 from nst_det.detect.weights import load_weights, save_weights, saved_classes
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path
@@ -37,7 +39,9 @@ DETECTIONS_FILE = "detections.json"
 def train_detector(config: CfgNode) -> dict[str, Any]:
     """Train a detector in OUTPUT_DIR and evaluate it, or go on where a former call stopped; nothing is done twice.
 
-    The folder then holds ``model.safetensors`` (the student alone), ``detections.json`` and ``result.json``.
+    The folder then holds ``model.safetensors`` (the student alone), ``detections.json`` and ``result.json``.  With
+    DATASETS.VAL_FRACTION, ``result.json`` has the figures on the validation split under ``validation``, and
+    evaluations during training are made there, not on DATASETS.TEST.
 
     Args:
         config: from :func:`~nst_det.detect.config.load_detect_config`; ENGINE and NUM_CLASSES are resolved in it.
@@ -58,7 +62,7 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
             return folder.result()
         seed = _seed(config, folder)
         data = _test_data(config, classes)
-        sets = open_voc(config, "DATASETS.TRAIN", classes)
+        sets, validation = split_training(config, open_voc(config, "DATASETS.TRAIN", classes))
         student = _student(config, classes, seed)
         model = _with_teacher(student, config, seed)
 
@@ -66,7 +70,7 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
             return training_batches(config, sets, seed, step)
 
         def evaluate() -> dict[str, float]:
-            found = _evaluate(student, config, data)
+            found = _evaluate(student, config, validation or data)
             return {name: found[name] for name in ("map", "map_area") if found.get(name) is not None}
 
         trained = train(model, config, seed, folder, batches_from, evaluate)
@@ -81,6 +85,8 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
             "method": parse_method(config.TRANSFER.METHOD).word,
             "losses": trained.losses,
         }
+        if validation is not None:
+            result["validation"] = _evaluate(student, config, validation)
         folder.finish(result)
         return result
 
@@ -211,7 +217,7 @@ def _test_data(config: CfgNode, classes: Iterable[str]) -> VocDataset | None:
 
 
 def _evaluate(
-    detector: Detector, config: CfgNode, data: VocDataset | None, detections_file: Path | None = None
+    detector: Detector, config: CfgNode, data: VocDataset | JoinedVoc | None, detections_file: Path | None = None
 ) -> dict[str, Any]:
     """What the detector scores; nothing without test data."""
     if data is None:

@@ -13,6 +13,8 @@ from nst_det.runtime.config import load_config, merge_tree, plain, transfer_node
 from nst_det.runtime.device import PRECISIONS
 
 OPTIMIZERS = ("SGD", "ADAMW")
+CACHE_DTYPES = ("auto", "fp16", "bf16")
+VAL_SOURCES = ("auto", "train")
 SCHEDULES = ("constant", "step", "cosine", "onecycle")
 
 
@@ -29,6 +31,7 @@ def get_defaults() -> CfgNode:
     config.METHODS = ["ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"]
     config.DATA = _data()
     config.TEACHER = _teacher()
+    config.CACHE = _cache()
     config.STUDENT = CfgNode({"ARCH": "nst_resnet10_w32", "PRETRAINED": False})
     config.STUDENT.ARCH_KWARGS = CfgNode(new_allowed=True)
     config.TRANSFER = transfer_node()
@@ -48,8 +51,12 @@ def _data() -> CfgNode:
     node = CfgNode()
     # train/CLASS/* and val/CLASS/* stand below it, or CLASS/*; $NAME is replaced from the environment
     node.ROOT = ""
-    # cut out of each class where there is no val folder; the same images whatever the SEED
+    # auto validates on the val folder where there is one; train cuts the validation split out of the training images
+    # all the same, so that the val folder is left for the last word
+    node.VAL_FROM = "auto"
+    # of each class, where the split is cut out; VAL_SEED chooses the images, the same whatever the SEED
     node.VAL_FRACTION = 0.1
+    node.VAL_SEED = 0
     node.IMAGE_SIZE = 224
     # at evaluation the shortest side becomes IMAGE_SIZE / CROP_RATIO, then the center is cut out
     node.CROP_RATIO = 1.0
@@ -82,6 +89,21 @@ def _teacher() -> CfgNode:
     node.SOLVER = CfgNode(new_allowed=True)
     # keys of DATA.AUGMENT that differ while the teacher is trained
     node.AUGMENT = CfgNode(new_allowed=True)
+    return node
+
+
+def _cache() -> CfgNode:
+    node = CfgNode()
+    # 0 draws a new augmentation at each step; else each image has this many, and epoch e takes number e mod VIEWS
+    node.VIEWS = 0
+    # of the views; not SEED, so that runs of several seeds can share a cache
+    node.VIEW_SEED = 0
+    # where what the teacher says about each view is kept, so that it is asked once only; "" asks it at each step
+    node.DIR = ""
+    # auto keeps it as computed, to the bit; fp16 and bf16 round what is float32
+    node.DTYPE = "auto"
+    # a larger cache is refused before it is written
+    node.MAX_GIB = 20.0
     return node
 
 
@@ -141,6 +163,7 @@ def check_config(config: CfgNode) -> None:
     _require(config.CHECKPOINT_PERIOD > 0, "CHECKPOINT_PERIOD", "at least 1")
     _require(config.LOG_PERIOD > 0, "LOG_PERIOD", "at least 1")
     _require(config.DATALOADER.NUM_WORKERS >= 0, "DATALOADER.NUM_WORKERS", "0 or more")
+    _check_cache(config.CACHE)
     words = all(isinstance(word, str) for word in config.METHODS)
     _require(words, "METHODS", "a list of method words such as [ce, kd, nst-poly]")
 
@@ -170,6 +193,7 @@ def _require(fits: bool, key: str, wanted: str) -> None:
 def _check_data(data: CfgNode) -> None:
     _require(bool(data.ROOT), "DATA.ROOT", "the path of an image folder")
     _require(data.IMAGE_SIZE >= 8, "DATA.IMAGE_SIZE", "at least 8 pixels")
+    _require(data.VAL_FROM in VAL_SOURCES, "DATA.VAL_FROM", f"one of {', '.join(VAL_SOURCES)}")
     _require(0 < data.VAL_FRACTION < 1, "DATA.VAL_FRACTION", "a fraction between 0 and 1")
     _require(0 < data.CROP_RATIO <= 1, "DATA.CROP_RATIO", "a fraction above 0 and up to 1")
     _require(data.CACHE_GIB >= 0, "DATA.CACHE_GIB", "0 or more")
@@ -178,6 +202,14 @@ def _check_data(data: CfgNode) -> None:
         _require(numbers, f"DATA.{key}", "three numbers on the 0..1 scale, in RGB order")
     _require(all(value > 0 for value in data.STD), "DATA.STD", "above 0")
     _check_augment(data.AUGMENT, "DATA.AUGMENT")
+
+
+def _check_cache(node: CfgNode) -> None:
+    _require(node.VIEWS >= 0, "CACHE.VIEWS", "a number of views of each image, 0 for new ones at each step")
+    _require(node.VIEWS > 0 or not node.DIR, "CACHE.VIEWS", "at least 1 where CACHE.DIR is set")
+    _require(node.DTYPE in CACHE_DTYPES, "CACHE.DTYPE", f"one of {', '.join(CACHE_DTYPES)}")
+    _require(node.DTYPE == "auto" or bool(node.DIR), "CACHE.DTYPE", "auto where CACHE.DIR is not set")
+    _require(node.MAX_GIB > 0, "CACHE.MAX_GIB", "above 0")
 
 
 def _check_augment(node: CfgNode, key: str) -> None:

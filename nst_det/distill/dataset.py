@@ -8,7 +8,9 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 
 from nst_det.data.folders import ImageFolder, read_image_folder
-from nst_det.distill.images import Batch, ImageStore, TrainingBatches, evaluation_batches
+from nst_det.distill.images import Batch, TrainingBatches, evaluation_batches
+from nst_det.distill.store import ImageStore
+from nst_det.distill.views import Views
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path
 
@@ -28,7 +30,10 @@ class StageOneData:
     def __init__(self, config: CfgNode) -> None:
         self.config = config
         root = Path(expand_path(config.DATA.ROOT, "DATA.ROOT"))
-        self.folder: ImageFolder = read_image_folder(root, config.DATA.VAL_FRACTION)
+        data = config.DATA
+        self.folder: ImageFolder = read_image_folder(
+            root, data.VAL_FRACTION, data.VAL_SEED, always_cut=data.VAL_FROM == "train"
+        )
         if not len(self.folder.val):
             raise UserError(f"{root}: no images to validate on; add a val folder or set DATA.VAL_FRACTION")
         self.name = root.resolve().name
@@ -36,13 +41,18 @@ class StageOneData:
         self.fingerprint = self.folder.fingerprint()
         self._stores: dict[str, ImageStore] = {}
 
-    def train_steps(self, augment: CfgNode, batch_size: int) -> Callable[[int, int], Iterator[Batch]]:
+    def train_steps(
+        self, augment: CfgNode, batch_size: int, views: Views | None = None
+    ) -> Callable[[int, int], Iterator[Batch]]:
         """``steps(first, last)``: the training batches under an augmentation (a DATA.AUGMENT node)."""
-        whole = bool(augment.CROP_AREA)
-        store = self._store("train, whole" if whole else "train", square=not whole)
-        batches = TrainingBatches(store, batch_size, self.config.SEED, augment)
+        batches = TrainingBatches(self._train_store(augment), batch_size, self.config.SEED, augment, views)
         workers = self.config.DATALOADER.NUM_WORKERS
         return lambda first, last: batches.steps(first, last, workers)
+
+    def views(self) -> Views | None:
+        """The fixed views of the students' images; None where CACHE.VIEWS is 0."""
+        node, augment = self.config.CACHE, self.config.DATA.AUGMENT
+        return Views(self._train_store(augment), augment, node.VIEWS, node.VIEW_SEED) if node.VIEWS else None
 
     def validation(self) -> Iterator[Batch]:
         """The validation split, once."""
@@ -57,6 +67,10 @@ class StageOneData:
             "validation_images": len(self.folder.val),
             "classes": len(self.classes),
         }
+
+    def _train_store(self, augment: CfgNode) -> ImageStore:
+        whole = bool(augment.CROP_AREA)
+        return self._store("train, whole" if whole else "train", square=not whole)
 
     def _store(self, key: str, square: bool) -> ImageStore:
         if key not in self._stores:

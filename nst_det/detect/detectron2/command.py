@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessRaisedException
 
 from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
-from nst_det.detect.detectron2.config import class_list, load_config, register_datasets
+from nst_det.detect.detectron2.config import VALIDATION, class_list, load_config, register_datasets, validation_config
 from nst_det.detect.detectron2.trainer import DistillTrainer, inference_folder
 from nst_det.detect.stage import DETECTIONS_FILE, WEIGHTS_FILE
 from nst_det.detect.table import print_result
@@ -163,8 +163,11 @@ def run_result(cfg: CfgNode, trainer: DistillTrainer) -> dict[str, Any]:
     rows = read_metrics(folder.metrics_path)
     last = {key: value for key, value in rows[-1].items() if key not in ("step", "lr", "total_loss")} if rows else {}
     summary = inference_folder(cfg, cfg.DATASETS.TEST[0]) / RESULT_FILE if cfg.DATASETS.TEST else None
+    validation = validation_config(cfg)
+    validated = {} if validation is None else read_json(inference_folder(validation, VALIDATION) / RESULT_FILE)
     return {
         **(read_json(summary) if summary is not None and summary.exists() else {}),
+        **({"validation": validated} if validated else {}),
         "seconds": round(trainer.seconds, 3),
         "steps": trainer.max_iter,
         "engine": "detectron2",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
@@ -13,12 +13,15 @@ from fvcore.common.config import CfgNode as FvcoreNode
 from nst_det.data.voc import VocDataset, class_names
 from nst_det.detect.config import add_nst_det_config, resolve_classes, resolve_device, voc_roots
 from nst_det.detect.detectron2 import backbone, checkpoint, heads  # noqa: F401 (they fill Detectron2's registries)
-from nst_det.detect.detectron2.datasets import register_voc
+from nst_det.detect.detectron2.datasets import register_images, register_voc
 from nst_det.detect.detectron2.heads import choose_roi_heads
+from nst_det.detect.validation import split_training
 from nst_det.errors import UserError
 from nst_det.runtime import config as runtime
 
 log = logging.getLogger(__name__)
+# the name of the images that DATASETS.VAL_FRACTION keeps from training
+VALIDATION = "validation"
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -61,7 +64,8 @@ def register_datasets(cfg: CfgNode) -> None:
     """Register the folders of ``DATASETS.VOC`` that TRAIN and TEST name, and set NUM_CLASSES where it is 0.
 
     All of them get the same classes: ``DATASETS.CLASSES``, or those in the annotations of the training sets.  Names
-    that aren't in ``DATASETS.VOC`` must be known to Detectron2.
+    that aren't in ``DATASETS.VOC`` must be known to Detectron2.  With ``DATASETS.VAL_FRACTION``, the training sets
+    are registered without the images that are kept to validate on, and these as :data:`VALIDATION`.
 
     Raises:
         UserError: a data set that nobody knows, a bad folder, or a number of classes that isn't the data's.
@@ -75,11 +79,42 @@ def register_datasets(cfg: CfgNode) -> None:
         return
     roots = dict(zip(ours, voc_roots(cfg, ours, "DATASETS")))
     classes = data_classes(cfg)
+    opened = {}
     for name in ours:
         root, split = roots[name]
-        register_voc(name, str(root), split, classes, cfg.DATASETS.USE_DIFFICULT)
+        opened[name] = register_voc(name, str(root), split, classes, cfg.DATASETS.USE_DIFFICULT)
         log.info("%s: %s of %s, classes %s", name, split, root, ", ".join(MetadataCatalog.get(name).thing_classes))
+    if cfg.DATASETS.VAL_FRACTION:
+        _register_validation(cfg, opened)
     resolve_classes(cfg, classes)
+
+
+def _register_validation(cfg: CfgNode, opened: Mapping[str, VocDataset]) -> None:
+    unknown = [name for name in cfg.DATASETS.TRAIN if name not in opened]
+    both = [name for name in cfg.DATASETS.TRAIN if name in cfg.DATASETS.TEST]
+    if unknown or both:
+        raise UserError(
+            f"DATASETS.VAL_FRACTION: {(unknown or both)[0]} is "
+            f"{'no entry of DATASETS.VOC' if unknown else 'in DATASETS.TEST too'}, so it can't be cut; set it to 0"
+        )
+    names = list(cfg.DATASETS.TRAIN)
+    left, validation = split_training(cfg, [opened[name] for name in names])
+    for name, data in zip(names, left):
+        register_images(name, data, cfg.DATASETS.USE_DIFFICULT)
+    if validation is not None:
+        register_images(VALIDATION, validation)
+
+
+def validation_config(cfg: CfgNode) -> CfgNode | None:
+    """A config that evaluates on the validation split, into ``OUTPUT_DIR/validation``; None where there is none."""
+    if not cfg.DATASETS.VAL_FRACTION:
+        return None
+    own = cfg.clone()
+    own.defrost()
+    own.DATASETS.TEST = (VALIDATION,)
+    own.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / VALIDATION)
+    own.freeze()
+    return own
 
 
 def class_list(cfg: CfgNode) -> list[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from nst_det.data.annotation import usable_boxes
+from nst_det.data.holdout import JoinedVoc
 from nst_det.data.voc import VocDataset
 
 log = logging.getLogger(__name__)
@@ -35,15 +35,25 @@ def register_voc(
         UserError: no such folder or list, or a bad annotation.
     """
     data = VocDataset(root, split, classes)
+    register_images(name, data, use_difficult)
+    return data
+
+
+def register_images(name: str, data: VocDataset | JoinedVoc, use_difficult: bool = True) -> None:
+    """Register data that is open already under a name, as :func:`register_voc` does."""
+    sets = data.sets if isinstance(data, JoinedVoc) else (data,)
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
     # metadata can't be changed once set
     MetadataCatalog.pop(name, None)
-    DatasetCatalog.register(name, partial(voc_dicts, data, use_difficult))
+    DatasetCatalog.register(name, lambda: [item for part in sets for item in voc_dicts(part, use_difficult)])
     MetadataCatalog.get(name).set(
-        thing_classes=list(data.classes), dirname=str(data.root), split=split, evaluator_type="nst_voc", voc=data
+        thing_classes=list(data.classes),
+        dirname=str(sets[0].root),
+        split=sets[0].split,
+        evaluator_type="nst_voc",
+        voc=data,
     )
-    return data
 
 
 def voc_dicts(data: VocDataset, use_difficult: bool = True) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model
+from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from nst_det.detect.detectron2.backbone import check_frozen_random
 from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
+from nst_det.detect.detectron2.config import validation_config
 from nst_det.detect.detectron2.evaluator import VocEvaluator
 from nst_det.detect.detectron2.library import distill_from_config, student_of, transfer_of
 from nst_det.detect.detectron2.loader import SharedBatches, build_train_loader
@@ -112,11 +114,24 @@ class DistillTrainer(DefaultTrainer):
         raise UserError(f"DATASETS.TEST: no evaluator for '{dataset_name}'; name its folder in DATASETS.VOC")
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks, after one that seeds each step and before the writer of ``metrics.jsonl``."""
+        """Detectron2's hooks, after one that seeds each step and before the writer of ``metrics.jsonl``.
+
+        Where there is a validation split, evaluations during training are made there.
+        """
         hooks: list[HookBase | None] = [StepSeed(self.cfg.SEED), *super().build_hooks()]
+        if self.cfg.DATASETS.VAL_FRACTION:
+            evaluation = EvalHook(self.cfg.TEST.EVAL_PERIOD, self._validate)
+            hooks = [evaluation if isinstance(hook, EvalHook) else hook for hook in hooks]
         if comm.is_main_process():
             hooks.append(RunMetrics(RunFolder(self.cfg.OUTPUT_DIR)))
         return hooks
+
+    def _validate(self) -> dict[str, Any]:
+        """On the validation split; after the last step on ``DATASETS.TEST`` too."""
+        found = dict(self.test(validation_config(self.cfg), self.model))
+        if self.iter + 1 >= self.max_iter:
+            self._last_eval_results = self.test(self.cfg, self.model)
+        return {f"validation/{name}": values for name, values in found.items()}
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; ``MODEL.WEIGHTS`` may be ``backbone://NAME``, and the loader begins at the right step.

@@ -1,0 +1,91 @@
+import json
+
+import pytest
+
+from nst_det.data.holdout import hold_out
+from nst_det.data.voc import VocDataset
+from nst_det.detect import dataset, evaluation, stage
+from nst_det.detect.validation import split_training
+from nst_det.errors import UserError
+
+
+@pytest.fixture
+def config(small, shapes, tmp_path):
+    voc = {"train": {"ROOT": str(shapes), "SPLIT": "trainval"}, "test": {"ROOT": str(shapes), "SPLIT": "test"}}
+
+    def make(**changes):
+        return small(
+            {
+                "MODEL.ROI_HEADS.NUM_CLASSES": 0,
+                "DATASETS.VOC": voc,
+                "DATASETS.TRAIN": ["train"],
+                "DATASETS.TEST": [],
+                "DATASETS.VAL_FRACTION": 0.25,
+                "SOLVER.MAX_ITER": 4,
+                "TEST.EVAL_PERIOD": 2,
+                "OUTPUT_DIR": str(tmp_path / "run"),
+            }
+            | {key.replace("__", "."): value for key, value in changes.items()}
+        )
+
+    return make
+
+
+def test_a_run_trains_on_the_rest_and_validates_on_what_was_kept(config, shapes, tmp_path, monkeypatch):
+    data = VocDataset(shapes, "trainval")
+    left, kept = hold_out(data, 0.25)
+    trained, evaluated, opened = set(), [], []
+    listed, found = dataset.list_items, evaluation.detect
+
+    def list_items(sets, *rest):
+        items = listed(sets, *rest)
+        trained.update(item.id for item in items)
+        return items
+
+    def detect(detector, batches, over):
+        evaluated.append([a.id for a in over.annotations()])
+        return found(detector, batches, over)
+
+    class Opened(VocDataset):
+        def __init__(self, root, split, classes=None):
+            opened.append(split)
+            super().__init__(root, split, classes)
+
+    monkeypatch.setattr(dataset, "list_items", list_items)
+    monkeypatch.setattr(dataset, "VocDataset", Opened)
+    monkeypatch.setattr(stage, "detect", detect)
+    result = stage.train_detector(config())
+    assert trained
+    assert trained <= set(left.ids)
+    # once in the middle and once at the end
+    assert evaluated == [list(kept.ids)] * 2
+    assert set(opened) == {"trainval"}
+    assert 0 <= result["validation"]["map"] <= 1
+    assert "map" not in result
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["validation"] == result["validation"]
+
+
+def test_test_data_is_evaluated_at_the_end_only(config, shapes, monkeypatch):
+    evaluated = []
+
+    def detect(detector, batches, over):
+        evaluated.append(tuple(a.id for a in over.annotations()))
+        return found(detector, batches, over)
+
+    found = evaluation.detect
+    monkeypatch.setattr(stage, "detect", detect)
+    result = stage.train_detector(config(DATASETS__TEST=["test"], TEST__EVAL_PERIOD=3))
+    kept = hold_out(VocDataset(shapes, "trainval"), 0.25)[1].ids
+    assert evaluated == [kept, VocDataset(shapes, "test").ids, kept]
+    assert "map" in result
+    assert "map" in result["validation"]
+
+
+def test_without_a_share_nothing_is_cut(config, shapes):
+    whole = VocDataset(shapes, "trainval")
+    assert split_training(config(DATASETS__VAL_FRACTION=0.0), [whole]) == ([whole], None)
+
+
+def test_a_share_out_of_range_names_its_key(config):
+    with pytest.raises(UserError, match=r"DATASETS\.VAL_FRACTION is 1\.0"):
+        stage.train_detector(config(DATASETS__VAL_FRACTION=1.0))

@@ -1,0 +1,44 @@
+"""A run on the Detectron2 engine that keeps a part of its training images to validate on."""
+
+import json
+
+import pytest
+
+pytest.importorskip(
+    "detectron2",
+    reason="Detectron2 is not installed: https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
+)
+pytestmark = pytest.mark.detectron2
+
+from detectron2.data import DatasetCatalog  # noqa: E402
+
+from nst_det.data.holdout import hold_out  # noqa: E402
+from nst_det.data.voc import VocDataset  # noqa: E402
+from nst_det.detect.detectron2.command import train  # noqa: E402
+from nst_det.detect.detectron2.config import VALIDATION, load_config, register_datasets  # noqa: E402
+from nst_det.errors import UserError  # noqa: E402
+from nst_det.runtime.run import RunFolder  # noqa: E402
+
+
+def test_a_run_validates_on_the_images_that_were_kept_and_tests_at_the_end(tiny_yaml, voc_root, tmp_path):
+    opts = ["DATASETS.VAL_FRACTION", "0.25", "TEST.EVAL_PERIOD", "3", "OUTPUT_DIR", str(tmp_path / "run")]
+    cfg = load_config(tiny_yaml, opts)
+    register_datasets(cfg)
+    # the very images that the torchvision engine keeps
+    left, kept = hold_out(VocDataset(voc_root, "train"), 0.25)
+    assert [item["image_id"] for item in DatasetCatalog.get("tiny_train")] == list(left.ids)
+    assert [item["image_id"] for item in DatasetCatalog.get(VALIDATION)] == list(kept.ids)
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    with folder.opened(cfg):
+        train(cfg, folder, resume=False)
+    result = folder.result()
+    assert 0 <= result["validation"]["map"] <= 1
+    assert 0 <= result["map"] <= 1
+    found = json.loads((tmp_path / "run" / VALIDATION / "inference" / "detections.json").read_text())
+    assert {item["image_id"] for item in found} <= set(kept.ids)
+
+
+def test_data_that_cannot_be_cut_is_named(tiny_yaml):
+    cfg = load_config(tiny_yaml, ["DATASETS.VAL_FRACTION", "0.25", "DATASETS.TRAIN", "[tiny_test]"])
+    with pytest.raises(UserError, match=r"DATASETS\.VAL_FRACTION: tiny_test is in DATASETS\.TEST too"):
+        register_datasets(cfg)
