@@ -24,11 +24,24 @@ def shift_and_flip(images: Tensor, shift: int, flip: float) -> Tensor:
     Returns:
         (B, C, H, W) of the same type, channels last in memory.
     """
-    count, channels, height, width = images.shape
+    count = len(images)
     offsets = torch.randint(-shift, shift + 1, (2, count))
     mirrored = torch.rand(count) < flip
-    if not shift and not flip:
-        return images
+    return moved(images, offsets, mirrored) if shift or flip else images
+
+
+def moved(images: Tensor, offsets: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror some images, then move each (borders reflected).
+
+    Args:
+        images: (B, C, H, W).
+        offsets: rows and columns (2, B) int64 by which to move, each less than H and W.
+        mirrored: (B,) bool.
+
+    Returns:
+        (B, C, H, W) of the same type, channels last in memory.
+    """
+    count, channels, height, width = images.shape
     columns = torch.arange(width).expand(count, width)
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     rows = _reflected(offsets[0, :, None] + torch.arange(height), height)
@@ -55,11 +68,16 @@ def crop_and_jitter(images: Sequence[Tensor], size: int, augment: CfgNode) -> Te
     Returns:
         (B, 3, size, size) uint8.
     """
+    transform = crops_and_colors(size, augment)
+    return torch.stack([transform(image) for image in images])
+
+
+def crops_and_colors(size: int, augment: CfgNode) -> v2.Transform:
+    """What :func:`crop_and_jitter` does to one image."""
     steps: list[v2.Transform] = []
     if augment.CROP_AREA:
         area, aspect = tuple(augment.CROP_AREA), tuple(augment.CROP_ASPECT)
         steps.append(v2.RandomResizedCrop(size, scale=area, ratio=aspect, antialias=True))
     if augment.COLOR_JITTER:
         steps.append(v2.ColorJitter(*augment.COLOR_JITTER))
-    transform = v2.Compose(steps)
-    return torch.stack([transform(image) for image in images])
+    return v2.Compose(steps)

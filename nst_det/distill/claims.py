@@ -15,6 +15,8 @@ from nst_det.runtime.config import flat, plain
 from nst_det.transfer import Method
 
 FREE = ("METHODS", "OUTPUT_DIR", "REGISTRY", "TENSORBOARD", "CHECKPOINT_PERIOD", "LOG_PERIOD", "DATALOADER")
+# a cache gives what the teacher would say, unless it rounds
+FREE_CACHE = ("CACHE.DIR", "CACHE.MAX_GIB")
 # the fingerprint speaks for the folder
 FREE_DATA = ("DATA.ROOT", "DATA.CACHE_GIB")
 KEYED_BY_TERM = ("WEIGHTS", "TERM_LEVELS", "OPTIONS")
@@ -56,8 +58,10 @@ def teacher_claim(config: CfgNode, fingerprint: str, sha256: str) -> dict[str, A
 
 
 def _concerns_student(key: str, method: Method) -> bool:
-    if _below(key, (*FREE, *FREE_DATA, "TEACHER")):
+    if _below(key, (*FREE, *FREE_CACHE, *FREE_DATA, "TEACHER")):
         return False
+    if key == "CACHE.DTYPE":
+        return bool(method.names)
     if not _below(key, ("TRANSFER",)):
         return True
     group, _, rest = key.removeprefix("TRANSFER.").partition(".")

@@ -3,100 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as F
 
-from nst_det.data.folders import ImageSplit
-from nst_det.data.images import read_image
 from nst_det.distill.augment import crop_and_jitter, shift_and_flip
+from nst_det.distill.store import ImageStore
+from nst_det.distill.views import Views
 from nst_det.errors import UserError
 from nst_det.runtime.seeds import derive_seed, seeded
-
-PROBED = 16
 
 
 @dataclass
 class Batch:
-    """One batch before normalization: images (B, 3, S, S) uint8 RGB, labels (B,) int64."""
+    """One batch before normalization.
+
+    Attributes:
+        images: (B, 3, S, S) uint8 RGB.
+        labels: (B,) int64.
+        rows: (B,) int64, which views of which images these are (see :class:`~nst_det.distill.views.Views`); None
+            where each step draws its own.
+    """
 
     images: Tensor
     labels: Tensor
+    rows: Tensor | None = None
 
-
-def center_square(image: Tensor, size: int, crop_ratio: float = 1.0) -> Tensor:
-    """(3, H, W) uint8 to its central square (3, size, size), as at evaluation."""
-    if image.shape[-2:] == (size, size) and crop_ratio == 1:
-        return image
-    resized = F.resize(image, [round(size / crop_ratio)], antialias=True)
-    return F.center_crop(resized, [size, size])
-
-
-class ImageStore:
-    """Decoded images of one split by index, kept in memory where they fit.
-
-    Args:
-        split: the files.
-        size: side of the square that evaluation sees.
-        crop_ratio: see ``DATA.CROP_RATIO``.
-        square: keep only that square; False keeps whole images, for random crops.
-        limit: bytes that may be kept in memory.
-
-    Raises:
-        UserError: an image that can't be decoded.
-    """
-
-    def __init__(self, split: ImageSplit, size: int, crop_ratio: float, square: bool, limit: float) -> None:
-        self.split, self.size, self.crop_ratio, self.square = split, size, crop_ratio, square
-        self.labels = torch.from_numpy(split.labels)
-        self.cached = 0 < self.estimated_bytes() <= limit
-        self._squares = torch.empty(0, dtype=torch.uint8)
-        self._images: list[Tensor] = []
-        if self.cached:
-            self._fill()
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def estimated_bytes(self) -> int:
-        """Bytes of all images decoded; whole images are estimated from some of them."""
-        if self.square:
-            return len(self) * 3 * self.size**2
-        some = range(0, len(self), max(len(self) // PROBED, 1))
-        return int(sum(self._decode(index).numel() for index in some) / len(some) * len(self))
-
-    def _fill(self) -> None:
-        with ThreadPoolExecutor(max_workers=min(torch.get_num_threads() + 1, 16)) as pool:
-            images = pool.map(self._decode, range(len(self)))
-            if self.square:
-                shape = (len(self), 3, self.size, self.size)
-                self._squares = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-                for row, image in enumerate(images):
-                    self._squares[row] = image
-            else:
-                self._images = list(images)
-
-    def _decode(self, index: int) -> Tensor:
-        image = torch.from_numpy(read_image(self.split.path(index))).permute(2, 0, 1).contiguous()
-        return center_square(image, self.size, self.crop_ratio) if self.square else image
-
-    def __getitem__(self, index: int) -> Tensor:
-        """(3, H, W) uint8."""
-        if not self.cached:
-            return self._decode(index)
-        return self._squares[index] if self.square else self._images[index]
-
-    def squares(self, indices: Tensor) -> Tensor:
-        """The images of evaluation by their indices (B,): (B, 3, S, S) uint8."""
-        if self.cached and self.square:
-            return self._squares[indices]
-        images = [self[index] for index in indices.tolist()]
-        return torch.stack(images if self.square else [center_square(i, self.size, self.crop_ratio) for i in images])
+    def pin_memory(self) -> Batch:
+        """The same in pinned memory, as a loader asks for it, so that copies to a GPU needn't wait."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.rows)
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -109,21 +47,26 @@ class TrainingBatches(Dataset[Batch]):
         batch_size: images a step.
         seed: of the run.
         augment: the DATA.AUGMENT node.
+        views: takes its views in place of augmentations drawn at each step.
     """
 
-    def __init__(self, store: ImageStore, batch_size: int, seed: int, augment: CfgNode) -> None:
-        self.store, self.batch_size, self.seed, self.augment = store, batch_size, seed, augment
+    def __init__(
+        self, store: ImageStore, batch_size: int, seed: int, augment: CfgNode, views: Views | None = None
+    ) -> None:
+        self.store, self.batch_size, self.seed, self.augment, self.views = store, batch_size, seed, augment, views
         self._permutations: dict[int, Tensor] = {}
 
     def indices(self, step: int) -> Tensor:
         """Which images make the batch of ``step``: (B,) int64."""
+        return torch.cat([indices for _, indices in self._parts(step)])
+
+    def _parts(self, step: int) -> Iterator[tuple[int, Tensor]]:
+        """The epochs that the batch of ``step`` is in, and its images of each."""
         count, first = len(self.store), step * self.batch_size
         last = first + self.batch_size
-        parts = []
         for epoch in range(first // count, (last - 1) // count + 1):
             start, stop = max(first - epoch * count, 0), min(last - epoch * count, count)
-            parts.append(self._permutation(epoch)[start:stop])
-        return torch.cat(parts)
+            yield epoch, self._permutation(epoch)[start:stop]
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._permutations:
@@ -136,6 +79,9 @@ class TrainingBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         indices = self.indices(step)
         labels = self.store.labels[indices]
+        if self.views is not None:
+            rows = torch.cat([self.views.rows(epoch, part) for epoch, part in self._parts(step)])
+            return Batch(self.views.images(rows), labels, rows)
         with seeded(self.seed, "augment", step):
             if self.augment.CROP_AREA or self.augment.COLOR_JITTER:
                 images = crop_and_jitter(

@@ -9,7 +9,8 @@ from nst_det.data.folders import read_image_folder
 from nst_det.distill.accuracy import correct_counts, measure
 from nst_det.distill.augment import crop_and_jitter, shift_and_flip
 from nst_det.distill.config import get_defaults
-from nst_det.distill.images import Batch, ImageStore, Normalizer, TrainingBatches, center_square, evaluation_batches
+from nst_det.distill.images import Batch, Normalizer, TrainingBatches, evaluation_batches
+from nst_det.distill.store import ImageStore, center_square
 from nst_det.errors import UserError
 from nst_det.runtime.device import autocast
 from nst_det.runtime.seeds import seeded
