@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fvcore.common.config import CfgNode
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
@@ -26,6 +27,9 @@ from nst_det.backbones import count_parameters
 MAC_OPERATORS = frozenset({"conv", "addmm", "bmm", "einsum", "matmul", "linear"})
 PERCENTILES = (10.0, 50.0, 90.0)
 WARMUP = 3
+# a detector's default image is as wide as most photographs, or as a backbone's where its config resizes nothing
+PHOTO_ASPECT = 4 / 3
+BACKBONE_SIZE = (224, 224)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,14 @@ class Pixels(nn.Module):
         """(B, 3, H, W), 0..255, to boxes, scores and labels, image after image."""
         found = self.detector([{"image": image} for image in images])
         return tuple(item[name] for item in found for name in ("boxes", "scores", "labels"))
+
+
+def photo_size(config: CfgNode) -> tuple[int, int]:
+    """(height, width) in pixels of a photograph of 4:3 after the resizing of a detection config's tests."""
+    from nst_det.detect.dataset import resized_shape
+
+    short, largest = config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST
+    return resized_shape(short, round(PHOTO_ASPECT * short), short, largest) if short else BACKBONE_SIZE
 
 
 def count_arithmetic(model: nn.Module, images: Tensor) -> Arithmetic:

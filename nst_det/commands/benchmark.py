@@ -11,9 +11,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 HELP = "parameters, arithmetic, latency and throughput of a backbone or a detector"
-BACKBONE_SIZE = (224, 224)
-# a detector's default image is as wide as most photographs
-PHOTO_ASPECT = 4 / 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +86,7 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module
         UserError: it can't be built.
     """
     from nst_det.backbones import count_parameters, create_model, load_backbone, load_strict
+    from nst_det.benchmark import BACKBONE_SIZE
     from nst_det.errors import UserError
 
     if args.arch:
@@ -109,9 +107,9 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module, int, tuple[int, int]]:
     """The same of a detector."""
     from nst_det.backbones import count_parameters
-    from nst_det.benchmark import Pixels
+    from nst_det.benchmark import Pixels, photo_size
     from nst_det.detect.config import load_detect_config, resolve_classes
-    from nst_det.detect.dataset import data_classes, resized_shape
+    from nst_det.detect.dataset import data_classes
     from nst_det.detect.predict import load_run
     from nst_det.detect.torchvision_engine import Detector, build_detector
 
@@ -123,10 +121,7 @@ def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[str, 
         if not config.MODEL.ROI_HEADS.NUM_CLASSES:
             resolve_classes(config, data_classes(config))
         detector = build_detector(config)
-    sizes = config.INPUT
-    short = sizes.MIN_SIZE_TEST
-    size = resized_shape(short, round(PHOTO_ASPECT * short), short, sizes.MAX_SIZE_TEST) if short else BACKBONE_SIZE
-    return args.run_folder or args.config_file, Pixels(detector), count_parameters(detector), size
+    return args.run_folder or args.config_file, Pixels(detector), count_parameters(detector), photo_size(config)
 
 
 def print_figures(figures: dict[str, Any]) -> None:

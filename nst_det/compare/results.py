@@ -16,12 +16,14 @@ from nst_det.runtime.files import read_json
 from nst_det.runtime.provenance import provenance
 
 # they differ between two equal comparisons: when, where and how fast, not what
-VOLATILE = ("provenance", "commands")
+VOLATILE = ("provenance", "commands", "cost")
 # what a detector's result must hold: name -> whether it is a number
 _NEEDED = {"map": True, "map_area": True, "per_class": False, "per_class_area": False}
 
 
-def build_results(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Any]:
+def build_results(
+    comparison: Comparison, runs: Sequence[Run], costs: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """``results.json`` of a finished comparison.
 
     ``rows`` hold, each: ``method``; ``map``, ``map_std``, ``map_area``, ``map_area_std`` (VOC mAP at IoU 0.5, 11-point
@@ -31,7 +33,12 @@ def build_results(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Any]
     :func:`~nst_det.evaluate.figures.summarize` gives them); ``top1`` of the backbone (None for scratch); ``seconds``
     (student and detector together, a mean over seeds); ``params`` of the detector; ``backbone`` (one name a seed);
     ``per_seed`` (the same by seed, with the run folders relative to the comparison's); ``commands`` that make the row
-    again.
+    again; ``cost`` of a forward pass (None where not known).
+
+    Args:
+        comparison: what was asked.
+        runs: its plan, all done.
+        costs: by row, from :func:`~nst_det.compare.cost.measure_costs`.
 
     Raises:
         UserError: a result file is damaged or lacks a field.
@@ -44,6 +51,7 @@ def build_results(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Any]
     for row, corrected in zip(rows, holm([row["p_value"] for row in rows])):
         row["p_holm"] = corrected
         row["commands"] = _commands(comparison, runs, row["method"])
+        row["cost"] = dict((costs or {}).get(row["method"], {})) or None
     engines = sorted({str(entry["engine"]) for entries in by_row.values() for entry in entries.values()})
     return {
         "name": comparison.name,

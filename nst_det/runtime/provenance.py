@@ -56,6 +56,16 @@ def _git(root: Path, *words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
+def machine_name(device: str) -> str:
+    """What computes: the name of the GPU for ``cuda``, of the processor for ``cpu``."""
+    if device == "cuda":
+        return _cuda_name() or device
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
 def _cuda_name() -> str | None:
     import torch
 

@@ -52,6 +52,10 @@ DETECT: {{CONFIG: {tiny_yaml}, OPTS: [SOLVER.MAX_ITER, 2]}}
     assert results["engine"] == "detectron2"
     assert [row["method"] for row in results["rows"]] == ["scratch", "ce"]
     assert all(set(row["per_class"]) == {"bar", "square"} for row in results["rows"])
+    costs = [row["cost"] for row in results["rows"]]
+    assert costs[0] == costs[1]
+    assert costs[0]["macs"] > 1e6
+    assert costs[0]["parameters"] == results["rows"][0]["params"]
     page = (out / "report" / "index.html").read_text()
     # the curves of Detectron2's losses are in it
     assert "loss_rpn_cls" in page
