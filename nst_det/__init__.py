@@ -1,3 +1,23 @@
 """Transfer knowledge from a big network to a small detector, and measure which way of doing it helps."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nst_det.api import compare, distill, evaluate_voc, load_backbone
+
 __version__ = "0.1.0"
+__all__ = ["compare", "distill", "evaluate_voc", "load_backbone"]
+
+
+def __getattr__(name: str) -> Any:
+    # not before they are used: torch takes seconds to import
+    if name in ("compare", "distill"):
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in __all__:
+        return getattr(importlib.import_module(f"{__name__}.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

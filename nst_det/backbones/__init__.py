@@ -3,7 +3,7 @@
 from nst_det.backbones.bottomup import Bottomup
 from nst_det.backbones.card import Card, check_input_contract, input_contract
 from nst_det.backbones.files import load_backbone, load_card, load_plain, save_backbone
-from nst_det.backbones.handover import bottomup_from_file, load_into, prove_parity
+from nst_det.backbones.handover import bottomup_from_file, classifier_from_file, load_into, prove_parity
 from nst_det.backbones.levels import LEVELS, LevelInfo, feature_levels, forward_outputs, take_levels
 from nst_det.backbones.models import count_parameters, create_model
 from nst_det.backbones.norms import NORM_POLICIES
@@ -27,6 +27,7 @@ __all__ = [
     "bottomup_from_file",
     "check_input_contract",
     "check_name",
+    "classifier_from_file",
     "count_parameters",
     "create_model",
     "feature_levels",

@@ -39,6 +39,7 @@ def save_backbone(path: str | Path, model: nn.Module, card: Card) -> Card:
 
     Raises:
         UserError: the folder can't be written or the disk is full.
+        ValueError: the path doesn't end in ``.safetensors``.
     """
     path = Path(path)
     if path.suffix != ".safetensors":

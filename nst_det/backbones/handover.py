@@ -40,6 +40,21 @@ def load_into(model: nn.Module, path: str | Path) -> Card:
     return card
 
 
+def classifier_from_file(path: str | Path) -> tuple[nn.Module, Card]:
+    """The whole classifier in a backbone file, in evaluation mode on the CPU, and its card.
+
+    Args:
+        path: a ``.safetensors`` path or ``backbone://NAME``.
+
+    Raises:
+        UserError: as :func:`load_backbone`.
+    """
+    state_dict, card = load_backbone(path)
+    classifier = create_model(card.arch, card.num_classes, **card.arch_kwargs)
+    load_strict(classifier, state_dict, str(path))
+    return classifier.eval(), card
+
+
 def bottomup_from_file(path: str | Path, levels: Sequence[str] = LEVELS) -> Bottomup:
     """The bottom-up in a backbone file.
 
@@ -70,12 +85,10 @@ def prove_parity(path: str | Path, size: int | None = None) -> float:
     Raises:
         UserError: as :func:`load_backbone`.
     """
-    state_dict, card = load_backbone(path)
-    classifier = create_model(card.arch, card.num_classes, **card.arch_kwargs)
-    load_strict(classifier, state_dict, str(path))
+    classifier, card = classifier_from_file(path)
     levels = feature_levels(classifier)
     bottomup = bottomup_from_file(path, list(levels)).eval()
     side = size or int(card.input.get("size") or 64)
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return same_maps(forward_outputs(classifier.eval(), images, levels).maps, bottomup(images))
+        return same_maps(forward_outputs(classifier, images, levels).maps, bottomup(images))

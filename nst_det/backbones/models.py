@@ -85,7 +85,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def same_maps(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> float:
-    """The largest absolute difference between two sets of maps with the same names; infinite if shapes differ."""
+    """The largest absolute difference between two sets of maps (B, C, H, W) by level; infinite if shapes differ."""
     if first.keys() != second.keys() or any(first[key].shape != second[key].shape for key in first):
         return float("inf")
     return max((float((first[key] - second[key]).abs().max()) for key in first), default=0.0)

@@ -85,11 +85,19 @@ def _build(layers: tuple[int, int, int, int], width: int, pretrained: bool, kwar
 
 @register_model
 def nst_resnet10_w32(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Student: one basic block a stage, 32 to 256 channels, 1.2 million parameters."""
+    """Student: one basic block a stage, 32 to 256 channels, 1.2 million parameters.
+
+    Raises:
+        ValueError: ``pretrained``, since no weights of it are published.
+    """
     return _build((1, 1, 1, 1), 32, pretrained, kwargs)
 
 
 @register_model
 def nst_resnet18_w48(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Teacher: two basic blocks a stage, 48 to 384 channels, 6.3 million parameters."""
+    """Teacher: two basic blocks a stage, 48 to 384 channels, 6.3 million parameters.
+
+    Raises:
+        ValueError: ``pretrained``, since no weights of it are published.
+    """
     return _build((2, 2, 2, 2), 48, pretrained, kwargs)

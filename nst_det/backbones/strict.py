@@ -17,6 +17,8 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
     Nothing is copied unless all of it fits.
 
     Args:
+        model: any module.
+        state_dict: a state dict with the names and shapes that the model has.
         source: file or architecture, named in the error.
 
     Raises:
@@ -29,6 +31,11 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
 
 def check_shapes(given: Mapping[str, Sequence[int]], own: Mapping[str, Tensor], source: str) -> None:
     """Compare names and shapes, as :func:`load_strict` does, before any weight is read.
+
+    Args:
+        given: shapes by name.
+        own: the model's state dict.
+        source: file or architecture, named in the error.
 
     Raises:
         ValueError: they differ.

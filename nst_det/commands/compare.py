@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run or show the comparison.  Codes: 0 done, 1 a run failed, 2 an input can't be used, 128 + signal stopped."""
-    from nst_det.compare.comparison import compare, plan_table, print_table, results_table
+    from nst_det import api
+    from nst_det.compare.comparison import plan_table, print_table
     from nst_det.compare.config import load_comparison
     from nst_det.compare.plan import make_plan
     from nst_det.compare.run import RunFailed, Stopped
@@ -33,19 +34,19 @@ def run(args: argparse.Namespace) -> int:
 
     if args.jobs < 0:
         raise UserError("--jobs can't be negative; leave it out for as many as there are cores or GPUs")
-    comparison = load_comparison(args.config_file, args.output, args.overrides)
     if args.dry_run:
+        comparison = load_comparison(args.config_file, args.output, args.overrides)
         print_table(plan_table(comparison, make_plan(comparison)))
         return 0
     start_logging()
     try:
-        results = compare(comparison, args.jobs)
+        answer = api.compare(args.config_file, args.overrides, output=args.output, jobs=args.jobs)
     except RunFailed as error:
         print(f"nst-det: {error}", file=sys.stderr)
         return error.code
     except Stopped as error:
         print(f"nst-det: stopped by {error}; the same command goes on from here", file=sys.stderr)
         return 128 + error.signum
-    print_table(results_table(results))
-    print(f"report: {comparison.folder / 'report' / 'index.html'}")
+    print_table(answer)
+    print(f"report: {answer.report}")
     return 0

@@ -21,17 +21,14 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from nst_det.distill.config import load_distill_config
-    from nst_det.distill.stage import distill
-    from nst_det.distill.table import results_table
+    from nst_det.api import distill
     from nst_det.runtime.memory import keep_freed_memory
     from nst_det.runtime.progress import start_logging
 
     start_logging()
     keep_freed_memory()
-    config = load_distill_config(args.config_file, args.overrides)
-    results = distill(config)
+    answer = distill(args.config_file, args.overrides)
     # into a file or a pipe: as wide as the table needs
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(results_table(results, config.OUTPUT_DIR))
+    console.print(answer)
     return 0

@@ -36,24 +36,16 @@ def run(args: argparse.Namespace) -> int:
     """Print the table and, if asked, write it."""
     from rich.console import Console
 
-    from nst_det.data.voc import VocDataset
-    from nst_det.errors import UserError
-    from nst_det.evaluate.boxes import GroundTruth
+    from nst_det.api import check_overlaps, read_voc
     from nst_det.evaluate.coco import evaluate_coco
-    from nst_det.evaluate.read import read_coco_names, read_detections
-    from nst_det.evaluate.table import voc_table
     from nst_det.evaluate.voc import evaluate_voc
     from nst_det.runtime.files import write_json
 
-    if not all(0 < value <= 1 for value in args.iou):
-        raise UserError(f"--iou {' '.join(map(str, args.iou))}: overlap thresholds lie above 0 and at most at 1")
-    data = VocDataset(args.voc_root, args.split, args.classes)
-    truth = GroundTruth.from_annotations(data.annotations(), data.classes)
-    names = read_coco_names(args.coco_names) if args.coco_names else None
-    detections = read_detections(args.detections, data.ids, data.classes, args.split, names)
-    result = evaluate_voc(detections, truth, args.iou)
+    overlaps = check_overlaps(args.iou)
+    detections, truth = read_voc(args.detections, args.voc_root, args.split, args.classes, args.coco_names)
+    result = evaluate_voc(detections, truth, overlaps)
     console = Console()
-    console.print(voc_table(result))
+    console.print(result)
     figures = result.to_dict()
     figures["by_iou"] = {}
     for threshold, by_points, by_area in zip(result.thresholds, result.map11.tolist(), result.map_area.tolist()):

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nst_det.compare.config import Comparison, merge_stage
+from nst_det.compare.cost import measure_costs
 from nst_det.compare.live import View, steps_done
 from nst_det.compare.plan import DATA, DETECTOR, Run, check_order, make_plan
 from nst_det.compare.results import build_results
@@ -20,6 +21,7 @@ from nst_det.compare.run import Command, Runner, this_machine
 from nst_det.compare.stages import DETECT, DISTILL, check_data_folders, check_transfer, total_steps
 from nst_det.runtime.files import write_json, write_text
 from nst_det.runtime.run import RunFolder
+from nst_det.runtime.shown import Shown
 
 log = logging.getLogger(__name__)
 # of a table that goes to a file or pipe
@@ -57,7 +59,7 @@ def compare(comparison: Comparison, jobs: int = 0, command: Command | None = Non
         steps = {run.kind: total_steps(run.kind, configs[run.name]) for run in runs if run.name in configs}
         with View(runs, steps, lambda run: machine.weight(run) / machine.room(run)) as view:
             Runner(runs, folder, machine, view, command).run_all()
-        results = build_results(comparison, runs)
+        results = build_results(comparison, runs, measure_costs(runs, configs, folder))
         write_report(results, folder)
     return results
 
@@ -134,7 +136,7 @@ def results_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table | Shown) -> None:
     """Print to standard output, unbroken where that is no terminal."""
     console = Console(file=sys.stdout)
     if not console.is_terminal:

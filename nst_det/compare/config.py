@@ -152,7 +152,11 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
 
 
 def merge_stage(config: CfgNode, words: Sequence[str], source: str) -> CfgNode:
-    """A copy of a stage's config with KEY VALUE pairs on top; ``source`` is named in errors."""
+    """A copy of a stage's config with KEY VALUE pairs on top; ``source`` is named in errors.
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong type.
+    """
     merged = config.clone()
     merged.defrost()
     try:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nst_det.compare.plan import Run
-from nst_det.runtime.progress import PLAIN_SECONDS, console
+from nst_det.runtime.progress import PLAIN_SECONDS, console, is_live
 
 log = logging.getLogger(__name__)
 REFRESH_SECONDS = 1.0
@@ -74,7 +74,7 @@ class View:
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> View:
-        if console.is_terminal:
+        if is_live(console):
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),

@@ -128,15 +128,15 @@ class Runner:
         """
         done = {run.name for run in self._runs if run.done}
         waiting = [run for run in self._runs if run.name not in done]
-        try:
-            with _signals_raise():
+        with _signals_raise():
+            try:
                 while waiting or self._processes:
                     self._start_what_fits(waiting, done)
                     done |= self._collect()
                     self._view.update([process.run for process in self._processes])
                     time.sleep(POLL_SECONDS)
-        finally:
-            self._stop_all()
+            finally:
+                self._stop_all()
 
     def _start_what_fits(self, waiting: list[Run], done: set[str]) -> None:
         machine = self._machine
@@ -248,13 +248,8 @@ def _signals_raise() -> Iterator[None]:
         raise Stopped(signum)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    stopped = False
     try:
         yield
-    except Stopped:
-        stopped = True
-        raise
     finally:
-        if not stopped:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

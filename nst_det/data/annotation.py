@@ -103,7 +103,13 @@ def usable_boxes(annotation: VocAnnotation) -> tuple[np.ndarray, list[str]]:
 
 
 def box_fault(box: Sequence[float], width: int, height: int) -> str | None:
-    """``no area``, ``outside`` (wholly), ``reaches outside`` (partly), or None for a sound box."""
+    """``no area``, ``outside`` (wholly), ``reaches outside`` (partly), or None for a sound box.
+
+    Args:
+        box: xmin, ymin, xmax, ymax in pixels, counted from 1, both ends inclusive.
+        width: of the image in pixels.
+        height: of the image in pixels.
+    """
     xmin, ymin, xmax, ymax = box
     if xmax <= xmin or ymax <= ymin:
         return "no area"

@@ -147,7 +147,11 @@ def check_images(
 
 
 def check_folders(root: Path, classes: Sequence[str] | None, workers: int) -> Report:
-    """Look at an image folder: empty and unknown classes, other files, images that can't be decoded, leaks."""
+    """Look at an image folder: empty and unknown classes, other files, images that can't be decoded, leaks.
+
+    Raises:
+        UserError: there are no class folders, or they can't be listed.
+    """
     findings = Findings(root)
     parts = [root / name for name in ("train", "val") if (root / name).is_dir()] or [root]
     names = {part: class_folders(part) for part in parts}

@@ -29,7 +29,11 @@ FAULTS = {
 
 
 def check_voc(root: Path, splits: Sequence[str] | None, classes: Sequence[str] | None, workers: int) -> Report:
-    """Look at a VOC folder; see :func:`nst_det.data.check.check_data`."""
+    """Look at a VOC folder; see :func:`nst_det.data.check.check_data`.
+
+    Raises:
+        UserError: there is no such list.
+    """
     findings = Findings(root)
     lists = _check_lists(findings, splits)
     images = _image_files(findings)

@@ -111,7 +111,11 @@ def read_image_folder(
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in ``folder``, sorted; hidden ones left out."""
+    """Names of the folders in ``folder``, sorted; hidden ones left out.
+
+    Raises:
+        UserError: it can't be listed.
+    """
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:

@@ -83,6 +83,10 @@ def leads_outside(path: Path, root: Path) -> bool:
 def read_names(path: Path, limit: int = 64 << 20) -> tuple[list[tuple[int, str]], list[str]]:
     """The lines of a list file that name something, and what is wrong with the others.
 
+    Args:
+        path: the list file.
+        limit: largest size in bytes.
+
     Returns:
         (line number, name) of every usable line, blank lines left out; and problems as text
         (``line 3: '../x' could lead to another folder``).

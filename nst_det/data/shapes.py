@@ -172,7 +172,11 @@ def ground(rng: np.random.Generator, height: int, width: int, look: Look) -> tup
 
 
 def object_color(rng: np.random.Generator, around: np.ndarray, contrast: float) -> np.ndarray:
-    """A color at least ``contrast`` away from ``around`` in RGB; both (3,), 0..255."""
+    """A color at least ``contrast`` away from ``around`` in RGB; both (3,), 0..255.
+
+    Raises:
+        ValueError: there is none, or none was met in 1000 draws.
+    """
     for _ in range(1000):
         color = rng.uniform(10, 245, 3)
         if np.linalg.norm(color - around) >= contrast:
@@ -181,7 +185,15 @@ def object_color(rng: np.random.Generator, around: np.ndarray, contrast: float) 
 
 
 def paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, color: np.ndarray, look: Look) -> None:
-    """Blend a textured object into a float image in place."""
+    """Blend a textured object into a float image in place.
+
+    Args:
+        rng: of the texture.
+        image: (H, W, 3) float32 RGB, 0..255; is changed.
+        mask: (H, W) uint8, 255 where the object is.
+        color: (3,), 0..255.
+        look: its texture's amplitude.
+    """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
         return
@@ -192,13 +204,17 @@ def paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, color: 
 
 
 def finish(rng: np.random.Generator, image: np.ndarray, look: Look) -> np.ndarray:
-    """Pixel noise, then uint8."""
+    """Pixel noise on an image (H, W, 3) float32, 0..255, then uint8."""
     sigma = np.float32(rng.uniform(0.2, 1.0) * look.noise)
     return (image + sigma * rng.standard_normal(image.shape, dtype=np.float32)).clip(0, 255).astype(np.uint8)
 
 
 def encode_jpeg(rng: np.random.Generator, image: np.ndarray) -> bytes:
-    """An RGB image as JPEG of a quality that varies."""
+    """An RGB image (H, W, 3) uint8 as JPEG of a quality that varies.
+
+    Raises:
+        RuntimeError: this build of OpenCV can't write JPEG.
+    """
     quality = int(rng.integers(85, 96))
     done, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not done:

@@ -37,10 +37,10 @@ class VocDataset:
         classes: class names; a label is an index into them.
         ids: image ids in the order of the list.
 
-    Example:
-        >>> data = VocDataset("VOCdevkit/VOC2007", "trainval")  # doctest: +SKIP
-        >>> data.annotation(data.ids[0]).boxes.shape            # doctest: +SKIP
-        (1, 4)
+    Example::
+
+        data = VocDataset("VOCdevkit/VOC2007", "trainval")
+        data.annotation(data.ids[0]).boxes  # (N, 4)
     """
 
     root: Path
@@ -274,7 +274,11 @@ def class_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def image_names(folder: Path) -> dict[str, str]:
-    """File name of every image in a folder by its stem; of several with one stem the first extension wins."""
+    """File name of every image in a folder by its stem; of several with one stem the first extension wins.
+
+    Raises:
+        UserError: it can't be listed.
+    """
     try:
         files = os.listdir(folder)
     except OSError as error:

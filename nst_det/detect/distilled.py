@@ -42,9 +42,24 @@ class DistilledDetector(nn.Module):
         iteration: training steps done; set it when a run goes on.
 
     Example:
-        >>> model = DistilledDetector(student, teacher, transfer)  # doctest: +SKIP
-        >>> sorted(model(batch))                                   # doctest: +SKIP
-        ['loss_box_reg', 'loss_cls', 'loss_rpn_cls', 'loss_rpn_loc', 'loss_transfer_nst-poly']
+        >>> from nst_det.transfer import build_transfer
+        >>> class Small(nn.Module):
+        ...     def __init__(self, channels):
+        ...         super().__init__()
+        ...         self.backbone = nn.Sequential(nn.Conv2d(3, channels, 3), Maps())
+        ...     def forward(self, batch):
+        ...         maps = self.backbone(torch.stack([item["image"] for item in batch]))
+        ...         return {"loss_cls": maps["p3"].mean()}
+        >>> class Maps(nn.Module):
+        ...     def forward(self, x):
+        ...         return {"p3": x}
+        >>> student, teacher = Small(4), Small(8)
+        >>> transfer = build_transfer(
+        ...     "nst-poly", levels=["p3"], student_channels={"p3": 4}, teacher_channels={"p3": 8}
+        ... )
+        >>> model = DistilledDetector(student, teacher, transfer)
+        >>> sorted(model([{"image": torch.rand(3, 16, 16)}]))
+        ['loss_cls', 'loss_transfer_nst-poly']
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, transfer: TransferLoss, warmup_iters: int = 0) -> None:
@@ -69,7 +84,11 @@ class DistilledDetector(nn.Module):
         return self._teacher[0]
 
     def forward(self, batched_inputs: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
-        """In training the student's losses and a ``loss_transfer_<term>`` a term; otherwise what the student says."""
+        """In training the student's losses and a ``loss_transfer_<term>`` a term; otherwise what the student says.
+
+        Raises:
+            RuntimeError: the student's forward doesn't call ``student.backbone``.
+        """
         if not self.training:
             return self.student(batched_inputs, *args, **kwargs)
         self._sizes = [tuple(item["image"].shape[-2:]) for item in batched_inputs]

@@ -98,7 +98,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def clip_gradients(parameters: Iterable[Tensor], node: CfgNode) -> None:
-    """CLIP_GRADIENTS: each entry (``value``), or each parameter's own norm (``norm``), is at most CLIP_VALUE."""
+    """CLIP_GRADIENTS: each entry (``value``), or each parameter's own norm (``norm``), is at most CLIP_VALUE.
+
+    Args:
+        parameters: tensors of any shape (...,); the gradients of those that have one are changed in place.
+        node: SOLVER.CLIP_GRADIENTS.
+
+    Source: Detectron2's ``SOLVER.CLIP_GRADIENTS``, whose ``norm`` clips each parameter by itself.
+    """
     if not node.ENABLED:
         return
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]

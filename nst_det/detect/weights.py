@@ -92,7 +92,11 @@ def save_weights(path: str | Path, detector: nn.Module, classes: Sequence[str]) 
 
 
 def saved_classes(path: str | Path) -> list[str]:
-    """The classes in a detector's file, or [] where it has none."""
+    """The classes in a detector's file, or [] where it has none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     if Path(path).suffix != WEIGHTS_SUFFIX:
         return []
     try:

@@ -41,9 +41,9 @@ def measure(
     """The accuracy of every network, in evaluation mode, on the same batches; training modes are put back.
 
     Args:
-        networks: classifiers by name; ``network(images)`` gives logits.
+        networks: classifiers by name; ``network(images)`` gives logits (B, classes).
         batches: the validation split.
-        normalize: uint8 images to what the networks take.
+        normalize: uint8 images (B, 3, H, W) to what the networks take.
         autocast: the precision in which the networks were trained.
     """
     training = {name: network.training for name, network in networks.items()}

@@ -73,7 +73,7 @@ def crop_and_jitter(images: Sequence[Tensor], size: int, augment: CfgNode) -> Te
 
 
 def crops_and_colors(size: int, augment: CfgNode) -> v2.Transform:
-    """What :func:`crop_and_jitter` does to one image."""
+    """What :func:`crop_and_jitter` does to one image; ``size`` is the side of its crop in pixels."""
     steps: list[v2.Transform] = []
     if augment.CROP_AREA:
         area, aspect = tuple(augment.CROP_AREA), tuple(augment.CROP_ASPECT)

@@ -56,7 +56,12 @@ def _cosine(start: float, end: float, part: float) -> float:
 
 
 def clip_gradients(parameters: Sequence[Tensor], limit: float) -> None:
-    """Scale all gradients together so that their norm is at most ``limit``; 0 leaves them alone."""
+    """Scale all gradients together so that their L2 norm is at most ``limit``.
+
+    Args:
+        parameters: tensors of any shape (...,); the gradients of those that have one are changed in place.
+        limit: of the norm of all gradients together, 0 leaves them alone.
+    """
     if limit <= 0:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -10,7 +10,7 @@ from nst_det.evaluate.voc import VocResult
 
 
 def voc_table(result: VocResult, threshold: float | None = None) -> Table:
-    """AP of each class and the means, at one of the result's thresholds (None: the first)."""
+    """AP of each class and the means, at one of the result's overlap thresholds (None: the first)."""
     t = 0 if threshold is None else result.thresholds.index(threshold)
     table = Table(title=f"VOC AP at IoU {result.thresholds[t]:g}")
     table.add_column("class")

@@ -22,8 +22,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from nst_det.evaluate.boxes import Detections, GroundTruth
+from nst_det.runtime.shown import Shown
 
 # the devkit's 0:0.1:1, whose fourth value is 0.30000000000000004: recall 66/220 is not at that point yet
 ELEVEN_POINTS = np.arange(11) * 0.1
@@ -43,8 +45,8 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class VocResult:
-    """AP of K classes at T overlap thresholds.
+class VocResult(Shown):
+    """AP of K classes at T overlap thresholds; shows itself as the table of the first.
 
     A class without positives (no object that isn't difficult) has no AP: it is NaN in the arrays, None in
     :meth:`to_dict`, and left out of the mean.
@@ -78,6 +80,11 @@ class VocResult:
     def map_area(self) -> np.ndarray:
         """(T,) mean of the area AP over the classes that have one."""
         return self._mean(self.ap_area)
+
+    def __rich__(self) -> Table:
+        from nst_det.evaluate.table import voc_table
+
+        return voc_table(self)
 
     def _mean(self, ap: np.ndarray) -> np.ndarray:
         counted = self.positives > 0

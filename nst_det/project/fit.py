@@ -89,8 +89,8 @@ def fit_anchors(sizes: np.ndarray, names: np.ndarray) -> list[int]:
     has no finer places.
 
     Args:
-        sizes: from :func:`box_sizes`, at least one.
-        names: likewise.
+        sizes: (N,) from :func:`box_sizes`, N at least 1.
+        names: (N,) likewise.
 
     Example:
         >>> fit_anchors(np.array([20.0, 40.0, 60.0, 80.0, 100.0]), np.array(["cat"] * 5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 import time
@@ -21,6 +22,11 @@ from rich.progress import (
 
 console = Console(stderr=True)
 PLAIN_SECONDS = 15.0
+
+
+def is_live(console: Console) -> bool:
+    """Whether bars can move: on a terminal, or in a notebook that has ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
 
 
 def start_logging(level: int = logging.INFO) -> None:
@@ -75,7 +81,7 @@ def progress(name: str, total: int) -> Iterator[Meter]:
         >>> with progress("teacher", 2) as meter:
         ...     meter.step({"loss": 1.0})
     """
-    if not console.is_terminal:
+    if not is_live(console):
         yield Meter(name, total, None)
         return
     columns = (

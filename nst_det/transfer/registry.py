@@ -111,7 +111,11 @@ def unregister_term(name: str) -> None:
 
 
 def terms() -> dict[str, Term]:
-    """All terms by name, in the order in which they were registered; those of ``$NST_DET_TERMS`` are among them."""
+    """All terms by name, in the order in which they were registered; those of ``$NST_DET_TERMS`` are among them.
+
+    Raises:
+        ValueError: a module named there can't be imported.
+    """
     _import_outside()
     return dict(_TERMS)
 

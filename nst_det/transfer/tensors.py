@@ -24,7 +24,7 @@ def compute_now(key: Hashable, compute: Callable[[], Any]) -> Any:
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """``x`` as float32; float64 stays. No copy where nothing changes."""
+    """``x``, of any shape (...,), as float32; float64 stays. No copy where nothing changes."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -47,12 +47,14 @@ def common_size(student: Tensor, teacher: Tensor) -> tuple[int, int]:
 
 
 def pooled(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """``x`` (B, C, H, W) averaged down to ``size``; the same tensor if it has that size."""
+    """``x`` (B, C, H, W) averaged down to ``size`` (height, width); the same tensor if it has that size."""
     return x if tuple(x.shape[2:]) == tuple(size) else F.adaptive_avg_pool2d(x, size)
 
 
 def aligned(student: Tensor, teacher: Tensor, shared: Shared = compute_now) -> tuple[Tensor, Tensor]:
-    """Both maps in full precision at their common size; the teacher's is made once for all that ask and detached.
+    """Both maps (B, C, H, W) in full precision at their common size, with the C that each has.
+
+    The teacher's is made once for all that ask, and detached.
 
     Raises:
         ValueError: the shapes aren't maps of one batch.
@@ -64,7 +66,7 @@ def aligned(student: Tensor, teacher: Tensor, shared: Shared = compute_now) -> t
 
 
 def unit(x: Tensor, dim: int | tuple[int, ...] = -1, eps: float = EPS) -> Tensor:
-    """``x / sqrt(sum x^2 + eps)`` along ``dim``: L2 normalization with finite value and gradient at zero."""
+    """``x / sqrt(sum x^2 + eps)`` along ``dim``, of any shape (...,): finite value and gradient at zero."""
     return x * (x.square().sum(dim, keepdim=True) + eps).rsqrt()
 
 

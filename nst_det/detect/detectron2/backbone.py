@@ -93,13 +93,21 @@ def norm_policy(norm: str) -> str:
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The network of ``MODEL.TIMM`` alone: its levels ``MODEL.TIMM.OUT_FEATURES``."""
+    """The network of ``MODEL.TIMM`` alone: its levels ``MODEL.TIMM.OUT_FEATURES``.
+
+    Raises:
+        UserError: a key of MODEL.TIMM, or what it should freeze, can't be used.
+    """
     return _build(cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The network of ``MODEL.TIMM`` under Detectron2's FPN: ``p2`` .. ``p6`` as ``MODEL.FPN`` says."""
+    """The network of ``MODEL.TIMM`` under Detectron2's FPN: ``p2`` .. ``p6`` as ``MODEL.FPN`` says.
+
+    Raises:
+        UserError: a key of MODEL.TIMM or MODEL.FPN can't be used.
+    """
     bottom_up = _build(cfg, input_shape)
     for name in cfg.MODEL.FPN.IN_FEATURES:
         if name not in bottom_up.channels:

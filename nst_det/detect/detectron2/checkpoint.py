@@ -138,7 +138,7 @@ def _part(name: str) -> str:
 
 
 def backbone_entries(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor], Card]:
-    """What a backbone file says about a detector, by the detector's own names.
+    """What a backbone file says about a detector: the part of its state dict below the neck, by its own names.
 
     Args:
         model: with a :class:`TimmBackbone` or Detectron2's ResNet as its bottom-up.

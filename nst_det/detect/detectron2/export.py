@@ -200,5 +200,5 @@ def _measure(
 
 
 def noise_images(sizes: Sequence[int] = (2, 3, 160, 224)) -> Tensor:
-    """Normalized images of seeded noise, the same every time."""
+    """Normalized images (B, 3, H, W) of seeded noise, the same every time; ``sizes`` are B, 3, H and W in pixels."""
     return torch.randn(*sizes, generator=torch.Generator().manual_seed(0))

@@ -51,11 +51,12 @@ def distill(
     Raises:
         UserError: no such teacher, weights that don't fit it, or a method that these two can't be compared by.
 
-    Example:
-        >>> class Trainer(DefaultTrainer):                                      # doctest: +SKIP
-        ...     @classmethod
-        ...     def build_model(cls, cfg):
-        ...         return distill(super().build_model(cfg), "teacher.yaml", "nst-poly")
+    Example::
+
+        class Trainer(DefaultTrainer):
+            @classmethod
+            def build_model(cls, cfg):
+                return distill(super().build_model(cfg), "teacher.yaml", "nst-poly")
     """
     node = transfer_node()
     node.METHOD, node.LEVELS, node.WARMUP_ITERS = method, list(levels), warmup_iters

@@ -102,7 +102,7 @@ def resnet_to_detectron2(state_dict: Mapping[str, Tensor], eps: float = DETECTRO
     the running variance, so that the function computed in evaluation stays the same.
 
     Args:
-        state_dict: of the classifier or of its bottom-up, without a prefix.
+        state_dict: the state dict of the classifier or of its bottom-up, without a prefix.
         eps: epsilon of its batch normalization.
 
     Raises:
@@ -120,7 +120,7 @@ def resnet_to_detectron2(state_dict: Mapping[str, Tensor], eps: float = DETECTRO
 
 
 def resnet_from_detectron2(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back; batch counters, which Detectron2's frozen layers lack, are set to 0."""
+    """The way back, state dict to state dict; batch counters, which Detectron2's frozen layers lack, are set to 0."""
     out: dict[str, Tensor] = {}
     for name, value in state_dict.items():
         target = from_detectron2_name(name)
@@ -133,7 +133,7 @@ def resnet_from_detectron2(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def resnet_shape(state_dict: Mapping[str, Tensor]) -> ResNetShape:
-    """Read depth, groups and widths off a torchvision/timm ResNet.
+    """Read depth, groups and widths off the state dict of a torchvision/timm ResNet.
 
     Raises:
         UserError: not a ResNet that Detectron2 can build (its depths are 18, 34, 50, 101 and 152).

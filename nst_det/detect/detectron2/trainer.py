@@ -103,7 +103,11 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Ours for data sets in ``DATASETS.VOC``; Detectron2's for what Detectron2 registers."""
+        """Ours for data sets in ``DATASETS.VOC``; Detectron2's for what Detectron2 registers.
+
+        Raises:
+            UserError: no evaluator is known for this data set.
+        """
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind == "nst_voc":
             return VocEvaluator(dataset_name, inference_folder(cfg, dataset_name))
@@ -160,7 +164,11 @@ class DistillTrainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`state_dict`."""
+        """See :meth:`state_dict`.
+
+        Raises:
+            UserError: the checkpoint lacks the adapters of this run's terms.
+        """
         super().load_state_dict(state_dict)
         self._seconds_before, self._began = float(state_dict.get("seconds", 0.0)), time.monotonic()
         transfer = transfer_of(self._whole)

@@ -79,7 +79,7 @@ class Boxes(BoxCoder):
     """torchvision's box coder for boxes and deltas without the image in between."""
 
     def decode_rows(self, deltas: Tensor, boxes: Tensor) -> Tensor:
-        """(..., K * 4) deltas applied to (..., 4) boxes of the same leading shape."""
+        """(N, ..., K * 4) deltas applied to (N, ..., 4) boxes in pixels, of the same leading shape."""
         flat: Tensor = self.decode_single(deltas.flatten(0, -2), boxes.flatten(0, -2))
         return flat.reshape(deltas.shape)
 
@@ -89,7 +89,7 @@ class Boxes(BoxCoder):
 
 
 def smooth_l1_sum(predicted: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Summed smooth L1 distance, quadratic below ``beta``; plain L1 for beta 0."""
+    """Summed smooth L1 distance of two (N, D) tensors, a scalar; quadratic below ``beta``, plain L1 for beta 0."""
     if beta < 1e-5:
         return F.l1_loss(predicted, target, reduction="sum")
     return F.smooth_l1_loss(predicted, target, beta=beta, reduction="sum")

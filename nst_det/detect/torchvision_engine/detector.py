@@ -31,13 +31,20 @@ class Detector(nn.Module):
         input_format: ``RGB`` or ``BGR``: the channel order of the images.
 
     Attributes:
+        pixel_mean: (3, 1, 1), 0..255; not saved with the weights.
+        pixel_std: (3, 1, 1), likewise.
         amp: dtype of the backbone's arithmetic in training, or None for float32.  Inference is in float32, and so
             are the heads: a box coordinate above 128 has steps of a whole pixel in bfloat16.
 
     Example:
-        >>> from nst_det.detect.config import get_defaults   # doctest: +SKIP
-        >>> detector = build_detector(config)                # doctest: +SKIP
-        >>> detector.eval()([{"image": image}])[0]["boxes"]  # doctest: +SKIP
+        >>> from nst_det.detect.config import get_defaults
+        >>> config = get_defaults()
+        >>> config.MODEL.TIMM.ARCH, config.MODEL.TIMM.NORM = "nst_resnet10_w32", "BN"
+        >>> config.MODEL.ROI_BOX_HEAD.NUM_FC = 2
+        >>> detector = build_detector(config).eval()
+        >>> image = torch.zeros(3, 64, 96, dtype=torch.uint8)
+        >>> sorted(detector([{"image": image, "height": 64, "width": 96}])[0])
+        ['boxes', 'labels', 'scores']
     """
 
     pixel_mean: Tensor

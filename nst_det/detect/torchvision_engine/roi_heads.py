@@ -254,7 +254,11 @@ def to_image(found: Found, seen: tuple[int, int], size: tuple[int, int]) -> Foun
 
 
 def build_roi_heads(config: CfgNode, shapes: dict[str, Shape]) -> RoiHeads:
-    """The RoI heads of MODEL.ROI_HEADS and MODEL.ROI_BOX_HEAD on levels of the given shapes."""
+    """The RoI heads of MODEL.ROI_HEADS and MODEL.ROI_BOX_HEAD on levels of the given shapes.
+
+    Raises:
+        UserError: the levels can't be read by one head.
+    """
     roi, box = config.MODEL.ROI_HEADS, config.MODEL.ROI_BOX_HEAD
     levels = [shapes[name] for name in roi.IN_FEATURES]
     strides = [level.stride for level in levels]

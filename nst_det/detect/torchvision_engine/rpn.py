@@ -104,6 +104,9 @@ class Rpn(nn.Module):
 
         Returns:
             (N, 4) proposals of each image, best first, and the losses.
+
+        Raises:
+            UserError: training diverged, so that proposals are not finite.
         """
         levels = [maps[name] for name in self.settings.in_features]
         anchors = self.anchors(levels)
@@ -183,7 +186,11 @@ def _inside(boxes: Tensor, size: tuple[int, int], margin: float) -> Tensor:
 
 
 def build_rpn(config: CfgNode, shapes: dict[str, Shape]) -> Rpn:
-    """The proposal network of MODEL.RPN on levels of the given shapes."""
+    """The proposal network of MODEL.RPN on levels of the given shapes.
+
+    Raises:
+        UserError: the levels, or the anchors on them, can't be read by one head.
+    """
     rpn, generator = config.MODEL.RPN, config.MODEL.ANCHOR_GENERATOR
     levels = [shapes[name] for name in rpn.IN_FEATURES]
     if len({level.channels for level in levels}) != 1:

@@ -1,0 +1,270 @@
+"""What the commands do, from Python: for scripts and notebooks.
+
+The functions are in the package itself (``nst_det.compare``) and take the files and keys that the commands take.
+Where logging is not configured, they start it, so that progress is seen; in a notebook their results are tables.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from nst_det.runtime.shown import Shown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nst_det.backbones import Card
+    from nst_det.evaluate.boxes import Detections, GroundTruth
+    from nst_det.evaluate.voc import VocResult
+
+Settings = Mapping[str, Any] | Sequence[str]
+
+
+@dataclass(frozen=True)
+class ComparisonAnswer(Shown):
+    """What a comparison found; shows itself as its table.
+
+    Attributes:
+        results: as in ``report/results.json``, see :func:`nst_det.compare.results.build_results`.
+        folder: of the comparison.
+    """
+
+    results: dict[str, Any] = field(repr=False)
+    folder: Path
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One a method: ``method``, ``map`` (11-point, 0..1), ``delta_vs_ce``, ``verdict`` and more."""
+        return list(self.results["rows"])
+
+    @property
+    def report(self) -> Path:
+        """The report page."""
+        return self.folder / "report" / "index.html"
+
+    def __rich__(self) -> Table:
+        from nst_det.compare.comparison import results_table
+
+        return results_table(self.results)
+
+
+class DistillAnswer(Shown, dict[str, dict[str, Any]]):
+    """``result.json`` by method, and of the teacher under ``teacher``; shows itself as a table.
+
+    Attributes:
+        folder: OUTPUT_DIR of the call.
+    """
+
+    folder: str
+
+    def __rich__(self) -> Table:
+        from nst_det.distill.table import results_table
+
+        return results_table(self, self.folder)
+
+
+def compare(
+    config_file: str | Path, settings: Settings = (), *, output: str | Path | None = None, jobs: int = 0
+) -> ComparisonAnswer:
+    """Every method and seed through both stages, then the report; goes on where it was stopped.
+
+    ``nst-det compare`` does the same.  The runs are processes of their own.
+
+    Args:
+        config_file: YAML of the comparison.
+        settings: keys with other values, ``{"SEEDS": [0, 1], "DETECT.SOLVER.MAX_ITER": 300}``, or the words of the
+            command line.
+        output: the folder of the comparison, in place of OUTPUT_DIR.
+        jobs: runs side by side; 0 takes as many as there are cores or GPUs.
+
+    Raises:
+        UserError: the input of the comparison, or of one of its stages, can't be used.
+        RunFailed: a run ended with an error; the same call goes on from what is done.
+        Stopped: it was interrupted; the same call goes on from what is done.
+
+    Example:
+        >>> import nst_det
+        >>> answer = nst_det.compare("my_project/compare.yaml", {"METHODS": ["ce"], "SEEDS": [0]})
+        >>> [row["method"] for row in answer.rows]
+        ['scratch', 'ce']
+        >>> answer.report.name
+        'index.html'
+    """
+    from nst_det.compare.comparison import compare as run
+    from nst_det.compare.config import load_comparison
+
+    _show_progress()
+    comparison = load_comparison(config_file, output, words(settings))
+    return ComparisonAnswer(run(comparison, jobs), comparison.folder)
+
+
+def distill(config_file: str | Path, settings: Settings = ()) -> DistillAnswer:
+    """Stage one: the teacher, and a backbone file for each method; ``nst-det distill`` does the same.
+
+    It runs in this process.  What is done already in OUTPUT_DIR is not done again.
+
+    Args:
+        config_file: YAML of stage one.
+        settings: keys with other values, ``{"METHODS": ["ce", "kd"]}``, or the words of the command line.
+
+    Returns:
+        By method: ``top1`` and ``top5`` on the validation split (0..1), ``seconds``, ``steps``, ``params``, and
+        ``backbone``, the file.
+
+    Raises:
+        UserError: something in config, data or weights can't be used, or the teacher is worse than expected.
+
+    Example:
+        >>> import nst_det
+        >>> answer = nst_det.distill("my_project/distill.yaml", {"METHODS": ["kd+nst-poly"]})
+        >>> list(answer)
+        ['teacher', 'kd+nst-poly']
+        >>> 0 <= answer["kd+nst-poly"]["top1"] <= 1
+        True
+    """
+    from nst_det.distill.config import load_distill_config
+    from nst_det.distill.stage import distill as run
+
+    _show_progress()
+    config = load_distill_config(config_file, words(settings))
+    answer = DistillAnswer(run(config))
+    answer.folder = config.OUTPUT_DIR
+    return answer
+
+
+def load_backbone(weights: str | Path) -> tuple[nn.Module, Card]:
+    """A distilled network, whole, in evaluation mode on the CPU, and its card.
+
+    It is a timm model: ``model(images)`` gives logits (B, classes), ``model.forward_intermediates(images)`` maps.
+    Images are (B, 3, H, W), normalized as ``card.input`` says.  :func:`nst_det.backbones.bottomup_from_file` gives
+    the part that a detector stands on.
+
+    Args:
+        weights: a ``.safetensors`` path or ``backbone://NAME``.
+
+    Raises:
+        UserError: no such file, damaged, not what its card says, or weights that don't fit the architecture.
+
+    Example:
+        >>> import nst_det, torch
+        >>> model, card = nst_det.load_backbone("my_project/output/backbones/my_project-ce-s0.safetensors")
+        >>> card.arch, card.method
+        ('nst_resnet10_w32', 'ce')
+        >>> tuple(model(torch.zeros(2, 3, 64, 64)).shape) == (2, card.num_classes)
+        True
+    """
+    from nst_det.backbones import classifier_from_file
+
+    return classifier_from_file(weights)
+
+
+def evaluate_voc(
+    detections: str | Path,
+    voc_root: str | Path,
+    split: str = "test",
+    classes: Sequence[str] | None = None,
+    iou: float | Sequence[float] = 0.5,
+    coco_names: str | Path | None = None,
+) -> VocResult:
+    """VOC AP of anyone's detections, equal to the devkit's; ``nst-det evaluate`` does the same.
+
+    Args:
+        detections: a folder with ``comp4_det_SPLIT_CLASS.txt``, a ``detections.json``, or COCO results.
+        voc_root: the VOC folder with the annotations.
+        split: a list in ``ImageSets/Main``.
+        classes: names; None takes those of the split's annotations.
+        iou: overlap thresholds, above 0 and at most 1.
+        coco_names: a COCO annotation file that says which image and class the numbers in COCO results mean.
+
+    Raises:
+        UserError: files, a line or entry in them, or a threshold that can't be used.
+
+    Example:
+        >>> import nst_det
+        >>> found = "my_project/output/detect/seed0/ce/detections.json"
+        >>> result = nst_det.evaluate_voc(found, "my_images", "nst_det_test", iou=[0.5, 0.75])
+        >>> result.classes == tuple(sorted(result.classes)), result.map11.shape
+        (True, (2,))
+    """
+    from nst_det.evaluate.voc import evaluate_voc as score
+
+    return score(*read_voc(detections, voc_root, split, classes, coco_names), check_overlaps(iou))
+
+
+def read_voc(
+    detections: str | Path,
+    voc_root: str | Path,
+    split: str = "test",
+    classes: Sequence[str] | None = None,
+    coco_names: str | Path | None = None,
+) -> tuple[Detections, GroundTruth]:
+    """Detections and the ground truth that they are measured against; arguments as :func:`evaluate_voc`.
+
+    Returns:
+        N detections and M objects, as flat arrays: boxes (N, 4) and (M, 4), 1-based inclusive pixels.
+
+    Raises:
+        UserError: files, or a line or entry in them, that can't be used.
+    """
+    from nst_det.data.voc import VocDataset
+    from nst_det.evaluate.boxes import GroundTruth
+    from nst_det.evaluate.read import read_coco_names, read_detections
+
+    data = VocDataset(voc_root, split, classes)
+    truth = GroundTruth.from_annotations(data.annotations(), data.classes)
+    names = None if coco_names is None else read_coco_names(coco_names)
+    return read_detections(detections, data.ids, data.classes, split, names), truth
+
+
+def check_overlaps(iou: float | Sequence[float]) -> list[float]:
+    """Overlap thresholds as a list.
+
+    Raises:
+        UserError: one is not above 0 and at most 1.
+    """
+    from nst_det.errors import UserError
+
+    values = [float(iou)] if isinstance(iou, int | float) else [float(value) for value in iou]
+    if not values or not all(0 < value <= 1 for value in values):
+        raise UserError(f"iou {' '.join(map(str, values))}: overlap thresholds lie above 0 and at most at 1")
+    return values
+
+
+def words(settings: Settings) -> list[str]:
+    """Settings as KEY VALUE words of the command line.
+
+    Raises:
+        UserError: a value that can't be written in a config.
+
+    Example:
+        >>> words({"SEEDS": [0, 1], "NAME": "mine", "DETECT.SOLVER.BASE_LR": 1e-3})
+        ['SEEDS', '[0, 1]', 'NAME', 'mine', 'DETECT.SOLVER.BASE_LR', '0.001']
+    """
+    if not isinstance(settings, Mapping):
+        return list(settings)
+    return [word for key, value in settings.items() for word in (key, _text(key, value))]
+
+
+def _text(key: str, value: Any) -> str:
+    from nst_det.errors import UserError
+    from nst_det.runtime.config import parse_value
+
+    value = str(value) if isinstance(value, Path) else value
+    for text in ([value] if isinstance(value, str) else []) + [repr(value)]:
+        if parse_value(text) == value:
+            return text
+    raise UserError(f"settings: {key}: {value!r:.80} can't be written in a config; give numbers, text, lists or dicts")
+
+
+def _show_progress() -> None:
+    """Start logging, unless the caller has configured it."""
+    from nst_det.runtime.progress import start_logging
+
+    if not logging.getLogger().handlers:
+        start_logging()
