@@ -156,6 +156,18 @@ def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, Level
     return Outputs(logits=logits, maps=dict(zip(levels, maps)), embedding=seen[0].flatten(1) if seen else None)
 
 
+def probe_outputs(model: nn.Module, levels: Mapping[str, LevelInfo], size: int) -> Outputs:
+    """What :func:`forward_outputs` gives for one black image of ``size`` pixels; the model is left as it was."""
+    with _evaluating(model), torch.no_grad():
+        return forward_outputs(model, probe_image(model, size), levels)
+
+
+def backbone_parameters(model: nn.Module) -> list[Tensor]:
+    """The trainable parameters of a classifier without those of its last layer, weight (K, D) and bias (K,)."""
+    last = {id(parameter) for parameter in model.get_classifier().parameters()}  # type: ignore[operator]
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in last]
+
+
 def embedding_width(model: nn.Module) -> int:
     """D of the embedding that :func:`forward_outputs` gives; 0 if there is no classifier to enter."""
     with _evaluating(model), torch.no_grad():

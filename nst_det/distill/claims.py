@@ -19,7 +19,7 @@ FREE = ("METHODS", "OUTPUT_DIR", "REGISTRY", "TENSORBOARD", "CHECKPOINT_PERIOD",
 FREE_CACHE = ("CACHE.DIR", "CACHE.MAX_GIB")
 # the fingerprint speaks for the folder
 FREE_DATA = ("DATA.ROOT", "DATA.CACHE_GIB")
-KEYED_BY_TERM = ("WEIGHTS", "TERM_LEVELS", "OPTIONS")
+KEYED_BY_TERM = ("WEIGHTS", "TERM_LEVELS", "OPTIONS", "AUTO_WEIGHT")
 
 
 def student_claim(config: CfgNode, method: Method, fingerprint: str, teacher_sha256: str) -> dict[str, Any]:

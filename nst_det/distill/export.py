@@ -50,6 +50,7 @@ def finish(student: Student, network: Network, data: StageOneData, path: Path, *
     card = save_backbone(path, student.model, card)
     result = {
         "method": student.word,
+        "weights": card.weights,
         "backbone": str(path),
         "sha256": card.sha256,
         "name": path.stem,

@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from nst_det.distill.accuracy import Accuracy
 from nst_det.distill.clock import Clock
 from nst_det.distill.images import Batch, Normalizer
+from nst_det.distill.opening import log_balance
 from nst_det.distill.student import Student
-from nst_det.distill.teacher import Teacher
 from nst_det.runtime.progress import progress
+from nst_det.transfer import Outputs
 
 SHOWN_LOSSES = 3
 # batches of the steps from the first to before the last
 Steps = Callable[[int, int], Iterator[Batch]]
+# what a teacher or its cache says about normalized images and the views that these are
+Teaching = Callable[[Tensor, Tensor | None], Outputs]
 # accuracy of the students by their words
 Measure = Callable[[Sequence[Student]], dict[str, Accuracy]]
 
 
 def train_side_by_side(
     students: Sequence[Student],
-    teacher: Teacher | None,
+    teacher: Teaching | None,
     steps: Steps,
     normalize: Normalizer,
     measure: Measure,
@@ -63,6 +67,7 @@ def train_side_by_side(
         for step in range(first, last):
             active = [student for student in students if student.step == step]
             losses = one_step(active, teacher, batches, normalize, clock)
+            log_balance(active)
             done = step + 1
             if done % log_period == 0 or done == last:
                 for student in active:
@@ -79,7 +84,7 @@ def train_side_by_side(
 
 
 def one_step(
-    active: Sequence[Student], teacher: Teacher | None, batches: Iterator[Batch], normalize: Normalizer, clock: Clock
+    active: Sequence[Student], teacher: Teaching | None, batches: Iterator[Batch], normalize: Normalizer, clock: Clock
 ) -> dict[str, float]:
     """One batch, one teacher pass, one optimizer step of each active student.
 
@@ -94,7 +99,7 @@ def one_step(
     said = None
     if teacher is not None and any(student.needs_teacher for student in active):
         with clock("teacher"):
-            said = teacher(images)
+            said = teacher(images, batch.rows)
     share = (clock.total() - start) / len(active)
     for student in active:
         start = clock.total()

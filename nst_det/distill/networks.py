@@ -172,6 +172,7 @@ def build_losses(
                     weights=plain(node.WEIGHTS),
                     term_levels=plain(node.TERM_LEVELS),
                     options=plain(node.OPTIONS),
+                    auto_weight=plain(node.AUTO_WEIGHT),
                     **sizes,
                 )
         except (ValueError, TypeError) as error:

@@ -27,6 +27,7 @@ from nst_det.distill.networks import (
     initial_teacher,
     same_labels,
 )
+from nst_det.distill.opening import log_shapes
 from nst_det.distill.student import Student
 from nst_det.distill.teacher import Teacher
 from nst_det.errors import UserError
@@ -85,13 +86,19 @@ class StageOne:
         # before hours of training, not after: every method's levels, terms and options
         labels_shared = teacher is not None and same_labels(teacher, classes)
         losses = build_losses(self.config, self.methods, student, teacher, labels_shared)
+        if teacher is not None:
+            log_shapes(losses, student, teacher, self.config.DATA.IMAGE_SIZE)
         results = {}
         if teacher is not None:
             results["teacher"] = self.prepare_teacher(teacher, labels_shared)
         return results | self.train_students(student, teacher, losses, results.get("teacher", {}))
 
     def prepare_teacher(self, network: Network, labels_shared: bool) -> dict[str, Any]:
-        """Train or take the teacher, measure it, and stop if it is worse than expected."""
+        """Train or take the teacher, measure it, and stop if it is worse than expected.
+
+        Raises:
+            UserError: it is worse than TEACHER.EXPECTED_TOP1, or that can't be measured.
+        """
         folder = RunFolder(self.output / "teacher")
         with folder.opened(teacher_claim(self.config, self.data.fingerprint, network.sha256)):
             if not folder.done and not network.sha256 and self.config.TEACHER.TRAIN:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nst_det.backbones import LevelInfo, forward_outputs
+from nst_det.backbones.levels import backbone_parameters
 from nst_det.distill.accuracy import Accuracy
 from nst_det.distill.layout import by_positions
 from nst_det.distill.solver import build_optimizer, clip_gradients, lr_factor
@@ -76,8 +77,18 @@ class Student:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self._metrics: MetricsWriter | None = None
 
+    @property
+    def just_measured(self) -> bool:
+        """Whether the step that was just done is the last one in which the terms were measured."""
+        balance = self.transfer.balance
+        return bool(balance.lines) and self.step == balance.measured
+
     def start(self, tensorboard: bool) -> None:
-        """Load the newest checkpoint, if there is one, and open the metrics."""
+        """Load the newest checkpoint, if there is one, and open the metrics.
+
+        Raises:
+            UserError: the checkpoint is of another run.
+        """
         state = load_latest_checkpoint(self.folder.checkpoints)
         if state is not None:
             self._load(state)
@@ -97,6 +108,9 @@ class Student:
             images: (B, 3, H, W), normalized.
             labels: (B,).
             teacher: what the teacher said about ``images``; None where the method has no terms.
+
+        Raises:
+            UserError: AUTO_WEIGHT names a term that doesn't reach the backbone.
         """
         # dropout and the like: the same draws at this step whoever trains beside
         torch.manual_seed(derive_seed(self.seed, "forward", self.step))
@@ -111,10 +125,21 @@ class Student:
         terms = {"ce": self.solver.CE_WEIGHT * ce}
         if teacher is not None:
             rise = min(1.0, (self.step + 1) / self.warmup) if self.warmup else 1.0
-            terms |= {name: rise * value for name, value in self.transfer(outputs, teacher).items()}
+            weighted = self._balanced(terms["ce"], self.transfer(outputs, teacher))
+            terms |= {name: rise * value for name, value in weighted.items()}
         total = torch.stack(list(terms.values())).sum()
         self._scaler.scale(total).backward()
         self.terms, self.total = {name: value.detach() for name, value in terms.items()}, total.detach()
+
+    def _balanced(self, task: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms, measured against the task in the first steps, by the weights that are chosen there."""
+        balance = self.transfer.balance
+        if not balance.wants(self.step):
+            return terms
+        try:
+            return balance(task, terms, backbone_parameters(self.model))
+        except ValueError as error:
+            raise UserError(f"{self.word}: TRANSFER.{error}") from error
 
     def update(self) -> None:
         """One optimizer step with the gradients that are there."""

@@ -231,6 +231,10 @@ def transfer_node() -> CfgNode:
     LEVELS are feature levels of the student, or ``student:teacher`` pairs (``res3:res4``).  WEIGHTS, OPTIONS
     and TERM_LEVELS are keyed by term (``{at: 10.0}``, ``{kd: {temperature: 2.0}}``, ``{fitnet: [res4]}``) and
     go before each term's own default; a weight in the method's word (``at:10``) goes before all.
+
+    AUTO_WEIGHT, keyed by term too (``{nst-poly: 0.5}``), goes before WEIGHTS: the weight is the one at which the term's
+    gradient in the student's backbone has that share of the task's gradient norm, by the median of the first five
+    steps (see :class:`nst_det.transfer.balance.Balance`), and stays.
     """
     node = CfgNode()
     node.LEVELS = []
@@ -238,5 +242,6 @@ def transfer_node() -> CfgNode:
     node.WEIGHTS = CfgNode(new_allowed=True)
     node.TERM_LEVELS = CfgNode(new_allowed=True)
     node.OPTIONS = CfgNode(new_allowed=True)
+    node.AUTO_WEIGHT = CfgNode(new_allowed=True)
     node.WARMUP_ITERS = 0
     return node

@@ -17,6 +17,7 @@ from nst_det.transfer.pkd import pkd_loss  # isort: skip
 from nst_det.transfer.mgd import generation_loss  # isort: skip
 
 # isort: split
+from nst_det.transfer.balance import TermBalance, gradient_norms
 from nst_det.transfer.loss import TransferLoss, build_transfer
 from nst_det.transfer.method import LABELS_ONLY, Method, parse_method
 from nst_det.transfer.shapes import PairShape, pair_shapes
@@ -28,6 +29,7 @@ __all__ = [
     "Pair",
     "PairShape",
     "Term",
+    "TermBalance",
     "TransferLoss",
     "at_loss",
     "build_transfer",
@@ -35,6 +37,7 @@ __all__ = [
     "gaussian_nll",
     "generation_loss",
     "get_term",
+    "gradient_norms",
     "hint_loss",
     "kd_loss",
     "lp_loss",

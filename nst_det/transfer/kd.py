@@ -28,7 +28,8 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0, shared: 
         raise ValueError(f"kd compares logits of one shape; got {tuple(student.shape)} and {tuple(teacher.shape)}")
     target = shared(("kd", temperature), lambda: F.log_softmax(full_precision(teacher.detach()) / temperature, dim=1))
     log_probability = F.log_softmax(full_precision(student) / temperature, dim=1)
-    return F.kl_div(log_probability, target, reduction="batchmean", log_target=True) * temperature**2
+    # a batch of RoIs can be empty, and has the value 0 then
+    return F.kl_div(log_probability, target, reduction="sum", log_target=True) / max(len(student), 1) * temperature**2
 
 
 class KD(nn.Module):

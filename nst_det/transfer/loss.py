@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from nst_det.transfer.balance import Balance
 from nst_det.transfer.method import Method, parse_method
 from nst_det.transfer.outputs import Outputs
 from nst_det.transfer.registry import Pair, Term, check_weight, get_term
@@ -27,6 +29,7 @@ class TransferLoss(nn.Module):
         weights: term to weight; may be changed between steps.
         pairs: term to the pairs of places it compares; a term's value is the sum over its pairs.
         kinds: term to the kinds of output that it reads from student and teacher.
+        balance: measures the terms in the first steps, and sets the weights that are chosen there.
     """
 
     def __init__(
@@ -35,10 +38,12 @@ class TransferLoss(nn.Module):
         weights: Mapping[str, float],
         pairs: Mapping[str, Sequence[Pair]],
         options: Mapping[str, Mapping[str, Any]],
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.method = method
         self.weights = dict(weights)
+        self.balance = Balance(self.weights, shares or {})
         self.pairs = {name: tuple(places) for name, places in pairs.items()}
         self.terms = nn.ModuleDict(
             {
@@ -111,6 +116,7 @@ def build_transfer(
     weights: Mapping[str, float] | None = None,
     term_levels: Mapping[str, Sequence[Level]] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    auto_weight: Mapping[str, float] | None = None,
 ) -> TransferLoss:
     """The losses of ``method`` for one student and one teacher.
 
@@ -127,7 +133,9 @@ def build_transfer(
         term_levels: term to its own levels instead of ``levels``; a student's level that stands in ``levels`` keeps
             its partner there.
         options: term to its options (``{"kd": {"temperature": 2.0}}``).
-            These three may name terms that this method lacks, so that one configuration serves several methods.
+        auto_weight: term to the share of the task's gradient norm at the student's backbone that its weight is to
+            give it (see :class:`~nst_det.transfer.balance.Balance`); goes before ``weights``, not before the word.
+            These four may name terms that this method lacks, so that one configuration serves several methods.
 
     Returns:
         The module; its adapters are drawn from torch's global generator on the CPU.
@@ -144,8 +152,8 @@ def build_transfer(
         ['nst-poly']
     """
     method = parse_method(method)
-    weights, options, term_levels = weights or {}, options or {}, term_levels or {}
-    for name in (*weights, *options, *term_levels):
+    weights, options, term_levels, wished = weights or {}, options or {}, term_levels or {}, auto_weight or {}
+    for name in (*weights, *options, *term_levels, *wished):
         get_term(name)
     channels = (student_channels or {}, teacher_channels or {})
     partners = _level_pairs(levels, {})
@@ -156,17 +164,28 @@ def build_transfer(
         ("teacher", "embedding"): teacher_embedding,
     }
     chosen: dict[str, float] = {}
+    shares: dict[str, float] = {}
     pairs: dict[str, list[Pair]] = {}
     for name, weight in method:
         term = get_term(name)
         in_config = check_weight(name, weights.get(name, term.weight))
         chosen[name] = in_config if weight is None else weight
+        if weight is None and name in wished:
+            # until the first step is measured it has the weight that it would have had, but something to scale
+            shares[name], chosen[name] = _checked_share(name, wished[name]), in_config or 1.0
         if term.level == "maps":
             places = _level_pairs(term_levels[name], dict(partners)) if term_levels.get(name) else partners
             pairs[name] = _map_pairs(term, places, *channels)
         else:
             pairs[name] = [_vector_pair(term, widths)]
-    return TransferLoss(method, chosen, pairs, {name: _checked_options(get_term(name), options) for name in pairs})
+    checked = {name: _checked_options(get_term(name), options) for name in pairs}
+    return TransferLoss(method, chosen, pairs, checked, shares)
+
+
+def _checked_share(name: str, share: float) -> float:
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
+        raise ValueError(f"AUTO_WEIGHT: the share of '{name}' must be a finite number above 0, not {share!r}")
+    return float(share)
 
 
 def _level_pairs(levels: Iterable[Level], partners: Mapping[str, str]) -> list[tuple[str, str]]:

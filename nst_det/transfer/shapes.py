@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nst_det.transfer.loss import TransferLoss
 from nst_det.transfer.outputs import Outputs
 from nst_det.transfer.tensors import common_size
+
+HEADINGS = ("term", "student", "teacher", "alignment")
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class PairShape:
         teacher: the teacher's.
         student_shape: without the batch, (C, H, W) for maps.
         teacher_shape: the same for the teacher.
+        student_stride: of a map, in pixels; None where it isn't known.
+        teacher_stride: the same for the teacher.
         alignment: what is done about a difference, in words; ``none`` where sizes agree.
     """
 
@@ -27,11 +32,37 @@ class PairShape:
     teacher: str
     student_shape: tuple[int, ...]
     teacher_shape: tuple[int, ...]
+    student_stride: int | None
+    teacher_stride: int | None
     alignment: str
 
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """What stands under :data:`HEADINGS`."""
+        student = _place(self.student, self.student_shape, self.student_stride)
+        return self.term, student, _place(self.teacher, self.teacher_shape, self.teacher_stride), self.alignment
 
-def pair_shapes(loss: TransferLoss, student: Outputs, teacher: Outputs) -> list[PairShape]:
+
+def _place(name: str, shape: tuple[int, ...], stride: int | None) -> str:
+    size = " x ".join(map(str, shape))
+    return f"{name}: {size}" + ("" if stride is None else f", stride {stride}")
+
+
+def pair_shapes(
+    loss: TransferLoss,
+    student: Outputs,
+    teacher: Outputs,
+    student_strides: Mapping[str, int] | None = None,
+    teacher_strides: Mapping[str, int] | None = None,
+) -> list[PairShape]:
     """Each pair that ``loss`` compares in these outputs.
+
+    Args:
+        loss: of one method.
+        student: what it said about some image.
+        teacher: what it said about the same image.
+        student_strides: level to stride, where it is known.
+        teacher_strides: the same for the teacher.
 
     Raises:
         ValueError: an output that a term reads isn't there.
@@ -46,7 +77,7 @@ def pair_shapes(loss: TransferLoss, student: Outputs, teacher: Outputs) -> list[
                 height, width = common_size(mine, theirs)
                 sides = [who for who, x in (("student", mine), ("teacher", theirs)) if x.shape[2:] != (height, width)]
                 alignment = f"{' and '.join(sides)} averaged down to {height} x {width}"
-            lines.append(
-                PairShape(name, pair.student, pair.teacher, tuple(mine.shape[1:]), tuple(theirs.shape[1:]), alignment)
-            )
+            shapes = tuple(mine.shape[1:]), tuple(theirs.shape[1:])
+            strides = (student_strides or {}).get(pair.student), (teacher_strides or {}).get(pair.teacher)
+            lines.append(PairShape(name, pair.student, pair.teacher, *shapes, *strides, alignment))
     return lines

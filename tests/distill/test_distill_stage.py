@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import checkpoints
 from nst_det.runtime.metrics import read_metrics
 from nst_det.runtime.run import RunFolder
+from nst_det.transfer.balance import Balance
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "distill"
 STEPS = 8
@@ -250,6 +252,75 @@ def test_sigkill_and_again(finished, images, tmp_path):
         assert other["sha256"] == results[method]["sha256"]
 
 
+def test_shapes_before_the_teacher_and_balance_in_the_first_step_are_said(images, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    keys = {"TRANSFER.WEIGHTS": {"fitnet": 1e4}, "TRANSFER.TERM_LEVELS": {"fitnet": ["res3:res4"]}}
+    run(images, tmp_path, METHODS=["ce", "fitnet", "kd+nst-poly"], **keys, **{"SOLVER.MAX_ITER": 2})
+    said = [record.getMessage() for record in caplog.records]
+    shapes, gate, balance = (
+        next(index for index, text in enumerate(said) if text.startswith(start))
+        for start in ("compared at 32 x 32 pixels", "teacher small-teacher: top-1", "terms against the labels' loss")
+    )
+    assert shapes < gate < balance
+    assert "fitnet     res3: 64 x 4 x 4, stride 8     res4: 128 x 2 x 2, stride 16   student averaged" in said[shapes]
+    assert said[shapes].count("nst-poly") == 2
+    assert [line.split()[:2] for line in said[balance].splitlines()[3:]] == [
+        ["fitnet", "fitnet"], ["kd+nst-poly", "kd"], ["kd+nst-poly", "nst-poly"]
+    ]  # fmt: skip
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len([text for text in warnings if text.startswith("fitnet: the gradient of fitnet")]) == 1
+
+
+def test_measuring_the_first_step_does_not_change_the_run(finished, images, tmp_path, monkeypatch):
+    output, results = finished
+    monkeypatch.setattr(Balance, "wants", lambda *_: False)
+    assert_same_run(output, tmp_path, results, run(images, tmp_path))
+
+
+def test_auto_weight_is_in_card_and_result_and_goes_on_to_the_same_bits(images, tmp_path, monkeypatch):
+    keys = {"METHODS": ["ce", "kd+nst-poly"], "TRANSFER.AUTO_WEIGHT": {"nst-poly": 0.5}, "CHECKPOINT_PERIOD": 3}
+    results = run(images, tmp_path / "whole", **keys)
+    real = Student.update
+
+    def stopping(self):
+        # three of the five steps are measured by then
+        if (self.word, self.step) == ("kd+nst-poly", 3):
+            raise Stop
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "update", stopping)
+        with pytest.raises(Stop):
+            run(images, tmp_path / "part", **keys)
+    others = run(images, tmp_path / "part", **keys)
+    assert_same_run(tmp_path / "whole", tmp_path / "part", results, others, keys["METHODS"])
+    card = load_card(results["kd+nst-poly"]["backbone"])
+    assert card.weights == results["kd+nst-poly"]["weights"] == others["kd+nst-poly"]["weights"]
+    assert card.weights["kd"] == 1.0
+    assert card.weights["nst-poly"] not in (10.0, 50.0)
+    assert card.config["TRANSFER"]["AUTO_WEIGHT"] == {"nst-poly": 0.5}
+    # it concerns the methods with that term alone
+    assert run(images, tmp_path / "whole", **{**keys, "METHODS": ["ce"], "TRANSFER.AUTO_WEIGHT": {}})["ce"]
+    with pytest.raises(UserError, match=r"TRANSFER.AUTO_WEIGHT.nst-poly 0.5, now it is None"):
+        run(images, tmp_path / "whole", **{**keys, "TRANSFER.AUTO_WEIGHT": {}})
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"TRANSFER.LEVELS": ["res9"]}, "the student has no level 'res9'; it has res2, res3, res4, res5"),
+        ({"TRANSFER.LEVELS": ["res3:p3"]}, "the teacher has no level 'p3'; it has res2, res3, res4, res5"),
+        ({"TRANSFER.LEVELS": ["res3:res4"], "METHODS": ["pkd"]}, "pkd.*res3:res4 has 64 in the student and 128"),
+        ({"TRANSFER.AUTO_WEIGHT": {"nst": 1}}, "unknown term 'nst'; known: kd, fitnet"),
+        ({"TRANSFER.AUTO_WEIGHT": {"fitnet": 0}}, "the share of 'fitnet' must be a finite number above 0"),
+    ],
+)
+def test_wrong_levels_and_impossible_pairs_stop_before_the_teacher(images, tmp_path, keys, said):
+    with pytest.raises(UserError, match=f"config: TRANSFER: .*{said}"):
+        run(images, tmp_path, **keys)
+    assert not (tmp_path / "teacher").exists()
+
+
 def test_a_folder_with_another_run_is_refused(finished, images):
     output, _ = finished
     with pytest.raises(UserError, match="holds a run with SOLVER.BASE_LR 0.002, now it is 0.5"):
@@ -370,9 +441,9 @@ def test_one_teacher_pass_feeds_all_students(images, tmp_path, monkeypatch):
     calls = []
     real = Teacher(networks.copy_of(teacher, stage.device), ["res3", "res4"], None)
 
-    def asked(batch):
+    def asked(batch, rows):
         calls.append(batch)
-        return real(batch)
+        return real(batch, rows)
 
     students = [stage._student(w, student, losses[w], stage.config.SOLVER, RunFolder(tmp_path / w)) for w in METHODS]
     batches = stage.data.train_steps(stage.config.DATA.AUGMENT, 7)(0, 2)

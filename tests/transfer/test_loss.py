@@ -233,12 +233,17 @@ def test_compiles_without_graph_breaks():
 
 def test_shape_report():
     student, teacher = outputs()
-    lines = {(line.term, line.student): line for line in pair_shapes(build("kd+at"), student, teacher)}
-    assert lines["kd", "logits"].alignment == "none"
+    strides = {"res3": 8, "res4": 16}, {"res3": 8, "res5": 32}
+    lines = {(line.term, line.student): line for line in pair_shapes(build("kd+at"), student, teacher, *strides)}
+    assert list(lines) == [("kd", "logits"), ("at", "res3"), ("at", "res4")]
+    assert lines["kd", "logits"].cells == ("kd", "logits: 10", "logits: 10", "none")
     assert lines["at", "res3"].alignment == "none"
     line = lines["at", "res4"]
     assert (line.student_shape, line.teacher_shape) == ((8, 4, 4), (16, 2, 2))
-    assert line.alignment == "student averaged down to 2 x 2"
+    assert (line.student_stride, line.teacher_stride) == (16, 32)
+    assert line.cells == (
+        "at", "res4: 8 x 4 x 4, stride 16", "res5: 16 x 2 x 2, stride 32", "student averaged down to 2 x 2"
+    )  # fmt: skip
 
 
 def test_every_term_is_complete():
