@@ -16,6 +16,8 @@ from nst_det.runtime.config import expand_path, flat, load_config, parse_value, 
 
 log = logging.getLogger(__name__)
 
+# of TEST.SELECT
+LAST, BEST = "last", "best"
 ENGINES = ("auto", "detectron2", "torchvision")
 INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 
@@ -28,6 +30,8 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     TRANSFER                              see :func:`~nst_det.runtime.config.transfer_node`; LEVELS are ``p2`` ..
                                           ``p6`` or ``res2`` .. ``res5``, WARMUP_ITERS raises the weights linearly
     TRANSFER.METHOD                       the method's word; ``ce``: no transfer while the detector trains
+    TRANSFER.OPTIONS.kd.temperature       1 here: the softer targets of classification are noise to a detector (Chen et
+                                          al. 2017, who tried others; mdistiller's detectors have 1 too)
     TRANSFER.TEACHER.CONFIG_FILE          config of the teacher detector
     TRANSFER.TEACHER.WEIGHTS              its weights; "" takes those that its config names
     MODEL.TIMM.ARCH                       timm name of the backbone of build_timm_backbone and
@@ -47,15 +51,15 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     DATASETS.VAL_FRACTION                 share of the images of each of DATASETS.TRAIN that is kept from training and
                                           validated on (some of each class); 0 keeps none
     DATASETS.VAL_SEED                     chooses these images, the same whatever the SEED
+    TEST.SELECT                           the weights that are evaluated on DATASETS.TEST, once: those of the last step,
+                                          or best: those with the highest mAP on the validation split
     DATALOADER.CACHE_IMAGES_MB            decoded images are kept in memory if all of a set fit in this many MB
     ====================================  ==========================================================================
     """
     # a config of Detectron2 merges files only into nodes of its own class
     kind = type(cfg)
     cfg.ENGINE = "auto"
-    cfg.TRANSFER = _as_kind(transfer_node(), kind)
-    cfg.TRANSFER.METHOD = "ce"
-    cfg.TRANSFER.TEACHER = kind({"CONFIG_FILE": "", "WEIGHTS": ""})
+    cfg.TRANSFER = _as_kind(detector_transfer_node(), kind)
     cfg.MODEL.TIMM = kind()
     cfg.MODEL.TIMM.ARCH = "resnet18"
     cfg.MODEL.TIMM.PRETRAINED = False
@@ -71,7 +75,17 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     cfg.DATASETS.USE_DIFFICULT = False
     cfg.DATASETS.VAL_FRACTION = 0.0
     cfg.DATASETS.VAL_SEED = 0
+    cfg.TEST.SELECT = "last"
     cfg.DATALOADER.CACHE_IMAGES_MB = 1024
+
+
+def detector_transfer_node() -> CfgNode:
+    """The ``TRANSFER`` keys of stage two: those of both stages, and the method and teacher of one detector."""
+    node = transfer_node()
+    node.OPTIONS.kd = CfgNode({"temperature": 1.0})
+    node.METHOD = "ce"
+    node.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": ""})
+    return node
 
 
 def _as_kind(node: CfgNode, kind: type[CfgNode]) -> CfgNode:
@@ -137,6 +151,22 @@ def check_config(config: CfgNode, source: str = "detection config") -> None:
             )
     _check_levels(config, source)
     _check_numbers(config, source)
+    check_select(config, source)
+
+
+def check_select(config: CfgNode, source: str) -> None:
+    """Refuse a TEST.SELECT that can't be followed.
+
+    Raises:
+        UserError: an unknown word, or ``best`` without a validation split and a period.
+    """
+    if config.TEST.SELECT not in (LAST, BEST):
+        raise UserError(f"{source}: TEST.SELECT '{config.TEST.SELECT}' is not one of {LAST}, {BEST}")
+    if config.TEST.SELECT == BEST and not (config.DATASETS.VAL_FRACTION and config.TEST.EVAL_PERIOD):
+        raise UserError(
+            f"{source}: TEST.SELECT best needs a validation split to choose by, and when to look at it; set "
+            "DATASETS.VAL_FRACTION (such as 0.2) and TEST.EVAL_PERIOD, or SELECT last"
+        )
 
 
 def _check_levels(config: CfgNode, source: str) -> None:

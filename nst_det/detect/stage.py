@@ -14,10 +14,13 @@ from fvcore.common.config import CfgNode
 from nst_det.backbones import count_parameters
 from nst_det.data.holdout import JoinedVoc
 from nst_det.data.voc import VocDataset
+from nst_det.detect.best import keep_best, settle
 from nst_det.detect.config import load_detect_config, resolve_classes, resolve_device
 from nst_det.detect.dataset import data_classes, evaluation_batches, open_voc, training_batches
-from nst_det.detect.distilled import DistilledDetector, distill, level_channels, wants_teacher
+from nst_det.detect.distilled import DistilledDetector, distill, wants_teacher
 from nst_det.detect.evaluation import detect, score, write_detections
+from nst_det.detect.feature_maps import level_channels
+from nst_det.detect.opening import log_shapes
 from nst_det.detect.torchvision_engine import Detector, build_detector
 from nst_det.detect.train import train
 from nst_det.detect.validation import split_training
@@ -40,8 +43,10 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
     """Train a detector in OUTPUT_DIR and evaluate it, or go on where a former call stopped; nothing is done twice.
 
     The folder then holds ``model.safetensors`` (the student alone), ``detections.json`` and ``result.json``.  With
-    DATASETS.VAL_FRACTION, ``result.json`` has the figures on the validation split under ``validation``, and
-    evaluations during training are made there, not on DATASETS.TEST.
+    DATASETS.VAL_FRACTION, evaluations during training are made on the validation split, not on DATASETS.TEST;
+    ``model_best.safetensors`` are the weights that did best there, and ``result.json`` has the figures of the last
+    ones under ``validation`` and both records under ``checkpoints``.  DATASETS.TEST is evaluated once, with the
+    weights that TEST.SELECT names; they are those in ``model.safetensors``.
 
     Args:
         config: from :func:`~nst_det.detect.config.load_detect_config`; ENGINE and NUM_CLASSES are resolved in it.
@@ -69,11 +74,19 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
         def batches_from(step: int) -> Iterable[list[dict[str, Any]]]:
             return training_batches(config, sets, seed, step)
 
-        def evaluate() -> dict[str, float]:
+        def evaluate(step: int) -> dict[str, float]:
             found = _evaluate(student, config, validation or data)
-            return {name: found[name] for name in ("map", "map_area") if found.get(name) is not None}
+            if validation is not None:
+                keep_best(folder.path, student, classes, step, found)
+            prefix = "" if validation is None else "val/"
+            return {f"{prefix}{name}": found[name] for name in ("map", "map_area") if found.get(name) is not None}
 
         trained = train(model, config, seed, folder, batches_from, evaluate)
+        validated: dict[str, Any] = {}
+        if validation is not None:
+            found = _evaluate(student, config, validation)
+            last = keep_best(folder.path, student, classes, config.SOLVER.MAX_ITER, found)
+            validated = {"validation": found, "checkpoints": settle(folder.path, student, last, config.TEST.SELECT)}
         save_weights(folder.path / WEIGHTS_FILE, student, classes)
         result = {
             **_evaluate(student, config, data, folder.path / DETECTIONS_FILE),
@@ -83,10 +96,10 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
             "params": count_parameters(student),
             "seed": seed,
             "method": parse_method(config.TRANSFER.METHOD).word,
+            "weights": dict(model.transfer.weights) if isinstance(model, DistilledDetector) else {},
             "losses": trained.losses,
+            **validated,
         }
-        if validation is not None:
-            result["validation"] = _evaluate(student, config, validation)
         folder.finish(result)
         return result
 
@@ -182,12 +195,15 @@ def _with_teacher(student: Detector, config: CfgNode, seed: int) -> Detector | D
     with seeded(seed, "init", "transfer"):
         model = distill(student, teacher, config.TRANSFER)
     below = set(level_channels(teacher.backbone.bottom_up))
-    if filled != "detector" and not (filled in ("backbone", "timm") and set(model.transfer.teacher_levels) <= below):
+    read = [*model.transfer.teacher_levels, *(["box head"] if model.box_widths else [])]
+    if filled != "detector" and not (filled in ("backbone", "timm") and set(read) <= below):
         raise UserError(
-            f"TRANSFER.TEACHER.WEIGHTS: the teacher's {', '.join(model.transfer.teacher_levels)} would be random; "
+            f"TRANSFER.TEACHER.WEIGHTS: the teacher's {', '.join(read)} would be random; "
             f"name the {WEIGHTS_FILE} of a trained detector"
         )
-    return model.to(student.pixel_mean.device)
+    model.to(student.pixel_mean.device)
+    log_shapes(model)
+    return model
 
 
 def _teacher(config: CfgNode) -> tuple[Detector, str]:

@@ -42,7 +42,7 @@ def train(
     seed: int,
     folder: RunFolder,
     batches_from: Callable[[int], Iterable[Batch]],
-    evaluate: Callable[[], dict[str, float]],
+    evaluate: Callable[[int], dict[str, float]],
 ) -> Trained:
     """Train until SOLVER.MAX_ITER, from the last checkpoint in the folder if there is one.
 
@@ -54,7 +54,7 @@ def train(
         seed: of the run.
         folder: for checkpoints and metrics.
         batches_from: the batches from a step on, without end.
-        evaluate: called every TEST.EVAL_PERIOD steps; its numbers join the metrics.
+        evaluate: called every TEST.EVAL_PERIOD steps with the steps done; its numbers join the metrics.
 
     Raises:
         UserError: a loss is not finite, or the checkpoint is of another model.
@@ -82,7 +82,7 @@ def train(
             row = {**trained.losses, "total_loss": sum(trained.losses.values()), "lr": solver.BASE_LR * factor}
             done = step + 1
             if config.TEST.EVAL_PERIOD and done % config.TEST.EVAL_PERIOD == 0 and done < last:
-                row |= evaluate()
+                row |= evaluate(done)
                 model.train()
             metrics.write(step, row)
             meter.step({"loss": row["total_loss"]})

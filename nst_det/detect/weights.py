@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
@@ -84,11 +84,37 @@ def _load_detector(detector: Detector, path: Path, classes: Sequence[str], key: 
     detector.backbone.bottom_up.loaded = True
 
 
-def save_weights(path: str | Path, detector: nn.Module, classes: Sequence[str]) -> None:
-    """Write a detector's state dict and its classes as a ``.safetensors`` file, atomically."""
+def save_weights(
+    path: str | Path, detector: nn.Module, classes: Sequence[str], extra: Mapping[str, str] | None = None
+) -> None:
+    """Write a detector's state dict and its classes as a ``.safetensors`` file, atomically.
+
+    Args:
+        path: the file.
+        detector: as it is.
+        classes: its class names in order.
+        extra: more to write into the file's metadata.
+
+    Raises:
+        UserError: the file can't be written.
+    """
     tensors = {name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()}
+    about = {"format": "pt", "classes": json.dumps(list(classes)), **(extra or {})}
     with atomic_path(path) as temporary:
-        save_file(tensors, str(temporary), metadata={"format": "pt", "classes": json.dumps(list(classes))})
+        save_file(tensors, str(temporary), metadata=about)
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """What a ``.safetensors`` file says of itself.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file ({error}); write the file again") from error
 
 
 def saved_classes(path: str | Path) -> list[str]:
@@ -99,11 +125,7 @@ def saved_classes(path: str | Path) -> list[str]:
     """
     if Path(path).suffix != WEIGHTS_SUFFIX:
         return []
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("classes", "[]")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged, or not a safetensors file ({error}); write the file again") from error
+    text = metadata(path).get("classes", "[]")
     try:
         classes = json.loads(text)
     except ValueError:

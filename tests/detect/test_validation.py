@@ -1,12 +1,15 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from nst_det.data.holdout import hold_out
 from nst_det.data.voc import VocDataset
 from nst_det.detect import dataset, evaluation, stage
 from nst_det.detect.validation import split_training
 from nst_det.errors import UserError
+from nst_det.runtime.metrics import read_metrics
 
 
 @pytest.fixture
@@ -76,9 +79,56 @@ def test_test_data_is_evaluated_at_the_end_only(config, shapes, monkeypatch):
     monkeypatch.setattr(stage, "detect", detect)
     result = stage.train_detector(config(DATASETS__TEST=["test"], TEST__EVAL_PERIOD=3))
     kept = hold_out(VocDataset(shapes, "trainval"), 0.25)[1].ids
-    assert evaluated == [kept, VocDataset(shapes, "test").ids, kept]
+    assert evaluated == [kept, kept, VocDataset(shapes, "test").ids]
     assert "map" in result
     assert "map" in result["validation"]
+
+
+@pytest.mark.parametrize(("select", "maps"), [("best", (0.5, 0.25)), ("last", (0.5, 0.25)), ("best", (0.25, 0.5))])
+def test_the_best_checkpoint_is_chosen_without_the_test_split(config, shapes, tmp_path, monkeypatch, select, maps):
+    seen, tested = [], []
+    said = iter([*maps, 0.125])
+
+    def score(found, over):
+        seen.append(tuple(a.id for a in over.annotations()))
+        return {"map": next(said), "map_area": 0.0}
+
+    def detect(detector, batches, over):
+        tested.append({name: value.clone() for name, value in detector.state_dict().items()})
+        return []
+
+    monkeypatch.setattr(stage, "score", score)
+    monkeypatch.setattr(stage, "detect", detect)
+    monkeypatch.setattr(stage, "write_detections", lambda path, found: None)
+    result = stage.train_detector(config(DATASETS__TEST=["test"], TEST__SELECT=select))
+    middle, last, chosen = tested
+    best = middle if maps[0] > maps[1] else last
+    assert not torch.equal(middle["backbone.fpn_output2.weight"], last["backbone.fpn_output2.weight"])
+    # the test split is looked at once, by the chosen weights, which are those that are kept
+    assert seen.count(VocDataset(shapes, "test").ids) == 1
+    assert seen[-1] == VocDataset(shapes, "test").ids
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    for name, value in (best if select == "best" else last).items():
+        assert torch.equal(chosen[name], value)
+        assert torch.equal(kept[name], value)
+    saved = load_file(tmp_path / "run" / "model_best.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in best.items())
+    assert result["checkpoints"] == {
+        "best": {"step": 2 if best is middle else 4, "map": max(maps), "map_area": 0.0},
+        "last": {"step": 4, "map": maps[1], "map_area": 0.0},
+        "tested": select,
+    }
+    assert result["map"] == 0.125
+    row = read_metrics(tmp_path / "run" / "metrics.jsonl")[1]
+    assert row["val/map"] == maps[0]
+    assert "map" not in row
+
+
+def test_best_without_a_validation_split_is_refused(config):
+    with pytest.raises(UserError, match=r"TEST\.SELECT best needs a validation split"):
+        config(DATASETS__VAL_FRACTION=0.0, TEST__SELECT="best")
+    with pytest.raises(UserError, match=r"TEST\.SELECT 'first' is not one of last, best"):
+        config(TEST__SELECT="first")
 
 
 def test_without_a_share_nothing_is_cut(config, shapes):

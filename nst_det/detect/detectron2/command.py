@@ -24,6 +24,7 @@ from nst_det.detect.table import print_result
 from nst_det.detect.weights import save_weights
 from nst_det.errors import UserError
 from nst_det.runtime.files import read_json, write_text
+from nst_det.runtime.memory import keep_freed_memory
 from nst_det.runtime.metrics import read_metrics
 from nst_det.runtime.run import RunFolder
 from nst_det.transfer import parse_method
@@ -75,6 +76,7 @@ def _from_process(error: ProcessRaisedException) -> Exception:
 
 def run(args: argparse.Namespace) -> None:
     """What each process does.  The first one owns the run folder."""
+    keep_freed_memory()
     cfg = load_config(args.config_file or None, args.opts or [])
     folder = RunFolder(cfg.OUTPUT_DIR)
     if args.eval_only:
@@ -167,12 +169,13 @@ def run_result(cfg: CfgNode, trainer: DistillTrainer) -> dict[str, Any]:
     validated = {} if validation is None else read_json(inference_folder(validation, VALIDATION) / RESULT_FILE)
     return {
         **(read_json(summary) if summary is not None and summary.exists() else {}),
-        **({"validation": validated} if validated else {}),
+        **({"validation": validated, "checkpoints": trainer.checkpoints} if validated else {}),
         "seconds": round(trainer.seconds, 3),
         "steps": trainer.max_iter,
         "engine": "detectron2",
         "params": sum(parameter.numel() for parameter in trainer.student.parameters()),
         "seed": cfg.SEED,
         "method": parse_method(cfg.TRANSFER.METHOD).word,
+        "weights": trainer.weights,
         "losses": last,
     }

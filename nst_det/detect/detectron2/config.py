@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from fvcore.common.config import CfgNode as FvcoreNode
 
 from nst_det.data.voc import VocDataset, class_names
-from nst_det.detect.config import add_nst_det_config, resolve_classes, resolve_device, voc_roots
+from nst_det.detect.config import add_nst_det_config, check_select, resolve_classes, resolve_device, voc_roots
 from nst_det.detect.detectron2 import backbone, checkpoint, heads  # noqa: F401 (they fill Detectron2's registries)
 from nst_det.detect.detectron2.datasets import register_images, register_voc
 from nst_det.detect.detectron2.heads import choose_roi_heads
@@ -57,6 +57,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
     cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
     choose_roi_heads(cfg)
     cfg.freeze()
+    check_select(cfg, str(file or "command line"))
     return cfg
 
 

@@ -19,9 +19,10 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from nst_det.detect.best import keep_best, settle
 from nst_det.detect.detectron2.backbone import check_frozen_random
 from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
-from nst_det.detect.detectron2.config import validation_config
+from nst_det.detect.detectron2.config import class_list, validation_config
 from nst_det.detect.detectron2.evaluator import VocEvaluator
 from nst_det.detect.detectron2.library import distill_from_config, student_of, transfer_of
 from nst_det.detect.detectron2.loader import SharedBatches, build_train_loader
@@ -29,6 +30,7 @@ from nst_det.detect.detectron2.solver import build_optimizer
 from nst_det.detect.distilled import DistilledDetector
 from nst_det.errors import UserError
 from nst_det.runtime.device import amp_dtype, autocast
+from nst_det.runtime.files import read_json
 from nst_det.runtime.metrics import MetricsWriter
 from nst_det.runtime.run import RunFolder
 from nst_det.runtime.seeds import seed_everything, seeded
@@ -52,6 +54,7 @@ class DistillTrainer(DefaultTrainer):
 
     Attributes:
         student: the detector alone.
+        checkpoints: once done with a validation split, what :func:`~nst_det.detect.best.settle` says.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -73,6 +76,7 @@ class DistillTrainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self._seconds_before, self._began = 0.0, time.monotonic()
+        self.checkpoints: dict[str, Any] = {}
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -131,9 +135,21 @@ class DistillTrainer(DefaultTrainer):
         return hooks
 
     def _validate(self) -> dict[str, Any]:
-        """On the validation split; after the last step on ``DATASETS.TEST`` too."""
-        found = dict(self.test(validation_config(self.cfg), self.model))
-        if self.iter + 1 >= self.max_iter:
+        """On the validation split; after the last step on ``DATASETS.TEST`` too, with the weights of TEST.SELECT."""
+        own = validation_config(self.cfg)
+        assert own is not None, "made a hook only where there is a validation split"
+        found = dict(self.test(own, self.model))
+        folder, done = Path(self.cfg.OUTPUT_DIR), min(self.iter + 1, self.max_iter)
+        last: dict[str, Any] = {"step": done}
+        if comm.is_main_process():
+            figures = read_json(inference_folder(own, own.DATASETS.TEST[0]) / "result.json")
+            last = keep_best(folder, self.student, class_list(self.cfg), done, figures)
+            for name in ("map", "map_area"):
+                if last[name] is not None:
+                    self.storage.put_scalar(f"val/{name}", last[name], smoothing_hint=False)
+        if done == self.max_iter:
+            comm.synchronize()
+            self.checkpoints = settle(folder, self.student, last, self.cfg.TEST.SELECT)
             self._last_eval_results = self.test(self.cfg, self.model)
         return {f"validation/{name}": values for name, values in found.items()}
 
@@ -153,6 +169,12 @@ class DistillTrainer(DefaultTrainer):
     def seconds(self) -> float:
         """Wall time of this run, that before it was stopped included."""
         return self._seconds_before + time.monotonic() - self._began
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Transfer term to its weight, those that AUTO_WEIGHT chose among them."""
+        transfer = transfer_of(self._whole)
+        return {} if transfer is None else dict(transfer.weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Detectron2's training state, with the adapters' parameters and the time it took."""
@@ -221,8 +243,8 @@ def inference_folder(cfg: CfgNode, dataset_name: str) -> Path:
 
 
 def is_curve(name: str) -> bool:
-    """Whether an event is a loss or the learning rate (not a time)."""
-    return name == "lr" or "loss" in name or name.startswith("transfer")
+    """Whether an event is a loss, the learning rate or a figure of the validation split (not a time)."""
+    return name == "lr" or name.startswith("val/") or "loss" in name or name.startswith("transfer")
 
 
 def compute_in_bf16(backbone: nn.Module, dtype: torch.dtype | None) -> None:
