@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,20 @@ from fvcore.common.config import CfgNode
 from rich.console import Console
 from rich.table import Table
 
-from nst_det.compare.config import Comparison, merge_stage
+from nst_det.compare.config import BASELINE, Comparison, merge_stage
 from nst_det.compare.cost import measure_costs
 from nst_det.compare.live import View, steps_done
-from nst_det.compare.plan import DATA, DETECTOR, Run, check_order, make_plan
+from nst_det.compare.plan import DATA, DETECTOR, TEACHER_DETECTOR, Run, check_order, make_plan, teacher_detector_name
 from nst_det.compare.results import build_results
 from nst_det.compare.run import Command, Runner, this_machine
-from nst_det.compare.stages import DETECT, DISTILL, check_data_folders, check_transfer, total_steps
+from nst_det.compare.stages import (
+    DETECT,
+    DISTILL,
+    check_data_folders,
+    check_detector_transfer,
+    check_transfer,
+    total_steps,
+)
 from nst_det.runtime.files import write_json, write_text
 from nst_det.runtime.run import RunFolder
 from nst_det.runtime.shown import Shown
@@ -46,10 +53,11 @@ def compare(comparison: Comparison, jobs: int = 0, command: Command | None = Non
     """
     runs = make_plan(comparison)
     check_order(runs)
-    check_transfer(comparison.distill, comparison.methods, comparison.name)
+    check_transfer(comparison.distill, comparison.students, comparison.name)
     if not comparison.generate:
         check_data_folders(comparison.distill, comparison.detect, comparison.name)
     configs = {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
+    check_taught(comparison, runs, configs)
     machine = this_machine(jobs or comparison.jobs)
     folder = comparison.folder
     with RunFolder(folder).opened(comparison.claim):
@@ -62,6 +70,18 @@ def compare(comparison: Comparison, jobs: int = 0, command: Command | None = Non
         results = build_results(comparison, runs, measure_costs(runs, configs, folder))
         write_report(results, folder)
     return results
+
+
+def check_taught(comparison: Comparison, runs: Sequence[Run], configs: Mapping[str, CfgNode]) -> None:
+    """Look whether the terms of stage two can be built, once for each row that has some.
+
+    Raises:
+        UserError: one can't; the line names the row.
+    """
+    teacher = next((configs[run.name] for run in runs if run.name == teacher_detector_name(comparison)), None)
+    for run in runs:
+        if run.kind == DETECTOR and run.seed == comparison.seeds[0] and configs[run.name].TRANSFER.METHOD != BASELINE:
+            check_detector_transfer(configs[run.name], teacher, f"{comparison.name}: row {run.row}")
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
@@ -79,7 +99,8 @@ def run_config(comparison: Comparison, run: Run) -> CfgNode:
     Raises:
         UserError: the stage can't use it.
     """
-    stage, base = (DETECT, comparison.detect) if run.kind == DETECTOR else (DISTILL, comparison.distill)
+    detects = run.kind in (DETECTOR, TEACHER_DETECTOR)
+    stage, base = (DETECT, comparison.detect) if detects else (DISTILL, comparison.distill)
     config = _with_settings(merge_stage(base, run.options, f"row {run.row}"), run)
     stage.check(config, comparison.engine, f"run {run.name}")
     return config

@@ -10,6 +10,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from nst_det.compare.method import parse_row
 from nst_det.compare.stages import DETECT, DISTILL, STAGES, Stage, check_generated, check_hand_over, resolve_engine
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path, flat, load_config, merge_overrides, plain
@@ -31,7 +32,8 @@ def default_config() -> CfgNode:
     NAME                      begins the names of the backbone files
     OUTPUT_DIR                where everything is written; "" takes output/NAME
     ENGINE                    detector engine: auto, detectron2 or torchvision
-    METHODS                   words of transfer methods; ``ce`` (labels only) is always among them
+    METHODS                   words of transfer methods; ``ce`` (labels only) is always among them.  A term marked
+                              ``@det`` works in stage two, from a teacher detector (``cwd@det``, ``kd+nst-poly@det``)
     SEEDS                     one whole set of rows a seed
     ROWS                      detectors that start elsewhere: ``scratch`` (random backbone, always among them) and
                               ``teacher`` (the teacher's own backbone, as an upper mark)
@@ -42,7 +44,9 @@ def default_config() -> CfgNode:
     DISTILL.CONFIG, .OPTS     stage one's YAML (relative to this file) and KEY VALUE pairs on top of it
     DETECT.CONFIG, .OPTS      the same of stage two
     DETECT.SCRATCH_OPTS       KEY VALUE pairs for the detectors of the row ``scratch`` alone
-    DETECT.TEACHER_OPTS       KEY VALUE pairs for the detectors of the row ``teacher`` alone
+    DETECT.TEACHER_OPTS       KEY VALUE pairs for the detectors of the row ``teacher`` alone, and for the detector that
+                              teaches those with ``@det`` (it is trained once, with seed 0, unless stage two's config
+                              names one by TRANSFER.TEACHER)
     ========================  ======================================================================================
     """
     config = CfgNode()
@@ -87,6 +91,16 @@ class Comparison:
     claim: dict[str, Any]
 
     @property
+    def students(self) -> tuple[str, ...]:
+        """The methods of stage one that the rows start from, each once: ``ce`` and then by their rows."""
+        return tuple(dict.fromkeys(parse_row(word).backbone.word for word in self.methods))
+
+    @property
+    def learns_from_detector(self) -> bool:
+        """Whether any row has terms of stage two."""
+        return any(parse_row(word).detector.names for word in self.methods)
+
+    @property
     def all_rows(self) -> tuple[str, ...]:
         """Rows of the table in order: scratch, the methods, then teacher."""
         return (SCRATCH, *self.methods, *(row for row in self.rows if row != SCRATCH))
@@ -123,6 +137,11 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     for row, words in row_opts.items():
         merge_stage(detect, words, f"{file}: DETECT.{row.upper()}_OPTS")
     check_hand_over(distill, detect, str(file))
+    if detect.TRANSFER.METHOD != BASELINE and any(parse_row(word).detector.names for word in methods):
+        raise UserError(
+            f"{file}: DETECT.TRANSFER.METHOD {detect.TRANSFER.METHOD} is for every row, so rows with @det can't have "
+            "their own; set it to ce"
+        )
     generate = plain(config.DATA.GENERATE)
     root = Path(expand_path(config.DATA.ROOT, "DATA.ROOT")).resolve() if config.DATA.ROOT else folder / "data"
     if generate:
@@ -228,12 +247,10 @@ def _check_name(name: str, source: str) -> None:
 
 
 def _methods(words: Sequence[Any], source: str) -> tuple[str, ...]:
-    from nst_det.transfer import parse_method
-
     methods = [BASELINE]
     for word in words:
         try:
-            canonical = parse_method(str(word)).word
+            canonical = parse_row(str(word)).word
         except ValueError as error:
             raise UserError(f"{source}: METHODS: {error}") from error
         if canonical not in methods:

@@ -3,6 +3,7 @@
 ::
 
     data ──► teacher ──► distill/seed0 ──► detect/seed0/ce, detect/seed0/kd, ...
+        │       └──► detect/seed0/teacher ──► detect/seed0/cwd@det, ...
         └──────────────────────────────► detect/seed0/scratch
 
 Stage one is one run a seed, because it trains the students of all methods side by side.  Everything below a
@@ -20,15 +21,19 @@ folder is named by what it is, so that a method or seed added later finds the re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nst_det.compare.config import SCRATCH, TEACHER, Comparison, core_count
+from nst_det.compare.method import RowMethod, parse_row
 from nst_det.compare.stages import DETECT, DISTILL, generated_settings
 from nst_det.errors import UserError
 
-DATA, STUDENTS, DETECTOR = "data", "students", "detector"
+DATA, STUDENTS, DETECTOR, TEACHER_DETECTOR = "data", "students", "detector", "teacher detector"
+# of the detector that teaches: the same for all seeds, as the teacher of stage one is
+TEACHER_SEED = 0
+WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Run:
 
     Attributes:
         name: unique; also the path of its config and log (``detect/seed0/kd``).
-        kind: ``data``, ``teacher``, ``students`` or ``detector``: runs of one kind cost about the same.
+        kind: ``data``, ``teacher``, ``students``, ``teacher detector`` or ``detector``: runs of one kind cost about the
+            same.
         needs: names of the runs that must be done before.
         results: files that are all there once the run is done.
         settings: what this run sets in its stage's config, by dotted key.
@@ -64,7 +70,7 @@ class Run:
     @property
     def word(self) -> str:
         """The word of the command line that does it."""
-        return {DATA: "generate-data", DETECTOR: "train-det"}.get(self.kind, "distill")
+        return {DATA: "generate-data", DETECTOR: "train-det", TEACHER_DETECTOR: "train-det"}.get(self.kind, "distill")
 
     def command(self, folder: Path) -> list[str]:
         """What to type after ``nst-det``; ``folder`` is the comparison's."""
@@ -98,9 +104,14 @@ def make_plan(comparison: Comparison) -> list[Run]:
     before = tuple(run.name for run in runs)
     for seed in comparison.seeds:
         runs.append(_students_run(comparison, seed, before))
+    if comparison.learns_from_detector and not comparison.detect.TRANSFER.TEACHER.CONFIG_FILE:
+        runs.append(_teacher_detector_run(comparison, data, before))
+    taught = {run.name for run in runs}
     for seed in comparison.seeds:
         for row in comparison.all_rows:
-            runs.append(_detector_run(comparison, row, seed, data, before))
+            run = _detector_run(comparison, row, seed, data, before)
+            if run.name not in taught:
+                runs.append(run)
     return runs
 
 
@@ -110,12 +121,12 @@ def backbone_name(comparison: Comparison, row: str, seed: int) -> str:
         return ""
     if row == TEACHER:
         return f"{comparison.name}-teacher"
-    return f"{comparison.name}-{row}-s{seed}"
+    return f"{comparison.name}-{parse_row(row).backbone.word}-s{seed}"
 
 
-def student_folder(comparison: Comparison, method: str, seed: int) -> Path:
-    """The run folder of one student."""
-    return comparison.folder / "distill" / f"seed{seed}" / "students" / method
+def student_folder(comparison: Comparison, row: str, seed: int) -> Path:
+    """The run folder of the student that a row's detector starts from."""
+    return comparison.folder / "distill" / f"seed{seed}" / "students" / parse_row(row).backbone.word
 
 
 def teacher_folder(comparison: Comparison) -> Path:
@@ -170,7 +181,7 @@ def _teacher_run(comparison: Comparison, needs: tuple[str, ...]) -> Run:
 
 
 def _students_run(comparison: Comparison, seed: int, needs: tuple[str, ...]) -> Run:
-    folders = tuple(student_folder(comparison, method, seed) for method in comparison.methods)
+    folders = tuple(student_folder(comparison, method, seed) for method in comparison.students)
     return Run(
         name=f"distill/seed{seed}",
         kind=STUDENTS,
@@ -180,7 +191,7 @@ def _students_run(comparison: Comparison, seed: int, needs: tuple[str, ...]) -> 
             **_distill_settings(comparison),
             "OUTPUT_DIR": str(comparison.folder / "distill" / f"seed{seed}"),
             "SEED": seed,
-            "METHODS": list(comparison.methods),
+            "METHODS": list(comparison.students),
             "TEACHER.WEIGHTS": _teacher_weights(comparison),
         },
         folders=folders,
@@ -198,10 +209,19 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
         weights, needs = _teacher_weights(comparison), teacher
     else:
         weights, needs = _backbone_file(comparison, backbone_name(comparison, row, seed)), (f"distill/seed{seed}",)
-    settings = {"OUTPUT_DIR": str(folder), "SEED": seed, "ENGINE": comparison.engine, "MODEL.WEIGHTS": weights}
+    settings: dict[str, Any] = {
+        "OUTPUT_DIR": str(folder),
+        "SEED": seed,
+        "ENGINE": comparison.engine,
+        "MODEL.WEIGHTS": weights,
+    }
     if row == TEACHER:
         settings |= {"MODEL.TIMM.ARCH": comparison.distill.TEACHER.ARCH}
         settings |= {"MODEL.TIMM.KWARGS": comparison.distill.TEACHER.ARCH_KWARGS}
+    elif row != SCRATCH and parse_row(row).detector.names:
+        settings |= _transfer_settings(comparison, parse_row(row))
+        if not comparison.detect.TRANSFER.TEACHER.CONFIG_FILE:
+            needs = (*needs, teacher_detector_name(comparison))
     return Run(
         name=f"detect/seed{seed}/{row}",
         kind=DETECTOR,
@@ -214,6 +234,34 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
         seed=seed,
         wants_gpu=comparison.detect.MODEL.DEVICE.startswith("cuda"),
     )
+
+
+def teacher_detector_name(comparison: Comparison) -> str:
+    """The run of the detector that rows with ``@det`` learn from; "" where that is the user's own."""
+    return "" if comparison.detect.TRANSFER.TEACHER.CONFIG_FILE else f"detect/seed{TEACHER_SEED}/{TEACHER}"
+
+
+def _teacher_detector_run(comparison: Comparison, data: tuple[str, ...], teacher: tuple[str, ...]) -> Run:
+    """The detector that rows with ``@det`` learn from; the row ``teacher`` of its seed is the same run."""
+    run = _detector_run(comparison, TEACHER, TEACHER_SEED, data, teacher)
+    if TEACHER in comparison.rows and TEACHER_SEED in comparison.seeds:
+        return run
+    return replace(run, kind=TEACHER_DETECTOR, row=None, seed=None)
+
+
+def _transfer_settings(comparison: Comparison, row: RowMethod) -> dict[str, Any]:
+    """What a row's terms of stage two set in its detector's config."""
+    node = comparison.detect.TRANSFER
+    settings: dict[str, Any] = {"TRANSFER.METHOD": row.detector.word}
+    if not node.LEVELS:
+        # the levels that boxes are pooled from
+        settings["TRANSFER.LEVELS"] = list(comparison.detect.MODEL.ROI_HEADS.IN_FEATURES)
+    if not node.TEACHER.CONFIG_FILE:
+        folder = detector_folder(comparison, TEACHER, TEACHER_SEED)
+        config = comparison.folder / "configs" / f"{teacher_detector_name(comparison)}.yaml"
+        settings["TRANSFER.TEACHER.CONFIG_FILE"] = str(config)
+        settings["TRANSFER.TEACHER.WEIGHTS"] = str(folder / WEIGHTS_FILE)
+    return settings
 
 
 def _distill_settings(comparison: Comparison) -> dict[str, Any]:

@@ -87,9 +87,10 @@ def _seed_entry(comparison: Comparison, row: str, seed: int) -> dict[str, Any]:
     entry = {key: detector[key] for key in _NEEDED}
     entry |= {key: detector.get(key) for key in ("map_by_iou", "coco", "objects", "params", "engine", "steps")}
     entry["seconds_detector"] = float(detector.get("seconds") or 0.0)
-    backbone_folder = {SCRATCH: None, TEACHER: teacher_folder(comparison)}.get(
-        row, student_folder(comparison, row, seed)
-    )
+    if row == SCRATCH:
+        backbone_folder = None
+    else:
+        backbone_folder = teacher_folder(comparison) if row == TEACHER else student_folder(comparison, row, seed)
     if backbone_folder is not None and not (backbone_folder / "result.json").exists():
         backbone_folder = None  # a teacher of the user's own
     backbone = {} if backbone_folder is None else _read_result(backbone_folder, {})

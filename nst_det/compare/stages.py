@@ -148,6 +148,36 @@ def check_transfer(distill: CfgNode, methods: Sequence[str], source: str) -> Non
         raise UserError(f"{source}: DISTILL: {str(error).removeprefix('config: ')}") from error
 
 
+def check_detector_transfer(student: CfgNode, teacher: CfgNode | None, source: str) -> None:
+    """Build what a row with terms of stage two will build, for the same reason.
+
+    Args:
+        student: the whole config of that row's detector.
+        teacher: that of the detector it learns from; None for the user's own, which is looked at when it is loaded.
+        source: named in errors.
+
+    Raises:
+        UserError: the terms can't be built from these two detectors.
+    """
+    if teacher is None or student.ENGINE != "torchvision":
+        return
+    from nst_det.detect.distilled import distill
+    from nst_det.detect.torchvision_engine import Detector, build_detector
+
+    def bare(config: CfgNode) -> Detector:
+        config = config.clone()
+        config.defrost()
+        config.MODEL.WEIGHTS, config.MODEL.TIMM.PRETRAINED = "", False
+        # the heads' width plays no part, and the data may not be there yet
+        config.MODEL.ROI_HEADS.NUM_CLASSES = config.MODEL.ROI_HEADS.NUM_CLASSES or 1
+        return build_detector(config)
+
+    try:
+        distill(bare(student), bare(teacher), student.TRANSFER)
+    except UserError as error:
+        raise UserError(f"{source}: DETECT: {error}") from error
+
+
 def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
     """Look whether the folders of both stages are there, before the first of them takes its hours.
 

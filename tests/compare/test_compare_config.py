@@ -55,6 +55,8 @@ def test_opts_come_below_the_command_line(config_file):
         (["METHOD", "[kd]"], "unknown key METHOD; did you mean METHODS"),
         (["METHODS", "kd"], "METHODS must be of type list"),
         (["METHODS", "[kd, nst-cubic]"], "METHODS: method 'nst-cubic'"),
+        (["METHODS", "[ce@det]"], "METHODS: method 'ce@det'"),
+        (["METHODS", "[cwd@det]", "DETECT.TRANSFER.METHOD", "pkd"], "DETECT.TRANSFER.METHOD pkd is for every row"),
         (["SEEDS", "[-1]"], "SEEDS must be a list of whole numbers"),
         (["SEEDS", "[]"], "SEEDS must be a list of whole numbers"),
         (["ROWS", "['stock']"], "ROWS: unknown row 'stock'"),

@@ -127,6 +127,10 @@ def test_a_failing_run_stops_the_others_and_is_named(comparison, fake_command, m
         (["DISTILL.TEACHER.WEIGHTS", "gone.safetensors"], "gone.safetensors"),
         (["DISTILL.SOLVER.BASE_LR", "-1.0"], "run teacher: stage one: SOLVER.BASE_LR must be above 0"),
         (["DETECT.MODEL.FPN.FUSE_TYPE", "max"], "stage two: .*MODEL.FPN.FUSE_TYPE 'max'"),
+        (
+            ["METHODS", "[cwd@det]", "DETECT.TRANSFER.LEVELS", "[p9]"],
+            "small: row cwd@det: DETECT: TRANSFER: .*p9",
+        ),
     ],
 )
 def test_what_would_fail_after_hours_fails_at_once(config_file, tmp_path, words, message):

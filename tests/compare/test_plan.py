@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from nst_det.compare.comparison import run_config
@@ -60,6 +62,51 @@ def test_a_teacher_of_ones_own_is_not_trained(config_file):
     row = runs["detect/seed1/teacher"]
     assert row.needs == ()
     assert (row.settings["MODEL.WEIGHTS"], row.settings["MODEL.TIMM.ARCH"]) == ("backbone://big", "resnet50")
+
+
+def test_rows_with_terms_of_stage_two_share_one_teacher_detector(config_file):
+    words = ["METHODS", "[kd, cwd@det:5, kd+pkd@det]"]
+    comparison = load_comparison(config_file, overrides=words)
+    runs = {run.name: run for run in make_plan(comparison)}
+    check_order(list(runs.values()))
+    assert comparison.students == ("ce", "kd")
+    assert runs["distill/seed1"].settings["METHODS"] == ["ce", "kd"]
+    teacher = runs["detect/seed0/teacher"]
+    assert (teacher.kind, teacher.row, teacher.needs) == ("teacher detector", None, ("teacher",))
+    assert teacher.settings["MODEL.TIMM.ARCH"] == comparison.distill.TEACHER.ARCH
+    assert [name for name in runs if name.endswith("/teacher")] == ["detect/seed0/teacher"]
+    for seed in (0, 1):
+        run = runs[f"detect/seed{seed}/kd+pkd@det"]
+        assert run.needs == (f"distill/seed{seed}", "detect/seed0/teacher")
+        config = run_config(comparison, run)
+        assert config.MODEL.WEIGHTS.endswith(f"small-kd-s{seed}.safetensors")
+        assert (config.TRANSFER.METHOD, config.TRANSFER.LEVELS) == ("pkd", ["p2", "p3", "p4", "p5"])
+        assert str(teacher.config_path(comparison.folder)) == config.TRANSFER.TEACHER.CONFIG_FILE
+        assert Path(config.TRANSFER.TEACHER.WEIGHTS).parent == teacher.folders[0]
+    only = run_config(comparison, runs["detect/seed1/cwd@det:5"])
+    assert only.TRANSFER.METHOD == "cwd:5"
+    assert only.MODEL.WEIGHTS.endswith("small-ce-s1.safetensors")
+    assert run_config(comparison, runs["detect/seed1/kd"]).TRANSFER.METHOD == "ce"
+
+
+def test_the_row_teacher_is_the_teacher_detector_too(config_file):
+    words = ["METHODS", "[cwd@det]", "ROWS", "[teacher]"]
+    runs = make_plan(load_comparison(config_file, overrides=words))
+    names = [run.name for run in runs]
+    assert len(names) == len(set(names))
+    teacher = next(run for run in runs if run.name == "detect/seed0/teacher")
+    assert (teacher.kind, teacher.row, teacher.seed) == ("detector", "teacher", 0)
+    assert "detect/seed1/teacher" in names
+
+
+def test_a_teacher_detector_of_ones_own_is_not_trained(config_file):
+    words = ["METHODS", "[cwd@det]", "DETECT.TRANSFER.TEACHER.CONFIG_FILE", "mine.yaml"]
+    words += ["DETECT.TRANSFER.TEACHER.WEIGHTS", "mine.safetensors", "DETECT.TRANSFER.LEVELS", "[p3]"]
+    comparison = load_comparison(config_file, overrides=words)
+    runs = {run.name: run for run in make_plan(comparison)}
+    assert not any(name.endswith("/teacher") for name in runs)
+    node = run_config(comparison, runs["detect/seed0/cwd@det"]).TRANSFER
+    assert (node.TEACHER.CONFIG_FILE, node.TEACHER.WEIGHTS, node.LEVELS) == ("mine.yaml", "mine.safetensors", ["p3"])
 
 
 def test_a_run_is_done_when_all_results_are_there(comparison):
