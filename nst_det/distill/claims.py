@@ -57,6 +57,23 @@ def teacher_claim(config: CfgNode, fingerprint: str, sha256: str) -> dict[str, A
     return dict(plain(values))
 
 
+def cache_claim(config: CfgNode, fingerprint: str, sha256: str, arch: str, precision: str) -> dict[str, Any]:
+    """What the teacher's outputs in a cache depend on.
+
+    Args:
+        config: the whole config.
+        fingerprint: of the data.
+        sha256: of the teacher's weights.
+        arch: the teacher's.
+        precision: in which it computes.
+    """
+    pixels = ("DATA.IMAGE_SIZE", "DATA.CROP_RATIO", "DATA.MEAN", "DATA.STD", "DATA.AUGMENT")
+    views = ("CACHE.VIEWS", "CACHE.VIEW_SEED", "CACHE.DTYPE")
+    values = {key: value for key, value in flat(config).items() if _below(key, (*pixels, *views))}
+    values |= {"DATA.FINGERPRINT": fingerprint, "TEACHER.SHA256": sha256, "TEACHER.ARCH": arch, "precision": precision}
+    return dict(plain(values))
+
+
 def _concerns_student(key: str, method: Method) -> bool:
     if _below(key, (*FREE, *FREE_CACHE, *FREE_DATA, "TEACHER")):
         return False

@@ -94,27 +94,43 @@ class TrainingBatches(Dataset[Batch]):
 
     def steps(self, first: int, last: int, workers: int) -> Iterator[Batch]:
         """The batches of steps ``first`` to ``last - 1``; the number of workers doesn't change them."""
-        if workers == 0:
-            yield from (self[step] for step in range(first, last))
-            return
-        loader = DataLoader(
-            _ErrorsAsItems(self),
-            batch_size=None,
-            sampler=range(first, last),
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            prefetch_factor=4,
-        )
-        for item in loader:
-            if isinstance(item, UserError):
-                raise item
-            yield item
+        return load(self, range(first, last), workers)
+
+
+class ViewBatches(Dataset[Batch]):
+    """The views in order: item k is the ``batch_size`` rows from row k on, the first row again after the last."""
+
+    def __init__(self, views: Views, batch_size: int) -> None:
+        self.views, self.batch_size = views, batch_size
+
+    def __getitem__(self, first: int) -> Batch:
+        rows = torch.arange(first, first + self.batch_size) % len(self.views)
+        return Batch(self.views.images(rows), self.views.store.labels[rows % len(self.views.store)], rows)
+
+
+def load(batches: Dataset[Batch], items: Sequence[int], workers: int) -> Iterator[Batch]:
+    """Some items of ``batches``, made ahead by worker processes; 0 makes each in this process when it is asked for."""
+    if workers == 0:
+        yield from (batches[item] for item in items)
+        return
+    loader = DataLoader(
+        _ErrorsAsItems(batches),
+        batch_size=None,
+        sampler=items,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4,
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
 
 
 class _ErrorsAsItems(Dataset["Batch | UserError"]):
     """Hands a user's error out of a worker as it is; a loader would wrap the worker's traceback into it."""
 
-    def __init__(self, batches: TrainingBatches) -> None:
+    def __init__(self, batches: Dataset[Batch]) -> None:
         self.batches = batches
 
     def __getitem__(self, step: int) -> Batch | UserError:

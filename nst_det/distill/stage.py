@@ -8,17 +8,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
 from nst_det.backbones import check_name, count_parameters, load_into, registry_folders, save_backbone
 from nst_det.distill.accuracy import Accuracy, measure
-from nst_det.distill.claims import student_claim, teacher_claim
+from nst_det.distill.cache_writing import CacheWriter
+from nst_det.distill.claims import cache_claim, student_claim, teacher_claim
 from nst_det.distill.config import check_config, teacher_augment, teacher_solver
 from nst_det.distill.dataset import StageOneData
 from nst_det.distill.export import card_of, finish
 from nst_det.distill.images import Normalizer
-from nst_det.distill.loop import train_side_by_side
+from nst_det.distill.loop import Teaching, train_side_by_side
 from nst_det.distill.networks import (
     Network,
     build_losses,
@@ -30,6 +32,7 @@ from nst_det.distill.networks import (
 from nst_det.distill.opening import log_shapes
 from nst_det.distill.student import Student
 from nst_det.distill.teacher import Teacher
+from nst_det.distill.views import Views
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path, plain
 from nst_det.runtime.device import amp_dtype, autocast, default_device
@@ -182,16 +185,31 @@ class StageOne:
                 else:
                     unfinished.append(self._student(word, network, losses[word], self.config.SOLVER, folder))
             if unfinished:
-                precision = amp_dtype(self.config.SOLVER.AMP)
-                reads = {level for loss in losses.values() for level in loss.teacher_levels}
-                live = None if teacher is None else Teacher(copy_of(teacher, self.device), reads, precision)
+                asked = teacher is not None and any(student.needs_teacher for student in unfinished)
+                teaching = self._teaching(teacher, network, losses, sha256) if teacher is not None and asked else None
                 title = f"{len(unfinished)} students" if len(unfinished) > 1 else unfinished[0].word
-                self._train(unfinished, live, self.config.SOLVER, self.config.DATA.AUGMENT, title)
+                solver, augment = self.config.SOLVER, self.config.DATA.AUGMENT
+                self._train(unfinished, teaching, solver, augment, title, self.data.views())
             for student in unfinished:
                 path = self.student_files[student.word]
                 fields = {"teacher": about if student.needs_teacher else {}, "config": self._config()}
                 results[student.word] = finish(student, network, self.data, path, **fields)
         return {word: results[word] for word in self.methods}
+
+    def _teaching(
+        self, network: Network, student: Network, losses: Mapping[str, TransferLoss], sha256: str
+    ) -> Teaching:
+        """The teacher, or where CACHE.DIR is set, what it said about every view."""
+        precision = amp_dtype(self.config.SOLVER.AMP)
+        reads = {level for loss in losses.values() for level in loss.teacher_levels}
+        teacher = Teacher(copy_of(network, self.device), reads, precision)
+        views = self.data.views()
+        if not self.config.CACHE.DIR or views is None:
+            return teacher
+        arch = " ".join([network.arch, *(f"{key}={value}" for key, value in sorted(network.arch_kwargs.items()))])
+        computed = str(precision or torch.float32).removeprefix("torch.")
+        claim = cache_claim(self.config, self.data.fingerprint, sha256, arch, computed)
+        return CacheWriter(self.config, views, teacher, copy_of(student, self.device), losses, claim).open()
 
     def _student(self, word: str, network: Network, loss: TransferLoss, solver: CfgNode, folder: RunFolder) -> Student:
         return Student(
@@ -207,7 +225,13 @@ class StageOne:
         )
 
     def _train(
-        self, students: Sequence[Student], teacher: Teacher | None, solver: CfgNode, augment: CfgNode, title: str
+        self,
+        students: Sequence[Student],
+        teacher: Teaching | None,
+        solver: CfgNode,
+        augment: CfgNode,
+        title: str,
+        views: Views | None = None,
     ) -> None:
         config = self.config
         with ExitStack() as opened:
@@ -217,7 +241,7 @@ class StageOne:
             train_side_by_side(
                 students,
                 teacher,
-                self.data.train_steps(augment, solver.IMS_PER_BATCH),
+                self.data.train_steps(augment, solver.IMS_PER_BATCH, views),
                 self.normalize,
                 lambda active: self._measure({student.word: student.model for student in active}, solver),
                 last=solver.MAX_ITER,

@@ -36,11 +36,23 @@ class Teacher:
             name: info for name, info in feature_levels(model).items() if name in names
         }
 
-    def __call__(self, images: Tensor) -> Outputs:
-        """What the teacher says about normalized images (B, 3, H, W), without gradient."""
+    def raw(self, images: Tensor) -> Outputs:
+        """What the teacher says about normalized images (B, 3, H, W), as it computes it, without gradient."""
         with torch.no_grad(), autocast(self.device, self.precision):
-            outputs = forward_outputs(self.model, images, self.levels)
-        assert outputs.logits is not None
-        outputs.logits = outputs.logits.float()
-        outputs.maps = {name: by_positions(maps) for name, maps in outputs.maps.items()}
-        return outputs
+            return forward_outputs(self.model, images, self.levels)
+
+    def __call__(self, images: Tensor, rows: Tensor | None = None) -> Outputs:
+        """What the teacher says about normalized images (B, 3, H, W), without gradient.
+
+        ``rows`` (B,), the views that these are, is for a cache, which takes the teacher's place.
+        """
+        return for_losses(self.raw(images))
+
+
+def for_losses(raw: Outputs) -> Outputs:
+    """A teacher's outputs as the losses read them."""
+    return Outputs(
+        None if raw.logits is None else raw.logits.float(),
+        {name: by_positions(maps) for name, maps in raw.maps.items()},
+        raw.embedding,
+    )

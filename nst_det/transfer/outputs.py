@@ -40,6 +40,14 @@ class Outputs:
                 self._memo[key] = compute()
         return self._memo[key]
 
+    def keep(self, key: Hashable, value: Any) -> None:
+        """Put ``value`` under ``key``, where :meth:`shared` finds it."""
+        self._memo[key] = value
+
+    def shared_so_far(self) -> dict[Hashable, Any]:
+        """All that was asked of :meth:`shared`, by key."""
+        return dict(self._memo)
+
     def map(self, level: str) -> Tensor:
         """The map (B, C, H, W) of a level.
 

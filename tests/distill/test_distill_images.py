@@ -11,6 +11,7 @@ from nst_det.distill.augment import crop_and_jitter, shift_and_flip
 from nst_det.distill.config import get_defaults
 from nst_det.distill.images import Batch, Normalizer, TrainingBatches, evaluation_batches
 from nst_det.distill.store import ImageStore, center_square
+from nst_det.distill.views import Views
 from nst_det.errors import UserError
 from nst_det.runtime.device import autocast
 from nst_det.runtime.seeds import seeded
@@ -175,3 +176,35 @@ def test_accuracy_of_several_networks_in_one_pass():
     assert (result["zero"].top1, result["one"].top1) == pytest.approx((2 / 3, 1 / 3))
     assert networks["zero"].training
     assert not networks["one"].training
+
+
+@pytest.mark.parametrize("area", [[], [0.3, 1.0]])
+def test_a_view_of_an_image_depends_on_nothing_beside_it(images, area):
+    augment = get_defaults().DATA.AUGMENT
+    augment.SHIFT, augment.HFLIP, augment.CROP_AREA = 3, 0.5, area
+    store = ImageStore(read_image_folder(images).train, 32, 1.0, not area, 1e9)
+    views = Views(store, augment, 3, seed=5)
+    rows = torch.tensor([71, 2, 26, 50, 3])
+    together = views.images(rows)
+    before = torch.get_rng_state()
+    alone = torch.cat([Views(store, augment, 3, seed=5).images(row[None]) for row in rows])
+    assert torch.equal(together, alone)
+    assert torch.equal(before, torch.get_rng_state())
+    assert len({image.numpy().tobytes() for image in together[1:4]}) == 3, "image 2 in three views"
+    other = Views(store, augment, 3, seed=6).images(rows)
+    assert not torch.equal(together, other)
+
+
+def test_the_view_of_an_epoch_is_its_number_modulo_the_views(images):
+    augment = get_defaults().DATA.AUGMENT
+    augment.SHIFT = 3
+    store = ImageStore(read_image_folder(images).train, 32, 1.0, True, 1e9)
+    views = Views(store, augment, 2, seed=0)
+    batches = TrainingBatches(store, 16, 0, augment, views)
+    rows = torch.cat([batches[step].rows for step in range(6)])
+    # 96 images: four epochs of 24, the views 0, 1, 0, 1
+    assert (rows // 24).tolist() == [0] * 24 + [1] * 24 + [0] * 24 + [1] * 24
+    assert rows.bincount().tolist() == [2] * 48
+    assert torch.equal(rows % 24, torch.cat([batches.indices(step) for step in range(6)]))
+    assert torch.equal(batches[1].images, views.images(batches[1].rows))
+    assert torch.equal(batches[1].labels, store.labels[batches[1].rows % 24])
