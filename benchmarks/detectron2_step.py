@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from nst_det.runtime.memory import keep_freed_memory
+
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "detect" / "voc" / "base_fpn.yaml"
 WARM_UP = 3
 
@@ -59,6 +61,7 @@ def main() -> int:
     parser.add_argument("--teacher", default="resnet50")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as train-det does; it holds for all three
     clock = time.process_time if args.threads == 1 else time.perf_counter
     logging.disable(logging.INFO)
 

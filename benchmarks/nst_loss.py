@@ -3,8 +3,9 @@
     python benchmarks/nst_loss.py [--quick] [--threads N] [--output FOLDER]
 
 Each shape and kernel is measured three ways: as the package computes it, as the bare matrix products that the formula
-can't do without (on the same side, in the same chunks), and in the broadcast form (B x C x C x HW), as published code
-writes it, at the largest batch of which its tensors fit into memory.  Times are medians, taken in turns in one
+can't do without (by torch's matmul, on the same side, in the same chunks; with the norms of the channels where they
+aren't the diagonal of a product), and in the broadcast form (B x C x C x HW), as published code writes it, at the
+largest batch of which its tensors fit into memory.  Times are medians, taken in turns in one
 process; with one thread (the default) they are that thread's CPU time, which other work on the machine hardly moves.
 Extra memory is the peak of the resident set of a process that does nothing else, over what it had with the maps
 already made (on a GPU: the allocator's own peak).
@@ -128,6 +129,8 @@ def bare_products(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
     count = max(1, limit // (4 * floats))
     for i in range(0, len(s), count):
         a, b, out = s[i : i + count], t[i : i + count], gradient[i : i + count]
+        if kernel == "linear" or by_positions:
+            torch.linalg.vector_norm(a, dim=2), torch.linalg.vector_norm(b, dim=2)
         if kernel == "linear":
             row, column = a[:, :1, :1].expand(-1, 1, cs), a[:, :, :1]
             mean = row @ a
@@ -184,8 +187,8 @@ def resident_peak() -> int:
 def measure_memory(shape: Shape, kernel: str, form: str, device: str, threads: int) -> int:
     """Peak bytes over the maps, in a process of its own."""
     torch.set_num_threads(threads)
-    # libraries allocate their own buffers at their first call
-    FORMS[form](*make_maps(replace(shape, batch=1, student=8, teacher=8, height=4, width=4), device), kernel)
+    # libraries allocate their own buffers at their first call, which must be large enough that they are used at all
+    FORMS[form](*make_maps(replace(shape, batch=1, student=48, teacher=48, height=32, width=32), device), kernel)
     maps = make_maps(shape, device)
     if device == "cpu":
         before = resident_peak()

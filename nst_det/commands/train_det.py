@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--num-gpus, --num-machines: the torchvision engine trains in one process; use 1")
     from nst_det.detect.stage import evaluate_detector, train_detector
     from nst_det.detect.table import print_result
+    from nst_det.runtime.memory import keep_freed_memory
 
+    keep_freed_memory()
     config = load_detect_config(args.config_file, args.opts)
     result = evaluate_detector(config, args.resume) if args.eval_only else train_detector(config)
     print_result(result, config.OUTPUT_DIR)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from nst_det.transfer.products import ROWS, gram, product, rows_at_a_time, sum_of_products
 from nst_det.transfer.tensors import EPS, Shared, full_precision
 
 KERNELS = ("linear", "poly", "gaussian")
@@ -35,9 +36,6 @@ Step = Callable[..., tuple[Tensor, Tensor]]
 
 # sigma^2 lies in [0, 2] for unit vectors; below this all channels are one map and what is left is rounding
 SMALLEST_BANDWIDTH = 1e-3
-
-# rows of a symmetric matrix computed at a time: of the blocks left of the diagonal none is computed
-ROWS = 256
 
 
 def mmd(
@@ -141,19 +139,31 @@ def _mean_of_normalized(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
 
 
 def _gram_over_positions(x_bCN: Tensor) -> Tensor:
-    unit_bCN = x_bCN * _inverse_norm(x_bCN)[:, :, None]
-    return (unit_bCN.mT @ unit_bCN).div_(x_bCN.shape[1])
+    unit_bNC = (x_bCN * _inverse_norm(x_bCN)[:, :, None]).mT
+    return product(unit_bNC, unit_bNC).div_(x_bCN.shape[1])
 
 
 def _products(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
-    return (x_bCN @ x_bCN.mT).mul_(scale_bC[:, :, None]).mul_(scale_bC[:, None])
+    return gram(x_bCN).mul_(scale_bC[:, :, None]).mul_(scale_bC[:, None])
+
+
+def _products_and_scale(x_bCN: Tensor) -> tuple[Tensor, Tensor]:
+    """Products of normalized maps, and the inverse norms, which stand on the diagonal already."""
+    products_bCC = gram(x_bCN)
+    scale_bC = (products_bCC.diagonal(dim1=1, dim2=2) + EPS).rsqrt()
+    return products_bCC.mul_(scale_bC[:, :, None]).mul_(scale_bC[:, None]), scale_bC
+
+
+def _cross(s_bSN: Tensor, t_bTN: Tensor, scale_bS: Tensor, scale_bT: Tensor) -> Tensor:
+    return product(s_bSN, t_bTN).mul_(scale_bS[:, :, None]).mul_(scale_bT[:, None])
 
 
 def _upper_rows(left_bCN: Tensor, right_bCN: Tensor) -> Iterator[tuple[Tensor, int]]:
     """Blocks of rows of the symmetric ``left right'``, from the diagonal on, and their number of rows."""
-    for start in range(0, left_bCN.shape[1], ROWS):
-        rows_brN = left_bCN[:, start : start + ROWS]
-        yield rows_brN @ right_bCN[:, start:].mT, rows_brN.shape[1]
+    at_a_time = rows_at_a_time(left_bCN)
+    for start in range(0, left_bCN.shape[1], at_a_time):
+        rows_brN = left_bCN[:, start : start + at_a_time]
+        yield product(rows_brN, right_bCN[:, start:]), rows_brN.shape[1]
 
 
 def _mean_square_product(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
@@ -180,7 +190,7 @@ def _linear(s_bSN: Tensor, mean_bN: Tensor, out: Tensor | None) -> tuple[Tensor,
     difference_b1N = torch.baddbmm(mean_bN[:, None], inverse_bS[:, None], s_bSN, beta=-1, alpha=1 / s)
     if out is not None:
         radial_bS1 = (s_bSN @ difference_b1N.mT) * inverse_bS.square()[:, :, None]
-        out.copy_(difference_b1N.expand_as(out)).addcmul_(s_bSN, radial_bS1, value=-1)
+        torch.addcmul(difference_b1N, s_bSN, radial_bS1, value=-1, out=out)
     return difference_b1N.square().sum((1, 2)), inverse_bS * (2 / s)
 
 
@@ -188,9 +198,9 @@ def _poly_by_positions(s_bSN: Tensor, gram_bNN: Tensor, out: Tensor | None) -> t
     s = s_bSN.shape[1]
     inverse_bS = _inverse_norm(s_bSN)
     unit_bSN = s_bSN * inverse_bS[:, :, None]
-    difference_bNN = torch.baddbmm(gram_bNN, unit_bSN.mT, unit_bSN, beta=-1, alpha=1 / s)
+    difference_bNN = product(unit_bSN.mT, unit_bSN.mT).div_(s).sub_(gram_bNN)
     if out is not None:
-        out.baddbmm_(unit_bSN, difference_bNN, beta=0)
+        out.copy_(product(unit_bSN, difference_bNN))
         radial_bS = (out * unit_bSN).sum(2)
         out.addcmul_(unit_bSN, radial_bS[:, :, None], value=-1)
     return torch.linalg.vector_norm(difference_bNN, dim=(1, 2)).square(), inverse_bS * (4 / s)
@@ -201,9 +211,8 @@ def _poly_by_channels(
 ) -> tuple[Tensor, Tensor]:
     s, t_bTN = s_bSN.shape[1], full_precision(t_bTN)
     t = t_bTN.shape[1]
-    inverse_bS = _inverse_norm(s_bSN)
-    own_bSS = _products(s_bSN, inverse_bS)
-    cross_bST = (s_bSN @ t_bTN.mT).mul_(inverse_bS[:, :, None]).mul_(scale_bT[:, None])
+    own_bSS, inverse_bS = _products_and_scale(s_bSN)
+    cross_bST = _cross(s_bSN, t_bTN, inverse_bS, scale_bT)
     rows_own = torch.linalg.vector_norm(own_bSS, dim=2).square()
     rows_cross = torch.linalg.vector_norm(cross_bST, dim=2).square()
     if out is not None:
@@ -235,8 +244,7 @@ def _pull_back(
     own_bSS.diagonal(dim1=1, dim2=2).add_(diagonal_bS)
     own_bSS.mul_(inverse_bS[:, :, None]).mul_(inverse_bS[:, None])
     cross_bST.mul_(inverse_bS[:, :, None]).mul_(scale_bT[:, None])
-    out.baddbmm_(own_bSS, s_bSN, beta=0)
-    out.baddbmm_(cross_bST, t_bTN)
+    sum_of_products(own_bSS, s_bSN, cross_bST, t_bTN, out)
 
 
 def _bandwidth(mean_s_bN: Tensor, mean_t_bN: Tensor, norms_bS: Tensor, norms_bT: Tensor) -> Tensor:
@@ -262,15 +270,16 @@ def _gaussian_by_scaled_products(
 ) -> tuple[Tensor, Tensor]:
     s, t_bTN = s_bSN.shape[1], full_precision(t_bTN)
     t = t_bTN.shape[1]
+    # by the same sums as the teacher's, since a small bandwidth magnifies what rounding makes of equal maps
     inverse_bS = _inverse_norm(s_bSN)
+    products_own = _products(s_bSN, inverse_bS)
     norms_bS, norms_bT = _squared_norms(inverse_bS), _squared_norms(scale_bT)
     variance_b11 = _bandwidth(_mean_of_normalized(s_bSN, inverse_bS), mean_bN, norms_bS, norms_bT)[:, None, None]
 
     def kernel(products: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return torch.exp(((products - left[:, :, None] / 2).sub_(right[:, None] / 2)).div_(variance_b11))
 
-    products_own = _products(s_bSN, inverse_bS)
-    products_cross = (s_bSN @ t_bTN.mT).mul_(inverse_bS[:, :, None]).mul_(scale_bT[:, None])
+    products_cross = _cross(s_bSN, t_bTN, inverse_bS, scale_bT)
     own_bSS, cross_bST = kernel(products_own, norms_bS, norms_bS), kernel(products_cross, norms_bS, norms_bT)
     rows_own, rows_cross = own_bSS.sum(2), cross_bST.sum(2)
     if out is not None:
@@ -302,7 +311,7 @@ def _gaussian_by_scaled_maps(
 
     left_s, right_s = extended(s_bSN, inverse_bS, norms_bS)
     left_t, right_t = extended(full_precision(t_bTN), scale_bT, norms_bT)
-    own_bSS, cross_bST = (left_s @ right_s.mT).exp_(), (left_s @ right_t.mT).exp_()
+    own_bSS, cross_bST = product(left_s, right_s).exp_(), product(left_s, right_t).exp_()
     rows_own, rows_cross = own_bSS.sum(2), cross_bST.sum(2)
     if out is not None:
         weight_own, weight_cross = 2 / s**2, -2 / (s * t)

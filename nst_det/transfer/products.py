@@ -1,0 +1,106 @@
+"""Batched matrix products, at the speed that a CPU has for convolutions.
+
+torch multiplies float32 matrices on the CPU by MKL, which on processors that aren't Intel's reaches about half of what
+oneDNN reaches on the same machine; convolutions go through oneDNN.  Where torch has oneDNN's product (the operator that
+its own compiler calls for linear layers), large products are taken from there; everywhere else from ``matmul``.
+
+Legend of the shape suffixes: b images, M, K, N rows and columns, C channels.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# multiply-adds of one image from which on the separate call for each image is worth it
+WORTH_A_CALL = 2**21
+
+# rows of a symmetric matrix computed at a time: of the blocks left of the diagonal none is computed
+ROWS = 256
+
+# what a slice of two stacked maps may take, so that it stays in the cache
+SLICE_BYTES = 2**20
+
+
+def product(left_bMK: Tensor, right_bNK: Tensor) -> Tensor:
+    """``left right'`` of each image, (b, M, N)."""
+    if not _by_onednn(left_bMK, right_bNK):
+        return left_bMK @ right_bNK.mT
+    out = left_bMK.new_empty(len(left_bMK), left_bMK.shape[1], right_bNK.shape[1])
+    for image, left, right in zip(out, left_bMK, right_bNK):
+        image.copy_(_onednn(left, right))
+    return out
+
+
+def rows_at_a_time(x_bCK: Tensor) -> int:
+    """How many rows :func:`gram` and whoever walks over its upper blocks should take at a time."""
+    return min(ROWS, max(64, -(-x_bCK.shape[1] // 4))) if x_bCK.device.type == "cpu" else ROWS
+
+
+def gram(x_bCK: Tensor) -> Tensor:
+    """``x x'`` of each image, (b, C, C), of which only the blocks from the diagonal on are multiplied out."""
+    channels, rows = x_bCK.shape[1], rows_at_a_time(x_bCK)
+    # with few columns mirroring costs more than it saves
+    if torch.compiler.is_compiling() or channels <= rows or x_bCK.shape[2] < channels:
+        return product(x_bCK, x_bCK)
+    out = x_bCK.new_empty(len(x_bCK), channels, channels)
+    for start in range(0, channels, rows):
+        block = product(x_bCK[:, start : start + rows], x_bCK[:, start:])
+        out[:, start : start + rows, start:] = block
+        out[:, start:, start : start + rows] = block.mT
+    return out
+
+
+def sum_of_products(own_bMS: Tensor, s_bSN: Tensor, cross_bMT: Tensor, t_bTN: Tensor, out_bMN: Tensor) -> None:
+    """``out = own s + cross t`` of each image."""
+    k, n = s_bSN.shape[1] + t_bTN.shape[1], s_bSN.shape[2]
+    width = max(256, SLICE_BYTES // (4 * k))
+    if not _large(own_bMS, own_bMS.shape[1] * k * min(n, width)):
+        out_bMN.baddbmm_(own_bMS, s_bSN, beta=0)
+        out_bMN.baddbmm_(cross_bMT, t_bTN)
+        return
+    for out, both, s, t in zip(out_bMN, torch.cat([own_bMS, cross_bMT], 2), s_bSN, t_bTN):
+        for start in range(0, n, width):
+            columns = slice(start, start + width)
+            out[:, columns] = _onednn(both, torch.cat([s[:, columns], t[:, columns]]).mT)
+
+
+def _by_onednn(left_bMK: Tensor, right_bNK: Tensor) -> bool:
+    multiplications = left_bMK.shape[1] * left_bMK.shape[2] * right_bNK.shape[1]
+    return _large(left_bMK, multiplications) and _is_packed(left_bMK) and _is_packed(right_bNK)
+
+
+def _large(x: Tensor, multiplications: int) -> bool:
+    return (
+        multiplications >= WORTH_A_CALL
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and bool(torch.backends.mkldnn.enabled)
+        and _has_onednn()
+    )
+
+
+def _is_packed(x_bMK: Tensor) -> bool:
+    # oneDNN has no fast way for rows with gaps between them
+    (rows, columns), strides = x_bMK.shape[1:], x_bMK.stride()[1:]
+    return strides in ((columns, 1), (1, rows))
+
+
+def _onednn(left: Tensor, right: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return out
+
+
+@cache
+def _has_onednn() -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    left, right = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    try:
+        return torch.equal(_onednn(left, right), left @ right.mT)
+    except (RuntimeError, TypeError):
+        # another release of torch may ask for other arguments
+        return False
