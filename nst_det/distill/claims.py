@@ -10,7 +10,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.distill.config import teacher_augment, teacher_solver
+from nst_det.distill.config import teacher_augment, teacher_solver, transfer_of
 from nst_det.runtime.config import flat, plain
 from nst_det.transfer import Method
 
@@ -31,7 +31,10 @@ def student_claim(config: CfgNode, method: Method, fingerprint: str, teacher_sha
         fingerprint: of the data.
         teacher_sha256: of the teacher's weights; not taken up where the method has no terms.
     """
-    values = {key: value for key, value in flat(config).items() if _concerns_student(key, method)}
+    resolved = config.clone()
+    resolved.defrost()
+    resolved.TRANSFER = transfer_of(config, method.word)
+    values = {key: value for key, value in flat(resolved).items() if _concerns_student(key, method)}
     values |= {"METHOD": method.word, "DATA.FINGERPRINT": fingerprint}
     if method.names:
         values["TEACHER.SHA256"] = teacher_sha256

@@ -11,6 +11,7 @@ from fvcore.common.config import CfgNode
 from nst_det.errors import UserError
 from nst_det.runtime.config import load_config, merge_tree, plain, transfer_node
 from nst_det.runtime.device import PRECISIONS
+from nst_det.transfer import parse_method
 
 OPTIMIZERS = ("SGD", "ADAMW")
 CACHE_DTYPES = ("auto", "fp16", "bf16")
@@ -36,6 +37,8 @@ def get_defaults() -> CfgNode:
     config.STUDENT.ARCH_KWARGS = CfgNode(new_allowed=True)
     config.TRANSFER = transfer_node()
     config.TRANSFER.LEVELS = ["res3", "res4"]
+    # a method's word -> LEVELS, WEIGHTS, TERM_LEVELS, OPTIONS or AUTO_WEIGHT that go over those above for this method
+    config.TRANSFER.BY_METHOD = CfgNode(new_allowed=True)
     config.SOLVER = _solver()
     config.TEST = CfgNode({"EVAL_PERIOD": 0, "IMS_PER_BATCH": 128})
     # steps between checkpoints, metrics rows
@@ -166,6 +169,7 @@ def check_config(config: CfgNode) -> None:
     _check_cache(config.CACHE)
     words = all(isinstance(word, str) for word in config.METHODS)
     _require(words, "METHODS", "a list of method words such as [ce, kd, nst-poly]")
+    _check_by_method(config)
 
 
 def teacher_solver(config: CfgNode) -> CfgNode:
@@ -176,6 +180,48 @@ def teacher_solver(config: CfgNode) -> CfgNode:
 def teacher_augment(config: CfgNode) -> CfgNode:
     """DATA.AUGMENT with TEACHER.AUGMENT's keys put over it."""
     return _overlaid(config.DATA.AUGMENT, config.TEACHER.AUGMENT, "TEACHER.AUGMENT")
+
+
+def transfer_of(config: CfgNode, word: str) -> CfgNode:
+    """TRANSFER for one method: with what BY_METHOD has for its word put over it, and without BY_METHOD.
+
+    Args:
+        config: the whole config.
+        word: the method's canonical word.
+
+    Raises:
+        UserError: a key of BY_METHOD is unknown or has a value of the wrong type.
+    """
+    node = config.TRANSFER.clone()
+    node.defrost()
+    changes = plain(node.pop("BY_METHOD")).get(word, {})
+    for group in ("WEIGHTS", "TERM_LEVELS", "OPTIONS", "AUTO_WEIGHT"):
+        # the type of a value there is that of the value given first
+        _forget(node[group], changes.get(group, {}))
+    merge_tree(node, changes, f"config: TRANSFER.BY_METHOD.{word}")
+    return node
+
+
+def _forget(node: CfgNode, keys: Any) -> None:
+    for key, value in keys.items() if isinstance(keys, dict) else ():
+        if isinstance(value, dict) and isinstance(node.get(key), CfgNode):
+            _forget(node[key], value)
+        else:
+            node.pop(key, None)
+
+
+def _check_by_method(config: CfgNode) -> None:
+    try:
+        methods = [parse_method(word).word for word in config.METHODS]
+    except ValueError as error:
+        raise UserError(f"METHODS: {error}") from error
+    for word in config.TRANSFER.BY_METHOD:
+        _require(not methods or word in methods, f"TRANSFER.BY_METHOD.{word}", f"one of METHODS: {', '.join(methods)}")
+        known = ("LEVELS", "WEIGHTS", "TERM_LEVELS", "OPTIONS", "AUTO_WEIGHT")
+        keys = plain(config.TRANSFER.BY_METHOD[word])
+        named = isinstance(keys, dict) and set(keys) <= set(known)
+        _require(named, f"TRANSFER.BY_METHOD.{word}", f"a mapping with {', '.join(known)} alone")
+        transfer_of(config, word)
 
 
 def _overlaid(base: CfgNode, changes: CfgNode, key: str) -> CfgNode:

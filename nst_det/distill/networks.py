@@ -24,6 +24,7 @@ from nst_det.backbones import (
     resolve,
 )
 from nst_det.backbones.levels import embedding_width
+from nst_det.distill.config import transfer_of
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path, plain
 from nst_det.runtime.files import sha256_of_file
@@ -156,14 +157,16 @@ def build_losses(
     if teacher is not None:
         sizes = {
             "student_channels": {name: info.channels for name, info in student.levels.items()},
-            "teacher_channels": {name: info.channels for name, info in teacher.levels.items()},
+            # a vector of the teacher is no map to learn
+            "teacher_channels": {name: info.channels for name, info in teacher.levels.items() if info.stride},
+            "student_vectors": [name for name, info in student.levels.items() if not info.stride],
             "num_classes": student.num_classes,
             "student_embedding": embedding_width(student.model),
             "teacher_embedding": embedding_width(teacher.model),
         }
-    node = config.TRANSFER
     losses = {}
     for word, method in methods.items():
+        node = transfer_of(config, word)
         try:
             with seeded(config.SEED, "adapters"):
                 losses[word] = build_transfer(

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from nst_det.distill.claims import student_claim, teacher_claim
-from nst_det.distill.config import get_defaults, load_distill_config, teacher_augment, teacher_solver
+from nst_det.distill.config import get_defaults, load_distill_config, teacher_augment, teacher_solver, transfer_of
 from nst_det.errors import UserError
+from nst_det.runtime.config import plain
 from nst_det.transfer import parse_method
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "distill"
@@ -42,6 +43,9 @@ def test_the_configs_in_the_repository_are_valid(file):
         ("SOLVER.MOMENTUM", "0", "SOLVER.NESTEROV must be False where MOMENTUM is 0"),
         ("METHODS", "[3]", "METHODS must be a list of method words"),
         ("SOLVR.BASE_LR", "1", "unknown key SOLVR"),
+        ("TRANSFER.BY_METHOD", "{nst-linear: {LEVELS: [res3]}}", "BY_METHOD.nst-linear must be one of METHODS: ce, kd"),
+        ("TRANSFER.BY_METHOD", "{kd: {LEVEL: [res3]}}", "BY_METHOD.kd must be a mapping with LEVELS, WEIGHTS"),
+        ("TRANSFER.BY_METHOD", "{kd: {LEVELS: res3}}", "BY_METHOD.kd: LEVELS must be of type list"),
     ],
 )
 def test_values_out_of_range_are_named(key, value, says):
@@ -98,6 +102,20 @@ def test_what_concerns_others_doesnt_bind_a_student(change):
 )
 def test_what_changes_a_student_binds_it(change):
     assert claims(change)[0] != claims()[0]
+
+
+def test_a_method_may_have_its_own_levels_and_weights():
+    own = "{nst-poly: {LEVELS: [res4], WEIGHTS: {nst-poly: 7.0}}, kd+nst-poly: {WEIGHTS: {kd: 2.0}}}"
+    config = load_distill_config(None, ["DATA.ROOT", "x", "TRANSFER.WEIGHTS.nst-poly", "3", "TRANSFER.BY_METHOD", own])
+    node = transfer_of(config, "nst-poly")
+    assert (node.LEVELS, plain(node.WEIGHTS)) == (["res4"], {"nst-poly": 7.0})
+    node = transfer_of(config, "kd+nst-poly")
+    assert (node.LEVELS, plain(node.WEIGHTS)) == (["res3", "res4"], {"nst-poly": 3, "kd": 2.0})
+    assert transfer_of(config, "kd").LEVELS == ["res3", "res4"]
+    # the run is that which the same values would make for all methods
+    change = ["TRANSFER.BY_METHOD", "{nst-poly: {LEVELS: [res4]}}"]
+    assert claims(change, "nst-poly")[0] == claims(["TRANSFER.LEVELS", "[res4]"], "nst-poly")[0]
+    assert claims(change, "kd")[0] == claims((), "kd")[0]
 
 
 def test_a_student_without_terms_isnt_bound_to_teacher_or_transfer():

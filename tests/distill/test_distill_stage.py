@@ -495,3 +495,15 @@ def test_two_steps_on_real_images(real_data, tmp_path):
     card = load_card(results["kd+nst-poly"]["backbone"])
     assert (card.num_classes, card.data["images"], card.data["validation_images"]) == (50, 6000, 1500)
     assert all(name.startswith("n0") for name in card.classes)
+
+
+def test_a_method_with_its_own_levels_equals_a_run_with_these_levels(finished, images, tmp_path):
+    """Beside students with other levels, and to the same bits."""
+    own = {"kd+nst-poly": {"LEVELS": ["res4"], "WEIGHTS": {"nst-poly": 2.0}}}
+    teacher = {"TEACHER.WEIGHTS": finished[1]["teacher"]["backbone"]}
+    beside = run(images, tmp_path / "a", METHODS=["fitnet", "kd+nst-poly"], **teacher, **{"TRANSFER.BY_METHOD": own})
+    keys = {"TRANSFER.LEVELS": ["res4"], "TRANSFER.WEIGHTS": {"nst-poly": 2.0}}
+    alone = run(images, tmp_path / "b", METHODS=["kd+nst-poly"], **teacher, **keys)
+    assert beside["kd+nst-poly"]["sha256"] == alone["kd+nst-poly"]["sha256"]
+    assert beside["kd+nst-poly"]["sha256"] != finished[1]["kd+nst-poly"]["sha256"]
+    assert beside["fitnet"]["sha256"] == finished[1]["fitnet"]["sha256"]
