@@ -6,10 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from nst_det.detect.box_head import (
+    BoxHeadTap,
+    BoxOutputs,
+    Widths,
+    box_outputs,
+    check_classes,
+    reads_box_head,
+    widths_of,
+)
+from nst_det.detect.feature_maps import backbone_of, below_fpn, feature_maps, level_channels
+from nst_det.detect.opening import log_balance
+from nst_det.detect.pixels import padded, translate_pixels
 from nst_det.errors import UserError
 from nst_det.transfer import Outputs, TransferLoss, build_transfer, parse_method
 
@@ -17,11 +28,16 @@ PREFIX = "loss_transfer_"
 
 
 class DistilledDetector(nn.Module):
-    """A student detector with transfer losses from a teacher's feature maps.
+    """A student detector with transfer losses from a teacher's feature maps and box head.
 
     It listens to the student's ``backbone``: the pixels that enter and the maps (level -> map) that leave.  The
-    teacher's backbone, and no other part of it, sees the same pixels, normalized its own way, in the same autocast
-    state.  The weighted terms join the student's loss dict, so that any trainer that sums such a dict can train it.
+    teacher's backbone sees the same pixels, normalized its own way, in the same autocast state.  For terms on logits or
+    embeddings it listens to the student's box head too: the boxes that it is trained on, and what it says about them;
+    the teacher's box head is asked about the same boxes.  No other part of the teacher is used.  The weighted terms
+    join the student's loss dict, so that any trainer that sums such a dict can train it.
+
+    In the first step, or the first few where AUTO_WEIGHT chooses weights, the terms' gradients in the backbone are
+    measured against that of the student's own losses and logged; nothing else in those steps changes.
 
     It assumes that ``student.backbone`` is called once in a training step, with (B, 3, H, W) pixels, and gives a dict
     of maps; levels that only ``student.backbone.bottom_up`` gives (``res2`` .. ``res5`` below an FPN) are taken there.
@@ -37,9 +53,11 @@ class DistilledDetector(nn.Module):
         teacher: a trained detector; it is frozen here.
         transfer: from :func:`~nst_det.transfer.build_transfer` with levels of both backbones.
         warmup_iters: the weights rise linearly from 0 over that many training steps.
+        box_outputs: asks the teacher's RoI heads, where they aren't the torchvision engine's.
 
     Attributes:
         iteration: training steps done; set it when a run goes on.
+        box_widths: of the student's and the teacher's box head; empty if no term reads these.
 
     Example:
         >>> from nst_det.transfer import build_transfer
@@ -62,7 +80,14 @@ class DistilledDetector(nn.Module):
         ['loss_cls', 'loss_transfer_nst-poly']
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, transfer: TransferLoss, warmup_iters: int = 0) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        transfer: TransferLoss,
+        warmup_iters: int = 0,
+        box_outputs: BoxOutputs = box_outputs,
+    ) -> None:
         super().__init__()
         self.student, self.transfer = student, transfer
         # in a tuple, a module is not registered as a part
@@ -71,10 +96,15 @@ class DistilledDetector(nn.Module):
         self._student_maps: dict[str, Tensor] = {}
         self._teacher_maps: dict[str, Tensor] = {}
         self._sizes: list[tuple[int, int]] = []
-        backbone = _backbone(student)
+        self._box_outputs, self._tap = box_outputs, None
+        self.box_widths: tuple[Widths, ...] = ()
+        if reads_box_head(transfer.method):
+            self.box_widths = widths_of(student, transfer.method), widths_of(teacher, transfer.method)
+            self._tap = BoxHeadTap(student)
+        backbone = backbone_of(student)
         backbone.register_forward_pre_hook(self._run_teacher)
         backbone.register_forward_hook(self._keep_maps)
-        below = getattr(backbone, "bottom_up", backbone)
+        below = below_fpn(backbone)
         if below is not backbone and set(transfer.student_levels) & set(level_channels(below)):
             below.register_forward_hook(self._keep_maps)
 
@@ -96,12 +126,40 @@ class DistilledDetector(nn.Module):
             losses = dict(self.student(batched_inputs, *args, **kwargs))
             if not self._teacher_maps:
                 raise RuntimeError("the student's forward didn't call student.backbone, so there is nothing to compare")
-            terms = self.transfer(Outputs(maps=self._student_maps), Outputs(maps=self._teacher_maps))
+            terms = self._balanced(losses, self.transfer(*self._outputs()))
         finally:
             self._student_maps, self._teacher_maps = {}, {}
         factor = min((self.iteration + 1) / self.warmup_iters, 1.0) if self.warmup_iters else 1.0
         self.iteration += 1
         return losses | {f"{PREFIX}{name}": value * factor for name, value in terms.items()}
+
+    def _outputs(self) -> tuple[Outputs, Outputs]:
+        student, teacher = Outputs(maps=self._student_maps), Outputs(maps=self._teacher_maps)
+        if self._tap is not None:
+            boxes = self._tap.take(student)
+            with torch.no_grad():
+                # as the heads of a detector get them when its backbone computes in lower precision
+                maps = {name: map_.float() for name, map_ in teacher.maps.items()}
+                teacher.embedding, teacher.logits = self._box_outputs(self.teacher.roi_heads, maps, boxes)
+        return student, teacher
+
+    def _balanced(self, losses: Mapping[str, Tensor], terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms, measured against the student's own losses in the first steps, by the weights chosen there."""
+        balance = self.transfer.balance
+        if not (balance.wants(self.iteration) and torch.is_grad_enabled()):
+            return terms
+        parameters = [item for item in backbone_of(self.student).parameters() if item.requires_grad]
+        if not parameters and balance.shares:
+            raise UserError("TRANSFER.AUTO_WEIGHT: the student's backbone is frozen, so no term has a gradient there")
+        if not parameters:
+            return terms
+        try:
+            terms = balance(torch.stack(list(losses.values())).sum(), terms, parameters)
+        except ValueError as error:
+            raise UserError(f"TRANSFER.{error}") from error
+        if balance.lines:
+            log_balance(balance.lines)
+        return terms
 
     def _run_teacher(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self.training:
@@ -113,20 +171,13 @@ class DistilledDetector(nn.Module):
             self._student_maps.update(maps)
 
     def _teacher_forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        backbone = _backbone(self.teacher)
-        multiple = int(getattr(backbone, "size_divisibility", 0) or 0)
-        below = getattr(backbone, "bottom_up", backbone)
-        pixels = _pad(translate_pixels(pixels, self.student, self.teacher, self._sizes), multiple)
-        wanted = self.transfer.teacher_levels
-        # an FPN that no term looks at is not computed
-        if below is not backbone and set(wanted) <= set(level_channels(below)):
-            return dict(below(pixels))
-        kept: dict[str, Tensor] = {}
-        hook = below.register_forward_hook(lambda _module, _inputs, maps: kept.update(maps))
-        try:
-            return kept | dict(backbone(pixels))
-        finally:
-            hook.remove()
+        backbone = backbone_of(self.teacher)
+        pixels = translate_pixels(pixels, self.student, self.teacher, self._sizes)
+        pixels = padded(pixels, int(getattr(backbone, "size_divisibility", 0) or 0))
+        if self._tap is not None:
+            # a box head stands on the whole of it
+            return feature_maps(backbone, pixels, level_channels(backbone))
+        return feature_maps(backbone, pixels, self.transfer.teacher_levels)
 
     def train(self, mode: bool = True) -> DistilledDetector:
         """As ``nn.Module.train``; the teacher stays in evaluation mode."""
@@ -148,36 +199,45 @@ class DistilledDetector(nn.Module):
         return self
 
 
-def distill(student: nn.Module, teacher: nn.Module, node: CfgNode) -> DistilledDetector:
+def distill(
+    student: nn.Module, teacher: nn.Module, node: CfgNode, box_outputs: BoxOutputs = box_outputs
+) -> DistilledDetector:
     """Wrap a detector as the config's TRANSFER node says.
 
     Args:
         student: a detector with a ``backbone``.
         teacher: another, trained.
-        node: TRANSFER: METHOD, LEVELS, WEIGHTS, TERM_LEVELS, OPTIONS, WARMUP_ITERS.
+        node: TRANSFER: METHOD, LEVELS, WEIGHTS, TERM_LEVELS, OPTIONS, AUTO_WEIGHT, WARMUP_ITERS.
+        box_outputs: asks the teacher's RoI heads, where they aren't the torchvision engine's.
 
     Raises:
-        UserError: METHOD can't be built from maps of these two, the line names what there is.
+        UserError: METHOD can't be built from what these two give, the line names what there is.
     """
+    sizes: dict[str, int] = {}
     try:
+        method = parse_method(node.METHOD)
+        if reads_box_head(method):
+            mine, theirs = widths_of(student, method), widths_of(teacher, method)
+            sizes = {"student_embedding": mine.embedding, "teacher_embedding": theirs.embedding}
+            # a term that compares them class by class has no parameters of this width; see check_classes
+            sizes["num_classes"] = theirs.logits
         transfer = build_transfer(
-            node.METHOD,
+            method,
             levels=node.LEVELS,
-            student_channels=level_channels(_backbone(student)),
-            teacher_channels=level_channels(_backbone(teacher)),
+            student_channels=level_channels(backbone_of(student)),
+            teacher_channels=level_channels(backbone_of(teacher)),
             weights=node.WEIGHTS,
             term_levels=node.TERM_LEVELS,
             options=node.OPTIONS,
+            auto_weight=node.AUTO_WEIGHT,
+            **sizes,
         )
     except ValueError as error:
         raise UserError(f"TRANSFER: {error}") from error
-    others = (transfer.reads("student") | transfer.reads("teacher")) - {"maps"}
-    if others:
-        raise UserError(
-            f"TRANSFER.METHOD {node.METHOD}: it reads {' and '.join(sorted(others))}, which a detector's backbone "
-            "doesn't give; use terms on feature maps, such as nst-poly"
-        )
-    return DistilledDetector(student, teacher, transfer, node.WARMUP_ITERS)
+    model = DistilledDetector(student, teacher, transfer, node.WARMUP_ITERS, box_outputs)
+    if model.box_widths:
+        check_classes(transfer, *(widths.logits for widths in model.box_widths))
+    return model
 
 
 def wants_teacher(node: CfgNode) -> bool:
@@ -195,60 +255,3 @@ def wants_teacher(node: CfgNode) -> bool:
             f"TRANSFER.METHOD {node.METHOD} needs a teacher; set TRANSFER.TEACHER.CONFIG_FILE and WEIGHTS, or METHOD ce"
         )
     return bool(terms)
-
-
-def level_channels(backbone: nn.Module) -> dict[str, int]:
-    """Level -> channels of a detector's backbone: its own levels, and those of its ``bottom_up`` if it has one."""
-    channels: dict[str, int] = {}
-    below = getattr(backbone, "bottom_up", backbone)
-    if below is not backbone:
-        channels.update(level_channels(below))
-    shapes = getattr(backbone, "output_shape", None)
-    if shapes is not None:
-        channels.update({name: int(shape.channels) for name, shape in shapes().items()})
-    else:
-        channels.update(getattr(backbone, "channels", {}))
-    return channels
-
-
-def translate_pixels(
-    pixels: Tensor, student: nn.Module, teacher: nn.Module, sizes: Sequence[tuple[int, int]]
-) -> Tensor:
-    """Pixels normalized for the student as the teacher wants them; padding stays zero.
-
-    Args:
-        pixels: (B, 3, H, W).
-        student: has ``pixel_mean``, ``pixel_std`` and ``input_format``; without them pixels stay as they are.
-        teacher: as ``student``.
-        sizes: (height, width) of each image without padding.
-    """
-    if not all(hasattr(module, "pixel_mean") and hasattr(module, "pixel_std") for module in (student, teacher)):
-        return pixels
-    (mean, std), (new_mean, new_std) = (_normalization(module) for module in (student, teacher))
-    flip = {getattr(module, "input_format", None) or "BGR" for module in (student, teacher)} == {"RGB", "BGR"}
-    if not flip and torch.equal(mean, new_mean) and torch.equal(std, new_std):
-        return pixels
-    raw = pixels * std + mean
-    changed = ((raw.flip(1) if flip else raw) - new_mean) / new_std
-    out = torch.zeros_like(changed)
-    for image, (height, width) in enumerate(sizes):
-        out[image, :, :height, :width] = changed[image, :, :height, :width]
-    return out
-
-
-def _normalization(detector: Any) -> tuple[Tensor, Tensor]:
-    return detector.pixel_mean, detector.pixel_std
-
-
-def _pad(pixels: Tensor, multiple: int) -> Tensor:
-    height, width = pixels.shape[-2:]
-    if multiple < 2 or (height % multiple == 0 and width % multiple == 0):
-        return pixels
-    return F.pad(pixels, (0, -width % multiple, 0, -height % multiple))
-
-
-def _backbone(detector: nn.Module) -> nn.Module:
-    backbone = getattr(detector, "backbone", None)
-    if not isinstance(backbone, nn.Module):
-        raise UserError(f"{type(detector).__name__} has no backbone module, so its feature maps can't be compared")
-    return backbone

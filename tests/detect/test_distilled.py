@@ -1,10 +1,14 @@
 import copy
+import logging
 
 import pytest
 import torch
 from fvcore.common.config import CfgNode
 
-from nst_det.detect.distilled import DistilledDetector, distill, level_channels, translate_pixels, wants_teacher
+from nst_det.detect.distilled import DistilledDetector, distill, wants_teacher
+from nst_det.detect.feature_maps import level_channels, level_strides
+from nst_det.detect.opening import log_shapes
+from nst_det.detect.pixels import translate_pixels
 from nst_det.detect.solver import build_optimizer
 from nst_det.detect.torchvision_engine import build_detector
 from nst_det.errors import UserError
@@ -152,6 +156,67 @@ def test_level_channels(talkative, teacher):
     assert level_channels(talkative().backbone) == {
         "res2": 32, "res3": 64, "res4": 128, "res5": 256, "p2": 16, "p3": 16, "p4": 16, "p5": 16, "p6": 16,
     }  # fmt: skip
+    strides = {"res2": 4, "res3": 8, "res4": 16, "res5": 32, "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+    assert level_strides(talkative().backbone) == strides
+
+
+def test_the_shapes_are_said_before_training(talkative, teacher, caplog):
+    caplog.set_level(logging.INFO)
+    model = distill(talkative(), teacher, node("kd+nst-poly", ["p4", "res3:p4"])).train()
+    state = copy.deepcopy(model.state_dict())
+    log_shapes(model)
+    table = caplog.records[-1].getMessage()
+    assert table.startswith("compared at 256 x 256 pixels")
+    assert [line.split() for line in table.splitlines()[3:]] == [
+        "kd logits: 4 logits: 4 none".split(),
+        "nst-poly p4: 16 x 16 x 16, stride 16 p4: 24 x 16 x 16, stride 16 none".split(),
+        "nst-poly res3: 64 x 32 x 32, stride 8 p4: 24 x 16 x 16, stride 16 student averaged down to 16 x 16".split(),
+    ]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.student.backbone.bottom_up.training
+    assert not teacher.backbone.bottom_up.training
+
+
+def norm_at(student, loss):
+    student.zero_grad()
+    loss.backward(retain_graph=True)
+    found = [parameter.grad for parameter in student.backbone.parameters() if parameter.grad is not None]
+    return float(sum(gradient.double().square().sum() for gradient in found).sqrt())
+
+
+def test_the_terms_are_measured_against_the_detectors_own_losses(talkative, teacher, batch, caplog):
+    caplog.set_level(logging.INFO)
+    model = distill(talkative(), teacher, node("kd+nst-poly", WEIGHTS={"kd": 1e-6})).train()
+    losses = step(model, batch)
+    task = norm_at(model.student, sum(value for name, value in losses.items() if "transfer" not in name))
+    for line in model.transfer.balance.lines:
+        assert line.norm == pytest.approx(norm_at(model.student, losses[f"loss_transfer_{line.term}"]), rel=1e-4)
+        assert line.ratio == pytest.approx(line.norm / task, rel=1e-4)
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0].startswith("terms against the detector's own losses:")
+    assert said[1].startswith("the gradient of kd at the student's backbone has 1/")
+    assert said[2].startswith("the gradient of nst-poly at the student's backbone has ")
+    # once
+    step(model, batch)
+    assert len(caplog.records) == 3
+
+
+def test_auto_weight_gives_a_term_its_share(talkative, teacher, batch):
+    model = distill(talkative(), teacher, node("kd+nst-poly", AUTO_WEIGHT={"kd": 0.5, "nst-poly": 0.25})).train()
+    for _ in range(6):
+        losses = step(model, batch)
+    task = norm_at(model.student, sum(value for name, value in losses.items() if "transfer" not in name))
+    for name, share in (("kd", 0.5), ("nst-poly", 0.25)):
+        # the same batch, weights and draws in each step
+        assert norm_at(model.student, losses[f"loss_transfer_{name}"]) == pytest.approx(share * task, rel=1e-3)
+
+
+def test_auto_weight_on_a_frozen_backbone_is_one_line(talkative, teacher, batch):
+    model = distill(talkative(), teacher, node("kd", AUTO_WEIGHT={"kd": 1.0})).train()
+    model.student.backbone.requires_grad_(False)
+    with pytest.raises(UserError, match=r"TRANSFER.AUTO_WEIGHT: the student's backbone is frozen"):
+        step(model, batch)
+    step(distill(model.student, teacher, node("kd")).train(), batch)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +224,9 @@ def test_level_channels(talkative, teacher):
     [
         (node("nst-poly", ["p9"]), r"TRANSFER: nst-poly: the student has no level 'p9'; it has res2, "),
         (node("nst-poly", []), "TRANSFER: nst-poly compares maps, but no level is named"),
-        (node("kd"), "TRANSFER.METHOD kd: it reads logits, which a detector's backbone doesn't give"),
+        (node("nst-poly", ["p3:p9"]), r"TRANSFER: nst-poly: the teacher has no level 'p9'; it has res2, .*, p6"),
+        (node("pkd", ["p3"]), "TRANSFER: pkd .*p3 has 16 in the student and 24"),
+        (node("nst-pol"), "unknown term 'nst-pol'"),
     ],
 )
 def test_methods_that_cant_be_built_are_one_line(talkative, teacher, transfer, line):

@@ -13,6 +13,7 @@ from nst_det.detect.torchvision_engine import build_detector
 from nst_det.detect.weights import save_weights
 from nst_det.errors import UserError
 from nst_det.runtime.metrics import read_metrics
+from nst_det.transfer.balance import Balance
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detect"
 
@@ -51,7 +52,7 @@ def test_a_run_and_its_folder(on_shapes, tmp_path):
     assert json.loads((folder / "result.json").read_text()) == result
     assert set(result) == {
         "map", "map_area", "per_class", "per_class_area", "map_by_iou", "coco", "objects", "seconds", "steps", "engine",
-        "params", "seed", "method", "losses",
+        "params", "seed", "method", "weights", "losses",
     }  # fmt: skip
     assert (result["engine"], result["method"], result["steps"], result["seed"]) == ("torchvision", "ce", 6, 0)
     assert set(result["per_class"]) <= set(data_classes(config))
@@ -111,18 +112,31 @@ def teacher_words(on_shapes, tmp_path, method):
 
 
 def test_training_with_a_teacher_goes_on_with_the_same_bits(on_shapes, tmp_path, stop_after):
-    changes = teacher_words(on_shapes, tmp_path, "fitnet:3+nst-poly:20")
+    changes = teacher_words(on_shapes, tmp_path, "kd+fitnet:3+nst-poly")
+    changes["TRANSFER.AUTO_WEIGHT"] = {"nst-poly": 0.5, "fitnet": 0.5}
     result = train_detector(on_shapes("one", changes))
-    assert result["method"] == "fitnet:3+nst-poly:20"
-    assert {"loss_transfer_nst-poly", "loss_transfer_fitnet"} <= set(result["losses"])
+    assert result["method"] == "kd+fitnet:3+nst-poly"
+    assert {"loss_transfer_nst-poly", "loss_transfer_fitnet", "loss_transfer_kd"} <= set(result["losses"])
+    assert (result["weights"]["kd"], result["weights"]["fitnet"]) == (1.0, 3.0)
+    assert result["weights"]["nst-poly"] not in (0.0, 1.0, 50.0)
+    # three of the five steps are measured then
     restore = stop_after(3)
     with pytest.raises(Stopped):
         train_detector(on_shapes("two", changes))
     restore()
-    assert train_detector(on_shapes("two", changes))["losses"] == result["losses"]
+    gone_on = train_detector(on_shapes("two", changes))
+    assert (gone_on["losses"], gone_on["weights"]) == (result["losses"], result["weights"])
     assert same_files(tmp_path / "one", tmp_path / "two")
     student = build_detector(on_shapes("x", {"MODEL.ROI_HEADS.NUM_CLASSES": 8}))
     assert set(load_file(tmp_path / "one" / "model.safetensors")) == set(student.state_dict())
+
+
+def test_measuring_the_first_step_does_not_change_the_run(on_shapes, tmp_path, monkeypatch):
+    changes = {**teacher_words(on_shapes, tmp_path, "kd+nst-poly"), "SOLVER.MAX_ITER": 3, "DATASETS.TEST": []}
+    measured = train_detector(on_shapes("one", changes))
+    monkeypatch.setattr(Balance, "wants", lambda *_: False)
+    assert train_detector(on_shapes("two", changes))["losses"] == measured["losses"]
+    assert same_files(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_teacher_whose_pyramid_is_random_is_refused(on_shapes, tmp_path):
@@ -130,6 +144,8 @@ def test_a_teacher_whose_pyramid_is_random_is_refused(on_shapes, tmp_path):
     changes["TRANSFER.TEACHER.WEIGHTS"] = ""
     with pytest.raises(UserError, match="TRANSFER.TEACHER.WEIGHTS: the teacher's p2, p3 would be random"):
         train_detector(on_shapes("one", changes))
+    with pytest.raises(UserError, match="TRANSFER.TEACHER.WEIGHTS: the teacher's box head would be random"):
+        train_detector(on_shapes("two", {**changes, "TRANSFER.METHOD": "kd"}))
 
 
 def test_methods_of_one_seed_begin_alike_and_see_the_same_batches(on_shapes, tmp_path):

@@ -24,6 +24,7 @@ from nst_det.detect.detectron2.config import load_config, register_datasets  # n
 from nst_det.detect.detectron2.loader import build_train_loader  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
 from nst_det.transfer import nst_loss  # noqa: E402
+from nst_det.transfer.balance import STEPS  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -115,6 +116,8 @@ def test_levels_below_an_fpn_and_a_teacher_backbone_file(cfg):
         assert float(model(first_batch(cfg))["loss_transfer_nst-poly"].detach()) > 0
     with pytest.raises(UserError, match="'p3' would be random"):
         distill(build_model(cfg), path, "nst-poly", ["p3"], teacher_weights="backbone://r18")
+    with pytest.raises(UserError, match="the teacher's box head would be random"):
+        distill(build_model(cfg), path, "kd", ["res3"], teacher_weights="backbone://r18")
 
 
 def test_warm_up_follows_the_iteration_of_the_storage(cfg, tiny_teacher):
@@ -129,6 +132,24 @@ def test_warm_up_follows_the_iteration_of_the_storage(cfg, tiny_teacher):
             values.append(float(model(batch)["loss_transfer_nst-poly"]))
     full = values[-1]
     assert values == pytest.approx([full / 4, full / 2, full, full], rel=1e-3)
+
+
+def test_kd_and_auto_weight_in_three_lines(cfg, tiny_teacher):
+    teacher = {"teacher": str(tiny_teacher[0]), "teacher_weights": str(tiny_teacher[1])}
+    model = distill(build_model(cfg), **teacher, method="kd+nst-poly", levels=["p3"], auto_weight={"nst-poly": 0.3})
+    model.train()
+    batch = first_batch(cfg)
+    for iteration in range(STEPS):
+        with EventStorage(iteration):
+            losses = model(batch)
+    assert losses["loss_transfer_kd"] > 0
+    kd, nst = model.transfer.balance.lines
+    assert (kd.weight, nst.ratio) == (1.0, pytest.approx(0.3))
+    assert model.transfer.terms["kd"]["logits"].temperature == 1.0
+    # what add_checkpointable("adapters", model.transfer) keeps
+    again = distill(build_model(cfg), **teacher, method="kd+nst-poly", levels=["p3"], auto_weight={"nst-poly": 0.3})
+    again.transfer.load_state_dict(model.transfer.state_dict())
+    assert again.transfer.weights == model.transfer.weights
 
 
 def test_any_detectron2_config_teaches(cfg, tmp_path):

@@ -135,7 +135,8 @@ class Stop(HookBase):
 
 
 def test_a_run_that_goes_on_repeats_the_undisturbed_one(tiny_yaml, tiny_teacher, tmp_path):
-    opts = [*nst_opts(tiny_teacher, "fitnet+nst-poly"), "DATASETS.TEST", "()"]
+    opts = [*nst_opts(tiny_teacher, "kd+fitnet+nst-poly"), "DATASETS.TEST", "()"]
+    opts += ["TRANSFER.AUTO_WEIGHT", "{nst-poly: 0.5}"]
     whole = make_cfg(tiny_yaml, tmp_path / "whole", *opts)
     train(whole, RunFolder(whole.OUTPUT_DIR), resume=False)
 
@@ -153,6 +154,11 @@ def test_a_run_that_goes_on_repeats_the_undisturbed_one(tiny_yaml, tiny_teacher,
     assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
     adapters = one["trainer"]["adapters"], other["trainer"]["adapters"]
     assert all(torch.equal(value, adapters[1][key]) for key, value in adapters[0].items())
+    # the weight that five steps chose, three of them before the stop
+    weights = [RunFolder(tmp_path / name).result()["weights"] for name in ("whole", "part")]
+    assert weights[0] == weights[1]
+    assert weights[0]["kd"] == 1.0
+    assert weights[0]["nst-poly"] != 50.0
 
 
 def test_methods_of_one_seed_begin_alike_and_see_the_same_batches(tiny_yaml, tiny_teacher, tmp_path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.structures import Boxes
+from torch import Tensor
 
+from nst_det.detect import box_head
 from nst_det.errors import UserError
 
 # the constants in Detectron2's ROIPooler, for which it has no config key
@@ -46,3 +51,25 @@ def choose_roi_heads(cfg: CfgNode) -> None:
             "them; use StandardROIHeads, or leave them at 224 and 4"
         )
     cfg.MODEL.ROI_HEADS.NAME = "CanonicalROIHeads"
+
+
+def box_outputs(heads: Any, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What Detectron2's RoI heads, or this project's, say about boxes; see :func:`nst_det.detect.box_head.box_outputs`.
+
+    Args:
+        heads: Detectron2's StandardROIHeads or Res5ROIHeads, or a class of these.
+        maps: level -> (B, C, H, W), float32.
+        boxes: (N, 4) of each image, xyxy in pixels of the network's input.
+
+    Returns:
+        What enters the predictor (R, D) and the logits (R, K + 1), background last.
+    """
+    own = [Boxes(of_image) for of_image in boxes]
+    if isinstance(heads, Res5ROIHeads):
+        features = heads._shared_roi_transform([maps[name] for name in heads.in_features], own).mean(dim=(2, 3))
+    elif isinstance(heads, StandardROIHeads):
+        features = heads.box_head(heads.box_pooler([maps[name] for name in heads.box_in_features], own))
+    else:
+        return box_head.box_outputs(heads, maps, boxes)
+    logits, _ = heads.box_predictor(features)
+    return features.flatten(1), logits

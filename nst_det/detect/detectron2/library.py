@@ -11,11 +11,15 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
 from nst_det.detect import distilled
+from nst_det.detect.box_head import reads_box_head
+from nst_det.detect.config import detector_transfer_node
+from nst_det.detect.detectron2.heads import box_outputs
 from nst_det.detect.detectron2.teacher import build_teacher
 from nst_det.detect.distilled import DistilledDetector
-from nst_det.runtime.config import transfer_node
+from nst_det.detect.opening import log_shapes
+from nst_det.errors import UserError
 from nst_det.runtime.seeds import seeded
-from nst_det.transfer import TransferLoss
+from nst_det.transfer import TransferLoss, parse_method
 
 
 def distill(
@@ -27,6 +31,7 @@ def distill(
     teacher_weights: str = "",
     weights: Mapping[str, float] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    auto_weight: Mapping[str, float] | None = None,
     warmup_iters: int = 0,
     seed: int = 0,
 ) -> DistilledDetector:
@@ -44,7 +49,9 @@ def distill(
         levels: what is compared: names that the backbones give, ``student:teacher`` where they differ.
         teacher_weights: the teacher's checkpoint if ``teacher`` is a config; "" takes those that it names.
         weights: term to weight, where the word has none.
-        options: term to its options.
+        options: term to its options; ``kd`` has the temperature 1 here.
+        auto_weight: term to the share of the gradient norm at the student's backbone, 1.0 as much as the student's own
+            losses, that its weight is to give it; chosen in the first five steps, instead of ``weights``.
         warmup_iters: the weights rise linearly from 0 over that many steps.
         seed: of the adapters.
 
@@ -58,13 +65,15 @@ def distill(
             def build_model(cls, cfg):
                 return distill(super().build_model(cfg), "teacher.yaml", "nst-poly")
     """
-    node = transfer_node()
+    node = detector_transfer_node()
     node.METHOD, node.LEVELS, node.WARMUP_ITERS = method, list(levels), warmup_iters
-    for name, values in (("WEIGHTS", weights), ("OPTIONS", options)):
-        for term, value in (values or {}).items():
+    for name, values in (("WEIGHTS", weights), ("OPTIONS", options), ("AUTO_WEIGHT", auto_weight)):
+        for term, value in dict(values or {}).items():
             node[name][term] = dict(value) if isinstance(value, Mapping) else value
     if isinstance(teacher, str):
-        teacher = build_teacher(teacher, teacher_weights, str(_device(student)), levels=node.LEVELS)
+        teacher = build_teacher(
+            teacher, teacher_weights, str(_device(student)), levels=node.LEVELS, box_head=_reads_box_head(node)
+        )
     return _wrap(student, teacher, node, seed)
 
 
@@ -77,7 +86,10 @@ def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
     node = cfg.TRANSFER
     if not distilled.wants_teacher(node):
         return student
-    teacher = build_teacher(node.TEACHER.CONFIG_FILE, node.TEACHER.WEIGHTS, str(_device(student)), levels=_levels(node))
+    named = node.TEACHER
+    teacher = build_teacher(
+        named.CONFIG_FILE, named.WEIGHTS, str(_device(student)), levels=_levels(node), box_head=_reads_box_head(node)
+    )
     return _wrap(student, teacher, node, max(cfg.SEED, 0))
 
 
@@ -85,10 +97,18 @@ def _levels(node: CfgNode) -> list[str]:
     return [*node.LEVELS, *(level for levels in node.TERM_LEVELS.values() for level in levels)]
 
 
+def _reads_box_head(node: CfgNode) -> bool:
+    try:
+        return reads_box_head(parse_method(node.METHOD))
+    except ValueError as error:
+        raise UserError(f"TRANSFER.METHOD: {error}") from error
+
+
 def _wrap(student: nn.Module, teacher: nn.Module, node: CfgNode, seed: int) -> DistilledDetector:
     with seeded(seed, "adapters"):
-        model = distilled.distill(student, teacher, node)
+        model = distilled.distill(student, teacher, node, box_outputs)
     model.to(_device(student))
+    log_shapes(model)
     model.register_forward_pre_hook(_follow_iteration)
     return model
 

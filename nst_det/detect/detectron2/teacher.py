@@ -32,6 +32,7 @@ def build_teacher(
     device: str | None = None,
     overrides: Sequence[str] = (),
     levels: Sequence[str] = (),
+    box_head: bool = False,
 ) -> nn.Module:
     """A frozen detector in evaluation mode.
 
@@ -43,6 +44,7 @@ def build_teacher(
         device: where it computes; None takes the config's, or the CPU where that is not there.
         overrides: ``KEY VALUE`` pairs on top of a YAML config.
         levels: what will be compared; a backbone file, which has no FPN, can teach ``res2`` .. ``res5`` only.
+        box_head: whether its box head will be asked too; a backbone file has none.
 
     Raises:
         UserError: no such config, no weights at all, or weights that leave a part of the detector random.
@@ -62,7 +64,7 @@ def build_teacher(
             f"{config_file}: names no weights and TRANSFER.TEACHER.WEIGHTS is empty; a random teacher teaches nothing"
         )
     if not source or _is_backbone_file(source):
-        _check_levels(levels, source or f"{config_file} with timm's weights")
+        _check_levels(levels, source or f"{config_file} with timm's weights", box_head)
         complete: list[str] = []
     else:
         complete = [name for name, _ in model.named_children()]
@@ -77,7 +79,12 @@ def _is_backbone_file(source: str) -> bool:
     return source.startswith(PREFIX) or (source.endswith(SUFFIX) and card_path(source).is_file())
 
 
-def _check_levels(levels: Sequence[str], source: str) -> None:
+def _check_levels(levels: Sequence[str], source: str, box_head: bool) -> None:
+    if box_head:
+        raise UserError(
+            f"TRANSFER: {source} is a backbone, so the teacher's box head would be random; name the weights of a whole "
+            "detector, or use terms on feature maps"
+        )
     for level in levels:
         theirs = str(level).rpartition(":")[2].strip()
         if not theirs.startswith("res"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -178,6 +178,20 @@ class RoiHeads(nn.Module):
         logits, deltas = self._predict(levels, [rois for rois, _, _ in chosen])
         boxes, targets, labels = (torch.cat(parts) for parts in zip(*chosen))
         return [], self._losses(logits, deltas, boxes, targets, labels)
+
+    def box_outputs(self, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the box head says about given boxes, for a detector that learns from this one.
+
+        Args:
+            maps: level -> (B, C, H, W), float32.
+            boxes: (N, 4) of each image, xyxy in pixels of the network's input.
+
+        Returns:
+            What enters the predictor (R, D) and the logits (R, classes + 1), background last; R is the sum of N.
+        """
+        pooled = self.box_pooler([maps[name] for name in self.settings.in_features], boxes)
+        features: Tensor = self.box_head(pooled)
+        return features, self.box_predictor.cls_score(features)
 
     def _predict(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         predicted: tuple[Tensor, Tensor] = self.box_predictor(self.box_head(self.box_pooler(levels, boxes)))
