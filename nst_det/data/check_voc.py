@@ -75,8 +75,6 @@ def _check_lists(findings: Findings, splits: Sequence[str] | None) -> dict[str, 
     if missing:
         known = ", ".join(path.stem for path in sorted(folder.glob("*.txt"))[:20])
         raise UserError(f"{shown_path(missing[0])}: no such list; there are {shown(known, 400) or 'no lists at all'}")
-    if not paths:
-        findings.add("missing list", folder, "no lists; write one id a line into trainval.txt and test.txt")
     lists: dict[str, list[str]] = {}
     for path in paths:
         if _leads_out(findings, path):

@@ -59,7 +59,7 @@ class VocResult(Shown):
         positives: (K,) objects that count.
         difficult: (K,) objects that don't.
         detections: (K,) detections.
-        curves: [t][k], see :class:`Curve`.
+        curves: ``curves[t][k]``, see :class:`Curve`.
     """
 
     classes: tuple[str, ...]

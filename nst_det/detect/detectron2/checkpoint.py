@@ -141,7 +141,7 @@ def backbone_entries(model: nn.Module, path: str | Path) -> tuple[dict[str, Tens
     """What a backbone file says about a detector: the part of its state dict below the neck, by its own names.
 
     Args:
-        model: with a :class:`TimmBackbone` or Detectron2's ResNet as its bottom-up.
+        model: with a ``TimmBackbone`` or Detectron2's ResNet as its bottom-up.
         path: a ``.safetensors`` path.
 
     Raises:

@@ -29,7 +29,7 @@ def register_voc(
         use_difficult: train on objects marked ``difficult`` too, as Detectron2 does.  Evaluation never counts them.
 
     Returns:
-        The data set; it is also ``MetadataCatalog.get(name).voc``, where :class:`VocEvaluator` finds it.
+        The data set; it is also ``MetadataCatalog.get(name).voc``, where ``VocEvaluator`` finds it.
 
     Raises:
         UserError: no such folder or list, or a bad annotation.

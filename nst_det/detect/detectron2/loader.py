@@ -78,7 +78,7 @@ class SeededImages(Dataset[Any]):
 
     Args:
         dicts: Detectron2's dataset dicts, a list or anything with ``len`` and ``[]``.
-        mapper: Detectron2's :class:`DatasetMapper` or anything that maps a dict to the model's input.
+        mapper: Detectron2's ``DatasetMapper`` or anything that maps a dict to the model's input.
         seed: of the run.
     """
 
@@ -109,7 +109,7 @@ class SeededImages(Dataset[Any]):
 class CachingMapper(DatasetMapper):
     """Detectron2's mapper for boxes, with the decoded images kept in memory (``DATALOADER.CACHE_IMAGES_MB``).
 
-    What it gives is what :class:`DatasetMapper` gives.  Every process of a loader has its own cache.
+    What it gives is what ``DatasetMapper`` gives.  Every process of a loader has its own cache.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
