@@ -38,9 +38,10 @@ def widths_of(detector: nn.Module, method: Method) -> Widths:
     heads: Any = getattr(detector, "roi_heads", None)
     scores = getattr(getattr(heads, "box_predictor", None), "cls_score", None)
     if not isinstance(scores, nn.Linear) or _pooler(heads) is None:
+        who = type(detector if heads is None else heads).__name__
         raise UserError(
-            f"TRANSFER.METHOD {method}: it reads logits of a box head, and {type(detector if heads is None else heads).__name__} "
-            "has not one; use terms on feature maps, such as nst-poly"
+            f"TRANSFER.METHOD {method}: it reads logits of a box head, and {who} has not one; use terms on feature "
+            "maps, such as nst-poly"
         )
     if getattr(heads.box_predictor, "use_sigmoid_ce", False):
         raise UserError(

@@ -213,7 +213,7 @@ def distill(
     Raises:
         UserError: METHOD can't be built from what these two give, the line names what there is.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     try:
         method = parse_method(node.METHOD)
         if reads_box_head(method):
