@@ -20,7 +20,10 @@ PROBE_SIZE = 64
 
 @dataclass(frozen=True)
 class LevelInfo:
-    """Where a level is: its index in ``forward_intermediates``, its stride in pixels and its channels."""
+    """Where a level is: its index in ``forward_intermediates``, its stride in pixels and its channels.
+
+    Stride 0 is a vector: a map (B, channels, 1, 1) without positions, such as a hidden layer of an MLP.
+    """
 
     index: int
     stride: int
@@ -29,6 +32,8 @@ class LevelInfo:
 
 def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
     """The levels of a timm model: the last map of stride 4, 8, 16 and 32, as far as it has them.
+
+    A model with ``vector_levels`` gives its hidden vectors by these names instead, with stride 0.
 
     A black image is sent through the model once, in evaluation mode and without gradients; the model is left
     as it was.
@@ -48,6 +53,11 @@ def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(f"{name} has no forward_intermediates, so its feature maps can't be read; use another model")
     levels: dict[str, LevelInfo] = {}
+    if hasattr(model, "vector_levels"):
+        return {
+            vector: LevelInfo(index, 0, channels)
+            for index, (vector, (_, channels)) in enumerate(zip(model.vector_levels, _probe(model)))  # type: ignore[arg-type]
+        }
     for index, (stride, channels) in enumerate(_probe(model)):
         level = f"res{int(math.log2(stride))}"
         if level in LEVELS:
@@ -68,6 +78,8 @@ def take_levels(available: Mapping[str, LevelInfo], names: Sequence[str], arch: 
     for name in names:
         if name not in available:
             raise ValueError(f"{arch} has no level '{name}'; it has {', '.join(available)}")
+        if not available[name].stride:
+            raise ValueError(f"{arch}: '{name}' is a vector, and a detector needs maps; use a convolutional network")
     return {name: info for name, info in available.items() if name in names}
 
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from nst_det.backbones import inception_bn, small  # noqa: F401 (registers these networks in timm)
+from nst_det.backbones import inception_bn, mlp, small  # noqa: F401 (registers these networks in timm)
 
 # timm's arguments that load weights or read files: an architecture from a card must never reach them
 NOT_ARCHITECTURE = (

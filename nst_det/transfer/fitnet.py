@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.transfer.registry import Pair, Term, register_term
-from nst_det.transfer.tensors import Shared, aligned, compute_now
+from nst_det.transfer.tensors import Shared, aligned, checked_grid, compute_now, gridded, spread
 
 REGRESSORS = ("conv", "conv-bn-relu")
 
@@ -24,19 +24,23 @@ def hint_loss(student: Tensor, teacher: Tensor, shared: Shared = compute_now) ->
 
 
 class FitNet(nn.Module):
-    """The term ``fitnet``: a 1x1 regressor from the student's channels to the teacher's, and :func:`hint_loss`."""
+    """The term ``fitnet``: a 1x1 regressor from the student's channels to the teacher's, and :func:`hint_loss`.
 
-    def __init__(self, pair: Pair, regressor: str = "conv") -> None:
+    The regressor of a vector spreads it over a grid of positions.
+    """
+
+    def __init__(self, pair: Pair, regressor: str = "conv", grid: int = 4) -> None:
         super().__init__()
         if regressor not in REGRESSORS:
             raise ValueError(f"fitnet: regressor must be one of {', '.join(REGRESSORS)}, not '{regressor}'")
         plain = regressor == "conv"
-        conv = nn.Conv2d(pair.student_channels, pair.teacher_channels, 1, bias=plain)
+        self.grid = checked_grid("fitnet", pair.vector, grid)
+        conv = spread(pair.student_channels, pair.teacher_channels, self.grid, bias=plain)
         self.regressor = nn.Sequential(conv, *([] if plain else [nn.BatchNorm2d(pair.teacher_channels), nn.ReLU()]))
 
     def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
         """Maps (B, C_S, H, W) and (B, C_T, H', W') to a scalar."""
-        small, target = aligned(student, teacher, shared)
+        small, target = gridded(student, teacher, self.grid, shared)
         return F.mse_loss(self.regressor(small), target)
 
 
@@ -48,7 +52,8 @@ register_term(
         source="RepDistiller (beta 100); the NST paper's 1e2 (not verified)",
         summary="the map itself, through a trained 1x1 convolution",
         build=FitNet,
-        options={"regressor": "conv"},
+        options={"regressor": "conv", "grid": 4},
         needs_widths=True,
+        vectors=True,
     )
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nst_det.transfer.balance import Balance
 from nst_det.transfer.method import Method, parse_method
 from nst_det.transfer.outputs import Outputs
-from nst_det.transfer.registry import Pair, Term, check_weight, get_term
+from nst_det.transfer.registry import Pair, Term, check_weight, get_term, terms
 
 Level = str | tuple[str, str]
 
@@ -88,6 +88,10 @@ class TransferLoss(nn.Module):
             values[name] = self.weights[name] * torch.stack(parts).sum()
         return values
 
+    def module(self, term: str, pair: Pair) -> nn.Module:
+        """What compares one of a term's pairs."""
+        return cast(nn.ModuleDict, self.terms[term])[pair.label]
+
     def extra_repr(self) -> str:
         """The method and its weights."""
         return f"{self.method.word}, weights={self.weights}"
@@ -113,6 +117,7 @@ def build_transfer(
     num_classes: int | None = None,
     student_embedding: int | None = None,
     teacher_embedding: int | None = None,
+    student_vectors: Collection[str] = (),
     weights: Mapping[str, float] | None = None,
     term_levels: Mapping[str, Sequence[Level]] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -129,6 +134,7 @@ def build_transfer(
         num_classes: K of the logits.
         student_embedding: length of the student's embedding, for terms that have parameters there.
         teacher_embedding: the teacher's.
+        student_vectors: those of the student's levels that have no positions.
         weights: term to weight, used where the word has none; the term's default comes last.
         term_levels: term to its own levels instead of ``levels``; a student's level that stands in ``levels`` keeps
             its partner there.
@@ -175,7 +181,7 @@ def build_transfer(
             shares[name], chosen[name] = _checked_share(name, wished[name]), in_config or 1.0
         if term.level == "maps":
             places = _level_pairs(term_levels[name], dict(partners)) if term_levels.get(name) else partners
-            pairs[name] = _map_pairs(term, places, *channels)
+            pairs[name] = _map_pairs(term, places, *channels, student_vectors)
         else:
             pairs[name] = [_vector_pair(term, widths)]
     checked = {name: _checked_options(get_term(name), options) for name in pairs}
@@ -203,8 +209,18 @@ def _level_pairs(levels: Iterable[Level], partners: Mapping[str, str]) -> list[t
 
 
 def _map_pairs(
-    term: Term, places: Sequence[tuple[str, str]], student: Mapping[str, int], teacher: Mapping[str, int]
+    term: Term,
+    places: Sequence[tuple[str, str]],
+    student: Mapping[str, int],
+    teacher: Mapping[str, int],
+    vectors: Collection[str],
 ) -> list[Pair]:
+    if not term.vectors and vectors and set(student) <= set(vectors):
+        fitting = [other.name for other in terms().values() if other.vectors or other.student_kind != "maps"]
+        raise ValueError(
+            f"{term.name} compares maps, but the student has vectors only ({_listed(vectors)}); for it there are "
+            f"{_listed(fitting)}"
+        )
     if not places:
         raise ValueError(f"{term.name} compares maps, but no level is named; the student has {_listed(student)}")
     for who, names, there in (
@@ -214,7 +230,7 @@ def _map_pairs(
         for name in names:
             if name not in there:
                 raise ValueError(f"{term.name}: the {who} has no level '{name}'; it has {_listed(there)}")
-    return [Pair(s, t, student[s], teacher[t]) for s, t in places]
+    return [Pair(s, t, student[s], teacher[t], s in vectors) for s, t in places]
 
 
 def _vector_pair(term: Term, widths: Mapping[tuple[str, str], int | None]) -> Pair:

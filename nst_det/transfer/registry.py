@@ -33,12 +33,14 @@ class Pair:
         teacher: the teacher's.
         student_channels: C of the student's map, its number of classes or the length of its embedding; 0 if unknown.
         teacher_channels: the same for the teacher.
+        vector: the student's level has no positions: its map is (B, C, 1, 1), a hidden layer of an MLP.
     """
 
     student: str
     teacher: str
     student_channels: int
     teacher_channels: int
+    vector: bool = False
 
     @property
     def label(self) -> str:
@@ -60,6 +62,7 @@ class Term:
         options: the names it takes and their defaults.
         student_level: the student's kind of output where it isn't ``level``.
         needs_widths: the module has parameters shaped by the pair's channels, so these must be known.
+        vectors: the module also compares a student's vector with a teacher's map (:attr:`Pair.vector`).
     """
 
     name: str
@@ -71,6 +74,7 @@ class Term:
     options: Mapping[str, Any] = field(default_factory=dict)
     student_level: str | None = None
     needs_widths: bool = False
+    vectors: bool = False
 
     @property
     def student_kind(self) -> str:

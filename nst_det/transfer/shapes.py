@@ -45,7 +45,7 @@ class PairShape:
 
 def _place(name: str, shape: tuple[int, ...], stride: int | None) -> str:
     size = " x ".join(map(str, shape))
-    return f"{name}: {size}" + ("" if stride is None else f", stride {stride}")
+    return f"{name}: {size}" + (f", stride {stride}" if stride else "")
 
 
 def pair_shapes(
@@ -72,8 +72,10 @@ def pair_shapes(
         student_kind, teacher_kind = loss.kinds[name]
         for pair in pairs:
             mine, theirs = student.of(student_kind, pair.student), teacher.of(teacher_kind, pair.teacher)
-            alignment = "none"
-            if student_kind == "maps" and mine.shape[2:] != theirs.shape[2:]:
+            alignment, grid = "none", getattr(loss.module(name, pair), "grid", 0)
+            if grid:
+                alignment = f"student spread over, teacher averaged to {grid} x {grid}"
+            elif student_kind == "maps" and mine.shape[2:] != theirs.shape[2:]:
                 height, width = common_size(mine, theirs)
                 sides = [who for who, x in (("student", mine), ("teacher", theirs)) if x.shape[2:] != (height, width)]
                 alignment = f"{' and '.join(sides)} averaged down to {height} x {width}"

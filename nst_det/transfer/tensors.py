@@ -65,6 +65,40 @@ def aligned(student: Tensor, teacher: Tensor, shared: Shared = compute_now) -> t
     return pooled(full_precision(student), size), aligned_teacher
 
 
+def spread(before: int, after: int, grid: int, bias: bool) -> nn.Module:
+    """A 1x1 convolution; where ``grid`` isn't 0, one from a vector (B, C, 1, 1) to ``grid`` x ``grid`` positions."""
+    if grid:
+        return nn.ConvTranspose2d(before, after, grid, bias=bias)
+    return nn.Conv2d(before, after, 1, bias=bias)
+
+
+def checked_grid(term: str, vector: bool, grid: int) -> int:
+    """``grid`` where the student's level is a vector, else 0.
+
+    Raises:
+        ValueError: it isn't a whole number of at least 1.
+    """
+    if int(grid) != grid or grid < 1:
+        raise ValueError(f"{term}: grid must be a whole number of at least 1, not {grid}")
+    return int(grid) if vector else 0
+
+
+def gridded(student: Tensor, teacher: Tensor, grid: int, shared: Shared) -> tuple[Tensor, Tensor]:
+    """A vector as it is and the teacher's map at ``grid`` x ``grid`` positions, averaged (repeated where it has fewer).
+
+    Args:
+        student: (B, C_S, 1, 1).
+        teacher: (B, C_T, H, W); no gradient goes there.
+        grid: positions a side; 0 for a student that has positions itself, as :func:`aligned`.
+        shared: keeps the teacher's side.
+    """
+    if not grid:
+        return aligned(student, teacher, shared)
+    check_maps(student, teacher)
+    size = (grid, grid)
+    return full_precision(student), shared(("aligned", size), lambda: pooled(full_precision(teacher.detach()), size))
+
+
 def unit(x: Tensor, dim: int | tuple[int, ...] = -1, eps: float = EPS) -> Tensor:
     """``x / sqrt(sum x^2 + eps)`` along ``dim``, of any shape (...,): finite value and gradient at zero."""
     return x * (x.square().sum(dim, keepdim=True) + eps).rsqrt()

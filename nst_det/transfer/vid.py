@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.transfer.registry import Pair, Term, register_term
-from nst_det.transfer.tensors import Shared, aligned, full_precision
+from nst_det.transfer.tensors import Shared, checked_grid, full_precision, gridded, spread
 
 NETWORKS = ("repdistiller", "bn", "linear")
 # keeps the variance away from zero whatever its parameter does
@@ -53,7 +53,7 @@ class ChannelVariance(nn.Module):
         return F.softplus(self.alpha) + EPS
 
 
-def mean_network(kind: str, student: int, teacher: int) -> nn.Module:
+def mean_network(kind: str, student: int, teacher: int, grid: int = 0) -> nn.Module:
     """The network from the student's channels to the teacher's.
 
     Args:
@@ -62,6 +62,8 @@ def mean_network(kind: str, student: int, teacher: int) -> nn.Module:
             ``linear`` one 1x1 convolution with bias.
         student: C_S.
         teacher: C_T.
+        grid: where it isn't 0 the student gives a vector: the first convolution spreads it over ``grid`` x ``grid``
+            positions.
 
     Raises:
         ValueError: another kind.
@@ -69,30 +71,31 @@ def mean_network(kind: str, student: int, teacher: int) -> nn.Module:
     if kind == "repdistiller":
         widths, layers = (student, teacher, teacher, teacher), list[nn.Module]()
         for before, after in pairwise(widths):
-            layers += [nn.Conv2d(before, after, 1, bias=False), nn.ReLU()]
+            layers += [spread(before, after, 0 if layers else grid, bias=False), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
     if kind == "bn":
         hidden = 2 * (student + teacher)
         layers = []
         for before, after in ((student, hidden), (hidden, teacher)):
-            layers += [nn.BatchNorm2d(before), nn.ReLU(), nn.Conv2d(before, after, 1, bias=False)]
+            layers += [nn.BatchNorm2d(before), nn.ReLU(), spread(before, after, 0 if layers else grid, bias=False)]
         return nn.Sequential(*layers)
     if kind == "linear":
-        return nn.Conv2d(student, teacher, 1)
+        return spread(student, teacher, grid, bias=True)
     raise ValueError(f"vid: network must be one of {', '.join(NETWORKS)}, not '{kind}'")
 
 
 class VID(nn.Module):
-    """The term ``vid``, for maps."""
+    """The term ``vid``, for maps; a student's vector predicts a grid of positions."""
 
-    def __init__(self, pair: Pair, network: str = "repdistiller", variance: float = 5.0) -> None:
+    def __init__(self, pair: Pair, network: str = "repdistiller", variance: float = 5.0, grid: int = 4) -> None:
         super().__init__()
-        self.mean = mean_network(network, pair.student_channels, pair.teacher_channels)
+        self.grid = checked_grid("vid", pair.vector, grid)
+        self.mean = mean_network(network, pair.student_channels, pair.teacher_channels, self.grid)
         self.variance = ChannelVariance(pair.teacher_channels, variance)
 
     def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
         """Maps (B, C_S, H, W) and (B, C_T, H', W') to a scalar."""
-        small, target = aligned(student, teacher, shared)
+        small, target = gridded(student, teacher, self.grid, shared)
         return gaussian_nll(self.mean(small), target, self.variance())
 
 
@@ -117,8 +120,9 @@ register_term(
         source="RepDistiller (beta 1); the paper's lambda is not stated in any source found",
         summary="how well the student's map predicts the teacher's, through a trained network",
         build=VID,
-        options={"network": "repdistiller", "variance": 5.0},
+        options={"network": "repdistiller", "variance": 5.0, "grid": 4},
         needs_widths=True,
+        vectors=True,
     )
 )
 register_term(

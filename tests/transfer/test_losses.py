@@ -1,6 +1,7 @@
 """KD, FitNet, AT, VID, LP, CWD, PKD and MGD against loops written from their formulas."""
 
 import cmath
+import itertools
 from functools import partial
 
 import numpy as np
@@ -358,3 +359,32 @@ def test_larger_maps_are_averaged_down():
     for loss in (hint_loss, at_loss, cwd_loss, pkd_loss, partial(at_loss, power=1)):
         torch.testing.assert_close(loss(small, big), loss(small, pooled))
         torch.testing.assert_close(loss(big, small), loss(pooled, small))
+
+
+@pytest.mark.parametrize("network", ["repdistiller", "bn", "linear"])
+def test_vid_of_a_vector_predicts_the_averaged_map_at_every_position(network):
+    torch.manual_seed(0)
+    pair = Pair("hidden1", "res4", 5, 3, vector=True)
+    module = get_term("vid").build(pair, network=network, grid=2).double().eval()
+    student, teacher = torch.randn(2, 5, 1, 1).double(), torch.randn(2, 3, 4, 6).double()
+    found = module(student, teacher, compute_now)
+    variance = torch.nn.functional.softplus(module.variance.alpha) + 1e-5
+    mean = module.mean(student)
+    total = 0.0
+    for image, channel, row, column in itertools.product(range(2), range(3), range(2), range(2)):
+        wanted = teacher[image, channel, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3].mean()
+        off = mean[image, channel, row, column] - wanted
+        total += 0.5 * (off**2 / variance[channel] + variance[channel].log())
+    assert found.item() == pytest.approx(total.item() / 24, rel=1e-9)
+    assert len({round(value, 9) for value in mean[0, 0].flatten().tolist()}) > 1, "each position has weights of its own"
+    if network == "linear":
+        weight, bias = module.mean.weight, module.mean.bias
+        by_hand = torch.einsum("bs,stij->btij", student[:, :, 0, 0], weight) + bias[:, None, None]
+        assert torch.allclose(mean, by_hand)
+
+
+def test_fitnet_of_a_vector_hits_the_averaged_map():
+    module = get_term("fitnet").build(Pair("hidden1", "res4", 5, 3, vector=True), grid=1).double()
+    student, teacher = torch.randn(2, 5, 1, 1).double(), torch.randn(2, 3, 4, 6).double()
+    off = module.regressor(student)[:, :, 0, 0] - teacher.mean((2, 3))
+    assert module(student, teacher, compute_now).item() == pytest.approx(off.square().mean().item(), rel=1e-9)
