@@ -39,9 +39,7 @@ def run(args: argparse.Namespace) -> int:
         Console().print(table)
     print(f"{shown_path(report.root)}: {report.summary()}")
     if report.counts.get("lists") == 0:
-        print(
-            "no lists in ImageSets/Main: nst-det init cuts them, or write ids, one a line, into trainval and test.txt"
-        )
+        print("no lists in ImageSets/Main: nst-det init cuts them, or write ids into trainval.txt and test.txt")
     if args.output:
         problems = [asdict(problem) for problem in report.problems]
         tree = {"root": shown_path(report.root), "layout": report.layout, "counts": report.counts, "problems": problems}

@@ -1,0 +1,136 @@
+"""The package's own functions: they are what the commands are, they import nothing early, and their results show."""
+
+import doctest
+import importlib.util
+import inspect
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.table import Table
+
+import nst_det
+from nst_det import api
+from nst_det.cli import main
+from nst_det.compare.run import Stopped, _signals_raise
+from nst_det.data.generate import DETECTION, GenerateSettings, generate_data
+from nst_det.errors import UserError
+from nst_det.runtime.shown import table_html
+
+GUIDE = Path(__file__).parent / "guide" / "shim.py"
+
+
+def test_import_is_fast_and_light():
+    code = (
+        "import sys, nst_det; print('torch' in sys.modules, 'numpy' in sys.modules, 'rich' in sys.modules);"
+        "print(sorted(set(nst_det.__all__) - set(dir(nst_det))))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines() == ["False False False", "[]"]
+
+
+def test_packages_can_be_called_before_and_after_their_modules_are_imported():
+    code = (
+        "import inspect, nst_det; first = nst_det.compare;"
+        "import nst_det.compare.plan, nst_det.distill.stage;"
+        "assert nst_det.compare is first and nst_det.compare.plan.make_plan;"
+        "print(inspect.signature(nst_det.compare));"
+        "print(callable(nst_det.compare), callable(nst_det.distill))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines() == [str(inspect.signature(api.compare)), "True True"]
+    with pytest.raises(AttributeError, match="no attribute 'comparee'"):
+        nst_det.comparee
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["SEEDS", "[0]"], ["SEEDS", "[0]"]),
+        ({"A.B": None, "C": True, "D": 1e-5}, ["A.B", "None", "C", "True", "D", "1e-05"]),
+        ({"NAME": "12", "PATH": Path("a b/c")}, ["NAME", "'12'", "PATH", "a b/c"]),
+        ({"W": {"kd": 1.0}, "L": ["res3:res4"]}, ["W", "{'kd': 1.0}", "L", "['res3:res4']"]),
+            ["W", "{'kd': 1.0, 'nst-poly': 50}", "L", "['res3:res4']"],
+        ),
+    ],
+)
+def test_settings_become_the_words_of_the_command_line(settings, expected):
+    assert api.words(settings) == expected
+
+
+def test_settings_that_no_config_can_hold_are_refused():
+    with pytest.raises(UserError, match="settings: X: .* can't be written in a config"):
+        api.words({"X": [0.0, object()]})
+
+
+def test_a_table_as_html_says_what_the_table_says():
+    table = Table("row", title="mAP [bold]11[/bold]")
+    table.add_column("a < b", justify="right")
+    table.add_row("kd+nst-poly", "[bold]0.5[/bold]")
+    html = table_html(table)
+    assert "<caption>mAP 11</caption>" in html
+    assert '<th style="text-align:right">a &lt; b</th>' in html
+    assert '<tr><td style="text-align:left">kd+nst-poly</td><td style="text-align:right">0.5</td></tr>' in html
+
+
+def test_a_stopped_comparison_leaves_the_signals_as_they_were():
+    import signal
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Stopped, match="SIGTERM"), _signals_raise():
+        signal.raise_signal(signal.SIGTERM)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_the_examples_run_and_the_results_show(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("guide_shim", GUIDE)
+    shim = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shim)
+    settings = GenerateSettings(
+        classification_images=3, classification_val_images=3, classification_classes=3,
+        detection_images=9, detection_test_images=3, detection_classes=3,
+    )  # fmt: skip
+    voc = generate_data(tmp_path / "data", settings, workers=1) / DETECTION
+    for name in ("Annotations", "JPEGImages"):
+        shutil.copytree(voc / name, tmp_path / "my_images" / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit) as ended:
+        main(["init", "my_project", "--voc", "my_images"])
+    assert ended.value.code == 0
+    shim.shrink("my_project")
+    failed, tried = doctest.testmod(api, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert (failed, tried > 10) == (0, True), capsys.readouterr().out
+
+    answer = nst_det.compare("my_project/compare.yaml", {"METHODS": ["ce"], "SEEDS": [0]})
+    written = json.loads((answer.folder / "report" / "results.json").read_text())
+    assert [row["map"] for row in answer.rows] == [row["map"] for row in written["rows"]]
+    ce = next(row for row in answer.rows if row["method"] == "ce")
+    assert f">{ce['map']:.3f}<" in answer._repr_html_()
+
+    # the command prints the same figures
+    detections = "my_project/output/detect/seed0/ce/detections.json"
+    result = nst_det.evaluate_voc(detections, "my_images", "nst_det_test")
+    assert result.map11[0] == pytest.approx(ce["map"], abs=1e-12)
+    assert f">{result.map11[0]:.4f}<" in result._repr_html_()
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--detections", detections, "--voc-root", "my_images", "--split", "nst_det_test"])
+    assert f"{result.map11[0]:.4f}" in capsys.readouterr().out
+
+    students = nst_det.distill("my_project/distill.yaml", {"METHODS": ["kd+nst-poly"]})
+    assert f">{100 * students['kd+nst-poly']['top1']:.1f} %<" in students._repr_html_()
+    assert students.folder == str(tmp_path / "my_project" / "output" / "distill")
+
+
+def test_logging_that_is_configured_stays(monkeypatch):
+    logger = logging.getLogger()
+    mine = logging.NullHandler()
+    monkeypatch.setattr(logger, "handlers", [mine])
+    with pytest.raises(UserError):
+        nst_det.compare("nowhere.yaml")
+    assert logger.handlers == [mine]
