@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.table import Table
 
@@ -55,8 +54,6 @@ def test_packages_can_be_called_before_and_after_their_modules_are_imported():
         ({"A.B": None, "C": True, "D": 1e-5}, ["A.B", "None", "C", "True", "D", "1e-05"]),
         ({"NAME": "12", "PATH": Path("a b/c")}, ["NAME", "'12'", "PATH", "a b/c"]),
         ({"W": {"kd": 1.0}, "L": ["res3:res4"]}, ["W", "{'kd': 1.0}", "L", "['res3:res4']"]),
-            ["W", "{'kd': 1.0, 'nst-poly': 50}", "L", "['res3:res4']"],
-        ),
     ],
 )
 def test_settings_become_the_words_of_the_command_line(settings, expected):
