@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,16 @@ from rich.table import Table
 from nst_det.compare.config import BASELINE, Comparison, merge_stage
 from nst_det.compare.cost import measure_costs
 from nst_det.compare.live import View, steps_done
-from nst_det.compare.plan import DATA, DETECTOR, TEACHER_DETECTOR, Run, check_order, make_plan, teacher_detector_name
+from nst_det.compare.plan import (
+    DATA,
+    DETECTOR,
+    STUDENTS,
+    TEACHER_DETECTOR,
+    Run,
+    check_order,
+    make_plan,
+    teacher_detector_name,
+)
 from nst_det.compare.results import build_results
 from nst_det.compare.run import Command, Runner, this_machine
 from nst_det.compare.stages import (
@@ -53,7 +63,9 @@ def compare(comparison: Comparison, jobs: int = 0, command: Command | None = Non
     """
     runs = make_plan(comparison)
     check_order(runs)
-    check_transfer(comparison.distill, comparison.students, comparison.name)
+    students = next(run for run in runs if run.kind == STUDENTS)
+    distill = merge_stage(comparison.distill, students.options, f"run {students.name}")
+    check_transfer(distill, comparison.students, comparison.name)
     if not comparison.generate:
         check_data_folders(comparison.distill, comparison.detect, comparison.name)
     configs = {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
@@ -101,7 +113,7 @@ def run_config(comparison: Comparison, run: Run) -> CfgNode:
     """
     detects = run.kind in (DETECTOR, TEACHER_DETECTOR)
     stage, base = (DETECT, comparison.detect) if detects else (DISTILL, comparison.distill)
-    config = _with_settings(merge_stage(base, run.options, f"row {run.row}"), run)
+    config = _with_settings(merge_stage(base, run.options, f"row {run.row}" if run.row else f"run {run.name}"), run)
     stage.check(config, comparison.engine, f"run {run.name}")
     return config
 
@@ -146,14 +158,19 @@ def results_table(results: dict[str, Any]) -> Table:
     for head in heads:
         table.add_column(head, justify="right")
     table.add_column("verdict")
-    for row in results["rows"]:
+    table.add_column("weights")
+    rows = results["rows"]
+    following = {row["method"]: after["stage"] for row, after in itertools.pairwise(rows)}
+    for row in rows:
         interval = row["delta_interval"]
         spread = ["-" if row["map_std"] is None else f"{row['map_std']:.3f}"]
         between = ["-" if interval is None else f"{interval[0]:+.3f} .. {interval[1]:+.3f}"]
         top1 = "-" if row["top1"] is None else f"{row['top1']:.3f}"
         cells = [f"{row['map']:.3f}", *(spread if several else []), f"{row['map_area']:.3f}"]
         cells += [f"{row['delta_vs_ce']:+.3f}", *(between if several else []), top1, f"{row['seconds']:.0f}"]
-        table.add_row(row["method"], *cells, row["verdict"])
+        table.add_row(row["method"], *cells, row["verdict"], row["weights"])
+        if row["stage"] != following.get(row["method"], row["stage"]):
+            table.add_section()
     return table
 
 

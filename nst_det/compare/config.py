@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode
 
 from nst_det.compare.method import parse_row
 from nst_det.compare.stages import DETECT, DISTILL, STAGES, Stage, check_generated, check_hand_over, resolve_engine
+from nst_det.compare.tuned import Tuned, read_tuned
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path, flat, load_config, merge_overrides, plain
 from nst_det.runtime.files import read_json
@@ -22,7 +23,7 @@ EXTRA_ROWS = (SCRATCH, TEACHER)
 # small networks gain nothing from more
 MOST_THREADS = 8
 # these may grow (or differ) between two calls on one folder: what is there already stays as it is
-GROWING_KEYS = ("OUTPUT_DIR", "METHODS", "SEEDS", "ROWS", "JOBS", "DISTILL", "DETECT")
+GROWING_KEYS = ("OUTPUT_DIR", "METHODS", "SEEDS", "ROWS", "TUNED", "JOBS", "DISTILL", "DETECT")
 
 
 def default_config() -> CfgNode:
@@ -35,6 +36,8 @@ def default_config() -> CfgNode:
     METHODS                   words of transfer methods; ``ce`` (labels only) is always among them.  A term marked
                               ``@det`` works in stage two, from a teacher detector (``cwd@det``, ``kd+nst-poly@det``)
     SEEDS                     one whole set of rows a seed
+    TUNED                     the tuned.yaml of ``nst-det tune``: weights and levels of the methods that are in it; ""
+                              takes none
     ROWS                      detectors that start elsewhere: ``scratch`` (random backbone, always among them) and
                               ``teacher`` (the teacher's own backbone, as an upper mark)
     JOBS                      runs side by side; 0 takes the number of cores, or of GPUs
@@ -55,6 +58,7 @@ def default_config() -> CfgNode:
     config.ENGINE = "auto"
     config.METHODS = ["kd", "nst-poly"]
     config.SEEDS = [0]
+    config.TUNED = ""
     config.ROWS = [SCRATCH]
     config.JOBS = 0
     config.THREADS = 0
@@ -71,8 +75,8 @@ class Comparison:
     """A comparison with everything resolved and checked.
 
     ``methods`` are canonical words, ``ce`` first.  ``distill`` and ``detect`` are the stages' whole configs before
-    the settings of a single run; ``row_opts`` holds what a row of its own adds.  ``claim`` is what must not change
-    between two calls on one folder.
+    the settings of a single run; ``row_opts`` holds what a row of its own adds, ``tuned`` what was found for the
+    methods by a search.  ``claim`` is what must not change between two calls on one folder.
     """
 
     name: str
@@ -88,6 +92,7 @@ class Comparison:
     distill: CfgNode
     detect: CfgNode
     row_opts: dict[str, tuple[str, ...]]
+    tuned: dict[str, Tuned]
     claim: dict[str, Any]
 
     @property
@@ -102,8 +107,9 @@ class Comparison:
 
     @property
     def all_rows(self) -> tuple[str, ...]:
-        """Rows of the table in order: scratch, the methods, then teacher."""
-        return (SCRATCH, *self.methods, *(row for row in self.rows if row != SCRATCH))
+        """Rows of the table in order: scratch, the methods (those with terms of stage two last), then teacher."""
+        methods = sorted(self.methods, key=lambda word: bool(parse_row(word).detector.names))
+        return (SCRATCH, *methods, *(row for row in self.rows if row != SCRATCH))
 
 
 def load_comparison(file: str | Path, output: str | Path | None = None, overrides: Sequence[str] = ()) -> Comparison:
@@ -142,6 +148,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
             f"{file}: DETECT.TRANSFER.METHOD {detect.TRANSFER.METHOD} is for every row, so rows with @det can't have "
             "their own; set it to ce"
         )
+    tuned = _tuned(config.TUNED, Path(file), own)
     generate = plain(config.DATA.GENERATE)
     root = Path(expand_path(config.DATA.ROOT, "DATA.ROOT")).resolve() if config.DATA.ROOT else folder / "data"
     if generate:
@@ -166,6 +173,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         distill=distill,
         detect=detect,
         row_opts=row_opts,
+        tuned=tuned,
         claim=claim,
     )
 
@@ -222,6 +230,13 @@ def _stage_config(stage: Stage, config: CfgNode, path: Path, forwarded: list[str
     merge_overrides(typed, [f"{stage.prefix}.{word}" if at % 2 == 0 else word for at, word in enumerate(forwarded)])
     typed.freeze()
     return typed[stage.prefix]
+
+
+def _tuned(name: str, file: Path, own: Sequence[str]) -> dict[str, Tuned]:
+    if not name:
+        return {}
+    path = Path(expand_path(name, "TUNED"))
+    return read_tuned(path if "TUNED" in own[::2] else Path(os.path.normpath(file.parent / path)))
 
 
 def _words(opts: Sequence[Any]) -> tuple[str, ...]:

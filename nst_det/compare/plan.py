@@ -194,6 +194,7 @@ def _students_run(comparison: Comparison, seed: int, needs: tuple[str, ...]) -> 
             "METHODS": list(comparison.students),
             "TEACHER.WEIGHTS": _teacher_weights(comparison),
         },
+        options=_tuned_students(comparison),
         folders=folders,
         threads=comparison.threads,
         seed=seed,
@@ -228,7 +229,7 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
         needs=needs,
         results=(folder / "result.json",),
         settings=settings | generated_settings(DETECT, comparison.detect, comparison.data_root),
-        options=comparison.row_opts.get(row, ()),
+        options=comparison.row_opts.get(row, ()) + _tuned_detector(comparison, row),
         folders=(folder,),
         row=row,
         seed=seed,
@@ -253,7 +254,8 @@ def _transfer_settings(comparison: Comparison, row: RowMethod) -> dict[str, Any]
     """What a row's terms of stage two set in its detector's config."""
     node = comparison.detect.TRANSFER
     settings: dict[str, Any] = {"TRANSFER.METHOD": row.detector.word}
-    if not node.LEVELS:
+    found = comparison.tuned.get(row.word)
+    if not node.LEVELS and not (found and "LEVELS" in found.settings):
         # the levels that boxes are pooled from
         settings["TRANSFER.LEVELS"] = list(comparison.detect.MODEL.ROI_HEADS.IN_FEATURES)
     if not node.TEACHER.CONFIG_FILE:
@@ -262,6 +264,20 @@ def _transfer_settings(comparison: Comparison, row: RowMethod) -> dict[str, Any]
         settings["TRANSFER.TEACHER.CONFIG_FILE"] = str(config)
         settings["TRANSFER.TEACHER.WEIGHTS"] = str(folder / WEIGHTS_FILE)
     return settings
+
+
+def _tuned_students(comparison: Comparison) -> tuple[str, ...]:
+    """KEY VALUE pairs by which stage one gives each method what was found for it."""
+    found = {word: dict(comparison.tuned[word].settings) for word in comparison.students if word in comparison.tuned}
+    return ("TRANSFER.BY_METHOD", repr(found)) if found else ()
+
+
+def _tuned_detector(comparison: Comparison, row: str) -> tuple[str, ...]:
+    """The same for the terms of stage two of a row."""
+    if row not in comparison.tuned or not parse_row(row).detector.names:
+        return ()
+    settings = comparison.tuned[row].settings
+    return tuple(word for key, value in settings.items() for word in (f"TRANSFER.{key}", repr(value)))
 
 
 def _distill_settings(comparison: Comparison) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nst_det.compare.config import BASELINE, SCRATCH, TEACHER, Comparison
+from nst_det.compare.method import parse_row
 from nst_det.compare.plan import Run, backbone_name, detector_folder, student_folder, teacher_folder
 from nst_det.compare.statistics import EXPLANATION, REFERENCE, holm, mean_std, paired_difference
+from nst_det.compare.tuned import weights_from
 from nst_det.errors import UserError
 from nst_det.runtime.files import read_json
 from nst_det.runtime.provenance import provenance
@@ -26,7 +28,9 @@ def build_results(
 ) -> dict[str, Any]:
     """``results.json`` of a finished comparison.
 
-    ``rows`` hold, each: ``method``; ``map``, ``map_std``, ``map_area``, ``map_area_std`` (VOC mAP at IoU 0.5, 11-point
+    ``rows`` hold, each: ``method``; ``stage`` (``backbone`` or ``detector``: the last stage in which it learns from a
+    teacher; "" for ``scratch`` and ``teacher``); ``weights`` (where the terms' weights are from, such as ``tuned: 8
+    trials``); ``map``, ``map_std``, ``map_area``, ``map_area_std`` (VOC mAP at IoU 0.5, 11-point
     and area, 0..1; standard deviation over seeds, None with one seed); ``seeds``; ``delta_vs_ce``,
     ``delta_interval``, ``p_value``, ``p_holm``, ``verdict`` (see ``settings["statistics"]``); ``per_class``,
     ``per_class_area``, ``map_by_iou``, ``coco`` (means over seeds) and ``objects`` (all three as
@@ -85,7 +89,8 @@ def _seed_entry(comparison: Comparison, row: str, seed: int) -> dict[str, Any]:
     folder = detector_folder(comparison, row, seed)
     detector = _read_result(folder, _NEEDED)
     entry = {key: detector[key] for key in _NEEDED}
-    entry |= {key: detector.get(key) for key in ("map_by_iou", "coco", "objects", "params", "engine", "steps")}
+    more = ("map_by_iou", "coco", "objects", "checkpoints", "params", "engine", "steps")
+    entry |= {key: detector.get(key) for key in more}
     entry["seconds_detector"] = float(detector.get("seconds") or 0.0)
     if row == SCRATCH:
         backbone_folder = None
@@ -126,8 +131,13 @@ def _row(
     difference = asdict(paired_difference({seed: entry["map"] for seed, entry in entries.items()}, baseline))
     if row == BASELINE:
         difference |= {"mean": 0.0, "interval": None, "p_value": None, "verdict": REFERENCE}
+    transfers = row not in (SCRATCH, TEACHER)
     return {
         "method": row,
+        "stage": "detector" if transfers and parse_row(row).detector.names else "backbone" if transfers else "",
+        "weights": weights_from(row, comparison.tuned, comparison.distill.TRANSFER, comparison.detect.TRANSFER)
+        if transfers
+        else "",
         "map": map_mean,
         "map_std": map_std,
         "map_area": area_mean,

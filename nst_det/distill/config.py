@@ -195,19 +195,8 @@ def transfer_of(config: CfgNode, word: str) -> CfgNode:
     node = config.TRANSFER.clone()
     node.defrost()
     changes = plain(node.pop("BY_METHOD")).get(word, {})
-    for group in ("WEIGHTS", "TERM_LEVELS", "OPTIONS", "AUTO_WEIGHT"):
-        # the type of a value there is that of the value given first
-        _forget(node[group], changes.get(group, {}))
     merge_tree(node, changes, f"config: TRANSFER.BY_METHOD.{word}")
     return node
-
-
-def _forget(node: CfgNode, keys: Any) -> None:
-    for key, value in keys.items() if isinstance(keys, dict) else ():
-        if isinstance(value, dict) and isinstance(node.get(key), CfgNode):
-            _forget(node[key], value)
-        else:
-            node.pop(key, None)
 
 
 def _check_by_method(config: CfgNode) -> None:

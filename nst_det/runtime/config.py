@@ -152,6 +152,9 @@ def _set(config: CfgNode, path: Sequence[str], value: Any, source: str) -> None:
         if not node.is_new_allowed():
             raise _unknown(config, name, source)
         node[key] = value
+    elif node.is_new_allowed() and not isinstance(node[key], CfgNode):
+        # nobody said of which type it is; what stands there is only what was given first
+        node[key] = value
     else:
         node[key] = _cast(value, node[key], name, source)
 

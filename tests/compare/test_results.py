@@ -78,6 +78,25 @@ def test_rows_by_hand(finished):
     assert kd["per_seed"]["1"]["map"] == 0.475
 
 
+def test_a_row_with_terms_of_stage_two_starts_from_the_backbone_of_its_word(finished, config_file):
+    words = ["METHODS", "[cwd@det:3, kd, kd+pkd@det]"]
+    for row, value in {"cwd@det:3": 0.5, "kd+pkd@det": 0.75}.items():
+        for seed in (0, 1):
+            write(finished.folder / f"detect/seed{seed}/{row}/result.json", detector_result(value))
+    comparison = load_comparison(config_file, finished.folder, words)
+    rows = {row["method"]: row for row in build_results(comparison, make_plan(comparison))["rows"]}
+    # those that learn in stage one alone come first
+    assert list(rows) == ["scratch", "ce", "kd", "cwd@det:3", "kd+pkd@det"]
+    assert [row["stage"] for row in rows.values()] == ["", "backbone", "backbone", "detector", "detector"]
+    assert [row["weights"] for row in rows.values()] == [
+        *("", "", "default weight", "weight in the word", "default weight")
+    ]
+    assert (rows["kd+pkd@det"]["top1"], rows["cwd@det:3"]["top1"]) == (rows["kd"]["top1"], rows["ce"]["top1"])
+    assert rows["kd+pkd@det"]["backbone"] == ["small-kd-s0", "small-kd-s1"]
+    # and what the row needs is all in its commands
+    assert any("detect/seed0/teacher.yaml" in command for command in rows["kd+pkd@det"]["commands"])
+
+
 def test_commands_make_a_row_again(finished):
     rows = {row["method"]: row for row in build_results(finished, make_plan(finished))["rows"]}
     configs = finished.folder / "configs"
@@ -112,7 +131,8 @@ def test_one_seed_has_no_spread(finished, config_file):
     assert rows[2]["delta_vs_ce"] == pytest.approx(0.075)
     table = results_table({"engine": "torchvision", "rows": rows})
     assert "no spread" in str(table.caption)
-    assert [column.header for column in table.columns] == ["row", "mAP", "area", "vs ce", "top-1", "seconds", "verdict"]
+    heads = ["row", "mAP", "area", "vs ce", "top-1", "seconds", "verdict", "weights"]
+    assert [column.header for column in table.columns] == heads
 
 
 def test_the_table_with_several_seeds(finished):
