@@ -59,7 +59,8 @@ def shorten(name: str, length: int = LABEL_LENGTH) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _new(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of ``width`` x ``height`` inches (72 units of the page each) with one empty chart."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -74,7 +75,7 @@ def map_bars(results: Results) -> str:
 
     look = looks([row.method for row in results.rows])
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new(WIDTH, 0.9 + 0.36 * len(results.rows))
+        figure, axes = new_figure(WIDTH, 0.9 + 0.36 * len(results.rows))
         for at, row in enumerate(results.rows):
             axes.barh(at, row.map, height=0.62, color=look[row.method].color, alpha=0.3, linewidth=0)
             if row.map_std is not None:
@@ -106,7 +107,7 @@ def top1_scatter(results: Results) -> str | None:
         return None
     look = looks([row.method for row in results.rows])
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new(WIDTH, 3.4)
+        figure, axes = new_figure(WIDTH, 3.4)
         for row in rows:
             one = look[row.method]
             dots = [run for run in row.runs if run.top1 is not None]
@@ -193,7 +194,7 @@ def curve_panel(curves: Mapping[str, Curve], look: Mapping[str, Look], name: str
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new(3.5, 2.2)
+        figure, axes = new_figure(3.5, 2.2)
         for method, curve in curves.items():
             color = look[method].color
             marker = look[method].marker if len(curve.steps) < 8 else ""
@@ -224,7 +225,7 @@ def term_panel(terms: Mapping[str, Curve], name: str, method: str) -> str:
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new(3.5, 2.2)
+        figure, axes = new_figure(3.5, 2.2)
         for index, (term, curve) in enumerate(terms.items()):
             color = method_color(index)
             axes.plot(curve.steps, curve.mean, color=color, lw=1.5, ls=LINES[index % len(LINES)], label=shorten(term))
@@ -239,7 +240,14 @@ def term_panel(terms: Mapping[str, Curve], name: str, method: str) -> str:
 
 
 # what a metric is called on the page
-TITLES = {"val/top1": "top-1 accuracy", "val/top5": "top-5 accuracy"}
+TITLES = {
+    "val/top1": "top-1 accuracy",
+    "val/top5": "top-5 accuracy",
+    "val/map": "mAP (11-point), validation split",
+    "val/map_area": "mAP (area), validation split",
+    "map": "mAP (11-point), test split",
+    "map_area": "mAP (area), test split",
+}
 
 
 def panels(curves: Curves, look: Mapping[str, Look], prefix: str, log_scale: bool) -> list[str]:

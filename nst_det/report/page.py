@@ -12,8 +12,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from nst_det.report import charts, sentences, tables
+from nst_det.report import ap_charts, charts, sentences, tables
+from nst_det.report.balance import TOTALS, term_shares
 from nst_det.report.curves import read_training
+from nst_det.report.precision import read_precision
 from nst_det.report.rows import BASELINE, Results, Row
 from nst_det.report.samples import SCORE_THRESHOLD, choose_samples
 
@@ -43,6 +45,8 @@ def render_page(results: Results) -> str:
         signed=tables.signed,
         interval=tables.interval_text,
         count=tables.count_text,
+        flops=tables.flops_text,
+        latency=tables.latency_text,
         seconds=tables.seconds_text,
         marks=tables.MARKS,
     )
@@ -51,6 +55,7 @@ def render_page(results: Results) -> str:
     training = read_training(results)
     reach = charts.forest_reach(results)
     scatter = charts.top1_scatter(results)
+    precision = read_precision(results)
     return environment.get_template("index.html").render(
         results=results,
         question=sentences.QUESTION,
@@ -67,11 +72,26 @@ def render_page(results: Results) -> str:
         forest={row.method: charts.forest(row, reach) for row in results.rows},
         best=max((row.map for row in results.rows if row.is_method), default=None),
         bars=Markup(charts.map_bars(results)),
-        scatter=Markup(scatter) if scatter else None,
+        scatter=_optional(scatter),
         rank=_rank_correlation(results),
         heat=_heat(results, "per_class"),
         heat_area=_heat(results, "per_class_area"),
         changes=_changes(results),
+        precision=_optional(
+            ap_charts.precision_panel(precision.mean, look, "precision", "") if precision.mean else None
+        ),
+        precision_reason=precision.reason,
+        precision_by_class=_markup(
+            [
+                ap_charts.precision_panel(curves, look, f"precision{index}", name)
+                for index, (name, curves) in enumerate(precision.per_class.items())
+            ]
+        ),
+        overlap=_optional(ap_charts.overlap_chart(results, look)),
+        sizes=_optional(ap_charts.size_chart(results, look)),
+        coco=[row for row in results.rows if row.coco],
+        checkpoints=sentences.checkpoint_lines(results),
+        balance=term_shares(training),
         distill_terms=_markup(charts.term_panels(_without_totals(training.distill_losses), "terms")),
         distill_accuracy=_markup(charts.panels(training.distill_accuracy, look, "accuracy", log_scale=False)),
         detect_losses=_markup(charts.panels(training.detect_losses, look, "loss", log_scale=True)),
@@ -92,6 +112,10 @@ def _markup(figures: Sequence[str]) -> list[Markup]:
     return [Markup(figure) for figure in figures]
 
 
+def _optional(figure: str | None) -> Markup | None:
+    return None if figure is None else Markup(figure)
+
+
 def _css(color: str) -> str:
     from nst_det.report.svg import css_color
 
@@ -101,7 +125,7 @@ def _css(color: str) -> str:
 def _without_totals(losses: Mapping[str, Any]) -> dict[str, Any]:
     """Loss terms by their own names; a sum of all of them would hide their balance."""
     named = {name.removeprefix("loss/"): methods for name, methods in losses.items()}
-    return {name: methods for name, methods in named.items() if name not in ("total", "loss", "total_loss")}
+    return {name: methods for name, methods in named.items() if name not in TOTALS}
 
 
 def _rank_correlation(results: Results) -> float | None:

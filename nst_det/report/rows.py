@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nst_det.errors import UserError
+from nst_det.report.measured import Checkpoints, Cost, read_checkpoints, read_cost, read_numbers
 
 BETTER, WORSE, NOISE, SINGLE, REFERENCE = "better", "worse", "noise", "single seed", "reference"
 BASELINE = "ce"
@@ -27,6 +28,7 @@ class SeedRun:
     seconds: float | None = None
     run: Path | None = None
     distill_run: Path | None = None
+    checkpoints: Checkpoints | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Row:
 
     AP, mAP and top-1 are fractions 0..1; ``delta`` is the mean over seeds of (this row - ce) within a seed and
     ``interval`` its 95 % interval, None where there are too few seeds.  ``verdict`` is one of ``better``,
-    ``worse``, ``noise``, ``single seed`` and ``reference``.
+    ``worse``, ``noise``, ``single seed`` and ``reference``.  ``seconds`` of training are those of both stages,
+    ``seconds_backbone`` the share of stage one.  ``coco``, ``by_iou`` (mAP by overlap) and ``objects`` (of the test set
+    by size) hold only what is known.
     """
 
     method: str
@@ -54,6 +58,12 @@ class Row:
     params: int | None
     runs: tuple[SeedRun, ...]
     commands: tuple[str, ...]
+    seconds_backbone: float | None = None
+    seconds_detector: float | None = None
+    cost: Cost | None = None
+    coco: Mapping[str, float] = field(default_factory=dict)
+    by_iou: Mapping[float, float] = field(default_factory=dict)
+    objects: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_method(self) -> bool:
@@ -141,6 +151,12 @@ def _row(tree: Any, runs: Path, where: str) -> Row:
         params=None if params is None else int(params),
         runs=tuple(_seed_run(seed, per_seed[seed], runs, where) for seed in sorted(per_seed, key=int)),
         commands=tuple(str(command) for command in tree.get("commands") or ()),
+        seconds_backbone=_number(tree, "seconds_backbone", where),
+        seconds_detector=_number(tree, "seconds_detector", where),
+        cost=read_cost(tree.get("cost"), where),
+        coco=read_numbers(tree.get("coco"), f"{where}.coco"),
+        by_iou={float(iou): ap for iou, ap in read_numbers(tree.get("map_by_iou"), f"{where}.map_by_iou").items()},
+        objects=read_numbers(tree.get("objects"), f"{where}.objects"),
     )
 
 
@@ -154,6 +170,7 @@ def _seed_run(seed: Any, tree: Any, runs: Path, where: str) -> SeedRun:
         seconds=_number(tree, "seconds", where),
         run=runs / tree["run"] if tree.get("run") else None,
         distill_run=runs / tree["distill_run"] if tree.get("distill_run") else None,
+        checkpoints=read_checkpoints(tree.get("checkpoints"), where),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 
 from nst_det.report.rows import BASELINE, BETTER, LOWER_MARK, NOISE, SINGLE, WORSE, Results, Row
 from nst_det.report.tables import fraction, interval_text, signed
@@ -172,3 +173,34 @@ def paper_order(results: Results) -> str | None:
     if here == paper:
         return text + "and so has this comparison."
     return text + f"this comparison {' > '.join(here)}: the paper's order is not reproduced here."
+
+
+@dataclass(frozen=True)
+class CheckpointLine:
+    """A row's checkpoints on the validation split; mAP are means over seeds, 0..1.
+
+    Attributes:
+        method: its word.
+        best: mAP of the best checkpoint.
+        steps: of the best checkpoint, one a seed.
+        last: mAP of the last one.
+        tested: which of them was tested, ``best`` or ``last``.
+    """
+
+    method: str
+    best: float
+    steps: tuple[int, ...]
+    last: float
+    tested: str
+
+
+def checkpoint_lines(results: Results) -> list[CheckpointLine]:
+    """Best and last checkpoint of each row that was looked at on a validation split."""
+    lines = []
+    for row in results.rows:
+        known = [run.checkpoints for run in row.runs if run.checkpoints is not None]
+        if known:
+            best, last = (fmean(getattr(one, name).map for one in known) for name in ("best", "last"))
+            steps = tuple(one.best.step for one in known)
+            lines.append(CheckpointLine(row.method, best, steps, last, known[0].tested))
+    return lines

@@ -21,7 +21,16 @@ COLUMNS = (
     "p_holm",
     "top1",
     "params",
+    "macs",
+    "flops",
+    "latency_seconds",
     "seconds",
+    "seconds_backbone",
+    "seconds_detector",
+    "coco_ap",
+    "coco_ap_small",
+    "coco_ap_medium",
+    "coco_ap_large",
     "seeds",
 )
 
@@ -71,6 +80,30 @@ def count_text(value: int | None) -> str:
     return MISSING if value is None else f"{value / 1e6:.2f} M"
 
 
+def flops_text(value: int | None) -> str:
+    """A number of operations, short to read.
+
+    Example:
+        >>> flops_text(25_174_850_560), flops_text(73_400_000), flops_text(None)
+        ('25.2 G', '73.4 M', '–')
+    """
+    if value is None:
+        return MISSING
+    return f"{value / 1e9:.3g} G" if value >= 1e9 else f"{value / 1e6:.3g} M"
+
+
+def latency_text(value: float | None) -> str:
+    """Seconds of a forward pass as milliseconds.
+
+    Example:
+        >>> latency_text(0.0421), latency_text(1.2345), latency_text(None)
+        ('42.1 ms', '1234 ms', '–')
+    """
+    if value is None:
+        return MISSING
+    return f"{1000 * value:.1f} ms" if value < 1 else f"{1000 * value:.0f} ms"
+
+
 def seconds_text(value: float | None) -> str:
     """A duration that is short to read.
 
@@ -95,9 +128,13 @@ def csv_table(results: Results) -> str:
     for row in results.rows:
         low, high = row.interval or (None, None)
         numbers = [row.map, row.map_std, row.map_area, row.delta, low, high, row.verdict, row.p_holm, row.top1]
+        cost = row.cost
+        numbers += [row.params, *((cost.macs, cost.flops, cost.median) if cost else (None, None, None))]
+        numbers += [row.seconds, row.seconds_backbone, row.seconds_detector]
+        numbers += [row.coco.get(name) for name in ("AP", "APs", "APm", "APl")]
         seeds = " ".join(str(seed) for seed in row.seeds)
         classes = [getattr(row, key).get(name) for _, key in kinds for name in results.classes]
-        writer.writerow([row.method, *map(_cell, [*numbers, row.params, row.seconds]), seeds, *map(_cell, classes)])
+        writer.writerow([row.method, *map(_cell, numbers), seeds, *map(_cell, classes)])
     return out.getvalue()
 
 
@@ -109,15 +146,21 @@ def _cell(value: float | int | str | None) -> str:
 
 def markdown_table(results: Results, sentence: str) -> str:
     """The table in GitHub's Markdown, with the result in one sentence above and what the columns mean below."""
-    head = ["method", "mAP (11-point)", "mAP (area)", "difference to ce", "95 % interval", "", "top-1", "params"]
-    head += ["seconds", "seeds"]
-    lines = [_markdown_escape(sentence), "", _pipe(head), _pipe(["---", *["---:"] * 4, "---", *["---:"] * 3, "---"])]
+    head = ["method", "mAP (11-point)", "mAP (area)", "difference to ce", "95 % interval", "", "top-1", "parameters"]
+    head += ["FLOPs", "latency", "training", "seeds"]
+    lines = [_markdown_escape(sentence), "", _pipe(head), _pipe(["---", *["---:"] * 4, "---", *["---:"] * 5, "---"])]
     for row in results.rows:
         cells = [spread_text(row), fraction(row.map_area), _delta(row), interval_text(row) or MISSING]
-        cells += [MARKS[row.verdict], fraction(row.top1), count_text(row.params), seconds_text(row.seconds)]
+        cells += [MARKS[row.verdict], fraction(row.top1), *cost_cells(row)]
         cells.append(", ".join(str(seed) for seed in row.seeds))
         lines.append(_pipe([_markdown_escape(row.method), *cells]))
     return "\n".join([*lines, "", _markdown_escape(legend(results)), ""])
+
+
+def cost_cells(row: Row) -> list[str]:
+    """Parameters, arithmetic and latency of the detector, and the time of its training, as text."""
+    flops, latency = (row.cost.flops, row.cost.median) if row.cost else (None, None)
+    return [count_text(row.params), flops_text(flops), latency_text(latency), seconds_text(row.seconds)]
 
 
 def _pipe(cells: list[str]) -> str:
@@ -146,6 +189,16 @@ def legend(results: Results) -> str:
         )
     else:
         text += "There is one seed, so there is no spread: a difference can't be told from noise."
+    return f"{text} {cost_legend(results)}".rstrip()
+
+
+def cost_legend(results: Results) -> str:
+    """What the columns of cost mean, and where latency was measured."""
+    text = "Training is stage one's share and stage two together, as the runs took it."
+    places = list(dict.fromkeys(row.cost.where for row in results.rows if row.cost))
+    if places:
+        text += f" FLOPs count a multiply-add as two. Latency is the median of one image at a time on {places[0]}"
+        text += f" (other rows: {'; '.join(places[1:])})." if len(places) > 1 else "."
     return text
 
 
@@ -160,6 +213,7 @@ _LATEX = {
     "±": r"$\pm$",
     "–": "--",
     "≈": r"$\approx$",
+    "×": r"$\times$",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 
@@ -185,16 +239,18 @@ def latex_table(results: Results, sentence: str) -> str:
         "",
         "Top-1",
         "Params",
-        "Time",
+        "FLOPs",
+        "Latency",
+        "Training",
     ]
     lines = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering"]
-    lines += [f"\\caption{{{latex_escape(sentence)} {latex_escape(legend(results))}}}", r"\begin{tabular}{lrrrrlrrr}"]
+    lines += [f"\\caption{{{latex_escape(sentence)} {latex_escape(legend(results))}}}", r"\begin{tabular}{lrrrrlrrrrr}"]
     lines += [r"\toprule", " & ".join(head) + r" \\", r"\midrule"]
     best = max((row.map for row in results.rows if row.is_method), default=None)
     for row in results.rows:
         mean = latex_escape(spread_text(row))
         mean = f"\\textbf{{{mean}}}" if row.is_method and row.map == best else mean
         cells = [fraction(row.map_area), _delta(row), interval_text(row) or MISSING, MARKS[row.verdict]]
-        cells += [fraction(row.top1), count_text(row.params), seconds_text(row.seconds)]
+        cells += [fraction(row.top1), *cost_cells(row)]
         lines.append(" & ".join([latex_escape(row.method), mean, *map(latex_escape, cells)]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,33 @@ def read_truth(config_file: Path) -> list[Truth]:
     Raises:
         UserError: the config or the data can't be read any more.
     """
-    config = read_json(config_file)
-    names = _value(config, "DATASETS.TEST", config_file)
     truth = []
-    for name in [names] if isinstance(names, str) else names:
-        root, split = (_value(config, f"DATASETS.VOC.{name}.{field}", config_file) for field in ("ROOT", "SPLIT"))
-        # classes given, so that they are not looked for in the annotations: only names are used here
-        data = VocDataset(expand_path(root, f"DATASETS.VOC.{name}.ROOT"), split, classes=("any",))
+    # classes given, so that they are not looked for in the annotations: only names are used here
+    for data in open_test(config_file, ("any",)):
         for id_ in data.ids:
             found = data.annotation(id_)
             boxes = found.boxes.astype(np.float64)
             truth.append(Truth(id_, data.image_path(id_), boxes, found.names, found.difficult))
     return truth
+
+
+def open_test(config_file: Path, classes: Sequence[str]) -> list[VocDataset]:
+    """The data sets that a run was tested on.
+
+    Args:
+        config_file: as :func:`read_truth` takes it.
+        classes: class names in the order of their labels.
+
+    Raises:
+        UserError: the config or the data can't be read any more.
+    """
+    config = read_json(config_file)
+    names = _value(config, "DATASETS.TEST", config_file)
+    opened = []
+    for name in [names] if isinstance(names, str) else names:
+        root, split = (_value(config, f"DATASETS.VOC.{name}.{field}", config_file) for field in ("ROOT", "SPLIT"))
+        opened.append(VocDataset(expand_path(root, f"DATASETS.VOC.{name}.ROOT"), split, classes))
+    return opened
 
 
 def _value(config: Any, key: str, file: Path) -> Any:

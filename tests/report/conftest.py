@@ -73,6 +73,11 @@ def _row(method: str, maps: Any, top1: Any, baseline: Any, classes: tuple[str, .
             "seconds": 46.0 + seed,
             "run": f"detect/seed{seed}/{method}",
             "distill_run": top1 and f"distill/seed{seed}/students/{method}",
+            "checkpoints": {
+                "best": {"step": 120 + 20 * seed, "map": value * 0.95 + 0.01, "map_area": value},
+                "last": {"step": 160, "map": value * 0.95, "map_area": value},
+                "tested": "last",
+            },
         }
         for seed, value in enumerate(maps)
     }
@@ -89,7 +94,22 @@ def _row(method: str, maps: Any, top1: Any, baseline: Any, classes: tuple[str, .
         "per_class_area": {name: min(max(mean * 1.03 + offset, 0.01), 0.995) for name, offset in zip(classes, offsets)},
         "top1": top1 and statistics.fmean(top1[: len(maps)]),
         "seconds": 47.123,
+        "seconds_backbone": 12.0 if top1 else 0.0,
+        "seconds_detector": 35.123 if top1 else 47.123,
         "params": 1934567,
+        "cost": {
+            "run": "detect/seed0/ce",
+            "macs": 1234567890,
+            "flops": 2500000000,
+            "size": [120, 160],
+            "device": "cpu",
+            "threads": 2,
+            "machine": "AMD EPYC",
+            "latency": {"median": 0.0421, "p10": 0.0402, "p90": 0.0511},
+        },
+        "map_by_iou": {str((50 + 5 * i) / 100): mean * (1 - 0.09 * i) for i in range(10)},
+        "coco": {"AP": mean / 2, "AP50": mean, "AP75": mean / 2, "APs": mean / 3, "APm": mean / 1.5, "APl": None},
+        "objects": {"small": 12, "medium": 30, "large": 0},
         "per_seed": per_seed,
         "commands": [
             f"OMP_NUM_THREADS=1 nst-det {word} --config-file output/shapes/configs/{name}.yaml"
@@ -136,11 +156,14 @@ def write_metrics(
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def write_voc(root: Path, classes: list[str]) -> dict[str, list[tuple[str, tuple[int, int, int, int], bool]]]:
+Objects = dict[str, list[tuple[str, tuple[int, int, int, int], bool]]]
+
+
+def write_voc(root: Path, classes: list[str]) -> Objects:
     """A VOC folder of 16 images with 1 to 5 objects; gives (class, xmin ymin xmax ymax as on disk, difficult)."""
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / name).mkdir(parents=True)
-    truth: dict[str, list[tuple[str, tuple[int, int, int, int], bool]]] = {}
+    truth: Objects = {}
     for index in range(16):
         draw = random.Random(index)
         image_id = f"{index:06d}"
@@ -209,6 +232,12 @@ def make_results() -> Callable[..., dict[str, Any]]:
 def write_runs() -> Callable[[Path, dict[str, Any]], None]:
     """:func:`build_runs`, for tests."""
     return build_runs
+
+
+@pytest.fixture(scope="session")
+def voc_truth(tmp_path_factory: pytest.TempPathFactory) -> Objects:
+    """What stands on the images of every comparison here: image to (class, box as on disk, difficult)."""
+    return write_voc(tmp_path_factory.mktemp("voc"), list(CLASSES))
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,8 @@ def test_the_table_shows_the_numbers(page, comparison) -> None:
         assert float(values[5]) == row["map_area"]
         assert cells[5] == f"{row['map_area']:.3f}"
         assert values[6] == ("" if row["top1"] is None else str(row["top1"]))
-        assert (cells[7], values[7], cells[8], values[8], cells[9]) == ("1.93 M", "1934567", "47.1 s", "47.123", "3")
+        assert (cells[7], values[7], cells[8], values[8]) == ("1.93 M", "1934567", "2.5 G", "2500000000")
+        assert (cells[9], values[9], cells[10], values[10]) == ("42.1 ms", "0.0421", "47.1 s", "47.123")
         if row["method"] == "ce":
             assert cells[4] == "reference"
             continue
@@ -137,6 +138,54 @@ def test_the_page_says_the_result_and_names_both_aps(html) -> None:
     found = re.search(r'<tr><th scope="row">nst-poly</th>((?:<td[^>]*>[^<]*</td>)+)</tr>', html)
     assert found is not None
     assert tuple(re.findall(r">([^<]+)</td>", found[1])) == cells
+
+
+def test_where_latency_was_measured_is_said(html) -> None:
+    assert "Latency is the median of one image at a time on AMD EPYC, 2 threads, 120 × 160 pixels." in html
+    assert "stage one 12.0 s, stage two 35.1 s" in html
+
+
+def test_overlap_and_size_as_numbers(page, comparison) -> None:
+    rows = comparison[1]["rows"]
+    assert page.tables["coco"][0][:6] == ["method", "COCO AP", "AP75", "small", "medium", "large"]
+    assert page.tables["coco"][0][6:] == [f"mAP0.{digits}" for digits in range(50, 100, 5)]
+    for line, row in zip(page.values["coco"][1:], rows):
+        assert [float(value) for value in line[1:5]] == [row["coco"][name] for name in ("AP", "AP75", "APs", "APm")]
+        assert line[5] == ""
+        assert [float(value) for value in line[6:]] == list(row["map_by_iou"].values())
+
+
+def test_best_and_last_checkpoint(page, html, comparison) -> None:
+    for line, row in zip(page.tables["best"][1:], comparison[1]["rows"]):
+        seeds = [entry["checkpoints"] for entry in row["per_seed"].values()]
+        best, last = (sum(one[name]["map"] for one in seeds) / 3 for name in ("best", "last"))
+        assert line == [
+            row["method"], f"{best:.3f}", "120, 140, 160", f"{last:.3f}", "+0.010", f"{row['map']:.3f}",
+        ]  # fmt: skip
+    assert "with its last checkpoint, and never read to choose" in html
+
+
+def test_balance_of_the_terms(page) -> None:
+    shares: dict[str, float] = {}
+    for line in page.values["balance"][1:]:
+        assert 0 < float(line[4] or 0) < 1
+    for line, values in zip(page.tables["balance"][1:], page.values["balance"][1:]):
+        shares[line[0]] = shares.get(line[0], 0) + float(values[6] or 0)
+    assert set(shares) == {"kd", "fitnet", "at", "nst-poly", "kd+nst-poly"}
+    assert list(shares.values()) == pytest.approx([1] * 5)
+
+
+def test_what_is_not_known_is_left_out(tmp_path, make_results, write_runs) -> None:
+    results = make_results(seeds=1)
+    for row in results["rows"]:
+        for key in ("cost", "coco", "map_by_iou", "objects", "seconds_backbone", "seconds_detector"):
+            del row[key]
+        del row["per_seed"]["0"]["checkpoints"]
+    write_runs(tmp_path, results)
+    write_report(results, tmp_path / "report", tmp_path)
+    page = Page((tmp_path / "report" / "index.html").read_text())
+    assert {"coco", "best"}.isdisjoint(page.tables)
+    assert page.tables["rows"][1][8:10] == ["–", "–"]
 
 
 def test_one_seed_is_said(tmp_path, make_results, write_runs) -> None:
@@ -202,8 +251,9 @@ def test_pictures_have_words_and_data(page, comparison) -> None:
         assert len(attributes["src"] or "") > 100
     drawn = [a for a in page.all("svg") if a.get("aria-hidden") != "true"]
     assert all(a.get("role") == "img" and len(a.get("aria-label") or "") > 10 for a in drawn)
-    # 6 images x (truth + 3 rows, 4 more); bars, scatter; top-1, top-5; 7 - 1 terms; 4 losses; 6 differences
-    assert len(drawn) == 6 * 8 + 2 + 2 + 6 + 4 + 6
+    # 6 images x (truth + 3 rows, 4 more); bars, scatter; top-1, top-5; 7 - 1 terms; 4 losses; 6 differences;
+    # precision over recall of all classes and of 8; overlap, sizes
+    assert len(drawn) == 6 * 8 + 2 + 2 + 6 + 4 + 6 + 9 + 2
     assert all(len(a["href"]) > 1000 and a["href"].startswith("data:image/jpeg;base64,") for a in page.all("image"))
     assert len(page.all("image")) == 6
     labels = " ".join(a["aria-label"] for a in drawn)
