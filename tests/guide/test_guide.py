@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+import nst_det
 from nst_det.cli import build_parser
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -164,3 +166,17 @@ def test_every_block_runs(terminal, empty_folder):
     predictions = empty_folder / "predictions"
     assert len(list((predictions / "images").iterdir())) == 30
     assert (predictions / "detections.json").is_file()
+
+
+def test_the_citation_names_the_version_the_authors_and_every_paper():
+    citation = yaml.safe_load((CHECKOUT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
+    assert citation["version"] == nst_det.__version__
+    assert f'authors = [{{ name = "{citation["authors"][0]["name"]}" }}]' in project
+    assert f'license = "{citation["license"]}"' in project
+    methods = (CHECKOUT / "docs" / "methods.md").read_text(encoding="utf-8")
+    # the papers in the heads of the methods' sections
+    papers = set(re.findall(r"\barXiv (\d{4}\.\d{5})[.,].*`nst_det/transfer/", methods))
+    assert len(papers) >= 8
+    assert papers <= {paper["url"].rpartition("/")[2] for paper in citation["references"]}
+    assert f"## {nst_det.__version__}" in (CHECKOUT / "CHANGELOG.md").read_text(encoding="utf-8")
