@@ -17,6 +17,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from nst_det.detect.config import detector_transfer_node
     from nst_det.errors import UserError
     from nst_det.transfer import parse_method, terms
 
@@ -33,5 +34,14 @@ def run(args: argparse.Namespace) -> int:
         options = ", ".join(f"{key}={value}" for key, value in term.options.items())
         source = term.source if weight is None else "the method's word"
         table.add_row(name, reads, f"{term.weight if weight is None else weight:g}", source, term.summary, options)
+    there = "; ".join(
+        f"{name} has {key}={value} there"
+        for name, own in detector_transfer_node().OPTIONS.items()
+        for key, value in own.items()
+    )
+    table.caption = (
+        "Maps are feature levels of both backbones. Logits and embedding are the classifiers' in stage one, in stage "
+        f"two those of both box heads on the student's proposals ({there})."
+    )
     Console().print(table)
     return 0

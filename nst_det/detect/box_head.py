@@ -52,7 +52,7 @@ def widths_of(detector: nn.Module, method: Method) -> Widths:
 
 
 def check_classes(transfer: TransferLoss, student: int, teacher: int) -> None:
-    """Refuse to compare logits of different classes one by one.
+    """Refuse to compare logits one by one where there are not as many.
 
     Args:
         transfer: of the method.
@@ -60,14 +60,28 @@ def check_classes(transfer: TransferLoss, student: int, teacher: int) -> None:
         teacher: the same for the teacher.
 
     Raises:
-        UserError: a term compares them, and there are not as many.
+        UserError: a term compares them, and the numbers differ.
     """
+    if student != teacher:
+        _refuse(transfer, f"the student has {student - 1} classes and the teacher {teacher - 1}")
+
+
+def check_class_names(transfer: TransferLoss, student: Sequence[str], teacher: Sequence[str]) -> None:
+    """Refuse to compare logits of different classes, where both lists are known (not empty).
+
+    Raises:
+        UserError: a term compares logits one by one, and the names or their order differ.
+    """
+    if student and teacher and list(student) != list(teacher):
+        _refuse(transfer, f"the student's are {', '.join(student)}, the teacher's {', '.join(teacher)}")
+
+
+def _refuse(transfer: TransferLoss, difference: str) -> None:
     terms = [name for name, kinds in transfer.kinds.items() if kinds == ("logits", "logits")]
-    if terms and student != teacher:
+    if terms:
         raise UserError(
-            f"TRANSFER.METHOD {transfer.method}: {terms[0]} compares class by class, but the student has "
-            f"{student - 1} classes and the teacher {teacher - 1}; take a teacher of the same classes, or terms on "
-            "feature maps, such as nst-poly"
+            f"TRANSFER.METHOD {transfer.method}: {terms[0]} compares class by class, but {difference}; take a teacher "
+            "of the same classes in the same order, or terms on feature maps, such as nst-poly"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from nst_det.backbones import count_parameters
 from nst_det.data.holdout import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detect.best import keep_best, settle
+from nst_det.detect.box_head import check_class_names
 from nst_det.detect.config import load_detect_config, resolve_classes, resolve_device
 from nst_det.detect.dataset import data_classes, evaluation_batches, open_voc, training_batches
 from nst_det.detect.distilled import DistilledDetector, distill, wants_teacher
@@ -69,7 +70,7 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
         data = _test_data(config, classes)
         sets, validation = split_training(config, open_voc(config, "DATASETS.TRAIN", classes))
         student = _student(config, classes, seed)
-        model = _with_teacher(student, config, seed)
+        model = _with_teacher(student, config, seed, classes)
 
         def batches_from(step: int) -> Iterable[list[dict[str, Any]]]:
             return training_batches(config, sets, seed, step)
@@ -187,11 +188,13 @@ def place_detector(detector: Detector, config: CfgNode) -> None:
         detector.backbone.to(memory_format=torch.channels_last)
 
 
-def _with_teacher(student: Detector, config: CfgNode, seed: int) -> Detector | DistilledDetector:
+def _with_teacher(
+    student: Detector, config: CfgNode, seed: int, classes: Sequence[str]
+) -> Detector | DistilledDetector:
     if not wants_teacher(config.TRANSFER):
         return student
     with seeded(seed, "init", "teacher"):
-        teacher, filled = _teacher(config)
+        teacher, filled, theirs = _teacher(config)
     with seeded(seed, "init", "transfer"):
         model = distill(student, teacher, config.TRANSFER)
     below = set(level_channels(teacher.backbone.bottom_up))
@@ -201,20 +204,22 @@ def _with_teacher(student: Detector, config: CfgNode, seed: int) -> Detector | D
             f"TRANSFER.TEACHER.WEIGHTS: the teacher's {', '.join(read)} would be random; "
             f"name the {WEIGHTS_FILE} of a trained detector"
         )
+    check_class_names(model.transfer, classes, theirs)
     model.to(student.pixel_mean.device)
     log_shapes(model)
     return model
 
 
-def _teacher(config: CfgNode) -> tuple[Detector, str]:
+def _teacher(config: CfgNode) -> tuple[Detector, str, Sequence[str]]:
     named = config.TRANSFER.TEACHER
     overrides = ["MODEL.WEIGHTS", named.WEIGHTS] if named.WEIGHTS else []
     own = load_detect_config(expand_path(named.CONFIG_FILE, "TRANSFER.TEACHER.CONFIG_FILE"), overrides)
-    resolve_classes(own, _saved_classes(own) or data_classes(own))
+    classes = _saved_classes(own) or data_classes(own)
+    resolve_classes(own, classes)
     teacher = build_detector(own)
     filled = load_weights(teacher, own, key="TRANSFER.TEACHER.WEIGHTS")
     place_detector(teacher, config)
-    return teacher, filled
+    return teacher, filled, classes
 
 
 def _saved_classes(config: CfgNode) -> list[str]:

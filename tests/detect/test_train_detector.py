@@ -148,6 +148,20 @@ def test_a_teacher_whose_pyramid_is_random_is_refused(on_shapes, tmp_path):
         train_detector(on_shapes("two", {**changes, "TRANSFER.METHOD": "kd"}))
 
 
+def test_kd_from_a_teacher_of_other_classes_is_refused(on_shapes, tmp_path):
+    changes = teacher_words(on_shapes, tmp_path, "kd")
+    config = on_shapes("x")
+    names = list(data_classes(config))
+    wide = {"MODEL.TIMM.ARCH": "nst_resnet18_w48", "MODEL.ROI_HEADS.NUM_CLASSES": 8, "MODEL.FPN.OUT_CHANNELS": 24}
+    save_weights(tmp_path / "teacher.safetensors", build_detector(on_shapes("x", wide), 7), names[::-1])
+    said = f"kd compares class by class, but the student's are {names[0]}, .*, the teacher's {names[-1]}, "
+    with pytest.raises(UserError, match=said):
+        train_detector(on_shapes("one", changes))
+    # maps don't care
+    changes["TRANSFER.METHOD"] = "nst-poly"
+    assert train_detector(on_shapes("two", {**changes, "SOLVER.MAX_ITER": 1, "DATASETS.TEST": []}))["steps"] == 1
+
+
 def test_methods_of_one_seed_begin_alike_and_see_the_same_batches(on_shapes, tmp_path):
     changes = teacher_words(on_shapes, tmp_path, "nst-poly")
     train_detector(on_shapes("ce", {"SOLVER.MAX_ITER": 1, "DATASETS.TEST": []}))

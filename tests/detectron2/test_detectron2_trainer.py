@@ -161,6 +161,13 @@ def test_a_run_that_goes_on_repeats_the_undisturbed_one(tiny_yaml, tiny_teacher,
     assert weights[0]["nst-poly"] != 50.0
 
 
+def test_kd_from_a_teacher_of_other_classes_is_refused(tiny_yaml, tiny_teacher, tmp_path):
+    config = tmp_path / "teacher.yaml"
+    config.write_text(f"_BASE_: {tiny_teacher[0]}\nDATASETS: {{CLASSES: [square, bar]}}\n")
+    with pytest.raises(UserError, match="but the student's are bar, square, the teacher's square, bar; take a teacher"):
+        DistillTrainer(make_cfg(tiny_yaml, tmp_path, *nst_opts((config, tiny_teacher[1]), "kd")))
+
+
 def test_methods_of_one_seed_begin_alike_and_see_the_same_batches(tiny_yaml, tiny_teacher, tmp_path):
     plain = DistillTrainer(make_cfg(tiny_yaml, tmp_path / "a"))
     taught = DistillTrainer(make_cfg(tiny_yaml, tmp_path / "b", *nst_opts(tiny_teacher)))

@@ -20,6 +20,13 @@ def test_every_term_is_listed_with_its_weight(capsys, monkeypatch):
         assert cells[4] == term.source
 
 
+def test_what_logits_are_in_stage_two(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    said = printed(capsys, "kd")
+    words = "in stage two those of both box heads on the student's proposals (kd has temperature=1.0 there)"
+    assert words in " ".join(said.split())
+
+
 def test_a_methods_own_terms(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     text = printed(capsys, "kd:0.9+nst-poly")

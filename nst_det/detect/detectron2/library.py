@@ -11,10 +11,11 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
 from nst_det.detect import distilled
-from nst_det.detect.box_head import reads_box_head
+from nst_det.detect.box_head import check_class_names, reads_box_head
 from nst_det.detect.config import detector_transfer_node
+from nst_det.detect.detectron2.config import class_list
 from nst_det.detect.detectron2.heads import box_outputs
-from nst_det.detect.detectron2.teacher import build_teacher
+from nst_det.detect.detectron2.teacher import build_teacher, teacher_classes
 from nst_det.detect.distilled import DistilledDetector
 from nst_det.detect.opening import log_shapes
 from nst_det.errors import UserError
@@ -90,7 +91,9 @@ def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
     teacher = build_teacher(
         named.CONFIG_FILE, named.WEIGHTS, str(_device(student)), levels=_levels(node), box_head=_reads_box_head(node)
     )
-    return _wrap(student, teacher, node, max(cfg.SEED, 0))
+    model = _wrap(student, teacher, node, max(cfg.SEED, 0))
+    check_class_names(model.transfer, class_list(cfg), teacher_classes(named.CONFIG_FILE, named.WEIGHTS))
+    return model
 
 
 def _levels(node: CfgNode) -> list[str]:

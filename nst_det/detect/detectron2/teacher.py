@@ -16,7 +16,7 @@ from nst_det.backbones.files import card_path
 from nst_det.detect.config import resolve_device
 from nst_det.detect.detectron2.backbone import TimmBackbone, bottom_up_of
 from nst_det.detect.detectron2.checkpoint import PREFIX, SUFFIX, BackboneCheckpointer
-from nst_det.detect.detectron2.config import add_config, data_classes
+from nst_det.detect.detectron2.config import add_config, class_list, data_classes
 from nst_det.detect.detectron2.heads import choose_roi_heads
 from nst_det.detect.weights import saved_classes
 from nst_det.errors import UserError
@@ -75,6 +75,21 @@ def build_teacher(
     return model.eval().requires_grad_(False)
 
 
+def teacher_classes(config_file: str, weights: str = "") -> list[str]:
+    """The names of a teacher's classes, as its config, its weights or its data set tell them; [] where none does.
+
+    Raises:
+        UserError: no such config, or not one.
+    """
+    path, _ = _find(config_file)
+    if path.endswith(".py"):
+        return []
+    cfg = _read_yaml(path, ())
+    local = expand_path(weights or cfg.MODEL.WEIGHTS, "TRANSFER.TEACHER.WEIGHTS")
+    saved = saved_classes(local) if local and "://" not in local and Path(local).is_file() else []
+    return list(cfg.DATASETS.CLASSES) or saved or class_list(cfg)
+
+
 def _is_backbone_file(source: str) -> bool:
     return source.startswith(PREFIX) or (source.endswith(SUFFIX) and card_path(source).is_file())
 
@@ -118,7 +133,7 @@ def _zoo_weights(config_file: str) -> str:
         ) from error
 
 
-def _build_yaml(path: str, weights: str, device: str | None, overrides: Sequence[str]) -> tuple[nn.Module, str]:
+def _read_yaml(path: str, overrides: Sequence[str]) -> CfgNode:
     cfg: CfgNode = get_cfg()
     add_config(cfg)
     try:
@@ -127,6 +142,11 @@ def _build_yaml(path: str, weights: str, device: str | None, overrides: Sequence
         cfg.merge_from_list(list(overrides))
     except (KeyError, ValueError, AssertionError, TypeError) as error:
         raise UserError(f"{path}: not a Detectron2 config: {error}") from error
+    return cfg
+
+
+def _build_yaml(path: str, weights: str, device: str | None, overrides: Sequence[str]) -> tuple[nn.Module, str]:
+    cfg = _read_yaml(path, overrides)
     named = cfg.MODEL.WEIGHTS
     cfg.MODEL.DEVICE = device or resolve_device(cfg.MODEL.DEVICE)
     # the guard against frozen random layers is for those without weights; these come below
