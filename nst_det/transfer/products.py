@@ -21,7 +21,7 @@ WORTH_A_CALL = 2**21
 ROWS = 256
 
 # what a slice of two stacked maps may take, so that it stays in the cache
-SLICE_BYTES = 2**20
+SLICE_BYTES = 2 * 2**20
 
 
 def product(left_bMK: Tensor, right_bNK: Tensor) -> Tensor:
