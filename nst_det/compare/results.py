@@ -36,8 +36,8 @@ def build_results(
     ``per_class_area``, ``map_by_iou``, ``coco`` (means over seeds) and ``objects`` (all three as
     :func:`~nst_det.evaluate.figures.summarize` gives them); ``top1`` of the backbone (None for scratch); ``seconds``
     (student and detector together, a mean over seeds); ``params`` of the detector; ``backbone`` (one name a seed);
-    ``per_seed`` (the same by seed, with the run folders relative to the comparison's); ``commands`` that make the row
-    again; ``cost`` of a forward pass (None where not known).
+    ``per_seed`` (the same by seed, with the ``term_weights`` that each stage had, AUTO_WEIGHT's choice among them, and
+    the run folders relative to the comparison's); ``commands`` that make the row again; ``cost`` of a forward pass (None where not known).
 
     Args:
         comparison: what was asked.
@@ -100,6 +100,7 @@ def _seed_entry(comparison: Comparison, row: str, seed: int) -> dict[str, Any]:
         backbone_folder = None  # a teacher of the user's own
     backbone = {} if backbone_folder is None else _read_result(backbone_folder, {})
     entry |= {key: backbone.get(key) for key in ("top1", "top5")}
+    entry["term_weights"] = {"backbone": backbone.get("weights") or {}, "detector": detector.get("weights") or {}}
     entry["backbone"] = backbone_name(comparison, row, seed) if backbone_folder is not None else ""
     entry["seconds_backbone"] = float(backbone.get("seconds") or 0.0)
     entry["seconds"] = entry["seconds_detector"] + entry["seconds_backbone"]

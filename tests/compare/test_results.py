@@ -35,7 +35,7 @@ def finished(comparison):
         for seed, value in enumerate(values):
             write(comparison.folder / f"detect/seed{seed}/{row}/result.json", detector_result(value))
             if row != "scratch":
-                student = {"top1": value + 0.25, "top5": 1.0, "seconds": 10.0 + seed}
+                student = {"top1": value + 0.25, "top5": 1.0, "seconds": 10.0 + seed, "weights": {"kd": 2.5 + seed}}
                 write(comparison.folder / f"distill/seed{seed}/students/{row}/result.json", student)
     teacher = {"name": "small-teacher", "top1": 0.9375, "top5": 1.0, "seconds": 60.0, "steps": 5, "params": 99}
     write(comparison.folder / "teacher/teacher/result.json", teacher)
@@ -76,6 +76,7 @@ def test_rows_by_hand(finished):
     assert kd["per_seed"]["1"]["run"] == "detect/seed1/kd"
     assert kd["per_seed"]["1"]["distill_run"] == "distill/seed1/students/kd"
     assert kd["per_seed"]["1"]["map"] == 0.475
+    assert kd["per_seed"]["1"]["term_weights"] == {"backbone": {"kd": 3.5}, "detector": {}}
 
 
 def test_a_row_with_terms_of_stage_two_starts_from_the_backbone_of_its_word(finished, config_file):
