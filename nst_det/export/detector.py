@@ -1,0 +1,232 @@
+"""A finished detector as a file for other runtimes: ONNX, or a program of ``torch.export``."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from nst_det.detect.dataset import open_voc, resize, resized_shape
+from nst_det.detect.predict import find_sources, load_run, read_sources
+from nst_det.detect.torchvision_engine import Detector
+from nst_det.errors import UserError
+from nst_det.export.graph import INPUT_NAME, OUTPUT_NAMES, DetectorGraph
+from nst_det.export.modelcard import detector_card
+from nst_det.export.parity import Difference, difference
+from nst_det.runtime.files import atomic_path, write_text
+
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
+MOST_IMAGES = 20
+# of the picture that is traced; the graph takes any size
+TRACED_SIZE = (224, 288)
+# RoiAlign with half a pixel taken off is in 16 and later, and every runtime of the last years has 18
+OPSET = 18
+
+# (3, H, W) uint8 to boxes, scores, labels
+Run = Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class ExportedDetector:
+    """What was written, and how far its detections are from those of the detector itself."""
+
+    file: Path
+    card: Path
+    difference: Difference
+
+
+def export_detector(
+    run_folder: str | Path, output: str | Path, form: str, images: Sequence[str | Path] = ()
+) -> ExportedDetector:
+    """Write the detector of a finished run as one file, compare it with PyTorch, and write its model card beside it.
+
+    The graph takes ``image``, (3, H, W) uint8 RGB of any H and W, already resized as the run's INPUT.MIN_SIZE_TEST and
+    MAX_SIZE_TEST say, and gives ``boxes`` (N, 4) xyxy in pixels of it, ``scores`` (N,) and ``labels`` (N,) from 0.
+    Normalization, padding and non-maximum suppression are inside.
+
+    Args:
+        run_folder: of the torchvision engine.
+        output: ends in ``.onnx`` or ``.pt2``; the card goes beside it, with ``.md``.
+        form: ``onnx`` or ``torch-export`` (see :func:`trace` for the smallest image of the latter).
+        images: to compare on, at most :data:`MOST_IMAGES` of them are used; empty takes the run's test images.
+
+    Raises:
+        UserError: no such run, a library is missing, no images to compare on, or other detections than the
+            detector's (nothing is left behind then).
+    """
+    output = Path(output)
+    if output.suffix != SUFFIXES[form]:
+        raise UserError(f"--output {output}: the file must end in {SUFFIXES[form]}")
+    if form == "onnx":
+        require_onnx()
+    detector, config, classes = load_run(run_folder)
+    inputs = list(check_images(config, classes, images))
+    about = {
+        "classes": list(classes),
+        "input": "uint8 RGB (3, height, width)",
+        "min_size": config.INPUT.MIN_SIZE_TEST,
+        "max_size": config.INPUT.MAX_SIZE_TEST,
+        "score_threshold": config.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+    }
+    with atomic_path(output) as temporary, _quiet():
+        program = trace(detector)
+        if form == "onnx":
+            _write_onnx(program, temporary, about)
+            run = _onnx_run(temporary)
+        else:
+            extra = {"nst_det.json": json.dumps(about, ensure_ascii=False)}
+            # by its own name torch.export would refuse a file that doesn't end in .pt2
+            with open(temporary, "wb") as file:
+                torch.export.save(program, file, extra_files=extra)
+            run = _program_run(temporary)
+        found = difference(
+            _detector_run(detector),
+            run,
+            inputs,
+            config.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+            config.TEST.DETECTIONS_PER_IMAGE,
+        )
+        found.check(str(output))
+    card = output.with_suffix(".md")
+    write_text(card, detector_card(run_folder, config, classes, output.name, form, found))
+    return ExportedDetector(output, card, found)
+
+
+def require_onnx() -> None:
+    """Refuse where the libraries of the extra ``export`` are missing.
+
+    Raises:
+        UserError: it names the extra.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--format onnx: {error.name} is not installed; pip install 'nst_det[export]'") from error
+
+
+def trace(detector: Detector) -> ExportedProgram:
+    """The graph of a detector on the CPU, for images of any size.
+
+    ``torch.export`` itself holds it to images whose sides are longer than the largest stride (64 pixels with FPN): it
+    takes a map of one row for another program.  ONNX has no such limit.
+    """
+    image = torch.zeros(3, *TRACED_SIZE, dtype=torch.uint8)
+    sizes = {INPUT_NAME: {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}}
+    with torch.no_grad():
+        program = torch.export.export(DetectorGraph(detector).cpu(), (image,), dynamic_shapes=sizes, strict=False)
+    for node in program.graph.nodes:
+        # source lines with paths of this machine
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def _write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
+    import onnx
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    with torch.no_grad():
+        written = torch.onnx.export(
+            program,
+            (torch.zeros(3, *TRACED_SIZE, dtype=torch.uint8),),
+            input_names=[INPUT_NAME],
+            output_names=list(OUTPUT_NAMES),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert written is not None
+    ClearMetadataAndDocStringPass()(written.model)
+    proto = written.model_proto
+    # sizes are named by the tracer's symbols; those in between are inferred again by runtimes
+    del proto.graph.value_info[:]
+    for size, name in zip(proto.graph.input[0].type.tensor_type.shape.dim[1:], ("height", "width")):
+        size.dim_param = name
+    for output in proto.graph.output:
+        output.type.tensor_type.shape.dim[0].dim_param = "detections"
+    onnx.helper.set_model_props(proto, {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()})
+    onnx.checker.check_model(proto)
+    onnx.save(proto, str(path))
+
+
+def _onnx_run(path: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda image: session.run(list(OUTPUT_NAMES), {INPUT_NAME: image})
+
+
+def _program_run(path: Path) -> Run:
+    with open(path, "rb") as file:
+        module = torch.export.load(file).module()
+
+    def run(image: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [value.numpy() for value in module(torch.from_numpy(image))]
+
+    return run
+
+
+def _detector_run(detector: Detector) -> Run:
+    def run(image: np.ndarray) -> list[np.ndarray]:
+        pixels = torch.from_numpy(image)
+        if detector.input_format == "BGR":
+            pixels = pixels.flip(0)
+        with torch.no_grad():
+            found: dict[str, Tensor] = detector([{"image": pixels}])[0]
+        return [found[name].numpy() for name in OUTPUT_NAMES]
+
+    return run
+
+
+def check_images(config: CfgNode, classes: Sequence[str], named: Sequence[str | Path]) -> Iterator[np.ndarray]:
+    """At most :data:`MOST_IMAGES` images (3, H, W) uint8 RGB, resized as at evaluation.
+
+    Args:
+        config: of the run.
+        classes: of the run.
+        named: files and folders; empty takes the first of the run's DATASETS.TEST.
+
+    Raises:
+        UserError: none can be read.
+    """
+    if not named:
+        try:
+            data = open_voc(config, "DATASETS.TEST", classes)[0]
+            named = [data.image_path(id_) for id_ in data.ids[:MOST_IMAGES]]
+        except UserError as error:
+            raise UserError(f"no test images to compare the export on ({error}); name some by --images") from error
+    for _, _, pixels in itertools.islice(read_sources(find_sources(named)), MOST_IMAGES):
+        height, width = pixels.shape[:2]
+        size = resized_shape(height, width, config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST)
+        yield np.ascontiguousarray(resize(pixels, *size).transpose(2, 0, 1))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' remarks on each other's interfaces; an error is raised all the same."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for kind in (FutureWarning, DeprecationWarning, UserWarning):
+                warnings.simplefilter("ignore", kind)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
