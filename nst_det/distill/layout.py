@@ -14,4 +14,7 @@ def by_positions(maps: Tensor) -> Tensor:
     """
     if maps.device.type != "cpu":
         return maps
-    return maps.to(torch.float32, memory_format=torch.contiguous_format)
+    if maps.requires_grad or maps.is_contiguous():
+        return maps.to(torch.float32, memory_format=torch.contiguous_format)
+    # a teacher's many channels: image by image what is transposed stays in the processor's cache
+    return torch.stack([image.contiguous() for image in maps]).float()
