@@ -37,7 +37,8 @@ def build_results(
     :func:`~nst_det.evaluate.figures.summarize` gives them); ``top1`` of the backbone (None for scratch); ``seconds``
     (student and detector together, a mean over seeds); ``params`` of the detector; ``backbone`` (one name a seed);
     ``per_seed`` (the same by seed, with the ``term_weights`` that each stage had, AUTO_WEIGHT's choice among them, and
-    the run folders relative to the comparison's); ``commands`` that make the row again; ``cost`` of a forward pass (None where not known).
+    the run folders relative to the comparison's); ``commands`` that make the row again; ``cost`` of a forward pass
+    (None where not known).
 
     Args:
         comparison: what was asked.
