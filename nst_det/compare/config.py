@@ -14,7 +14,7 @@ from nst_det.compare.method import parse_row
 from nst_det.compare.stages import DETECT, DISTILL, STAGES, Stage, check_generated, check_hand_over, resolve_engine
 from nst_det.compare.tuned import Tuned, read_tuned
 from nst_det.errors import UserError
-from nst_det.runtime.config import expand_path, flat, load_config, merge_overrides, plain
+from nst_det.runtime.config import expand_path, flat, key_values, load_config, merge_overrides, plain
 from nst_det.runtime.files import read_json
 from nst_det.runtime.run import FREE_KEYS, RunFolder
 
@@ -196,13 +196,10 @@ def merge_stage(config: CfgNode, words: Sequence[str], source: str) -> CfgNode:
 
 def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """The command line's pairs: the comparison's own, and those that a stage's config gets."""
-    words = [word for word in overrides if word != "--"]
-    if len(words) % 2:
-        raise UserError(f"command line: KEY VALUE pairs expected, but '{words[-1]}' has no value")
     known = flat(default_config())
     own: list[str] = []
     forwarded: dict[str, list[str]] = {stage.prefix: [] for stage in STAGES}
-    for key, value in zip(words[::2], words[1::2]):
+    for key, value in key_values(overrides):
         prefix, _, rest = key.partition(".")
         if key not in known and prefix in forwarded and rest:
             forwarded[prefix] += [rest, value]

@@ -88,16 +88,32 @@ def merge_tree(config: CfgNode, tree: dict[str, Any], source: str) -> None:
         _set(config, path, value, source)
 
 
+def key_values(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of ``KEY VALUE KEY VALUE ...``; a ``--`` before them is passed over.
+
+    Example:
+        >>> key_values(["--", "SEED", "1"])
+        [('SEED', '1')]
+
+    Raises:
+        UserError: a key without a value, or an option in a key's place.
+    """
+    words = [word for word in words if word != "--"]
+    for option in words[::2]:
+        if option.startswith("-"):
+            raise UserError(f"command line: {option} stands among the KEY VALUE pairs; put it before them")
+    if len(words) % 2:
+        raise UserError(f"command line: KEY VALUE pairs expected, but '{words[-1]}' has no value")
+    return list(zip(words[::2], words[1::2]))
+
+
 def merge_overrides(config: CfgNode, overrides: Sequence[str]) -> None:
     """Merge ``KEY VALUE`` pairs; values are Python literals where they read as such, text otherwise.
 
     Raises:
         UserError: an odd number of words, an unknown key, or a value of the wrong type.
     """
-    words = [word for word in overrides if word != "--"]
-    if len(words) % 2:
-        raise UserError(f"command line: KEY VALUE pairs expected, but '{words[-1]}' has no value")
-    for key, text in zip(words[::2], words[1::2]):
+    for key, text in key_values(overrides):
         value = parse_value(text)
         if isinstance(value, dict):
             merge_tree(config, _nested(key, value), "command line")

@@ -2,7 +2,7 @@ import pytest
 from fvcore.common.config import CfgNode
 
 from nst_det.errors import UserError
-from nst_det.runtime.config import expand_path, flat, load_config, parse_value, plain, transfer_node
+from nst_det.runtime.config import expand_path, flat, load_config, merge_overrides, parse_value, plain, transfer_node
 
 
 def defaults() -> CfgNode:
@@ -105,3 +105,8 @@ def test_values_of_the_command_line():
     assert parse_value("{at: 10.0}") == {"at": 10.0}
     for text in ("[a", "{a: [}", "res[3", "a: b", "None of these", "[" * 2000):
         assert parse_value(text) == text
+
+
+def test_an_option_among_the_pairs_is_named():
+    with pytest.raises(UserError, match="--dry-run stands among the KEY VALUE pairs; put it before them"):
+        merge_overrides(CfgNode({"SEED": 0}), ["SEED", "1", "--dry-run"])
