@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nst_det.backbones.levels import LEVELS, feature_levels, probe_image, probe_size, stride_of, take_levels
 from nst_det.backbones.models import create_model
-from nst_det.backbones.norms import batch_norms, freeze_batch_norm, sync_batch_norm
+from nst_det.backbones.norms import batch_norms, freeze_batch_norm
 from nst_det.backbones.strict import load_strict
+from nst_det.backbones.sync_norm import sync_batch_norm
 
 SHOWN_NAMES = 4
 

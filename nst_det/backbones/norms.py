@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -28,8 +27,3 @@ def freeze_batch_norm(layer: _BatchNorm) -> None:
     layer.eval()
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
-
-
-def sync_batch_norm(module: nn.Module) -> nn.Module:
-    """All batch normalization replaced by SyncBatchNorm of the same values and names (for several GPUs)."""
-    return convert_sync_batchnorm(module)
