@@ -127,17 +127,29 @@ def _build(width: int, pretrained: bool, kwargs: dict[str, Any]) -> MLP:
 
 @register_model
 def nst_mlp_w1024(pretrained: bool = False, **kwargs: Any) -> MLP:
-    """Three hidden layers of 1024 units on 32 x 32 pixels, 6.3 million parameters with 1000 classes."""
+    """Three hidden layers of 1024 units on 32 x 32 pixels, 6.3 million parameters with 1000 classes.
+
+    Raises:
+        ValueError: ``pretrained``, since no weights of it are published.
+    """
     return _build(1024, pretrained, kwargs)
 
 
 @register_model
 def nst_mlp_w2048(pretrained: bool = False, **kwargs: Any) -> MLP:
-    """Three hidden layers of 2048 units on 32 x 32 pixels, 16.7 million parameters with 1000 classes."""
+    """Three hidden layers of 2048 units on 32 x 32 pixels, 16.7 million parameters with 1000 classes.
+
+    Raises:
+        ValueError: ``pretrained``, since no weights of it are published.
+    """
     return _build(2048, pretrained, kwargs)
 
 
 @register_model
 def nst_mlp_w4096(pretrained: bool = False, **kwargs: Any) -> MLP:
-    """Three hidden layers of 4096 units on 32 x 32 pixels, 50.3 million parameters with 1000 classes."""
+    """Three hidden layers of 4096 units on 32 x 32 pixels, 50.3 million parameters with 1000 classes.
+
+    Raises:
+        ValueError: ``pretrained``, since no weights of it are published.
+    """
     return _build(4096, pretrained, kwargs)

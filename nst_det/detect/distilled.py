@@ -118,6 +118,7 @@ class DistilledDetector(nn.Module):
 
         Raises:
             RuntimeError: the student's forward doesn't call ``student.backbone``.
+            UserError: AUTO_WEIGHT can't choose a weight, since a term has no gradient in the backbone.
         """
         if not self.training:
             return self.student(batched_inputs, *args, **kwargs)

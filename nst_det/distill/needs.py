@@ -119,7 +119,7 @@ class Trial:
         )
 
     def results(self, teacher: Outputs, rows: slice = slice(None)) -> dict[str, list[Tensor]]:
-        """By method, the loss and its gradients in the student's outputs and the adapters, for some of the images."""
+        """By method, the loss (a scalar) and its gradients in the student's outputs and adapters, for some images."""
         found = {}
         for word, loss in self.losses.items():
             student, leaves = self._student(torch.arange(IMAGES)[rows])
@@ -231,7 +231,7 @@ def _is_literal(key: Hashable) -> bool:
 
 
 def differing(expected: Mapping[str, list[Tensor]], found: Mapping[str, list[Tensor]]) -> list[str]:
-    """The methods whose loss or gradients aren't the same."""
+    """The methods whose loss or gradients, a list of tensors of any shapes (...,) each, aren't the same."""
     return [
         word
         for word, tensors in expected.items()
