@@ -378,9 +378,8 @@ def test_vid_of_a_vector_predicts_the_averaged_map_at_every_position(network):
     assert found.item() == pytest.approx(total.item() / 24, rel=1e-9)
     assert len({round(value, 9) for value in mean[0, 0].flatten().tolist()}) > 1, "each position has weights of its own"
     if network == "linear":
-        weight, bias = module.mean.weight, module.mean.bias
-        by_hand = torch.einsum("bs,stij->btij", student[:, :, 0, 0], weight) + bias[:, None, None]
-        assert torch.allclose(mean, by_hand)
+        weight, bias = (value.unflatten(0, (3, 2, 2)) for value in module.mean[1].parameters())
+        assert torch.allclose(mean, torch.einsum("bs,tijs->btij", student[:, :, 0, 0], weight) + bias)
 
 
 def test_fitnet_of_a_vector_hits_the_averaged_map():
