@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 from nst_det.detect.honored import DETECTRON2_ONLY, TAKEN_VALUES, add_honored_keys
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path, flat, load_config, parse_value, read_yaml, transfer_node
+from nst_det.runtime.wandb_run import check_wandb
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ def add_nst_det_config(cfg: CfgNode) -> None:
 
     ====================================  ==========================================================================
     ENGINE                                auto (Detectron2 where it is installed), detectron2 or torchvision
+    TENSORBOARD                           write TensorBoard events into the run folder (True with Detectron2, which
+                                          does so by itself)
+    WANDB                                 a project at Weights & Biases (pip install wandb); "" for none
     TRANSFER                              see :func:`~nst_det.runtime.config.transfer_node`; LEVELS are ``p2`` ..
                                           ``p6`` or ``res2`` .. ``res5``, WARMUP_ITERS raises the weights linearly
     TRANSFER.METHOD                       the method's word; ``ce``: no transfer while the detector trains
@@ -59,6 +63,8 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     # a config of Detectron2 merges files only into nodes of its own class
     kind = type(cfg)
     cfg.ENGINE = "auto"
+    cfg.TENSORBOARD = False
+    cfg.WANDB = ""
     cfg.TRANSFER = _as_kind(detector_transfer_node(), kind)
     cfg.MODEL.TIMM = kind()
     cfg.MODEL.TIMM.ARCH = "resnet18"
@@ -152,6 +158,7 @@ def check_config(config: CfgNode, source: str = "detection config") -> None:
     _check_levels(config, source)
     _check_numbers(config, source)
     check_select(config, source)
+    check_wandb(config.WANDB, source)
 
 
 def check_select(config: CfgNode, source: str) -> None:

@@ -50,7 +50,7 @@ def train(
 
     Args:
         model: gives a dict of losses for a batch, and has the state dict to save; adapters are in its ``transfer``.
-        config: reads SOLVER and TEST.EVAL_PERIOD.
+        config: reads SOLVER, TEST.EVAL_PERIOD, TENSORBOARD and WANDB.
         seed: of the run.
         folder: for checkpoints and metrics.
         batches_from: the batches from a step on, without end.
@@ -66,7 +66,9 @@ def train(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     model.train()
     batches = iter(batches_from(start)) if start < last else iter(())
-    with MetricsWriter(folder.metrics_path, start) as metrics, progress(folder.path.name, last) as meter:
+    board = folder.path / "tensorboard" if config.TENSORBOARD else None
+    writer = MetricsWriter(folder.metrics_path, start, board, config.WANDB)
+    with writer as metrics, progress(folder.path.name, last) as meter:
         meter.start_at(start)
         for step in range(start, last):
             batch = next(batches)

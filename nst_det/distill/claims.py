@@ -14,7 +14,7 @@ from nst_det.distill.config import teacher_augment, teacher_solver, transfer_of
 from nst_det.runtime.config import flat, plain
 from nst_det.transfer import Method
 
-FREE = ("METHODS", "OUTPUT_DIR", "REGISTRY", "TENSORBOARD", "CHECKPOINT_PERIOD", "LOG_PERIOD", "DATALOADER")
+FREE = ("METHODS", "OUTPUT_DIR", "REGISTRY", "TENSORBOARD", "WANDB", "CHECKPOINT_PERIOD", "LOG_PERIOD", "DATALOADER")
 # a cache gives what the teacher would say, unless it rounds
 FREE_CACHE = ("CACHE.DIR", "CACHE.MAX_GIB")
 # the fingerprint speaks for the folder

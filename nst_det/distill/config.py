@@ -11,6 +11,7 @@ from fvcore.common.config import CfgNode
 from nst_det.errors import UserError
 from nst_det.runtime.config import load_config, merge_tree, plain, transfer_node
 from nst_det.runtime.device import PRECISIONS
+from nst_det.runtime.wandb_run import check_wandb
 from nst_det.transfer import parse_method
 
 OPTIMIZERS = ("SGD", "ADAMW")
@@ -45,6 +46,8 @@ def get_defaults() -> CfgNode:
     config.CHECKPOINT_PERIOD = 500
     config.LOG_PERIOD = 20
     config.TENSORBOARD = False
+    # a project at Weights & Biases (pip install wandb); "" for none
+    config.WANDB = ""
     # worker processes that decode images; 0 does it in this process, which is right where the images fit in memory
     config.DATALOADER = CfgNode({"NUM_WORKERS": 0})
     return config
@@ -170,6 +173,7 @@ def check_config(config: CfgNode) -> None:
     words = all(isinstance(word, str) for word in config.METHODS)
     _require(words, "METHODS", "a list of method words such as [ce, kd, nst-poly]")
     _check_by_method(config)
+    check_wandb(config.WANDB, "config")
 
 
 def teacher_solver(config: CfgNode) -> CfgNode:

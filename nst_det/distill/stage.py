@@ -237,7 +237,7 @@ class StageOne:
         with ExitStack() as opened:
             for student in students:
                 opened.callback(student.close)
-                student.start(config.TENSORBOARD)
+                student.start(config.TENSORBOARD, config.WANDB)
             train_side_by_side(
                 students,
                 teacher,

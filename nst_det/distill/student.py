@@ -83,8 +83,12 @@ class Student:
         balance = self.transfer.balance
         return bool(balance.lines) and self.step == balance.measured
 
-    def start(self, tensorboard: bool) -> None:
+    def start(self, tensorboard: bool, wandb: str = "") -> None:
         """Load the newest checkpoint, if there is one, and open the metrics.
+
+        Args:
+            tensorboard: write TensorBoard events too.
+            wandb: a project at Weights & Biases, or "".
 
         Raises:
             UserError: the checkpoint is of another run.
@@ -93,7 +97,7 @@ class Student:
         if state is not None:
             self._load(state)
         board = self.folder.path / "tensorboard" if tensorboard else None
-        self._metrics = MetricsWriter(self.folder.metrics_path, self.step, board)
+        self._metrics = MetricsWriter(self.folder.metrics_path, self.step, board, wandb)
 
     def close(self) -> None:
         """Close the metrics."""

@@ -1,4 +1,4 @@
-"""Metrics of a run as JSON lines and, if asked, TensorBoard events."""
+"""Metrics of a run as JSON lines and, if asked, TensorBoard events and at Weights & Biases."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from nst_det.errors import UserError
 from nst_det.runtime.files import write_text
+from nst_det.runtime.wandb_run import WandbRun
 
 
 class MetricsWriter:
@@ -22,9 +23,15 @@ class MetricsWriter:
         path: the ``metrics.jsonl`` file.
         start_step: the first step that will be written.
         tensorboard: a folder for TensorBoard events, or None.
+        wandb: a project at Weights & Biases, or "".
+
+    Raises:
+        UserError: a damaged file, or wandb is asked for and not installed.
     """
 
-    def __init__(self, path: str | Path, start_step: int = 0, tensorboard: str | Path | None = None) -> None:
+    def __init__(
+        self, path: str | Path, start_step: int = 0, tensorboard: str | Path | None = None, wandb: str = ""
+    ) -> None:
         path = Path(path)
         kept = [row for row in read_metrics(path) if row["step"] < start_step] if path.exists() else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -34,6 +41,7 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(tensorboard), purge_step=start_step)
+        self._wandb = WandbRun(wandb, path.parent) if wandb else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write scalars of one step; a value that is not finite is written as null."""
@@ -43,12 +51,16 @@ class MetricsWriter:
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Flush and close all of them."""
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

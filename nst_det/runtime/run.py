@@ -18,8 +18,8 @@ from nst_det.runtime.config import flat, plain
 from nst_det.runtime.files import read_json, write_json, write_text
 from nst_det.runtime.provenance import provenance
 
-# keys that may differ between two calls of one run: they change where and how fast, not what
-FREE_KEYS = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "DATALOADER.CACHE_IMAGES_MB", "VIS_PERIOD")
+# keys that may differ between two calls of one run: they change where, how fast and what is shown, not what is computed
+FREE_KEYS = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "DATALOADER.CACHE_IMAGES_MB", "VIS_PERIOD", "TENSORBOARD", "WANDB")
 
 
 class RunFolder:

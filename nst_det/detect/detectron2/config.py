@@ -18,6 +18,7 @@ from nst_det.detect.detectron2.heads import choose_roi_heads
 from nst_det.detect.validation import split_training
 from nst_det.errors import UserError
 from nst_det.runtime import config as runtime
+from nst_det.runtime.wandb_run import check_wandb
 
 log = logging.getLogger(__name__)
 # the name of the images that DATASETS.VAL_FRACTION keeps from training
@@ -27,6 +28,8 @@ VALIDATION = "validation"
 def add_config(cfg: CfgNode) -> None:
     """Add this project's keys to Detectron2's ``get_cfg()``; backbones and heads are in the registries from then on."""
     add_nst_det_config(cfg)
+    # its trainer always has
+    cfg.TENSORBOARD = True
     _as_detectron2_nodes(cfg)
 
 
@@ -58,6 +61,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
     choose_roi_heads(cfg)
     cfg.freeze()
     check_select(cfg, str(file or "command line"))
+    check_wandb(cfg.WANDB, str(file or "command line"))
     return cfg
 
 

@@ -17,6 +17,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import Tensor, nn
 
 from nst_det.detect.best import keep_best, settle
@@ -131,8 +132,13 @@ class DistillTrainer(DefaultTrainer):
             evaluation = EvalHook(self.cfg.TEST.EVAL_PERIOD, self._validate)
             hooks = [evaluation if isinstance(hook, EvalHook) else hook for hook in hooks]
         if comm.is_main_process():
-            hooks.append(RunMetrics(RunFolder(self.cfg.OUTPUT_DIR)))
+            hooks.append(RunMetrics(RunFolder(self.cfg.OUTPUT_DIR), self.cfg.WANDB))
         return hooks
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's, without TensorBoard's where TENSORBOARD is False."""
+        writers: list[EventWriter] = super().build_writers()
+        return [one for one in writers if self.cfg.TENSORBOARD or not isinstance(one, TensorboardXWriter)]
 
     def _validate(self) -> dict[str, Any]:
         """On the validation split; after the last step on ``DATASETS.TEST`` too, with the weights of TEST.SELECT."""
@@ -215,13 +221,13 @@ class StepSeed(HookBase):
 class RunMetrics(HookBase):
     """Losses and learning rate of every step as JSON lines in the run folder."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
+    def __init__(self, run: RunFolder, wandb: str = "") -> None:
+        self.run, self.wandb = run, wandb
         self.writer: MetricsWriter | None = None
 
     def before_train(self) -> None:
         """Open the file; lines of steps that will be repeated are dropped."""
-        self.writer = MetricsWriter(self.run.metrics_path, self.trainer.start_iter)
+        self.writer = MetricsWriter(self.run.metrics_path, self.trainer.start_iter, wandb=self.wandb)
 
     def after_step(self) -> None:
         """Write one line."""
