@@ -21,7 +21,7 @@ SHAPE = re.compile(
     r"\(((?:\w+|\.\.\.)( [-+*/·] \w+)*)?,( ?[^()]*)\)|\bscalar|\bstate dict|\bmaps?\b.*\blevel", re.IGNORECASE
 )
 # the shape in the tensor's own name, as maps_BCN
-SUFFIX = re.compile(r"\w_[a-z]?[A-Z]{1,4}")
+SUFFIX = re.compile(r"\w+_[a-z]?[A-Z]{1,4}")
 UNITS = {
     r"(min_|max_)?(size|side|width|height)|stride|box(es)?": r"pixel|height|0\.\.1|stride|bytes|GiB|\d",
     r"seconds|timeout": r"second",
