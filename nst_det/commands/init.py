@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "make a project for your own VOC folder: three configs with values that fit, and data for stage one"
+HELP = "make a project for your own VOC folder or COCO JSON: three configs with values that fit, and data for stage one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the word."""
     parser.add_argument("project", metavar="NAME", help="the folder to make")
-    parser.add_argument("--voc", required=True, metavar="PATH", help="your data: Annotations and JPEGImages")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--voc", metavar="PATH", help="your data: Annotations and JPEGImages")
+    data.add_argument(
+        "--coco",
+        nargs="+",
+        metavar="JSON",
+        help="your data: COCO's object detection JSON; two files are to train and to test on. Converted to VOC layout",
+    )
     parser.add_argument(
         "--images",
+        nargs="+",
         metavar="PATH",
-        help="classification data for stage one, a folder a class (default: the objects are cut out of the images)",
+        help="with --coco: the folder of its images, or one for each file. With --voc: classification data for stage "
+        "one, a folder a class (default: the objects are cut out of the images)",
     )
     parser.add_argument("--train", default="", metavar="LIST", help="list to train on (default: found, or cut 4:1)")
     parser.add_argument("--test", default="", metavar="LIST", help="list to test on")
@@ -25,13 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make it, say what was seen and chosen, and what to type next."""
+    from pathlib import Path
+
     from nst_det.data.reading import shown_path
+    from nst_det.errors import UserError
+    from nst_det.project.coco import CocoSource
     from nst_det.project.init import init_project
     from nst_det.runtime.device import default_device
 
-    project = init_project(
-        args.project, args.voc, args.images, args.train, args.test, args.device or default_device().type
-    )
+    images = args.images or []
+    data: str | CocoSource = args.voc
+    if args.coco:
+        if not images:
+            raise UserError("--coco: name the folder of its images by --images")
+        data = CocoSource(tuple(map(Path, args.coco)), tuple(map(Path, images)))
+        images = []
+    if len(images) > 1:
+        raise UserError("--images: one folder of classification data; with --coco there may be two")
+    device = args.device or default_device().type
+    project = init_project(args.project, data, images[0] if images else None, args.train, args.test, device)
     values, report = project.values, project.report
     root = shown_path(report.root)
     print(f"data      {root}: {report.summary()}")

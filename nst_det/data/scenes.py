@@ -114,7 +114,7 @@ def _annotate(item: _Item, seen: np.ndarray) -> VocObject | None:
 
 
 def voc_xml(annotation: VocAnnotation, folder: str) -> str:
-    """An annotation as VOC XML; boxes are written as whole pixels."""
+    """An annotation as VOC XML; boxes in pixels as :class:`VocObject` has them, with up to twelve digits."""
     lines = [
         "<annotation>",
         f"\t<folder>{escape(folder)}</folder>",
@@ -135,7 +135,7 @@ def voc_xml(annotation: VocAnnotation, folder: str) -> str:
             f"\t\t<truncated>{item.truncated:d}</truncated>",
             f"\t\t<difficult>{item.difficult:d}</difficult>",
             "\t\t<bndbox>",
-            *(f"\t\t\t<{corner}>{int(value)}</{corner}>" for corner, value in corners),
+            *(f"\t\t\t<{corner}>{value:.12g}</{corner}>" for corner, value in corners),
             "\t\t</bndbox>",
             "\t</object>",
         ]

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from nst_det.data.folders import read_image_folder
 from nst_det.data.reading import shown_path
 from nst_det.data.voc import VOC_CLASSES, VocDataset, find_voc_root
 from nst_det.errors import UserError
+from nst_det.project.coco import CocoSource, convert_coco
 from nst_det.project.configs import Values, render
 from nst_det.project.crops import write_crops
 from nst_det.project.fit import LARGEST, box_sizes, fit_anchors, fit_detection, fit_distillation, fit_size
@@ -29,6 +30,7 @@ from nst_det.runtime.files import write_text
 FATAL = ("unreadable image", "missing image", "missing annotation", "bad annotation", "bad list", "wrong size")
 IMAGE_SIZE = {"cpu": 64, "cuda": 128}
 CROPS = Path("data") / "crops"
+CONVERTED = Path("data") / "voc"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Project:
 
 def init_project(
     folder: str | Path,
-    voc: str | Path,
+    voc: str | Path | CocoSource,
     images: str | Path | None = None,
     train: str = "",
     test: str = "",
@@ -64,10 +66,11 @@ def init_project(
 
     Where the folder has no lists to train and test on, a fifth of the images is held out and the lists
     ``nst_det_train`` and ``nst_det_test`` are written into its ``ImageSets/Main``; nothing else in it is changed.
+    COCO annotations become a VOC folder inside the project first.
 
     Args:
         folder: the project to make; its last part names the backbone files.
-        voc: see :func:`nst_det.data.voc.find_voc_root`.
+        voc: see :func:`nst_det.data.voc.find_voc_root`; or COCO annotations.
         images: an image folder for stage one; None cuts crops out of the images (see :mod:`nst_det.project.crops`).
         train: list to train on; "" takes those there are, or cuts them.
         test: list to test on.
@@ -80,49 +83,71 @@ def init_project(
     check_name(folder.name)
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another project, or remove it")
-    root = find_voc_root(voc)
-    report = check_data(root, [train, test] if train and test else None)
-    _refuse_broken(report)
-    (train, test), cut = _lists(root, train, test)
-    learned, tested = (VocDataset(root, name).annotations() for name in (train, test))
+    if not isinstance(voc, CocoSource):
+        root = find_voc_root(voc)
+        report = check_data(root, [train, test] if train and test else None)
+        _refuse_broken(report, f"nst-det check-data {shown_path(root)} lists all")
+        lists, cut = _lists(root, train, test)
+        with _beside(folder) as made:
+            return _make(folder, made, root, report, lists, cut, images, device)
+    with _beside(folder) as made:
+        converted = convert_coco(voc, made / CONVERTED)
+        report = replace(check_data(converted), root=folder / CONVERTED)
+        _refuse_broken(report, f"correct {shown_path(voc.files[0])} or the image, and run the same command again")
+        lists, cut = _lists(converted, train, test)
+        return _make(folder, made, converted, report, lists, cut, images, device)
+
+
+def _make(
+    folder: Path,
+    made: Path,
+    root: Path,
+    report: Report,
+    lists: tuple[str, str],
+    cut: bool,
+    images: str | Path | None,
+    device: str,
+) -> Project:
+    """Write the project into ``made``, which becomes ``folder``; ``root`` is where the data is now."""
+    train, test = lists
+    learned, tested = (VocDataset(root, name).annotations() for name in lists)
     classes = _classes([*learned, *tested])
     size = fit_size(learned, LARGEST[device])
     sizes, names = box_sizes(learned, *size)
     if not len(sizes):
         raise UserError(f"{root}: no object in {train} to train on; see nst-det check-data {root}")
-    with _beside(folder) as made:
-        if images is None:
-            counts = write_crops(VocDataset(root, train, classes), made / CROPS)
-            image_root, count = folder / CROPS, counts.total()
-            note = f"{count} crops, cut out of {train}; with classification data of your own, name its folder here"
-        else:
-            found = read_image_folder(images)
-            if len(found.classes) < 2:
-                raise UserError(f"{images}: one class of images teaches nothing; stage one needs two or more")
-            image_root, count = found.root.resolve(), len(found.train)
-            note = f"{len(found.classes)} classes, {count} images to train on"
-        teacher, student = fit_distillation(count, device)
-        values = Values(
-            name=folder.name,
-            folder=folder,
-            voc=root,
-            train=train,
-            test=test,
-            classes=classes,
-            images=image_root,
-            images_note=note,
-            image_size=IMAGE_SIZE[device],
-            size=size,
-            anchors=fit_anchors(sizes, names),
-            median=max(1, round(float(np.median(sizes)))),
-            most_objects=max(len(item.objects) for item in [*learned, *tested]),
-            teacher=teacher,
-            student=student,
-            detection=fit_detection(sum(bool(item.objects) for item in learned), device),
-            device=device,
-        )
-        for file, text in render(values).items():
-            write_text(made / file, text)
+    if images is None:
+        counts = write_crops(VocDataset(root, train, classes), made / CROPS)
+        image_root, count = folder / CROPS, counts.total()
+        note = f"{count} crops, cut out of {train}; with classification data of your own, name its folder here"
+    else:
+        found = read_image_folder(images)
+        if len(found.classes) < 2:
+            raise UserError(f"{images}: one class of images teaches nothing; stage one needs two or more")
+        image_root, count = found.root.resolve(), len(found.train)
+        note = f"{len(found.classes)} classes, {count} images to train on"
+    teacher, student = fit_distillation(count, device)
+    values = Values(
+        name=folder.name,
+        folder=folder,
+        voc=report.root,
+        train=train,
+        test=test,
+        classes=classes,
+        images=image_root,
+        images_note=note,
+        image_size=IMAGE_SIZE[device],
+        size=size,
+        anchors=fit_anchors(sizes, names),
+        median=max(1, round(float(np.median(sizes)))),
+        most_objects=max(len(item.objects) for item in [*learned, *tested]),
+        teacher=teacher,
+        student=student,
+        detection=fit_detection(sum(bool(item.objects) for item in learned), device),
+        device=device,
+    )
+    for file, text in render(values).items():
+        write_text(made / file, text)
     small = float((sizes < 8).mean())
     return Project(values, report, (len(learned), len(tested)), len(sizes), small, cut)
 
@@ -143,14 +168,11 @@ def _beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _refuse_broken(report: Report) -> None:
+def _refuse_broken(report: Report, remedy: str) -> None:
     broken = [problem for problem in report.problems if problem.kind in FATAL]
     if broken:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise UserError(
-            f"{shown_path(report.root)}: {broken[0].kind}: {broken[0].line()}{more}; nst-det check-data "
-            f"{shown_path(report.root)} lists all"
-        )
+        raise UserError(f"{shown_path(report.root)}: {broken[0].kind}: {broken[0].line()}{more}; {remedy}")
 
 
 def _lists(root: Path, train: str, test: str) -> tuple[tuple[str, str], bool]:
