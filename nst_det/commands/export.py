@@ -73,13 +73,24 @@ def _backbone(args: argparse.Namespace) -> None:
 
 
 def _detectron2(args: argparse.Namespace) -> None:
+    from nst_det.backbones import load_card
     from nst_det.detect.detectron2 import INSTALL_PAGE
     from nst_det.detect.detectron2.export import PARITY_LIMIT, export_backbone
+    from nst_det.export.modelcard import backbone_card
+    from nst_det.export.use import DETECTRON2_USE
+    from nst_det.runtime.files import write_text
 
     exported = export_backbone(args.weights, args.output, args.arch)
+    if exported.parity is None:
+        parity = f"not checked: Detectron2 is not installed ({INSTALL_PAGE})"
+    else:
+        parity = f"{exported.parity:.2g} largest difference of res2..res5 (limit {PARITY_LIMIT:g})"
     print(f"weights  {exported.weights}")
     print(f"config   {exported.config}")
-    if exported.parity is None:
-        print(f"parity   not checked: Detectron2 is not installed ({INSTALL_PAGE})")
-    else:
-        print(f"parity   {exported.parity:.2g} largest difference of res2..res5 (limit {PARITY_LIMIT:g})")
+    if not args.arch:
+        # somebody's plain weights say nothing of themselves, so there is nothing for a card
+        beside = exported.weights.with_suffix(".md")
+        use = DETECTRON2_USE.format(config=exported.config.name)
+        write_text(beside, backbone_card(load_card(args.weights), beside.stem, "detectron2", parity, use))
+        print(f"card     {beside}")
+    print(f"parity   {parity}")

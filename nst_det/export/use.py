@@ -76,3 +76,15 @@ model = torchvision.models.{arch}(num_classes={num_classes})
 model.load_state_dict(torch.load("{name}", weights_only=True))
 ```
 """
+
+DETECTRON2_USE = """\
+```python
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+config = get_cfg()
+# its MODEL.WEIGHTS names the weights, relative to where Detectron2 is started
+config.merge_from_file("{config}")
+model = build_model(config)
+```
+"""

@@ -115,3 +115,14 @@ def test_weights_are_safetensors_by_timms_names(tmp_path):
     path, model = saved(tmp_path, "resnet18")
     export_timm(str(path), tmp_path / "out")
     assert load_file(str(tmp_path / "out" / "model.safetensors")).keys() == model.state_dict().keys()
+
+
+def test_detectron2_gets_a_card_as_well(tmp_path, capsys):
+    path, _ = saved(tmp_path, "resnet18")
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "--format", "detectron2", "--weights", str(path), "--output", str(tmp_path / "r18.pkl")])
+    assert ended.value.code == 0
+    assert f"card     {tmp_path / 'r18.md'}" in capsys.readouterr().out
+    card = (tmp_path / "r18.md").read_text()
+    assert 'config.merge_from_file("r18.yaml")' in card
+    assert "| method | `kd+nst-poly` |" in card
