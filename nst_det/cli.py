@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
 import pkgutil
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
 from nst_det import __version__, commands
 from nst_det.errors import UserError
+from nst_det.runtime.files import cannot_write
+from nst_det.runtime.preemption import EXIT_RESUME, Preempted, preemptible
 
 # argparse uses the same code for a wrong option
 EXIT_BAD_INPUT = 2
+# disk, quota or largest file size
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # 128 + SIGINT, what a shell reports for an interrupted program
 EXIT_INTERRUPTED = 130
 
@@ -25,7 +32,11 @@ def command_modules() -> dict[str, ModuleType]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every word.  A command module has HELP, ``add_arguments(parser)`` and ``run(args)``."""
+    """The parser with every word.
+
+    A command module has HELP, ``add_arguments(parser)`` and ``run(args)``; one that goes on where it was stopped has
+    ``RESUMES = True`` too.
+    """
     parser = argparse.ArgumentParser(
         prog="nst-det", description="Transfer knowledge to a small detector and measure what it brings."
     )
@@ -34,19 +45,35 @@ def build_parser() -> argparse.ArgumentParser:
     for word, module in command_modules().items():
         sub = words.add_parser(word, help=module.HELP, description=module.HELP)
         module.add_arguments(sub)
-        sub.set_defaults(run=module.run)
+        sub.set_defaults(run=module.run, resumes=getattr(module, "RESUMES", False))
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one word and leave with its exit code: 0 done, 2 the input can't be used, 130 interrupted."""
+    """Run one word and leave with its exit code.
+
+    0 done; 2 the input can't be used; 75 stopped by SIGTERM or SIGINT, with all saved that the same command needs to
+    go on; 130 interrupted.
+    """
     args = build_parser().parse_args(argv)
+    # said by fvcore when it is imported; nothing that a user could mend
+    warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     try:
-        code = args.run(args)
+        with preemptible() if args.resumes else contextlib.nullcontext():
+            code = args.run(args)
     except UserError as error:
         print(f"nst-det: {error}", file=sys.stderr)
         code = EXIT_BAD_INPUT
+    except OSError as error:
+        # whatever wrote last: a library's events, a log, a file of somebody else's
+        if error.errno not in FULL:
+            raise
+        print(f"nst-det: {cannot_write(error.filename or 'output', str(error.strerror))}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except Preempted as stop:
+        print(f"nst-det: stopped by {stop}; what is done is saved, the same command goes on from here", file=sys.stderr)
+        code = EXIT_RESUME
     except KeyboardInterrupt:
-        print("nst-det: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("nst-det: interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)

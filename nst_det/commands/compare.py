@@ -6,6 +6,7 @@ import argparse
 import sys
 
 HELP = "run a whole comparison of transfer methods and write its report; goes on where it was stopped"
+RESUMES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run or show the comparison.  Codes: 0 done, 1 a run failed, 2 an input can't be used, 128 + signal stopped."""
+    """Run or show the comparison.  Codes: 0 done, 1 a run failed, 2 an input can't be used, 75 stopped, to go on."""
     from nst_det import api
     from nst_det.compare.comparison import plan_table, print_table
     from nst_det.compare.config import load_comparison
     from nst_det.compare.plan import make_plan
-    from nst_det.compare.run import RunFailed, Stopped
+    from nst_det.compare.run import RunFailed
     from nst_det.errors import UserError
     from nst_det.runtime.progress import start_logging
 
@@ -44,9 +45,6 @@ def run(args: argparse.Namespace) -> int:
     except RunFailed as error:
         print(f"nst-det: {error}", file=sys.stderr)
         return error.code
-    except Stopped as error:
-        print(f"nst-det: stopped by {error}; the same command goes on from here", file=sys.stderr)
-        return 128 + error.signum
     print_table(answer)
     print(f"report: {answer.report}")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 HELP = "stage one: train students by several transfer methods side by side"
+RESUMES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

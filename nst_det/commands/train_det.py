@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 HELP = "stage two: train and evaluate a detector"
+RESUMES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,10 +19,12 @@ from typing import IO
 from nst_det.compare.config import core_count
 from nst_det.compare.live import View
 from nst_det.compare.plan import Run
+from nst_det.runtime.preemption import EXIT_RESUME, Preempted
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
-STOP_SECONDS = 10.0
+# a run saves after the step that it is in; schedulers wait 30 seconds before they kill
+STOP_SECONDS = 25.0
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # what numerical libraries read; set before a process starts, because they look only once
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -31,19 +33,18 @@ Command = Callable[[Run, Path], list[str]]
 
 
 class RunFailed(Exception):
-    """A run ended with an error; ``code`` is what the comparison should exit with (2: its input can't be used)."""
+    """A run ended with an error; ``code`` is what the comparison should exit with.
+
+    2: its input can't be used; 75: somebody stopped the run, it goes on where it was; 1: all else.
+    """
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
 
 
-class Stopped(Exception):
-    """The comparison was asked by a signal to stop; ``signum`` says which."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+class Stopped(Preempted):
+    """The comparison was asked by a signal to stop; its runs have saved what they did."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _failure(process: _Process) -> RunFailed:
         name = signal.Signals(-code).name
         reason = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     message = f"run {process.run.name} failed: {reason} (log: {process.log})"
-    return RunFailed(message, EXIT_BAD_INPUT if code == EXIT_BAD_INPUT else EXIT_FAILED)
+    return RunFailed(message, code if code in (EXIT_BAD_INPUT, EXIT_RESUME) else EXIT_FAILED)
 
 
 def _signal_group(popen: subprocess.Popen[bytes], signum: int) -> None:

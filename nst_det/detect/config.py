@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 from nst_det.detect.honored import DETECTRON2_ONLY, TAKEN_VALUES, add_honored_keys
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path, flat, load_config, parse_value, read_yaml, transfer_node
+from nst_det.runtime.nonfinite import check_non_finite, non_finite_node
 from nst_det.runtime.wandb_run import check_wandb
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL    ... this level; 224 and 4 are Detectron2's constants
     SOLVER.OPTIMIZER                      SGD or ADAMW
     SOLVER.BACKBONE_MULTIPLIER            learning rate of the bottom-up as a part of BASE_LR
+    SOLVER.NON_FINITE                     what is done where a loss or gradient is no number, see
+                                          :func:`~nst_det.runtime.nonfinite.non_finite_node`; Detectron2 can only stop
     DATASETS.VOC                          name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN and TEST
     DATASETS.CLASSES                      names of the classes in order; [] takes those in the data, sorted
     DATASETS.USE_DIFFICULT                whether ``difficult`` objects are trained on
@@ -76,6 +79,7 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL = 4
     cfg.SOLVER.OPTIMIZER = "SGD"
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    cfg.SOLVER.NON_FINITE = _as_kind(non_finite_node(), kind)
     cfg.DATASETS.VOC = kind(new_allowed=True)
     cfg.DATASETS.CLASSES = []
     cfg.DATASETS.USE_DIFFICULT = False
@@ -159,6 +163,7 @@ def check_config(config: CfgNode, source: str = "detection config") -> None:
     _check_numbers(config, source)
     check_select(config, source)
     check_wandb(config.WANDB, source)
+    check_non_finite(config.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", source)
 
 
 def check_select(config: CfgNode, source: str) -> None:

@@ -19,6 +19,7 @@ from nst_det.data.voc import VocDataset, class_names
 from nst_det.detect.batches import Place, StepBatches
 from nst_det.detect.config import voc_roots
 from nst_det.errors import UserError
+from nst_det.runtime.preemption import leave_group
 from nst_det.runtime.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -242,6 +243,7 @@ def training_batches(
         batch_sampler=places,
         num_workers=config.DATALOADER.NUM_WORKERS,
         collate_fn=list,
+        worker_init_fn=leave_group,
     )
     log.info("%d images to train on, %d objects", len(items), sum(len(item.labels) for item in items))
     try:

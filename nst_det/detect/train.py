@@ -14,11 +14,14 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from nst_det.detect.distilled import DistilledDetector
+from nst_det.detect.faults import step_content
 from nst_det.detect.solver import build_optimizer, clip_gradients, lr_schedule, set_learning_rate
 from nst_det.detect.torchvision_engine import Detector
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import load_latest_checkpoint, save_checkpoint
 from nst_det.runtime.metrics import MetricsWriter
+from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, NotFinite, broken_values, gradient_norm
+from nst_det.runtime.preemption import whole_steps
 from nst_det.runtime.progress import progress
 from nst_det.runtime.run import RunFolder
 from nst_det.runtime.seeds import seed_everything
@@ -59,81 +62,150 @@ def train(
     Raises:
         UserError: a loss is not finite, or the checkpoint is of another model.
     """
-    solver, last = config.SOLVER, config.SOLVER.MAX_ITER
-    optimizer, schedule = build_optimizer(model, solver), lr_schedule(solver)
-    start, trained = _resume(model, optimizer, folder)
-    began = time.monotonic() - trained.seconds
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    model.train()
-    batches = iter(batches_from(start)) if start < last else iter(())
+    last, test = config.SOLVER.MAX_ITER, config.TEST
+    training = Training(model, config, seed, folder)
+    training.resume()
     board = folder.path / "tensorboard" if config.TENSORBOARD else None
-    writer = MetricsWriter(folder.metrics_path, start, board, config.WANDB)
-    with writer as metrics, progress(folder.path.name, last) as meter:
-        meter.start_at(start)
-        for step in range(start, last):
-            batch = next(batches)
-            seed_everything(seed, "step", step)
-            factor = schedule(step / last)
-            set_learning_rate(optimizer, factor)
-            losses: dict[str, Tensor] = model(batch)
-            optimizer.zero_grad(set_to_none=True)
-            torch.stack(list(losses.values())).sum().backward()
-            trained.losses = _numbers(losses, step)
-            clip_gradients(parameters, solver.CLIP_GRADIENTS)
-            optimizer.step()
-            row = {**trained.losses, "total_loss": sum(trained.losses.values()), "lr": solver.BASE_LR * factor}
-            done = step + 1
-            if config.TEST.EVAL_PERIOD and done % config.TEST.EVAL_PERIOD == 0 and done < last:
-                row |= evaluate(done)
-                model.train()
-            metrics.write(step, row)
-            meter.step({"loss": row["total_loss"]})
-            if done % solver.CHECKPOINT_PERIOD == 0 or done == last:
-                trained.seconds = time.monotonic() - began
-                save_checkpoint(folder.checkpoints, done, _state(model, optimizer, trained))
-    trained.seconds = time.monotonic() - began
-    return trained
+    model.train()
+    with progress(folder.path.name, last) as meter, whole_steps() as stop:
+        # once more from an earlier step, where it went back to its last checkpoint
+        while training.done < last:
+            start = training.done
+            batches = iter(batches_from(start))
+            meter.start_at(start)
+            with MetricsWriter(folder.metrics_path, start, board, config.WANDB) as metrics:
+                for done in range(start + 1, last + 1):
+                    row = training.step(next(batches))
+                    if training.done < done:
+                        break
+                    if test.EVAL_PERIOD and done % test.EVAL_PERIOD == 0 and done < last:
+                        row |= evaluate(done)
+                        model.train()
+                    metrics.write(done - 1, row)
+                    meter.step({"loss": row["total_loss"]})
+                    leaving = stop.asked
+                    if done % config.SOLVER.CHECKPOINT_PERIOD == 0 or done == last or leaving:
+                        training.save()
+                    if leaving:
+                        stop.obey()
+    return training.trained
 
 
-def _numbers(losses: dict[str, Tensor], step: int) -> dict[str, float]:
-    numbers = {name: float(value.detach()) for name, value in losses.items()}
-    broken = [name for name, value in numbers.items() if not math.isfinite(value)]
-    if broken:
-        raise UserError(
-            f"step {step}: not finite: {', '.join(broken)}; training has diverged; "
-            "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True"
-        )
-    return numbers
+class Training:
+    """A model with its optimizer: one step after the other, saved and taken up again.
 
+    Args:
+        model: as :func:`train` has it; so are the others.
+        config: SOLVER is read here, all of it goes into the file of a step that failed.
+        seed: of the run.
+        folder: for checkpoints.
 
-def _state(model: Detector | DistilledDetector, optimizer: torch.optim.Optimizer, trained: Trained) -> dict[str, Any]:
-    adapters = model.transfer.state_dict() if isinstance(model, DistilledDetector) else {}
-    return {
-        "model": model.state_dict(),
-        "adapters": dict(adapters),
-        "optimizer": optimizer.state_dict(),
-        "seconds": trained.seconds,
-        "losses": trained.losses,
-    }
+    Attributes:
+        done: finished steps.
+        trained: what is known of them.
+    """
 
+    def __init__(self, model: Detector | DistilledDetector, config: CfgNode, seed: int, folder: RunFolder) -> None:
+        self.model, self.config, self.seed, self.folder = model, config, seed, folder
+        self.solver = config.SOLVER
+        self.done, self.trained = 0, Trained()
+        self.optimizer, self.schedule = build_optimizer(model, self.solver), lr_schedule(self.solver)
+        self.non_finite = NonFinite(self.solver.NON_FINITE, folder.path)
+        self._parameters = [item for group in self.optimizer.param_groups for item in group["params"]]
+        self._buffers = Buffers(model)
+        self._began = time.monotonic()
 
-def _resume(
-    model: Detector | DistilledDetector, optimizer: torch.optim.Optimizer, folder: RunFolder
-) -> tuple[int, Trained]:
-    state = load_latest_checkpoint(folder.checkpoints)
-    if state is None:
-        return 0, Trained()
-    try:
-        model.load_state_dict(state["model"])
-        if isinstance(model, DistilledDetector):
-            model.transfer.load_state_dict(state["adapters"])
-            model.iteration = state["step"]
-        optimizer.load_state_dict(state["optimizer"])
-        trained = Trained(float(state["seconds"]), dict(state["losses"]))
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"{folder.checkpoints}: this checkpoint is not one of this run ({type(error).__name__}: {error}); "
-            "name another OUTPUT_DIR or remove this one"
-        ) from error
-    log.info("%s: going on at step %d", folder.path, state["step"])
-    return int(state["step"]), trained
+    def step(self, batch: Batch) -> dict[str, float]:
+        """Make the next step; the numbers of its row in the metrics.
+
+        One whose loss or gradient is no number isn't made: SOLVER.NON_FINITE passes over it or goes back, which
+        :attr:`done` shows.
+
+        Raises:
+            UserError: the policy is to stop; the line names losses, levels and images.
+        """
+        seed_everything(self.seed, "step", self.done)
+        if isinstance(self.model, DistilledDetector):
+            self.model.iteration = self.done
+        factor = self.schedule(self.done / self.solver.MAX_ITER) * self.non_finite.rate
+        set_learning_rate(self.optimizer, factor)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._buffers.keep()
+        losses: dict[str, float] = {}
+        try:
+            values: dict[str, Tensor] = self.model(batch)
+            torch.stack(list(values.values())).sum().backward()
+            losses = {name: float(value.detach()) for name, value in values.items()}
+            broken = self._broken(losses)
+        except NotFinite as error:
+            broken = [str(error)]
+        if broken:
+            self._meet(broken, batch, losses)
+        else:
+            clip_gradients(self._parameters, self.solver.CLIP_GRADIENTS)
+            self.optimizer.step()
+            self.trained.losses = losses
+            self.done += 1
+        return {**losses, "total_loss": sum(losses.values()), "lr": self.solver.BASE_LR * factor}
+
+    def _broken(self, losses: dict[str, float]) -> list[str]:
+        norm = gradient_norm(self._parameters)
+        if all(map(math.isfinite, losses.values())) and bool(norm.isfinite()):
+            return []
+        named = list(self.model.named_parameters())
+        parts = self.model.transfer.parts if isinstance(self.model, DistilledDetector) else {}
+        return broken_values(losses, parts, {name: value.grad for name, value in named if value.grad is not None})
+
+    def _meet(self, broken: list[str], batch: Batch, losses: dict[str, float]) -> None:
+        self._buffers.restore()
+        self.optimizer.zero_grad(set_to_none=True)
+        content = step_content(self.model, self.config, self.seed, batch, losses)
+        images = [str(item["image_id"]) for item in batch]
+        if self.non_finite.meet(self.done, broken, images, content) == SKIP:
+            self.done += 1
+            return
+        count = self.non_finite.count
+        self.resume()
+        self.non_finite.gone_back(count)
+        # kept at once, so that a kill doesn't bring the former rate back
+        self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of all that the next step depends on."""
+        adapters = self.model.transfer.state_dict() if isinstance(self.model, DistilledDetector) else {}
+        self.trained.seconds = time.monotonic() - self._began
+        state = {
+            "model": self.model.state_dict(),
+            "adapters": dict(adapters),
+            "optimizer": self.optimizer.state_dict(),
+            "seconds": self.trained.seconds,
+            "losses": self.trained.losses,
+            "non_finite": self.non_finite.state_dict(),
+        }
+        save_checkpoint(self.folder.checkpoints, self.done, state)
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint, if there is one.
+
+        Raises:
+            UserError: it is of another run.
+        """
+        state = load_latest_checkpoint(self.folder.checkpoints)
+        if state is None:
+            if self.non_finite.needs_first_checkpoint:
+                self.save()
+            return
+        try:
+            self.model.load_state_dict(state["model"])
+            if isinstance(self.model, DistilledDetector):
+                self.model.transfer.load_state_dict(state["adapters"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.non_finite.load_state_dict(state.get("non_finite", {}))
+            self.trained = Trained(float(state["seconds"]), dict(state["losses"]))
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"{self.folder.checkpoints}: this checkpoint is not one of this run ({type(error).__name__}: {error}); "
+                "name another OUTPUT_DIR or remove this one"
+            ) from error
+        self.done, self._began = int(state["step"]), time.monotonic() - self.trained.seconds
+        log.info("%s: going on at step %d", self.folder.path, self.done)

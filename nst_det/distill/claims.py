@@ -15,6 +15,8 @@ from nst_det.runtime.config import flat, plain
 from nst_det.transfer import Method
 
 FREE = ("METHODS", "OUTPUT_DIR", "REGISTRY", "TENSORBOARD", "WANDB", "CHECKPOINT_PERIOD", "LOG_PERIOD", "DATALOADER")
+# what is done about a step that failed, so that a run that stopped there can go on otherwise
+FREE_SOLVER = ("SOLVER.NON_FINITE",)
 # a cache gives what the teacher would say, unless it rounds
 FREE_CACHE = ("CACHE.DIR", "CACHE.MAX_GIB")
 # the fingerprint speaks for the folder
@@ -55,7 +57,8 @@ def teacher_claim(config: CfgNode, fingerprint: str, sha256: str) -> dict[str, A
     kept: tuple[str, ...] = ("NAME", "SEED", "DATA", "TEST")
     if not sha256:
         kept += ("SOLVER", "TEACHER.ARCH", "TEACHER.ARCH_KWARGS", "TEACHER.PRETRAINED", "TEACHER.TRAIN")
-    values = {key: value for key, value in flat(resolved).items() if _below(key, kept) and not _below(key, FREE_DATA)}
+    free = (*FREE_DATA, *FREE_SOLVER)
+    values = {key: value for key, value in flat(resolved).items() if _below(key, kept) and not _below(key, free)}
     values |= {"DATA.FINGERPRINT": fingerprint, "TEACHER.SHA256": sha256}
     return dict(plain(values))
 
@@ -78,7 +81,7 @@ def cache_claim(config: CfgNode, fingerprint: str, sha256: str, arch: str, preci
 
 
 def _concerns_student(key: str, method: Method) -> bool:
-    if _below(key, (*FREE, *FREE_CACHE, *FREE_DATA, "TEACHER")):
+    if _below(key, (*FREE, *FREE_CACHE, *FREE_DATA, *FREE_SOLVER, "TEACHER")):
         return False
     if key == "CACHE.DTYPE":
         return bool(method.names)

@@ -11,6 +11,7 @@ from fvcore.common.config import CfgNode
 from nst_det.errors import UserError
 from nst_det.runtime.config import load_config, merge_tree, plain, transfer_node
 from nst_det.runtime.device import PRECISIONS
+from nst_det.runtime.nonfinite import check_non_finite, non_finite_node
 from nst_det.runtime.wandb_run import check_wandb
 from nst_det.transfer import parse_method
 
@@ -135,6 +136,8 @@ def _solver() -> CfgNode:
     node.ONECYCLE_RISE = 0.2
     # the largest norm of all gradients of one student together; 0 doesn't clip
     node.CLIP_GRADIENTS = 0.0
+    # a loss or gradient that is no number: stop, skip the step, or go back to the last checkpoint
+    node.NON_FINITE = non_finite_node()
     # auto | fp32 | bf16 | fp16
     node.AMP = "auto"
     node.CE_WEIGHT = 1.0
@@ -277,6 +280,7 @@ def _check_solver(node: CfgNode, key: str) -> None:
     _require(node.CLIP_GRADIENTS >= 0, f"{key}.CLIP_GRADIENTS", "0 or more")
     _require(node.WEIGHT_DECAY >= 0 and node.WEIGHT_DECAY_NORM >= 0, f"{key}.WEIGHT_DECAY", "0 or more")
     _require(0 <= node.LABEL_SMOOTHING < 1, f"{key}.LABEL_SMOOTHING", "from 0 to below 1")
+    check_non_finite(node.NON_FINITE, f"{key}.NON_FINITE")
     _require(node.CE_WEIGHT >= 0, f"{key}.CE_WEIGHT", "0 or more")
     steps = all(isinstance(step, int) and step > 0 for step in node.STEPS) and list(node.STEPS) == sorted(node.STEPS)
     _require(steps, f"{key}.STEPS", "rising numbers of steps")

@@ -14,6 +14,7 @@ from nst_det.distill.augment import crop_and_jitter, shift_and_flip
 from nst_det.distill.store import ImageStore
 from nst_det.distill.views import Views
 from nst_det.errors import UserError
+from nst_det.runtime.preemption import leave_group
 from nst_det.runtime.seeds import derive_seed, seeded
 
 
@@ -26,15 +27,17 @@ class Batch:
         labels: (B,) int64.
         rows: (B,) int64, which views of which images these are (see :class:`~nst_det.distill.views.Views`); None
             where each step draws its own.
+        names: B paths below the data's root, for messages.
     """
 
     images: Tensor
     labels: Tensor
     rows: Tensor | None = None
+    names: tuple[str, ...] = ()
 
     def pin_memory(self) -> Batch:
         """The same in pinned memory, as a loader asks for it, so that copies to a GPU needn't wait."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.rows)
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.rows, self.names)
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -79,9 +82,10 @@ class TrainingBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         indices = self.indices(step)
         labels = self.store.labels[indices]
+        names = tuple(self.store.split.paths[index] for index in indices.tolist())
         if self.views is not None:
             rows = torch.cat([self.views.rows(epoch, part) for epoch, part in self._parts(step)])
-            return Batch(self.views.images(rows), labels, rows)
+            return Batch(self.views.images(rows), labels, rows, names)
         with seeded(self.seed, "augment", step):
             if self.augment.CROP_AREA or self.augment.COLOR_JITTER:
                 images = crop_and_jitter(
@@ -90,7 +94,7 @@ class TrainingBatches(Dataset[Batch]):
             else:
                 images = self.store.squares(indices)
             images = shift_and_flip(images, self.augment.SHIFT, self.augment.HFLIP)
-        return Batch(images, labels)
+        return Batch(images, labels, names=names)
 
     def steps(self, first: int, last: int, workers: int) -> Iterator[Batch]:
         """The batches of steps ``first`` to ``last - 1``; the number of workers doesn't change them."""
@@ -120,6 +124,7 @@ def load(batches: Dataset[Batch], items: Sequence[int], workers: int) -> Iterato
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4,
+        worker_init_fn=leave_group,
     )
     for item in loader:
         if isinstance(item, UserError):

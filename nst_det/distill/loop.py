@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from nst_det.distill.clock import Clock
 from nst_det.distill.images import Batch, Normalizer
 from nst_det.distill.opening import log_balance
 from nst_det.distill.student import Student
+from nst_det.runtime.preemption import whole_steps
 from nst_det.runtime.progress import progress
 from nst_det.transfer import Outputs
 
@@ -60,27 +62,34 @@ def train_side_by_side(
         UserError: an image can't be read, or a loss is not finite.
     """
     clock = clock or Clock()
-    first = min((student.step for student in students), default=last)
-    batches = steps(first, last)
-    with progress(title, last) as meter:
-        meter.start_at(first)
-        for step in range(first, last):
-            active = [student for student in students if student.step == step]
-            losses = one_step(active, teacher, batches, normalize, clock)
-            log_balance(active)
-            done = step + 1
-            if done % log_period == 0 or done == last:
-                for student in active:
-                    student.log()
-            if done == last or (eval_period and done % eval_period == 0):
-                with clock("evaluation"):
-                    for word, accuracy in measure(active).items():
-                        next(student for student in active if student.word == word).record(accuracy)
-            if done == last or done % checkpoint_period == 0:
-                with clock("checkpoints"):
-                    for student in active:
-                        student.save()
-            meter.step(dict(list(losses.items())[:SHOWN_LOSSES]))
+    with progress(title, last) as meter, whole_steps() as stop:
+        # once more from an earlier step, where a student went back to its last checkpoint
+        while (first := min((student.step for student in students), default=last)) < last:
+            batches = steps(first, last)
+            meter.start_at(first)
+            for step in range(first, last):
+                active = [student for student in students if student.step == step]
+                losses = one_step(active, teacher, batches, normalize, clock)
+                done = step + 1
+                stayed = [student for student in active if student.step == done]
+                log_balance(stayed)
+                if done % log_period == 0 or done == last:
+                    for student in stayed:
+                        student.log()
+                if done == last or (eval_period and done % eval_period == 0):
+                    with clock("evaluation"):
+                        for word, accuracy in measure(stayed).items():
+                            next(student for student in stayed if student.word == word).record(accuracy)
+                leaving = stop.asked
+                if done == last or done % checkpoint_period == 0 or leaving:
+                    with clock("checkpoints"):
+                        for student in stayed:
+                            student.save()
+                meter.step(dict(list(losses.items())[:SHOWN_LOSSES]))
+                if leaving:
+                    stop.obey()
+                if len(stayed) < len(active):
+                    break
 
 
 def one_step(
@@ -88,8 +97,13 @@ def one_step(
 ) -> dict[str, float]:
     """One batch, one teacher pass, one optimizer step of each active student.
 
+    A student whose loss or gradient is no number makes no step; see :meth:`Student.meet`.
+
     Returns:
         Each student's loss, all terms together.
+
+    Raises:
+        UserError: an image can't be read, or a student is to stop where its loss is no number.
     """
     start = clock.total()
     with clock("data"):
@@ -101,16 +115,23 @@ def one_step(
         with clock("teacher"):
             said = teacher(images, batch.rows)
     share = (clock.total() - start) / len(active)
+    totals: dict[str, float] = {}
+    waiting: list[Student] = []
     for student in active:
         start = clock.total()
         with clock("students"):
             student.forward_backward(images, labels, said if student.needs_teacher else None)
-        # at once, while its gradients are still in the cache
-        with clock("optimizers"):
-            student.update()
+        waiting.append(student)
+        # on a CPU at once, while its gradients are still in the cache; each reading of a GPU waits for it, so together
+        if images.device.type == "cpu" or student is active[-1]:
+            with clock("optimizers"):
+                health = torch.stack([one.health for one in waiting]).tolist()
+                for one, numbers in zip(waiting, health):
+                    totals[one.word] = numbers[0]
+                    if all(map(math.isfinite, numbers)):
+                        one.update()
+                    else:
+                        one.meet(images, labels, said if one.needs_teacher else None, batch.names)
+            waiting.clear()
         student.seconds += share + clock.total() - start
-    # read together: on a GPU each reading waits for it
-    totals = torch.stack([student.total for student in active]).tolist()
-    for student, total in zip(active, totals):
-        student.check_finite(total)
-    return {student.word: total for student, total in zip(active, totals)}
+    return totals

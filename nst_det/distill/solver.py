@@ -9,6 +9,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from nst_det.runtime.nonfinite import gradient_norm
+
 # one cycle starts at 1/25 of the largest rate and ends at 1/250000 of it, as in torch's OneCycleLR
 ONECYCLE_START = 1 / 25
 ONECYCLE_END = 1 / 250_000
@@ -55,17 +57,17 @@ def _cosine(start: float, end: float, part: float) -> float:
     return end + (start - end) / 2 * (1 + math.cos(math.pi * min(part, 1.0)))
 
 
-def clip_gradients(parameters: Sequence[Tensor], limit: float) -> None:
+def clip_gradients(parameters: Sequence[Tensor], limit: float, norm: Tensor | None = None) -> None:
     """Scale all gradients together so that their L2 norm is at most ``limit``.
 
     Args:
         parameters: tensors of any shape (...,); the gradients of those that have one are changed in place.
         limit: of the norm of all gradients together, 0 leaves them alone.
+        norm: theirs, where it is known already.
     """
     if limit <= 0:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    norm = gradient_norm(parameters) if norm is None else norm
     # on a GPU the question would wait for it; scaling by 1 doesn't
     if norm.device.type != "cpu" or norm > limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)

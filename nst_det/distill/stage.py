@@ -222,6 +222,7 @@ class StageOne:
             folder,
             amp_dtype(solver.AMP),
             self.config.TRANSFER.WARMUP_ITERS,
+            {"arch": network.arch, "num_classes": network.num_classes, "arch_kwargs": network.arch_kwargs},
         )
 
     def _train(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,11 +15,13 @@ from nst_det.backbones import LevelInfo, forward_outputs
 from nst_det.backbones.levels import backbone_parameters
 from nst_det.distill.accuracy import Accuracy
 from nst_det.distill.layout import by_positions
+from nst_det.distill.faults import broken_outputs, step_content
 from nst_det.distill.solver import build_optimizer, clip_gradients, lr_factor
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import load_latest_checkpoint, save_checkpoint
 from nst_det.runtime.device import autocast
 from nst_det.runtime.metrics import MetricsWriter
+from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, broken_values, gradient_norm
 from nst_det.runtime.run import RunFolder
 from nst_det.runtime.seeds import derive_seed
 from nst_det.transfer import Outputs, TransferLoss
@@ -42,6 +43,7 @@ class Student:
         folder: its run folder.
         precision: of the forward pass; None is float32.
         warmup: steps over which the transfer terms rise to their weights.
+        about: ``arch``, ``num_classes`` and ``arch_kwargs`` of the model, for a replay.
 
     Attributes:
         step: finished optimizer steps.
@@ -59,12 +61,14 @@ class Student:
         folder: RunFolder,
         precision: torch.dtype | None = None,
         warmup: int = 0,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.word, self.model, self.transfer = word, model, transfer
         self.levels = {name: levels[name] for name in transfer.student_levels}
         self.needs_teacher = bool(transfer.pairs)
         self.solver, self.seed, self.folder, self.precision, self.warmup = solver, seed, folder, precision, warmup
         self.device = next(model.parameters()).device
+        self.about = dict(about or {})
         self.step = 0
         self.seconds = 0.0
         self.accuracy: Accuracy | None = None
@@ -76,6 +80,15 @@ class Student:
         self._parameters = [item for group in self._optimizer.param_groups for item in group["params"]]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self._metrics: MetricsWriter | None = None
+        self._trackers: tuple[bool, str] = (False, "")
+        self.non_finite = NonFinite(solver.NON_FINITE, folder.path, word)
+        self._buffers = Buffers(model)
+        self._norm = torch.zeros(())
+
+    @property
+    def health(self) -> Tensor:
+        """(2,): the loss of the pass that was just made, and the norm of its gradient; finite in a sound step."""
+        return torch.stack([self.total, self._norm])
 
     @property
     def just_measured(self) -> bool:
@@ -96,6 +109,13 @@ class Student:
         state = load_latest_checkpoint(self.folder.checkpoints)
         if state is not None:
             self._load(state)
+        elif self.non_finite.needs_first_checkpoint:
+            self.save()
+        self._trackers = tensorboard, wandb
+        self._open_metrics()
+
+    def _open_metrics(self) -> None:
+        tensorboard, wandb = self._trackers
         board = self.folder.path / "tensorboard" if tensorboard else None
         self._metrics = MetricsWriter(self.folder.metrics_path, self.step, board, wandb)
 
@@ -119,6 +139,7 @@ class Student:
         # dropout and the like: the same draws at this step whoever trains beside
         torch.manual_seed(derive_seed(self.seed, "forward", self.step))
         self.model.train()
+        self._buffers.keep()
         with autocast(self.device, self.precision):
             outputs = forward_outputs(self.model, images, self.levels)
         outputs.maps = {name: _tap(maps) for name, maps in outputs.maps.items()}
@@ -134,6 +155,8 @@ class Student:
         total = torch.stack(list(terms.values())).sum()
         self._scaler.scale(total).backward()
         self.terms, self.total = {name: value.detach() for name, value in terms.items()}, total.detach()
+        # infinite gradients are an everyday matter of fp16's scaler, which passes over such steps by itself
+        self._norm = self.total if self._scaler.is_enabled() else gradient_norm(self._parameters)
 
     def _balanced(self, task: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms, measured against the task in the first steps, by the weights that are chosen there."""
@@ -147,35 +170,63 @@ class Student:
 
     def update(self) -> None:
         """One optimizer step with the gradients that are there."""
-        rate = self.solver.BASE_LR * lr_factor(self.step, self.solver)
+        rate = self._rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._scaler.unscale_(self._optimizer)
-        clip_gradients(self._parameters, self.solver.CLIP_GRADIENTS)
+        clip_gradients(
+            self._parameters, self.solver.CLIP_GRADIENTS, None if self._scaler.is_enabled() else self._norm
+        )
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
-    def check_finite(self, total: float) -> None:
-        """Stop if the last step's loss was no number; the weights are lost, the checkpoint before is not.
+    def _rate(self, step: int) -> float:
+        return float(self.solver.BASE_LR * lr_factor(step, self.solver) * self.non_finite.rate)
+
+    def meet(self, images: Tensor, labels: Tensor, teacher: Outputs | None, names: Sequence[str]) -> None:
+        """The pass that was just made gave something that is no number: no step is made, SOLVER.NON_FINITE decides.
+
+        Args:
+            images: as :meth:`forward_backward` had them; labels and teacher too.
+            labels: (B,).
+            teacher: what it said, or None.
+            names: of the B images.
 
         Raises:
-            UserError: naming method, step and the terms that aren't finite.
+            UserError: the policy is to stop, or has had its limit; the line names terms, levels and images.
         """
-        if not math.isfinite(total):
-            bad = [name for name, value in self.terms.items() if not bool(torch.isfinite(value))]
-            raise UserError(
-                f"{self.word}: the loss is not finite at step {self.step - 1} ({', '.join(bad) or 'their sum'}); "
-                "lower SOLVER.BASE_LR or the term's weight, or set SOLVER.CLIP_GRADIENTS"
-            )
+        named = [*self.model.named_parameters(), *self.transfer.named_parameters()]
+        gradients = {name: value.grad for name, value in named if value.grad is not None}
+        values = {name: float(value) for name, value in self.terms.items()}
+        broken = [*broken_values(values, self.transfer.parts, gradients), *broken_outputs(teacher)]
+        self._buffers.restore()
+        self._optimizer.zero_grad(set_to_none=True)
+        content = step_content(self, images, labels, teacher)
+        broken = broken or ["the norm of all gradients"]
+        if self.non_finite.meet(self.step, broken, names, content) == SKIP:
+            self.step += 1
+        else:
+            self._go_back()
+
+    def _go_back(self) -> None:
+        count = self.non_finite.count
+        state = load_latest_checkpoint(self.folder.checkpoints)
+        if state is None:
+            raise UserError(f"{self.folder.checkpoints}: no checkpoint to go back to; set SOLVER.NON_FINITE.POLICY stop")
+        self._load(state)
+        self.non_finite.gone_back(count)
+        # kept at once, so that a kill doesn't bring the former rate back
+        self.save()
+        self.close()
+        self._open_metrics()
 
     def log(self) -> None:
         """Write the terms of the step that was just done, each by its name."""
         values = {f"loss/{name}": float(value) for name, value in self.terms.items()}
         last = self.step - 1
-        rate = self.solver.BASE_LR * lr_factor(last, self.solver)
-        self._write(last, {**values, "loss/total": float(self.total), "lr": rate})
+        self._write(last, {**values, "loss/total": float(self.total), "lr": self._rate(last)})
 
     def record(self, accuracy: Accuracy) -> None:
         """Take note of the accuracy after the step that was just done."""
@@ -199,6 +250,7 @@ class Student:
             "accuracy": asdict(self.accuracy) if self.accuracy else None,
             "best": asdict(self.best),
             "best_step": self.best_step,
+            "non_finite": self.non_finite.state_dict(),
         }
         save_checkpoint(self.folder.checkpoints, self.step, state)
 
@@ -211,6 +263,7 @@ class Student:
             self.step, self.seconds = state["step"], state["seconds"]
             self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
             self.best, self.best_step = Accuracy(**state["best"]), state["best_step"]
+            self.non_finite.load_state_dict(state.get("non_finite", {}))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(

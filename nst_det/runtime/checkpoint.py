@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,21 @@ def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any]) -> Pat
         state: tensors, scalars, strings and containers of them (it is read back with ``weights_only=True``).
     """
     path = Path(folder) / f"step-{step:08d}.pt"
-    with atomic_path(path) as temporary:
-        torch.save({"step": step, **state}, temporary)
+    write_state(path, {"step": step, **state})
     for old in checkpoints(folder)[:-KEPT]:
         old.unlink(missing_ok=True)
     return path
+
+
+def write_state(path: str | Path, state: dict[str, Any]) -> None:
+    """``torch.save``, atomically.
+
+    Raises:
+        UserError: it can't be written, such as on a full disk; what was there before stays.
+    """
+    # through a file of Python's: where the disk is full, torch's own writer forgets the reason
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -64,16 +74,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: missing, damaged, or not a checkpoint.
     """
     path = Path(path)
+    check_intact(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's unpickler raises whatever it stumbles over
+        raise UserError(f"{path}: damaged checkpoint, or not one ({type(error).__name__}); remove it") from error
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise UserError(f"{path}: not a checkpoint of nst_det (it has no step); remove it")
+    return state
+
+
+def check_intact(path: str | Path) -> None:
+    """Compare the checksums in a file that torch wrote; none of it is unpickled.
+
+    Raises:
+        UserError: missing, or damaged.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged:
-            raise UserError(f"{path}: damaged checkpoint (checksum of {damaged} differs)")
-        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
-    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise UserError(f"{path}: damaged checkpoint, or not one ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise UserError(f"{path}: not a checkpoint of nst_det (it has no step)")
-    return state
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zlib.error) as error:
+        raise UserError(f"{path}: damaged checkpoint, or not one ({type(error).__name__}); remove it") from error
+    if damaged:
+        raise UserError(f"{path}: damaged checkpoint (checksum of {damaged} differs); remove it")

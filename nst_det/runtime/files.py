@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,12 +41,34 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(
-            f"{path}: can't be written ({error.strerror}); free some space or name another output folder, "
-            "then run the same command again"
-        ) from error
+        raise cannot_write(path, str(error.strerror)) from error
+    except Exception as error:
+        # torch and safetensors write by themselves and have errors of their own
+        reason = _write_failure(error)
+        if reason is None:
+            raise
+        raise cannot_write(path, reason) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: str | Path, reason: str) -> UserError:
+    """What to say where ``path`` can't be written, such as on a full disk."""
+    return UserError(
+        f"{path}: can't be written ({reason}); free some space or name another output folder, then run the same "
+        "command again: what was saved before is whole"
+    )
+
+
+def _write_failure(error: Exception) -> str | None:
+    """The reason of a failed write behind a library's own error; None for any other error."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number:
+        return os.strerror(int(number[1]))
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else str(cause.strerror)
 
 
 def _umask() -> int:

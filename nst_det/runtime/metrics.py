@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nst_det.errors import UserError
-from nst_det.runtime.files import write_text
+from nst_det.runtime.files import cannot_write, write_text
 from nst_det.runtime.wandb_run import WandbRun
 
 
@@ -35,7 +37,9 @@ class MetricsWriter:
         path = Path(path)
         kept = [row for row in read_metrics(path) if row["step"] < start_step] if path.exists() else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._path = path
+        # unbuffered: what a full disk refuses isn't tried again when the file is closed
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._board: Any = None
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -44,10 +48,18 @@ class MetricsWriter:
         self._wandb = WandbRun(wandb, path.parent) if wandb else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write scalars of one step; a value that is not finite is written as null."""
+        """Write scalars of one step; a value that is not finite is written as null.
+
+        Raises:
+            UserError: the disk is full.
+        """
         row = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, **row}) + "\n").encode()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise cannot_write(self._path, str(error.strerror)) from error
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(key, value, step)

@@ -19,7 +19,18 @@ from nst_det.runtime.files import read_json, write_json, write_text
 from nst_det.runtime.provenance import provenance
 
 # keys that may differ between two calls of one run: they change where, how fast and what is shown, not what is computed
-FREE_KEYS = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "DATALOADER.CACHE_IMAGES_MB", "VIS_PERIOD", "TENSORBOARD", "WANDB")
+FREE_KEYS = (
+    "OUTPUT_DIR",
+    "DATALOADER.NUM_WORKERS",
+    "DATALOADER.CACHE_IMAGES_MB",
+    "VIS_PERIOD",
+    "TENSORBOARD",
+    "WANDB",
+    "SOLVER.NON_FINITE.POLICY",
+    "SOLVER.NON_FINITE.LIMIT",
+    "SOLVER.NON_FINITE.LR_FACTOR",
+    "TRUST_PICKLE",
+)
 
 
 class RunFolder:

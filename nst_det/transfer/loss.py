@@ -27,9 +27,11 @@ class TransferLoss(nn.Module):
     Attributes:
         method: the method that it was built from.
         weights: term to weight; may be changed between steps.
+        options: term to its options.
         pairs: term to the pairs of places it compares; a term's value is the sum over its pairs.
         kinds: term to the kinds of output that it reads from student and teacher.
         balance: measures the terms in the first steps, and sets the weights that are chosen there.
+        parts: of the last forward pass, term to the value of each pair by its label, unweighted scalars.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class TransferLoss(nn.Module):
         super().__init__()
         self.method = method
         self.weights = dict(weights)
+        self.options = {name: dict(options[name]) for name in pairs}
         self.balance = Balance(self.weights, shares or {})
         self.pairs = {name: tuple(places) for name, places in pairs.items()}
         self.terms = nn.ModuleDict(
@@ -51,6 +54,7 @@ class TransferLoss(nn.Module):
                 for name, places in self.pairs.items()
             }
         )
+        self.parts: dict[str, dict[str, Tensor]] = {}
         self.kinds = {name: (get_term(name).student_kind, get_term(name).level) for name in self.pairs}
 
     @property
@@ -79,13 +83,14 @@ class TransferLoss(nn.Module):
         for name in self.pairs:
             modules = cast(nn.ModuleDict, self.terms[name])
             student_kind, teacher_kind = self.kinds[name]
-            parts = []
+            parts = {}
             for pair in self.pairs[name]:
                 reply = teacher.of(teacher_kind, pair.teacher)
                 shared = partial(_shared, teacher, (teacher_kind, pair.teacher))
                 with torch.autocast(reply.device.type, enabled=False):
-                    parts.append(modules[pair.label](student.of(student_kind, pair.student), reply, shared))
-            values[name] = self.weights[name] * torch.stack(parts).sum()
+                    parts[pair.label] = modules[pair.label](student.of(student_kind, pair.student), reply, shared)
+            values[name] = self.weights[name] * torch.stack(list(parts.values())).sum()
+            self.parts[name] = {label: value.detach() for label, value in parts.items()}
         return values
 
     def module(self, term: str, pair: Pair) -> nn.Module:

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nst_det.detect.batches import Place, StepBatches
 from nst_det.errors import UserError
+from nst_det.runtime.preemption import leave_group
 from nst_det.runtime.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -170,6 +171,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
         batch_sampler=places,  # endless, so it has no length
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
+        worker_init_fn=leave_group,
         # a loader that is started draws a seed for its processes; not from the generator that the model draws from
         generator=torch.Generator().manual_seed(derive_seed(cfg.SEED, "loader")),
     )
