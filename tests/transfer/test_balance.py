@@ -220,3 +220,14 @@ def test_steps_without_a_finite_gradient_are_left_out():
         terms = balance(parameter.sum(), {"at": value}, [parameter])
     assert balance.weights["at"] == pytest.approx(1 / 6)
     assert float(terms["at"].detach()) == pytest.approx(8 / 6, rel=1e-6)
+
+
+def test_several_processes_take_the_mean_of_their_norms(monkeypatch):
+    """As the second of two processes whose first one saw the norms 3 (task) and 8 (term)."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda norms: norms.add_(torch.tensor([3.0, 8.0])))
+    balance, parameter = Balance({"at": 1.0}, {"at": 0.5}), torch.ones(1, requires_grad=True)
+    balance((parameter * 5).sum(), {"at": (parameter * 2).sum()}, [parameter])
+    # task (3 + 5) / 2, term (8 + 2) / 2
+    assert balance.weights["at"] == pytest.approx(0.5 * 4 / 5)
