@@ -15,6 +15,7 @@ from nst_det.detect.torchvision_engine import build_detector
 from nst_det.distill.config import load_distill_config
 from nst_det.runtime.config import expand_path, read_yaml
 from nst_det.transfer import parse_method
+from nst_det.tune.config import load_tuning
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # what the files may read from the environment
@@ -36,9 +37,9 @@ def is_base(file):
     return file.stem == "base" or file.stem.startswith("base_") or file.stem == "small_cpu"
 
 
-def test_there_is_no_config_beside_the_three_kinds():
+def test_there_is_no_config_beside_the_known_kinds():
     found = {path.relative_to(CONFIGS).parts[0] for path in CONFIGS.rglob("*.yaml")}
-    assert found == {"distill", "detect", "compare"}
+    assert found == {"distill", "detect", "compare", "tune"}
 
 
 @files("distill")
@@ -70,6 +71,13 @@ def test_compare(file, tmp_path):
     for run in runs:
         if run.kind != DATA:
             run_config(comparison, run)
+
+
+@files("tune")
+def test_tune(file, tmp_path):
+    tuning = load_tuning(file, tmp_path / "out", ["OPTS", "[ENGINE, torchvision]"])
+    assert tuning.spaces
+    assert all(set(space.settings(space.default)["WEIGHTS"]) for space in tuning.spaces.values())
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))

@@ -1,0 +1,214 @@
+import json
+import math
+import sys
+
+import pytest
+import yaml
+
+from nst_det.cli import main
+from nst_det.compare.config import load_comparison
+from nst_det.compare.plan import make_plan
+from nst_det.compare.run import RunFailed
+from nst_det.errors import UserError
+from nst_det.tune.config import load_tuning
+from nst_det.tune.search import search
+from nst_det.tune.space import Space
+from nst_det.tune.tuning import tune, tuning_table
+
+pytest.importorskip("optuna")
+METHODS = ["kd", "at", "kd+nst-poly", "cwd@det"]
+
+
+def starts(folder):
+    """How often each run folder was begun, by its path below the search's folder."""
+    logs = folder.rglob("starts.log")
+    return {log.parent.relative_to(folder).as_posix(): len(log.read_text().splitlines()) for log in logs}
+
+
+def test_every_method_gets_the_same_trials_and_what_is_shared_is_made_once(finished):
+    _, tuning, found, _ = finished
+    assert list(found) == METHODS
+    begun = starts(tuning.folder)
+    assert set(begun.values()) == {1}
+    for word in METHODS[:3]:
+        of_word = [path for path in begun if path.endswith(f"/students/{word}")]
+        assert sorted(of_word) == sorted(
+            f"trials/{trial:03d}/distill/seed{seed}/students/{word}" for trial in range(4) for seed in (0, 1)
+        )
+    detectors = [path for path in begun if path.endswith("/cwd@det")]
+    assert sorted(detectors) == sorted(
+        f"trials/{trial:03d}/detect/seed{seed}/cwd@det" for trial in range(4) for seed in (0, 1)
+    )
+    rest = set(begun) - set(detectors) - {path for path in begun if path.startswith("trials/")}
+    # a teacher, the detector that teaches, and the backbone that cwd@det starts from
+    assert rest == {
+        *("teacher/teacher", "detect/seed0/teacher"),
+        *("distill/seed0/students/ce", "distill/seed1/students/ce"),
+    }
+    assert all(best.trials == 4 for best in found.values())
+    # every trial had the same steps
+    steps = {
+        json.loads(path.read_text())["steps"] for path in (tuning.folder / "trials").rglob("students/*/result.json")
+    }
+    assert steps == {6}
+
+
+def test_the_first_trial_is_the_configured_setting_and_the_best_is_chosen(finished):
+    _, tuning, found, _ = finished
+    folder = tuning.folder / "trials"
+    for word in METHODS[:3]:
+        values = [
+            sum(
+                json.loads((folder / f"{trial:03d}/distill/seed{seed}/students/{word}/result.json").read_text())["top1"]
+                for seed in (0, 1)
+            )
+            / 2
+            for trial in range(4)
+        ]
+        assert found[word].value == pytest.approx(max(values))
+        assert found[word].default == pytest.approx(values[0])
+    # at 10 on res3 by hand: a factor 4 from the best, other levels, and the mean of the seeds
+    assert found["at"].default == pytest.approx(1 - math.log10(4) / 10 - 0.1 - 0.0005)
+    assert found["at"].by_seed["0"] - found["at"].by_seed["1"] == pytest.approx(0.001)
+    first = yaml.safe_load((folder / "000/configs/distill/seed0.yaml").read_text())["TRANSFER"]["BY_METHOD"]
+    assert first["at"] == {"WEIGHTS": {"at": 10.0}, "LEVELS": ["res3"]}
+    for word, best in found.items():
+        for term, weight in best.settings["WEIGHTS"].items():
+            low, high = tuning.spaces[word].weights[term]
+            assert low <= weight <= high
+    assert tuning.spaces["at"].weights == {"at": (1.0, 100.0)}
+    # logits have no levels
+    assert "LEVELS" not in found["kd"].settings
+
+
+def test_a_comparison_takes_what_was_found_and_names_the_budget(finished):
+    folder, _, found, path = finished
+    comparison = load_comparison(folder / "compare.yaml", folder / "after", ["TUNED", str(path)])
+    assert {word: tuned.settings for word, tuned in comparison.tuned.items()} == {
+        word: best.settings for word, best in found.items()
+    }
+    assert {tuned.trials for tuned in comparison.tuned.values()} == {4}
+    detector = next(run for run in make_plan(comparison) if run.row == "cwd@det")
+    assert repr(found["cwd@det"].settings["WEIGHTS"]) in detector.options
+    written = yaml.safe_load(path.read_text())
+    assert written["budget"]["trials"] == 4
+    assert written["methods"]["kd"]["value"] == pytest.approx(found["kd"].value, abs=1e-6)
+
+
+def test_a_stopped_search_goes_on_to_the_undisturbed_answer(finished, tune_file, tmp_path):
+    folder = tmp_path / "out" / "trials" / "002" / "distill" / "seed1" / "students" / "at"
+    folder.mkdir(parents=True)
+    # this run fails, so the call ends with its trials asked for and not told
+    (folder / "fails").touch()
+    tuning = load_tuning(tune_file, tmp_path / "out")
+    with pytest.raises(RunFailed, match="the images are gone"):
+        tune(tuning)
+    (folder / "fails").unlink()
+    resumed, _ = tune(tuning)
+    assert resumed == finished[2]
+    begun = starts(tmp_path / "out")
+    # nothing else that was begun is begun again
+    assert {path for path, count in begun.items() if count > 1} == {"trials/002/distill/seed1/students/at"}
+    assert set(begun) == set(starts(finished[1].folder))
+
+
+def test_more_trials_and_methods_may_be_added(tune_file, tmp_path):
+    def of(*words):
+        return tune(load_tuning(tune_file, tmp_path / "out", ["SEEDS", "[0]", *words]))[0]
+
+    first = of("TRIALS", "2", "METHODS", "[kd]")
+    more = of("TRIALS", "3", "METHODS", "[kd, at]")
+    assert {path: count for path, count in starts(tmp_path / "out" / "trials").items() if count != 1} == {}
+    assert (tmp_path / "out/trials/002/distill/seed0/students/kd").is_dir()
+    assert more["kd"].trials == more["at"].trials == 3
+    assert more["kd"].value >= first["kd"].value
+    # fewer are those that came first
+    assert of("TRIALS", "2", "METHODS", "[kd]") == first
+    with pytest.raises(UserError, match=r"TUNE\.WEIGHT"):
+        of("TRIALS", "2", "METHODS", "[kd]", "WEIGHT", "[0.5, 2.0]")
+
+
+def test_a_method_of_stage_one_may_be_judged_by_its_detector(tune_file, tmp_path):
+    words = ["OBJECTIVE", "map", "METHODS", "[at]", "TRIALS", "2", "SEEDS", "[0]"]
+    found, _ = tune(load_tuning(tune_file, tmp_path / "out", words))
+    assert found["at"].value == 0.25
+    assert starts(tmp_path / "out")["trials/001/detect/seed0/at"] == 1
+
+
+def test_the_search_finds_what_is_best(tmp_path):
+    """On a function: twice the trials get nearer than the first, and no trial lies outside."""
+    space = {"a": Space({"w": (0.1, 1000.0)}, {"levels": ('["x"]', '["y"]')}, {"w": 1.0, "levels": '["x"]'})}
+
+    def evaluate(number, settings):
+        seen.append(settings["a"])
+        weight, levels = settings["a"]["WEIGHTS"]["w"], settings["a"]["LEVELS"]
+        return {"a": {0: -abs(math.log10(weight) - 2) - (levels == ["x"])}}
+
+    seen = []
+    best = search(tmp_path, space, 24, 0, evaluate)["a"]
+    assert seen[0] == {"WEIGHTS": {"w": 1.0}, "LEVELS": ["x"]}
+    assert len(seen) == 24
+    assert best.settings["LEVELS"] == ["y"]
+    assert 30 < best.settings["WEIGHTS"]["w"] < 300
+    assert best.default == -3
+    # all is in the storage
+    assert search(tmp_path, space, 24, 0, None)["a"] == best
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["TRIALS", "0"], "TRIALS must be at least 1"),
+        (["OBJECTIVE", "loss"], "OBJECTIVE must be top1 or map"),
+        (["WEIGHT", "[2.0, 3.0]"], "WEIGHT must be two factors around 1"),
+        (["LEVELS", "[res3]"], "LEVELS must be a list of lists"),
+        (["VAL_FRACTION", "0.0"], "VAL_FRACTION must be a fraction"),
+        (["METHODS", "[ce]"], "no method with a term"),
+        (["METHODS", "[nst-polly]"], "nst-polly"),
+        (
+            ["OPTIONS", "{kd: {temprature: [1.0]}}"],
+            r"OPTIONS\.kd\.temprature must be a list for one of its options: temp",
+        ),
+        (["TRIAL", "3"], "did you mean TRIALS"),
+        (["COMPARE", "none.yaml"], "none.yaml: no such config file"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(tune_file, words, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_tuning(tune_file, overrides=words)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_level_is_found_before_the_first_run(tune_file, tmp_path):
+    for words, message in ((["LEVELS", "[[res9]]"], "res9"), (["DET_LEVELS", "[[p9]]"], "p9")):
+        with pytest.raises(UserError, match=message):
+            tune(load_tuning(tune_file, tmp_path / "out", words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_are_searched_where_they_are_named(tune_file):
+    tuning = load_tuning(tune_file, overrides=["OPTIONS", "{kd: {temperature: [1.0, 2.0]}}"])
+    space = tuning.spaces["kd+nst-poly"]
+    assert space.choices["kd.temperature"] == ("4.0", "1.0", "2.0")
+    node = space.settings({**space.default, "kd.temperature": "2.0"})
+    assert node["OPTIONS"] == {"kd": {"temperature": 2.0}}
+    assert not any(name.startswith("kd.") for name in tuning.spaces["at"].choices)
+
+
+def test_without_optuna_one_line_says_what_to_install(tune_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(SystemExit) as left:
+        main(["tune", "--config-file", str(tune_file), "--output", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert "pip install 'nst_det[tune]'" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_says_what_was_found(finished):
+    _, tuning, found, _ = finished
+    table = tuning_table(tuning, found)
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[0] == METHODS
+    assert cells[1] == ["top1", "top1", "top1", "map"]
+    assert cells[3][1] == f"{found['at'].value:.3f}"
