@@ -1,10 +1,16 @@
 """A small comparison as ``nst-det compare`` leaves it: results, run folders, a VOC folder with images."""
 
+import base64
+import hashlib
 import json
 import math
 import random
+import re
+import shutil
 import statistics
+import subprocess
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +238,38 @@ def make_results() -> Callable[..., dict[str, Any]]:
 def write_runs() -> Callable[[Path, dict[str, Any]], None]:
     """:func:`build_runs`, for tests."""
     return build_runs
+
+
+def browse(html: str, script: str, width: int, folder: Path) -> str:
+    """What a script on a page says by ``tell(text)``, in headless Chromium; the test is skipped without Chromium."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on this machine: the page is not looked at in a browser")
+    script = f"const tell = (text) => parent.postMessage(text, '*');\n{script}"
+    # the script is one more inline script, so the policy gets its hash; in all else it is the page itself
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    html = html.replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
+    (folder / "page.html").write_text(html.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+    # a frame, because a window can't be as narrow as a phone
+    frame = f"<body><iframe src=page.html style='width:{width}px;height:900px;border:0'></iframe>"
+    frame += "<script>onmessage = (event) => { document.title = event.data; };</script>"
+    (folder / "frame.html").write_text(frame)
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--enable-logging=stderr"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--dump-dom"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--window-size=1500,900", "--virtual-time-budget=20000"]
+    done = subprocess.run(
+        [*command, f"file://{folder}/frame.html"], capture_output=True, text=True, timeout=180, check=True
+    )
+    assert ":CONSOLE" not in done.stderr, done.stderr
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
+    assert title, "the script said nothing"
+    return unescape(title[1])
+
+
+@pytest.fixture(scope="session")
+def in_browser() -> Callable[[str, str, int, Path], str]:
+    """:func:`browse`, for tests."""
+    return browse
 
 
 @pytest.fixture(scope="session")
