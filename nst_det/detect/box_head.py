@@ -110,8 +110,12 @@ class BoxHeadTap:
         if predictor.training:
             self._said = inputs[0].flatten(1), outputs[0]
 
+    def forget(self) -> None:
+        """Let go of what was kept, such as that of a step that failed."""
+        self._boxes, self._said = [], None
+
     def take(self, student: Outputs) -> list[Tensor]:
-        """Put what the student's box head said in this step into its outputs, and forget it.
+        """Put what the student's box head said in this step into its outputs.
 
         Returns:
             (N, 4) boxes of each image, xyxy in pixels of the network's input; their sum of N is R.
@@ -121,9 +125,8 @@ class BoxHeadTap:
         """
         if self._said is None:
             raise RuntimeError("the student's forward didn't call its box head, so there is nothing to compare")
-        (student.embedding, student.logits), self._said = self._said, None
-        boxes, self._boxes = self._boxes, []
-        return boxes
+        student.embedding, student.logits = self._said
+        return self._boxes
 
 
 def box_outputs(heads: Any, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

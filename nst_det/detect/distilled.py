@@ -130,6 +130,8 @@ class DistilledDetector(nn.Module):
             terms = self._balanced(losses, self.transfer(*self._outputs()))
         finally:
             self._student_maps, self._teacher_maps = {}, {}
+            if self._tap is not None:
+                self._tap.forget()
         factor = min((self.iteration + 1) / self.warmup_iters, 1.0) if self.warmup_iters else 1.0
         self.iteration += 1
         return losses | {f"{PREFIX}{name}": value * factor for name, value in terms.items()}
