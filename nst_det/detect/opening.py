@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nst_det.detect.feature_maps import backbone_of, feature_maps, level_strides
+from nst_det.runtime.processes import is_first
 from nst_det.runtime.table import text_table
 from nst_det.transfer import Outputs, TermBalance, balance, pair_shapes, shapes
 
@@ -27,7 +28,7 @@ def log_shapes(model: DistilledDetector) -> None:
     Args:
         model: on its device; student and teacher are asked once, in evaluation mode.
     """
-    if not _is_first_process():
+    if not is_first():
         return
     ours, theirs = backbone_of(model.student), backbone_of(model.teacher)
     side = max(_side(ours), _side(theirs))
@@ -65,15 +66,10 @@ def _side(backbone: Any) -> int:
 
 def log_balance(lines: Sequence[TermBalance]) -> None:
     """A table of the terms against the detector's own losses, and a warning for each one-sided term."""
-    if not _is_first_process():
+    if not is_first():
         return
     rows = [line.cells for line in lines]
     log.info("terms against the detector's own losses:\n%s", text_table(balance.HEADINGS, rows))
     for line in lines:
         if line.one_sided:
             log.warning("%s", line.warning)
-
-
-def _is_first_process() -> bool:
-    distributed: Any = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
