@@ -29,9 +29,9 @@ def build_results(
     """``results.json`` of a finished comparison.
 
     ``rows`` hold, each: ``method``; ``stage`` (``backbone`` or ``detector``: the last stage in which it learns from a
-    teacher; "" for ``scratch`` and ``teacher``); ``weights`` (where the terms' weights are from, such as ``tuned: 8
-    trials``); ``map``, ``map_std``, ``map_area``, ``map_area_std`` (VOC mAP at IoU 0.5, 11-point
-    and area, 0..1; standard deviation over seeds, None with one seed); ``seeds``; ``delta_vs_ce``,
+    teacher; "" for ``scratch``, ``ce`` and ``teacher``); ``weights`` (where the terms' weights are from, such as
+    ``tuned: 8 trials``); ``map``, ``map_std``, ``map_area``, ``map_area_std`` (VOC mAP at IoU 0.5, 11-point and area,
+    0..1; standard deviation over seeds, None with one seed); ``seeds``; ``delta_vs_ce``,
     ``delta_interval``, ``p_value``, ``p_holm``, ``verdict`` (see ``settings["statistics"]``); ``per_class``,
     ``per_class_area``, ``map_by_iou``, ``coco`` (means over seeds) and ``objects`` (all three as
     :func:`~nst_det.evaluate.figures.summarize` gives them); ``top1`` of the backbone (None for scratch); ``seconds``
@@ -133,7 +133,7 @@ def _row(
     difference = asdict(paired_difference({seed: entry["map"] for seed, entry in entries.items()}, baseline))
     if row == BASELINE:
         difference |= {"mean": 0.0, "interval": None, "p_value": None, "verdict": REFERENCE}
-    transfers = row not in (SCRATCH, TEACHER)
+    transfers = row not in (SCRATCH, BASELINE, TEACHER)
     return {
         "method": row,
         "stage": "detector" if transfers and parse_row(row).detector.names else "backbone" if transfers else "",

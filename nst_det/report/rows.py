@@ -38,8 +38,9 @@ class Row:
     AP, mAP and top-1 are fractions 0..1; ``delta`` is the mean over seeds of (this row - ce) within a seed and
     ``interval`` its 95 % interval, None where there are too few seeds.  ``verdict`` is one of ``better``,
     ``worse``, ``noise``, ``single seed`` and ``reference``.  ``seconds`` of training are those of both stages,
-    ``seconds_backbone`` the share of stage one.  ``coco``, ``by_iou`` (mAP by overlap) and ``objects`` (of the test set
-    by size) hold only what is known.
+    ``seconds_backbone`` the share of stage one.  ``stage`` is ``backbone`` or ``detector``, the last stage in which the
+    row learns from a teacher; ``weights`` says where the weights of its terms are from.  ``coco``, ``by_iou`` (mAP by
+    overlap) and ``objects`` (of the test set by size) hold only what is known.
     """
 
     method: str
@@ -58,6 +59,8 @@ class Row:
     params: int | None
     runs: tuple[SeedRun, ...]
     commands: tuple[str, ...]
+    stage: str = ""
+    weights: str = ""
     seconds_backbone: float | None = None
     seconds_detector: float | None = None
     cost: Cost | None = None
@@ -67,7 +70,7 @@ class Row:
 
     @property
     def is_method(self) -> bool:
-        """Whether a transfer method made its backbone (not the baseline, nor one of the marks)."""
+        """Whether it learns from a teacher (it is not the baseline, nor one of the marks)."""
         return self.method not in (BASELINE, LOWER_MARK, UPPER_MARK)
 
 
@@ -151,6 +154,8 @@ def _row(tree: Any, runs: Path, where: str) -> Row:
         params=None if params is None else int(params),
         runs=tuple(_seed_run(seed, per_seed[seed], runs, where) for seed in sorted(per_seed, key=int)),
         commands=tuple(str(command) for command in tree.get("commands") or ()),
+        stage=str(tree.get("stage") or ""),
+        weights=str(tree.get("weights") or ""),
         seconds_backbone=_number(tree, "seconds_backbone", where),
         seconds_detector=_number(tree, "seconds_detector", where),
         cost=read_cost(tree.get("cost"), where),

@@ -76,6 +76,7 @@ def caveats(results: Results) -> list[str]:
             f"Each interval stands for its row alone. With Holm's correction for the number of rows, "
             f"{_names(lost)} would no longer count as told from ce (p ≥ 0.05)."
         )
+    notes += [note for note in (not_above(results), unequal_weights(results)) if note]
     scratch, baseline = results.row(LOWER_MARK), results.row(BASELINE)
     if scratch and baseline:
         gain = baseline.map - scratch.map
@@ -92,12 +93,41 @@ def caveats(results: Results) -> list[str]:
     return notes
 
 
+def not_above(results: Results) -> str | None:
+    """Which methods have no higher mAP than ce, and by how much; None where there is nothing to compare."""
+    methods = [row for row in results.rows if row.is_method and row.delta is not None]
+    if not methods or results.row(BASELINE) is None:
+        return None
+    below = sorted((row for row in methods if (row.delta or 0.0) <= 0), key=lambda row: row.delta or 0.0)
+    if not below:
+        return "Each method's row has a higher mAP than ce."
+    return f"Not above ce: {_listed([f'{row.method} ({signed(row.delta)})' for row in below])}."
+
+
+def unequal_weights(results: Results) -> str | None:
+    """Whether the methods' weights were found on unequal terms; None where all are alike or nothing is known."""
+    by_source: dict[str, list[str]] = {}
+    for row in results.rows:
+        if row.is_method and row.weights:
+            by_source.setdefault(row.weights, []).append(row.method)
+    if len(by_source) < 2:
+        return None
+    parts = "; ".join(f"{source}: {', '.join(methods)}" for source, methods in by_source.items())
+    return (
+        f"Weights are not of equal standing ({parts}), so a difference between two methods may be one of their "
+        "weights; nst-det tune searches all of them with the same budget."
+    )
+
+
 def _ordered(rows: list[Row], verdict: str) -> list[Row]:
     return sorted((row for row in rows if row.verdict == verdict), key=lambda row: -(row.delta or 0.0))
 
 
 def _names(rows: list[Row]) -> str:
-    names = [row.method for row in rows]
+    return _listed([row.method for row in rows])
+
+
+def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

@@ -9,8 +9,12 @@ from nst_det.report.rows import BETTER, NOISE, REFERENCE, SINGLE, WORSE, Results
 
 MISSING = "–"
 MARKS = {BETTER: "better", WORSE: "worse", NOISE: "within noise", SINGLE: "one seed", REFERENCE: "reference"}
+# where a row learns from a teacher
+TRANSFER = {"backbone": "backbone", "detector": "detector", "": MISSING}
 COLUMNS = (
     "method",
+    "stage",
+    "weights",
     "map_11point",
     "map_std",
     "map_area",
@@ -134,7 +138,7 @@ def csv_table(results: Results) -> str:
         numbers += [row.coco.get(name) for name in ("AP", "APs", "APm", "APl")]
         seeds = " ".join(str(seed) for seed in row.seeds)
         classes = [getattr(row, key).get(name) for _, key in kinds for name in results.classes]
-        writer.writerow([row.method, *map(_cell, numbers), seeds, *map(_cell, classes)])
+        writer.writerow([row.method, row.stage, row.weights, *map(_cell, numbers), seeds, *map(_cell, classes)])
     return out.getvalue()
 
 
@@ -147,12 +151,13 @@ def _cell(value: float | int | str | None) -> str:
 def markdown_table(results: Results, sentence: str) -> str:
     """The table in GitHub's Markdown, with the result in one sentence above and what the columns mean below."""
     head = ["method", "mAP (11-point)", "mAP (area)", "difference to ce", "95 % interval", "", "top-1", "parameters"]
-    head += ["FLOPs", "latency", "training", "seeds"]
-    lines = [_markdown_escape(sentence), "", _pipe(head), _pipe(["---", *["---:"] * 4, "---", *["---:"] * 5, "---"])]
+    head += ["FLOPs", "latency", "training", "seeds", "transfer", "weights"]
+    align = ["---", *["---:"] * 4, "---", *["---:"] * 5, *["---"] * 3]
+    lines = [_markdown_escape(sentence), "", _pipe(head), _pipe(align)]
     for row in results.rows:
         cells = [spread_text(row), fraction(row.map_area), _delta(row), interval_text(row) or MISSING]
         cells += [MARKS[row.verdict], fraction(row.top1), *cost_cells(row)]
-        cells.append(", ".join(str(seed) for seed in row.seeds))
+        cells += [", ".join(str(seed) for seed in row.seeds), TRANSFER[row.stage], row.weights or MISSING]
         lines.append(_pipe([_markdown_escape(row.method), *cells]))
     return "\n".join([*lines, "", _markdown_escape(legend(results)), ""])
 
@@ -181,6 +186,8 @@ def _markdown_escape(text: str) -> str:
 def legend(results: Results) -> str:
     """What the columns mean, in words."""
     text = "mAP is the mean over classes of AP at IoU 0.5: 11-point as in VOC 2007, area as in VOC 2010 and later. "
+    if any(row.stage == "detector" for row in results.rows):
+        text += "A term with @det teaches the neck or heads of the detector; all others teach the backbone. "
     if len(results.seeds) > 1:
         text += "± is the standard deviation over seeds (n − 1). "
         text += "The difference to ce is taken within each seed; its interval is a two-sided 95 % t-interval. "

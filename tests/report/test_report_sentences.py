@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from nst_det.report.rows import read_results
-from nst_det.report.sentences import against_paper, caveats, conclusion, paper_order
+from nst_det.report.sentences import against_paper, caveats, conclusion, not_above, paper_order, unequal_weights
 
 
 def read(tree):
@@ -64,6 +64,32 @@ def test_caveats(make_results) -> None:
     assert any("gives +0.393 mAP against a random one" in note for note in notes)
     assert not any("Two seeds" in note for note in notes)
     assert any("Two seeds" in note for note in caveats(read(make_results(seeds=2))))
+
+
+def test_rows_that_are_not_above_ce_are_named_with_their_distance(make_results) -> None:
+    assert not_above(read(make_results(seeds=1))) == "Not above ce: at (−0.040)."
+    numbers = {"ce": ((0.5,), (0.7,)), "kd": ((0.25,), (0.7,)), "at": ((0.5,), (0.7,)), "fitnet": ((0.75,), (0.7,))}
+
+    def results(*methods):
+        return read(make_results({name: numbers[name] for name in methods}, seeds=1))
+
+    assert not_above(results(*numbers)) == "Not above ce: kd (−0.250) and at (0.000)."
+    assert not_above(results(*numbers)) in caveats(results(*numbers))
+    assert not_above(results("ce", "fitnet")) == "Each method's row has a higher mAP than ce."
+    assert not_above(results("ce")) is None
+
+
+def test_unequal_weights_are_said(make_results) -> None:
+    def results(weights):
+        tree = make_results()
+        for row in tree["rows"]:
+            row["weights"] = weights.get(row["method"], "")
+        return read(tree)
+
+    said = unequal_weights(results({"kd": "tuned: 8 trials", "at": "default weight", "fitnet": "tuned: 8 trials"}))
+    assert "(tuned: 8 trials: kd, fitnet; default weight: at)" in said
+    assert unequal_weights(results({})) is None
+    assert unequal_weights(results({"kd": "tuned: 8 trials", "at": "tuned: 8 trials"})) is None
 
 
 def test_against_the_paper(make_results) -> None:
