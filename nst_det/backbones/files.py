@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nst_det.backbones.card import Card, card_from_json
 from nst_det.backbones.levels import feature_levels
 from nst_det.backbones.models import count_parameters, create_model
+from nst_det.backbones.pickles import as_tensors, load_pickled
 from nst_det.backbones.registry import resolve
 from nst_det.backbones.strict import check_shapes
 from nst_det.errors import UserError
@@ -124,28 +125,28 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
 def load_plain(path: str | Path) -> dict[str, Tensor]:
     """A bare state dict from somebody else's file, by an architecture that the user names.
 
-    ``.safetensors`` is read as such, all else by ``torch.load(weights_only=True)``: nothing in the file is
-    executed.  torchvision's ResNet files fit timm's ResNets as they are.
+    ``.safetensors`` is read as such, all else by :func:`~nst_det.backbones.pickles.load_pickled`: nothing in the file
+    is executed.  torchvision's ResNet files fit timm's ResNets as they are.
 
     Raises:
         UserError: no such file, damaged, or not a state dict.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
+        raise UserError(f"{path}: no such weights file; correct the path")
+    if path.stat().st_size > LARGEST_WEIGHTS:
+        raise UserError(f"{path}: {path.stat().st_size} bytes is too large for weights; correct the path")
     if path.suffix == ".safetensors":
         _header(path)
         return load_file(str(path))
-    try:
-        value: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler raises whatever it stumbles over
-        raise UserError(f"{path}: damaged, or more than plain weights ({type(error).__name__})") from error
+    value: Any = load_pickled(path)
     for key in ("state_dict", "model"):
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
+    value = as_tensors(value)
     fits = isinstance(value, Mapping) and value
     if not fits or not all(isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items()):
-        raise UserError(f"{path}: not a state dict (a mapping of names to tensors)")
+        raise UserError(f"{path}: not a state dict (a mapping of names to tensors); name a file of weights")
     return {key.removeprefix("module."): item for key, item in value.items()}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from nst_det.commands import add_trust_pickle, trust_words
+
 HELP = "run a whole comparison of transfer methods and write its report; goes on where it was stopped"
 RESUMES = True
 
@@ -15,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", help="where everything is written, in place of OUTPUT_DIR")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs side by side (default: cores, or GPUs)")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and what is done of them, start none")
+    add_trust_pickle(parser)
     parser.add_argument(
         "overrides",
         nargs=argparse.REMAINDER,
@@ -33,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from nst_det.errors import UserError
     from nst_det.runtime.progress import start_logging
 
+    args.overrides = [*args.overrides, *trust_words(args, "DISTILL.", "DETECT.")]
     if args.jobs < 0:
         raise UserError("--jobs can't be negative; leave it out for as many as there are cores or GPUs")
     if args.dry_run:

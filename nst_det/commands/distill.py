@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from nst_det.commands import add_trust_pickle, trust_words
+
 HELP = "stage one: train students by several transfer methods side by side"
 RESUMES = True
 
@@ -11,6 +13,7 @@ RESUMES = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the word."""
     parser.add_argument("--config-file", metavar="FILE", required=True, help="YAML of stage one, see configs/distill")
+    add_trust_pickle(parser)
     parser.add_argument(
         "overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="keys of the config with other values"
     )
@@ -20,10 +23,12 @@ def run(args: argparse.Namespace) -> int:
     """Train, then print a table of the results."""
     import sys
 
+    args.overrides = [*args.overrides, *trust_words(args, "")]
     from rich.console import Console
 
     from nst_det.api import distill
     from nst_det.runtime.memory import keep_freed_memory
+    from nst_det.runtime.processes import is_first, stop_processes
     from nst_det.runtime.progress import start_logging
 
     start_logging()
@@ -31,5 +36,7 @@ def run(args: argparse.Namespace) -> int:
     answer = distill(args.config_file, args.overrides)
     # into a file or a pipe: as wide as the table needs
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(answer)
+    if is_first():
+        console.print(answer)
+    stop_processes()
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from nst_det.commands import add_trust_pickle, trust_words
+
 HELP = "stage two: train and evaluate a detector"
 RESUMES = True
 
@@ -21,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-machines", type=int, default=1, help="machines in all (Detectron2 engine)")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine (Detectron2 engine)")
     parser.add_argument("--dist-url", default="auto", help="where the machines meet (Detectron2 engine)")
+    add_trust_pickle(parser)
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="keys of the config with other values"
     )
@@ -30,16 +33,25 @@ def run(args: argparse.Namespace) -> int:
     """Train, or evaluate, and print what came out."""
     from nst_det.detect.config import choose_engine, load_detect_config, wanted_engine
     from nst_det.errors import UserError
+    from nst_det.runtime.processes import is_first, started_together, stop_processes
     from nst_det.runtime.progress import start_logging
 
+    args.opts = [*args.opts, *trust_words(args, "")]
     start_logging()
     engine = choose_engine(wanted_engine(args.config_file, args.opts), args.config_file)
+    if engine == "detectron2" and started_together() > 1:
+        raise UserError(
+            "torchrun: the Detectron2 engine starts its processes itself; use --num-gpus in place of torchrun"
+        )
     if engine == "detectron2":
         from nst_det.detect import detectron2
 
         return int(detectron2.main(args))
     if args.num_gpus > 1 or args.num_machines > 1:
-        raise UserError("--num-gpus, --num-machines: the torchvision engine trains in one process; use 1")
+        raise UserError(
+            "--num-gpus, --num-machines: the torchvision engine is started in several processes by torchrun: "
+            f"torchrun --nproc-per-node {args.num_gpus} --nnodes {args.num_machines} -m nst_det train-det ..."
+        )
     from nst_det.detect.stage import evaluate_detector, train_detector
     from nst_det.detect.table import print_result
     from nst_det.runtime.memory import keep_freed_memory
@@ -47,5 +59,7 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     config = load_detect_config(args.config_file, args.opts)
     result = evaluate_detector(config, args.resume) if args.eval_only else train_detector(config)
-    print_result(result, config.OUTPUT_DIR)
+    if is_first():
+        print_result(result, config.OUTPUT_DIR)
+    stop_processes()
     return 0

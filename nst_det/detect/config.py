@@ -29,6 +29,8 @@ def add_nst_det_config(cfg: CfgNode) -> None:
 
     ====================================  ==========================================================================
     ENGINE                                auto (Detectron2 where it is installed), detectron2 or torchvision
+    TRUST_PICKLE                          open weights that are pickles with more than tensors in them (Detectron2's
+                                          ``.pkl`` files), which can run code; ``--trust-pickle`` sets it
     TENSORBOARD                           write TensorBoard events into the run folder (True with Detectron2, which
                                           does so by itself)
     WANDB                                 a project at Weights & Biases (pip install wandb); "" for none
@@ -66,6 +68,7 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     # a config of Detectron2 merges files only into nodes of its own class
     kind = type(cfg)
     cfg.ENGINE = "auto"
+    cfg.TRUST_PICKLE = False
     cfg.TENSORBOARD = False
     cfg.WANDB = ""
     cfg.TRANSFER = _as_kind(detector_transfer_node(), kind)

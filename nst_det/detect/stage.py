@@ -12,6 +12,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from nst_det.backbones import count_parameters
+from nst_det.backbones.pickles import trusting_pickles
 from nst_det.data.holdout import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detect.best import keep_best, settle
@@ -193,7 +194,7 @@ def _with_teacher(
 ) -> Detector | DistilledDetector:
     if not wants_teacher(config.TRANSFER):
         return student
-    with seeded(seed, "init", "teacher"):
+    with seeded(seed, "init", "teacher"), trusting_pickles(config.TRUST_PICKLE):
         teacher, filled, theirs = _teacher(config)
     with seeded(seed, "init", "transfer"):
         model = distill(student, teacher, config.TRANSFER)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nst_det.backbones import check_input_contract, load_into, load_plain, load_strict, resolve
+from nst_det.backbones.pickles import trusting_pickles
 from nst_det.backbones.registry import PREFIX
 from nst_det.detect.torchvision_engine import Detector
 from nst_det.errors import UserError
@@ -62,14 +63,13 @@ def load_weights(detector: Detector, config: CfgNode, classes: Sequence[str] = (
             ) from error
         log.info("%s: the bottom-up is filled (method %s); FPN and heads start anew", source, card.method or "unknown")
         return "backbone"
-    _load_detector(detector, path, classes, key)
+    with trusting_pickles(config.TRUST_PICKLE):
+        _load_detector(detector, path, classes, key)
     log.info("%s: the whole detector is filled", source)
     return "detector"
 
 
 def _load_detector(detector: Detector, path: Path, classes: Sequence[str], key: str) -> None:
-    if path.suffix == ".pkl":
-        raise UserError(f"{key}: {path} is a pickle, which is never opened here; convert it with Detectron2 installed")
     state_dict = load_plain(path)
     named = saved_classes(path)
     if named and classes and list(classes) != named:

@@ -16,7 +16,7 @@ from nst_det.transfer import Method
 
 FREE = ("METHODS", "OUTPUT_DIR", "REGISTRY", "TENSORBOARD", "WANDB", "CHECKPOINT_PERIOD", "LOG_PERIOD", "DATALOADER")
 # what is done about a step that failed, so that a run that stopped there can go on otherwise
-FREE_SOLVER = ("SOLVER.NON_FINITE",)
+FREE_SOLVER = ("SOLVER.NON_FINITE", "TRUST_PICKLE")
 # a cache gives what the teacher would say, unless it rounds
 FREE_CACHE = ("CACHE.DIR", "CACHE.MAX_GIB")
 # the fingerprint speaks for the folder

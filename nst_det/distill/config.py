@@ -30,6 +30,8 @@ def get_defaults() -> CfgNode:
     # folder for backbone files; "" takes the registry's first folder
     config.REGISTRY = ""
     config.SEED = 0
+    # open weights that are pickles with more than tensors in them, which can run code; --trust-pickle sets it
+    config.TRUST_PICKLE = False
     # one student each; [] trains the teacher alone
     config.METHODS = ["ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"]
     config.DATA = _data()

@@ -24,6 +24,7 @@ from nst_det.backbones import (
     resolve,
 )
 from nst_det.backbones.levels import embedding_width
+from nst_det.backbones.pickles import trusting_pickles
 from nst_det.distill.config import transfer_of
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path, plain
@@ -89,7 +90,8 @@ def initial_teacher(config: CfgNode, classes: list[str]) -> Network:
     if path.suffix != ".safetensors" or (path.exists() and not beside.exists()):
         network = _new_network(config.TEACHER, "TEACHER", len(classes), config.SEED, "teacher", pretrained=False)
         try:
-            load_strict(network.model, load_plain(path), str(path))
+            with trusting_pickles(config.TRUST_PICKLE):
+                load_strict(network.model, load_plain(path), str(path))
         except ValueError as error:
             raise UserError(f"TEACHER.WEIGHTS: {error}; check TEACHER.ARCH") from error
         network.source, network.sha256 = path, sha256_of_file(path)

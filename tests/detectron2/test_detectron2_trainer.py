@@ -210,7 +210,7 @@ def test_the_extra_keys_do_what_they_say(tiny_yaml, tmp_path):
         (["MODEL.WIGHTS", "x"], "unknown key MODEL.WIGHTS; did you mean MODEL.WEIGHTS"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "no such weights file"),
         (["MODEL.WEIGHTS", "backbone://nobody"], "not found"),
-        (["MODEL.WEIGHTS", __file__], "damaged checkpoint, or not one"),
+        (["MODEL.WEIGHTS", __file__], "not a weights file"),
         (["SOLVER.OPTIMIZER", "LION"], "SOLVER.OPTIMIZER"),
         (["DATASETS.TRAIN", "['voc_x']"], "add DATASETS.VOC.voc_x"),
         (["TRANSFER.METHOD", "nst-poly"], "needs a teacher"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -31,15 +30,18 @@ from nst_det.backbones import (
 )
 from nst_det.backbones.files import card_path
 from nst_det.backbones.norms import batch_norms
+from nst_det.backbones.pickles import load_pickled
 from nst_det.backbones.strict import check_shapes
 from nst_det.detect.detectron2.backbone import bottom_up_of
 from nst_det.detect.detectron2.names import resnet_to_detectron2
 from nst_det.errors import UserError
+from nst_det.runtime.checkpoint import check_intact, write_state
 from nst_det.runtime.files import write_text
 
 log = logging.getLogger(__name__)
 PREFIX = "backbone://"
 SUFFIX = ".safetensors"
+PICKLES = (".pkl", ".pyth")
 
 
 class BackboneCheckpointer(DetectionCheckpointer):
@@ -88,6 +90,9 @@ class BackboneCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(PICKLES):
+            # Detectron2 opens these by itself; whether that is allowed, and if not why, is said here
+            load_pickled(filename)
         if not filename.endswith(SUFFIX):
             loaded: dict[str, Any] = super()._load_file(filename)
             return loaded
@@ -99,14 +104,36 @@ class BackboneCheckpointer(DetectionCheckpointer):
         return {"model": entries}
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        try:
-            loaded: dict[str, Any] = super()._torch_load(f)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"{f}: damaged checkpoint, or not one ({type(error).__name__}); get it again, or where it is a run's "
-                "own, write the name of the one before it into last_checkpoint"
-            ) from error
+        loaded: dict[str, Any] = load_pickled(f)
         return loaded
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As Detectron2's, but never half written: a full disk or a kill leaves the checkpoint before as it is.
+
+        Raises:
+            UserError: it can't be written.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        write_state(Path(self.save_dir) / f"{name}.pth", {"model": self.model.state_dict(), **parts, **kwargs})
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def get_checkpoint_file(self) -> str:
+        """The newest checkpoint in the folder; a damaged one is named in a warning and the one before it taken.
+
+        Raises:
+            UserError: every one is damaged.
+        """
+        newest = Path(super().get_checkpoint_file())
+        older = sorted((path for path in newest.parent.glob("model_*.pth") if path < newest), reverse=True)
+        for path in (newest, *older):
+            try:
+                check_intact(path)
+                return str(path)
+            except UserError as error:
+                log.warning("%s; taking the one before it", error)
+        raise UserError(f"{self.save_dir}: every checkpoint here is damaged; remove the folder to start this run again")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """As Detectron2's, but a process that is killed meanwhile leaves the former name."""

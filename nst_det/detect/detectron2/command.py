@@ -16,6 +16,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessRaisedException
 
+from nst_det.backbones.pickles import trusting_pickles
 from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detect.detectron2.config import VALIDATION, class_list, load_config, register_datasets, validation_config
 from nst_det.detect.detectron2.trainer import DistillTrainer, inference_folder
@@ -80,9 +81,11 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file or None, args.opts or [])
     folder = RunFolder(cfg.OUTPUT_DIR)
     if args.eval_only:
-        evaluate(cfg, args)
+        with trusting_pickles(cfg.TRUST_PICKLE):
+            evaluate(cfg, args)
         return
     with ExitStack() as stack:
+        stack.enter_context(trusting_pickles(cfg.TRUST_PICKLE))
         if comm.is_main_process():
             stack.enter_context(folder.opened(cfg))
         comm.synchronize()
@@ -98,12 +101,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def share_log_file() -> None:
-    """What this project logs goes into Detectron2's ``log.txt`` too."""
+    """What this project logs goes into Detectron2's ``log.txt`` too; a user's error is one line there as well."""
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_users_error)
     own = logging.getLogger("nst_det")
     own.setLevel(logging.INFO)
     for handler in logging.getLogger("detectron2").handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream not in (sys.stdout, sys.stderr):
             own.addHandler(handler)
+
+
+def _is_no_users_error(record: logging.LogRecord) -> bool:
+    """Detectron2 logs whatever ends its training with a traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, UserError | FloatingPointError)
 
 
 def train(cfg: CfgNode, folder: RunFolder, resume: bool) -> None:

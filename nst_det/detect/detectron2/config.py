@@ -18,6 +18,7 @@ from nst_det.detect.detectron2.heads import choose_roi_heads
 from nst_det.detect.validation import split_training
 from nst_det.errors import UserError
 from nst_det.runtime import config as runtime
+from nst_det.runtime.nonfinite import STOP
 from nst_det.runtime.wandb_run import check_wandb
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,11 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
     cfg.freeze()
     check_select(cfg, str(file or "command line"))
     check_wandb(cfg.WANDB, str(file or "command line"))
+    if cfg.SOLVER.NON_FINITE.POLICY != STOP:
+        raise UserError(
+            f"{file or 'command line'}: SOLVER.NON_FINITE.POLICY {cfg.SOLVER.NON_FINITE.POLICY}: Detectron2's trainer "
+            "can only stop where a loss is no number; set it to stop, or use ENGINE torchvision"
+        )
     return cfg
 
 

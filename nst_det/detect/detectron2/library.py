@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
+from nst_det.backbones.pickles import trusting_pickles
 from nst_det.detect import distilled
 from nst_det.detect.box_head import check_class_names, reads_box_head
 from nst_det.detect.config import detector_transfer_node
@@ -35,6 +36,7 @@ def distill(
     auto_weight: Mapping[str, float] | None = None,
     warmup_iters: int = 0,
     seed: int = 0,
+    trust_pickle: bool = False,
 ) -> DistilledDetector:
     """Any Detectron2 detector, made to learn from a teacher detector while it trains.
 
@@ -55,6 +57,8 @@ def distill(
             losses, that its weight is to give it; chosen in the first five steps, instead of ``weights``.
         warmup_iters: the weights rise linearly from 0 over that many steps.
         seed: of the adapters.
+        trust_pickle: open the teacher's checkpoint also where it is a pickle with more than tensors in it (``.pkl``, as
+            the model zoo has them), which can run any code.
 
     Raises:
         UserError: no such teacher, weights that don't fit it, or a method that these two can't be compared by.
@@ -72,9 +76,10 @@ def distill(
         for term, value in dict(values or {}).items():
             node[name][term] = dict(value) if isinstance(value, Mapping) else value
     if isinstance(teacher, str):
-        teacher = build_teacher(
-            teacher, teacher_weights, str(_device(student)), levels=node.LEVELS, box_head=_reads_box_head(node)
-        )
+        with trusting_pickles(trust_pickle):
+            teacher = build_teacher(
+                teacher, teacher_weights, str(_device(student)), levels=node.LEVELS, box_head=_reads_box_head(node)
+            )
     return _wrap(student, teacher, node, seed)
 
 
@@ -87,10 +92,11 @@ def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
     node = cfg.TRANSFER
     if not distilled.wants_teacher(node):
         return student
-    named = node.TEACHER
-    teacher = build_teacher(
-        named.CONFIG_FILE, named.WEIGHTS, str(_device(student)), levels=_levels(node), box_head=_reads_box_head(node)
-    )
+    named, device = node.TEACHER, str(_device(student))
+    with trusting_pickles(cfg.TRUST_PICKLE):
+        teacher = build_teacher(
+            named.CONFIG_FILE, named.WEIGHTS, device, levels=_levels(node), box_head=_reads_box_head(node)
+        )
     model = _wrap(student, teacher, node, max(cfg.SEED, 0))
     check_class_names(model.transfer, class_list(cfg), teacher_classes(named.CONFIG_FILE, named.WEIGHTS))
     return model

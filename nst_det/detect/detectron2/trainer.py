@@ -29,10 +29,13 @@ from nst_det.detect.detectron2.library import distill_from_config, student_of, t
 from nst_det.detect.detectron2.loader import SharedBatches, build_train_loader
 from nst_det.detect.detectron2.solver import build_optimizer
 from nst_det.detect.distilled import DistilledDetector
+from nst_det.detect.faults import step_content
 from nst_det.errors import UserError
 from nst_det.runtime.device import amp_dtype, autocast
 from nst_det.runtime.files import read_json
 from nst_det.runtime.metrics import MetricsWriter
+from nst_det.runtime.nonfinite import NonFinite, broken_values
+from nst_det.runtime.preemption import whole_steps
 from nst_det.runtime.run import RunFolder
 from nst_det.runtime.seeds import seed_everything, seeded
 
@@ -76,6 +79,9 @@ class DistillTrainer(DefaultTrainer):
         self._trainer = kind(parallel, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self._seen: dict[str, Any] = {}
+        parallel.register_forward_pre_hook(self._see_batch)
+        parallel.register_forward_hook(self._see_losses)
         self._seconds_before, self._began = 0.0, time.monotonic()
         self.checkpoints: dict[str, Any] = {}
         self.start_iter = 0
@@ -133,12 +139,51 @@ class DistillTrainer(DefaultTrainer):
             hooks = [evaluation if isinstance(hook, EvalHook) else hook for hook in hooks]
         if comm.is_main_process():
             hooks.append(RunMetrics(RunFolder(self.cfg.OUTPUT_DIR), self.cfg.WANDB))
-        return hooks
+        return [*hooks, StopWhenAsked()]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's, without TensorBoard's where TENSORBOARD is False."""
         writers: list[EventWriter] = super().build_writers()
         return [one for one in writers if self.cfg.TENSORBOARD or not isinstance(one, TensorboardXWriter)]
+
+    def train(self) -> Any:
+        """As Detectron2's; SIGTERM and SIGINT end it after the step, saved.
+
+        Raises:
+            Preempted: one of them came.
+            UserError: a loss is no number; the line names losses, levels and images.
+        """
+        with whole_steps() as self.stop:
+            return super().train()
+
+    def run_step(self) -> None:
+        """As Detectron2's, whose check of the losses gets the names that it lacks."""
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            raise self._not_finite(error) from error
+
+    def _see_batch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._seen = {"batch": inputs[0], "losses": {}}
+
+    def _see_losses(self, _: nn.Module, __: Any, losses: Any) -> None:
+        if isinstance(losses, dict):
+            self._seen["losses"] = losses
+
+    def _not_finite(self, error: FloatingPointError) -> UserError:
+        losses = {name: float(value) for name, value in self._seen["losses"].items()}
+        transfer = transfer_of(self._whole)
+        broken = broken_values(losses, transfer.parts if transfer is not None else {}, {})
+        # where the RPN stopped the pass, there are no losses yet
+        broken = broken or [f"the RPN's proposals ({' '.join(str(error).split())})"]
+        batch = self._seen["batch"]
+        content = step_content(self._whole, self.cfg, self.cfg.SEED, batch, losses)
+        images = [str(item.get("image_id", item.get("file_name", "?"))) for item in batch]
+        try:
+            NonFinite(self.cfg.SOLVER.NON_FINITE, Path(self.cfg.OUTPUT_DIR)).meet(self.iter, broken, images, content)
+        except UserError as line:
+            return line
+        raise AssertionError("load_config lets this engine stop only")
 
     def _validate(self) -> dict[str, Any]:
         """On the validation split; after the last step on ``DATASETS.TEST`` too, with the weights of TEST.SELECT."""
@@ -216,6 +261,18 @@ class StepSeed(HookBase):
         """Seed."""
         if self.seed >= 0:
             seed_everything(self.seed, "step", self.trainer.iter, comm.get_rank())
+
+
+class StopWhenAsked(HookBase):
+    """Saves and ends where :meth:`DistillTrainer.train` was asked to stop; the last of the hooks."""
+
+    def after_step(self) -> None:
+        """Look."""
+        trainer = self.trainer
+        # the last step is saved in any case; what follows is the evaluation
+        if trainer.stop.asked and trainer.iter + 1 < trainer.max_iter:
+            trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+            trainer.stop.obey()
 
 
 class RunMetrics(HookBase):
