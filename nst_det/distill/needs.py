@@ -88,6 +88,11 @@ def assemble(pieces: Sequence[Piece], values: Mapping[str, Tensor], count: int, 
     return outputs
 
 
+def is_stand_in(value: Tensor) -> bool:
+    """Whether :func:`assemble` put one NaN, in the shape of all, where nothing is kept since no loss reads it."""
+    return value.dim() > 0 and value.numel() > 1 and not any(value.stride())
+
+
 def _put(outputs: Outputs, piece: Piece, value: Tensor) -> None:
     if piece.key:
         outputs.keep(piece.shared_key, value)

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from nst_det.backbones import load_card, save_backbone
 from nst_det.distill import cache_writing, stage
-from nst_det.distill.cache import shard_path
+from nst_det.distill.cache import TeacherCache, shard_path
 from nst_det.distill.config import load_distill_config
+from nst_det.distill.faults import broken_outputs
 from nst_det.distill.networks import initial_student
 from nst_det.distill.stage import distill
 from nst_det.distill.teacher import Teacher
@@ -261,3 +262,23 @@ def test_views_need_a_number(tmp_path):
         load_distill_config(None, words(tmp_path, tmp_path, **{"CACHE.VIEWS": 0, "CACHE.DIR": tmp_path}))
     with pytest.raises(UserError, match=re.escape("CACHE.DTYPE must be auto where CACHE.DIR is not set")):
         load_distill_config(None, words(tmp_path, tmp_path, **{"CACHE.DTYPE": "fp16"}))
+
+
+def test_what_is_not_kept_is_not_taken_for_broken(images, teacher, tmp_path, monkeypatch):
+    said = []
+    real = TeacherCache.__call__
+
+    def call(self, images, rows):
+        said.append(real(self, images, rows))
+        return said[-1]
+
+    monkeypatch.setattr(TeacherCache, "__call__", call)
+    keys = {"TEACHER.WEIGHTS": teacher, "CACHE.DIR": tmp_path / "cache", "SOLVER.MAX_ITER": 1}
+    run(images, tmp_path, METHODS=["at"], **keys)
+    outputs = said[0]
+    assert outputs.map("res3").shape == (BATCH, 64, 4, 4)
+    assert outputs.map("res3").isnan().all()
+    assert outputs.logits is None
+    assert broken_outputs(outputs) == []
+    outputs.maps["res3"] = outputs.map("res3").clone()
+    assert broken_outputs(outputs) == ["the teacher's map res3"]
