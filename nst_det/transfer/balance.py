@@ -118,8 +118,13 @@ class Balance(nn.Module):
         self.register_load_state_dict_post_hook(lambda module, _: module._go_on())
 
     def wants(self, step: int) -> bool:
-        """Whether the step is to be measured: the first, or as many as it takes to choose weights."""
-        return bool(self.weights) and self.measured < len(self.norms) and (bool(self.shares) or step == 0)
+        """Whether the step is to be measured: the first, or as many as it takes to choose weights; each step once.
+
+        Args:
+            step: steps done before it; one whose images are taken in parts is measured on the first part.
+        """
+        due = step >= self.measured if self.shares else step == 0
+        return bool(self.weights) and self.measured < len(self.norms) and due
 
     def forward(self, task: Tensor, terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         """Measure one step.

@@ -102,6 +102,7 @@ def test_the_share_after_scaling_is_the_one_that_was_wished():
         task, terms = step(loss, backbone, head, index)
         before = dict(loss.weights)
         terms = loss.balance(task, terms, list(backbone.parameters()))
+        assert not loss.balance.wants(index), "a step is measured on the first part of its images"
         pull = norm_of(task, backbone)
         for name, seen in ratios.items():
             seen.append(norm_of(terms[name], backbone) / pull / loss.weights[name])
