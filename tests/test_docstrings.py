@@ -163,7 +163,7 @@ def test_tensors_and_arrays_have_shapes():
         for node in file.classes:
             for item in node.body:
                 if isinstance(item, ast.AnnAssign) and ARRAYS.search(ast.unparse(item.annotation)):
-                    lines = re.findall(rf"^ *{ast.unparse(item.target)}:.*", doc_of(node), re.MULTILINE)
+                    lines = re.findall(rf"^ *{ast.unparse(item.target)}:.*(?:\n  +.*)?", doc_of(node), re.MULTILINE)
                     if is_public(node.name) and not SHAPE.search("\n".join(lines) or doc_of(node)):
                         faults.append(f"{file.where}: {node.name}.{ast.unparse(item.target)}: no shape")
     report(faults)

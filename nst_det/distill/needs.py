@@ -89,7 +89,7 @@ def assemble(pieces: Sequence[Piece], values: Mapping[str, Tensor], count: int, 
 
 
 def is_stand_in(value: Tensor) -> bool:
-    """Whether :func:`assemble` put one NaN, in the shape of all, where nothing is kept since no loss reads it."""
+    """Whether :func:`assemble` put one NaN, seen as (B, ...), where nothing is kept since no loss reads it."""
     return value.dim() > 0 and value.numel() > 1 and not any(value.stride())
 
 
