@@ -157,7 +157,11 @@ class DistillTrainer(DefaultTrainer):
             return super().train()
 
     def run_step(self) -> None:
-        """As Detectron2's, whose check of the losses gets the names that it lacks."""
+        """As Detectron2's, whose check of the losses gets the names that it lacks.
+
+        Raises:
+            UserError: a loss is no number; the line names it.
+        """
         try:
             super().run_step()
         except FloatingPointError as error:
