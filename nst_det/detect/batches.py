@@ -30,6 +30,7 @@ class StepBatches:
         seed: of the run.
         start: the first step to give.
         wide: for each image, whether it is wider than high; None mixes them.
+        share: which of a batch's places to give, those of one process; None gives all.
 
     Example:
         >>> places = iter(StepBatches(size=4, batch=2, seed=0))
@@ -37,16 +38,25 @@ class StepBatches:
         [0, 1, 2, 3]
     """
 
-    def __init__(self, size: int, batch: int, seed: int, start: int = 0, wide: Sequence[bool] | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch: int,
+        seed: int,
+        start: int = 0,
+        wide: Sequence[bool] | None = None,
+        share: slice | None = None,
+    ) -> None:
         if size < 1 or batch < 1:
             raise ValueError(f"no batches of {batch} from {size} images")
         self.size, self.batch, self.seed, self.start, self.wide = size, batch, seed, start, wide
+        self.share = share or slice(None)
 
     def __iter__(self) -> Iterator[list[Place]]:
         for step, indices in enumerate(self._batches()):
             # passing over the steps that are done takes a microsecond an image, none is read for it
             if step >= self.start:
-                yield [Place(index, step, slot) for slot, index in enumerate(indices)]
+                yield [Place(index, step, slot) for slot, index in enumerate(indices)][self.share]
 
     def _batches(self) -> Iterator[list[int]]:
         waiting: dict[bool, list[int]] = {True: [], False: []}

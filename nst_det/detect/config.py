@@ -52,6 +52,8 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL    ... this level; 224 and 4 are Detectron2's constants
     SOLVER.OPTIMIZER                      SGD or ADAMW
     SOLVER.BACKBONE_MULTIPLIER            learning rate of the bottom-up as a part of BASE_LR
+    SOLVER.ACCUMULATE                     parts in which each process takes its images of a step, one after another, to
+                                          save memory (torchvision engine); IMS_PER_BATCH is that of the whole step
     SOLVER.NON_FINITE                     what is done where a loss or gradient is no number, see
                                           :func:`~nst_det.runtime.nonfinite.non_finite_node`; Detectron2 can only stop
     DATASETS.VOC                          name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN and TEST
@@ -82,6 +84,7 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL = 4
     cfg.SOLVER.OPTIMIZER = "SGD"
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    cfg.SOLVER.ACCUMULATE = 1
     cfg.SOLVER.NON_FINITE = _as_kind(non_finite_node(), kind)
     cfg.DATASETS.VOC = kind(new_allowed=True)
     cfg.DATASETS.CLASSES = []
@@ -219,6 +222,7 @@ def _check_numbers(config: CfgNode, source: str) -> None:
     at_least = {
         "SOLVER.MAX_ITER": 1,
         "SOLVER.IMS_PER_BATCH": 1,
+        "SOLVER.ACCUMULATE": 1,
         "SOLVER.CHECKPOINT_PERIOD": 1,
         "SOLVER.WARMUP_ITERS": 0,
         "TEST.EVAL_PERIOD": 0,

@@ -20,6 +20,7 @@ from nst_det.detect.batches import Place, StepBatches
 from nst_det.detect.config import voc_roots
 from nst_det.errors import UserError
 from nst_det.runtime.preemption import leave_group
+from nst_det.runtime.processes import share_of
 from nst_det.runtime.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,9 @@ class DetectionImages(Dataset[dict[str, Any]]):
         # NumPy's old generator, and in this order: what Detectron2's augmentation draws from this seed
         rng = np.random.RandomState(derive_seed(self.seed, "augment", place.step, place.slot) % 2**32)
         size = int(rng.randint(self.sizes[0], self.sizes[1] + 1) if self.sampled_range else rng.choice(self.sizes))
-        return self._example(place.image, size, flipped=self.flip != "none" and rng.uniform(0, 1.0) < 0.5)
+        example = self._example(place.image, size, flipped=self.flip != "none" and rng.uniform(0, 1.0) < 0.5)
+        # what the detector draws for it depends on its place in the whole batch, not on the process that has it
+        return example | {"seed": derive_seed(self.seed, "boxes", place.step, place.slot)}
 
     def _example(self, index: int, size: int, flipped: bool) -> dict[str, Any]:
         item = self.items[index]
@@ -226,15 +229,16 @@ def flip_boxes(boxes: np.ndarray, height: int, width: int, direction: str) -> np
 def training_batches(
     config: CfgNode, sets: Sequence[VocDataset], seed: int, start: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """The training batches of steps ``start``, ``start + 1``, ...
+    """The training batches of steps ``start``, ``start + 1``, ...; of several processes each gets its share.
 
     Raises:
-        UserError: an image or annotation can't be used, or there is nothing to train on.
+        UserError: an image or annotation can't be used, there is nothing to train on, or a batch can't be shared out.
     """
+    share = share_of(config.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH", config.SOLVER.ACCUMULATE)
     items = list_items(sets, config.DATASETS.USE_DIFFICULT, config.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     images = DetectionImages(items, config, train=True, seed=seed)
     wide = [item.width > item.height for item in items] if config.DATALOADER.ASPECT_RATIO_GROUPING else None
-    places = StepBatches(len(items), config.SOLVER.IMS_PER_BATCH, seed, start, wide)
+    places = StepBatches(len(items), config.SOLVER.IMS_PER_BATCH, seed, start, wide, share)
     if config.DATALOADER.NUM_WORKERS:
         images.preload()
     loader = DataLoader(
@@ -254,11 +258,17 @@ def training_batches(
 
 
 def evaluation_batches(
-    config: CfgNode, data: VocDataset | JoinedVoc, largest: int = 8
+    config: CfgNode, data: VocDataset | JoinedVoc, largest: int = 8, share: slice | None = None
 ) -> Iterator[list[dict[str, Any]]]:
     """All images of a split; those of equal size after resizing that follow each other share a batch.
 
     Equal sizes need no padding to each other, so that an image's detections don't depend on its neighbors.
+
+    Args:
+        config: reads INPUT.
+        data: the split.
+        largest: images in a batch.
+        share: which of the batches to give, those of one process; None gives all.
     """
     items = [
         Item(part, a.id, a.height, a.width, np.zeros((0, 4)), np.zeros(0, np.int64))
@@ -266,12 +276,11 @@ def evaluation_batches(
         for a in part.annotations()
     ]
     images = DetectionImages(items, config, train=False)
-    batch: list[dict[str, Any]] = []
-    for index in range(len(images)):
-        example = images[index]
-        if batch and (batch[0]["image"].shape != example["image"].shape or len(batch) == largest):
-            yield batch
-            batch = []
-        batch.append(example)
-    if batch:
-        yield batch
+    batches: list[list[int]] = []
+    shapes = [images.shape(item, images.sizes[0]) for item in items]
+    for index, shape in enumerate(shapes):
+        if not batches or shapes[batches[-1][0]] != shape or len(batches[-1]) == largest:
+            batches.append([])
+        batches[-1].append(index)
+    for batch in batches[share or slice(None)]:
+        yield [images[index] for index in batch]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,11 @@ from nst_det.detect.torchvision_engine import Detector
 from nst_det.evaluate.boxes import Detections, GroundTruth
 from nst_det.evaluate.figures import summarize
 from nst_det.runtime.files import write_text
+from nst_det.runtime.processes import gathered, rank, world_size
 from nst_det.runtime.progress import progress
+
+# image id, boxes (N, 4), labels (N,), scores (N,)
+Image = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
 
 @torch.no_grad()
@@ -25,18 +30,27 @@ def detect(detector: Detector, batches: Iterable[list[dict[str, Any]]], data: Vo
 
     Args:
         detector: is put into evaluation mode, and left in it.
-        batches: of these images, with ``image_id``, ``height`` and ``width``.
+        batches: of these images, with ``image_id``, ``height`` and ``width``; of several processes, each has its
+            share (see :func:`share_of_batches`), and all get all detections.
         data: names the classes.
     """
     detector.eval()
-    images: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
-    with progress("evaluation", len(data)) as meter:
+    mine: list[list[Image]] = []
+    with progress("evaluation", len(data) // world_size()) as meter:
         for batch in batches:
+            mine.append([])
             for item, found in zip(batch, detector(batch)):
                 boxes, labels, scores = (found[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
-                images.append((item["image_id"], boxes, labels, scores))
+                mine[-1].append((item["image_id"], boxes, labels, scores))
                 meter.step()
-    return Detections.from_images(images, data.classes)
+    # dealt out one by one, so that they come back in the order of the images
+    dealt = itertools.chain.from_iterable(itertools.zip_longest(*gathered(mine), fillvalue=[]))
+    return Detections.from_images([image for batch in dealt for image in batch], data.classes)
+
+
+def share_of_batches() -> slice:
+    """The evaluation batches of this process: batch k is process k's, modulo their number."""
+    return slice(rank(), None, world_size())
 
 
 def write_detections(path: str | Path, found: Detections) -> None:

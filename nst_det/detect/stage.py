@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from nst_det.detect.box_head import check_class_names
 from nst_det.detect.config import load_detect_config, resolve_classes, resolve_device
 from nst_det.detect.dataset import data_classes, evaluation_batches, open_voc, training_batches
 from nst_det.detect.distilled import DistilledDetector, distill, wants_teacher
-from nst_det.detect.evaluation import detect, score, write_detections
+from nst_det.detect.evaluation import detect, score, share_of_batches, write_detections
 from nst_det.detect.feature_maps import level_channels
 from nst_det.detect.opening import log_shapes
 from nst_det.detect.torchvision_engine import Detector, build_detector
@@ -31,6 +32,7 @@ from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path
 from nst_det.runtime.device import amp_dtype
 from nst_det.runtime.files import read_json, write_json
+from nst_det.runtime.processes import copy_from_first, from_first, is_first, start_processes
 from nst_det.runtime.run import RunFolder
 from nst_det.runtime.seeds import derive_seed, seeded
 from nst_det.transfer import parse_method
@@ -60,14 +62,15 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
         UserError: an input can't be used.
     """
     _settle(config, ENGINE="torchvision")
+    start_processes(config.MODEL.DEVICE == "cpu")
     folder = RunFolder(config.OUTPUT_DIR)
     classes = data_classes(config)
     resolve_classes(config, classes)
-    with folder.opened(config):
-        if folder.done:
+    with folder.opened(config) if is_first() else nullcontext():
+        if from_first(lambda: folder.done):
             log.info("%s is done already", folder.path)
-            return folder.result()
-        seed = _seed(config, folder)
+            return from_first(folder.result)
+        seed = from_first(lambda: _seed(config, folder))
         data = _test_data(config, classes)
         sets, validation = split_training(config, open_voc(config, "DATASETS.TRAIN", classes))
         student = _student(config, classes, seed)
@@ -78,7 +81,7 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
 
         def evaluate(step: int) -> dict[str, float]:
             found = _evaluate(student, config, validation or data)
-            if validation is not None:
+            if validation is not None and is_first():
                 keep_best(folder.path, student, classes, step, found)
             prefix = "" if validation is None else "val/"
             return {f"{prefix}{name}": found[name] for name in ("map", "map_area") if found.get(name) is not None}
@@ -87,9 +90,17 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
         validated: dict[str, Any] = {}
         if validation is not None:
             found = _evaluate(student, config, validation)
-            last = keep_best(folder.path, student, classes, config.SOLVER.MAX_ITER, found)
-            validated = {"validation": found, "checkpoints": settle(folder.path, student, last, config.TEST.SELECT)}
-        save_weights(folder.path / WEIGHTS_FILE, student, classes)
+            steps = config.SOLVER.MAX_ITER
+
+            def settled() -> dict[str, Any]:
+                last = keep_best(folder.path, student, classes, steps, found)
+                return settle(folder.path, student, last, config.TEST.SELECT)
+
+            validated = {"validation": found, "checkpoints": from_first(settled)}
+            # those of the best step, where they are tested
+            copy_from_first(student)
+        if is_first():
+            save_weights(folder.path / WEIGHTS_FILE, student, classes)
         result = {
             **_evaluate(student, config, data, folder.path / DETECTIONS_FILE),
             "seconds": trained.seconds,
@@ -102,7 +113,8 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
             "losses": trained.losses,
             **validated,
         }
-        folder.finish(result)
+        if is_first():
+            folder.finish(result)
         return result
 
 
@@ -117,6 +129,7 @@ def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
         UserError: the weights are not a whole detector, or there is nothing to evaluate on.
     """
     _settle(config, ENGINE="torchvision")
+    start_processes(config.MODEL.DEVICE == "cpu")
     if resume:
         _settle_weights(config, str(Path(config.OUTPUT_DIR) / WEIGHTS_FILE))
     if not config.DATASETS.TEST:
@@ -132,7 +145,8 @@ def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
     place_detector(detector, config)
     folder = Path(config.OUTPUT_DIR) / "inference"
     found = _evaluate(detector, config, _test_data(config, classes), folder / DETECTIONS_FILE)
-    write_json(folder / "result.json", found)
+    if is_first():
+        write_json(folder / "result.json", found)
     return found
 
 
@@ -195,7 +209,7 @@ def _with_teacher(
     if not wants_teacher(config.TRANSFER):
         return student
     with seeded(seed, "init", "teacher"), trusting_pickles(config.TRUST_PICKLE):
-        teacher, filled, theirs = _teacher(config)
+        teacher, filled, theirs = teacher_of(config)
     with seeded(seed, "init", "transfer"):
         model = distill(student, teacher, config.TRANSFER)
     below = set(level_channels(teacher.backbone.bottom_up))
@@ -211,7 +225,8 @@ def _with_teacher(
     return model
 
 
-def _teacher(config: CfgNode) -> tuple[Detector, str, Sequence[str]]:
+def teacher_of(config: CfgNode) -> tuple[Detector, str, Sequence[str]]:
+    """The teacher that TRANSFER.TEACHER names, what its weights filled (see ``load_weights``), and its classes."""
     named = config.TRANSFER.TEACHER
     overrides = ["MODEL.WEIGHTS", named.WEIGHTS] if named.WEIGHTS else []
     own = load_detect_config(expand_path(named.CONFIG_FILE, "TRANSFER.TEACHER.CONFIG_FILE"), overrides)
@@ -244,7 +259,7 @@ def _evaluate(
     """What the detector scores; nothing without test data."""
     if data is None:
         return {}
-    found = detect(detector, evaluation_batches(config, data), data)
-    if detections_file is not None:
+    found = detect(detector, evaluation_batches(config, data, share=share_of_batches()), data)
+    if detections_file is not None and is_first():
         write_detections(detections_file, found)
-    return score(found, data)
+    return from_first(lambda: score(found, data))

@@ -6,12 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nst_det.detect.distilled import DistilledDetector
 from nst_det.detect.faults import step_content
@@ -19,9 +21,19 @@ from nst_det.detect.solver import build_optimizer, clip_gradients, lr_schedule, 
 from nst_det.detect.torchvision_engine import Detector
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import load_latest_checkpoint, save_checkpoint
-from nst_det.runtime.metrics import MetricsWriter
+from nst_det.runtime.metrics import MetricsWriter, NoMetrics
 from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, NotFinite, broken_values, gradient_norm
 from nst_det.runtime.preemption import whole_steps
+from nst_det.runtime.processes import (
+    any_process,
+    average,
+    from_first,
+    is_first,
+    log_batch,
+    rank,
+    running_statistics,
+    world_size,
+)
 from nst_det.runtime.progress import progress
 from nst_det.runtime.run import RunFolder
 from nst_det.runtime.seeds import seed_everything
@@ -59,12 +71,15 @@ def train(
         batches_from: the batches from a step on, without end.
         evaluate: called every TEST.EVAL_PERIOD steps with the steps done; its numbers join the metrics.
 
+    In several processes every one holds the same bits after each step; the first one writes.
+
     Raises:
         UserError: a loss is not finite, or the checkpoint is of another model.
     """
     last, test = config.SOLVER.MAX_ITER, config.TEST
     training = Training(model, config, seed, folder)
     training.resume()
+    log_batch(config.SOLVER.IMS_PER_BATCH, config.SOLVER.ACCUMULATE, config.SOLVER.BASE_LR)
     board = folder.path / "tensorboard" if config.TENSORBOARD else None
     model.train()
     with progress(folder.path.name, last) as meter, whole_steps() as stop:
@@ -73,7 +88,8 @@ def train(
             start = training.done
             batches = iter(batches_from(start))
             meter.start_at(start)
-            with MetricsWriter(folder.metrics_path, start, board, config.WANDB) as metrics:
+            writer = MetricsWriter(folder.metrics_path, start, board, config.WANDB) if is_first() else NoMetrics()
+            with writer as metrics:
                 for done in range(start + 1, last + 1):
                     row = training.step(next(batches))
                     if training.done < done:
@@ -83,12 +99,26 @@ def train(
                         model.train()
                     metrics.write(done - 1, row)
                     meter.step({"loss": row["total_loss"]})
-                    leaving = stop.asked
+                    leaving = any_process(stop.asked, training.device)
                     if done % config.SOLVER.CHECKPOINT_PERIOD == 0 or done == last or leaving:
                         training.save()
                     if leaving:
                         stop.obey()
     return training.trained
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The same in a single process; else a module whose backward pass averages the gradients of all processes."""
+    if world_size() == 1:
+        return model
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    # a pyramid may have levels that nothing reads; running statistics are averaged after each step
+    return DistributedDataParallel(
+        model,
+        device_ids=None if on_cpu else [torch.cuda.current_device()],
+        broadcast_buffers=False,
+        find_unused_parameters=True,
+    )
 
 
 class Training:
@@ -103,6 +133,7 @@ class Training:
     Attributes:
         done: finished steps.
         trained: what is known of them.
+        device: the model's.
     """
 
     def __init__(self, model: Detector | DistilledDetector, config: CfgNode, seed: int, folder: RunFolder) -> None:
@@ -113,6 +144,8 @@ class Training:
         self.non_finite = NonFinite(self.solver.NON_FINITE, folder.path)
         self._parameters = [item for group in self.optimizer.param_groups for item in group["params"]]
         self._buffers = Buffers(model)
+        self.device = next(model.parameters()).device
+        self._parallel = data_parallel(model)
         self._began = time.monotonic()
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -124,22 +157,25 @@ class Training:
         Raises:
             UserError: the policy is to stop; the line names losses, levels and images.
         """
-        seed_everything(self.seed, "step", self.done)
-        if isinstance(self.model, DistilledDetector):
-            self.model.iteration = self.done
         factor = self.schedule(self.done / self.solver.MAX_ITER) * self.non_finite.rate
         set_learning_rate(self.optimizer, factor)
         self.optimizer.zero_grad(set_to_none=True)
         self._buffers.keep()
         losses: dict[str, float] = {}
         try:
-            values: dict[str, Tensor] = self.model(batch)
-            torch.stack(list(values.values())).sum().backward()
-            losses = {name: float(value.detach()) for name, value in values.items()}
-            broken = self._broken(losses)
+            own = self.backward(batch)
+            values = {name: value.clone() for name, value in own.items()}
+            average([*values.values(), *running_statistics(self.model)])
+            losses = {name: float(value) for name, value in values.items()}
+            norm = gradient_norm(self._parameters)
+            sound = all(map(math.isfinite, losses.values())) and bool(norm.isfinite())
+            broken = [] if sound else self.broken({name: float(value) for name, value in own.items()})
         except NotFinite as error:
-            broken = [str(error)]
-        if broken:
+            if world_size() > 1:
+                # the others are in the middle of the pass, they can't pass over it
+                raise
+            sound, broken = False, [str(error)]
+        if not sound:
             self._meet(broken, batch, losses)
         else:
             clip_gradients(self._parameters, self.solver.CLIP_GRADIENTS)
@@ -148,13 +184,31 @@ class Training:
             self.done += 1
         return {**losses, "total_loss": sum(losses.values()), "lr": self.solver.BASE_LR * factor}
 
-    def _broken(self, losses: dict[str, float]) -> list[str]:
-        norm = gradient_norm(self._parameters)
-        if all(map(math.isfinite, losses.values())) and bool(norm.isfinite()):
-            return []
-        named = list(self.model.named_parameters())
+    def backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients of all processes' images, in SOLVER.ACCUMULATE parts; this one's losses, scalars."""
+        parts, totals = self.solver.ACCUMULATE, dict[str, Tensor]()
+        size = len(batch) // parts
+        for part in range(parts):
+            # dropout and the like; the choice of anchors and proposals is seeded by image
+            piece = rank() * parts + part
+            seed_everything(self.seed, "step", self.done, *([piece] if piece else []))
+            if isinstance(self.model, DistilledDetector):
+                self.model.iteration = self.done
+            parallel = self._parallel
+            waits = isinstance(parallel, DistributedDataParallel) and part < parts - 1
+            with parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                losses: dict[str, Tensor] = parallel(batch[part * size : (part + 1) * size])
+                (torch.stack(list(losses.values())).sum() / parts).backward()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach() / parts
+        return totals
+
+    def broken(self, losses: dict[str, float]) -> list[str]:
+        """What of the last pass is no number: losses by their values, else gradients."""
         parts = self.model.transfer.parts if isinstance(self.model, DistilledDetector) else {}
-        return broken_values(losses, parts, {name: value.grad for name, value in named if value.grad is not None})
+        alone = world_size() == 1
+        gradients = {name: item.grad for name, item in self.model.named_parameters() if alone and item.grad is not None}
+        return broken_values(losses, parts, gradients)
 
     def _meet(self, broken: list[str], batch: Batch, losses: dict[str, float]) -> None:
         self._buffers.restore()
@@ -171,7 +225,9 @@ class Training:
         self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of all that the next step depends on."""
+        """Write a checkpoint of all that the next step depends on; every process has the same, the first one writes."""
+        if not is_first():
+            return
         adapters = self.model.transfer.state_dict() if isinstance(self.model, DistilledDetector) else {}
         self.trained.seconds = time.monotonic() - self._began
         state = {
@@ -190,7 +246,7 @@ class Training:
         Raises:
             UserError: it is of another run.
         """
-        state = load_latest_checkpoint(self.folder.checkpoints)
+        state = from_first(lambda: load_latest_checkpoint(self.folder.checkpoints))
         if state is None:
             if self.non_finite.needs_first_checkpoint:
                 self.save()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nst_det.distill.images import Batch
+from nst_det.runtime.processes import gathered
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def measure(
 
     Args:
         networks: classifiers by name; ``network(images)`` gives logits (B, classes).
-        batches: the validation split.
+        batches: the validation split, or this process's share of it; what all found is added up.
         normalize: uint8 images (B, 3, H, W) to what the networks take.
         autocast: the precision in which the networks were trained.
     """
@@ -60,6 +61,9 @@ def measure(
                 with autocast():
                     logits = network(images)
                 counts[name] = counts[name].to(images.device) + correct_counts(logits.float(), labels)
+    shares = gathered((total, {name: count.cpu() for name, count in counts.items()}))
+    total = sum(share for share, _ in shares)
+    counts = {name: torch.stack([found[name] for _, found in shares]).sum(0) for name in networks}
     for name, network in networks.items():
         network.train(training[name])
     return {name: Accuracy(*(count.double() / max(total, 1)).tolist()) for name, count in counts.items()}

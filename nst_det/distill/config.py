@@ -126,7 +126,12 @@ def _solver() -> CfgNode:
     # for scales, shifts and biases
     node.WEIGHT_DECAY_NORM = 0.0
     node.MAX_ITER = 1000
+    # images of a step, of all processes together
     node.IMS_PER_BATCH = 64
+    # parts in which each process takes its images of a step, one after another, to save memory
+    node.ACCUMULATE = 1
+    # batch normalization over the images of all processes; False takes each process's own
+    node.SYNC_BN = False
     # constant | step | cosine | onecycle, after a linear warm-up from WARMUP_FACTOR
     node.SCHEDULE = "cosine"
     node.WARMUP_ITERS = 0
@@ -275,6 +280,7 @@ def _check_solver(node: CfgNode, key: str) -> None:
     _require(node.BASE_LR > 0, f"{key}.BASE_LR", "above 0")
     _require(node.MAX_ITER > 0, f"{key}.MAX_ITER", "at least 1")
     _require(node.IMS_PER_BATCH > 1, f"{key}.IMS_PER_BATCH", "at least 2 (batch normalization needs two images)")
+    _require(node.ACCUMULATE >= 1, f"{key}.ACCUMULATE", "at least 1")
     _require(node.MOMENTUM >= 0, f"{key}.MOMENTUM", "0 or more")
     _require(not node.NESTEROV or node.MOMENTUM > 0, f"{key}.NESTEROV", "False where MOMENTUM is 0")
     _require(0 <= node.WARMUP_ITERS <= node.MAX_ITER, f"{key}.WARMUP_ITERS", "from 0 to MAX_ITER")

@@ -13,6 +13,7 @@ from nst_det.distill.store import ImageStore
 from nst_det.distill.views import Views
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path
+from nst_det.runtime.processes import rank, share_of, world_size
 
 GIB = 1 << 30
 
@@ -42,10 +43,21 @@ class StageOneData:
         self._stores: dict[str, ImageStore] = {}
 
     def train_steps(
-        self, augment: CfgNode, batch_size: int, views: Views | None = None
+        self, augment: CfgNode, batch_size: int, views: Views | None = None, accumulate: int = 1
     ) -> Callable[[int, int], Iterator[Batch]]:
-        """``steps(first, last)``: the training batches under an augmentation (a DATA.AUGMENT node)."""
-        batches = TrainingBatches(self._train_store(augment), batch_size, self.config.SEED, augment, views)
+        """``steps(first, last)``: this process's share of the training batches.
+
+        Args:
+            augment: a DATA.AUGMENT node.
+            batch_size: images of a step, of all processes.
+            views: takes its views in place of augmentations drawn at each step.
+            accumulate: parts into which each share will be cut.
+
+        Raises:
+            UserError: the batch can't be shared out evenly.
+        """
+        share = share_of(batch_size, "SOLVER.IMS_PER_BATCH", accumulate)
+        batches = TrainingBatches(self._train_store(augment), batch_size, self.config.SEED, augment, views, share)
         workers = self.config.DATALOADER.NUM_WORKERS
         return lambda first, last: batches.steps(first, last, workers)
 
@@ -55,8 +67,9 @@ class StageOneData:
         return Views(self._train_store(augment), augment, node.VIEWS, node.VIEW_SEED) if node.VIEWS else None
 
     def validation(self) -> Iterator[Batch]:
-        """The validation split, once."""
-        return evaluation_batches(self._store("val", square=True), self.config.TEST.IMS_PER_BATCH)
+        """This process's share of the validation split, once."""
+        share = slice(rank(), None, world_size())
+        return evaluation_batches(self._store("val", square=True), self.config.TEST.IMS_PER_BATCH, share)
 
     def description(self) -> dict[str, object]:
         """The data's part of a card."""

@@ -35,13 +35,23 @@ class Batch:
     rows: Tensor | None = None
     names: tuple[str, ...] = ()
 
+    def split(self, parts: int) -> list[Batch]:
+        """Equal parts one after another; B is a multiple of their number."""
+        size = len(self.labels) // parts
+        cuts = [slice(start, start + size) for start in range(0, size * parts, size)]
+        rows = self.rows
+        return [
+            Batch(self.images[cut], self.labels[cut], None if rows is None else rows[cut], self.names[cut])
+            for cut in cuts
+        ]
+
     def pin_memory(self) -> Batch:
         """The same in pinned memory, as a loader asks for it, so that copies to a GPU needn't wait."""
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.rows, self.names)
 
 
 class TrainingBatches(Dataset[Batch]):
-    """The training batches by step: item k is the whole batch of step k.
+    """The training batches by step: item k is the batch of step k, or this process's share of it.
 
     An epoch is a permutation seeded by (seed, epoch); batches run on over the end of an epoch.
 
@@ -51,12 +61,20 @@ class TrainingBatches(Dataset[Batch]):
         seed: of the run.
         augment: the DATA.AUGMENT node.
         views: takes its views in place of augmentations drawn at each step.
+        share: which of a step's images to give; None gives all.  An image is augmented the same whoever gets it.
     """
 
     def __init__(
-        self, store: ImageStore, batch_size: int, seed: int, augment: CfgNode, views: Views | None = None
+        self,
+        store: ImageStore,
+        batch_size: int,
+        seed: int,
+        augment: CfgNode,
+        views: Views | None = None,
+        share: slice | None = None,
     ) -> None:
         self.store, self.batch_size, self.seed, self.augment, self.views = store, batch_size, seed, augment, views
+        self.share = share or slice(0, batch_size)
         self._permutations: dict[int, Tensor] = {}
 
     def indices(self, step: int) -> Tensor:
@@ -80,21 +98,28 @@ class TrainingBatches(Dataset[Batch]):
         return self._permutations[epoch]
 
     def __getitem__(self, step: int) -> Batch:
-        indices = self.indices(step)
+        indices = self.indices(step)[self.share]
         labels = self.store.labels[indices]
         names = tuple(self.store.split.paths[index] for index in indices.tolist())
         if self.views is not None:
-            rows = torch.cat([self.views.rows(epoch, part) for epoch, part in self._parts(step)])
+            rows = torch.cat([self.views.rows(epoch, part) for epoch, part in self._parts(step)])[self.share]
             return Batch(self.views.images(rows), labels, rows, names)
+        if self.augment.CROP_AREA or self.augment.COLOR_JITTER:
+            images = self._cropped(step, indices)
+        else:
+            images = self.store.squares(indices)
         with seeded(self.seed, "augment", step):
-            if self.augment.CROP_AREA or self.augment.COLOR_JITTER:
-                images = crop_and_jitter(
-                    [self.store[index] for index in indices.tolist()], self.store.size, self.augment
-                )
-            else:
-                images = self.store.squares(indices)
-            images = shift_and_flip(images, self.augment.SHIFT, self.augment.HFLIP)
+            images = shift_and_flip(images, self.augment.SHIFT, self.augment.HFLIP, self.batch_size, self.share)
         return Batch(images, labels, names=names)
+
+    def _cropped(self, step: int, indices: Tensor) -> Tensor:
+        images = []
+        with torch.random.fork_rng(devices=[]):
+            for slot, index in enumerate(indices.tolist(), start=self.share.start):
+                # each by itself: how many numbers an image draws depends on its shape
+                torch.default_generator.manual_seed(derive_seed(self.seed, "crop", step, slot))
+                images.append(crop_and_jitter([self.store[index]], self.store.size, self.augment))
+        return torch.cat(images)
 
     def steps(self, first: int, last: int, workers: int) -> Iterator[Batch]:
         """The batches of steps ``first`` to ``last - 1``; the number of workers doesn't change them."""
@@ -145,9 +170,9 @@ class _ErrorsAsItems(Dataset["Batch | UserError"]):
             return error
 
 
-def evaluation_batches(store: ImageStore, batch_size: int) -> Iterator[Batch]:
-    """All images once, in order."""
-    for start in range(0, len(store), batch_size):
+def evaluation_batches(store: ImageStore, batch_size: int, share: slice | None = None) -> Iterator[Batch]:
+    """All images once, in order; or of these batches those in ``share``."""
+    for start in range(0, len(store), batch_size)[share or slice(None)]:
         rows = torch.arange(start, min(start + batch_size, len(store)))
         yield Batch(store.squares(rows), store.labels[rows])
 

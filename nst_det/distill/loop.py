@@ -14,6 +14,7 @@ from nst_det.distill.images import Batch, Normalizer
 from nst_det.distill.opening import log_balance
 from nst_det.distill.student import Student
 from nst_det.runtime.preemption import whole_steps
+from nst_det.runtime.processes import any_process
 from nst_det.runtime.progress import progress
 from nst_det.transfer import Outputs
 
@@ -22,6 +23,8 @@ SHOWN_LOSSES = 3
 Steps = Callable[[int, int], Iterator[Batch]]
 # what a teacher or its cache says about normalized images and the views that these are
 Teaching = Callable[[Tensor, Tensor | None], Outputs]
+# normalized images, labels and what the teacher said about them
+Seen = tuple[Tensor, Tensor, Outputs | None]
 # accuracy of the students by their words
 Measure = Callable[[Sequence[Student]], dict[str, Accuracy]]
 
@@ -80,7 +83,7 @@ def train_side_by_side(
                     with clock("evaluation"):
                         for word, accuracy in measure(stayed).items():
                             next(student for student in stayed if student.word == word).record(accuracy)
-                leaving = stop.asked
+                leaving = any_process(stop.asked, normalize.device)
                 if done == last or done % checkpoint_period == 0 or leaving:
                     with clock("checkpoints"):
                         for student in stayed:
@@ -107,31 +110,47 @@ def one_step(
     """
     start = clock.total()
     with clock("data"):
-        batch = next(batches)
-        images = normalize(batch.images)
-        labels = batch.labels.to(images.device, non_blocking=True)
-    said = None
-    if teacher is not None and any(student.needs_teacher for student in active):
-        with clock("teacher"):
-            said = teacher(images, batch.rows)
-    share = (clock.total() - start) / len(active)
+        whole = next(batches)
+        parts = whole.split(active[0].solver.ACCUMULATE)
     totals: dict[str, float] = {}
     waiting: list[Student] = []
-    for student in active:
+    seen: list[Seen] = []
+    for number, batch in enumerate(parts):
+        with clock("data"):
+            images = normalize(batch.images)
+            labels = batch.labels.to(images.device, non_blocking=True)
+        said = None
+        if teacher is not None and any(student.needs_teacher for student in active):
+            with clock("teacher"):
+                said = teacher(images, batch.rows)
+        seen.append((images, labels, said))
+        share = (clock.total() - start) / len(active)
+        for student in active:
+            start = clock.total()
+            with clock("students"):
+                student.forward_backward(images, labels, said if student.needs_teacher else None, number)
+            if number == len(parts) - 1:
+                waiting.append(student)
+            # on a CPU at once, while its gradients are in the cache; each reading of a GPU waits for it, so together
+            if waiting and (images.device.type == "cpu" or student is active[-1]):
+                with clock("optimizers"):
+                    totals |= _update(waiting, seen, parts)
+                waiting.clear()
+            student.seconds += share + clock.total() - start
         start = clock.total()
-        with clock("students"):
-            student.forward_backward(images, labels, said if student.needs_teacher else None)
-        waiting.append(student)
-        # on a CPU at once, while its gradients are still in the cache; each reading of a GPU waits for it, so together
-        if images.device.type == "cpu" or student is active[-1]:
-            with clock("optimizers"):
-                health = torch.stack([one.health for one in waiting]).tolist()
-                for one, numbers in zip(waiting, health):
-                    totals[one.word] = numbers[0]
-                    if all(map(math.isfinite, numbers)):
-                        one.update()
-                    else:
-                        one.meet(images, labels, said if one.needs_teacher else None, batch.names)
-            waiting.clear()
-        student.seconds += share + clock.total() - start
+    return totals
+
+
+def _update(students: Sequence[Student], seen: Sequence[Seen], parts: Sequence[Batch]) -> dict[str, float]:
+    """An optimizer step of those whose loss and gradient are numbers; each one's loss."""
+    totals = {}
+    health = torch.stack([student.health for student in students]).tolist()
+    for student, numbers in zip(students, health):
+        totals[student.word] = numbers[0]
+        if all(map(math.isfinite, numbers)):
+            student.update()
+            continue
+        part = student.broken_part
+        images, labels, said = seen[part]
+        student.meet(images, labels, said if student.needs_teacher else None, parts[part].names)
     return totals

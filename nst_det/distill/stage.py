@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
 from nst_det.backbones import check_name, count_parameters, load_into, registry_folders, save_backbone
+from nst_det.backbones.sync_norm import sync_batch_norm
 from nst_det.distill.accuracy import Accuracy, measure
 from nst_det.distill.cache_writing import CacheWriter
 from nst_det.distill.claims import cache_claim, student_claim, teacher_claim
@@ -29,7 +30,7 @@ from nst_det.distill.networks import (
     initial_teacher,
     same_labels,
 )
-from nst_det.distill.opening import log_shapes
+from nst_det.distill.opening import log_shapes, warn_of_neighbors
 from nst_det.distill.student import Student
 from nst_det.distill.teacher import Teacher
 from nst_det.distill.views import Views
@@ -37,6 +38,7 @@ from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path, plain
 from nst_det.runtime.device import amp_dtype, autocast, default_device
 from nst_det.runtime.files import write_text
+from nst_det.runtime.processes import copy_from_first, from_first, is_first, log_batch, start_processes, wait_for_all
 from nst_det.runtime.run import RunFolder
 from nst_det.transfer import LABELS_ONLY, Method, TransferLoss, build_transfer, parse_method
 
@@ -47,7 +49,8 @@ def distill(config: CfgNode) -> dict[str, dict[str, Any]]:
     """Train the teacher, if it must be, and the students of all methods side by side.
 
     What is done already in OUTPUT_DIR is not done again; what was stopped goes on from its newest checkpoint, to
-    the same bits on a CPU.
+    the same bits on a CPU.  Under torchrun the processes share out every batch, and the first one alone reads and
+    writes OUTPUT_DIR and the registry.
 
     Args:
         config: see :func:`nst_det.distill.config.get_defaults`.
@@ -59,6 +62,7 @@ def distill(config: CfgNode) -> dict[str, dict[str, Any]]:
         UserError: something in config, data or weights can't be used, or the teacher is worse than expected.
     """
     check_config(config)
+    start_processes(on_cpu=False)
     return StageOne(config).run()
 
 
@@ -81,7 +85,8 @@ class StageOne:
 
     def run(self) -> dict[str, dict[str, Any]]:
         """All of it; see :func:`distill`."""
-        write_text(self.output / "config.yaml", self.config.dump())
+        if is_first():
+            write_text(self.output / "config.yaml", self.config.dump())
         classes = self.data.classes
         student = initial_student(self.config, len(classes))
         needed = not self.methods or any(method.names for method in self.methods.values())
@@ -103,14 +108,19 @@ class StageOne:
             UserError: it is worse than TEACHER.EXPECTED_TOP1, or that can't be measured.
         """
         folder = RunFolder(self.output / "teacher")
-        with folder.opened(teacher_claim(self.config, self.data.fingerprint, network.sha256)):
-            if not folder.done and not network.sha256 and self.config.TEACHER.TRAIN:
+        claim = teacher_claim(self.config, self.data.fingerprint, network.sha256)
+        with folder.opened(claim) if is_first() else nullcontext():
+            done = from_first(lambda: folder.done)
+            if not done and not network.sha256 and self.config.TEACHER.TRAIN:
                 self._train_teacher(network, folder)
-            elif not folder.done:
+            elif not done:
                 self._take_teacher(network, folder, labels_shared)
-            result = folder.result()
+            result = from_first(folder.result)
         if not network.sha256:
-            load_into(network.model, result["backbone"])
+            if is_first():
+                load_into(network.model, result["backbone"])
+            copy_from_first(network.model.to(self.device))
+            network.model.cpu()
         self._gate(result)
         return result
 
@@ -118,7 +128,8 @@ class StageOne:
         solver, augment = teacher_solver(self.config), teacher_augment(self.config)
         teacher = self._student("teacher", network, build_transfer(LABELS_ONLY), solver, folder)
         self._train([teacher], None, solver, augment, "teacher")
-        finish(teacher, network, self.data, self.teacher_file, config=self._config())
+        if is_first():
+            finish(teacher, network, self.data, self.teacher_file, config=self._config())
 
     def _take_teacher(self, network: Network, folder: RunFolder, labels_shared: bool) -> None:
         """A teacher whose weights are there already: measure it, and give plain weights a card."""
@@ -126,6 +137,10 @@ class StageOne:
         if labels_shared:
             model = copy_of(network, self.device)
             accuracy = self._measure({"teacher": model}, teacher_solver(self.config))["teacher"]
+        if is_first():
+            self._keep_teacher(network, folder, accuracy)
+
+    def _keep_teacher(self, network: Network, folder: RunFolder, accuracy: Accuracy | None) -> None:
         path, sha256 = network.source, network.sha256
         if network.card is None:
             path = self.teacher_file
@@ -179,9 +194,10 @@ class StageOne:
             unfinished: list[Student] = []
             for word, method in self.methods.items():
                 folder = RunFolder(self.output / "students" / word)
-                held.enter_context(folder.opened(student_claim(self.config, method, self.data.fingerprint, sha256)))
-                if folder.done:
-                    results[word] = folder.result()
+                if is_first():
+                    held.enter_context(folder.opened(student_claim(self.config, method, self.data.fingerprint, sha256)))
+                if from_first(lambda folder=folder: folder.done):  # type: ignore[misc]
+                    results[word] = from_first(folder.result)
                 else:
                     unfinished.append(self._student(word, network, losses[word], self.config.SOLVER, folder))
             if unfinished:
@@ -193,7 +209,9 @@ class StageOne:
             for student in unfinished:
                 path = self.student_files[student.word]
                 fields = {"teacher": about if student.needs_teacher else {}, "config": self._config()}
-                results[student.word] = finish(student, network, self.data, path, **fields)
+                if is_first():
+                    finish(student, network, self.data, path, **fields)
+                results[student.word] = from_first(student.folder.result)
         return {word: results[word] for word in self.methods}
 
     def _teaching(
@@ -209,14 +227,23 @@ class StageOne:
         arch = " ".join([network.arch, *(f"{key}={value}" for key, value in sorted(network.arch_kwargs.items()))])
         computed = str(precision or torch.float32).removeprefix("torch.")
         claim = cache_claim(self.config, self.data.fingerprint, sha256, arch, computed)
-        return CacheWriter(self.config, views, teacher, copy_of(student, self.device), losses, claim).open()
+        writer = CacheWriter(self.config, views, teacher, copy_of(student, self.device), losses, claim)
+        if is_first():
+            writer.open()
+        wait_for_all()
+        # by now all of it is there; each process reads it
+        return writer.open()
 
     def _student(self, word: str, network: Network, loss: TransferLoss, solver: CfgNode, folder: RunFolder) -> Student:
+        model = copy_of(network, self.device)
+        if solver.SYNC_BN:
+            model, loss = sync_batch_norm(model), cast(TransferLoss, sync_batch_norm(loss))
+        copy_from_first(model, loss.to(self.device))
         return Student(
             word,
-            copy_of(network, self.device),
+            model,
             network.levels,
-            loss.to(self.device),
+            loss,
             solver,
             self.config.SEED,
             folder,
@@ -239,10 +266,12 @@ class StageOne:
             for student in students:
                 opened.callback(student.close)
                 student.start(config.TENSORBOARD, config.WANDB)
+            log_batch(solver.IMS_PER_BATCH, solver.ACCUMULATE, solver.BASE_LR)
+            warn_of_neighbors(students, solver)
             train_side_by_side(
                 students,
                 teacher,
-                self.data.train_steps(augment, solver.IMS_PER_BATCH, views),
+                self.data.train_steps(augment, solver.IMS_PER_BATCH, views, solver.ACCUMULATE),
                 self.normalize,
                 lambda active: self._measure({student.word: student.model for student in active}, solver),
                 last=solver.MAX_ITER,

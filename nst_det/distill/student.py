@@ -14,14 +14,15 @@ from torch.nn.functional import cross_entropy
 from nst_det.backbones import LevelInfo, forward_outputs
 from nst_det.backbones.levels import backbone_parameters
 from nst_det.distill.accuracy import Accuracy
-from nst_det.distill.layout import by_positions
 from nst_det.distill.faults import broken_outputs, step_content
+from nst_det.distill.layout import by_positions
 from nst_det.distill.solver import build_optimizer, clip_gradients, lr_factor
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import load_latest_checkpoint, save_checkpoint
 from nst_det.runtime.device import autocast
-from nst_det.runtime.metrics import MetricsWriter
+from nst_det.runtime.metrics import MetricsWriter, NoMetrics
 from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, broken_values, gradient_norm
+from nst_det.runtime.processes import average_gradients, from_first, is_first, rank, running_statistics, world_size
 from nst_det.runtime.run import RunFolder
 from nst_det.runtime.seeds import derive_seed
 from nst_det.transfer import Outputs, TransferLoss
@@ -76,6 +77,7 @@ class Student:
         self.best_step = 0
         self.terms: dict[str, Tensor] = {}
         self.total = torch.zeros(())
+        self._passes: list[dict[str, Tensor]] = []
         self._optimizer = build_optimizer([model, transfer], solver)
         self._parameters = [item for group in self._optimizer.param_groups for item in group["params"]]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
@@ -106,7 +108,7 @@ class Student:
         Raises:
             UserError: the checkpoint is of another run.
         """
-        state = load_latest_checkpoint(self.folder.checkpoints)
+        state = from_first(lambda: load_latest_checkpoint(self.folder.checkpoints))
         if state is not None:
             self._load(state)
         elif self.non_finite.needs_first_checkpoint:
@@ -117,7 +119,8 @@ class Student:
     def _open_metrics(self) -> None:
         tensorboard, wandb = self._trackers
         board = self.folder.path / "tensorboard" if tensorboard else None
-        self._metrics = MetricsWriter(self.folder.metrics_path, self.step, board, wandb)
+        writes = is_first()
+        self._metrics = MetricsWriter(self.folder.metrics_path, self.step, board, wandb) if writes else NoMetrics()
 
     def close(self) -> None:
         """Close the metrics."""
@@ -125,21 +128,28 @@ class Student:
             self._metrics.close()
             self._metrics = None
 
-    def forward_backward(self, images: Tensor, labels: Tensor, teacher: Outputs | None) -> None:
+    def forward_backward(self, images: Tensor, labels: Tensor, teacher: Outputs | None, part: int = 0) -> None:
         """One pass; gradients stay in the parameters, loss terms in :attr:`terms`.
+
+        After the last of SOLVER.ACCUMULATE parts both are means over the parts, and over all processes.
 
         Args:
             images: (B, 3, H, W), normalized.
             labels: (B,).
             teacher: what the teacher said about ``images``; None where the method has no terms.
+            part: of this process's images of the step, from 0.
 
         Raises:
             UserError: AUTO_WEIGHT names a term that doesn't reach the backbone.
         """
+        parts = self.solver.ACCUMULATE
         # dropout and the like: the same draws at this step whoever trains beside
-        torch.manual_seed(derive_seed(self.seed, "forward", self.step))
+        piece = rank() * parts + part
+        torch.manual_seed(derive_seed(self.seed, "forward", self.step, *([piece] if piece else [])))
         self.model.train()
-        self._buffers.keep()
+        if part == 0:
+            self._buffers.keep()
+            self._passes = []
         with autocast(self.device, self.precision):
             outputs = forward_outputs(self.model, images, self.levels)
         outputs.maps = {name: _tap(maps) for name, maps in outputs.maps.items()}
@@ -153,10 +163,30 @@ class Student:
             weighted = self._balanced(terms["ce"], self.transfer(outputs, teacher))
             terms |= {name: rise * value for name, value in weighted.items()}
         total = torch.stack(list(terms.values())).sum()
-        self._scaler.scale(total).backward()
-        self.terms, self.total = {name: value.detach() for name, value in terms.items()}, total.detach()
+        self._scaler.scale(total / parts).backward()
+        self._passes.append({name: value.detach() for name, value in terms.items()})
+        if part == parts - 1:
+            self._join()
+
+    def _join(self) -> None:
+        """Gradients, terms and running statistics become those of all parts and processes."""
+        self.terms = {name: torch.stack([one[name] for one in self._passes]).mean() for name in self._passes[0]}
+        statistics = [*running_statistics(self.model), *running_statistics(self.transfer)]
+        average_gradients(self._parameters, [*self.terms.values(), *statistics])
+        self.total = torch.stack(list(self.terms.values())).sum()
         # infinite gradients are an everyday matter of fp16's scaler, which passes over such steps by itself
         self._norm = self.total if self._scaler.is_enabled() else gradient_norm(self._parameters)
+
+    @property
+    def last_pass(self) -> dict[str, Tensor]:
+        """Loss terms of the last pass, scalars; :attr:`terms` are those of all parts and processes."""
+        return self._passes[-1]
+
+    @property
+    def broken_part(self) -> int:
+        """The part of the last step whose loss is no number; the last where all are, in this process."""
+        finite = [bool(torch.stack(list(one.values())).isfinite().all()) for one in self._passes]
+        return finite.index(False) if False in finite else len(finite) - 1
 
     def _balanced(self, task: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms, measured against the task in the first steps, by the weights that are chosen there."""
@@ -174,9 +204,7 @@ class Student:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._scaler.unscale_(self._optimizer)
-        clip_gradients(
-            self._parameters, self.solver.CLIP_GRADIENTS, None if self._scaler.is_enabled() else self._norm
-        )
+        clip_gradients(self._parameters, self.solver.CLIP_GRADIENTS, None if self._scaler.is_enabled() else self._norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
@@ -198,13 +226,13 @@ class Student:
             UserError: the policy is to stop, or has had its limit; the line names terms, levels and images.
         """
         named = [*self.model.named_parameters(), *self.transfer.named_parameters()]
-        gradients = {name: value.grad for name, value in named if value.grad is not None}
-        values = {name: float(value) for name, value in self.terms.items()}
+        alone = world_size() == 1
+        gradients = {name: value.grad for name, value in named if value.grad is not None and alone}
+        values = {name: float(value) for name, value in self._passes[self.broken_part].items()}
         broken = [*broken_values(values, self.transfer.parts, gradients), *broken_outputs(teacher)]
         self._buffers.restore()
         self._optimizer.zero_grad(set_to_none=True)
         content = step_content(self, images, labels, teacher)
-        broken = broken or ["the norm of all gradients"]
         if self.non_finite.meet(self.step, broken, names, content) == SKIP:
             self.step += 1
         else:
@@ -212,9 +240,11 @@ class Student:
 
     def _go_back(self) -> None:
         count = self.non_finite.count
-        state = load_latest_checkpoint(self.folder.checkpoints)
+        state = from_first(lambda: load_latest_checkpoint(self.folder.checkpoints))
         if state is None:
-            raise UserError(f"{self.folder.checkpoints}: no checkpoint to go back to; set SOLVER.NON_FINITE.POLICY stop")
+            raise UserError(
+                f"{self.folder.checkpoints}: no checkpoint to go back to; set SOLVER.NON_FINITE.POLICY stop"
+            )
         self._load(state)
         self.non_finite.gone_back(count)
         # kept at once, so that a kill doesn't bring the former rate back
@@ -240,7 +270,9 @@ class Student:
         self._metrics.write(step, values)
 
     def save(self) -> None:
-        """Write a checkpoint of all that the next step depends on."""
+        """Write a checkpoint of all that the next step depends on; every process has the same, the first one writes."""
+        if not is_first():
+            return
         state: dict[str, Any] = {
             "model": self.model.state_dict(),
             "transfer": self.transfer.state_dict(),

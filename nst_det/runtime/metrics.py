@@ -81,6 +81,19 @@ class MetricsWriter:
         self.close()
 
 
+class NoMetrics(MetricsWriter):
+    """In place of a writer in the processes that own no run folder."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All rows of a ``metrics.jsonl``; a last line cut off by a kill is left out.
 

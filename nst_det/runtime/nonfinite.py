@@ -7,6 +7,7 @@ what the forward pass changed is put back, the batch is written to ``nonfinite/s
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import write_state
+from nst_det.runtime.processes import gathered, rank
 
 log = logging.getLogger(__name__)
 STOP, SKIP, BACK = POLICIES = ("stop", "skip", "back")
 SHOWN = 8
+NORM = "the norm of all gradients"
 
 
 class NotFinite(UserError):
@@ -64,8 +67,8 @@ def broken_values(
 
     Example:
         >>> nan = torch.tensor(math.nan)
-        >>> broken_values({"ce": 1.0, "at": math.nan}, {"at": {"res3:res3": torch.ones(()), "res4:res4": nan}}, {})
-        ['at (res4:res4)']
+        >>> broken_values({"ce": 1.0, "at": math.nan}, {"at": {"res3": torch.ones(()), "res4": nan}}, {})
+        ['at (res4)']
     """
     found = []
     for name, value in terms.items():
@@ -139,17 +142,26 @@ class NonFinite:
     def meet(self, step: int, names: Sequence[str], images: Sequence[str], content: Mapping[str, Any]) -> str:
         """Write what a replay needs, then say ``skip`` or ``back``.
 
+        Of several processes, all come here; the first one in which something was found writes.
+
         Args:
             step: in which it was found.
-            names: of what is no number.
-            images: ids of the batch.
+            names: of what is no number in this process.
+            images: ids of its batch.
             content: of the file, tensors and plain values; step, names and ids are added.
 
         Raises:
             UserError: the policy is to stop, or LIMIT is reached; names, ids and file are in the line.
         """
         path = self.folder / "nonfinite" / f"step-{step:08d}.pt"
-        write_state(path, {**content, "step": step, "not_finite": list(names), "images": list(images)})
+        everywhere = gathered((list(names), list(images)))
+        # where only the mean of all gradients is none, each may be at fault
+        found_in = [number for number, (broken, _) in enumerate(everywhere) if broken] or list(range(len(everywhere)))
+        names = list(dict.fromkeys(itertools.chain.from_iterable(everywhere[number][0] for number in found_in)))
+        names = names or [NORM]
+        images = list(itertools.chain.from_iterable(everywhere[number][1] for number in found_in))
+        if rank() == found_in[0]:
+            write_state(path, {**content, "step": step, "not_finite": names, "images": images})
         who = f"{self.who}: " if self.who else ""
         found = f"{who}not finite at step {step}: {listed(names)}; images {listed(images)}"
         kept = f"nst-det replay {path} runs this step again"

@@ -143,6 +143,18 @@ def copy_from_first(*modules: nn.Module) -> None:
                 dist.broadcast(tensor.detach(), src=0)
 
 
+def average(tensors: Iterable[Tensor]) -> None:
+    """Floating point tensors of any shape (...,) become their mean over all processes, in one exchange, in place."""
+    tensors = list(tensors)
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.detach().copy_(mean.view(tensor.shape))
+
+
 def average_gradients(parameters: Iterable[Tensor], others: Iterable[Tensor] = ()) -> None:
     """Gradients, and other floating point tensors, become their mean over all processes, in one exchange.
 
@@ -154,17 +166,11 @@ def average_gradients(parameters: Iterable[Tensor], others: Iterable[Tensor] = (
     """
     if world_size() == 1:
         return
-    parameters, rest = list(parameters), list(others)
-    tensors = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters] + rest
-    there = torch.tensor([item.grad is not None for item in parameters])
-    flat = torch.cat([there.to(tensors[0]), *(tensor.detach().reshape(-1).float() for tensor in tensors)])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    anywhere = flat[: len(there)].tolist()
-    pieces = flat[len(there) :].split([tensor.numel() for tensor in tensors])
-    for tensor, piece in zip(tensors, pieces):
-        tensor.detach().copy_(piece.view(tensor.shape))
-    for item, mean, used in zip(parameters, tensors, anywhere):
+    parameters = list(parameters)
+    there = torch.stack([item.new_tensor(item.grad is not None, dtype=torch.float) for item in parameters])
+    gradients = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters]
+    average([there, *gradients, *others])
+    for item, mean, used in zip(parameters, gradients, there.tolist()):
         item.grad = mean if used else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -24,8 +25,15 @@ console = Console(stderr=True)
 PLAIN_SECONDS = 15.0
 
 
+def is_silent() -> bool:
+    """Whether this is one of several processes of torchrun's, and not the first, which does the talking."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+
+
 def is_live(console: Console) -> bool:
     """Whether bars can move: on a terminal, or in a notebook that has ipywidgets."""
+    if is_silent():
+        return False
     return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
 
 
@@ -38,7 +46,7 @@ def start_logging(level: int = logging.INFO) -> None:
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.ERROR if is_silent() else level, handlers=[handler], force=True)
 
 
 class Meter:

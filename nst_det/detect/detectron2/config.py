@@ -61,6 +61,11 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
     cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
     choose_roi_heads(cfg)
     cfg.freeze()
+    if cfg.SOLVER.ACCUMULATE != 1:
+        raise UserError(
+            f"{file or 'command line'}: SOLVER.ACCUMULATE: Detectron2's trainer doesn't take a step's images in parts; "
+            "set it to 1, or ENGINE torchvision"
+        )
     check_select(cfg, str(file or "command line"))
     check_wandb(cfg.WANDB, str(file or "command line"))
     if cfg.SOLVER.NON_FINITE.POLICY != STOP:

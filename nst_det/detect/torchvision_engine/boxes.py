@@ -13,6 +13,8 @@ from torchvision.ops import box_iou
 
 # of the matcher: an anchor or proposal that is trained on neither as object nor as background
 IGNORED = -1
+# what the random choices for each image of a batch are drawn from
+Draws = Sequence[torch.Generator]
 
 
 class Anchors(nn.Module):
@@ -123,7 +125,9 @@ def match(
     return index, label
 
 
-def sample(label: Tensor, background: int, count: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+def sample(
+    label: Tensor, background: int, count: int, positive_fraction: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """Random indices of objects and of background: as many objects as the fraction allows, background for the rest.
 
     Args:
@@ -131,13 +135,14 @@ def sample(label: Tensor, background: int, count: int, positive_fraction: float)
         background: the label that means background.
         count: how many of both together.
         positive_fraction: of ``count``, the most that may be objects.
+        generator: on the labels' device; None takes torch's own.
     """
     positive = torch.nonzero((label != IGNORED) & (label != background)).squeeze(1)
     negative = torch.nonzero(label == background).squeeze(1)
     positives = min(len(positive), int(count * positive_fraction))
     negatives = min(len(negative), count - positives)
-    chosen = torch.randperm(len(positive), device=label.device)[:positives]
-    rest = torch.randperm(len(negative), device=label.device)[:negatives]
+    chosen = torch.randperm(len(positive), device=label.device, generator=generator)[:positives]
+    rest = torch.randperm(len(negative), device=label.device, generator=generator)[:negatives]
     return positive[chosen], negative[rest]
 
 

@@ -16,6 +16,7 @@ from nst_det.detect.torchvision_engine.roi_heads import RoiHeads, build_roi_head
 from nst_det.detect.torchvision_engine.rpn import Rpn, build_rpn
 from nst_det.errors import UserError
 from nst_det.runtime.device import autocast
+from nst_det.runtime.processes import largest_of_processes
 from nst_det.runtime.seeds import seeded
 
 
@@ -72,21 +73,23 @@ class Detector(nn.Module):
         Args:
             batch: a dict an image: ``image`` (3, H, W), uint8 or float, 0..255, in ``input_format``; ``height`` and
                 ``width`` of the original image (inference; without them it is ``image``'s); ``boxes`` (M, 4) xyxy in
-                pixels of ``image`` and ``labels`` (M,) from 0 (training).
+                pixels of ``image`` and ``labels`` (M,) from 0 (training); ``seed`` of the choice of its anchors and
+                proposals (training; without it, drawn).
 
         Returns:
             In training: loss_cls, loss_box_reg, loss_rpn_cls, loss_rpn_loc, scalars. Otherwise a dict an image:
             ``boxes`` (N, 4) xyxy in pixels of the original image, ``scores`` (N,), ``labels`` (N,), best first.
         """
         images, sizes = self.preprocess([item["image"] for item in batch])
+        draws = self._draws(batch, images.device) if self.training else ()
         with autocast(images.device, self.amp if self.training else None):
             maps = self.backbone(images)
         maps = {name: map_.float() for name, map_ in maps.items()}
         if self.training:
             boxes = [item["boxes"].to(images.device, torch.float32) for item in batch]
             labels = [item["labels"].to(images.device) for item in batch]
-            proposals, losses = self.proposal_generator(maps, sizes, boxes)
-            _, own = self.roi_heads(maps, proposals, sizes, list(zip(boxes, labels)))
+            proposals, losses = self.proposal_generator(maps, sizes, boxes, draws)
+            _, own = self.roi_heads(maps, proposals, sizes, list(zip(boxes, labels)), draws)
             return {**own, **losses}
         proposals, _ = self.proposal_generator(maps, sizes)
         found, _ = self.roi_heads(maps, proposals, sizes)
@@ -96,15 +99,23 @@ class Detector(nn.Module):
             results.append(dict(zip(("boxes", "scores", "labels"), to_image(image_found, seen, size))))
         return results
 
+    @staticmethod
+    def _draws(batch: Sequence[dict[str, Any]], device: torch.device) -> list[torch.Generator]:
+        seeds = [int(item["seed"] if "seed" in item else torch.randint(2**62, ())) for item in batch]
+        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
     def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Normalize images and pad them with zeros, right and below, to one size.
+        """Normalize images and pad them with zeros, right and below, to one size: in training that of all processes.
 
         Returns:
             (B, 3, H, W), and (height, width) of each image without padding.
         """
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         multiple = max(self.backbone.size_divisibility, 1)
-        height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes))
+        largest = [max(side) for side in zip(*sizes)]
+        if self.training:
+            largest = largest_of_processes(largest, self.pixel_mean.device)
+        height, width = (-(-side // multiple) * multiple for side in largest)
         padded = [
             F.pad(
                 (image.to(self.pixel_mean.device) - self.pixel_mean) / self.pixel_std,

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, roi_align
 
 from nst_det.detect.torchvision_engine.backbone import Shape
-from nst_det.detect.torchvision_engine.boxes import Boxes, clip, larger_than, match, sample
+from nst_det.detect.torchvision_engine.boxes import Boxes, Draws, clip, larger_than, match, sample
 from nst_det.errors import UserError
+from nst_det.runtime.processes import mean_of_processes, world_size
 
 # boxes (N, 4) xyxy in pixels of the network's input, scores (N,), labels (N,) from 0
 Found = tuple[Tensor, Tensor, Tensor]
@@ -158,6 +159,7 @@ class RoiHeads(nn.Module):
         proposals: list[Tensor],
         sizes: Sequence[tuple[int, int]],
         truth: Sequence[tuple[Tensor, Tensor]] | None = None,
+        draws: Draws = (),
     ) -> tuple[list[Found], dict[str, Tensor]]:
         """Classify and refine proposals.
 
@@ -166,6 +168,7 @@ class RoiHeads(nn.Module):
             proposals: (N, 4) of each image.
             sizes: (height, width) of each image without padding.
             truth: (M, 4) boxes and (M,) labels of each image's objects; given in training.
+            draws: what chooses the proposals of each image; where it is empty, torch's own generator does.
 
         Returns:
             The detections of each image (none in training), and the losses (none in inference).
@@ -174,7 +177,8 @@ class RoiHeads(nn.Module):
         if truth is None:
             logits, deltas = self._predict(levels, proposals)
             return self._detect(logits, deltas, proposals, sizes), {}
-        chosen = [self._sample(found, *objects) for found, objects in zip(proposals, truth)]
+        sources = draws or [None] * len(proposals)
+        chosen = [self._sample(found, *objects, draw) for found, objects, draw in zip(proposals, truth, sources)]
         logits, deltas = self._predict(levels, [rois for rois, _, _ in chosen])
         boxes, targets, labels = (torch.cat(parts) for parts in zip(*chosen))
         return [], self._losses(logits, deltas, boxes, targets, labels)
@@ -198,7 +202,9 @@ class RoiHeads(nn.Module):
         return predicted
 
     @torch.no_grad()
-    def _sample(self, proposals: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(
+        self, proposals: Tensor, boxes: Tensor, labels: Tensor, draw: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(R, 4) proposals to train on, (R, 4) their objects' boxes, (R,) labels."""
         settings = self.settings
         if settings.append_truth:
@@ -207,7 +213,7 @@ class RoiHeads(nn.Module):
         label = torch.full_like(index, settings.classes)
         if len(boxes):
             label = torch.where(kind == 1, labels[index], label)
-        positive, negative = sample(label, settings.classes, settings.batch_size, settings.positive_fraction)
+        positive, negative = sample(label, settings.classes, settings.batch_size, settings.positive_fraction, draw)
         chosen = torch.cat((positive, negative))
         # background has no object; its own box stands in and is never read
         targets = boxes[index[chosen]] if len(boxes) else proposals[chosen]
@@ -223,7 +229,7 @@ class RoiHeads(nn.Module):
         found = rows[positive, 0 if agnostic else labels[positive]]
         distance = self.coder.regression_loss(found, boxes[positive], targets[positive], settings.beta)
         # over all RoIs, so that an object weighs the same in every batch; no RoI at all gives 0, not NaN
-        count = max(len(labels), 1)
+        count = max(len(labels), 1) if world_size() == 1 else mean_of_processes(logits.new_tensor(len(labels))).clamp(1)
         classification = F.cross_entropy(logits, labels, reduction="sum") / count
         return {
             "loss_cls": classification,

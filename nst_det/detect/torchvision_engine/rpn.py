@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from nst_det.detect.torchvision_engine.backbone import Shape
-from nst_det.detect.torchvision_engine.boxes import IGNORED, Anchors, Boxes, clip, larger_than, match, sample
+from nst_det.detect.torchvision_engine.boxes import IGNORED, Anchors, Boxes, Draws, clip, larger_than, match, sample
+from nst_det.errors import UserError
 from nst_det.runtime.nonfinite import NotFinite
 
 
@@ -94,6 +95,7 @@ class Rpn(nn.Module):
         maps: dict[str, Tensor],
         sizes: Sequence[tuple[int, int]],
         truth: Sequence[Tensor] | None = None,
+        draws: Draws = (),
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Propose boxes.
 
@@ -101,6 +103,7 @@ class Rpn(nn.Module):
             maps: level -> (B, C, H, W), float32.
             sizes: (height, width) of each image without padding.
             truth: (M, 4) boxes of each image's objects; given in training.
+            draws: what chooses the anchors of each image; where it is empty, torch's own generator does.
 
         Returns:
             (N, 4) proposals of each image, best first, and the losses.
@@ -111,7 +114,7 @@ class Rpn(nn.Module):
         levels = [maps[name] for name in self.settings.in_features]
         anchors = self.anchors(levels)
         logits, deltas = self.rpn_head(levels)
-        losses = {} if truth is None else self._losses(anchors, logits, deltas, sizes, truth)
+        losses = {} if truth is None else self._losses(anchors, logits, deltas, sizes, truth, draws)
         with torch.no_grad():
             return self._propose(anchors, logits, deltas, sizes), losses
 
@@ -122,16 +125,17 @@ class Rpn(nn.Module):
         deltas: list[Tensor],
         sizes: Sequence[tuple[int, int]],
         truth: Sequence[Tensor],
+        draws: Draws,
     ) -> dict[str, Tensor]:
         settings, all_anchors = self.settings, torch.cat(anchors)
         all_logits, all_deltas = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
         scores, labels = [], []
         distance = all_logits.new_zeros(())
-        for image, (boxes, size) in enumerate(zip(truth, sizes)):
+        for image, (boxes, size, draw) in enumerate(zip(truth, sizes, draws or [None] * len(sizes))):
             index, label = match(boxes, all_anchors, settings.thresholds, (0, IGNORED, 1), low_quality=True)
             if settings.boundary >= 0:
                 label[~_inside(all_anchors, size, settings.boundary)] = IGNORED
-            positive, negative = sample(label, 0, settings.batch_size, settings.positive_fraction)
+            positive, negative = sample(label, 0, settings.batch_size, settings.positive_fraction, draw)
             scores.append(all_logits[image, torch.cat((positive, negative))])
             labels.append(torch.cat((torch.ones_like(positive), torch.zeros_like(negative))))
             targets = boxes[index[positive]]
