@@ -223,7 +223,8 @@ def module_names():
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         # the api's examples need a project, see test_api
         if ">>>" in path.read_text(encoding="utf-8") and name != "nst_det.api":
-            yield name
+            needs_detectron2 = name.startswith("nst_det.detect.detectron2")
+            yield pytest.param(name, marks=pytest.mark.detectron2 if needs_detectron2 else (), id=name)
 
 
 def test_no_example_is_left_out():
@@ -231,10 +232,10 @@ def test_no_example_is_left_out():
     assert skipped == []
 
 
-@pytest.mark.parametrize("name", sorted(module_names()))
+@pytest.mark.parametrize("name", module_names())
 def test_examples_run(name):
     if name.startswith("nst_det.detect.detectron2"):
-        pytest.importorskip("detectron2", reason="the module's examples need Detectron2")
+        pytest.importorskip("detectron2")
     failed, tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert tried > 0
     assert failed == 0

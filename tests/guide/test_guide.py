@@ -96,6 +96,17 @@ def test_commands_and_files_in_all_pages_exist(page):
         assert (CHECKOUT / name).exists(), f"{page.name}: there is no {name}"
 
 
+def test_words_and_options_in_the_text_exist():
+    parsers = build_parser()._subparsers._group_actions[0].choices
+    for page in sorted({*PAGES, *CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").rglob("*.md")}):
+        for code in re.findall(r"(?<!`)`nst-det ([^`]+)`(?!`)", page.read_text(encoding="utf-8")):
+            word, *rest = code.split()
+            if word not in ("WORD", "--help"):
+                assert word in parsers, f"{page.name}: nst-det {code}"
+                options = {text for text in rest if text.startswith("--")} - set(parsers[word]._option_string_actions)
+                assert not options, f"{page.name}: nst-det {code}"
+
+
 @pytest.fixture
 def terminal(empty_folder, tmp_path):
     """Does a shell line or Python text in the new user's folder; gives what it printed.

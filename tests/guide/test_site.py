@@ -3,6 +3,7 @@
 import html.parser
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,26 @@ def test_the_site_is_built_strictly_and_asks_nothing_of_the_net(tmp_path):
     losses = (tmp_path / "site" / "reference" / "transfer.html").read_text(encoding="utf-8")
     assert 'id="nst_det.transfer.nst.nst_loss"' in losses
     assert ":func:" not in losses
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+PAGES = [*CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").rglob("*.md")]
+# hosts that pages link to; no test asks them
+HOSTS = {"arxiv.org", "detectron2.readthedocs.io", "github.com", "semver.org"}
+
+
+def links(page):
+    return LINK.findall(page.read_text(encoding="utf-8"))
+
+
+def test_links_to_other_hosts_are_few_and_known():
+    found = {link for page in PAGES for link in links(page) if ":" in link}
+    assert all(link.startswith("https://") for link in found)
+    assert {link.split("/")[2] for link in found} == HOSTS
+
+
+def test_pages_that_mkdocs_does_not_see_link_to_what_is_there():
+    for page in CHECKOUT.glob("*.md"):
+        for link in links(page):
+            if ":" not in link:
+                assert (page.parent / link.split("#")[0]).exists(), f"{page.name}: {link}"
