@@ -106,6 +106,13 @@ class CacheWriter:
         parts = ", ".join(f"{piece.name} {_size(piece.bytes)}" for piece in index.pieces if piece.kept)
         size = f"{self.views.count} views of {count} images take {_size(each * index.rows)} ({parts} each)"
         log.info("teacher cache %s: %s", self.folder, size)
+        reads = self.config.SOLVER.MAX_ITER * self.config.SOLVER.IMS_PER_BATCH
+        if reads < index.rows:
+            log.warning(
+                "teacher cache: this run alone asks for %d views and would be faster without; a cache is for several "
+                "runs, or for more epochs than CACHE.VIEWS",
+                reads,
+            )
         remedy = "take fewer CACHE.VIEWS, fewer or smaller TRANSFER.LEVELS, or CACHE.DTYPE fp16"
         limit = self.config.CACHE.MAX_GIB
         if each * index.rows > limit * GIB:

@@ -138,6 +138,7 @@ def test_attention_maps_are_kept_in_place_of_maps(images, teacher, tmp_path, cap
     size = sum(value.numel() * value.element_size() for value in stored.values())
     assert size == ROWS * 4 * (3 + 16 + 4)
     assert f"2 views of 24 images take {size / 1024:.4g} KiB (logits 12 B," in caplog.text
+    assert "this run alone asks for 7 views and would be faster without" in caplog.text
 
 
 def test_a_stopped_writer_goes_on(images, teacher, cached, tmp_path, monkeypatch):
