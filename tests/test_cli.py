@@ -28,7 +28,7 @@ class Word:
     [
         (0, 0, ""),
         (UserError("f.yaml: A\n is wrong; remove it"), 2, "nst-det: f.yaml: A is wrong; remove it\n"),
-        (KeyboardInterrupt(), 130, "nst-det: interrupted; the same command goes on from the last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "nst-det: interrupted\n"),
     ],
 )
 def test_exit_codes(monkeypatch, capsys, result, code, said):

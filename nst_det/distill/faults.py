@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nst_det.distill.needs import is_stand_in
 from nst_det.runtime.config import plain
+from nst_det.runtime.processes import rank
 from nst_det.transfer import Outputs
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def step_content(student: Student, images: Tensor, labels: Tensor, teacher: Outp
         "about": plain(student.about),
         "solver": plain(student.solver),
         "seed": student.seed,
+        # which of the parts that all processes took of the step's images
+        "piece": rank() * student.solver.ACCUMULATE + student.broken_part,
         "warmup": student.warmup,
         "precision": str(student.precision or torch.float32).removeprefix("torch."),
         "model": _on_cpu(student.model.state_dict()),
@@ -61,11 +64,11 @@ def outputs_content(outputs: Outputs) -> dict[str, Any]:
     }
 
 
-def outputs_from(content: dict[str, Any]) -> Outputs:
+def outputs_from(content: dict[str, Any], device: torch.device) -> Outputs:
     """The reverse of :func:`outputs_content`."""
-    outputs = Outputs(content["logits"], dict(content["maps"]), content["embedding"])
+    outputs = Outputs(*(_moved(content[name], device) for name in ("logits", "maps", "embedding")))
     for key, value in content["shared"]:
-        outputs.keep(key, value)
+        outputs.keep(key, _moved(value, device))
     return outputs
 
 
@@ -83,10 +86,14 @@ def broken_outputs(teacher: Outputs | None) -> list[str]:
 
 
 def _on_cpu(value: Any) -> Any:
+    return _moved(value, torch.device("cpu"))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return value.detach().to(device)
     if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
+        return {key: _moved(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_on_cpu(item) for item in value)
+        return type(value)(_moved(item, device) for item in value)
     return value

@@ -1,0 +1,78 @@
+"""A step of stage two, run again from its file and, where it has one, the teacher detector that its config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nst_det.detect.config import get_defaults
+from nst_det.detect.distilled import DistilledDetector, distill, wants_teacher
+from nst_det.detect.stage import place_detector, teacher_of
+from nst_det.detect.torchvision_engine import Detector, build_detector
+from nst_det.detect.train import Training
+from nst_det.errors import UserError
+from nst_det.runtime.config import merge_tree
+from nst_det.runtime.device import amp_dtype
+from nst_det.runtime.nonfinite import NotFinite
+from nst_det.runtime.replayed import Replayed, first_broken
+from nst_det.runtime.run import RunFolder
+
+
+def replay(content: dict[str, Any], path: str | Path) -> Replayed:
+    """Forward and backward of the step, by the code that trains.
+
+    Args:
+        content: of the file, see :func:`nst_det.detect.faults.step_content`.
+        path: of the file, for errors.
+
+    Raises:
+        UserError: the file is not whole, of the Detectron2 engine, or its teacher is no longer there.
+    """
+    if content["config"].get("ENGINE") != "torchvision":
+        raise UserError(
+            f"{path}: a step of the Detectron2 engine; its batch is kept here, but only Detectron2 can run it"
+        )
+    try:
+        training = _training(content)
+        batch = [_on(training.device, item) for item in content["batch"]]
+        losses, broken = {}, []
+        with first_broken(training.model) as found:
+            try:
+                losses = {name: float(value) for name, value in training.backward(batch).items()}
+            except NotFinite as error:
+                broken = [str(error)]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: can't be run again ({reason}); use the version that wrote it") from error
+    broken = broken or training.broken(losses)
+    recorded, names = dict(content["terms"]), [str(name) for name in content["images"]]
+    who = f"stage two, {content['method']}, step {content['step']}"
+    return Replayed(who, recorded, losses, broken, list(content["not_finite"]), names, found.name)
+
+
+def _training(content: dict[str, Any]) -> Training:
+    config = get_defaults()
+    merge_tree(config, content["config"], "the step's file")
+    student = build_detector(config, content["seed"])
+    student.load_state_dict(content["model"])
+    student.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
+    if config.SOLVER.AMP.ENABLED:
+        student.amp = amp_dtype("auto")
+    place_detector(student, config)
+    model: Detector | DistilledDetector = student
+    if wants_teacher(config.TRANSFER):
+        model = distill(student, teacher_of(config)[0], config.TRANSFER)
+        model.transfer.load_state_dict(content["adapters"])
+        model.transfer.weights.update(content["weights"])
+        model.to(student.pixel_mean.device)
+    model.train()
+    training = Training(model, config, content["seed"], RunFolder(Path()))
+    training.done = content["step"]
+    return training
+
+
+def _on(device: torch.device, item: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in item.items()}
