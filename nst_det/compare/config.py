@@ -18,8 +18,8 @@ from nst_det.runtime.config import expand_path, flat, key_values, load_config, m
 from nst_det.runtime.files import read_json
 from nst_det.runtime.run import FREE_KEYS, RunFolder
 
-SCRATCH, TEACHER, BASELINE = "scratch", "teacher", "ce"
-EXTRA_ROWS = (SCRATCH, TEACHER)
+SCRATCH, TEACHER, BASELINE, NO_FPN = "scratch", "teacher", "ce", "no-fpn"
+EXTRA_ROWS = (SCRATCH, NO_FPN, TEACHER)
 # small networks gain nothing from more
 MOST_THREADS = 8
 # these may grow (or differ) between two calls on one folder: what is there already stays as it is
@@ -38,7 +38,8 @@ def default_config() -> CfgNode:
     SEEDS                     one whole set of rows a seed
     TUNED                     the tuned.yaml of ``nst-det tune``: weights and levels of the methods that are in it; ""
                               takes none
-    ROWS                      detectors that start elsewhere: ``scratch`` (random backbone, always among them) and
+    ROWS                      detectors beside the methods': ``scratch`` (random backbone, always among them),
+                              ``no-fpn`` (the backbone of ce, without FPN: its difference to ce is what FPN brings) and
                               ``teacher`` (the teacher's own backbone, as an upper mark)
     JOBS                      runs side by side; 0 takes the number of cores, or of GPUs
     THREADS                   CPU threads of stage one (a detector has one); 0 takes the cores, at most 8
@@ -47,6 +48,7 @@ def default_config() -> CfgNode:
     DISTILL.CONFIG, .OPTS     stage one's YAML (relative to this file) and KEY VALUE pairs on top of it
     DETECT.CONFIG, .OPTS      the same of stage two
     DETECT.SCRATCH_OPTS       KEY VALUE pairs for the detectors of the row ``scratch`` alone
+    DETECT.NO_FPN_OPTS        KEY VALUE pairs for the detectors of the row ``no-fpn`` alone
     DETECT.TEACHER_OPTS       KEY VALUE pairs for the detectors of the row ``teacher`` alone, and for the detector that
                               teaches those with ``@det`` (it is trained once, with seed 0, unless stage two's config
                               names one by TRANSFER.TEACHER)
@@ -66,7 +68,7 @@ def default_config() -> CfgNode:
     config.DATA.GENERATE = CfgNode(new_allowed=True)
     config.DATA.ROOT = ""
     config.DISTILL = CfgNode({"CONFIG": "", "OPTS": []})
-    config.DETECT = CfgNode({"CONFIG": "", "OPTS": [], "SCRATCH_OPTS": [], "TEACHER_OPTS": []})
+    config.DETECT = CfgNode({"CONFIG": "", "OPTS": [], "SCRATCH_OPTS": [], "NO_FPN_OPTS": [], "TEACHER_OPTS": []})
     return config
 
 
@@ -138,10 +140,11 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     )
     row_opts = {
         SCRATCH: _words(config.DETECT.SCRATCH_OPTS),
+        NO_FPN: (*without_fpn(detect), *_words(config.DETECT.NO_FPN_OPTS)) if NO_FPN in rows else (),
         TEACHER: _words(config.DETECT.TEACHER_OPTS),
     }
     for row, words in row_opts.items():
-        merge_stage(detect, words, f"{file}: DETECT.{row.upper()}_OPTS")
+        merge_stage(detect, words, f"{file}: DETECT.{_key(row)}_OPTS")
     check_hand_over(distill, detect, str(file))
     if detect.TRANSFER.METHOD != BASELINE and any(parse_row(word).detector.names for word in methods):
         raise UserError(
@@ -156,7 +159,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     claim = {key: value for key, value in plain(flat(config)).items() if key.split(".")[0] not in GROWING_KEYS}
     threads = config.THREADS or _recorded_threads(folder) or min(core_count(), MOST_THREADS)
     claim |= {"ENGINE": engine, "THREADS": threads, **_prefixed(DISTILL, distill), **_prefixed(DETECT, detect)}
-    claim |= {f"DETECT.{row.upper()}_OPTS": list(words) for row, words in row_opts.items()}
+    claim |= {f"DETECT.{_key(row)}_OPTS": list(_words(config.DETECT[f"{_key(row)}_OPTS"])) for row in row_opts}
     if config.JOBS < 0 or config.THREADS < 0:
         raise UserError(f"{file}: JOBS and THREADS can't be negative; 0 takes the number of cores")
     return Comparison(
@@ -176,6 +179,38 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         tuned=tuned,
         claim=claim,
     )
+
+
+def without_fpn(detect: CfgNode) -> tuple[str, ...]:
+    """KEY VALUE pairs that take FPN out of a detector: proposals and boxes from the map of stride 16 alone.
+
+    Anchors of all levels stand on that map.
+
+    Raises:
+        UserError: the detector has no FPN.
+    """
+    if detect.MODEL.BACKBONE.NAME != "build_timm_fpn_backbone":
+        raise UserError(
+            f"ROWS: no-fpn: DETECT.MODEL.BACKBONE.NAME {detect.MODEL.BACKBONE.NAME} can't have its FPN taken out; "
+            "build_timm_fpn_backbone can"
+        )
+    anchors = detect.MODEL.ANCHOR_GENERATOR
+    sizes, ratios = (
+        sorted({value for row in rows for value in row}) for rows in (anchors.SIZES, anchors.ASPECT_RATIOS)
+    )
+    settings = {
+        "MODEL.BACKBONE.NAME": "build_timm_backbone",
+        "MODEL.TIMM.OUT_FEATURES": ["res4"],
+        "MODEL.RPN.IN_FEATURES": ["res4"],
+        "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
+        "MODEL.ANCHOR_GENERATOR.SIZES": [sizes],
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [ratios],
+    }
+    return tuple(str(word) for pair in settings.items() for word in pair)
+
+
+def _key(row: str) -> str:
+    return row.upper().replace("-", "_")
 
 
 def merge_stage(config: CfgNode, words: Sequence[str], source: str) -> CfgNode:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nst_det.compare.config import SCRATCH, TEACHER, Comparison, core_count
+from nst_det.compare.config import BASELINE, NO_FPN, SCRATCH, TEACHER, Comparison, core_count
 from nst_det.compare.method import RowMethod, parse_row
 from nst_det.compare.stages import DETECT, DISTILL, generated_settings
 from nst_det.errors import UserError
@@ -121,12 +121,17 @@ def backbone_name(comparison: Comparison, row: str, seed: int) -> str:
         return ""
     if row == TEACHER:
         return f"{comparison.name}-teacher"
-    return f"{comparison.name}-{parse_row(row).backbone.word}-s{seed}"
+    return f"{comparison.name}-{_student(row)}-s{seed}"
 
 
 def student_folder(comparison: Comparison, row: str, seed: int) -> Path:
     """The run folder of the student that a row's detector starts from."""
-    return comparison.folder / "distill" / f"seed{seed}" / "students" / parse_row(row).backbone.word
+    return comparison.folder / "distill" / f"seed{seed}" / "students" / _student(row)
+
+
+def _student(row: str) -> str:
+    """The method of stage one whose backbone a row's detector starts from."""
+    return BASELINE if row == NO_FPN else parse_row(row).backbone.word
 
 
 def teacher_folder(comparison: Comparison) -> Path:
@@ -219,7 +224,7 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
     if row == TEACHER:
         settings |= {"MODEL.TIMM.ARCH": comparison.distill.TEACHER.ARCH}
         settings |= {"MODEL.TIMM.KWARGS": comparison.distill.TEACHER.ARCH_KWARGS}
-    elif row != SCRATCH and parse_row(row).detector.names:
+    elif row not in (SCRATCH, NO_FPN) and parse_row(row).detector.names:
         settings |= _transfer_settings(comparison, parse_row(row))
         if not comparison.detect.TRANSFER.TEACHER.CONFIG_FILE:
             needs = (*needs, teacher_detector_name(comparison))

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nst_det.compare.config import BASELINE, SCRATCH, TEACHER, Comparison
+from nst_det.compare.config import BASELINE, NO_FPN, SCRATCH, TEACHER, Comparison
 from nst_det.compare.method import parse_row
 from nst_det.compare.plan import Run, backbone_name, detector_folder, student_folder, teacher_folder
 from nst_det.compare.statistics import EXPLANATION, REFERENCE, holm, mean_std, paired_difference
@@ -133,7 +133,7 @@ def _row(
     difference = asdict(paired_difference({seed: entry["map"] for seed, entry in entries.items()}, baseline))
     if row == BASELINE:
         difference |= {"mean": 0.0, "interval": None, "p_value": None, "verdict": REFERENCE}
-    transfers = row not in (SCRATCH, BASELINE, TEACHER)
+    transfers = row not in (SCRATCH, BASELINE, NO_FPN, TEACHER)
     return {
         "method": row,
         "stage": "detector" if transfers and parse_row(row).detector.names else "backbone" if transfers else "",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nst_det.report.curves import Curve, Curves
-from nst_det.report.rows import BASELINE, LOWER_MARK, UPPER_MARK, Results, Row
+from nst_det.report.rows import BASELINE, LOWER_MARK, NO_FPN, UPPER_MARK, Results, Row
 from nst_det.report.svg import INK, MUTED, STYLE, SURFACE, method_color, to_svg
 from nst_det.report.tables import fraction, signed
 
@@ -21,6 +21,8 @@ WIDTH = 4.7
 LABEL_LENGTH = 20
 LINES = ("-", "--", ":", "-.")
 MARKERS = "osD^vP"
+# line and marker of the rows that no transfer method made
+MARKS = {LOWER_MARK: (":", "v"), UPPER_MARK: ("--", "^"), NO_FPN: ("-.", "X")}
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ def looks(methods: Sequence[str]) -> dict[str, Look]:
     for method in methods:
         if method == BASELINE:
             chosen[method] = Look(INK, "-", "o")
-        elif method in (LOWER_MARK, UPPER_MARK):
-            chosen[method] = Look(MUTED, ":" if method == LOWER_MARK else "--", "v" if method == LOWER_MARK else "^")
+        elif method in MARKS:
+            chosen[method] = Look(MUTED, *MARKS[method])
         else:
             line = LINES[(index // 10 + index % 2) % len(LINES)]
             chosen[method] = Look(method_color(index), line, MARKERS[index % len(MARKERS)])

@@ -49,7 +49,6 @@ def render_page(results: Results) -> str:
         latency=tables.latency_text,
         seconds=tables.seconds_text,
         marks=tables.MARKS,
-        transfer=tables.TRANSFER,
     )
     style, script = (_source(environment, name) for name in ("style.css", "script.js"))
     look = charts.looks([row.method for row in results.rows])

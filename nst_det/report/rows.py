@@ -13,8 +13,8 @@ from nst_det.report.measured import Checkpoints, Cost, read_checkpoints, read_co
 
 BETTER, WORSE, NOISE, SINGLE, REFERENCE = "better", "worse", "noise", "single seed", "reference"
 BASELINE = "ce"
-# rows whose backbone no transfer method made: a random one below, the teacher's own above
-LOWER_MARK, UPPER_MARK = "scratch", "teacher"
+# rows that no transfer method made: a random backbone below, the teacher's own above, and ce's without FPN
+LOWER_MARK, UPPER_MARK, NO_FPN = "scratch", "teacher", "no-fpn"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Row:
     @property
     def is_method(self) -> bool:
         """Whether it learns from a teacher (it is not the baseline, nor one of the marks)."""
-        return self.method not in (BASELINE, LOWER_MARK, UPPER_MARK)
+        return self.method not in (BASELINE, LOWER_MARK, UPPER_MARK, NO_FPN)
 
 
 @dataclass(frozen=True)

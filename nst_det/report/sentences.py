@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-from nst_det.report.rows import BASELINE, BETTER, LOWER_MARK, NOISE, SINGLE, WORSE, Results, Row
+from nst_det.report.rows import BASELINE, BETTER, LOWER_MARK, NO_FPN, NOISE, SINGLE, WORSE, Results, Row
 from nst_det.report.tables import fraction, interval_text, signed
 
 QUESTION = "Which transfer method gives the better detector?"
@@ -82,6 +82,13 @@ def caveats(results: Results) -> list[str]:
         gain = baseline.map - scratch.map
         notes.append(
             f"Stage one itself: a backbone trained with labels only (ce) gives {signed(gain)} mAP against a random one."
+        )
+    bare = results.row(NO_FPN)
+    if bare and baseline and bare.delta is not None:
+        interval = "" if bare.interval is None else f" {interval_text(bare)}"
+        notes.append(
+            f"FPN itself: without it the detector on the backbone of ce has mAP {fraction(bare.map)}, "
+            f"{signed(bare.delta)}{interval} against ce with it."
         )
     single = [row for row in results.rows if row.verdict == SINGLE]
     if single and len(results.seeds) > 1:

@@ -6,6 +6,7 @@ from nst_det.compare.comparison import run_config
 from nst_det.compare.config import core_count, load_comparison
 from nst_det.compare.plan import Run, check_order, make_plan
 from nst_det.compare.stages import check_transfer
+from nst_det.detect.torchvision_engine import build_detector
 from nst_det.errors import UserError
 
 
@@ -174,3 +175,32 @@ def test_the_comparisons_that_come_with_the_project(name, pytestconfig, tmp_path
     assert configs["detect/seed0/scratch"].SOLVER.BACKBONE_MULTIPLIER == 1.0
     assert configs["detect/seed0/ce"].SOLVER.BACKBONE_MULTIPLIER < 1.0
     assert comparison.detect.MODEL.TIMM.NORM == "BN"
+
+
+def test_a_row_without_fpn_starts_from_the_backbone_of_ce(comparison, config_file, tmp_path):
+    words = ["ROWS", "[no-fpn]", "DETECT.NO_FPN_OPTS", "[SOLVER.BASE_LR, 0.125]"]
+    bare = load_comparison(config_file, tmp_path / "out", words)
+    assert bare.all_rows == ("scratch", "ce", "kd", "kd+nst-poly", "no-fpn")
+    # the row can be added to a finished comparison
+    added = load_comparison(config_file, tmp_path / "out", words[:2])
+    assert added.claim == comparison.claim
+    run = {run.name: run for run in make_plan(bare)}["detect/seed1/no-fpn"]
+    assert run.needs == ("distill/seed1",)
+    config = run_config(bare, run)
+    assert str(tmp_path / "out" / "backbones" / "small-ce-s1.safetensors") == config.MODEL.WEIGHTS
+    assert config.MODEL.BACKBONE.NAME == "build_timm_backbone"
+    assert config.MODEL.RPN.IN_FEATURES == config.MODEL.ROI_HEADS.IN_FEATURES == ["res4"]
+    assert config.MODEL.ANCHOR_GENERATOR.SIZES == [[32, 64, 128, 256, 512]]
+    assert config.SOLVER.BASE_LR == 0.125
+    whole = config.clone()
+    whole.defrost()
+    whole.MODEL.WEIGHTS, whole.MODEL.ROI_HEADS.NUM_CLASSES = "", 2
+    backbone = build_detector(whole).backbone
+    assert {name: info.stride for name, info in backbone.output_shape().items()} == {"res4": 16}
+
+
+def test_fpn_that_is_not_there_cannot_be_taken_out(config_file, tmp_path):
+    words = ["ROWS", "[no-fpn]", "DETECT.MODEL.BACKBONE.NAME", "build_timm_backbone", "DETECT.MODEL.RPN.IN_FEATURES"]
+    words += ["[res4]", "DETECT.MODEL.ROI_HEADS.IN_FEATURES", "[res4]"]
+    with pytest.raises(UserError, match="ROWS: no-fpn: DETECT.MODEL.BACKBONE.NAME build_timm_backbone can't have"):
+        load_comparison(config_file, tmp_path / "out", words)

@@ -125,3 +125,15 @@ def test_a_comparison_without_the_papers_methods_has_no_such_box(make_results) -
     tree = make_results()
     tree["rows"] = [row | {"method": row["method"].replace("kd+nst-poly", "cwd")} for row in tree["rows"][:2]]
     assert against_paper(read(tree)) == []
+
+
+def test_what_fpn_brings_is_said(make_results) -> None:
+    numbers = {"ce": ((0.5, 0.52), (0.7, 0.7)), "kd": ((0.6, 0.6), (0.7, 0.7)), "no-fpn": ((0.3, 0.36), (0.7, 0.7))}
+    results = read(make_results(numbers=numbers, seeds=2))
+    # differences -.2 and -.16: mean -.18, error .02; with one degree of freedom t(.975) = tan(.475 pi) = 12.7062
+    wanted = "has mAP 0.330, −0.180 [−0.434, +0.074] against ce with it."
+    assert next(note for note in caveats(results) if note.startswith("FPN itself")).endswith(wanted)
+    # it is no transfer method
+    assert "no-fpn" not in conclusion(results)
+    assert results.leader is not None
+    assert results.leader.method == "kd"
