@@ -48,6 +48,15 @@ SMALL: dict[str, Any] = {
 }
 
 
+# more anchors and proposals than there are: both engines take all of them, and nothing is drawn
+EXHAUSTIVE: dict[str, Any] = {
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 100000,
+    "MODEL.RPN.POSITIVE_FRACTION": 1.0,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 100000,
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": 1.0,
+}
+
+
 def words(values: dict[str, Any]) -> list[str]:
     return [text for key, value in values.items() for text in (key, str(value))]
 
@@ -62,6 +71,12 @@ def small_words() -> Callable[..., list[str]]:
 def small(small_words) -> Callable[..., CfgNode]:
     """The config of the small detector, with other values on top."""
     return lambda changes=None: load_detect_config(CONFIGS / "base_rcnn_fpn.yaml", small_words(changes))
+
+
+@pytest.fixture(scope="session")
+def exhaustive() -> dict[str, Any]:
+    """Changes with which the two engines, which draw differently, take the same anchors and proposals."""
+    return EXHAUSTIVE
 
 
 @pytest.fixture(scope="session")

@@ -175,7 +175,7 @@ def test_a_student_that_passes_its_box_head_by_is_an_error(talkative, teacher, b
 
 
 @pytest.mark.detectron2
-def test_both_engines_agree(talkative, teacher, small_words, base_file, batch):
+def test_both_engines_agree(talkative, teacher, small_words, base_file, exhaustive, batch):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from detectron2.modeling import build_model
     from detectron2.structures import Boxes, Instances
@@ -189,8 +189,8 @@ def test_both_engines_agree(talkative, teacher, small_words, base_file, batch):
         objects = Instances(tuple(item["image"].shape[-2:]))
         objects.gt_boxes, objects.gt_classes = Boxes(item["boxes"]), item["labels"]
         inputs.append({**item, "instances": objects})
-    ours = talkative()
-    their_student, their_teacher = (build_model(load_config(base_file, small_words(c))) for c in ({}, WIDE))
+    ours = talkative(exhaustive)
+    their_student, their_teacher = (build_model(load_config(base_file, small_words(c))) for c in (exhaustive, WIDE))
     their_student.load_state_dict(ours.state_dict())
     their_teacher.load_state_dict(teacher.state_dict())
     losses = []

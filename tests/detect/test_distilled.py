@@ -256,7 +256,7 @@ def test_a_detector_without_a_backbone_is_an_error(teacher):
 
 
 @pytest.mark.detectron2
-def test_around_detectron2s_own_detector(talkative, small_words, base_file, teacher, batch):
+def test_around_detectron2s_own_detector(talkative, small_words, base_file, exhaustive, teacher, batch):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from detectron2.modeling import build_model
     from detectron2.structures import Boxes, Instances
@@ -264,8 +264,8 @@ def test_around_detectron2s_own_detector(talkative, small_words, base_file, teac
 
     from nst_det.detect.detectron2.config import load_config
 
-    ours = talkative()
-    theirs = build_model(load_config(base_file, small_words()))
+    ours = talkative(exhaustive)
+    theirs = build_model(load_config(base_file, small_words(exhaustive)))
     theirs.load_state_dict(ours.state_dict())
     inputs = []
     for item in batch:
