@@ -241,7 +241,7 @@ def differing(expected: Mapping[str, list[Tensor]], found: Mapping[str, list[Ten
         word
         for word, tensors in expected.items()
         if len(tensors) != len(found[word])
-        or not all(torch.allclose(a, b, rtol=1e-2, atol=1e-6) for a, b in zip(tensors, found[word]))
+        or not all(torch.allclose(a, b, rtol=1e-3, atol=1e-7) for a, b in zip(tensors, found[word]))
     ]
 
 

@@ -228,11 +228,10 @@ class StageOne:
         computed = str(precision or torch.float32).removeprefix("torch.")
         claim = cache_claim(self.config, self.data.fingerprint, sha256, arch, computed)
         writer = CacheWriter(self.config, views, teacher, copy_of(student, self.device), losses, claim)
-        if is_first():
-            writer.open()
+        # the first process writes what isn't there; the others find all of it
+        cache = writer.open() if is_first() else None
         wait_for_all()
-        # by now all of it is there; each process reads it
-        return writer.open()
+        return cache or writer.open()
 
     def _student(self, word: str, network: Network, loss: TransferLoss, solver: CfgNode, folder: RunFolder) -> Student:
         model = copy_of(network, self.device)
