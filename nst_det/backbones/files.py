@@ -20,7 +20,7 @@ from nst_det.backbones.pickles import as_tensors, load_pickled
 from nst_det.backbones.registry import resolve
 from nst_det.backbones.strict import check_shapes
 from nst_det.errors import UserError
-from nst_det.runtime.files import atomic_path, read_json, sha256_of_file, write_json
+from nst_det.runtime.files import atomic_path, read_json, remove_left_over, sha256_of_file, write_json
 from nst_det.runtime.provenance import package_versions
 
 LARGEST_CARD = 16 << 20
@@ -46,6 +46,7 @@ def save_backbone(path: str | Path, model: nn.Module, card: Card) -> Card:
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a backbone file ends in .safetensors")
     tensors = {key: value.detach().to("cpu").contiguous() for key, value in model.state_dict().items()}
+    remove_left_over(path.parent)
     card_path(path).unlink(missing_ok=True)
     with atomic_path(path) as temporary:
         save_file(tensors, str(temporary), metadata={"format": "pt"})

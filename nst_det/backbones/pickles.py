@@ -24,7 +24,7 @@ _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 @contextmanager
 def trusting_pickles(trust: bool = True) -> Iterator[None]:
-    """Within the block :func:`load_pickled` opens any pickle (TRUST_PICKLE, ``--trust-pickle``); False changes nothing."""
+    """Within the block any pickle is opened (TRUST_PICKLE, ``--trust-pickle``); False changes nothing."""
     token = _trusted.set(trust or _trusted.get())
     try:
         yield

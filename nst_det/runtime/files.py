@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nst_det.errors import UserError
+
+SUFFIX = ".tmp"
+# a temporary file is not locked in the instant in which it is made
+YOUNG_SECONDS = 1.0
 
 
 @contextmanager
@@ -28,12 +36,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=SUFFIX)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror}); name another output folder") from error
-    os.close(handle)
     temporary = Path(name)
     try:
+        _lock(handle)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -49,7 +57,28 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise
         raise cannot_write(path, reason) from error
     finally:
+        os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+def remove_left_over(folder: str | Path) -> None:
+    """Remove what killed processes left behind under temporary names; files that somebody writes now stay."""
+    for path in Path(folder).glob(f".*{SUFFIX}"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime < YOUNG_SECONDS:
+                continue
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if _lock(file.fileno()):
+                path.unlink()
+
+
+def _lock(handle: int) -> bool:
+    """Mark a file as being written by this process; whether nobody else does (or the file system can't tell)."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
 
 
 def cannot_write(path: str | Path, reason: str) -> UserError:

@@ -15,7 +15,7 @@ from fvcore.common.config import CfgNode
 
 from nst_det.errors import UserError
 from nst_det.runtime.config import flat, plain
-from nst_det.runtime.files import read_json, write_json, write_text
+from nst_det.runtime.files import read_json, remove_left_over, write_json, write_text
 from nst_det.runtime.provenance import provenance
 
 # keys that may differ between two calls of one run: they change where, how fast and what is shown, not what is computed
@@ -72,6 +72,8 @@ class RunFolder:
             os.close(lock)
 
     def _claim(self, config: CfgNode | dict[str, Any]) -> None:
+        for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
+            remove_left_over(folder)
         values = plain(flat(config) if isinstance(config, CfgNode) else config)
         if self.config_path.exists():
             before = read_json(self.config_path)

@@ -1,9 +1,12 @@
 import math
+import multiprocessing
+import os
+import time
 
 import pytest
 
 from nst_det.errors import UserError
-from nst_det.runtime.files import atomic_path, read_json, sha256_of_file, write_json, write_text
+from nst_det.runtime.files import atomic_path, read_json, remove_left_over, sha256_of_file, write_json, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -49,3 +52,25 @@ def test_damaged_json_is_a_user_error(tmp_path, content):
 def test_sha256_of_known_bytes(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256_of_file(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_being_written_stays(tmp_path):
+    def write(go):
+        with atomic_path(tmp_path / "a.json") as temporary:
+            temporary.write_text("half")
+            go.set()
+            time.sleep(60)
+
+    fork = multiprocessing.get_context("fork")
+    go = fork.Event()
+    process = fork.Process(target=write, args=(go,))
+    process.start()
+    go.wait(30)
+    (name,) = [path.name for path in tmp_path.iterdir()]
+    os.utime(tmp_path / name, (0, 0))
+    remove_left_over(tmp_path)
+    assert (tmp_path / name).exists()
+    process.kill()
+    process.join()
+    remove_left_over(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -63,7 +63,7 @@ def test_the_checkpoint_before_is_the_newest(full, tmp_path):
 
 def test_metrics_up_to_the_last_whole_line(full, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with pytest.raises(UserError, match=r"metrics\.jsonl: can't be written"), MetricsWriter(path) as metrics:
+    with pytest.raises(UserError, match=r"metrics\.jsonl: can't be written"), MetricsWriter(path) as metrics:  # noqa: PT012
         for step in range(ROOM):
             metrics.write(step, {"loss": 1.0})
     rows = read_metrics(path)

@@ -15,7 +15,7 @@ def handlers():
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_between_loops_a_signal_ends_at_once(signum):
     before = handlers()
-    with pytest.raises(Preempted, match=signum.name), preemptible():
+    with pytest.raises(Preempted, match=signum.name), preemptible():  # noqa: PT012
         os.kill(os.getpid(), signum)
         pytest.fail("went on")
     assert handlers() == before
@@ -23,7 +23,7 @@ def test_between_loops_a_signal_ends_at_once(signum):
 
 def test_in_a_loop_the_first_is_kept_and_the_second_ends_at_once():
     before, done = handlers(), []
-    with pytest.raises(Preempted), whole_steps() as stop:
+    with pytest.raises(Preempted), whole_steps() as stop:  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
         done.append(stop.asked)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -38,7 +38,7 @@ def test_a_signal_in_the_last_step_counts():
 
 
 def test_a_loader_that_the_signal_ended_is_no_fault_of_the_program():
-    with pytest.raises(Preempted), whole_steps():
+    with pytest.raises(Preempted), whole_steps():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
     with pytest.raises(RuntimeError, match="real"), whole_steps():
