@@ -71,7 +71,7 @@ def render(
         bars=Markup(mmd_bars(students, levels)),
         sections=[_section(networks, level, number) for number, level in enumerate(levels)],
         cka=[
-            (student.name, Markup(cka_table([level.name for level in levels], one, student.name, number)))
+            (student.name, Markup(cka_matrix([level.name for level in levels], one, student.name, number)))
             for number, (student, one) in enumerate(zip(students, cka))
         ],
     )
@@ -157,13 +157,13 @@ def _scatter(networks: Sequence[Looked], plane: Plane, student: int, name: str, 
         axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="best")
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
         label = f"Channels of {networks[0].name} and {networks[student].name} at {level}, a point each"
         return to_svg(figure, name, label)
 
 
-def cka_table(levels: Sequence[str], cka: Cka, student: str, number: int) -> str:
-    """Linear CKA of a student's levels (rows) with the teacher's (columns) as SVG; hollow where positions are few."""
+def cka_matrix(levels: Sequence[str], cka: Cka, student: str, number: int) -> str:
+    """Linear CKA of a student's levels (rows) with the teacher's (columns) as SVG; a star where positions are few."""
     import matplotlib
     from matplotlib.figure import Figure
 
