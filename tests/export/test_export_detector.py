@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import sys
 
 import numpy as np
 import onnx
@@ -240,3 +241,9 @@ def test_differences_are_the_largest_of_all():
     result.check("x")
     with pytest.raises(UserError, match="x: on 1 images 3 detections differ"):
         Difference(1, 5, 0.0, 0.0, 3, 0).check("x")
+
+
+def test_missing_libraries_are_named(run_folder, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"onnxscript is not installed; pip install 'nst_det\[export\]'"):
+        export_detector(run_folder, tmp_path / "d.onnx", "onnx")
