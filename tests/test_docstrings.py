@@ -232,7 +232,7 @@ def test_no_example_is_left_out():
     assert skipped == []
 
 
-@pytest.mark.parametrize("name", module_names())
+@pytest.mark.parametrize("name", list(module_names()))
 def test_examples_run(name):
     if name.startswith("nst_det.detect.detectron2"):
         pytest.importorskip("detectron2")
