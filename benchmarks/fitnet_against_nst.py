@@ -87,6 +87,7 @@ class Setting:
     seeds: Sequence[int] = (0,)
     options: dict[str, Any] = field(default_factory=dict)
     before_relu: bool = False
+    teacher_steps: int = 400
 
 
 MAIN = ["ce", "kd:1", "at:10", "fitnet:30", "nst-poly:100"]
@@ -134,6 +135,16 @@ PARTS = {
             before_relu=True,
         ),
     ],
+    "teacher": [
+        Setting("teacher of 750 steps", ["ce", "fitnet:30", "nst-poly:100"], seeds=(0, 1), teacher_steps=750),
+        Setting(
+            "teacher of 750 steps, centered",
+            ["nst-poly:100"],
+            seeds=(0, 1),
+            options={"nst-poly": {"center": True}},
+            teacher_steps=750,
+        ),
+    ],
     "length": [
         Setting("100 steps", MAIN, steps=100, seeds=(0, 1)),
         Setting("400 steps", MAIN, steps=400, seeds=(0, 1)),
@@ -142,17 +153,23 @@ PARTS = {
 }
 
 
+def teacher(output: Path, shared: Sequence[str], steps: int) -> tuple[Path, Path]:
+    """A teacher of so many steps: its backbone file, and its weights alone, which any network with these keys takes."""
+    name = "teacher" if steps == 400 else f"teacher{steps}"
+    words = [*shared, "OUTPUT_DIR", str(output / name), "METHODS", "[]", "TEACHER.SOLVER.MAX_ITER", str(steps)]
+    found = distill(load_distill_config(CONFIG, [*words, *(["NAME", f"shapes-{steps}"] if steps != 400 else [])]))
+    bare = output / f"{name}.safetensors"
+    shutil.copyfile(found["teacher"]["backbone"], bare)
+    return Path(found["teacher"]["backbone"]), bare
+
+
 def study(output: Path, parts: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Train what is not done, one row a method of each setting."""
     data = generate_data(output / "data", SETTINGS)
     shared = ["DATA.ROOT", str(data / CLASSIFICATION), "DATA.VAL_FROM", "train", "DATA.VAL_FRACTION", "0.125"]
     shared += ["REGISTRY", str(output / "backbones"), "TEST.EVAL_PERIOD", "0"]
-    teacher = distill(load_distill_config(CONFIG, [*shared, "OUTPUT_DIR", str(output / "teacher"), "METHODS", "[]"]))
-    weights = Path(teacher["teacher"]["backbone"])
-    # without its card it is a plain state dict, which any architecture with these keys takes
-    bare = output / "teacher.safetensors"
-    shutil.copyfile(weights, bare)
     for setting in (setting for part in parts for setting in PARTS[part]):
+        weights, bare = teacher(output, shared, setting.teacher_steps)
         found: dict[str, list[float]] = {}
         for seed in setting.seeds:
             words = [*shared, "OUTPUT_DIR", str(output / setting.name.replace(" ", "_") / f"seed{seed}")]
@@ -173,13 +190,16 @@ def main() -> None:
     """Train and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all without one")
     args = parser.parse_args()
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"no part {unknown[0]}; there are {', '.join(PARTS)}")
     start_logging()
     keep_freed_memory()
     rows = []
     print("| setting | steps | method | top-1 by seed | mean |\n|---|---:|---|---|---:|")
-    for row in study(args.output, args.parts):
+    for row in study(args.output, args.parts or list(PARTS)):
         rows.append(row)
         seeds = " ".join(f"{value:.3f}" for value in row["top1"])
         mean = statistics.mean(row["top1"])
