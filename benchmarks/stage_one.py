@@ -286,7 +286,9 @@ def print_ratios(result: dict) -> None:
         ("cached", "step with the cache / step with labels alone", GOAL_CACHED),
     ):
         low, high = result["ratio_quartiles"][key]
-        print(f"{text}: {result['ratios'][key]:.3f} (quartiles {low:.3f} .. {high:.3f}); goal: at most {goal}")
+        # of networks as small as the demo's a loss is a larger part
+        wanted = f"; goal: at most {goal}" if result["settings"]["pair"] == "imagenet" else ""
+        print(f"{text}: {result['ratios'][key]:.3f} (quartiles {low:.3f} .. {high:.3f}){wanted}")
 
 
 def print_table(result: dict) -> None:
