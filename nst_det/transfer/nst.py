@@ -69,7 +69,7 @@ def nst_loss(
         ready = gradient.view_as(small), factor[:, :, None, None]
         if torch.compiler.is_compiling():
             return _WithGradient.apply(small, value, *ready)
-        return _WithGradientOnce.apply(small, target, value, ready, kernel, limit)
+        return _WithGradientOnce.apply(small, target, value, ready, kernel, shared, limit)
 
 
 def _named(shared: Shared, size: tuple[int, int], name: Hashable, compute: Callable[[], Any]) -> Any:
@@ -104,10 +104,17 @@ class _WithGradientOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, maps: Tensor, target: Tensor, value: Tensor, ready: tuple[Tensor, Tensor], kernel: str, limit: Any
+        ctx: Any,
+        maps: Tensor,
+        target: Tensor,
+        value: Tensor,
+        ready: tuple[Tensor, Tensor],
+        kernel: str,
+        shared: Shared,
+        limit: int | None,
     ) -> Tensor:
         ctx.save_for_backward(maps, target)
-        ctx.ready, ctx.kernel, ctx.limit, ctx.dtype = ready, kernel, limit, maps.dtype
+        ctx.ready, ctx.arguments, ctx.dtype = ready, (kernel, shared, True, limit), maps.dtype
         return value.clone()
 
     @staticmethod
@@ -116,10 +123,10 @@ class _WithGradientOnce(torch.autograd.Function):
         if ctx.ready is None:
             # autograd refuses these after a backward that freed the graph
             maps, target = ctx.saved_tensors
-            _, again, factor_BS = mmd(maps.flatten(2), target.flatten(2), ctx.kernel, compute_now, True, ctx.limit)
+            _, again, factor_BS = mmd(maps.flatten(2), target.flatten(2), *ctx.arguments)
             ctx.ready = cast(Tensor, again).view_as(maps), cast(Tensor, factor_BS)[:, :, None, None]
         (gradient, factor), ctx.ready = ctx.ready, None
-        return gradient.mul_((factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None, None, None
+        return gradient.mul_((factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None, None, None, None
 
 
 class NST(nn.Module):
