@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
             f"          {project.small:.0%} of the {project.objects} objects are smaller than 8 pixels at this size; "
             "raise INPUT.MIN_SIZE_* and MAX_SIZE_* and the anchors in detect.yaml"
         )
-    print(f"next      nst-det compare --config-file {args.project}/compare.yaml")
-    print(f"then      nst-det predict IMAGES --run {args.project}/output/detect/seed0/ce")
+    command = f"nst-det compare --config-file {args.project}/compare.yaml"
+    print(f'next      {command} SEEDS "[0]" METHODS "[ce, nst-poly]"')
+    print(f"          for a first look; {command} adds all methods and seeds")
+    print(f"then      nst-det predict IMAGES --run {args.project}/output/detect/seed0/nst-poly")
     return 0

@@ -171,6 +171,8 @@ def test_every_block_runs(terminal, empty_folder):
             elif block.kind == "run" and block.language == "python":
                 said[block.text] = terminal(block.text, block.language)
     # what a new user is told, is there
+    named = next(text for line, text in said.items() if " init " in line)
+    assert shlex.join(shlex.split(re.search(r"^next +(.*)$", named, re.MULTILINE)[1])) in said
     report = empty_folder / "my_project" / "output" / "report" / "index.html"
     first_look = next(text for line, text in said.items() if "compare" in line)
     assert f"report: {report}" in first_look
