@@ -17,6 +17,7 @@ from nst_det.compare.plan import (
     STUDENTS,
     Run,
     backbone_name,
+    check_order,
     detector_folder,
     make_plan,
     student_folder,
@@ -108,7 +109,9 @@ class Rounds:
                 runs.append(_only(run, trial, plain))
             elif run.kind == DETECTOR and run.row in words and self.tuning.objective_of(run.row) == MAP:
                 runs.append(self._detector(run, plain))
-        self._do(trial, runs)
+        # what all trials share is there already
+        here = {run.name for run in runs}
+        self._do(trial, [replace(run, needs=tuple(name for name in run.needs if name in here)) for run in runs])
         return {word: {seed: self._value(trial, word, seed) for seed in trial.seeds} for word in words}
 
     def _value(self, trial: Comparison, word: str, seed: int) -> float:
@@ -140,9 +143,10 @@ class Rounds:
         if run.row in plain:
             return run
         file = self.base.folder / "backbones" / f"{backbone_name(self.base, run.row, run.seed)}.safetensors"
-        return replace(run, needs=(), settings={**run.settings, "MODEL.WEIGHTS": str(file)})
+        return replace(run, settings={**run.settings, "MODEL.WEIGHTS": str(file)})
 
     def _do(self, comparison: Comparison, runs: Sequence[Run]) -> None:
+        check_order(runs)
         configs = {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
         for run in runs:
             if run.name in configs:

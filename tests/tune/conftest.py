@@ -77,7 +77,7 @@ class RunsHere:
         for run in self.runs:
             assert done.issuperset(run.needs), run.name
             if not run.done:
-                fake_stage.do(run.command(self.folder)[0], run.config_path(self.folder))
+                fake_stage.do(run.command(self.folder), run.config_path(self.folder))
             assert run.done
             done.add(run.name)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from nst_det.compare.run import RunFailed
+from nst_det.data.generate import SETTINGS_FILE
 
 # of each term, where it is best
 BEST = {"kd": 3.0, "at": 40.0, "nst-poly": 20.0, "cwd": 5.0}
@@ -72,5 +73,14 @@ def detect(config):
     write(folder / "result.json", {"validation": {"map": value}, "steps": config["SOLVER"]["MAX_ITER"]})
 
 
-def do(word, config_file):
-    {"distill": distill, "train-det": detect}[word](yaml.safe_load(config_file.read_text()))
+def generate(words):
+    root = Path(words[words.index("--output") + 1])
+    note(root)
+    write(root / SETTINGS_FILE, {})
+
+
+def do(command, config_file):
+    if command[0] == "generate-data":
+        generate(command)
+    else:
+        {"distill": distill, "train-det": detect}[command[0]](yaml.safe_load(config_file.read_text()))

@@ -135,6 +135,15 @@ def test_a_method_of_stage_one_may_be_judged_by_its_detector(tune_file, tmp_path
     assert starts(tmp_path / "out")["trials/001/detect/seed0/at"] == 1
 
 
+def test_generated_data_is_made_once(tune_file, tmp_path):
+    words = ["METHODS", "[at, cwd@det]", "TRIALS", "2", "SEEDS", "[0]", "OPTS", "[DATA.GENERATE, {'seed': 0}]"]
+    found, _ = tune(load_tuning(tune_file, tmp_path / "out", words))
+    assert found["at"].trials == found["cwd@det"].trials == 2
+    begun = starts(tmp_path / "out")
+    assert begun["data"] == 1
+    assert set(begun.values()) == {1}
+
+
 def test_the_search_finds_what_is_best(tmp_path):
     """On a function: twice the trials get nearer than the first, and no trial lies outside."""
     space = {"a": Space({"w": (0.1, 1000.0)}, {"levels": ('["x"]', '["y"]')}, {"w": 1.0, "levels": '["x"]'})}
