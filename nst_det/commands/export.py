@@ -61,6 +61,8 @@ def _detector(args: argparse.Namespace) -> None:
     print(f"detector  {exported.file}")
     print(f"card      {exported.card}")
     print(f"compared  {exported.difference.line()}")
+    if exported.ties:
+        print(f"          on {exported.ties} of them anchors have equal scores, whose order PyTorch leaves open")
 
 
 def _backbone(args: argparse.Namespace) -> None:

@@ -40,11 +40,21 @@ Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 @dataclass(frozen=True)
 class ExportedDetector:
-    """What was written, and how far its detections are from those of the detector itself."""
+    """What was written, and how far its detections are from PyTorch's.
+
+    Attributes:
+        file: the detector.
+        card: its model card.
+        difference: of its detections from those of the same graph in PyTorch; the detector itself gives the same
+            within the same limits, except where there are ``ties``.
+        ties: images on which anchors have exactly equal scores.  Which of them is taken first is open in the detector
+            and fixed in the graph, so that the two may differ there.
+    """
 
     file: Path
     card: Path
     difference: Difference
+    ties: int
 
 
 def export_detector(
@@ -80,6 +90,10 @@ def export_detector(
         "max_size": config.INPUT.MAX_SIZE_TEST,
         "score_threshold": config.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
     }
+    own = _difference(_detector_run(detector), _graph_run(detector), inputs, config)
+    ties = sum(bool(equal_scores(detector, image)) for image in inputs)
+    if not ties:
+        own.check(str(output))
     with atomic_path(output) as temporary, _quiet():
         program = trace(detector)
         if form == "onnx":
@@ -91,17 +105,11 @@ def export_detector(
             with open(temporary, "wb") as file:
                 torch.export.save(program, file, extra_files=extra)
             run = _program_run(temporary)
-        found = difference(
-            _detector_run(detector),
-            run,
-            inputs,
-            config.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
-            config.TEST.DETECTIONS_PER_IMAGE,
-        )
+        found = _difference(_graph_run(detector), run, inputs, config)
         found.check(str(output))
     card = output.with_suffix(".md")
     write_text(card, detector_card(run_folder, config, classes, output.name, form, found))
-    return ExportedDetector(output, card, found)
+    return ExportedDetector(output, card, found, ties)
 
 
 def require_onnx() -> None:
@@ -145,6 +153,7 @@ def _write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> 
             input_names=[INPUT_NAME],
             output_names=list(OUTPUT_NAMES),
             opset_version=OPSET,
+            custom_translation_table={torch.ops.aten.sort.stable: _falling_order},
             dynamo=True,
             verbose=False,
         )
@@ -162,6 +171,13 @@ def _write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> 
     onnx.save(proto, str(path))
 
 
+def _falling_order(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """``aten::sort.stable`` of (N,) values in ONNX, whose TopK takes the lower index first among equal ones."""
+    from onnxscript import opset18 as op
+
+    return op.TopK(values, op.Shape(values), axis=dim, largest=int(descending), sorted=1)
+
+
 def _onnx_run(path: Path) -> Run:
     import onnxruntime
 
@@ -176,6 +192,32 @@ def _program_run(path: Path) -> Run:
     def run(image: np.ndarray) -> list[np.ndarray]:
         with torch.no_grad():
             return [value.numpy() for value in module(torch.from_numpy(image))]
+
+    return run
+
+
+def equal_scores(detector: Detector, image: np.ndarray) -> int:
+    """How many anchors, of those that become proposals of an image (3, H, W) RGB, have the score of another one."""
+    pixels = torch.from_numpy(image[::-1].copy() if detector.input_format == "BGR" else image)
+    rpn = detector.proposal_generator
+    with torch.no_grad():
+        images, _ = detector.preprocess([pixels])
+        maps = detector.backbone(images)
+        logits, _ = rpn.rpn_head([maps[name] for name in rpn.settings.in_features])
+    best = [row[0].topk(min(rpn.settings.pre_nms[1], row.shape[1])).values for row in logits]
+    return sum(len(row) - len(row.unique()) for row in best)
+
+
+def _difference(first: Run, second: Run, images: Sequence[np.ndarray], config: CfgNode) -> Difference:
+    return difference(first, second, images, config.MODEL.ROI_HEADS.SCORE_THRESH_TEST, config.TEST.DETECTIONS_PER_IMAGE)
+
+
+def _graph_run(detector: Detector) -> Run:
+    graph = DetectorGraph(detector)
+
+    def run(image: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [value.numpy() for value in graph(torch.from_numpy(image))]
 
     return run
 

@@ -4,6 +4,8 @@ It computes what :class:`~nst_det.detect.torchvision_engine.Detector` computes i
 from it only in what a graph needs: no branch depends on a value, and only the number of detections does.
 
 - Levels with fewer anchors than PRE_NMS_TOPK_TEST are filled up with anchors of score -inf.
+- Of anchors with exactly equal scores the one of the lower index comes first, as ONNX has it; PyTorch's ``topk``, which
+  the detector uses, leaves their order open.  (Where a ReLU of the proposal network is dead, many scores are equal.)
 - Proposals are always POST_NMS_TOPK_TEST; those that NMS dropped follow at the end and are never detected.
 """
 
@@ -73,7 +75,7 @@ class DetectorGraph(nn.Module):
         boxes, scores = [], []
         for anchors, logits, deltas in zip(rpn.anchors(levels), *rpn.rpn_head(levels)):
             count = settings.pre_nms[1]
-            best, index = F.pad(logits[0], (0, count), value=-torch.inf).topk(count)
+            best, index = first(F.pad(logits[0], (0, count), value=-torch.inf), count)
             rows, places = (F.pad(x, (0, 0, 0, count))[index] for x in (deltas[0], anchors))
             found = clip(rpn.coder.decode_rows(rows, places), size)
             usable = torch.isfinite(found).all(1) & larger_than(found, settings.min_size)
@@ -82,7 +84,7 @@ class DetectorGraph(nn.Module):
             boxes.append(found)
             scores.append(torch.where(kept, best, -torch.inf))
         all_scores, all_boxes = torch.cat(scores), torch.cat(boxes)
-        best, index = all_scores.topk(min(settings.post_nms[1], len(levels) * settings.pre_nms[1]))
+        best, index = first(all_scores, min(settings.post_nms[1], len(levels) * settings.pre_nms[1]))
         valid = torch.isfinite(best)
         return torch.where(valid[:, None], all_boxes[index], 0.0), valid
 
@@ -106,6 +108,12 @@ class DetectorGraph(nn.Module):
         found, scores, labels = found[best], scores[best], labels[best]
         some = larger_than(found, 0)
         return found[some], scores[some], labels[some]
+
+
+def first(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of (N,) scores in falling order, and their indices; equal ones by index."""
+    best, index = scores.sort(descending=True, stable=True)
+    return best[:count], index[:count]
 
 
 def suppressed(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:

@@ -14,8 +14,8 @@ from PIL import Image
 from nst_det.cli import main
 from nst_det.detect.predict import load_run
 from nst_det.errors import UserError
-from nst_det.export.detector import check_images, export_detector, trace
-from nst_det.export.graph import DetectorGraph
+from nst_det.export.detector import check_images, equal_scores, export_detector, trace
+from nst_det.export.graph import DetectorGraph, first
 from nst_det.export.modelcard import detector_card
 from nst_det.export.parity import Difference, difference, partners
 
@@ -98,7 +98,20 @@ def test_the_onnx_file_says_what_it_is(exported, run_folder):
     assert b"/nst_det/" not in exported.file.read_bytes()
 
 
+def test_equal_scores_come_by_index_and_are_counted(run_folder):
+    best, index = first(torch.tensor([1.0, 3, 2, 3, 3, -torch.inf]), 4)
+    assert (best.tolist(), index.tolist()) == ([3, 3, 3, 2], [1, 3, 4, 2])
+    detector, _, _ = load_run(run_folder)
+    assert equal_scores(detector, noise(128, 160)) == 0
+    # a dead hidden layer: every anchor of a kind has its bias for a score
+    torch.nn.init.zeros_(detector.proposal_generator.rpn_head.conv.weight)
+    torch.nn.init.constant_(detector.proposal_generator.rpn_head.conv.bias, -1.0)
+    cells = 8 * 10 + 4 * 5
+    assert equal_scores(detector, noise(128, 160)) >= min(100, cells) - 6
+
+
 def test_the_difference_is_measured_on_the_test_images(exported):
+    assert exported.ties == 0
     found = exported.difference
     assert (found.images, found.alone) == (4, 0)
     assert found.detections > 40
