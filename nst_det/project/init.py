@@ -17,7 +17,7 @@ from nst_det.data.annotation import VocAnnotation, read_annotation
 from nst_det.data.check import Report, check_data
 from nst_det.data.folders import read_image_folder
 from nst_det.data.reading import shown_path
-from nst_det.data.voc import VOC_CLASSES, VocDataset, find_voc_root
+from nst_det.data.voc import VOC_CLASSES, VocDataset, find_voc_root, split_path
 from nst_det.errors import UserError
 from nst_det.project.coco import CocoSource, convert_coco
 from nst_det.project.configs import Values, render
@@ -88,7 +88,7 @@ def init_project(
         report = check_data(root, [train, test] if train and test else None)
         _refuse_broken(report, f"nst-det check-data {shown_path(root)} lists all")
         lists, cut = _lists(root, train, test)
-        with _beside(folder) as made:
+        with _taken_back(root, lists if cut else ()), _beside(folder) as made:
             return _make(folder, made, root, report, lists, cut, images, device)
     with _beside(folder) as made:
         converted = convert_coco(voc, made / CONVERTED)
@@ -150,6 +150,17 @@ def _make(
         write_text(made / file, text)
     small = float((sizes < 8).mean())
     return Project(values, report, (len(learned), len(tested)), len(sizes), small, cut)
+
+
+@contextmanager
+def _taken_back(root: Path, lists: Sequence[str]) -> Iterator[None]:
+    """Where no project comes of it, the lists that were cut for it go too."""
+    try:
+        yield
+    except BaseException:
+        for name in lists:
+            split_path(root, name).unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

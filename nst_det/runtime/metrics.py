@@ -100,14 +100,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line before the last is not a JSON object with a step.
     """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise UserError(f"{path}: line {number} is not JSON; remove that line") from error

@@ -1,0 +1,173 @@
+import contextlib
+import io
+import json
+import logging
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from nst_det.backbones import Card, create_model, input_contract, save_backbone
+from nst_det.cli import main
+from nst_det.runtime.checkpoint import save_checkpoint
+
+LARGE = 64 << 20
+BOX = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>20</xmax><ymax>20</ymax></bndbox>"
+SIZE = "<size><width>40</width><height>30</height></size>"
+XML = f"<annotation>{SIZE}<object><name>cup</name>{BOX}</object></annotation>"
+DETECT = """\
+_BASE_: {base}
+ENGINE: torchvision
+MODEL:
+  DEVICE: cpu
+  TIMM: {{ARCH: nst_resnet10_w32, NORM: BN}}
+  BACKBONE: {{FREEZE_AT: 0}}
+  FPN: {{OUT_CHANNELS: 16}}
+  ROI_BOX_HEAD: {{FC_DIM: 32}}
+INPUT: {{MIN_SIZE_TRAIN: [32], MAX_SIZE_TRAIN: 48, MIN_SIZE_TEST: 32, MAX_SIZE_TEST: 48}}
+DATALOADER: {{NUM_WORKERS: 0}}
+SOLVER: {{MAX_ITER: 1, IMS_PER_BATCH: 2, STEPS: []}}
+DATASETS:
+  TRAIN: [a]
+  TEST: []
+  VOC: {{a: {{ROOT: {root}/voc, SPLIT: train}}}}
+"""
+DISTILL = """\
+NAME: t
+METHODS: [ce]
+DATA: {{ROOT: {root}/images, IMAGE_SIZE: 16}}
+STUDENT: {{ARCH: nst_resnet10_w32}}
+TEACHER: {{ARCH: nst_resnet10_w32, WEIGHTS: {root}/backbones/b.safetensors}}
+SOLVER: {{MAX_ITER: 1, IMS_PER_BATCH: 4, AMP: fp32}}
+"""
+
+
+def image(folder, name, seed=0, size=(30, 40)):
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
+    assert cv2.imwrite(str(folder / name), pixels)
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory, pytestconfig):
+    """Inputs that can all be used: a VOC folder, an image folder, a backbone, configs, detections, a checkpoint."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("good")
+    for folder in ("Annotations", "ImageSets/Main"):
+        (root / "voc" / folder).mkdir(parents=True)
+    for index, id_ in enumerate(("a", "b")):
+        image(root / "voc" / "JPEGImages", f"{id_}.jpg", index)
+        (root / "voc" / "Annotations" / f"{id_}.xml").write_text(XML)
+    (root / "voc" / "ImageSets" / "Main" / "train.txt").write_text("a\nb\n")
+    for label in ("x", "y"):
+        for part in ("train", "val"):
+            for index in range(2):
+                image(root / "images" / part / label, f"{index}.png", index, (16, 16))
+    torch.manual_seed(0)
+    card = Card(
+        "nst_resnet10_w32",
+        2,
+        classes=["x", "y"],
+        input=input_contract([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], "RGB", 16),
+    )
+    save_backbone(root / "backbones" / "b.safetensors", create_model("nst_resnet10_w32", 2), card)
+    base = pytestconfig.rootpath / "configs" / "detect" / "base_rcnn_fpn.yaml"
+    (root / "detect.yaml").write_text(DETECT.format(base=base, root="ROOT"))
+    (root / "distill.yaml").write_text(DISTILL.format(root="ROOT"))
+    (root / "compare.yaml").write_text(
+        "NAME: t\nMETHODS: [ce]\nENGINE: torchvision\nDISTILL: {CONFIG: distill.yaml}\nDETECT: {CONFIG: detect.yaml}\n"
+    )
+    entry = {"image_id": "a", "category": "cup", "bbox": [1, 1, 5, 5], "score": 0.5}
+    (root / "detections.json").write_text(json.dumps([entry]))
+    (root / "results").mkdir()
+    (root / "results" / "comp4_det_train_cup.txt").write_text("a 0.5 1 1 5 5\n")
+    save_checkpoint(root / "checkpoints", 3, {"model": {"w": torch.ones(4)}})
+    return root
+
+
+@pytest.fixture
+def tree(good, tmp_path, monkeypatch):
+    """A copy of its own, whose backbones are the registry."""
+    root = tmp_path / "in"
+    shutil.copytree(good, root)
+    for name in ("detect.yaml", "distill.yaml"):
+        (root / name).write_text((root / name).read_text().replace("ROOT/", f"{root}/"))
+    monkeypatch.setenv("NST_DET_BACKBONES", str(root / "backbones"))
+    return root
+
+
+def snapshot(root):
+    """Every path below a folder with its bytes, or where a link points; of very large files size and time."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        content = (status.st_size, status.st_mtime_ns)
+        if path.is_symlink():
+            content = path.readlink()
+        elif path.is_file() and status.st_size < LARGE:
+            content = path.read_bytes()
+        found[path.relative_to(root)] = content if path.is_symlink() or path.is_file() else None
+    return found
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Run a command that can't use its input; the one line that it says about that."""
+
+    def call(root, *words):
+        before = snapshot(root)
+        said, shown = io.StringIO(), io.StringIO()
+        logging.getLogger().handlers.clear()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        lines = [line for line in said.getvalue().splitlines() if line.startswith("nst-det: ")]
+        assert stop.value.code == 2, said.getvalue() + shown.getvalue()
+        assert "Traceback" not in said.getvalue() + shown.getvalue()
+        assert len(lines) == 1, said.getvalue()
+        assert lines[0].isprintable()
+        assert len(lines[0]) < 1500
+        assert snapshot(root) == before, lines[0]
+        assert not list((tmp_path / "out").rglob("*.safetensors"))
+        return lines[0]
+
+    return call
+
+
+def words_of(root, kind, *more):
+    """The words of a command on the tree, writing beside it."""
+    out = root.parent / "out"
+    return {
+        "evaluate": [
+            "evaluate",
+            "--voc-root",
+            root / "voc",
+            "--split",
+            "train",
+            "--detections",
+            root / "detections.json",
+        ],
+        "results": ["evaluate", "--voc-root", root / "voc", "--split", "train", "--detections", root / "results"],
+        "check": ["backbones", "--check", "b"],
+        "replay": ["replay", root / "checkpoints" / "step-00000003.pt"],
+        "convert": ["convert", "--weights", root / "w.pth", "--to", "detectron2", "--output", out / "c.pth"],
+        "detect": ["train-det", "--config-file", root / "detect.yaml", "OUTPUT_DIR", out],
+        "distill": [
+            "distill",
+            "--config-file",
+            root / "distill.yaml",
+            "OUTPUT_DIR",
+            out,
+            "REGISTRY",
+            out / "backbones",
+        ],
+        "compare": ["compare", "--config-file", root / "compare.yaml", "--output", out],
+        "report": ["report", root],
+        "init": ["init", out / "project", "--voc", root / "voc"],
+    }[kind] + list(more)
+
+
+@pytest.fixture
+def words():
+    return words_of
