@@ -3,7 +3,7 @@
 Students of the demo's size on the generated shapes, judged by top-1 on images cut from the training split.  What is
 done is not done again, so a stopped study goes on; the table is printed from what is there.
 
-    python benchmarks/fitnet_against_nst.py --output output/study            all of it: about half an hour of one core
+    python benchmarks/fitnet_against_nst.py --output output/study            all of it: about 30 minutes of one core
     python benchmarks/fitnet_against_nst.py --output output/study weights    one part of it
 """
 
@@ -136,7 +136,12 @@ PARTS = {
         ),
     ],
     "teacher": [
-        Setting("teacher of 750 steps", ["ce", "fitnet:30", "nst-poly:100"], seeds=(0, 1), teacher_steps=750),
+        Setting(
+            "teacher of 750 steps",
+            ["ce", "kd:1", "at:100", "fitnet:30", "nst-poly:100"],
+            seeds=(0, 1),
+            teacher_steps=750,
+        ),
         Setting(
             "teacher of 750 steps, centered",
             ["nst-poly:100"],
