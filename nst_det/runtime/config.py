@@ -15,6 +15,9 @@ from fvcore.common.config import CfgNode
 
 from nst_det.errors import UserError
 
+# keys whose default is a value, and that take none as well
+NULLABLE = ("SOLVER.WEIGHT_DECAY_NORM",)
+
 
 def load_config(defaults: CfgNode, file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
     """Defaults, then the file (and its ``_BASE_``), then ``KEY VALUE`` pairs; the result is frozen.
@@ -183,7 +186,7 @@ def _unknown(config: CfgNode, name: str, source: str) -> UserError:
 
 def _cast(value: Any, default: Any, name: str, source: str) -> Any:
     """``value`` in the type of ``default``; only conversions that lose nothing are made."""
-    if default is None or value is None or type(value) is type(default):
+    if default is None or type(value) is type(default) or (value is None and name.endswith(NULLABLE)):
         return value
     if isinstance(default, CfgNode):
         raise UserError(f"{source}: {name} is a group of keys, not a value; set one of {', '.join(default)}")

@@ -61,11 +61,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_left_over(folder: str | Path) -> None:
-    """Remove what killed processes left behind under temporary names; files that somebody writes now stay."""
+def remove_left_over(folder: str | Path, *, shared: bool = True) -> None:
+    """Remove what killed processes left behind under temporary names; files that somebody writes now stay.
+
+    Args:
+        folder: where to look; not below it.
+        shared: whether other processes may begin to write there now.
+    """
     for path in Path(folder).glob(f".*{SUFFIX}"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime < YOUNG_SECONDS:
+            if shared and time.time() - path.stat().st_mtime < YOUNG_SECONDS:
                 continue
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if _lock(file.fileno()):

@@ -73,7 +73,7 @@ class RunFolder:
 
     def _claim(self, config: CfgNode | dict[str, Any]) -> None:
         for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
-            remove_left_over(folder)
+            remove_left_over(folder, shared=False)
         values = plain(flat(config) if isinstance(config, CfgNode) else config)
         if self.config_path.exists():
             before = read_json(self.config_path)

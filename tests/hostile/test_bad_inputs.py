@@ -266,6 +266,8 @@ for name, content, says in (
     ("an unknown key", "SOLVR: {MAX_ITER: 3}", "unknown key SOLVR"),
     ("a wrong type", "SOLVER: {MAX_ITER: many}", "SOLVER.MAX_ITER must be of type int"),
     ("a group that is a number", "SOLVER: 3", "SOLVER is a group of keys"),
+    ("a group that is empty", "DATA:", "DATA is a group of keys"),
+    ("a number that is empty", "DATA: {ROOT: x}\nSOLVER: {MAX_ITER: }", "SOLVER.MAX_ITER must be of type int"),
     ("a rate below 0", "DATA: {ROOT: x}\nSOLVER: {BASE_LR: -1.0}", "SOLVER.BASE_LR must be above 0"),
     ("a method of nobody", "DATA: {ROOT: x}\nMETHODS: [nix]", "METHODS: .*nix"),
     ("a negative size", "DATA: {ROOT: x, IMAGE_SIZE: -1}", "DATA.IMAGE_SIZE must be"),

@@ -1,0 +1,174 @@
+"""A malicious pickle, an XML bomb, a path that leads out, a script as a name: none runs, each is named."""
+
+import copy
+import importlib.util
+import json
+import os
+import pickle
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nst_det.backbones import load_plain
+from nst_det.backbones.pickles import trusting_pickles
+from nst_det.cli import main
+from nst_det.errors import UserError
+from nst_det.report import write_report
+from nst_det.runtime.checkpoint import load_checkpoint
+
+SCRIPT = "<script>document.title='PWNED'</script>"
+ATTRIBUTE = '"><img src=x onerror=alert(1)>'
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch PWNED",)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not (tmp_path / "PWNED").exists()
+
+
+def evil_files(folder):
+    torch.save({"model": {"w": torch.ones(1)}, "x": Evil()}, folder / "zip.pth")
+    torch.save({"x": Evil()}, folder / "legacy.pth", _use_new_zipfile_serialization=False)
+    (folder / "plain.pth").write_bytes(pickle.dumps(Evil(), 2))
+    (folder / "zoo.pkl").write_bytes(pickle.dumps({"model": {"w": Evil()}, "__author__": "x"}))
+    return sorted(folder.iterdir())
+
+
+def test_a_malicious_pickle_is_not_opened_and_the_reason_said(tmp_path):
+    files = evil_files(tmp_path)
+    assert len(files) == 4
+    for path in files:
+        with pytest.raises(UserError) as error:
+            load_plain(path)
+        line = str(error.value)
+        assert line.startswith(f"{path}: not opened: it is a pickle that holds more than weights")
+        assert "runs whatever code its author put there" in line
+        assert "--trust-pickle" in line
+        with pytest.raises(UserError, match="damaged checkpoint, or not one"):
+            load_checkpoint(path)
+
+
+def test_an_honest_pickle_is_opened_only_where_that_is_said(tmp_path):
+    path = tmp_path / "zoo.pkl"
+    weights = {"a.weight": np.arange(3, dtype=np.float32)}
+    path.write_bytes(pickle.dumps({"model": weights, "__author__": "Detectron2 Model Zoo"}))
+    with pytest.raises(UserError, match="not opened"):
+        load_plain(path)
+    with trusting_pickles():
+        loaded = load_plain(path)
+    assert torch.equal(loaded["a.weight"], torch.arange(3.0))
+    with trusting_pickles(False), pytest.raises(UserError, match="not opened"):
+        load_plain(path)
+
+
+@pytest.mark.parametrize("command", ["train-det", "distill", "compare", "convert", "replay"])
+def test_the_flag_is_there_and_off(command):
+    from nst_det.cli import build_parser
+
+    words = {"convert": ["--weights", "w", "--to", "timm", "--output", "o"], "replay": ["f"]}
+    given = [command, *words.get(command, ["--config-file", "c"])]
+    assert build_parser().parse_args(given).trust_pickle is False
+    first, *rest = given
+    assert build_parser().parse_args([first, "--trust-pickle", *rest]).trust_pickle is True
+
+
+def test_an_xml_bomb_is_refused_at_once(tree, refused, words):
+    laughs = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 10))
+    bomb = f'<!DOCTYPE a [<!ENTITY l0 "ha">{laughs}]><annotation>&l9;</annotation>'
+    (tree / "voc" / "Annotations" / "a.xml").write_text(bomb)
+    began = time.monotonic()
+    line = refused(tree, *words(tree, "evaluate"))
+    assert time.monotonic() - began < 10
+    assert re.search(r"Annotations/a\.xml: XML with a DOCTYPE or entities is refused", line)
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "a/../../b"])
+def test_a_path_that_leads_out_is_not_followed(tree, refused, words, name):
+    assert "can't name a backbone" in refused(tree, *words(tree, "detect", "MODEL.WEIGHTS", f"backbone://{name}"))
+    (tree / "voc" / "ImageSets" / "Main" / "train.txt").write_text(f"{name}\n")
+    assert f"line 1: '{name}' could lead to another folder" in refused(tree, *words(tree, "evaluate"))
+
+
+def test_a_link_that_leads_out_is_not_followed(tree, refused, words):
+    outside = tree.parent / "outside.xml"
+    outside.write_text((tree / "voc" / "Annotations" / "a.xml").read_text())
+    (tree / "voc" / "Annotations" / "a.xml").unlink()
+    (tree / "voc" / "Annotations" / "a.xml").symlink_to(outside)
+    assert re.search(r"Annotations/a\.xml: .*outside", refused(tree, *words(tree, "evaluate")))
+
+
+class Tags(HTMLParser):
+    """Collects what a browser would take for elements and handlers."""
+
+    def __init__(self):
+        super().__init__()
+        self.scripts, self.handlers, self.images, self._in = [], [], [], False
+
+    def handle_starttag(self, tag, attrs):
+        self._in = tag == "script"
+        self.handlers += [(tag, name) for name, _ in attrs if name.startswith("on")]
+        self.images += [value for name, value in attrs if tag == "img" and name == "src"]
+
+    def handle_data(self, data):
+        if self._in:
+            self.scripts.append(data)
+
+    def handle_endtag(self, tag):
+        self._in = False
+
+
+def report_numbers():
+    """The made-up comparison of the report's own tests."""
+    file = Path(__file__).resolve().parents[1] / "report" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("report_conftest", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_script_as_a_name_stands_in_the_report_as_text(tmp_path):
+    made = report_numbers()
+    results = made.build_results(classes=(SCRIPT, ATTRIBUTE, *made.CLASSES[2:]))
+    calm = copy.deepcopy(made.build_results())
+    results["name"] = SCRIPT
+    results["settings"] |= {"DATA": SCRIPT, ATTRIBUTE: "x"}
+    results["provenance"] |= {"command": SCRIPT, "platform": ATTRIBUTE}
+    pages = {}
+    for name, tree in (("evil", results), ("calm", calm)):
+        write_report(tree, tmp_path / name, tmp_path)
+        pages[name] = (tmp_path / name / "index.html").read_text()
+    evil, good = Tags(), Tags()
+    evil.feed(pages["evil"])
+    good.feed(pages["calm"])
+    # the page has its own scripts, and no other; no handler, no image from elsewhere
+    assert evil.scripts == good.scripts
+    assert evil.handlers == good.handlers
+    assert "x" not in evil.images
+    assert SCRIPT not in pages["evil"]
+    assert ATTRIBUTE not in pages["evil"]
+    # and it is named
+    assert "&lt;script&gt;document.title=" in pages["evil"]
+
+
+def test_a_script_as_a_class_in_the_data_is_a_name_like_any_other(tree, tmp_path, capsys):
+    path = tree / "voc" / "Annotations" / "a.xml"
+    path.write_text(path.read_text().replace("<name>cup<", "<name>&lt;script&gt;x&lt;/script&gt;<"))
+    (tree / "detections.json").write_text(
+        json.dumps([{"image_id": "a", "category": "<script>x</script>", "bbox": [1, 1, 5, 5], "score": 0.5}])
+    )
+    words = ["evaluate", "--voc-root", tree / "voc", "--split", "train", "--detections", tree / "detections.json"]
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in words])
+    assert left.value.code == 0
+    assert "<script>" in capsys.readouterr().out
