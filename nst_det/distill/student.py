@@ -49,6 +49,7 @@ class Student:
     Attributes:
         step: finished optimizer steps.
         terms: values of the last step's loss terms, by name; :attr:`total` is their sum.
+        by_level: values of the terms on maps at each pair of levels, before their weights; of NST the squared MMD.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Student:
         self.best = Accuracy(0.0, 0.0)
         self.best_step = 0
         self.terms: dict[str, Tensor] = {}
+        self.by_level: dict[str, Tensor] = {}
         self.total = torch.zeros(())
         self._passes: list[dict[str, Tensor]] = []
+        self._level_passes: list[dict[str, Tensor]] = []
         self._optimizer = build_optimizer([model, transfer], solver)
         self._parameters = [item for group in self._optimizer.param_groups for item in group["params"]]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
@@ -149,7 +152,7 @@ class Student:
         self.model.train()
         if part == 0:
             self._buffers.keep()
-            self._passes = []
+            self._passes, self._level_passes = [], []
         with autocast(self.device, self.precision):
             outputs = forward_outputs(self.model, images, self.levels)
         outputs.maps = {name: _tap(maps) for name, maps in outputs.maps.items()}
@@ -165,14 +168,24 @@ class Student:
         total = torch.stack(list(terms.values())).sum()
         self._scaler.scale(total / parts).backward()
         self._passes.append({name: value.detach() for name, value in terms.items()})
+        self._level_passes.append({} if teacher is None else self._by_level())
         if part == parts - 1:
             self._join()
 
+    def _by_level(self) -> dict[str, Tensor]:
+        """The last values of the terms on maps at each pair of levels, before their weights."""
+        return {
+            f"{name}@{label}": value
+            for name, parts in self.transfer.parts.items()
+            if "maps" in self.transfer.kinds[name]
+            for label, value in parts.items()
+        }
+
     def _join(self) -> None:
         """Gradients, terms and running statistics become those of all parts and processes."""
-        self.terms = {name: torch.stack([one[name] for one in self._passes]).mean() for name in self._passes[0]}
+        self.terms, self.by_level = (_mean(passes) for passes in (self._passes, self._level_passes))
         statistics = [*running_statistics(self.model), *running_statistics(self.transfer)]
-        average_gradients(self._parameters, [*self.terms.values(), *statistics])
+        average_gradients(self._parameters, [*self.terms.values(), *self.by_level.values(), *statistics])
         self.total = torch.stack(list(self.terms.values())).sum()
         # infinite gradients are an everyday matter of fp16's scaler, which passes over such steps by itself
         self._norm = self.total if self._scaler.is_enabled() else gradient_norm(self._parameters)
@@ -255,6 +268,7 @@ class Student:
     def log(self) -> None:
         """Write the terms of the step that was just done, each by its name."""
         values = {f"loss/{name}": float(value) for name, value in self.terms.items()}
+        values |= {f"level/{name}": float(value) for name, value in self.by_level.items()}
         last = self.step - 1
         self._write(last, {**values, "loss/total": float(self.total), "lr": self._rate(last)})
 
@@ -301,6 +315,10 @@ class Student:
             raise UserError(
                 f"{self.folder.checkpoints}: the checkpoint is of another network ({reason}); remove this folder"
             ) from error
+
+
+def _mean(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([one[name] for one in passes]).mean() for name in passes[0]}
 
 
 def _tap(maps: Tensor) -> Tensor:

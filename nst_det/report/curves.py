@@ -17,6 +17,7 @@ from nst_det.runtime.metrics import read_metrics
 log = logging.getLogger(__name__)
 
 BINS = 60
+LEVEL = "level/"
 ACCURACIES = ("top1", "top5", "val_top1", "val_top5", "map", "map_area", "accuracy")
 
 
@@ -35,27 +36,32 @@ Curves = Mapping[str, Mapping[str, Curve]]  # quantity -> method -> curve
 
 @dataclass(frozen=True)
 class Training:
-    """The curves of both stages."""
+    """The curves of both stages; levels are the terms on maps at each pair of levels, before their weights."""
 
     distill_losses: Curves
     distill_accuracy: Curves
+    distill_levels: Curves
     detect_losses: Curves
     detect_accuracy: Curves
 
 
 def read_training(results: Results) -> Training:
     """The curves of all runs whose metrics are still there; a run without them is left out with a warning."""
-    stages = []
-    for stage in ("distill_run", "run"):
-        losses: dict[str, dict[str, Curve]] = {}
-        accuracy: dict[str, dict[str, Curve]] = {}
-        for row in results.rows:
-            folders = [folder for run in row.runs if (folder := getattr(run, stage)) is not None]
-            for name, curve in _curves(folders).items():
-                target = accuracy if _is_accuracy(name) else losses
-                target.setdefault(name, {})[row.method] = curve
-        stages += [losses, accuracy]
-    return Training(*stages)
+    losses, accuracy, levels = _stage(results, "distill_run")
+    detect_losses, detect_accuracy, _ = _stage(results, "run")
+    return Training(losses, accuracy, levels, detect_losses, detect_accuracy)
+
+
+def _stage(results: Results, stage: str) -> tuple[Curves, Curves, Curves]:
+    losses: dict[str, dict[str, Curve]] = {}
+    accuracy: dict[str, dict[str, Curve]] = {}
+    levels: dict[str, dict[str, Curve]] = {}
+    for row in results.rows:
+        folders = [folder for run in row.runs if (folder := getattr(run, stage)) is not None]
+        for name, curve in _curves(folders).items():
+            target = accuracy if _is_accuracy(name) else levels if name.startswith(LEVEL) else losses
+            target.setdefault(name, {})[row.method] = curve
+    return losses, accuracy, levels
 
 
 def _is_accuracy(name: str) -> bool:
@@ -89,7 +95,7 @@ def _points(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 def _is_curve(name: str) -> bool:
     """Losses and accuracies; learning rates, times and the like say nothing about what was learned."""
-    return "loss" in name or _is_accuracy(name)
+    return "loss" in name or name.startswith(LEVEL) or _is_accuracy(name)
 
 
 def merge_seeds(seeds: Sequence[Sequence[tuple[int, float]]], bins: int = BINS) -> Curve:

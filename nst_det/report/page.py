@@ -93,6 +93,7 @@ def render_page(results: Results) -> str:
         checkpoints=sentences.checkpoint_lines(results),
         balance=term_shares(training),
         distill_terms=_markup(charts.term_panels(_without_totals(training.distill_losses), "terms")),
+        levels=_markup(charts.term_panels(_without_prefix(training.distill_levels), "levels")),
         distill_accuracy=_markup(charts.panels(training.distill_accuracy, look, "accuracy", log_scale=False)),
         detect_losses=_markup(charts.panels(training.detect_losses, look, "loss", log_scale=True)),
         detect_accuracy=_markup(charts.panels(training.detect_accuracy, look, "detector", log_scale=False)),
@@ -124,8 +125,11 @@ def _css(color: str) -> str:
 
 def _without_totals(losses: Mapping[str, Any]) -> dict[str, Any]:
     """Loss terms by their own names; a sum of all of them would hide their balance."""
-    named = {name.removeprefix("loss/"): methods for name, methods in losses.items()}
-    return {name: methods for name, methods in named.items() if name not in TOTALS}
+    return {name: methods for name, methods in _without_prefix(losses).items() if name not in TOTALS}
+
+
+def _without_prefix(curves: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("loss/").removeprefix("level/"): methods for name, methods in curves.items()}
 
 
 def _rank_correlation(results: Results) -> float | None:

@@ -129,6 +129,10 @@ def test_metrics_have_each_term_by_itself(finished):
     for row in losses:
         parts = row["loss/ce"] + row["loss/kd"] + row["loss/nst-poly"]
         assert row["loss/total"] == pytest.approx(parts, rel=1e-5)
+        # the levels of a term, before its weight; kd has none
+        levels = {name: value for name, value in row.items() if name.startswith("level/")}
+        assert {name.partition("@")[0] for name in levels} == {"level/nst-poly"}
+        assert row["loss/nst-poly"] == pytest.approx(10 * sum(levels.values()), rel=1e-5)
     assert losses[0]["lr"] == pytest.approx(2e-3 * 0.001)
     measured = [row for row in rows if "val/top1" in row]
     assert [row["step"] for row in measured] == [2, 5, 7]

@@ -144,6 +144,8 @@ def build_runs(folder: Path, results: dict[str, Any]) -> None:
                 student = folder / entry["distill_run"]
                 student.mkdir(parents=True)
                 terms = {f"loss/{term}": 2.5 for term in ("ce", *row["method"].replace("ce", "").split("+")) if term}
+                if "nst" in row["method"]:
+                    terms |= {"level/nst-poly@res3": 0.01, "level/nst-poly@res4": 0.04}
                 write_metrics(student, {**terms, "loss/total": 5.0}, 0.2, draw, entry["top1"])
 
 

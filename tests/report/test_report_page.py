@@ -250,9 +250,9 @@ def test_pictures_have_words_and_data(page, comparison) -> None:
         assert len(attributes["src"] or "") > 100
     drawn = [a for a in page.all("svg") if a.get("aria-hidden") != "true"]
     assert all(a.get("role") == "img" and len(a.get("aria-label") or "") > 10 for a in drawn)
-    # 6 images x (truth + 3 rows, 4 more); bars, scatter; top-1, top-5; 7 - 1 terms; 4 losses; 6 differences;
-    # precision over recall of all classes and of 8; overlap, sizes
-    assert len(drawn) == 6 * 8 + 2 + 2 + 6 + 4 + 6 + 9 + 2
+    # 6 images x (truth + 3 rows, 4 more); bars, scatter; top-1, top-5; 7 - 1 terms; levels of 2;
+    # 4 losses; 6 differences; precision over recall of all classes and of 8; overlap, sizes
+    assert len(drawn) == 6 * 8 + 2 + 2 + 6 + 2 + 4 + 6 + 9 + 2
     assert all(len(a["href"]) > 1000 and a["href"].startswith("data:image/jpeg;base64,") for a in page.all("image"))
     assert len(page.all("image")) == 6
     labels = " ".join(a["aria-label"] for a in drawn)

@@ -83,7 +83,7 @@ def test_the_detectors_own_losses_are_one_term_of_stage_two() -> None:
         "loss_transfer_cwd": {"cwd@det": curve(1, 9)},
         "total_loss": {"ce": curve(2, 2), "cwd@det": curve(4, 12)},
     }
-    own, taught = term_shares(Training({}, {}, detect, {}))
+    own, taught = term_shares(Training({}, {}, {}, detect, {}))
     assert (own.stage, own.method, own.term, own.first, own.last) == ("two", "cwd@det", "the detector's own", 3, 3)
     assert (own.first_share, own.last_share) == (0.75, 0.25)
     assert (taught.term, taught.first_share, taught.last_share) == ("cwd", 0.25, 0.75)

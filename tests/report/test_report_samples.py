@@ -113,6 +113,8 @@ def test_curves_are_means_over_seeds(comparison) -> None:
     assert set(training.distill_accuracy) == {"val/top1", "val/top5"}
     assert set(training.distill_losses["loss/nst-poly"]) == {"nst-poly", "kd+nst-poly"}
     assert set(training.distill_losses) == {f"loss/{t}" for t in ("ce", "kd", "fitnet", "at", "nst-poly", "total")}
+    assert set(training.distill_levels) == {"level/nst-poly@res3", "level/nst-poly@res4"}
+    assert set(training.distill_levels["level/nst-poly@res3"]) == {"nst-poly", "kd+nst-poly"}
     curve = training.distill_accuracy["val/top1"]["kd"]
     values = []
     for seed in range(3):
