@@ -4,8 +4,6 @@ import shutil
 import sys
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 import yaml
@@ -18,6 +16,9 @@ from nst_det.export.detector import check_images, equal_scores, export_detector,
 from nst_det.export.graph import DetectorGraph, first
 from nst_det.export.modelcard import detector_card
 from nst_det.export.parity import Difference, difference, partners
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 
 def call(*words):
