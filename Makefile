@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-ray lint docs clean
 
 demo: $(READY)
 	$(VENV)/bin/nst-det compare --config-file configs/compare/demo.yaml --output output/demo
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto -m "not detectron2"
+
+# needs the extra ray, 240 MB: .venv/bin/python -m pip install --constraint constraints.txt --editable ".[ray]"
+test-ray: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m ray tests/compare/test_on_ray.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -70,7 +70,12 @@ class DistillAnswer(Shown, dict[str, dict[str, Any]]):
 
 
 def compare(
-    config_file: str | Path, settings: Settings = (), *, output: str | Path | None = None, jobs: int = 0
+    config_file: str | Path,
+    settings: Settings = (),
+    *,
+    output: str | Path | None = None,
+    jobs: int = 0,
+    ray_address: str | None = None,
 ) -> ComparisonAnswer:
     """Every method and seed through both stages, then the report; goes on where it was stopped.
 
@@ -82,6 +87,7 @@ def compare(
             command line.
         output: the folder of the comparison, in place of OUTPUT_DIR.
         jobs: runs side by side; 0 takes as many as there are cores or GPUs.
+        ray_address: of a Ray cluster that does the runs, "" for one on this machine; None does them here.
 
     Raises:
         UserError: the input of the comparison, or of one of its stages, can't be used.
@@ -101,7 +107,7 @@ def compare(
 
     _show_progress()
     comparison = load_comparison(config_file, output, words(settings))
-    return ComparisonAnswer(run(comparison, jobs), comparison.folder)
+    return ComparisonAnswer(run(comparison, jobs, ray_address=ray_address), comparison.folder)
 
 
 def distill(config_file: str | Path, settings: Settings = ()) -> DistillAnswer:

@@ -1,4 +1,9 @@
+import multiprocessing
 import os
+import pickle
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,3 +19,59 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; name its folder by NST_DET_REAL_DATA")
     return folder
+
+
+def _join_group(rank: int, world: int, port: int, work: Callable[..., object], args: tuple, sink) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import torch
+
+    from nst_det.errors import UserError
+    from nst_det.runtime.processes import stop_processes
+
+    torch.set_num_threads(1)
+    try:
+        found = work(*args)
+        stop_processes()
+    except UserError as error:
+        found = error
+    # as bytes: a tensor would be handed over by a process that has to stay for it
+    sink.put((rank, pickle.dumps(found)))
+
+
+@pytest.fixture
+def in_processes():
+    """``in_processes(work, *args)``: runs it as torchrun would, in two processes; what each gave, by rank.
+
+    They are forked: importing torch again takes longer than most tests.
+    """
+
+    def run(work: Callable[..., object], *args: object, world: int = 2) -> list:
+        context = multiprocessing.get_context("fork")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        sink = context.SimpleQueue()
+        started = [
+            context.Process(target=_join_group, args=(rank, world, port, work, args, sink)) for rank in range(world)
+        ]
+        for process in started:
+            process.start()
+        try:
+            found = {}
+            while len(found) < world:
+                while sink.empty():
+                    assert any(process.is_alive() for process in started), "a process ended without an answer"
+                    time.sleep(0.02)
+                rank, answer = sink.get()
+                found[rank] = value = pickle.loads(answer)
+                if isinstance(value, Exception):
+                    break
+        finally:
+            for process in started:
+                process.join(0 if len(found) < world else 20)
+                process.kill()
+                process.join()
+        return [found[rank] for rank in sorted(found)]
+
+    return run

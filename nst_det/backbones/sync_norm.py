@@ -70,7 +70,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return scaled.to(x.dtype)
 
 
-class _WithAct(SyncBatchNormAct, SyncBatchNorm):  # type: ignore[misc]
+class _WithAct(SyncBatchNormAct, SyncBatchNorm):
     """timm's layer of normalization, dropout and activation in one; its normalization is the class above."""
 
 

@@ -16,7 +16,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML of the comparison")
     parser.add_argument("--output", metavar="DIR", help="where everything is written, in place of OUTPUT_DIR")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs side by side (default: cores, or GPUs)")
-    parser.add_argument("--dry-run", action="store_true", help="print the runs and what is done of them, start none")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the runs and what is done of them, then their time, disk and memory by a few steps of each kind",
+    )
+    parser.add_argument("--plan", action="store_true", help="print the runs and what is done of them, measure nothing")
+    parser.add_argument(
+        "--launcher",
+        choices=("local", "ray"),
+        default="local",
+        help="where runs are done: here, or on a Ray cluster",
+    )
+    parser.add_argument("--address", default="", metavar="HOST:PORT", help="of the Ray cluster (default: here)")
     add_trust_pickle(parser)
     parser.add_argument(
         "overrides",
@@ -29,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run or show the comparison.  Codes: 0 done, 1 a run failed, 2 an input can't be used, 75 stopped, to go on."""
     from nst_det import api
-    from nst_det.compare.comparison import plan_table, print_table
+    from nst_det.compare.comparison import dry_run, plan_table, print_table
     from nst_det.compare.config import load_comparison
+    from nst_det.compare.on_ray import require_ray
     from nst_det.compare.plan import make_plan
     from nst_det.compare.run import RunFailed
     from nst_det.errors import UserError
@@ -39,13 +52,21 @@ def run(args: argparse.Namespace) -> int:
     args.overrides = [*args.overrides, *trust_words(args, "DISTILL.", "DETECT.")]
     if args.jobs < 0:
         raise UserError("--jobs can't be negative; leave it out for as many as there are cores or GPUs")
-    if args.dry_run:
+    if args.dry_run or args.plan:
         comparison = load_comparison(args.config_file, args.output, args.overrides)
-        print_table(plan_table(comparison, make_plan(comparison)))
+        if args.plan:
+            print_table(plan_table(comparison, make_plan(comparison)))
+        else:
+            dry_run(comparison, args.jobs)
         return 0
+    if args.address and args.launcher != "ray":
+        raise UserError("--address is that of a Ray cluster; add --launcher ray")
+    address = args.address if args.launcher == "ray" else None
+    if address is not None:
+        require_ray()
     start_logging()
     try:
-        answer = api.compare(args.config_file, args.overrides, output=args.output, jobs=args.jobs)
+        answer = api.compare(args.config_file, args.overrides, output=args.output, jobs=args.jobs, ray_address=address)
     except RunFailed as error:
         print(f"nst-det: {error}", file=sys.stderr)
         return error.code

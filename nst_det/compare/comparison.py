@@ -15,7 +15,9 @@ from rich.table import Table
 
 from nst_det.compare.config import BASELINE, Comparison, merge_stage
 from nst_det.compare.cost import measure_costs
+from nst_det.compare.estimate import STEPS, Estimate, cells, duration, estimate, size, total, wall_seconds
 from nst_det.compare.live import View, steps_done
+from nst_det.compare.on_ray import RayRunner, connected
 from nst_det.compare.plan import (
     DATA,
     DETECTOR,
@@ -45,13 +47,16 @@ log = logging.getLogger(__name__)
 PLAIN_WIDTH = 140
 
 
-def compare(comparison: Comparison, jobs: int = 0, command: Command | None = None) -> dict[str, Any]:
+def compare(
+    comparison: Comparison, jobs: int = 0, command: Command | None = None, ray_address: str | None = None
+) -> dict[str, Any]:
     """Do what is not done yet, then write and print the report.
 
     Args:
         comparison: from :func:`~nst_det.compare.config.load_comparison`.
         jobs: runs side by side; 0 takes the config's JOBS.
         command: gives the command line of a run, in place of this package's own.
+        ray_address: of the Ray cluster that does the runs, "" for one on this machine; None does them here.
 
     Returns:
         The results, as written to ``report/results.json``.
@@ -62,14 +67,7 @@ def compare(comparison: Comparison, jobs: int = 0, command: Command | None = Non
         Stopped: a signal asked to stop.
     """
     runs = make_plan(comparison)
-    check_order(runs)
-    students = next(run for run in runs if run.kind == STUDENTS)
-    distill = merge_stage(comparison.distill, students.options, f"run {students.name}")
-    check_transfer(distill, comparison.students, comparison.name)
-    if not comparison.generate:
-        check_data_folders(comparison.distill, comparison.detect, comparison.name)
-    configs = {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
-    check_taught(comparison, runs, configs)
+    configs = checked_configs(comparison, runs)
     machine = this_machine(jobs or comparison.jobs)
     folder = comparison.folder
     with RunFolder(folder).opened(comparison.claim):
@@ -78,10 +76,31 @@ def compare(comparison: Comparison, jobs: int = 0, command: Command | None = Non
                 write_text(run.config_path(folder), configs[run.name].dump())
         steps = {run.kind: total_steps(run.kind, configs[run.name]) for run in runs if run.name in configs}
         with View(runs, steps, lambda run: machine.weight(run) / machine.room(run)) as view:
-            Runner(runs, folder, machine, view, command).run_all()
+            if ray_address is None:
+                Runner(runs, folder, machine, view, command).run_all()
+            else:
+                with connected(ray_address) as ray:
+                    RayRunner(runs, folder, machine, view, ray, command).run_all()
         results = build_results(comparison, runs, measure_costs(runs, configs, folder))
         write_report(results, folder)
     return results
+
+
+def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNode]:
+    """The config of each run of a plan but the data's, by name; all that can be checked before a start is.
+
+    Raises:
+        UserError: the input of the comparison, or of one of its stages, can't be used.
+    """
+    check_order(runs)
+    students = next(run for run in runs if run.kind == STUDENTS)
+    distill = merge_stage(comparison.distill, students.options, f"run {students.name}")
+    check_transfer(distill, comparison.students, comparison.name)
+    if not comparison.generate:
+        check_data_folders(comparison.distill, comparison.detect, comparison.name)
+    configs = {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
+    check_taught(comparison, runs, configs)
+    return configs
 
 
 def check_taught(comparison: Comparison, runs: Sequence[Run], configs: Mapping[str, CfgNode]) -> None:
@@ -132,18 +151,43 @@ def _with_settings(config: CfgNode, run: Run) -> CfgNode:
     return config
 
 
-def plan_table(comparison: Comparison, runs: Sequence[Run]) -> Table:
-    """The runs, and what is done of them already."""
+def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, Estimate] | None = None) -> Table:
+    """The runs, what is done of them already, and what they take by ``found``, where that is known."""
     done = sum(run.done for run in runs)
     table = Table(caption=f"{len(runs)} runs, {done} done, {len(runs) - done} to do")
-    for name in ("run", "state", "steps", "threads", "needs"):
-        table.add_column(name, justify="right" if name in ("steps", "threads") else "left")
+    measured = ("time", "disk", "memory") if found else ()
+    for name in ("run", "state", "steps", "threads", *measured, "needs"):
+        table.add_column(name, justify="left" if name in ("run", "state", "needs") else "right")
     for run in runs:
-        total = 0 if run.kind == DATA else total_steps(run.kind, run_config(comparison, run))
-        steps, _ = steps_done(run)
-        state = "done" if run.done else f"stopped at {steps}" if run.started and steps else "to do"
-        table.add_row(run.name, state, str(total or "-"), str(run.threads), ", ".join(run.needs) or "-")
+        steps = 0 if run.kind == DATA else total_steps(run.kind, run_config(comparison, run))
+        made, _ = steps_done(run)
+        state = "done" if run.done else f"stopped at {made}" if run.started and made else "to do"
+        takes = cells(found[run.name]) if found and not run.done else ("-",) * len(measured)
+        table.add_row(run.name, state, str(steps or "-"), str(run.threads), *takes, ", ".join(run.needs) or "-")
     return table
+
+
+def dry_run(comparison: Comparison, jobs: int = 0) -> None:
+    """Print the plan at once, then what it takes, measured on a few steps of each kind of run; nothing is left behind.
+
+    Raises:
+        UserError: the input of the comparison, or of one of its stages, can't be used.
+    """
+    runs = make_plan(comparison)
+    print_table(plan_table(comparison, runs))
+    if all(run.done for run in runs):
+        return
+    configs = checked_configs(comparison, runs)
+    found = estimate(comparison, runs, configs)
+    machine = this_machine(jobs or comparison.jobs)
+    all_runs, wall = total(found, runs), wall_seconds(runs, found, machine)
+    table = plan_table(comparison, runs, found)
+    beside = f"{machine.gpu_jobs} on GPUs" if machine.gpus else f"{machine.jobs} threads"
+    table.caption = (
+        f"measured on {STEPS} steps of each kind of run: {duration(all_runs.seconds)} of runs, about {duration(wall)} "
+        f"with {beside} side by side; {size(all_runs.disk)} on disk; up to {size(all_runs.memory)} of memory a run"
+    )
+    print_table(table)
 
 
 def results_table(results: dict[str, Any]) -> Table:

@@ -129,7 +129,7 @@ class Runner:
         """
         done = {run.name for run in self._runs if run.done}
         waiting = [run for run in self._runs if run.name not in done]
-        with _signals_raise():
+        with signals_raise():
             try:
                 while waiting or self._processes:
                     self._start_what_fits(waiting, done)
@@ -218,16 +218,28 @@ def _environment(run: Run, gpu: str | None, has_gpus: bool) -> dict[str, str]:
 
 
 def _failure(process: _Process) -> RunFailed:
-    code = process.popen.returncode
     with open(process.log, "rb") as file:
         file.seek(process.offset)
-        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        text = file.read().decode("utf-8", "replace")
+    return failure_of(process.run, process.popen.returncode, text, process.log)
+
+
+def failure_of(run: Run, code: int, text: str, log: Path) -> RunFailed:
+    """The error of a run that ended with an exit code other than 0.
+
+    Args:
+        run: of the plan.
+        code: its exit code; below 0 for a signal.
+        text: what it said.
+        log: where all of that stands.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line.removeprefix("nst-det: ") for line in lines if line.startswith("nst-det: ")]
     reason = said[-1] if said else lines[-1] if lines else "it said nothing"
     if code < 0:
         name = signal.Signals(-code).name
         reason = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    message = f"run {process.run.name} failed: {reason} (log: {process.log})"
+    message = f"run {run.name} failed: {reason} (log: {log})"
     return RunFailed(message, code if code in (EXIT_BAD_INPUT, EXIT_RESUME) else EXIT_FAILED)
 
 
@@ -237,7 +249,7 @@ def _signal_group(popen: subprocess.Popen[bytes], signum: int) -> None:
 
 
 @contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
+def signals_raise() -> Iterator[None]:
     """Within the block SIGTERM and SIGINT raise :class:`Stopped`, once; later ones are ignored while all stops."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -115,7 +115,7 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
         }
         if is_first():
             folder.finish(result)
-        return result
+        return from_first(folder.result)
 
 
 def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from nst_det.runtime.preemption import whole_steps
 from nst_det.runtime.processes import (
     any_process,
     average,
+    average_gradients,
     from_first,
     is_first,
     log_batch,
@@ -108,10 +109,11 @@ def train(
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """The same in a single process; else a module whose backward pass averages the gradients of all processes."""
-    if world_size() == 1:
-        return model
+    """The model in a module whose backward pass averages the gradients of all processes, or where none can, itself."""
     on_cpu = next(model.parameters()).device.type == "cpu"
+    # DDP refuses to synchronize normalization on the CPU
+    if world_size() == 1 or (on_cpu and any(isinstance(layer, nn.SyncBatchNorm) for layer in model.modules())):
+        return model
     # a pyramid may have levels that nothing reads; running statistics are averaged after each step
     return DistributedDataParallel(
         model,
@@ -187,20 +189,21 @@ class Training:
     def backward(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of all processes' images, in SOLVER.ACCUMULATE parts; this one's losses, scalars."""
         parts, totals = self.solver.ACCUMULATE, dict[str, Tensor]()
-        size = len(batch) // parts
+        parallel, size = self._parallel, len(batch) // parts
         for part in range(parts):
             # dropout and the like; the choice of anchors and proposals is seeded by image
             piece = rank() * parts + part
             seed_everything(self.seed, "step", self.done, *([piece] if piece else []))
             if isinstance(self.model, DistilledDetector):
                 self.model.iteration = self.done
-            parallel = self._parallel
             waits = isinstance(parallel, DistributedDataParallel) and part < parts - 1
             with parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 losses: dict[str, Tensor] = parallel(batch[part * size : (part + 1) * size])
                 (torch.stack(list(losses.values())).sum() / parts).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / parts
+        if parallel is self.model:
+            average_gradients(self._parameters)
         return totals
 
     def broken(self, losses: dict[str, float]) -> list[str]:

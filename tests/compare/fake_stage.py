@@ -75,6 +75,6 @@ if __name__ == "__main__":
     if parent := os.environ.get("FAKE_PARENT_DIES"):
         from nst_det.runtime.lifetime import end_with_parent
 
-        end_with_parent(int(parent))
+        end_with_parent(os.getppid() if parent == "any" else int(parent))
     config = yaml.safe_load(Path(sys.argv[3]).read_text())
     {"distill": distill, "train-det": detect}[sys.argv[1]](config)

@@ -312,9 +312,9 @@ def test_killed_anywhere_and_started_again_gives_the_undisturbed_result(
     assert sum(len(starts(path.parent)) for path in logs) > len(logs)
 
 
-def test_dry_run_shows_the_plan_and_writes_nothing(comparison, config_file, capsys):
+def test_the_plan_is_shown_and_nothing_written(comparison, config_file, capsys):
     with pytest.raises(SystemExit) as left:
-        main(["compare", "--config-file", str(config_file), "--output", str(comparison.folder), "--dry-run"])
+        main(["compare", "--config-file", str(config_file), "--output", str(comparison.folder), "--plan"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
     assert "11 runs, 0 done, 11 to do" in shown

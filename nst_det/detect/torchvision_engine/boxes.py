@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 # of the matcher: an anchor or proposal that is trained on neither as object nor as background
 IGNORED = -1
 # what the random choices for each image of a batch are drawn from
-Draws = Sequence[torch.Generator]
+Draws = Sequence[torch.Generator | None]
 
 
 class Anchors(nn.Module):

@@ -81,7 +81,7 @@ class Detector(nn.Module):
             ``boxes`` (N, 4) xyxy in pixels of the original image, ``scores`` (N,), ``labels`` (N,), best first.
         """
         images, sizes = self.preprocess([item["image"] for item in batch])
-        draws = self._draws(batch, images.device) if self.training else ()
+        draws = self._draws(batch, images.device)
         with autocast(images.device, self.amp if self.training else None):
             maps = self.backbone(images)
         maps = {name: map_.float() for name, map_ in maps.items()}
@@ -101,8 +101,9 @@ class Detector(nn.Module):
 
     @staticmethod
     def _draws(batch: Sequence[dict[str, Any]], device: torch.device) -> list[torch.Generator]:
-        seeds = [int(item["seed"] if "seed" in item else torch.randint(2**62, ())) for item in batch]
-        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        if not all("seed" in item for item in batch):
+            return []
+        return [torch.Generator(device).manual_seed(int(item["seed"])) for item in batch]
 
     def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalize images and pad them with zeros, right and below, to one size: in training that of all processes.

@@ -177,7 +177,7 @@ class RoiHeads(nn.Module):
         if truth is None:
             logits, deltas = self._predict(levels, proposals)
             return self._detect(logits, deltas, proposals, sizes), {}
-        sources = draws or [None] * len(proposals)
+        sources = draws or (None,) * len(proposals)
         chosen = [self._sample(found, *objects, draw) for found, objects, draw in zip(proposals, truth, sources)]
         logits, deltas = self._predict(levels, [rois for rois, _, _ in chosen])
         boxes, targets, labels = (torch.cat(parts) for parts in zip(*chosen))

@@ -131,7 +131,8 @@ class Rpn(nn.Module):
         all_logits, all_deltas = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
         scores, labels = [], []
         distance = all_logits.new_zeros(())
-        for image, (boxes, size, draw) in enumerate(zip(truth, sizes, draws or [None] * len(sizes))):
+        sources = draws or (None,) * len(sizes)
+        for image, (boxes, size, draw) in enumerate(zip(truth, sizes, sources)):
             index, label = match(boxes, all_anchors, settings.thresholds, (0, IGNORED, 1), low_quality=True)
             if settings.boundary >= 0:
                 label[~_inside(all_anchors, size, settings.boundary)] = IGNORED

@@ -1,0 +1,258 @@
+"""What a comparison will take, measured on a few steps of each kind of run before anything is started.
+
+Each distinct kind of run is tried once in a folder of its own that is removed again: the same command with
+:data:`STEPS` steps, on a part of the data.  The steps are timed from outside, by the lines of
+``metrics.jsonl``, so that both engines are measured the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fvcore.common.config import CfgNode
+
+from nst_det.compare.config import Comparison
+from nst_det.compare.plan import DATA, DETECTOR, STUDENTS, TEACHER, TEACHER_DETECTOR, Run
+from nst_det.compare.run import THREAD_VARIABLES, Command, Machine, stage_command
+from nst_det.compare.stages import total_steps
+from nst_det.compare.trial_data import Parts, copy_parts
+from nst_det.errors import UserError
+from nst_det.runtime.config import flat, plain
+from nst_det.runtime.files import write_text
+from nst_det.runtime.run import config_hash
+
+STEPS = 8
+# the first ones find the fastest kernels and fill caches
+WARM_UP = 2
+POLL_SECONDS = 0.01
+# what differs between two runs of one kind without changing what they take
+_FREE = ("OUTPUT_DIR", "REGISTRY", "NAME", "SEED", "MODEL.WEIGHTS", "TEACHER.WEIGHTS", "TRANSFER.TEACHER.WEIGHTS")
+_FREE_RATES = ("SOLVER.BASE_LR", "SOLVER.BACKBONE_MULTIPLIER")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one run will take.
+
+    Attributes:
+        seconds: from its start to its end, on an otherwise idle machine.
+        disk: bytes that it leaves behind.
+        memory: bytes, the most that its process has at a time; what is on a GPU is not counted.
+    """
+
+    seconds: float
+    disk: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of :data:`STEPS` steps: seconds before the first, of each, and after the last; bytes."""
+
+    start: float
+    step: float
+    end: float
+    disk: int
+    memory: int
+
+
+def estimate(
+    comparison: Comparison, runs: Sequence[Run], configs: Mapping[str, CfgNode], command: Command | None = None
+) -> dict[str, Estimate]:
+    """Try one run of each kind; what every run of the plan will take, by its name.
+
+    Args:
+        comparison: whose plan this is.
+        runs: the plan.
+        configs: the config of each run, by name; none for the data.
+        command: gives the command line of a run, in place of this package's own.
+
+    Raises:
+        UserError: a trial ended with an error; the line is the run's own.
+    """
+    found: dict[str, Estimate] = {}
+    tried: dict[str, Trial] = {}
+    with tempfile.TemporaryDirectory(prefix="nst-det-dry-run-") as name:
+        folder = Path(name)
+        parts = copy_parts(comparison, folder / "data")
+        for run in runs:
+            if run.kind == DATA:
+                found[run.name] = Estimate(parts.generate_seconds, parts.generate_bytes, parts.generate_memory)
+                continue
+            kind = _kind(run, configs[run.name])
+            if kind not in tried:
+                config = _trial_config(comparison, run, configs[run.name], folder, parts)
+                tried[kind] = _try(run, config, folder, command or stage_command)
+            found[run.name] = _scaled(run, configs[run.name], tried[kind], parts)
+    return found
+
+
+def wall_seconds(runs: Sequence[Run], found: Mapping[str, Estimate], machine: Machine) -> float:
+    """Seconds until all runs that are not done are, when a run starts as soon as there is room for it."""
+    done = {run.name for run in runs if run.done}
+    waiting = [run for run in runs if run.name not in done]
+    running: list[tuple[float, Run]] = []
+    now = 0.0
+    while waiting or running:
+        for run in list(waiting):
+            used = sum(machine.weight(other) for _, other in running if machine.on_gpu(other) == machine.on_gpu(run))
+            if done.issuperset(run.needs) and used + machine.weight(run) <= machine.room(run):
+                waiting.remove(run)
+                running.append((now + found[run.name].seconds, run))
+        now, ended = min(running, key=lambda item: item[0])
+        running.remove((now, ended))
+        done.add(ended.name)
+    return now
+
+
+def _kind(run: Run, config: CfgNode) -> str:
+    values = {key: value for key, value in plain(flat(config)).items() if key not in (*_FREE, *_FREE_RATES)}
+    return f"{run.kind}-{config_hash(values)}"
+
+
+def _trial_config(comparison: Comparison, run: Run, config: CfgNode, folder: Path, parts: Parts) -> CfgNode:
+    config = config.clone()
+    config.defrost()
+    backbones = folder / "backbones"
+    config.TENSORBOARD, config.WANDB = False, ""
+    config.SOLVER.MAX_ITER, config.SOLVER.STEPS = STEPS, type(config.SOLVER.STEPS)()
+    config.SOLVER.WARMUP_ITERS = min(config.SOLVER.WARMUP_ITERS, STEPS)
+    config.TEST.EVAL_PERIOD = 0
+    if run.kind in (DETECTOR, TEACHER_DETECTOR):
+        config.OUTPUT_DIR = str(folder / run.name)
+        config.SOLVER.CHECKPOINT_PERIOD, config.TEST.SELECT = STEPS // 2, "last"
+        config.MODEL.WEIGHTS = _moved(config.MODEL.WEIGHTS, comparison.folder / "backbones", backbones)
+        teacher = config.TRANSFER.TEACHER
+        teacher.WEIGHTS = _moved(teacher.WEIGHTS, comparison.folder, folder)
+        teacher.CONFIG_FILE = _moved(teacher.CONFIG_FILE, comparison.folder, folder)
+        for name, root in parts.voc.items():
+            config.DATASETS.VOC[name].ROOT = str(root)
+        return config
+    config.OUTPUT_DIR, config.REGISTRY = str(folder / run.name), str(backbones)
+    config.DATA.ROOT, config.DATA.VAL_FROM = str(parts.images), "auto"  # has a val folder
+    config.CHECKPOINT_PERIOD, config.LOG_PERIOD = STEPS // 2, 1
+    config.TEACHER.EXPECTED_TOP1, config.CACHE.DIR, config.CACHE.DTYPE = 0.0, "", "auto"
+    config.TEACHER.WEIGHTS = _moved(config.TEACHER.WEIGHTS, comparison.folder / "backbones", backbones)
+    for key in ("STEPS", "WARMUP_ITERS"):
+        config.TEACHER.SOLVER.pop(key, None)
+    config.TEACHER.SOLVER.MAX_ITER = STEPS
+    return config
+
+
+def _moved(path: str, before: Path, after: Path) -> str:
+    """A path below one folder, as it is called below the other; others stay."""
+    return str(after / Path(path).relative_to(before)) if path and Path(path).is_relative_to(before) else path
+
+
+def _try(run: Run, config: CfgNode, folder: Path, command: Command) -> Trial:
+    path = run.config_path(folder)
+    write_text(path, config.dump())
+    output = Path(config.OUTPUT_DIR)
+    inner = {TEACHER: "teacher", STUDENTS: "students/" + (run.folders[0].name if run.folders else "")}
+    metrics = output / inner.get(run.kind, "") / "metrics.jsonl"
+    log = folder / f"{run.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    before = _bytes_below(folder)
+    environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(run.threads))}
+    began, times = time.monotonic(), list[float]()
+    with open(log, "wb") as said:
+        words = command(run, folder)
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment)
+        try:
+            while True:
+                ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+                times += [time.monotonic()] * (_steps_in(metrics) - len(times))
+                if ended:
+                    break
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode or len(times) < STEPS:
+        lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise UserError(f"--dry-run: the trial of {run.name} failed: {lines[-1].removeprefix('nst-det: ')}")
+    step = (times[-1] - times[WARM_UP - 1]) / (STEPS - WARM_UP)
+    now = time.monotonic()
+    return Trial(
+        start=max(times[0] - began - step, 0.0),
+        step=step,
+        end=now - times[-1],
+        disk=_bytes_below(folder) - before,
+        # Linux counts in KiB
+        memory=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    )
+
+
+def _steps_in(metrics: Path) -> int:
+    """Steps with a loss in a ``metrics.jsonl``; evaluations have rows of their own in stage one."""
+    if not metrics.exists():
+        return 0
+    rows = metrics.read_text(encoding="utf-8").split("\n")[:-1]
+    return len({json.loads(row)["step"] for row in rows if "loss" in row})
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_symlink() and path.is_file())
+
+
+def _scaled(run: Run, config: CfgNode, trial: Trial, parts: Parts) -> Estimate:
+    detects = run.kind in (DETECTOR, TEACHER_DETECTOR)
+    steps, period = total_steps(run.kind, config), config.TEST.EVAL_PERIOD
+    evaluations = 1 + ((steps - 1) // period if period else 0)
+    share = parts.test_share if detects else parts.val_share
+    seconds = trial.start + steps * trial.step + evaluations * trial.end / share
+    return Estimate(seconds, trial.disk, trial.memory + (parts.detect_cache if detects else parts.distill_cache))
+
+
+def total(found: Mapping[str, Estimate], runs: Sequence[Run]) -> Estimate:
+    """Seconds of machine time and bytes of all runs that are not done; the memory is the largest one's."""
+    left = [found[run.name] for run in runs if not run.done]
+    if not left:
+        return Estimate(0.0, 0, 0)
+    return replace(
+        left[0],
+        seconds=sum(one.seconds for one in left),
+        disk=sum(one.disk for one in left),
+        memory=max(one.memory for one in left),
+    )
+
+
+def cells(one: Estimate) -> tuple[str, ...]:
+    """Time, disk and memory as a table shows them."""
+    return duration(one.seconds), size(one.disk), size(one.memory)
+
+
+def duration(seconds: float) -> str:
+    """A time, given in seconds, in words.
+
+    Example:
+        >>> duration(3725), duration(95)
+        ('1 h 02 min', '1 min 35 s')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def size(count: float) -> str:
+    """A number of bytes in words.
+
+    Example:
+        >>> size(3 * 2**30), size(1000)
+        ('3 GiB', '1000 B')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
