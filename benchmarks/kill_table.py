@@ -187,7 +187,7 @@ def half_written(folder: Path) -> list[str]:
         try:
             if path.suffix in (".pt", ".pth"):
                 check_intact(path)
-            elif path.suffix == ".json":
+            elif path.suffix == ".json" and path.name != "metrics.json":  # lines, appended by Detectron2
                 read_json(path)
             elif path.suffix == ".safetensors":
                 with safe_open(str(path), framework="pt") as file:

@@ -11,4 +11,6 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        # a loader process hands over its whole traceback; the line that was meant stands at its end
+        line = message.rsplit(f"{type(self).__module__}.{type(self).__qualname__}: ", 1)[-1]
+        super().__init__(" ".join(line.split()))

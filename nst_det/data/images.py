@@ -11,7 +11,11 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import (
+    Image,
+    MpoImagePlugin,  # noqa: F401 (Pillow registers these two when they are imported)
+    WebPImagePlugin,  # noqa: F401
+)
 
 from nst_det.data.reading import read_bytes, shown_path
 from nst_det.errors import UserError

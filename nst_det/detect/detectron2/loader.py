@@ -12,7 +12,9 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from detectron2.data.transforms import AugInput
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from nst_det.data.images import MAX_IMAGE_BYTES, image_size
+from nst_det.data.reading import read_bytes, shown_path
 from nst_det.detect.batches import Place, StepBatches
 from nst_det.errors import UserError
 from nst_det.runtime.preemption import leave_group
@@ -107,6 +111,40 @@ class SeededImages(Dataset[Any]):
         return item
 
 
+class BoundedMapper(DatasetMapper):
+    """Detectron2's mapper; an image that is too large is refused by its header, one that is damaged by its name.
+
+    What it gives is what ``DatasetMapper`` gives.
+    """
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> Any:
+        """As :meth:`DatasetMapper.__call__`.
+
+        Raises:
+            UserError: an image that can't be used; the line names it.
+        """
+        with named_image(dataset_dict["file_name"]):
+            return super().__call__(dataset_dict)
+
+
+@contextmanager
+def named_image(name: str) -> Iterator[None]:
+    """Check the size of an image file before the block decodes it, and name the file in what goes wrong there.
+
+    Raises:
+        UserError: too large, not an image, damaged, or not of the size that its annotation says.
+    """
+    # a path of Detectron2's own path manager may be elsewhere
+    if Path(name).is_file():
+        image_size(read_bytes(Path(name), MAX_IMAGE_BYTES, "image"), shown_path(name))
+    try:
+        yield
+    except (OSError, SyntaxError, detection_utils.SizeMismatchError) as error:
+        raise UserError(
+            f"{shown_path(name)}: can't be used as an image ({error}); replace it or take it out of the list"
+        ) from error
+
+
 class CachingMapper(DatasetMapper):
     """Detectron2's mapper for boxes, with the decoded images kept in memory (``DATALOADER.CACHE_IMAGES_MB``).
 
@@ -122,8 +160,9 @@ class CachingMapper(DatasetMapper):
         item = copy.deepcopy(dataset_dict)
         name = item["file_name"]
         if name not in self._images:
-            self._images[name] = detection_utils.read_image(name, format=self.image_format)
-        detection_utils.check_image_size(item, self._images[name])
+            with named_image(name):
+                self._images[name] = detection_utils.read_image(name, format=self.image_format)
+                detection_utils.check_image_size(item, self._images[name])
         drawn = AugInput(self._images[name])
         transforms = self.augmentations(drawn)
         item["image"] = torch.as_tensor(np.ascontiguousarray(drawn.image.transpose(2, 0, 1)))
@@ -139,7 +178,7 @@ def choose_mapper(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> DatasetMappe
     decoded = sum(3 * item["height"] * item["width"] for item in dicts)
     plain = cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS
     if plain or decoded > cfg.DATALOADER.CACHE_IMAGES_MB * 2**20:
-        return DatasetMapper(cfg, True)
+        return BoundedMapper(cfg, True)
     return CachingMapper(cfg, True)
 
 

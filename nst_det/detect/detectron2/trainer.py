@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
@@ -26,7 +26,7 @@ from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detect.detectron2.config import class_list, validation_config
 from nst_det.detect.detectron2.evaluator import VocEvaluator
 from nst_det.detect.detectron2.library import distill_from_config, student_of, transfer_of
-from nst_det.detect.detectron2.loader import SharedBatches, build_train_loader
+from nst_det.detect.detectron2.loader import BoundedMapper, SharedBatches, build_train_loader
 from nst_det.detect.detectron2.solver import build_optimizer
 from nst_det.detect.distilled import DistilledDetector
 from nst_det.detect.faults import step_content
@@ -113,6 +113,11 @@ class DistillTrainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Detectron2's, with :class:`~nst_det.detect.detectron2.loader.BoundedMapper`."""
+        return build_detection_test_loader(cfg, dataset_name, mapper=BoundedMapper(cfg, False))
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """Ours for data sets in ``DATASETS.VOC``; Detectron2's for what Detectron2 registers.
 
@@ -129,7 +134,7 @@ class DistillTrainer(DefaultTrainer):
         raise UserError(f"DATASETS.TEST: no evaluator for '{dataset_name}'; name its folder in DATASETS.VOC")
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks, after one that seeds each step and before the writer of ``metrics.jsonl``.
+        """Detectron2's hooks after one that seeds each step; the writer of ``metrics.jsonl`` and checkpoints come last.
 
         Where there is a validation split, evaluations during training are made there.
         """
@@ -139,7 +144,9 @@ class DistillTrainer(DefaultTrainer):
             hooks = [evaluation if isinstance(hook, EvalHook) else hook for hook in hooks]
         if comm.is_main_process():
             hooks.append(RunMetrics(RunFolder(self.cfg.OUTPUT_DIR), self.cfg.WANDB))
-        return [*hooks, StopWhenAsked()]
+        # last: what a checkpoint says is done has been evaluated and written down, so that no kill leaves a gap
+        saving = [hook for hook in hooks if isinstance(hook, PeriodicCheckpointer)]
+        return [*(hook for hook in hooks if hook not in saving), *saving, StopWhenAsked()]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's, without TensorBoard's where TENSORBOARD is False."""
@@ -175,7 +182,7 @@ class DistillTrainer(DefaultTrainer):
             self._seen["losses"] = losses
 
     def _not_finite(self, error: FloatingPointError) -> UserError:
-        losses = {name: float(value) for name, value in self._seen["losses"].items()}
+        losses = {name: float(value.detach()) for name, value in self._seen["losses"].items()}
         transfer = transfer_of(self._whole)
         broken = broken_values(losses, transfer.parts if transfer is not None else {}, {})
         # where the RPN stopped the pass, there are no losses yet
