@@ -74,7 +74,7 @@ class Detector(nn.Module):
             batch: a dict an image: ``image`` (3, H, W), uint8 or float, 0..255, in ``input_format``; ``height`` and
                 ``width`` of the original image (inference; without them it is ``image``'s); ``boxes`` (M, 4) xyxy in
                 pixels of ``image`` and ``labels`` (M,) from 0 (training); ``seed`` of the choice of its anchors and
-                proposals (training; without it, drawn).
+                proposals (training; unless all have one, torch's own generator chooses).
 
         Returns:
             In training: loss_cls, loss_box_reg, loss_rpn_cls, loss_rpn_loc, scalars. Otherwise a dict an image:
