@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import os
 import pkgutil
 import sys
 import warnings
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with preemptible() if args.resumes else contextlib.nullcontext():
             code = args.run(args)
     except UserError as error:
-        print(f"nst-det: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"nst-det: {error}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except OSError as error:
         # whatever wrote last: a library's events, a log, a file of somebody else's
@@ -71,9 +73,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"nst-det: {cannot_write(error.filename or 'output', str(error.strerror))}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except Preempted as stop:
-        print(f"nst-det: stopped by {stop}; what is done is saved, the same command goes on from here", file=sys.stderr)
+        if _speaks():
+            said = f"stopped by {stop}; what is done is saved, the same command goes on from here"
+            print(f"nst-det: {said}", file=sys.stderr)
         code = EXIT_RESUME
     except KeyboardInterrupt:
         print("nst-det: interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def _speaks() -> bool:
+    """Of several processes of torchrun's one says why they end."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from nst_det.runtime.processes import speaks_of_error
+
+    return speaks_of_error()

@@ -62,6 +62,20 @@ def stop_processes() -> None:
         PartialState().destroy_process_group()
 
 
+def speaks_of_error() -> bool:
+    """Whether this process is the one that says why all of them end; of several that fail, the first to ask."""
+    if started_together() == 1:
+        return True
+    if not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        asked: int = dist.distributed_c10d._get_default_store().add("nst_det/speaks_of_error", 1)
+    except RuntimeError:
+        # the process that keeps the store is gone, and has spoken
+        return False
+    return asked == 1
+
+
 def world_size() -> int:
     """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

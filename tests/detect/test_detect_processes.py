@@ -69,9 +69,9 @@ def test_two_processes_train_as_one(on_shapes, tmp_path, in_processes):
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     begun = build_detector(on_shapes("x", changes | {"MODEL.ROI_HEADS.NUM_CLASSES": 8}), 0).state_dict()
     for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=5e-6, msg=name)
-        if name.endswith("conv1.weight"):
-            assert (value - begun[name]).abs().max() > 2e-5, f"{name} was not trained"
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=2e-5, msg=name)
+        if name.startswith("roi_heads.box_head") and name.endswith("weight"):
+            assert (value - begun[name]).abs().max() > 1e-4, f"{name} was not trained"
 
 
 def test_two_processes_go_on_with_the_same_bits(on_shapes, tmp_path, in_processes, monkeypatch):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nst_det.detect.config import load_detect_config
+from nst_det.errors import UserError
 from nst_det.runtime.config import flat
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detect"
@@ -41,3 +42,11 @@ def test_detectron2_reads_the_same_values(path):
         if key not in named:
             mine, other = (list(item) if isinstance(item, tuple) else item for item in (value, theirs[key]))
             assert mine == other, key
+
+
+@pytest.mark.detectron2
+def test_parts_of_a_batch_are_refused_by_detectron2():
+    from nst_det.detect.detectron2.config import load_config
+
+    with pytest.raises(UserError, match="SOLVER.ACCUMULATE: Detectron2's trainer doesn't take a step's images in parts"):
+        load_config(CONFIGS[0], ["SOLVER.ACCUMULATE", "2"])

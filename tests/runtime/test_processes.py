@@ -17,6 +17,7 @@ from nst_det.runtime.processes import (
     log_batch,
     rank,
     share_of,
+    speaks_of_error,
     start_processes,
 )
 
@@ -71,6 +72,22 @@ def test_what_processes_do_together(in_processes):
         "largest": [4, 9],
         "weight": [[0.0, 0.0]],
     }
+
+
+def failing():
+    start_processes(on_cpu=True)
+    spoken = speaks_of_error()
+    return spoken, speaks_of_error()
+
+
+def test_one_process_says_why_all_end(in_processes, monkeypatch):
+    assert speaks_of_error()
+    assert sorted(in_processes(failing)) == [(False, False), (True, False)]
+    # before they have met: one a machine
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert speaks_of_error()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not speaks_of_error()
 
 
 def synchronized(x, target, make):
