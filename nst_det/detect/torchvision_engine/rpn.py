@@ -125,7 +125,7 @@ class Rpn(nn.Module):
         deltas: list[Tensor],
         sizes: Sequence[tuple[int, int]],
         truth: Sequence[Tensor],
-        draws: Draws,
+        draws: Draws = (),
     ) -> dict[str, Tensor]:
         settings, all_anchors = self.settings, torch.cat(anchors)
         all_logits, all_deltas = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
