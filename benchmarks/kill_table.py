@@ -3,8 +3,8 @@
     python benchmarks/kill_table.py --kills 50 --output benchmarks/results/kills.md
 
 Each row is a run in a new folder: killed once, at a moment drawn uniformly from the time that the undisturbed run
-took, or (every third) while a checkpoint was being written; then looked through for half-written files; then
-started again by the same command.  "same" means: every bit of the weights, and every figure of results and metrics.
+took, or (every third) while its first to fourth checkpoint was being written; then looked through for half-written
+files; then started again by the same command.  "same" means: every bit of the weights, and every figure of results and metrics.
 Stage one, stage two by the torchvision engine, and by Detectron2's where that is installed.
 """
 
@@ -220,20 +220,28 @@ def is_writing(folder: Path) -> bool:
     return False
 
 
-def kill_once(target: Target, folder: Path, moment: float | None, patience: float) -> tuple[str, float] | None:
-    """Start, kill, and say when; None where it ended before."""
+def kill_once(target: Target, folder: Path, moment: float, writes: int, patience: float) -> tuple[str, float] | None:
+    """Start, kill and say when; None where it ended before.
+
+    Args:
+        target: what is started.
+        folder: of the run.
+        moment: seconds after the start.
+        writes: kill while so many checkpoints were being written instead; 0 goes by the moment.
+        patience: seconds after which it is given up.
+    """
     process, began = start(target.words(folder), folder.with_suffix(".log")), time.monotonic()
-    when = "while a checkpoint was written" if moment is None else "at random"
-    while process.is_alive():
-        after = time.monotonic() - began
-        if (after >= moment) if moment is not None else is_writing(folder):
+    seen, before = 0, False
+    while process.is_alive() and (after := time.monotonic() - began) < patience:
+        now = bool(writes) and is_writing(folder)
+        seen, before = seen + (now and not before), now
+        if seen == writes if writes else after >= moment:
             process.kill()
             process.join()
+            when = f"while checkpoint {writes} was written" if writes else "at random"
             return (when, after) if process.exitcode == -9 else None
-        if after > patience:
-            process.kill()
-            break
-        time.sleep(0.0002 if moment is None else 0.002)
+        time.sleep(0.0002 if writes else 0.002)
+    process.kill()
     process.join()
     return None
 
@@ -266,8 +274,9 @@ class Kills:
         killed = None
         while killed is None:
             folder = self.whole.with_name(f"{self.whole.name}_{self.rows}_{self.draw.randrange(10**6)}")
-            moment = None if self.rows % 3 == 2 else self.draw.uniform(0.02, self.seconds)
-            killed = kill_once(self.target, folder, moment, 20 * self.seconds + 60)
+            writes = self.draw.randint(1, 4) if self.rows % 3 == 2 else 0
+            moment = self.draw.uniform(0.02, self.seconds)
+            killed = kill_once(self.target, folder, moment, writes, 20 * self.seconds + 60)
         self.rows += 1
         broken, step = half_written(folder), newest_step(folder)
         again = start(self.target.words(folder), folder.with_suffix(".log"))
