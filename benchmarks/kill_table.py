@@ -4,8 +4,9 @@
 
 Each row is a run in a new folder: killed once, at a moment drawn uniformly from the time that the undisturbed run
 took, or (every third) while its first to fourth checkpoint was being written; then looked through for half-written
-files; then started again by the same command.  "same" means: every bit of the weights, and every figure of results and metrics.
-Stage one, stage two by the torchvision engine, and by Detectron2's where that is installed.
+files; then started again by the same command.  "same" means: every bit of the weights, and every
+figure of results and metrics.  Stage one, stage two by the torchvision engine, and by Detectron2's where that is
+installed.
 """
 
 from __future__ import annotations
