@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 from fvcore.common.config import CfgNode
 
 from nst_det.compare.config import Comparison
@@ -32,7 +32,7 @@ from nst_det.runtime.run import config_hash
 STEPS = 8
 # the first ones find the fastest kernels and fill caches
 WARM_UP = 2
-POLL_SECONDS = 0.01
+POLL_SECONDS, MEMORY_SECONDS = 0.01, 0.05
 # what differs between two runs of one kind without changing what they take
 _FREE = ("OUTPUT_DIR", "REGISTRY", "NAME", "SEED", "MODEL.WEIGHTS", "TEACHER.WEIGHTS", "TRANSFER.TEACHER.WEIGHTS")
 _FREE_RATES = ("SOLVER.BASE_LR", "SOLVER.BACKBONE_MULTIPLIER")
@@ -45,7 +45,7 @@ class Estimate:
     Attributes:
         seconds: from its start to its end, on an otherwise idle machine.
         disk: bytes that it leaves behind.
-        memory: bytes, the most that its process has at a time; what is on a GPU is not counted.
+        memory: bytes, the most that its processes have at a time; what is on a GPU is not counted.  0 is not known.
     """
 
     seconds: float
@@ -85,7 +85,7 @@ def estimate(
         parts = copy_parts(comparison, folder / "data")
         for run in runs:
             if run.kind == DATA:
-                found[run.name] = Estimate(parts.generate_seconds, parts.generate_bytes, parts.generate_memory)
+                found[run.name] = Estimate(parts.generate_seconds, parts.generate_bytes, 0)
                 continue
             kind = _kind(run, configs[run.name])
             if kind not in tried:
@@ -163,12 +163,15 @@ def _try(run: Run, config: CfgNode, folder: Path, command: Command) -> Trial:
     before = _bytes_below(folder)
     environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(run.threads))}
     began, times = time.monotonic(), list[float]()
+    looked, memory = began, 0
     with open(log, "wb") as said:
         words = command(run, folder)
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment)
         try:
             while True:
-                ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+                ended = process.poll() is not None
+                if time.monotonic() - looked > MEMORY_SECONDS:
+                    looked, memory = time.monotonic(), max(memory, _memory(process.pid))
                 times += [time.monotonic()] * (_steps_in(metrics) - len(times))
                 if ended:
                     break
@@ -177,7 +180,6 @@ def _try(run: Run, config: CfgNode, folder: Path, command: Command) -> Trial:
             process.kill()
             process.wait()
             raise
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode or len(times) < STEPS:
         lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         raise UserError(f"--dry-run: the trial of {run.name} failed: {lines[-1].removeprefix('nst-det: ')}")
@@ -188,9 +190,20 @@ def _try(run: Run, config: CfgNode, folder: Path, command: Command) -> Trial:
         step=step,
         end=now - times[-1],
         disk=_bytes_below(folder) - before,
-        # Linux counts in KiB
-        memory=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        memory=memory,
     )
+
+
+def _memory(pid: int) -> int:
+    """Bytes that a process and its loader processes have now; not what the kernel says at its end, which starts with
+    the memory of the process that started it.
+    """
+    try:
+        process = psutil.Process(pid)
+        return sum(int(one.memory_info().rss) for one in (process, *process.children(recursive=True)))
+    except psutil.Error:
+        # it ended meanwhile
+        return 0
 
 
 def _steps_in(metrics: Path) -> int:
@@ -229,7 +242,7 @@ def total(found: Mapping[str, Estimate], runs: Sequence[Run]) -> Estimate:
 
 def cells(one: Estimate) -> tuple[str, ...]:
     """Time, disk and memory as a table shows them."""
-    return duration(one.seconds), size(one.disk), size(one.memory)
+    return duration(one.seconds), size(one.disk), size(one.memory) if one.memory else "-"
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -35,7 +34,6 @@ class Parts:
         detect_cache: the same of stage two.
         generate_seconds: what generating the data set will take; 0 where it is there, or is the user's.
         generate_bytes: its size on disk.
-        generate_memory: bytes at a time.
     """
 
     images: Path
@@ -46,7 +44,6 @@ class Parts:
     detect_cache: int = 0
     generate_seconds: float = 0.0
     generate_bytes: int = 0
-    generate_memory: int = 0
 
 
 def copy_parts(comparison: Comparison, folder: Path) -> Parts:
@@ -149,7 +146,6 @@ def _generated(comparison: Comparison, folder: Path) -> Parts:
     fields = ("classification_images", "classification_val_images", "detection_images", "detection_test_images")
     ratio = sum(getattr(whole, name) for name in fields) / sum(getattr(small, name) for name in fields)
     bytes_now = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
-    children, own = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
     more = whole.classification_images + whole.classification_val_images
     return Parts(
         root / CLASSIFICATION,
@@ -159,5 +155,4 @@ def _generated(comparison: Comparison, folder: Path) -> Parts:
         distill_cache=_kept(comparison, more - small.classification_images - small.classification_val_images),
         generate_seconds=seconds * ratio,
         generate_bytes=int(bytes_now * ratio),
-        generate_memory=max(children, own) * 1024,
     )

@@ -44,7 +44,8 @@ def test_the_estimate_is_near_what_runs_take(comparison, fake_command, without_d
     students, detector = found["distill/seed0"], found["detect/seed1/kd"]
     assert 0.6 < detector.seconds < 3
     assert 0.5 < students.seconds < 5
-    assert all(1 << 20 < one.memory < 1 << 30 for one in found.values())
+    # an interpreter and YAML, not this process with all of torch
+    assert all(1 << 20 < one.memory < 200 << 20 for one in found.values())
     # nothing left to do takes nothing
     assert total(found, runs) == Estimate(0.0, 0, 0)
 
