@@ -35,7 +35,7 @@ from nst_det.runtime.device import amp_dtype, autocast
 from nst_det.runtime.files import read_json
 from nst_det.runtime.metrics import MetricsWriter
 from nst_det.runtime.nonfinite import NonFinite, broken_values
-from nst_det.runtime.preemption import whole_steps
+from nst_det.runtime.preemption import StopRequest, whole_steps
 from nst_det.runtime.run import RunFolder
 from nst_det.runtime.seeds import seed_everything, seeded
 
@@ -65,6 +65,7 @@ class DistillTrainer(DefaultTrainer):
         # DefaultTrainer makes all of this in its constructor, for a GPU in each process and with the wrapped model
         # in the checkpoint, so its constructor is not called
         TrainerBase.__init__(self)
+        self.stop = StopRequest()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
