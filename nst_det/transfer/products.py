@@ -14,8 +14,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# multiply-adds of one image from which on the separate call for each image is worth it
+# multiply-adds of one image from which on the separate call for each image is worth it, and rows and columns of the
+# result below which oneDNN is no faster
 WORTH_A_CALL = 2**21
+NARROW = 64
 
 # rows of a symmetric matrix computed at a time: of the blocks left of the diagonal none is computed
 ROWS = 256
@@ -68,8 +70,11 @@ def sum_of_products(own_bMS: Tensor, s_bSN: Tensor, cross_bMT: Tensor, t_bTN: Te
 
 
 def _by_onednn(left_bMK: Tensor, right_bNK: Tensor) -> bool:
-    multiplications = left_bMK.shape[1] * left_bMK.shape[2] * right_bNK.shape[1]
-    return _large(left_bMK, multiplications) and _is_packed(left_bMK) and _is_packed(right_bNK)
+    rows, columns = left_bMK.shape[1], right_bNK.shape[1]
+    wide = min(rows, columns) >= NARROW
+    return (
+        wide and _large(left_bMK, rows * left_bMK.shape[2] * columns) and _is_packed(left_bMK) and _is_packed(right_bNK)
+    )
 
 
 def _large(x: Tensor, multiplications: int) -> bool:
