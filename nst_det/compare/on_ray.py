@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,12 +19,15 @@ from nst_det.compare.live import View
 from nst_det.compare.plan import Run
 from nst_det.compare.run import (
     EXIT_FAILED,
-    THREAD_VARIABLES,
     Command,
     Machine,
     RunFailed,
+    environment_of,
     failure_of,
+    said_since,
     signals_raise,
+    stage_command,
+    start_process,
 )
 from nst_det.errors import UserError
 from nst_det.runtime.preemption import EXIT_RESUME
@@ -188,19 +189,9 @@ def carry_out(run: Run, folder: str, words: list[str] | None) -> tuple[int, str]
     if run.done:
         return 0, ""
     log = Path(folder) / "logs" / f"{run.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = words or [sys.executable, "-m", "nst_det.compare.child", str(os.getpid()), *run.command(Path(folder))]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict.fromkeys(THREAD_VARIABLES, str(run.threads))}
-    with open(log, "ab") as file:
-        offset = file.tell()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+    command = words or stage_command(run, Path(folder))
+    process, file, offset = start_process(command, log, environment_of(run))
+    with file:
         try:
             # short waits: Ray cancels by an exception that comes between them
             while process.poll() is None:
@@ -211,6 +202,4 @@ def carry_out(run: Run, folder: str, words: list[str] | None) -> tuple[int, str]
                 process.wait()
     if process.returncode == EXIT_RESUME:
         raise Interrupted(f"{run.name} was stopped")
-    with open(log, "rb") as file:
-        file.seek(offset)
-        return process.returncode, file.read().decode("utf-8", "replace")[-8192:]
+    return process.returncode, said_since(log, offset)[-8192:]

@@ -154,20 +154,9 @@ class Runner:
 
     def _start(self, run: Run) -> None:
         path = self._folder / "logs" / f"{run.name}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
         gpu = self._free_gpu() if self._machine.on_gpu(run) else None
-        command = self._command(run, self._folder)
-        file = open(path, "ab")  # noqa: SIM115 (closed when the process is collected)
-        offset = file.tell()
-        # a session of its own: Ctrl-C reaches the comparison alone, which then stops its runs in order
-        popen = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=_environment(run, gpu, bool(self._machine.gpus)),
-            start_new_session=True,
-        )
+        environment = environment_of(run, gpu, bool(self._machine.gpus))
+        popen, file, offset = start_process(self._command(run, self._folder), path, environment)
         self._processes.append(_Process(run, popen, path, offset, gpu, file))
         self._view.started(run)
 
@@ -208,7 +197,34 @@ class Runner:
         self._processes.clear()
 
 
-def _environment(run: Run, gpu: str | None, has_gpus: bool) -> dict[str, str]:
+def start_process(
+    command: list[str], log: Path, environment: dict[str, str]
+) -> tuple[subprocess.Popen[bytes], IO[bytes], int]:
+    """A command that appends to ``log``: its process, the log, to be closed when it has ended, and where it begins."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = open(log, "ab")  # noqa: SIM115 (closed when the process is collected)
+    offset = file.tell()
+    # a session of its own: Ctrl-C reaches the comparison alone, which then stops its runs in order
+    popen = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=file,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+    return popen, file, offset
+
+
+def said_since(log: Path, offset: int) -> str:
+    """What a log holds from ``offset`` bytes on."""
+    with open(log, "rb") as file:
+        file.seek(offset)
+        return file.read().decode("utf-8", "replace")
+
+
+def environment_of(run: Run, gpu: str | None = None, has_gpus: bool = False) -> dict[str, str]:
+    """This process's environment with the threads of a run, or its GPU of those that there are."""
     extra = {"PYTHONUNBUFFERED": "1"}
     if gpu is None:
         extra |= dict.fromkeys(THREAD_VARIABLES, str(run.threads))
@@ -218,9 +234,7 @@ def _environment(run: Run, gpu: str | None, has_gpus: bool) -> dict[str, str]:
 
 
 def _failure(process: _Process) -> RunFailed:
-    with open(process.log, "rb") as file:
-        file.seek(process.offset)
-        text = file.read().decode("utf-8", "replace")
+    text = said_since(process.log, process.offset)
     return failure_of(process.run, process.popen.returncode, text, process.log)
 
 

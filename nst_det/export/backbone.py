@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from nst_det.backbones import Card, create_model, load_backbone, load_strict
 from nst_det.errors import UserError
 from nst_det.export.modelcard import backbone_card
 from nst_det.export.use import OWN_ARCH_USE, TIMM_USE, TORCHVISION_USE
-from nst_det.runtime.files import atomic_path, write_text
+from nst_det.runtime.files import atomic_folder, atomic_path, write_text
 
 LIMIT = 1e-4
 # timm's names for what torchvision builds from the same layers under the same names
@@ -58,12 +55,7 @@ def export_timm(weights: str, output: str | Path) -> ExportedBackbone:
     model = _classifier(state_dict, card, weights)
     # timm knows where the weights of its own architectures are looked for; those of this package are read by path
     own = type(model).__module__.startswith("nst_det.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    except OSError as error:
-        raise UserError(f"{output}: can't be written ({error.strerror}); name another folder") from error
-    try:
+    with atomic_folder(output, "name another folder") as made:
         size = int(card.input.get("size") or 224)
         pixels = {"input_size": (3, size, size), "mean": card.input["mean"], "std": card.input["std"]}
         model_config = {
@@ -79,11 +71,6 @@ def export_timm(weights: str, output: str | Path) -> ExportedBackbone:
         parity = _check(model, again, size, str(output))
         use = (OWN_ARCH_USE if own else TIMM_USE).format(name=output.name, arch=card.arch, num_classes=card.num_classes)
         write_text(made / "README.md", backbone_card(card, output.name, "timm", _agreement(parity), use))
-        made.chmod(0o755)
-        made.rename(output)
-    finally:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(made)
     return ExportedBackbone(output / "model.safetensors", output / "README.md", parity)
 
 

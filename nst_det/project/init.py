@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +21,7 @@ from nst_det.project.configs import Values, render
 from nst_det.project.crops import write_crops
 from nst_det.project.fit import LARGEST, box_sizes, fit_anchors, fit_detection, fit_distillation, fit_size
 from nst_det.project.splits import TEST_FRACTION, hold_out, ids_to_cut, known_pair, write_pair
-from nst_det.runtime.files import write_text
+from nst_det.runtime.files import atomic_folder, write_text
 
 # problems with which a run would stop half-way; with the others it goes on
 FATAL = ("unreadable image", "missing image", "missing annotation", "bad annotation", "bad list", "wrong size")
@@ -88,9 +85,9 @@ def init_project(
         report = check_data(root, [train, test] if train and test else None)
         _refuse_broken(report, f"nst-det check-data {shown_path(root)} lists all")
         lists, cut = _lists(root, train, test)
-        with _taken_back(root, lists if cut else ()), _beside(folder) as made:
+        with _taken_back(root, lists if cut else ()), atomic_folder(folder, "name another project") as made:
             return _make(folder, made, root, report, lists, cut, images, device)
-    with _beside(folder) as made:
+    with atomic_folder(folder, "name another project") as made:
         converted = convert_coco(voc, made / CONVERTED)
         report = replace(check_data(converted), root=folder / CONVERTED)
         _refuse_broken(report, f"correct {shown_path(voc.files[0])} or the image, and run the same command again")
@@ -161,22 +158,6 @@ def _taken_back(root: Path, lists: Sequence[str]) -> Iterator[None]:
         for name in lists:
             split_path(root, name).unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A folder that becomes ``folder`` at the end of the block, or is removed: no half project is left."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); name another project") from error
-    try:
-        yield made
-        made.chmod(0o755)
-        os.replace(made, folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _refuse_broken(report: Report, remedy: str) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -59,6 +60,31 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: str | Path, remedy: str) -> Iterator[Path]:
+    """Give a temporary folder beside ``folder``, which becomes it at the end of the block, or is removed.
+
+    Args:
+        folder: must not be there yet, or be empty.
+        remedy: what to do where it can't be written, for the error.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}); {remedy}") from error
+    try:
+        yield made
+        made.chmod(0o755)
+        os.replace(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def remove_left_over(folder: str | Path, *, shared: bool = True) -> None:
