@@ -1,3 +1,5 @@
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +8,7 @@ import torch
 from PIL import Image
 
 from nst_det.backbones import Card, create_model, input_contract, save_backbone
+from nst_det.cli import main
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -13,6 +16,28 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """The command logs to the standard error of its test, which is closed after it."""
+    yield
+    for name in (None, "nst_det", "detectron2", "fvcore"):
+        logger = logging.getLogger(name)
+        for handler in [item for item in logger.handlers if isinstance(item, logging.StreamHandler)]:
+            logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., int]:
+    """``command("--config-file", path, ...)``: the exit code of ``nst-det train-det`` with these words."""
+
+    def run(*words: object) -> int:
+        with pytest.raises(SystemExit) as left:
+            main(["train-det", *map(str, words)])
+        return left.value.code
+
+    return run
 
 
 @pytest.fixture(scope="session")

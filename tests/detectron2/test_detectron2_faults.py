@@ -1,6 +1,5 @@
 """Signals, damaged checkpoints, losses that are no number and a full disk with Detectron2's trainer."""
 
-import logging
 import math
 import os
 import pickle
@@ -22,7 +21,6 @@ pytestmark = pytest.mark.detectron2
 
 from safetensors.torch import load_file  # noqa: E402
 
-from nst_det.cli import main  # noqa: E402
 from nst_det.detect.detectron2 import DistillTrainer  # noqa: E402
 from nst_det.runtime.metrics import read_metrics  # noqa: E402
 from nst_det.runtime.replayed import read_step  # noqa: E402
@@ -34,21 +32,6 @@ PNG = b"\x89PNG\r\n\x1a\n" + b"".join(
 )
 
 
-@pytest.fixture(autouse=True)
-def _own_logging():
-    yield
-    for name in (None, "nst_det", "detectron2", "fvcore"):
-        logger = logging.getLogger(name)
-        for handler in [item for item in logger.handlers if isinstance(item, logging.StreamHandler)]:
-            logger.removeHandler(handler)
-
-
-def command(*words):
-    with pytest.raises(SystemExit) as left:
-        main(["train-det", *map(str, words)])
-    return left.value.code
-
-
 def same_run(one, other):
     first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -56,7 +39,7 @@ def same_run(one, other):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_yaml, tmp_path_factory):
+def whole(command, tiny_yaml, tmp_path_factory):
     """An undisturbed run without evaluation."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert command("--config-file", tiny_yaml, "DATASETS.TEST", "[]", "OUTPUT_DIR", folder) == 0
@@ -64,7 +47,7 @@ def whole(tiny_yaml, tmp_path_factory):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(tiny_yaml, whole, tmp_path, monkeypatch, signum):
+def test_a_signal_saves_and_the_same_command_goes_on(command, tiny_yaml, whole, tmp_path, monkeypatch, signum):
     folder, run_step = tmp_path / "run", DistillTrainer.run_step
 
     def signalled(self):
@@ -81,7 +64,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tiny_yaml, whole, tmp_path,
     same_run(folder, whole)
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(tiny_yaml, whole, tmp_path, capfd):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(command, tiny_yaml, whole, tmp_path, capfd):
     folder = tmp_path / "run"
     words = ["--config-file", tiny_yaml, "DATASETS.TEST", "[]", "OUTPUT_DIR", folder]
     assert command(*words) == 0
@@ -96,7 +79,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(tiny_y
     same_run(folder, whole)
 
 
-def test_a_loss_that_is_no_number_is_one_line_with_images_and_file(tiny_yaml, tmp_path, monkeypatch, capfd):
+def test_a_loss_that_is_no_number_is_one_line_with_images_and_file(command, tiny_yaml, tmp_path, monkeypatch, capfd):
     from nst_det.detect.detectron2 import trainer as module
 
     see = module.DistillTrainer._see_losses
@@ -121,13 +104,13 @@ def test_a_loss_that_is_no_number_is_one_line_with_images_and_file(tiny_yaml, tm
     assert {"image", "boxes", "labels"} <= set(content["batch"][0])
 
 
-def test_another_policy_is_refused(tiny_yaml, tmp_path, capsys):
+def test_another_policy_is_refused(command, tiny_yaml, tmp_path, capsys):
     words = ["--config-file", tiny_yaml, "SOLVER.NON_FINITE.POLICY", "skip", "OUTPUT_DIR", tmp_path / "run"]
     assert command(*words) == 2
     assert "SOLVER.NON_FINITE.POLICY skip: Detectron2's trainer can only stop" in capsys.readouterr().err
 
 
-def test_pickled_weights_only_where_they_are_trusted(tiny_yaml, whole, tmp_path, capfd):
+def test_pickled_weights_only_where_they_are_trusted(command, tiny_yaml, whole, tmp_path, capfd):
     weights = {name: value.numpy() for name, value in load_file(whole / "model.safetensors").items()}
     file = tmp_path / "zoo.pkl"
     file.write_bytes(pickle.dumps({"model": weights, "__author__": "x", "seed": np.zeros(1)}))
@@ -138,7 +121,7 @@ def test_pickled_weights_only_where_they_are_trusted(tiny_yaml, whole, tmp_path,
     assert command("--trust-pickle", *words, "OUTPUT_DIR", tmp_path / "two") == 0
 
 
-def test_a_full_disk_is_one_line(tiny_yaml, tmp_path, monkeypatch, capfd):
+def test_a_full_disk_is_one_line(command, tiny_yaml, tmp_path, monkeypatch, capfd):
     replace = os.replace
 
     def full(source, target):
@@ -158,7 +141,7 @@ def test_a_full_disk_is_one_line(tiny_yaml, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("cached", [1024, 0])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_is_too_large_or_damaged_is_named(voc_root, tiny_yaml, tmp_path, capfd, cached, workers):
+def test_an_image_that_is_too_large_or_damaged_is_named(command, voc_root, tiny_yaml, tmp_path, capfd, cached, workers):
     root = tmp_path / "voc"
     shutil.copytree(voc_root, root)
     (tmp_path / "c.yaml").write_text(tiny_yaml.read_text().replace(str(voc_root), str(root)))

@@ -1,7 +1,6 @@
 """The trainer and the command, on a data set small enough for a test."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from detectron2.modeling import build_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.multiprocessing import ProcessRaisedException  # noqa: E402
 
-from nst_det.cli import main  # noqa: E402
 from nst_det.detect.detectron2 import DistillTrainer  # noqa: E402
 from nst_det.detect.detectron2.command import train  # noqa: E402
 from nst_det.detect.detectron2.config import load_config, register_datasets  # noqa: E402
@@ -47,23 +45,7 @@ def make_cfg(tiny_yaml, folder, *opts):
     return cfg
 
 
-@pytest.fixture(autouse=True)
-def _own_logging():
-    """The command logs to the standard error of its test, which is closed after it."""
-    yield
-    for name in (None, "nst_det", "detectron2", "fvcore"):
-        logger = logging.getLogger(name)
-        for handler in [item for item in logger.handlers if isinstance(item, logging.StreamHandler)]:
-            logger.removeHandler(handler)
-
-
-def command(*words):
-    with pytest.raises(SystemExit) as left:
-        main(["train-det", *map(str, words)])
-    return left.value.code
-
-
-def test_the_command_trains_evaluates_and_leaves_a_run_folder(tiny_yaml, tiny_teacher, tmp_path, capsys):
+def test_the_command_trains_evaluates_and_leaves_a_run_folder(command, tiny_yaml, tiny_teacher, tmp_path, capsys):
     folder = tmp_path / "run"
     opts = [*nst_opts(tiny_teacher), "OUTPUT_DIR", folder]
     assert command("--config-file", tiny_yaml, *opts) == 0
@@ -220,7 +202,7 @@ def test_the_extra_keys_do_what_they_say(tiny_yaml, tmp_path):
         (["SOLVER.IMS_PER_BATCH", "3", "OUTPUT_DIR", "x"], None),
     ],
 )
-def test_what_is_wrong_is_one_line_and_code_2(tiny_yaml, tmp_path, capsys, monkeypatch, opts, said):
+def test_what_is_wrong_is_one_line_and_code_2(command, tiny_yaml, tmp_path, capsys, monkeypatch, opts, said):
     monkeypatch.chdir(tmp_path)
     if said is None:
         assert command("--config-file", tiny_yaml, "--num-gpus", "2", *opts) == 2
@@ -247,7 +229,7 @@ def test_mixed_precision_on_the_cpu_keeps_the_heads_in_float32(tiny_yaml, tiny_t
     assert seen == [torch.float32, torch.bfloat16, torch.float32]
 
 
-def test_two_processes_train_to_the_weights_of_one(tiny_yaml, tiny_teacher, tmp_path, monkeypatch):
+def test_two_processes_train_to_the_weights_of_one(command, tiny_yaml, tiny_teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # Nothing may depend on the share of a process: sampling is exhaustive, so that nothing is drawn; normalization is
     # frozen; the images of a batch have one size, so that none is padded; every image has the same number of
@@ -276,7 +258,7 @@ def test_two_processes_train_to_the_weights_of_one(tiny_yaml, tiny_teacher, tmp_
     assert results[0]["map"] == pytest.approx(results[1]["map"], abs=1e-6)
 
 
-def test_a_user_error_in_a_process_is_one_line_too(tiny_yaml, monkeypatch, capsys):
+def test_a_user_error_in_a_process_is_one_line_too(command, tiny_yaml, monkeypatch, capsys):
     trace = "Traceback ...\n  File ...\nnst_det.errors.UserError: SOLVER.OPTIMIZER: wrong\n"
 
     def fail(*_, **__):
@@ -287,7 +269,7 @@ def test_a_user_error_in_a_process_is_one_line_too(tiny_yaml, monkeypatch, capsy
     assert capsys.readouterr().err.splitlines()[-1] == "nst-det: SOLVER.OPTIMIZER: wrong"
 
 
-def test_a_second_start_in_another_runs_folder_is_refused(tiny_yaml, tmp_path, capsys):
+def test_a_second_start_in_another_runs_folder_is_refused(command, tiny_yaml, tmp_path, capsys):
     folder = tmp_path / "run"
     with RunFolder(folder).opened(load_config(tiny_yaml, ["OUTPUT_DIR", str(folder), "SEED", "9"])):
         pass
