@@ -20,8 +20,16 @@ from nst_det.backbones.pickles import as_tensors, load_pickled
 from nst_det.backbones.registry import resolve
 from nst_det.backbones.strict import check_shapes
 from nst_det.errors import UserError
-from nst_det.runtime.files import atomic_path, read_json, remove_left_over, sha256_of_file, write_json
+from nst_det.runtime.files import (
+    SEAL,
+    atomic_path,
+    read_sealed_json,
+    remove_left_over,
+    sha256_of_file,
+    write_sealed_json,
+)
 from nst_det.runtime.provenance import package_versions
+from nst_det.runtime.tensor_files import read_tensors
 
 LARGEST_CARD = 16 << 20
 LARGEST_WEIGHTS = 16 << 30
@@ -49,6 +57,7 @@ def save_backbone(path: str | Path, model: nn.Module, card: Card) -> Card:
     remove_left_over(path.parent)
     card_path(path).unlink(missing_ok=True)
     with atomic_path(path) as temporary:
+        # one entry alone: safetensors writes several in any order, and equal backbones are equal files
         save_file(tensors, str(temporary), metadata={"format": "pt"})
     levels = {name: {"stride": info.stride, "channels": info.channels} for name, info in feature_levels(model).items()}
     card = replace(
@@ -59,7 +68,7 @@ def save_backbone(path: str | Path, model: nn.Module, card: Card) -> Card:
         date=card.date or datetime.now(timezone.utc).isoformat(timespec="seconds"),
         sha256=sha256_of_file(path),
     )
-    write_json(card_path(path), card.to_json())
+    write_sealed_json(card_path(path), card.to_json())
     return card
 
 
@@ -71,8 +80,10 @@ def card_path(path: str | Path) -> Path:
 def load_card(path: str | Path) -> Card:
     """Read and check the card beside a backbone file, or of ``backbone://NAME``.
 
+    A card without its checksum (``content_sha256``), by an earlier version or by hand, is read as well.
+
     Raises:
-        UserError: missing, too large, or not a card.
+        UserError: missing, too large, not a card, or not as it was written.
     """
     path = resolve(path)
     beside = card_path(path)
@@ -82,7 +93,8 @@ def load_card(path: str | Path) -> Card:
         raise UserError(f"{path}: no such backbone file; nst-det backbones lists those there are")
     if beside.stat().st_size > LARGEST_CARD:
         raise UserError(f"{beside}: {beside.stat().st_size} bytes is too large for a card")
-    return card_from_json(read_json(beside), str(beside))
+    remedy = f"get it again, or if you edited it, remove the field '{SEAL}'"
+    return card_from_json(read_sealed_json(beside, remedy), str(beside))
 
 
 def load_backbone(path: str | Path) -> tuple[dict[str, Tensor], Card]:
@@ -139,7 +151,7 @@ def load_plain(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: {path.stat().st_size} bytes is too large for weights; correct the path")
     if path.suffix == ".safetensors":
         _header(path)
-        return load_file(str(path))
+        return read_tensors(path)
     value: Any = load_pickled(path)
     for key in ("state_dict", "model"):
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):

@@ -11,8 +11,9 @@ from torch import nn
 
 from nst_det.backbones import load_plain, load_strict
 from nst_det.detect.config import BEST, LAST
-from nst_det.detect.weights import metadata, save_weights
+from nst_det.detect.weights import save_weights
 from nst_det.errors import UserError
+from nst_det.runtime.tensor_files import read_metadata
 
 BEST_FILE = "model_best.safetensors"
 _KEY = "validation"
@@ -52,7 +53,7 @@ def read_best(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(metadata(path).get(_KEY, ""))
+        record = json.loads(read_metadata(path).get(_KEY, ""))
     except ValueError as error:
         raise UserError(f"{path}: has no record of its mAP; remove it and start this run again") from error
     return dict(record)

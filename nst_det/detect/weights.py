@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from nst_det.backbones import check_input_contract, load_into, load_plain, load_strict, resolve
@@ -18,7 +16,7 @@ from nst_det.backbones.registry import PREFIX
 from nst_det.detect.torchvision_engine import Detector
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path
-from nst_det.runtime.files import atomic_path
+from nst_det.runtime.tensor_files import read_metadata, write_tensors
 
 log = logging.getLogger(__name__)
 CARD_SUFFIX, WEIGHTS_SUFFIX = ".json", ".safetensors"
@@ -87,7 +85,7 @@ def _load_detector(detector: Detector, path: Path, classes: Sequence[str], key: 
 def save_weights(
     path: str | Path, detector: nn.Module, classes: Sequence[str], extra: Mapping[str, str] | None = None
 ) -> None:
-    """Write a detector's state dict and its classes as a ``.safetensors`` file, atomically.
+    """Write a detector's state dict and its classes as a ``.safetensors`` file, atomically, with their checksum.
 
     Args:
         path: the file.
@@ -98,23 +96,7 @@ def save_weights(
     Raises:
         UserError: the file can't be written.
     """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()}
-    about = {"format": "pt", "classes": json.dumps(list(classes)), **(extra or {})}
-    with atomic_path(path) as temporary:
-        save_file(tensors, str(temporary), metadata=about)
-
-
-def metadata(path: str | Path) -> dict[str, str]:
-    """What a ``.safetensors`` file says of itself.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged, or not a safetensors file ({error}); write the file again") from error
+    write_tensors(path, detector.state_dict(), {"classes": json.dumps(list(classes)), **(extra or {})})
 
 
 def saved_classes(path: str | Path) -> list[str]:
@@ -125,7 +107,7 @@ def saved_classes(path: str | Path) -> list[str]:
     """
     if Path(path).suffix != WEIGHTS_SUFFIX:
         return []
-    text = metadata(path).get("classes", "[]")
+    text = read_metadata(path).get("classes", "[]")
     try:
         classes = json.loads(text)
     except ValueError:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nst_det.distill.needs import Piece, assemble
 from nst_det.errors import UserError
-from nst_det.runtime.files import read_json, sha256_of_file, write_json
+from nst_det.runtime.files import read_sealed_json, sha256_of_file, write_sealed_json
 from nst_det.transfer import Outputs
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Index:
 
     def save(self, folder: Path) -> None:
         """Write it, atomically."""
-        write_json(folder / INDEX, asdict(self))
+        write_sealed_json(folder / INDEX, asdict(self))
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -77,7 +77,7 @@ def read_index(folder: Path) -> Index | None:
     path = folder / INDEX
     if not path.exists():
         return None
-    values = read_json(path)
+    values = read_sealed_json(path, "remove the folder to write the cache anew")
     try:
         if values["version"] != VERSION:
             raise UserError(f"{path}: a teacher cache of version {values['version']}; remove the folder")

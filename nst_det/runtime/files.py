@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from nst_det.errors import UserError
 
 SUFFIX = ".tmp"
+SEAL = "content_sha256"
 # a temporary file is not locked in the instant in which it is made
 YOUNG_SECONDS = 1.0
 
@@ -171,6 +172,36 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); write it again with the command that made it") from error
+
+
+def write_sealed_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """:func:`write_json` with one more field, :data:`SEAL`: the SHA-256 of all others."""
+    write_json(path, {**value, SEAL: _seal(value)})
+
+
+def read_sealed_json(path: str | Path, remedy: str) -> Any:
+    """:func:`read_json` of what :func:`write_sealed_json` wrote, without the seal.
+
+    Only the fields count, not their order, nor spaces and line ends.  A file without a seal, by an earlier version or
+    by hand, is taken as it is.
+
+    Args:
+        path: the file.
+        remedy: what to do about a damaged one, for the error.
+
+    Raises:
+        UserError: the file is missing, not JSON, or a field is not what was written.
+    """
+    value = read_json(path)
+    if isinstance(value, dict) and SEAL in value and value.pop(SEAL) != _seal(value):
+        raise UserError(f"{path}: damaged, or edited by hand (its {SEAL} is not that of the other fields); {remedy}")
+    return value
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    # through JSON once, where every key is text
+    plain = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sha256_of_file(path: str | Path) -> str:

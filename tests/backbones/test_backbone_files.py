@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 
@@ -52,11 +53,13 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def copied(saved, tmp_path):
-    """Path of a copy that a test may spoil, and its card as a dict."""
+    """Path of a copy that a test may spoil, and its card as a dict, without its checksum."""
     for file in saved[0].parent.iterdir():
         shutil.copy(file, tmp_path / file.name)
     path = tmp_path / saved[0].name
-    return path, json.loads(path.with_suffix(".json").read_text())
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert card.pop("content_sha256")
+    return path, card
 
 
 def write_card(path, card):
@@ -156,6 +159,24 @@ def test_a_card_without_a_field(copied, missing):
     write_card(path, card)
     with pytest.raises(UserError, match=f"field '{missing}' is missing"):
         load_backbone(path)
+
+
+def test_a_card_that_is_not_as_it_was_written(copied):
+    path, card = copied
+    beside = path.with_suffix(".json")
+    rest = json.dumps(card, sort_keys=True, separators=(",", ":"))
+    seal = hashlib.sha256(rest.encode()).hexdigest()
+    assert json.loads(beside.read_text()) == {**card, "content_sha256": seal}
+    written = load_card(path)
+    # order and spaces are nobody's business, and one written by hand has no checksum
+    for same in ({"content_sha256": seal, **card}, dict(reversed(card.items()))):
+        write_card(path, same)
+        assert load_card(path) == written
+    # a value, a name and a field of nobody's
+    for other in ({**card, "top1": 0.25}, {**card, "seeds": 3}, {key: card[key] for key in card if key != "top1"}):
+        write_card(path, {**other, "content_sha256": seal})
+        with pytest.raises(UserError, match=r"small\.json: damaged, or edited by hand .*remove the field 'content_sh"):
+            load_backbone(path)
 
 
 def test_damaged_files(copied):

@@ -72,6 +72,16 @@ def test_json_equals_what_the_run_itself_detected(trained, images, tmp_path):
     assert sorted(path.stem for path in (out / "images").iterdir()) == sorted(test.ids)
 
 
+def test_damaged_weights_are_one_line(trained, images, tmp_path, capsys):
+    weights = trained[0] / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert call(images, "--run", trained[0], "--output", tmp_path / "out") == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nst-det: ")]
+    assert len(said) == 1
+    assert f"{weights}: damaged (its content is not what was written: SHA-256 differs); get it again" in said[0]
+
+
 def test_voc_round_trips_exactly(trained, images, tmp_path):
     run, test = trained
     detector, config, classes = load_run(run)

@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nst_det.backbones import Card, create_model, input_contract, save_backbone
 from nst_det.detect.torchvision_engine import build_detector
@@ -87,6 +88,27 @@ def test_a_detector_comes_back_to_the_bit(small, tmp_path, talkative):
     assert load_weights(other, config, ["a", "b", "c"]) == "detector"
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in detector.state_dict().items())
     assert other.backbone.bottom_up.loaded
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(small, tmp_path, talkative):
+    path = tmp_path / "model.safetensors"
+    save_weights(path, talkative(), ["a", "b", "c"])
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in (whole.index(b'\\"b\\"') + 2, start, start + (len(whole) - start) // 2, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        config = small({"MODEL.WEIGHTS": str(path)})
+        with pytest.raises(
+            UserError, match=r"model\.safetensors: damaged .*SHA-256 differs\); get it again, or remove"
+        ):
+            load_weights(build_detector(config), config)
+
+
+def test_weights_without_a_checksum_are_taken(small, tmp_path, talkative):
+    path = tmp_path / "model.safetensors"
+    save_file(talkative().state_dict(), path, {"classes": '["a", "b", "c"]'})
+    config = small({"MODEL.WEIGHTS": str(path)})
+    assert load_weights(build_detector(config), config, ["a", "b", "c"]) == "detector"
 
 
 def test_a_checkpoint_in_detectron2s_form(small, tmp_path, talkative):

@@ -182,6 +182,10 @@ def test_a_damaged_file_is_named_and_can_be_written_again(images, teacher, cache
     with pytest.raises(ZeroDivisionError):
         run(images, tmp_path, **keys)
     assert path.read_bytes() == whole
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "rows": index["rows"] + 1}))
+    with pytest.raises(UserError, match=r"index.json: damaged, or edited by hand .*; remove the folder to write"):
+        run(images, tmp_path, **keys)
     (folder / "index.json").write_text("{}")
     with pytest.raises(UserError, match=r"index.json: not the index of a teacher cache; remove the folder"):
         run(images, tmp_path, **keys)

@@ -316,12 +316,21 @@ for name, content, says in (
 
 
 def card(**changes):
+    # without the checksum, as somebody who edits a card must leave it
+    changes = {"content_sha256": "left out", **changes}
+
     def change(root):
         path = root / "backbones" / "b.json"
         value = {**json.loads(path.read_text()), **changes}
         path.write_text(json.dumps({key: item for key, item in value.items() if item != "left out"}))
 
     return change
+
+
+def flip(path, old, new):
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
 
 
 for name, changes, says in (
@@ -345,6 +354,9 @@ for name, changes, says in (
     ("with levels as a list", {"levels": []}, "field 'levels' has the wrong type"),
 ):
     case(f"card {name}", "check", says)(card(**changes))
+case("card edited", "check", r"b\.json: damaged, or edited by hand .*; get it again, or if you edited it, remove")(
+    lambda root: flip(root / "backbones" / "b.json", b'"seed": null', b'"seed": 1234')
+)
 put("card cut off", "check", "backbones/b.json", "{", r"b\.json: not valid JSON")
 put("card a list", "check", "backbones/b.json", "[]", r"b\.json: not a backbone card")
 
