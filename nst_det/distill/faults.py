@@ -29,7 +29,7 @@ def step_content(student: Student, images: Tensor, labels: Tensor, teacher: Outp
         labels: (B,).
         teacher: None where the method has no terms.
     """
-    transfer = student.transfer
+    transfer, part = student.transfer, student.broken_part
     return {
         "kind": KIND,
         "method": student.word,
@@ -37,11 +37,13 @@ def step_content(student: Student, images: Tensor, labels: Tensor, teacher: Outp
         "solver": plain(student.solver),
         "seed": student.seed,
         # which of the parts that all processes took of the step's images
-        "piece": rank() * student.solver.ACCUMULATE + student.broken_part,
+        "piece": rank() * student.solver.ACCUMULATE + part,
         "warmup": student.warmup,
         "precision": str(student.precision or torch.float32).removeprefix("torch."),
         "model": _on_cpu(student.model.state_dict()),
         "transfer": {
+            # the teacher's own training has a word, but no method of that name
+            "method": transfer.method.word,
             "weights": dict(transfer.weights),
             "options": plain(transfer.options),
             "pairs": {name: [list(astuple(pair)) for pair in pairs] for name, pairs in transfer.pairs.items()},
@@ -50,7 +52,7 @@ def step_content(student: Student, images: Tensor, labels: Tensor, teacher: Outp
         "pixels": images.cpu(),
         "labels": labels.cpu(),
         "teacher": None if teacher is None else outputs_content(teacher),
-        "terms": {name: float(value) for name, value in student.terms.items()},
+        "terms": student.pass_of(part).values,
     }
 
 

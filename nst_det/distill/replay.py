@@ -41,10 +41,11 @@ def replay(content: dict[str, Any], path: str | Path) -> Replayed:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: can't be run again ({reason}); use the version that wrote it") from error
-    terms = {name: float(value) for name, value in student.last_pass.items()}
+    one = student.pass_of(-1)
+    terms = one.values
     named = [*student.model.named_parameters(), *student.transfer.named_parameters()]
     gradients = {name: value.grad for name, value in named if value.grad is not None}
-    broken = [*broken_values(terms, student.transfer.parts, gradients), *broken_outputs(teacher)]
+    broken = [*broken_values(terms, one.places, gradients), *broken_outputs(teacher)]
     if not broken and not bool(gradient_norm([value for _, value in named]).isfinite()):
         broken = [NORM]
     recorded, names = dict(content["terms"]), [str(name) for name in content["images"]]
@@ -57,7 +58,7 @@ def _student(content: dict[str, Any]) -> Student:
     model = create_model(about["arch"], about["num_classes"], **about["arch_kwargs"])
     model.load_state_dict(content["model"])
     pairs = {name: [Pair(*values) for values in pairs] for name, pairs in given["pairs"].items()}
-    transfer = TransferLoss(parse_method(content["method"]), given["weights"], pairs, given["options"])
+    transfer = TransferLoss(parse_method(given["method"]), given["weights"], pairs, given["options"])
     transfer.terms.load_state_dict(given["state"])
     solver: CfgNode = get_defaults().SOLVER
     merge_tree(solver, content["solver"], "the step's file")

@@ -16,6 +16,7 @@ from nst_det.backbones.levels import backbone_parameters
 from nst_det.distill.accuracy import Accuracy
 from nst_det.distill.faults import broken_outputs, step_content
 from nst_det.distill.layout import by_positions
+from nst_det.distill.passes import Pass, mean
 from nst_det.distill.solver import build_optimizer, clip_gradients, lr_factor
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import load_latest_checkpoint, save_checkpoint
@@ -79,8 +80,7 @@ class Student:
         self.terms: dict[str, Tensor] = {}
         self.by_level: dict[str, Tensor] = {}
         self.total = torch.zeros(())
-        self._passes: list[dict[str, Tensor]] = []
-        self._level_passes: list[dict[str, Tensor]] = []
+        self._passes: list[Pass] = []
         self._optimizer = build_optimizer([model, transfer], solver)
         self._parameters = [item for group in self._optimizer.param_groups for item in group["params"]]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
@@ -152,7 +152,7 @@ class Student:
         self.model.train()
         if part == 0:
             self._buffers.keep()
-            self._passes, self._level_passes = [], []
+            self._passes = []
         with autocast(self.device, self.precision):
             outputs = forward_outputs(self.model, images, self.levels)
         outputs.maps = {name: _tap(maps) for name, maps in outputs.maps.items()}
@@ -167,23 +167,26 @@ class Student:
             terms |= {name: rise * value for name, value in weighted.items()}
         total = torch.stack(list(terms.values())).sum()
         self._scaler.scale(total / parts).backward()
-        self._passes.append({name: value.detach() for name, value in terms.items()})
-        self._level_passes.append({} if teacher is None else self._by_level())
+        # its gradient is wanted alone only to tell the parts from each other
+        norm = gradient_norm(self._parameters) if parts > 1 and not self._scaler.is_enabled() else total.detach()
+        values = {name: value.detach() for name, value in terms.items()}
+        self._passes.append(Pass(values, {} if teacher is None else dict(self.transfer.parts), norm))
         if part == parts - 1:
             self._join()
 
-    def _by_level(self) -> dict[str, Tensor]:
-        """The last values of the terms on maps at each pair of levels, before their weights."""
+    def _by_level(self, places: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The values of the terms on maps at each pair of levels, before their weights."""
         return {
             f"{name}@{label}": value
-            for name, parts in self.transfer.parts.items()
+            for name, values in places.items()
             if "maps" in self.transfer.kinds[name]
-            for label, value in parts.items()
+            for label, value in values.items()
         }
 
     def _join(self) -> None:
         """Gradients, terms and running statistics become those of all parts and processes."""
-        self.terms, self.by_level = (_mean(passes) for passes in (self._passes, self._level_passes))
+        self.terms = mean([one.terms for one in self._passes])
+        self.by_level = mean([self._by_level(one.places) for one in self._passes])
         statistics = [*running_statistics(self.model), *running_statistics(self.transfer)]
         average_gradients(self._parameters, [*self.terms.values(), *self.by_level.values(), *statistics])
         self.total = torch.stack(list(self.terms.values())).sum()
@@ -191,15 +194,14 @@ class Student:
         self._norm = self.total if self._scaler.is_enabled() else gradient_norm(self._parameters)
 
     @property
-    def last_pass(self) -> dict[str, Tensor]:
-        """Loss terms of the last pass, scalars; :attr:`terms` are those of all parts and processes."""
-        return self._passes[-1]
-
-    @property
     def broken_part(self) -> int:
-        """The part of the last step whose loss is no number; the last where all are, in this process."""
-        finite = [bool(torch.stack(list(one.values())).isfinite().all()) for one in self._passes]
+        """The first part of the last step, in this process, whose loss or gradient is no number; else the last."""
+        finite = [bool(torch.stack([*one.terms.values(), one.norm]).isfinite().all()) for one in self._passes]
         return finite.index(False) if False in finite else len(finite) - 1
+
+    def pass_of(self, part: int) -> Pass:
+        """What a part of the last step gave; :attr:`terms` are those of all parts and processes."""
+        return self._passes[part]
 
     def _balanced(self, task: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms, measured against the task in the first steps, by the weights that are chosen there."""
@@ -241,8 +243,8 @@ class Student:
         named = [*self.model.named_parameters(), *self.transfer.named_parameters()]
         alone = world_size() == 1
         gradients = {name: value.grad for name, value in named if value.grad is not None and alone}
-        values = {name: float(value) for name, value in self._passes[self.broken_part].items()}
-        broken = [*broken_values(values, self.transfer.parts, gradients), *broken_outputs(teacher)]
+        one = self.pass_of(self.broken_part)
+        broken = [*broken_values(one.values, one.places, gradients), *broken_outputs(teacher)]
         self._buffers.restore()
         self._optimizer.zero_grad(set_to_none=True)
         content = step_content(self, images, labels, teacher)
@@ -315,10 +317,6 @@ class Student:
             raise UserError(
                 f"{self.folder.checkpoints}: the checkpoint is of another network ({reason}); remove this folder"
             ) from error
-
-
-def _mean(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([one[name] for one in passes]).mean() for name in passes[0]}
 
 
 def _tap(maps: Tensor) -> Tensor:

@@ -55,6 +55,14 @@ def weights(results, method):
     return load_file(results[method]["backbone"])
 
 
+def assert_same_backbones(first, second):
+    for word in KEYS["METHODS"]:
+        name = f"small-{word}-s0.safetensors"
+        one, other = (load_file(folder / "backbones" / name) for folder in (first, second))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 @pytest.fixture(scope="module")
 def taught(images, tmp_path_factory):
     """An undisturbed run with a teacher."""
@@ -65,9 +73,9 @@ def taught(images, tmp_path_factory):
 
 @pytest.fixture
 def poisoned(monkeypatch, taught):
-    """Keys of a run whose teacher says NaN in one place of res4 at step :data:`FAULTY`, ``times`` times."""
+    """Keys of a run whose teacher says NaN in one place of res4 about batch ``faulty``, ``times`` times."""
 
-    def poison(times=math.inf):
+    def poison(times=math.inf, faulty=FAULTY):
         counts = {"seen": 0, "left": times}
         ask = Teacher.__call__
 
@@ -75,7 +83,7 @@ def poisoned(monkeypatch, taught):
             said = ask(self, images, rows)
             if len(images) == 7:
                 counts["seen"] += 1
-                if counts["seen"] > FAULTY and counts["left"] > 0:
+                if counts["seen"] > faulty and counts["left"] > 0:
                     counts["left"] -= 1
                     said.maps["res4"] = said.maps["res4"].clone()
                     said.maps["res4"][3, 0, 0, 0] = math.nan
@@ -104,14 +112,58 @@ def test_the_first_one_stops_before_the_optimizer_and_can_be_run_again(images, t
     assert all(bool(value.isfinite().all()) for value in content["model"].values())
     # the checkpoint before is whole, and the same file says the same again, without data and teacher
     assert load_checkpoint(checkpoints(folder / "checkpoints")[-1])["step"] == 4
-    with pytest.raises(SystemExit) as left:
-        main(["replay", str(file)])
-    said = capsys.readouterr().out
-    assert (left.value.code, "the same as in the run" in said) == (0, True)
+    said = replayed(file, capsys)
+    assert "the same as in the run" in said
     assert "at (res4), nst-poly (res4), the teacher's map res4" in said
     # the term that is finite has the same bits
     row = next(line.split() for line in said.splitlines() if " ce " in line)
     assert row[3] == row[5] == f"{content['terms']['ce']:.9g}"
+
+
+def replayed(file, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["replay", str(file)])
+    assert left.value.code == 0
+    return capsys.readouterr().out
+
+
+# two batches of seven a step
+PARTS = {"SOLVER.IMS_PER_BATCH": 14, "SOLVER.ACCUMULATE": 2}
+
+
+def test_of_several_parts_the_one_with_the_fault_is_named_and_run_again(images, tmp_path, poisoned, capsys):
+    # the first of step 2
+    with pytest.raises(UserError) as stopped:
+        run(images, tmp_path, **poisoned(times=1, faulty=4), **PARTS)
+    broken = "at (res4), nst-poly (res4), the teacher's map res4"
+    assert f"not finite at step 2: {broken}; images" in str(stopped.value)
+    file = tmp_path / "students" / "at:1+nst-poly:10" / "nonfinite" / "step-00000002.pt"
+    content = read_step(file)
+    assert (content["piece"], len(content["images"])) == (0, 7)
+    said = replayed(file, capsys)
+    assert f"not finite now: {broken}\nthe same as in the run" in said
+    row = next(line.split() for line in said.splitlines() if " ce " in line)
+    assert row[3] == row[5] == f"{content['terms']['ce']:.9g}"
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_of_several_parts_the_one_with_the_broken_gradient_is_kept(images, tmp_path, monkeypatch, capsys, faulty):
+    forward_backward = Student.forward_backward
+
+    def infinite(self, images, labels, teacher, part=0):
+        broken = self.step == 2 and part == faulty
+        bias = dict(self.model.named_parameters())["fc.bias"]
+        hook = bias.register_hook(lambda gradient: gradient.fill_(math.inf)) if broken else None
+        forward_backward(self, images, labels, teacher, part)
+        if hook is not None:
+            hook.remove()
+
+    monkeypatch.setattr(Student, "forward_backward", infinite)
+    with pytest.raises(UserError, match=r"teacher: not finite at step 2: the gradient of fc\.bias; images"):
+        run(images, tmp_path, **PARTS, **{"TEACHER.SOLVER": {"MAX_ITER": 4, "IMS_PER_BATCH": 14, "ACCUMULATE": 2}})
+    file = tmp_path / "teacher" / "nonfinite" / "step-00000002.pt"
+    assert read_step(file)["piece"] == faulty
+    assert "the same as in the run" in replayed(file, capsys)
 
 
 def test_a_step_that_is_skipped_leaves_the_network_as_it_was(images, tmp_path, poisoned, monkeypatch, caplog):
@@ -210,10 +262,8 @@ def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(images, tm
     with pytest.raises(SystemExit) as left:
         main(command)
     assert left.value.code == 0
+    assert_same_backbones(taught[0], tmp_path / "out")
     for word in KEYS["METHODS"]:
-        name = f"small-{word}-s0.safetensors"
-        one, other = (load_file(folder / "backbones" / name) for folder in (taught[0], tmp_path / "out"))
-        assert all(torch.equal(one[key], other[key]) for key in one)
         rows = [read_metrics(folder / "students" / word / "metrics.jsonl") for folder in (taught[0], tmp_path / "out")]
         assert rows[0] == rows[1]
 
@@ -243,8 +293,5 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(images, tmp_path,
     with pytest.raises(SystemExit) as left:
         main(command)
     assert left.value.code == 0
-    for word in KEYS["METHODS"]:
-        name = f"small-{word}-s0.safetensors"
-        one, other = (load_file(folder / "backbones" / name) for folder in (taught[0], tmp_path / "out"))
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert_same_backbones(taught[0], tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
