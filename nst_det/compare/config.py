@@ -294,21 +294,25 @@ def _check_name(name: str, source: str) -> None:
 
 
 def _methods(words: Sequence[Any], source: str) -> tuple[str, ...]:
-    methods = [BASELINE]
-    for word in words:
-        try:
-            canonical = parse_row(str(word)).word
-        except ValueError as error:
-            raise UserError(f"{source}: METHODS: {error}") from error
-        if canonical not in methods:
-            methods.append(canonical)
-    return tuple(methods)
+    try:
+        methods = [parse_row(str(word)).word for word in words]
+    except ValueError as error:
+        raise UserError(f"{source}: METHODS: {error}") from error
+    _refuse_twice(methods, "METHODS", source)
+    return (BASELINE, *(word for word in methods if word != BASELINE))
 
 
 def _seeds(seeds: Sequence[Any], source: str) -> tuple[int, ...]:
     if not seeds or not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds):
         raise UserError(f"{source}: SEEDS must be a list of whole numbers from 0 up, like [0, 1, 2], but is {seeds!r}")
-    return tuple(sorted(set(seeds)))
+    _refuse_twice(seeds, "SEEDS", source)
+    return tuple(sorted(seeds))
+
+
+def _refuse_twice(items: Sequence[Any], key: str, source: str) -> None:
+    for item in items:
+        if items.count(item) > 1:
+            raise UserError(f"{source}: {key}: {item} stands there twice; leave one out")
 
 
 def _rows(rows: Sequence[Any], source: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ def change(file, **changes):
 
 
 def test_methods_become_canonical_and_ce_is_always_among_them(config_file):
-    change(config_file, METHODS=["nst-poly+kd", "kd", "kd+nst-poly", "ce"], SEEDS=[2, 0, 2])
+    change(config_file, METHODS=["nst-poly+kd", "kd", "ce"], SEEDS=[2, 0])
     comparison = load_comparison(config_file)
     assert comparison.methods == ("ce", "kd+nst-poly", "kd")
     assert comparison.all_rows == ("scratch", "ce", "kd+nst-poly", "kd")
@@ -55,6 +55,9 @@ def test_opts_come_below_the_command_line(config_file):
         (["METHOD", "[kd]"], "unknown key METHOD; did you mean METHODS"),
         (["METHODS", "kd"], "METHODS must be of type list"),
         (["METHODS", "[kd, nst-cubic]"], "METHODS: method 'nst-cubic'"),
+        (["METHODS", "[kd, kd]"], "METHODS: kd stands there twice; leave one out"),
+        (["METHODS", "[nst-poly+kd, at, kd+nst-poly]"], r"METHODS: kd\+nst-poly stands there twice"),
+        (["SEEDS", "[2, 0, 2]"], "SEEDS: 2 stands there twice"),
         (["METHODS", "[ce@det]"], "METHODS: method 'ce@det'"),
         (["METHODS", "[cwd@det]", "DETECT.TRANSFER.METHOD", "pkd"], "DETECT.TRANSFER.METHOD pkd is for every row"),
         (["SEEDS", "[-1]"], "SEEDS must be a list of whole numbers"),

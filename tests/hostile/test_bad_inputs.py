@@ -304,10 +304,11 @@ for name, content, says in (
     ("without stages", "NAME: t\n", "CONFIG"),
     ("with an unknown key", "NAME: t\nNIX: 1\n", "unknown key NIX"),
     ("with a method of nobody", None, "METHODS.*nix"),
+    ("with a method twice", None, "METHODS: kd stands there twice; leave one out"),
     ("with no seed", None, "SEEDS"),
 ):
     if content is None:
-        more = ["METHODS", "[nix]"] if "nobody" in name else ["SEEDS", "[]"]
+        more = ["SEEDS", "[]"] if "seed" in name else ["METHODS", "[kd, kd]" if "twice" in name else "[nix]"]
         case(f"comparison {name}", "compare", says, *more)(lambda root: None)
     else:
         put(f"comparison {name}", "compare", "compare.yaml", content, says)
