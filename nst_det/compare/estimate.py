@@ -8,7 +8,6 @@ Each distinct kind of run is tried once in a folder of its own that is removed a
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import tempfile
 import time
@@ -21,7 +20,7 @@ from fvcore.common.config import CfgNode
 
 from nst_det.compare.config import Comparison
 from nst_det.compare.plan import DATA, DETECTOR, STUDENTS, TEACHER, TEACHER_DETECTOR, Run
-from nst_det.compare.run import THREAD_VARIABLES, Command, Machine, stage_command
+from nst_det.compare.run import Command, Machine, environment_of, stage_command
 from nst_det.compare.stages import total_steps
 from nst_det.compare.trial_data import Parts, copy_parts
 from nst_det.errors import UserError
@@ -161,12 +160,11 @@ def _try(run: Run, config: CfgNode, folder: Path, command: Command) -> Trial:
     log = folder / f"{run.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     before = _bytes_below(folder)
-    environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(run.threads))}
     began, times = time.monotonic(), list[float]()
     looked, memory = began, 0
     with open(log, "wb") as said:
         words = command(run, folder)
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment)
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment_of(run))
         try:
             while True:
                 ended = process.poll() is not None
