@@ -33,16 +33,12 @@ def run(args: argparse.Namespace) -> int:
     """Train, or evaluate, and print what came out."""
     from nst_det.detect.config import choose_engine, load_detect_config, wanted_engine
     from nst_det.errors import UserError
-    from nst_det.runtime.processes import is_first, started_together, stop_processes
+    from nst_det.runtime.processes import is_first, stop_processes
     from nst_det.runtime.progress import start_logging
 
     args.opts = [*args.opts, *trust_words(args, "")]
     start_logging()
     engine = choose_engine(wanted_engine(args.config_file, args.opts), args.config_file)
-    if engine == "detectron2" and started_together() > 1:
-        raise UserError(
-            "torchrun: the Detectron2 engine starts its processes itself; use --num-gpus in place of torchrun"
-        )
     if engine == "detectron2":
         from nst_det.detect import detectron2
 

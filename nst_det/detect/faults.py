@@ -1,4 +1,4 @@
-"""A step of stage two that gave something that is no number, as a file from which it can be run again."""
+"""A step of stage two that gave something that is no number: what that is, and a file to run the step again from."""
 
 from __future__ import annotations
 
@@ -10,8 +10,23 @@ from torch import Tensor, nn
 
 from nst_det.detect.distilled import DistilledDetector
 from nst_det.runtime.config import plain
+from nst_det.runtime.nonfinite import broken_values
+from nst_det.runtime.processes import rank, world_size
 
 KIND = "stage two"
+
+
+def broken_in(model: nn.Module, losses: Mapping[str, float]) -> list[str]:
+    """What of the last pass is no number in this process: losses, those of maps with their levels, else gradients.
+
+    Args:
+        model: after its backward pass; gradients that several processes have averaged tell nothing of this one.
+        losses: this process's, by name.
+    """
+    parts = model.transfer.parts if isinstance(model, DistilledDetector) else {}
+    alone = world_size() == 1
+    gradients = {name: item.grad for name, item in model.named_parameters() if alone and item.grad is not None}
+    return broken_values(losses, parts, gradients)
 
 
 def step_content(
@@ -22,7 +37,7 @@ def step_content(
     Args:
         model: as it was before the step.
         config: the resolved config.
-        seed: of the run.
+        seed: of the run; the process's rank is kept beside it.
         batch: what the model was given; ``image`` (3, H, W), and in the torchvision engine ``boxes`` and ``labels``.
         losses: by name, as far as they are known.
     """
@@ -32,6 +47,7 @@ def step_content(
         "method": config.TRANSFER.METHOD,
         "config": plain(config),
         "seed": seed,
+        "rank": rank(),
         "model": {name: value.detach().cpu() for name, value in model.state_dict().items()},
         "adapters": {} if transfer is None else {k: v.detach().cpu() for k, v in transfer.state_dict().items()},
         "weights": {} if transfer is None else dict(transfer.weights),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nst_det.detect.config import get_defaults
 from nst_det.detect.distilled import DistilledDetector, distill, wants_teacher
+from nst_det.detect.faults import broken_in
 from nst_det.detect.stage import place_detector, teacher_of
 from nst_det.detect.torchvision_engine import Detector, build_detector
 from nst_det.detect.train import Training
@@ -47,7 +48,7 @@ def replay(content: dict[str, Any], path: str | Path) -> Replayed:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: can't be run again ({reason}); use the version that wrote it") from error
-    broken = broken or training.broken(losses)
+    broken = broken or broken_in(training.model, losses)
     recorded, names = dict(content["terms"]), [str(name) for name in content["images"]]
     who = f"stage two, {content['method']}, step {content['step']}"
     return Replayed(who, recorded, losses, broken, list(content["not_finite"]), names, found.name)

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nst_det.detect.distilled import DistilledDetector
-from nst_det.detect.faults import step_content
+from nst_det.detect.faults import broken_in, step_content
 from nst_det.detect.solver import build_optimizer, clip_gradients, lr_schedule, set_learning_rate
 from nst_det.detect.torchvision_engine import Detector
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import load_latest_checkpoint, save_checkpoint
 from nst_det.runtime.metrics import MetricsWriter, NoMetrics
-from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, NotFinite, broken_values, gradient_norm
+from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, NotFinite, gradient_norm
 from nst_det.runtime.preemption import whole_steps
 from nst_det.runtime.processes import (
-    any_process,
+    asked_to_stop,
     average,
     average_gradients,
     from_first,
@@ -33,6 +33,7 @@ from nst_det.runtime.processes import (
     log_batch,
     rank,
     running_statistics,
+    stop_together,
     world_size,
 )
 from nst_det.runtime.progress import progress
@@ -100,11 +101,11 @@ def train(
                         model.train()
                     metrics.write(done - 1, row)
                     meter.step({"loss": row["total_loss"]})
-                    leaving = any_process(stop.asked, training.device)
+                    leaving = asked_to_stop(stop, training.device)
                     if done % config.SOLVER.CHECKPOINT_PERIOD == 0 or done == last or leaving:
                         training.save()
                     if leaving:
-                        stop.obey()
+                        stop_together(stop)
     return training.trained
 
 
@@ -171,12 +172,9 @@ class Training:
             losses = {name: float(value) for name, value in values.items()}
             norm = gradient_norm(self._parameters)
             sound = all(map(math.isfinite, losses.values())) and bool(norm.isfinite())
-            broken = [] if sound else self.broken({name: float(value) for name, value in own.items()})
+            broken = [] if sound else broken_in(self.model, {name: float(value) for name, value in own.items()})
         except NotFinite as error:
-            if world_size() > 1:
-                # the others are in the middle of the pass, they can't pass over it
-                raise
-            sound, broken = False, [str(error)]
+            sound, broken = False, [str(error)] if str(error) else []
         if not sound:
             self._meet(broken, batch, losses)
         else:
@@ -205,13 +203,6 @@ class Training:
         if parallel is self.model:
             average_gradients(self._parameters)
         return totals
-
-    def broken(self, losses: dict[str, float]) -> list[str]:
-        """What of the last pass is no number: losses by their values, else gradients."""
-        parts = self.model.transfer.parts if isinstance(self.model, DistilledDetector) else {}
-        alone = world_size() == 1
-        gradients = {name: item.grad for name, item in self.model.named_parameters() if alone and item.grad is not None}
-        return broken_values(losses, parts, gradients)
 
     def _meet(self, broken: list[str], batch: Batch, losses: dict[str, float]) -> None:
         self._buffers.restore()

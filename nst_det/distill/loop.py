@@ -14,7 +14,7 @@ from nst_det.distill.images import Batch, Normalizer
 from nst_det.distill.opening import log_balance
 from nst_det.distill.student import Student
 from nst_det.runtime.preemption import whole_steps
-from nst_det.runtime.processes import any_process
+from nst_det.runtime.processes import asked_to_stop, stop_together
 from nst_det.runtime.progress import progress
 from nst_det.transfer import Outputs
 
@@ -83,14 +83,14 @@ def train_side_by_side(
                     with clock("evaluation"):
                         for word, accuracy in measure(stayed).items():
                             next(student for student in stayed if student.word == word).record(accuracy)
-                leaving = any_process(stop.asked, normalize.device)
+                leaving = asked_to_stop(stop, normalize.device)
                 if done == last or done % checkpoint_period == 0 or leaving:
                     with clock("checkpoints"):
                         for student in stayed:
                             student.save()
                 meter.step(dict(list(losses.items())[:SHOWN_LOSSES]))
                 if leaving:
-                    stop.obey()
+                    stop_together(stop)
                 if len(stayed) < len(active):
                     break
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import write_state
-from nst_det.runtime.processes import gathered, rank
+from nst_det.runtime.processes import any_process, gathered, rank
 
 log = logging.getLogger(__name__)
 STOP, SKIP, BACK = POLICIES = ("stop", "skip", "back")
@@ -29,7 +29,24 @@ NORM = "the norm of all gradients"
 
 
 class NotFinite(UserError):
-    """Found in the middle of a forward pass; the message says what is no number."""
+    """Found in a pass; the message says what is no number, and is empty where the losses or another process tell."""
+
+
+def raise_together(failed: bool, device: torch.device, what: str = "") -> None:
+    """End the pass in all processes if it failed in one of them.
+
+    All must come here, also those in which it didn't: one that ended alone would leave the others waiting for it.
+
+    Args:
+        failed: whether something is no number in this process.
+        device: of the exchange.
+        what: is no number, where it isn't a loss or a gradient.
+
+    Raises:
+        NotFinite: in all processes; the message is ``what`` in those that failed.
+    """
+    if any_process(failed, device):
+        raise NotFinite(what if failed else "")
 
 
 def non_finite_node() -> CfgNode:

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from nst_det.errors import UserError
+from nst_det.runtime.preemption import StopRequest
 
 log = logging.getLogger(__name__)
 # while the first process writes, tests or draws a report, the others wait
@@ -124,6 +125,25 @@ def any_process(flag: bool, device: torch.device) -> bool:
     found = torch.tensor(float(flag), device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
+
+
+def asked_to_stop(request: StopRequest, device: torch.device) -> bool:
+    """Whether a signal came to any of the processes; each of them knows then which, and can obey it."""
+    signum = largest_of_processes([request.signum], device)[0]
+    if signum:
+        # one that came to this process meanwhile stays for the next step
+        request.signum = signum
+    return signum != 0
+
+
+def stop_together(request: StopRequest) -> None:
+    """Obey once all processes are here: as soon as one has ended the others are ended, and the first may be writing.
+
+    Raises:
+        Preempted: always.
+    """
+    wait_for_all()
+    request.obey()
 
 
 def wait_for_all() -> None:

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import math
+import os
+import signal
 
 import pytest
 import torch
@@ -13,9 +16,14 @@ from nst_det.detect.config import load_detect_config
 from nst_det.detect.dataset import data_classes
 from nst_det.detect.stage import train_detector
 from nst_det.detect.torchvision_engine import build_detector
+from nst_det.detect.torchvision_engine.rpn import RpnHead
 from nst_det.detect.weights import save_weights
 from nst_det.errors import UserError
+from nst_det.runtime.checkpoint import checkpoints
 from nst_det.runtime.metrics import read_metrics
+from nst_det.runtime.preemption import Preempted
+from nst_det.runtime.processes import rank
+from nst_det.runtime.replayed import read_step
 
 # batch normalization over both processes; images of several sizes, so that a batch is padded
 CHANGES = {
@@ -143,3 +151,43 @@ def test_evaluation_batches_are_dealt_out(on_shapes, shapes):
     dealt = [[item["image_id"] for item in batch] for share in shares for batch in share]
     assert sorted(dealt) == sorted(ids)
     assert sorted(itertools.chain.from_iterable(ids)) == sorted(data.ids)
+
+
+def stopped(config):
+    with pytest.raises(Preempted) as left:
+        train_detector(config)
+    return left.value.signum
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(on_shapes, tmp_path, in_processes, monkeypatch):
+    step = module.Training.step
+
+    def signalled(self, batch):
+        if self.done == 2 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    monkeypatch.setattr(module.Training, "step", signalled)
+    config = on_shapes("run", {"SOLVER.CHECKPOINT_PERIOD": 100, "DATASETS.TEST": []})
+    assert in_processes(stopped, config) == [signal.SIGTERM, signal.SIGTERM]
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000003.pt"]
+
+
+def test_proposals_that_are_no_number_in_one_process_are_met_by_all(on_shapes, tmp_path, in_processes, monkeypatch):
+    forward, calls = RpnHead.forward, []
+
+    def poisoned(self, levels):
+        logits, deltas = forward(self, levels)
+        calls.append(self.training)
+        if len(calls) == 3 and rank() == 1:
+            logits = [level * math.nan for level in logits]
+        return logits, deltas
+
+    monkeypatch.setattr(RpnHead, "forward", poisoned)
+    changes = {"SOLVER.NON_FINITE.POLICY": "skip", "DATASETS.TEST": []}
+    results = in_processes(train_detector, on_shapes("run", changes))
+    assert results[0] == results[1]
+    content = read_step(tmp_path / "run" / "nonfinite" / "step-00000002.pt")
+    assert content["not_finite"][0].startswith("the RPN's proposals, which are not finite on p2")
+    assert content["rank"] == 1
+    assert [item["image_id"] for item in content["batch"]] == content["images"]

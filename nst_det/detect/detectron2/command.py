@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
+import os
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from nst_det.backbones.pickles import trusting_pickles
 from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
@@ -27,6 +30,8 @@ from nst_det.errors import UserError
 from nst_det.runtime.files import read_json, write_text
 from nst_det.runtime.memory import keep_freed_memory
 from nst_det.runtime.metrics import read_metrics
+from nst_det.runtime.preemption import EXIT_RESUME, Preempted, preemptible
+from nst_det.runtime.processes import start_processes, started_together, stop_processes
 from nst_det.runtime.run import RunFolder
 from nst_det.transfer import parse_method
 
@@ -35,7 +40,7 @@ RESULT_FILE = "result.json"
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train or evaluate, in as many processes as asked.
+    """Train or evaluate, in as many processes as asked, or as one of those that torchrun started.
 
     Args:
         args: ``config_file``, ``resume``, ``eval_only``, ``num_gpus`` (processes a machine; on a machine without a GPU
@@ -46,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
 
     Raises:
         UserError: an input can't be used, in whichever process it was found.
+        Preempted: a signal came, to this process or to one that it started.
     """
     # what can be wrong with the config is said here, before any process is started
     cfg = load_config(args.config_file or None, args.opts or [])
@@ -53,9 +59,24 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}")
     if cfg.SOLVER.IMS_PER_BATCH % max(args.num_gpus * args.num_machines, 1):
         raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} can't be shared out to the processes evenly")
+    if started_together() > 1:
+        if args.num_gpus > 1 or args.num_machines > 1:
+            raise UserError("--num-gpus, --num-machines: torchrun has started the processes; leave these out")
+        start_processes(cfg.MODEL.DEVICE == "cpu")
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        run(args)
+        stop_processes()
+    elif args.num_gpus * args.num_machines > 1:
+        _launch(args)
+    else:
+        run(args)
+    return 0
+
+
+def _launch(args: argparse.Namespace) -> None:
     try:
         launch(
-            run,
+            _run_and_exit,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
@@ -64,7 +85,33 @@ def main(args: argparse.Namespace) -> int:
         )
     except ProcessRaisedException as error:
         raise _from_process(error) from error
-    return 0
+    except ProcessExitedException as error:
+        if error.exit_code == EXIT_RESUME:
+            raise Preempted(signal.SIGTERM) from error
+        raise
+    except Preempted:
+        processes = multiprocessing.active_children()
+        try:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join()
+        finally:
+            # where a second signal came, which doesn't wait for the step
+            for process in processes:
+                process.kill()
+        raise
+
+
+def _run_and_exit(args: argparse.Namespace) -> None:
+    """What ``launch`` starts, which learns of a signal by the exit code alone."""
+    # Ctrl-C reaches the command's process group; the command passes it on, once
+    os.setpgrp()
+    try:
+        with preemptible():
+            run(args)
+    except Preempted:
+        sys.exit(EXIT_RESUME)
 
 
 def _from_process(error: ProcessRaisedException) -> Exception:
@@ -101,19 +148,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def share_log_file() -> None:
-    """What this project logs goes into Detectron2's ``log.txt`` too; a user's error is one line there as well."""
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_users_error)
+    """What this project logs goes into Detectron2's ``log.txt`` too."""
     own = logging.getLogger("nst_det")
     own.setLevel(logging.INFO)
     for handler in logging.getLogger("detectron2").handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream not in (sys.stdout, sys.stderr):
             own.addHandler(handler)
-
-
-def _is_no_users_error(record: logging.LogRecord) -> bool:
-    """Detectron2 logs whatever ends its training with a traceback."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, UserError | FloatingPointError)
 
 
 def train(cfg: CfgNode, folder: RunFolder, resume: bool) -> None:

@@ -10,15 +10,16 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from fvcore.common.config import CfgNode as FvcoreNode
 
-from nst_det.data.voc import VocDataset, class_names
+from nst_det.data.voc import VocDataset
 from nst_det.detect.config import add_nst_det_config, check_select, resolve_classes, resolve_device, voc_roots
+from nst_det.detect.dataset import data_classes
 from nst_det.detect.detectron2 import backbone, checkpoint, heads  # noqa: F401 (they fill Detectron2's registries)
 from nst_det.detect.detectron2.datasets import register_images, register_voc
 from nst_det.detect.detectron2.heads import choose_roi_heads
 from nst_det.detect.validation import split_training
 from nst_det.errors import UserError
 from nst_det.runtime import config as runtime
-from nst_det.runtime.nonfinite import STOP
+from nst_det.runtime.nonfinite import check_non_finite
 from nst_det.runtime.wandb_run import check_wandb
 
 log = logging.getLogger(__name__)
@@ -68,11 +69,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
         )
     check_select(cfg, str(file or "command line"))
     check_wandb(cfg.WANDB, str(file or "command line"))
-    if cfg.SOLVER.NON_FINITE.POLICY != STOP:
-        raise UserError(
-            f"{file or 'command line'}: SOLVER.NON_FINITE.POLICY {cfg.SOLVER.NON_FINITE.POLICY}: Detectron2's trainer "
-            "can only stop where a loss is no number; set it to stop, or use ENGINE torchvision"
-        )
+    check_non_finite(cfg.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", str(file or "command line"))
     return cfg
 
 
@@ -94,7 +91,7 @@ def register_datasets(cfg: CfgNode) -> None:
     if not ours:
         return
     roots = dict(zip(ours, voc_roots(cfg, ours, "DATASETS")))
-    classes = data_classes(cfg)
+    classes = data_classes(cfg, known_only=True)
     opened = {}
     for name in ours:
         root, split = roots[name]
@@ -138,13 +135,3 @@ def class_list(cfg: CfgNode) -> list[str]:
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         return list(MetadataCatalog.get(name).get("thing_classes", []))
     return []
-
-
-def data_classes(cfg: CfgNode) -> tuple[str, ...]:
-    """The classes of a config's VOC data sets: ``DATASETS.CLASSES``, or those in the annotations it trains on."""
-    if cfg.DATASETS.CLASSES:
-        return tuple(cfg.DATASETS.CLASSES)
-    names = [name for name in cfg.DATASETS.TRAIN if name in cfg.DATASETS.VOC]
-    names = names or [name for name in cfg.DATASETS.TEST if name in cfg.DATASETS.VOC]
-    opened = [VocDataset(root, split) for root, split in voc_roots(cfg, names, "DATASETS")]
-    return class_names(name for data in opened for item in data.annotations() for name in item.names)

@@ -14,9 +14,10 @@ from torch import nn
 
 from nst_det.backbones.files import card_path
 from nst_det.detect.config import resolve_device
+from nst_det.detect.dataset import data_classes
 from nst_det.detect.detectron2.backbone import TimmBackbone, bottom_up_of
 from nst_det.detect.detectron2.checkpoint import PREFIX, SUFFIX, BackboneCheckpointer
-from nst_det.detect.detectron2.config import add_config, class_list, data_classes
+from nst_det.detect.detectron2.config import add_config, class_list
 from nst_det.detect.detectron2.heads import choose_roi_heads
 from nst_det.detect.weights import saved_classes
 from nst_det.errors import UserError
@@ -161,7 +162,7 @@ def _build_yaml(path: str, weights: str, device: str | None, overrides: Sequence
 
 def _classes(cfg: CfgNode, path: str, weights: str) -> int:
     local = weights if weights and "://" not in weights and Path(weights).is_file() else ""
-    classes = (saved_classes(local) if local else []) or data_classes(cfg)
+    classes = (saved_classes(local) if local else []) or data_classes(cfg, known_only=True)
     if not classes:
         raise UserError(f"{path}: MODEL.ROI_HEADS.NUM_CLASSES is 0, and no data set of DATASETS.VOC tells the number")
     return len(classes)

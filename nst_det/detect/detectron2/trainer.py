@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
+from detectron2.structures import ImageList
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import Tensor, nn
@@ -27,22 +31,23 @@ from nst_det.detect.detectron2.config import class_list, validation_config
 from nst_det.detect.detectron2.evaluator import VocEvaluator
 from nst_det.detect.detectron2.library import distill_from_config, student_of, transfer_of
 from nst_det.detect.detectron2.loader import BoundedMapper, SharedBatches, build_train_loader
+from nst_det.detect.detectron2.loop import BeforeOptimizer, Loop, RunMetrics, StepSeed, StopWhenAsked, WentBack
 from nst_det.detect.detectron2.solver import build_optimizer
 from nst_det.detect.distilled import DistilledDetector
-from nst_det.detect.faults import step_content
+from nst_det.detect.faults import broken_in, step_content
 from nst_det.errors import UserError
 from nst_det.runtime.device import amp_dtype, autocast
 from nst_det.runtime.files import read_json
-from nst_det.runtime.metrics import MetricsWriter
-from nst_det.runtime.nonfinite import NonFinite, broken_values
+from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, NotFinite, gradient_norm, raise_together
 from nst_det.runtime.preemption import StopRequest, whole_steps
+from nst_det.runtime.processes import wait_for_all
 from nst_det.runtime.run import RunFolder
-from nst_det.runtime.seeds import seed_everything, seeded
+from nst_det.runtime.seeds import seeded
 
 log = logging.getLogger(__name__)
 
 
-class DistillTrainer(DefaultTrainer):
+class DistillTrainer(Loop):
     """Detectron2's DefaultTrainer; the model it trains is the student inside a ``DistilledDetector``.
 
     Hooks, mixed precision, data parallelism, schedule, evaluation and events are Detectron2's.  What differs:
@@ -52,6 +57,7 @@ class DistillTrainer(DefaultTrainer):
       undisturbed one (``SEED`` not negative)
     - ``SOLVER.OPTIMIZER``, ``SOLVER.BACKBONE_MULTIPLIER`` and backbone files as ``MODEL.WEIGHTS``
     - several processes work on the CPU too
+    - a loss or gradient that is no number is met as ``SOLVER.NON_FINITE`` says, in all processes alike
 
     Args:
         cfg: from :func:`~nst_det.detect.detectron2.config.load_config`, with its data sets registered.
@@ -73,16 +79,19 @@ class DistillTrainer(DefaultTrainer):
         self._whole, self.student = model, student_of(model)
         on_cpu = next(model.parameters()).device.type == "cpu"
         if cfg.SOLVER.AMP.ENABLED and on_cpu:
-            for part in (self.student, *((model.teacher,) if isinstance(model, DistilledDetector) else ())):
-                compute_in_bf16(part.backbone, amp_dtype("auto"))
+            compute_in_bf16(model)
         parallel = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
         kind = AMPTrainer if cfg.SOLVER.AMP.ENABLED and not on_cpu else SimpleTrainer
         self._trainer = kind(parallel, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.non_finite = NonFinite(cfg.SOLVER.NON_FINITE, Path(cfg.OUTPUT_DIR))
+        self._device, self._buffers = next(model.parameters()).device, Buffers(model)
         self._seen: dict[str, Any] = {}
         parallel.register_forward_pre_hook(self._see_batch)
         parallel.register_forward_hook(self._see_losses)
+        self._trainer.register_hooks([BeforeOptimizer(self._check_finite)])
+        propose_together(self.student)
         self._seconds_before, self._began = 0.0, time.monotonic()
         self.checkpoints: dict[str, Any] = {}
         self.start_iter = 0
@@ -147,7 +156,7 @@ class DistillTrainer(DefaultTrainer):
             hooks.append(RunMetrics(RunFolder(self.cfg.OUTPUT_DIR), self.cfg.WANDB))
         # last: what a checkpoint says is done has been evaluated and written down, so that no kill leaves a gap
         saving = [hook for hook in hooks if isinstance(hook, PeriodicCheckpointer)]
-        return [*(hook for hook in hooks if hook not in saving), *saving, StopWhenAsked()]
+        return [*(hook for hook in hooks if hook not in saving), *saving, StopWhenAsked(self._device)]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's, without TensorBoard's where TENSORBOARD is False."""
@@ -161,19 +170,28 @@ class DistillTrainer(DefaultTrainer):
             Preempted: one of them came.
             UserError: a loss is no number; the line names losses, levels and images.
         """
+        if self.non_finite.needs_first_checkpoint and not self.checkpointer.has_checkpoint():
+            self.iter = -1
+            self.save_step()
         with whole_steps() as self.stop:
             return super().train()
 
     def run_step(self) -> None:
-        """As Detectron2's, whose check of the losses gets the names that it lacks.
+        """As Detectron2's; where a loss or a gradient is no number, in any process, the optimizer never sees it.
 
         Raises:
-            UserError: a loss is no number; the line names it.
+            UserError: the policy of SOLVER.NON_FINITE is to stop; the line names losses, levels and images.
+            WentBack: it is to go back.
         """
+        self._buffers.keep()
         try:
             super().run_step()
-        except FloatingPointError as error:
-            raise self._not_finite(error) from error
+        except NotFinite as error:
+            self._meet(str(error))
+
+    def save_step(self) -> None:
+        """Save a checkpoint of the step that was made last, by Detectron2's name."""
+        self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
 
     def _see_batch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._seen = {"batch": inputs[0], "losses": {}}
@@ -182,20 +200,37 @@ class DistillTrainer(DefaultTrainer):
         if isinstance(losses, dict):
             self._seen["losses"] = losses
 
-    def _not_finite(self, error: FloatingPointError) -> UserError:
+    def _check_finite(self) -> None:
+        total = sum(value.detach() for value in self._seen["losses"].values())
+        # in float16 gradients may be infinite: their scaler passes over the step then, and lowers the scale
+        if not isinstance(self._trainer, AMPTrainer):
+            total += gradient_norm(list(self._whole.parameters()))
+        raise_together(not math.isfinite(total), self._device)
+
+    def _meet(self, what: str) -> None:
+        """Do as SOLVER.NON_FINITE says about a step whose pass ended in :class:`NotFinite`."""
         losses = {name: float(value.detach()) for name, value in self._seen["losses"].items()}
-        transfer = transfer_of(self._whole)
-        broken = broken_values(losses, transfer.parts if transfer is not None else {}, {})
-        # where the RPN stopped the pass, there are no losses yet
-        broken = broken or [f"the RPN's proposals ({' '.join(str(error).split())})"]
+        broken = [what] if what else broken_in(self._whole, losses)
+        self._buffers.restore()
+        self.optimizer.zero_grad()
         batch = self._seen["batch"]
         content = step_content(self._whole, self.cfg, self.cfg.SEED, batch, losses)
         images = [str(item.get("image_id", item.get("file_name", "?"))) for item in batch]
-        try:
-            NonFinite(self.cfg.SOLVER.NON_FINITE, Path(self.cfg.OUTPUT_DIR)).meet(self.iter, broken, images, content)
-        except UserError as line:
-            return line
-        raise AssertionError("load_config lets this engine stop only")
+        if self.non_finite.meet(self.iter, broken, images, content) == SKIP:
+            return
+        count, factor = self.non_finite.count, self.cfg.SOLVER.NON_FINITE.LR_FACTOR
+        self.resume_or_load(resume=True)
+        self.non_finite.gone_back(count)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+        self.scheduler.base_lrs = [rate * factor for rate in self.scheduler.base_lrs]
+        # the first process writes what the others still read
+        wait_for_all()
+        # kept at once, so that a kill doesn't bring the former rate back
+        self.save_step()
+        self._trainer._data_loader_iter_obj = None
+        self.iter = self.start_iter
+        raise WentBack
 
     def _validate(self) -> dict[str, Any]:
         """On the validation split; after the last step on ``DATASETS.TEST`` too, with the weights of TEST.SELECT."""
@@ -242,7 +277,7 @@ class DistillTrainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         """Detectron2's training state, with the adapters' parameters and the time it took."""
         state: dict[str, Any] = super().state_dict()
-        state["seconds"] = self.seconds
+        state |= {"seconds": self.seconds, "non_finite": self.non_finite.state_dict()}
         transfer = transfer_of(self._whole)
         if transfer is not None and transfer.state_dict():
             state["adapters"] = transfer.state_dict()
@@ -256,59 +291,12 @@ class DistillTrainer(DefaultTrainer):
         """
         super().load_state_dict(state_dict)
         self._seconds_before, self._began = float(state_dict.get("seconds", 0.0)), time.monotonic()
+        self.non_finite.load_state_dict(state_dict.get("non_finite", {}))
         transfer = transfer_of(self._whole)
         if transfer is not None and transfer.state_dict():
             if "adapters" not in state_dict:
                 raise UserError("the checkpoint holds no adapters for these transfer terms; it is of another run")
             transfer.load_state_dict(state_dict["adapters"])
-
-
-class StepSeed(HookBase):
-    """Seeds everything from (seed, step, rank) before each step; a negative seed leaves chance to chance."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def before_step(self) -> None:
-        """Seed."""
-        if self.seed >= 0:
-            seed_everything(self.seed, "step", self.trainer.iter, comm.get_rank())
-
-
-class StopWhenAsked(HookBase):
-    """Saves and ends where :meth:`DistillTrainer.train` was asked to stop; the last of the hooks."""
-
-    def after_step(self) -> None:
-        """Look."""
-        trainer = self.trainer
-        # the last step is saved in any case; what follows is the evaluation
-        if trainer.stop.asked and trainer.iter + 1 < trainer.max_iter:
-            trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
-            trainer.stop.obey()
-
-
-class RunMetrics(HookBase):
-    """Losses and learning rate of every step as JSON lines in the run folder."""
-
-    def __init__(self, run: RunFolder, wandb: str = "") -> None:
-        self.run, self.wandb = run, wandb
-        self.writer: MetricsWriter | None = None
-
-    def before_train(self) -> None:
-        """Open the file; lines of steps that will be repeated are dropped."""
-        self.writer = MetricsWriter(self.run.metrics_path, self.trainer.start_iter, wandb=self.wandb)
-
-    def after_step(self) -> None:
-        """Write one line."""
-        step = self.trainer.iter
-        latest = self.trainer.storage.latest().items()
-        assert self.writer is not None
-        self.writer.write(step, {key: value for key, (value, at) in latest if at == step and is_curve(key)})
-
-    def after_train(self) -> None:
-        """Close the file."""
-        if self.writer is not None:
-            self.writer.close()
 
 
 def inference_folder(cfg: CfgNode, dataset_name: str) -> Path:
@@ -317,24 +305,40 @@ def inference_folder(cfg: CfgNode, dataset_name: str) -> Path:
     return folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder
 
 
-def is_curve(name: str) -> bool:
-    """Whether an event is a loss, the learning rate or a figure of the validation split (not a time)."""
-    return name == "lr" or name.startswith("val/") or "loss" in name or name.startswith("transfer")
-
-
-def compute_in_bf16(backbone: nn.Module, dtype: torch.dtype | None) -> None:
-    """Let a backbone compute in ``dtype`` and give float32 maps; None changes nothing.
+def compute_in_bf16(model: nn.Module) -> None:
+    """Let the backbones of student and teacher compute in bfloat16 where that is fast, and give float32 maps.
 
     Detectron2's mixed precision needs a GPU.  On the CPU the heads stay in float32, because a box coordinate above
     128 has steps of a whole pixel in bfloat16; the torchvision engine does the same.
     """
-    if dtype is None:
+    dtype = amp_dtype("auto")
+    if dtype is not None:
+        for part in (student_of(model), *((model.teacher,) if isinstance(model, DistilledDetector) else ())):
+            part.backbone.forward = partial(_reduced, part.backbone.forward, dtype)
+
+
+def _reduced(forward: Callable[[Tensor], dict[str, Tensor]], dtype: torch.dtype, images: Tensor) -> dict[str, Tensor]:
+    with autocast(images.device, dtype):
+        maps = forward(images)
+    return {name: map_.float() for name, map_ in maps.items()}
+
+
+def propose_together(student: nn.Module) -> None:
+    """Let proposals that are not finite end the pass in all processes, named; in Detectron2 they end it in one."""
+    proposer = getattr(student, "proposal_generator", None)
+    if proposer is None:
         return
-    forward = backbone.forward
+    forward = proposer.forward
 
-    def reduced(images: Tensor) -> dict[str, Tensor]:
-        with autocast(images.device, dtype):
-            maps = forward(images)
-        return {name: map_.float() for name, map_ in maps.items()}
+    def propose(images: ImageList, *args: Any, **kwargs: Any) -> Any:
+        if not proposer.training:
+            return forward(images, *args, **kwargs)
+        found, what = None, ""
+        try:
+            found = forward(images, *args, **kwargs)
+        except FloatingPointError as error:
+            what = f"the RPN's proposals ({' '.join(str(error).split())})"
+        raise_together(bool(what), images.tensor.device, what)
+        return found
 
-    backbone.forward = reduced
+    proposer.forward = propose

@@ -15,7 +15,7 @@ from torchvision.ops import batched_nms
 from nst_det.detect.torchvision_engine.backbone import Shape
 from nst_det.detect.torchvision_engine.boxes import IGNORED, Anchors, Boxes, Draws, clip, larger_than, match, sample
 from nst_det.errors import UserError
-from nst_det.runtime.nonfinite import NotFinite
+from nst_det.runtime.nonfinite import raise_together
 
 
 class RpnHead(nn.Module):
@@ -109,7 +109,7 @@ class Rpn(nn.Module):
             (N, 4) proposals of each image, best first, and the losses.
 
         Raises:
-            NotFinite: training diverged, so that proposals are not finite.
+            NotFinite: training diverged, so that proposals are not finite here or in another process.
         """
         levels = [maps[name] for name in self.settings.in_features]
         anchors = self.anchors(levels)
@@ -168,10 +168,10 @@ class Rpn(nn.Module):
             levels.append(torch.full((best.shape[1],), level, device=best.device))
         all_boxes, all_scores, all_levels = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(levels)
         finite = torch.isfinite(all_boxes).all(dim=2) & torch.isfinite(all_scores)
-        if self.training and not finite.all():
+        if self.training:
             broken = all_levels[~finite.all(dim=0)].unique().tolist()
             names = ", ".join(settings.in_features[level] for level in broken)
-            raise NotFinite(f"the RPN's proposals, which are not finite on {names}")
+            raise_together(bool(names), all_boxes.device, f"the RPN's proposals, which are not finite on {names}")
         proposals = []
         for image, size in enumerate(sizes):
             found = clip(all_boxes[image], size)

@@ -1,0 +1,131 @@
+"""Detectron2's training loop with what this project adds to its steps."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from nst_det.runtime.metrics import MetricsWriter
+from nst_det.runtime.processes import asked_to_stop, wait_for_all
+from nst_det.runtime.run import RunFolder
+from nst_det.runtime.seeds import seed_everything
+
+
+class WentBack(Exception):
+    """The step was not made; the trainer's ``iter`` is an earlier one, whose state is loaded."""
+
+
+class Loop(DefaultTrainer):
+    """Detectron2's trainer, of whose steps one may raise :class:`WentBack`."""
+
+    def train(self) -> Any:
+        """As Detectron2's, whose loop runs through a range and can't go back."""
+        self.iter = self.start_iter
+        with EventStorage(self.start_iter) as self.storage:
+            try:
+                self.before_train()
+                while self.iter < self.max_iter:
+                    self.before_step()
+                    try:
+                        self.run_step()
+                    except WentBack:
+                        # the hooks begin again as well
+                        self.before_train()
+                        continue
+                    self.after_step()
+                    self.iter += 1
+            finally:
+                self.after_train()
+        if not (self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process()):
+            return None
+        verify_results(self.cfg, self._last_eval_results)
+        return self._last_eval_results
+
+
+class StepSeed(HookBase):
+    """Seeds everything from (seed, step, rank) before each step; a negative seed leaves chance to chance."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def before_step(self) -> None:
+        """Seed."""
+        seed_step(self.seed, self.trainer.iter, comm.get_rank())
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed Python, NumPy and torch for one step in one process; not where the seed is negative."""
+    if seed >= 0:
+        seed_everything(seed, "step", step, rank)
+
+
+class BeforeOptimizer(HookBase):
+    """Calls a method of the trainer after each backward pass; of Detectron2's hooks only the inner trainer's can."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        # the method's trainer holds the inner trainer, and this one must not hold it in turn
+        self.call = weakref.WeakMethod(call)
+
+    def after_backward(self) -> None:
+        """Call it."""
+        call = self.call()
+        assert call is not None, "its trainer is running"
+        call()
+
+
+class StopWhenAsked(HookBase):
+    """Saves and ends where any process was asked to stop; the last of the hooks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.leaving = device, False
+
+    def after_step(self) -> None:
+        """Look."""
+        trainer = self.trainer
+        # the last step is saved in any case; what follows is the evaluation
+        if trainer.iter + 1 < trainer.max_iter and asked_to_stop(trainer.stop, self.device):
+            trainer.save_step()
+            self.leaving = True
+            trainer.stop.obey()
+
+    def after_train(self) -> None:
+        """Wait until all processes have closed their files: as soon as one has ended, the others are ended."""
+        if self.leaving:
+            wait_for_all()
+
+
+class RunMetrics(HookBase):
+    """Losses and learning rate of every step as JSON lines in the run folder."""
+
+    def __init__(self, run: RunFolder, wandb: str = "") -> None:
+        self.run, self.wandb = run, wandb
+        self.writer: MetricsWriter | None = None
+
+    def before_train(self) -> None:
+        """Open the file; lines of steps that will be repeated are dropped."""
+        self.after_train()
+        self.writer = MetricsWriter(self.run.metrics_path, self.trainer.iter, wandb=self.wandb)
+
+    def after_step(self) -> None:
+        """Write one line."""
+        step = self.trainer.iter
+        latest = self.trainer.storage.latest().items()
+        assert self.writer is not None
+        self.writer.write(step, {key: value for key, (value, at) in latest if at == step and is_curve(key)})
+
+    def after_train(self) -> None:
+        """Close the file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def is_curve(name: str) -> bool:
+    """Whether an event is a loss, the learning rate or a figure of the validation split (not a time)."""
+    return name == "lr" or name.startswith("val/") or "loss" in name or name.startswith("transfer")
