@@ -103,7 +103,7 @@ def test_values_of_the_command_line():
     assert parse_value("['a', \"b\"]") == ["a", "b"]
     assert parse_value("[ce, kd+nst-poly:50]") == ["ce", "kd+nst-poly:50"]
     assert parse_value("{at: 10.0}") == {"at": 10.0}
-    for text in ("[a", "{a: [}", "res[3", "a: b", "None of these", "[" * 2000):
+    for text in ("[a", "{a: [}", "res[3", "a: b", "None of these", "[" * 2000, "{{}}", "{[]}"):
         assert parse_value(text) == text
 
 
