@@ -28,14 +28,24 @@ log = logging.getLogger(__name__)
 EMPTY_SIDE = 1e-5
 
 
-def data_classes(config: CfgNode) -> tuple[str, ...]:
-    """DATASETS.CLASSES, or the classes in the annotations of DATASETS.TRAIN (of TEST where there is none)."""
+def data_classes(config: CfgNode, *, known_only: bool = False) -> tuple[str, ...]:
+    """DATASETS.CLASSES, or the classes in the annotations of DATASETS.TRAIN (of TEST where there is none).
+
+    Args:
+        config: reads DATASETS.
+        known_only: pass over data sets that DATASETS.VOC doesn't have: Detectron2 knows others.
+
+    Raises:
+        UserError: a data set that DATASETS.VOC doesn't have, or that can't be read.
+    """
     if config.DATASETS.CLASSES:
         return tuple(config.DATASETS.CLASSES)
-    key = "DATASETS.TRAIN" if config.DATASETS.TRAIN else "DATASETS.TEST"
-    names = config.DATASETS.TRAIN or config.DATASETS.TEST
-    opened = [VocDataset(root, split) for root, split in voc_roots(config, names, key)]
-    return class_names(name for data in opened for item in data.annotations() for name in item.names)
+    for part in ("TRAIN", "TEST"):
+        names = [name for name in config.DATASETS[part] if name in config.DATASETS.VOC or not known_only]
+        if names:
+            opened = [VocDataset(root, split) for root, split in voc_roots(config, names, f"DATASETS.{part}")]
+            return class_names(name for data in opened for item in data.annotations() for name in item.names)
+    return ()
 
 
 def open_voc(config: CfgNode, key: str, classes: Sequence[str]) -> list[VocDataset]:

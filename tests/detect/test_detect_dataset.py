@@ -77,6 +77,11 @@ def test_wide_and_tall_images_are_not_mixed():
 def test_items(on_shapes, shapes):
     config = on_shapes()
     assert data_classes(config) == CLASSES
+    config.defrost()
+    config.DATASETS.TRAIN = ["coco_2017_train", *config.DATASETS.TRAIN]
+    assert data_classes(config, known_only=True) == CLASSES
+    with pytest.raises(UserError, match="DATASETS.TRAIN: no data set 'coco_2017_train' in DATASETS.VOC"):
+        data_classes(config)
     data = VocDataset(shapes, "trainval", CLASSES)
     items = list_items([data, data], use_difficult=True, filter_empty=True)
     assert len(items) == 24
