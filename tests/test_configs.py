@@ -10,7 +10,7 @@ from nst_det.compare.comparison import run_config
 from nst_det.compare.config import load_comparison
 from nst_det.compare.plan import DATA, check_order, make_plan
 from nst_det.compare.stages import check_transfer
-from nst_det.detect.config import ENGINES, load_detect_config, voc_roots
+from nst_det.detect.config import load_detect_config, voc_roots
 from nst_det.detect.torchvision_engine import build_detector
 from nst_det.distill.config import load_distill_config
 from nst_det.runtime.config import expand_path, read_yaml
@@ -18,6 +18,7 @@ from nst_det.transfer import parse_method
 from nst_det.tune.config import load_tuning
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+TORCHVISION = ["ENGINE", "torchvision"]
 # what the files may read from the environment
 VARIABLES = ("IMAGENET", "NST_DET_REAL_DATA", "NST_DET_SHAPES", "VOC_ROOT")
 
@@ -53,19 +54,24 @@ def test_distill(file):
 
 @files("detect")
 def test_detect(file):
-    config = load_detect_config(file)
-    assert config.ENGINE in ENGINES
+    # the torchvision engine takes no key that it doesn't know, so what it takes Detectron2 takes too
+    config = load_detect_config(file, TORCHVISION)
     assert parse_method(config.TRANSFER.METHOD).word == config.TRANSFER.METHOD
-    if config.TRANSFER.METHOD != "ce":
-        assert (CONFIGS.parent / config.TRANSFER.TEACHER.CONFIG_FILE).is_file()
     roots = voc_roots(config, [*config.DATASETS.TRAIN, *config.DATASETS.TEST], "DATASETS")
     assert is_base(file) or len(roots) >= 2
+    if config.TRANSFER.METHOD != "ce":
+        teacher = load_detect_config(CONFIGS.parent / config.TRANSFER.TEACHER.CONFIG_FILE, TORCHVISION)
+        # the named weights are those that the teacher's own config writes
+        assert Path(config.TRANSFER.TEACHER.WEIGHTS).parent == Path(teacher.OUTPUT_DIR)
+        assert teacher.DATASETS.TRAIN == config.DATASETS.TRAIN
+    if file.parent.name in ("voc", "c4") and not is_base(file):
+        images = {"voc07": 5011, "voc0712": 16551}[file.stem.split("_")[0]]
+        assert config.SOLVER.MAX_ITER * config.SOLVER.IMS_PER_BATCH / images == pytest.approx(17.5, abs=0.2)
 
 
 @files("compare")
 def test_compare(file, tmp_path):
-    # the torchvision engine takes no key that it doesn't know, so what it takes Detectron2 takes too
-    comparison = load_comparison(file, output=tmp_path / "out", overrides=["ENGINE", "torchvision"])
+    comparison = load_comparison(file, output=tmp_path / "out", overrides=TORCHVISION)
     runs = make_plan(comparison)
     check_order(runs)
     for run in runs:
@@ -91,7 +97,7 @@ def test_files_that_are_named_exist_and_variables_are_known(file):
 
 def test_the_papers_students_can_be_built(tmp_path):
     file = CONFIGS / "compare" / "paper_imagenet.yaml"
-    comparison = load_comparison(file, output=tmp_path / "out", overrides=["ENGINE", "torchvision"])
+    comparison = load_comparison(file, output=tmp_path / "out", overrides=TORCHVISION)
     check_transfer(comparison.distill, comparison.methods, "paper")
     distill, model = comparison.distill, comparison.detect.MODEL
     assert (distill.TEACHER.ARCH, distill.STUDENT.ARCH) == ("resnet101.tv_in1k", "inception_bn")
@@ -135,7 +141,7 @@ def test_each_paper_config_trains_the_method_in_its_name():
 
 def test_table_3_goes_on_where_table_4_stopped():
     few, all_ = (
-        load_comparison(CONFIGS / "compare" / f"paper_{name}.yaml", overrides=["ENGINE", "torchvision"])
+        load_comparison(CONFIGS / "compare" / f"paper_{name}.yaml", overrides=TORCHVISION)
         for name in ("voc07", "imagenet")
     )
     assert set(few.methods) == {"ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"}

@@ -170,14 +170,13 @@ def test_the_comparisons_that_come_with_the_project(name, pytestconfig, tmp_path
     if name == "demo":
         rows += ("nst-linear", "nst-gaussian", "vid", "lp", "nst-poly@det", "cwd@det")
     assert comparison.all_rows == rows
-    runs = make_plan(comparison)
-    check_order(runs)
+    runs = {run.name: run for run in make_plan(comparison)}
     # a teacher, the students of the only seed and the rows; the demo also makes its data, and a teacher detector
     assert len(runs) == len(rows) + (4 if name == "demo" else 2)
-    configs = {run.name: run_config(comparison, run) for run in runs if run.kind != "data"}
     check_transfer(comparison.distill, comparison.students, name)
-    assert configs["detect/seed0/scratch"].SOLVER.BACKBONE_MULTIPLIER == 1.0
-    assert configs["detect/seed0/ce"].SOLVER.BACKBONE_MULTIPLIER < 1.0
+    scratch, ce = (run_config(comparison, runs[f"detect/seed0/{row}"]) for row in ("scratch", "ce"))
+    assert scratch.SOLVER.BACKBONE_MULTIPLIER == 1.0
+    assert ce.SOLVER.BACKBONE_MULTIPLIER < 1.0
     assert comparison.detect.MODEL.TIMM.NORM == "BN"
 
 
