@@ -12,7 +12,7 @@ from nst_det.report import write_report
 from nst_det.report.page import CHANGE, HEAT, _blend, _on, luminance
 
 HOSTILE = "</td></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;{{ 7 * 7 }}$x_1$"
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+VOID = {"meta", "link", "br", "img", "input", "wbr", "hr"}
 
 
 class Page(HTMLParser):
@@ -110,6 +110,13 @@ def test_the_table_shows_the_numbers(page, comparison) -> None:
         texts = [f"{sign}{abs(x):.3f}" for sign, x in zip(signs, (row["delta_vs_ce"], low, high))]
         assert cells[2] == f"{texts[0]} [{texts[1]}, {texts[2]}]"
         assert cells[4] == {"noise": "within noise"}.get(row["verdict"], row["verdict"])
+
+
+def test_a_narrow_head_is_broken_between_terms_alone(html) -> None:
+    head = html[html.index('<table id="heat"') :].split("</thead>")[0]
+    cell = next(cell for cell in head.split("<th ") if "nst-poly" in cell and "kd" in cell)
+    assert '>kd</span><wbr><span class="whole">+nst-poly</span></th>' in cell
+    assert ".whole { white-space: nowrap; }" in html
 
 
 def test_heat_maps_show_every_class_and_difference(page, comparison) -> None:
