@@ -32,6 +32,11 @@ def trusting_pickles(trust: bool = True) -> Iterator[None]:
         _trusted.reset(token)
 
 
+def pickles_are_trusted() -> bool:
+    """Whether this is within :func:`trusting_pickles`."""
+    return _trusted.get()
+
+
 def load_pickled(path: str | Path) -> Any:
     """What is in a ``.pth``, ``.pt``, ``.pyth`` or ``.pkl`` file, tensors on the CPU.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nst_det.detect import detectron2
 from nst_det.detect.config import get_defaults
 from nst_det.detect.distilled import DistilledDetector, distill, wants_teacher
 from nst_det.detect.faults import broken_in
@@ -23,35 +24,43 @@ from nst_det.runtime.run import RunFolder
 
 
 def replay(content: dict[str, Any], path: str | Path) -> Replayed:
-    """Forward and backward of the step, by the code that trains.
+    """Forward and backward of the step, by the engine that it was made with.
 
     Args:
         content: of the file, see :func:`nst_det.detect.faults.step_content`.
         path: of the file, for errors.
 
     Raises:
-        UserError: the file is not whole, of the Detectron2 engine, or its teacher is no longer there.
+        UserError: the file is not whole, of the Detectron2 engine where Detectron2 is not installed, or its teacher is
+            no longer there.
     """
-    if content["config"].get("ENGINE") != "torchvision":
-        raise UserError(
-            f"{path}: a step of the Detectron2 engine; its batch is kept here, but only Detectron2 can run it"
-        )
     try:
-        training = _training(content)
-        batch = [_on(training.device, item) for item in content["batch"]]
-        losses, broken = {}, []
-        with first_broken(training.model) as found:
-            try:
-                losses = {name: float(value) for name, value in training.backward(batch).items()}
-            except NotFinite as error:
-                broken = [str(error)]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if content["config"]["ENGINE"] == "torchvision":
+            losses, broken, first = run_again(content)
+        elif detectron2.is_available():
+            losses, broken, first = detectron2.run_again(content)
+        else:
+            raise UserError(f"{path}: a step of Detectron2's, which is not installed; see {detectron2.INSTALL_PAGE}")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: can't be run again ({reason}); use the version that wrote it") from error
-    broken = broken or broken_in(training.model, losses)
     recorded, names = dict(content["terms"]), [str(name) for name in content["images"]]
     who = f"stage two, {content['method']}, step {content['step']}"
-    return Replayed(who, recorded, losses, broken, list(content["not_finite"]), names, found.name)
+    return Replayed(who, recorded, losses, broken, list(content["not_finite"]), names, first)
+
+
+def run_again(content: dict[str, Any]) -> tuple[dict[str, float], list[str], str]:
+    """The torchvision engine's step: losses by name, what is no number, and the first layer that made it, or ""."""
+    training = _training(content)
+    batch = [_on(training.device, item) for item in content["batch"]]
+    losses: dict[str, float] = {}
+    broken: list[str] = []
+    with first_broken(training.model) as found:
+        try:
+            losses = {name: float(value) for name, value in training.backward(batch).items()}
+        except NotFinite as error:
+            broken = [str(error)]
+    return losses, broken or broken_in(training.model, losses), found.name
 
 
 def _training(content: dict[str, Any]) -> Training:

@@ -107,8 +107,13 @@ def first_broken(model: nn.Module) -> Iterator[FirstBroken]:
 
         return hook
 
-    leaves = [(name, layer) for name, layer in model.named_modules() if not list(layer.children())]
-    handles = [layer.register_forward_hook(look(name)) for name, layer in leaves]
+    # Detectron2's convolution has its normalization inside
+    layers = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if not list(layer.children()) or list(layer.parameters(recurse=False))
+    ]
+    handles = [layer.register_forward_hook(look(name)) for name, layer in layers]
     try:
         yield found
     finally:

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from nst_det.backbones import Card, create_model, input_contract, save_backbone
 from nst_det.cli import main
+from nst_det.runtime.metrics import read_metrics
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -149,6 +151,26 @@ VERSION: 2
 """
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def whole(command: Callable[..., int], tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run of it, without evaluation."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert command("--config-file", tiny_yaml, "DATASETS.TEST", "[]", "OUTPUT_DIR", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def same_run() -> Callable[[Path, Path], None]:
+    """``same_run(one, other)``: two run folders hold the same weights and metrics, to the bit."""
+
+    def check(one: Path, other: Path) -> None:
+        first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert read_metrics(one / "metrics.jsonl") == read_metrics(other / "metrics.jsonl")
+
+    return check
 
 
 @pytest.fixture(scope="session")

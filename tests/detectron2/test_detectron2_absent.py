@@ -7,6 +7,7 @@ import pytest
 
 from nst_det.detect import detectron2 as engine
 from nst_det.detect.detectron2.export import export_backbone
+from nst_det.detect.replay import replay
 from nst_det.errors import UserError
 
 IMPORTS = """
@@ -34,6 +35,13 @@ def test_asking_for_it_gives_the_address_of_its_installation_page(absent):
         _ = engine.DistillTrainer
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = engine.nothing
+
+
+def test_a_step_of_its_own_needs_it(absent):
+    with pytest.raises(
+        UserError, match="^step.pt: a step of Detectron2's, which is not installed; see https://detectron2"
+    ):
+        replay({"config": {"ENGINE": "detectron2"}}, "step.pt")
 
 
 def test_export_works_without_it_and_says_that_parity_was_not_measured(absent, tmp_path):

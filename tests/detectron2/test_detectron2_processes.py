@@ -21,11 +21,13 @@ import psutil  # noqa: E402
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 from detectron2.utils.events import get_event_storage  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
 from nst_det.detect.detectron2 import DistillTrainer  # noqa: E402
+from nst_det.detect.replay import replay  # noqa: E402
 from nst_det.runtime.metrics import read_metrics  # noqa: E402
 from nst_det.runtime.replayed import read_step  # noqa: E402
+
+RPN = ("loss_rpn_cls", "loss_rpn_loc")
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def together(in_processes, command, tiny_yaml):
     return run
 
 
-def test_a_signal_to_one_stops_all_and_the_same_command_goes_on(together, tmp_path, monkeypatch, capfd):
+def test_a_signal_to_one_stops_all_and_the_same_command_goes_on(together, same_run, tmp_path, monkeypatch, capfd):
     assert together(tmp_path / "whole") == [0, 0]
     run_step = DistillTrainer.run_step
 
@@ -58,11 +60,7 @@ def test_a_signal_to_one_stops_all_and_the_same_command_goes_on(together, tmp_pa
     assert "Traceback" not in said
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000003.pth"
     assert together(tmp_path / "run") == [0, 0]
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")]
-    assert rows[0] == rows[1]
-    assert len(rows[0]) == 6
+    same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def poison_loss(monkeypatch):
@@ -110,6 +108,28 @@ def test_what_is_no_number_in_one_is_met_by_all(together, tmp_path, monkeypatch,
         return
     rows = read_metrics(folder / "metrics.jsonl")
     assert ["total_loss" in row for row in rows] == [True, True, False, True, True, True]
+
+
+def test_a_step_of_the_second_process_runs_again(together, tmp_path, monkeypatch, capfd):
+    run_step = DistillTrainer.run_step
+
+    def poisoned(self):
+        if self.iter == 2 and comm.get_rank() == 1:
+            with torch.no_grad():
+                self.student.roi_heads.box_predictor.bbox_pred.bias.fill_(math.inf)
+        run_step(self)
+
+    monkeypatch.setattr(DistillTrainer, "run_step", poisoned)
+    assert together(tmp_path / "run") == [2, 2]
+    file = tmp_path / "run" / "nonfinite" / "step-00000002.pt"
+    content = read_step(file)
+    assert (content["rank"], content["not_finite"]) == (1, ["loss_box_reg"])
+    again = replay(content, file)
+    assert (again.broken, again.first) == (["loss_box_reg"], "roi_heads.box_predictor.bbox_pred")
+    # what this process drew, and not the first one
+    assert [again.terms[name] for name in RPN] == [content["terms"][name] for name in RPN]
+    other = replay({**content, "rank": 0}, file)
+    assert [other.terms[name] for name in RPN] != [content["terms"][name] for name in RPN]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ Importing this package does not import Detectron2; the first use of one of its n
 - ``checkpoint``: backbone files and ``backbone://NAME`` in Detectron2's checkpointer
 - ``datasets``, ``loader``, ``evaluator``: VOC roots by name, batches that depend on seed and step alone, VOC AP
 - ``trainer``, ``loop``, ``teacher``, ``solver``: the trainer
+- ``replay``: a step that gave something that is no number, again
 - ``library``: three lines for somebody's own Detectron2 project
 - ``names``, ``convert``, ``export``, ``parity``: the same weights elsewhere
 """
@@ -32,6 +33,7 @@ _HOMES = {
     "load_config": "config",
     "main": "command",
     "register_voc": "datasets",
+    "run_again": "replay",
 }
 __all__ = list(_HOMES)
 

@@ -97,8 +97,9 @@ def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
         teacher = build_teacher(
             named.CONFIG_FILE, named.WEIGHTS, device, levels=_levels(node), box_head=_reads_box_head(node)
         )
+        classes = teacher_classes(named.CONFIG_FILE, named.WEIGHTS)
     model = _wrap(student, teacher, node, max(cfg.SEED, 0))
-    check_class_names(model.transfer, class_list(cfg), teacher_classes(named.CONFIG_FILE, named.WEIGHTS))
+    check_class_names(model.transfer, class_list(cfg), classes)
     return model
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import detectron2
+import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 
 from nst_det.backbones.files import card_path
+from nst_det.backbones.pickles import pickles_are_trusted
 from nst_det.detect.config import resolve_device
 from nst_det.detect.dataset import data_classes
 from nst_det.detect.detectron2.backbone import TimmBackbone, bottom_up_of
@@ -138,10 +140,17 @@ def _read_yaml(path: str, overrides: Sequence[str]) -> CfgNode:
     cfg: CfgNode = get_cfg()
     add_config(cfg)
     try:
-        # Detectron2's own reader: it also upgrades configs of earlier versions
-        cfg.merge_from_file(path)
+        # Detectron2's own reader: it also upgrades configs of earlier versions, and runs the Python code in a YAML,
+        # of which there is some in its model zoo
+        own = Path(path).is_relative_to(Path(detectron2.__file__).parent)
+        cfg.merge_from_file(path, allow_unsafe=own or pickles_are_trusted())
         cfg.merge_from_list(list(overrides))
-    except (KeyError, ValueError, AssertionError, TypeError) as error:
+    except yaml.constructor.ConstructorError as error:
+        raise UserError(
+            f"{path}: not read: a tag in it or its _BASE_ asks for Python code ({error.problem}); write the value out, "
+            "or if you trust where it is from, add --trust-pickle (in a config: TRUST_PICKLE True)"
+        ) from error
+    except (KeyError, ValueError, AssertionError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not a Detectron2 config: {error}") from error
     return cfg
 
