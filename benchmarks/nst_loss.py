@@ -2,22 +2,23 @@
 
     python benchmarks/nst_loss.py [--quick] [--threads N] [--output FOLDER]
 
-Each shape and kernel is measured three ways: as the package computes it, as the bare matrix products that the formula
+Each shape and kernel is measured three ways: as the package computes it; as the bare matrix products that the formula
 can't do without (by torch's matmul, on the same side, in the same chunks; with the norms of the channels where they
-aren't the diagonal of a product), and in the broadcast form (B x C x C x HW), as published code writes it, at the
-largest batch of which its tensors fit into memory.  Times are medians, taken in turns in one
-process; with one thread (the default) they are that thread's CPU time, which other work on the machine hardly moves.
-Extra memory is the peak of the resident set of a process that does nothing else, over what it had with the maps
-already made (on a GPU: the allocator's own peak).
+aren't the diagonal of a product; handed out by autograd, as a loss is); and in the broadcast form (B x C x C x HW), as
+published code writes it, at the largest batch of which its tensors fit into memory.  Times are medians, taken in turns
+in one process; with one thread (the default) they are that thread's CPU time, which other work on the machine hardly
+moves.  Extra memory is the peak of the resident set of a process that does nothing else, over what it has with the maps
+made, freed memory handed back and one call done, since the first one also loads code and the libraries' own buffers
+(some 4 MiB; on a GPU: the allocator's own peak).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -25,10 +26,12 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nst_det.runtime.memory import keep_freed_memory
 from nst_det.transfer import nst_loss
 from nst_det.transfer.nst_kernels import CPU_LIMIT, DEVICE_LIMIT, KERNELS, positions_side_is_cheaper
 
@@ -121,14 +124,15 @@ def broadcast_form(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
 
 def bare_products(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
     """Only the matrix products of value and gradient, on the cheaper side, in chunks that fit the same limit."""
-    s, t, gradient = student.flatten(2), teacher.flatten(2), torch.empty_like(student).flatten(2)
+    gradient = torch.empty_like(student)
+    s, t, of_chunks = student.flatten(2), teacher.flatten(2), gradient.flatten(2)
     cs, ct, n = s.shape[1], t.shape[1], s.shape[2]
     limit = CPU_LIMIT if s.device.type == "cpu" else DEVICE_LIMIT
     by_positions = kernel == "poly" and positions_side_is_cheaper(cs, ct, n)
     floats = n if kernel == "linear" else 2 * n * n if by_positions else cs * cs + cs * ct + ct * ct
     count = max(1, limit // (4 * floats))
     for i in range(0, len(s), count):
-        a, b, out = s[i : i + count], t[i : i + count], gradient[i : i + count]
+        a, b, out = s[i : i + count], t[i : i + count], of_chunks[i : i + count]
         if kernel == "linear" or by_positions:
             torch.linalg.vector_norm(a, dim=2), torch.linalg.vector_norm(b, dim=2)
         if kernel == "linear":
@@ -147,6 +151,21 @@ def bare_products(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
     return gradient
 
 
+class _Bare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
+        ctx.gradient = bare_products(student, teacher, kernel)
+        return student.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient, None, None
+
+
+def bare(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
+    return torch.autograd.grad(_Bare.apply(student, teacher, kernel), student)[0]
+
+
 def ours(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
     value = nst_loss(student, teacher, kernel)
     return torch.autograd.grad(value, student)[0]
@@ -158,7 +177,7 @@ def broadcast(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
 
 FORMS: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
     "ours": ours,
-    "bare": bare_products,
+    "bare": bare,
     "broadcast": broadcast,
 }
 
@@ -179,21 +198,23 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def resident_peak() -> int:
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+def resident(peak: bool) -> int:
+    """Bytes of this process in memory, now or at the most so far."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM" if peak else "VmRSS"].split()[0])
 
 
 def measure_memory(shape: Shape, kernel: str, form: str, device: str, threads: int) -> int:
-    """Peak bytes over the maps, in a process of its own."""
+    """Peak bytes over the maps, in a process of its own; on the CPU under Linux only."""
     torch.set_num_threads(threads)
-    # libraries allocate their own buffers at their first call, which must be large enough that they are used at all
-    FORMS[form](*make_maps(replace(shape, batch=1, student=48, teacher=48, height=32, width=32), device), kernel)
     maps = make_maps(shape, device)
+    FORMS[form](*maps, kernel)
     if device == "cpu":
-        before = resident_peak()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = resident(peak=False)
         FORMS[form](*maps, kernel)
-        return resident_peak() - before
+        return resident(peak=True) - before
     wait(device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -207,6 +228,7 @@ def measure_times(
 ) -> dict[str, float]:
     """Median milliseconds of each form, taken in turns until the time is up."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the commands that train do
     maps = make_maps(shape, device)
     taken: dict[str, list[float]] = {form: [] for form in forms}
     now = clock(device, threads)

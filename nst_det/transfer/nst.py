@@ -56,28 +56,28 @@ def nst_loss(
     if kernel not in KERNELS:
         raise ValueError(f"nst: kernel must be one of {', '.join(KERNELS)}, not '{kernel}'")
     check_maps(student, teacher)
-    with torch.autocast(student.device.type, enabled=False):
-        size = common_size(student, teacher)
-        shared = partial(_named, shared, size)
-        small = student if tuple(student.shape[2:]) == size else pooled(full_precision(student), size)
-        target = shared("pooled", lambda: _pooled_teacher(teacher.detach(), size))
-        wanted = small.requires_grad and torch.is_grad_enabled()
-        with torch.no_grad():
-            value, gradient, factor = mmd(small.detach().flatten(2), target.flatten(2), kernel, shared, wanted, limit)
-        if gradient is None or factor is None:
-            return value
-        ready = gradient.view_as(small), factor[:, :, None, None]
-        if torch.compiler.is_compiling():
-            return _WithGradient.apply(small, value, *ready)
-        return _WithGradientOnce.apply(small, target, value, ready, kernel, shared, limit)
+    if torch.is_autocast_enabled(student.device.type):
+        with torch.autocast(student.device.type, enabled=False):
+            return nst_loss(student, teacher, kernel, shared, limit)
+    size = common_size(student, teacher)
+    shared = partial(_named, shared, size)
+    small = student if tuple(student.shape[2:]) == size else pooled(full_precision(student), size)
+    target = teacher.detach()
+    if tuple(teacher.shape[2:]) != size:
+        target = shared("pooled", lambda: pooled(full_precision(teacher.detach()), size))
+    wanted = small.requires_grad and torch.is_grad_enabled()
+    with torch.no_grad():
+        value, gradient, factor = mmd(small.detach().flatten(2), target.flatten(2), kernel, shared, wanted, limit)
+    if gradient is None or factor is None:
+        return value
+    gradient, factor = gradient.view(small.shape), factor[..., None, None]
+    if torch.compiler.is_compiling():
+        return _WithGradient.apply(small, value, gradient, factor)
+    return _WithGradientOnce.apply(small, target, (value, gradient, factor), kernel, shared, limit)
 
 
 def _named(shared: Shared, size: tuple[int, int], name: Hashable, compute: Callable[[], Any]) -> Any:
     return shared(("nst", name, size), compute)
-
-
-def _pooled_teacher(teacher: Tensor, size: tuple[int, int]) -> Tensor:
-    return teacher if tuple(teacher.shape[2:]) == size else pooled(full_precision(teacher), size)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -107,15 +107,15 @@ class _WithGradientOnce(torch.autograd.Function):
         ctx: Any,
         maps: Tensor,
         target: Tensor,
-        value: Tensor,
-        ready: tuple[Tensor, Tensor],
+        ready: tuple[Tensor, Tensor, Tensor],
         kernel: str,
         shared: Shared,
         limit: int | None,
     ) -> Tensor:
         ctx.save_for_backward(maps, target)
-        ctx.ready, ctx.arguments, ctx.dtype = ready, (kernel, shared, True, limit), maps.dtype
-        return value.clone()
+        value, *ctx.ready = ready
+        ctx.arguments, ctx.dtype = (kernel, shared, True, limit), maps.dtype
+        return value
 
     @staticmethod
     @once_differentiable
@@ -124,9 +124,9 @@ class _WithGradientOnce(torch.autograd.Function):
             # autograd refuses these after a backward that freed the graph
             maps, target = ctx.saved_tensors
             _, again, factor_BS = mmd(maps.flatten(2), target.flatten(2), *ctx.arguments)
-            ctx.ready = cast(Tensor, again).view_as(maps), cast(Tensor, factor_BS)[:, :, None, None]
+            ctx.ready = cast(Tensor, again).view_as(maps), cast(Tensor, factor_BS)[..., None, None]
         (gradient, factor), ctx.ready = ctx.ready, None
-        return gradient.mul_((factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None, None, None, None
+        return gradient.mul_((factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None, None, None
 
 
 class NST(nn.Module):

@@ -10,17 +10,20 @@ gradient itself.  What makes it cheap:
 - Where maps are smaller than C x C matrices, it is the maps that are scaled.
 - What depends on the teacher alone is computed once for all students.
 
-Legend of the shape suffixes: B images of the batch, b of a chunk, S and T channels of student and teacher, N = H*W.
+Legend of the shape suffixes: B images of the batch, b of a chunk, S and T channels of student and teacher, J = S + T of
+both, N = H*W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nst_det.transfer.products import ROWS, gram, product, rows_at_a_time, sum_of_products
+from nst_det.transfer.products import ROWS, gram, product, product_minus, rows_at_a_time, sum_of_products
 from nst_det.transfer.tensors import EPS, Shared, full_precision
 
 KERNELS = ("linear", "poly", "gaussian")
@@ -30,9 +33,9 @@ KERNELS = ("linear", "poly", "gaussian")
 CPU_LIMIT = 2 * 2**20
 DEVICE_LIMIT = 256 * 2**20
 
-# (maps of a chunk, what it takes of the teacher, where the gradient goes or None) to the values of the images and the
-# factor of each channel's gradient
-Step = Callable[..., tuple[Tensor, Tensor]]
+# (maps of a chunk, what it takes of the teacher, where the gradient goes or None) to the values of the images, and the
+# factor of each channel's gradient: a tensor times a number
+Step = Callable[..., tuple[Tensor, Tensor, float]]
 
 # sigma^2 lies in [0, 2] for unit vectors; below this all channels are one map and what is left is rounding
 SMALLEST_BANDWIDTH = 1e-3
@@ -71,18 +74,16 @@ def mmd(
     keep = torch.float32 if student_BSN.dtype == torch.float16 else student_BSN.dtype
     gradient = torch.empty_like(student_BSN, dtype=keep) if with_gradient else None
     values, factors = [], []
-    for part in _chunks(batch, floats * 4, limit):
-        s_bSN = full_precision(student_BSN[part])
-        out = None if gradient is None else gradient[part]
+    for s_bSN, out, *of_teacher in _chunks(floats * 4, limit, student_BSN, gradient, *per_teacher):
+        s_bSN = full_precision(s_bSN)
         exact = out if out is None or out.dtype == s_bSN.dtype else torch.empty_like(s_bSN)
-        value_b, factor_bS = step(s_bSN, *(x[part] for x in per_teacher), exact)
+        value_b, factor_bS, constant = step(s_bSN, *of_teacher, exact)
         values.append(value_b)
         factors.append(factor_bS)
-        if out is not None and exact is not None and exact is not out:
+        if exact is not out:
             out.copy_(exact)
-    # where both sets are equal, rounding can leave -1e-8 on the C x C side
-    value = torch.cat(values).mean().clamp_min(0).to(s_bSN.dtype)
-    return value, gradient, None if gradient is None else torch.cat(factors) / batch
+    value = _joined(values).mean().to(s_bSN.dtype)
+    return value, gradient, None if gradient is None else _joined(factors).mul_(constant / batch)
 
 
 def positions_side_is_cheaper(student_channels: int, teacher_channels: int, positions: int) -> bool:
@@ -94,48 +95,59 @@ def positions_side_is_cheaper(student_channels: int, teacher_channels: int, posi
 def _plan(kernel: str, s: int, t: int, n: int) -> tuple[Step, int]:
     """The way to compute a chunk, and the floats of temporary tensors that an image takes."""
     if kernel == "linear":
-        return _linear, s * n
+        # no temporary tensor is as large as a map; chunks only keep the map in the cache
+        return _linear, s * n // 2
     if kernel == "poly":
         if positions_side_is_cheaper(s, t, n):
             return _poly_by_positions, 2 * s * n + 2 * n * n
-        return _poly_by_channels, 2 * s * (s + t)
+        return _poly_by_channels, s * (s + t)
     if (s + t) * n > 2 * (s * s + s * t + t * t):
-        return _gaussian_by_scaled_products, 4 * s * (s + t)
+        return _gaussian_by_scaled_products, 2 * s * (s + t) + t * t
     return _gaussian_by_scaled_maps, 3 * (s + t) * n + s * (s + t) + min(ROWS, t) * t
 
 
 def _teacher_side(step: Step, maps_BTN: Tensor, shared: Shared, limit: int) -> tuple[Tensor, ...]:
     """What ``step`` takes of the teacher, each of it computed once a batch."""
 
+    t, n = maps_BTN.shape[1:]
+
     def once(name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        per_image = 4 * sum(x[0].numel() for x in inputs)
-        parts = _chunks(len(maps_BTN), per_image, limit)
-        return shared(name, lambda: torch.cat([compute(*(full_precision(x[part]) for x in inputs)) for part in parts]))
+        chunks = _chunks(4 * t * n, limit, *inputs)
+        return shared(name, lambda: _joined([compute(*map(full_precision, chunk)) for chunk in chunks]))
 
     if step is _poly_by_positions:
         return (once("gram", _gram_over_positions, maps_BTN),)
+    if step is _linear:
+        return (once("mean", _mean_of_normalized, maps_BTN),)
     scale_BT = once("scale", _inverse_norm, maps_BTN)
     if step is _poly_by_channels:
         return maps_BTN, scale_BT, once("poly", _mean_square_product, maps_BTN, scale_BT)
-    mean_BN = once("mean", _mean_of_normalized, maps_BTN, scale_BT)
-    if step is _linear:
-        return (mean_BN,)
+    mean_B1N = once("mean", _mean_of_normalized, maps_BTN, scale_BT)
     if step is _gaussian_by_scaled_products:
-        return maps_BTN, scale_BT, mean_BN, once("products", _products, maps_BTN, scale_BT)
-    return maps_BTN, scale_BT, mean_BN
+        return maps_BTN, scale_BT, mean_B1N, once("products", _products, maps_BTN, scale_BT)
+    return maps_BTN, scale_BT, mean_B1N
 
 
-def _chunks(batch: int, bytes_per_image: int, limit: int) -> list[slice]:
+def _chunks(bytes_per_image: int, limit: int, *of_batch: Any) -> Iterable[tuple[Any, ...]]:
+    """The tensors (or None in their place) a few images at a time."""
     count = max(1, limit // max(1, bytes_per_image))
-    return [slice(start, min(start + count, batch)) for start in range(0, batch, count)]
+    if count >= len(of_batch[0]):
+        return [of_batch]
+    return zip(*(repeat(None) if x is None else x.split(count) for x in of_batch))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _inverse_norm(x_bCN: Tensor) -> Tensor:
-    return (torch.linalg.vector_norm(x_bCN, dim=2).square() + EPS).rsqrt()
+    norm_bC = torch.linalg.vector_norm(x_bCN, dim=2)
+    return norm_bC.mul_(norm_bC).add_(EPS).rsqrt_()
 
 
-def _mean_of_normalized(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
-    return (scale_bC[:, None] @ x_bCN)[:, 0] / x_bCN.shape[1]
+def _mean_of_normalized(x_bCN: Tensor, scale_bC: Tensor | None = None) -> Tensor:
+    scale_bC = _inverse_norm(x_bCN) if scale_bC is None else scale_bC
+    return torch.bmm(scale_bC[:, None], x_bCN).div_(x_bCN.shape[1])
 
 
 def _gram_over_positions(x_bCN: Tensor) -> Tensor:
@@ -147,15 +159,13 @@ def _products(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
     return gram(x_bCN).mul_(scale_bC[:, :, None]).mul_(scale_bC[:, None])
 
 
-def _products_and_scale(x_bCN: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of normalized maps, and the inverse norms, which stand on the diagonal already."""
-    products_bCC = gram(x_bCN)
-    scale_bC = (products_bCC.diagonal(dim1=1, dim2=2) + EPS).rsqrt()
-    return products_bCC.mul_(scale_bC[:, :, None]).mul_(scale_bC[:, None]), scale_bC
-
-
-def _cross(s_bSN: Tensor, t_bTN: Tensor, scale_bS: Tensor, scale_bT: Tensor) -> Tensor:
-    return product(s_bSN, t_bTN).mul_(scale_bS[:, :, None]).mul_(scale_bT[:, None])
+def _joint_products(s_bSN: Tensor, t_bTN: Tensor) -> Tensor:
+    """Products of the student's raw maps with those of the joint set, (b, S, J)."""
+    s, t = s_bSN.shape[1], t_bTN.shape[1]
+    products_bSJ = s_bSN.new_empty(len(s_bSN), s, s + t)
+    gram(s_bSN, products_bSJ[:, :, :s])
+    product(s_bSN, t_bTN, products_bSJ[:, :, s:])
+    return products_bSJ
 
 
 def _upper_rows(left_bCN: Tensor, right_bCN: Tensor) -> Iterator[tuple[Tensor, int]]:
@@ -184,75 +194,72 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
-def _linear(s_bSN: Tensor, mean_bN: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+def _linear(s_bSN: Tensor, mean_b1N: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, float]:
     s = s_bSN.shape[1]
-    inverse_bS = _inverse_norm(s_bSN)
-    difference_b1N = torch.baddbmm(mean_bN[:, None], inverse_bS[:, None], s_bSN, beta=-1, alpha=1 / s)
+    inverse_bS1 = _inverse_norm(s_bSN)[:, :, None]
+    difference_b1N = torch.baddbmm(mean_b1N, inverse_bS1.mT, s_bSN, beta=-1, alpha=1 / s)
     if out is not None:
-        radial_bS1 = (s_bSN @ difference_b1N.mT) * inverse_bS.square()[:, :, None]
+        radial_bS1 = torch.bmm(s_bSN, difference_b1N.mT).mul_(inverse_bS1).mul_(inverse_bS1)
         torch.addcmul(difference_b1N, s_bSN, radial_bS1, value=-1, out=out)
-    return difference_b1N.square().sum((1, 2)), inverse_bS * (2 / s)
+    return torch.linalg.vector_norm(difference_b1N, dim=(1, 2)).square_(), inverse_bS1[:, :, 0], 2 / s
 
 
-def _poly_by_positions(s_bSN: Tensor, gram_bNN: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+def _poly_by_positions(s_bSN: Tensor, gram_bNN: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, float]:
     s = s_bSN.shape[1]
     inverse_bS = _inverse_norm(s_bSN)
     unit_bSN = s_bSN * inverse_bS[:, :, None]
-    difference_bNN = product(unit_bSN.mT, unit_bSN.mT).div_(s).sub_(gram_bNN)
+    difference_bNN = product_minus(unit_bSN.mT, unit_bSN.mT, 1 / s, gram_bNN)
     if out is not None:
-        out.copy_(product(unit_bSN, difference_bNN))
+        product(unit_bSN, difference_bNN, out)
         radial_bS = (out * unit_bSN).sum(2)
         out.addcmul_(unit_bSN, radial_bS[:, :, None], value=-1)
-    return torch.linalg.vector_norm(difference_bNN, dim=(1, 2)).square(), inverse_bS * (4 / s)
+    return torch.linalg.vector_norm(difference_bNN, dim=(1, 2)).square(), inverse_bS, 4 / s
 
 
 def _poly_by_channels(
     s_bSN: Tensor, t_bTN: Tensor, scale_bT: Tensor, term_b: Tensor, out: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, float]:
     s, t_bTN = s_bSN.shape[1], full_precision(t_bTN)
     t = t_bTN.shape[1]
-    own_bSS, inverse_bS = _products_and_scale(s_bSN)
-    cross_bST = _cross(s_bSN, t_bTN, inverse_bS, scale_bT)
-    rows_own = torch.linalg.vector_norm(own_bSS, dim=2).square()
-    rows_cross = torch.linalg.vector_norm(cross_bST, dim=2).square()
+    products_bSJ = _joint_products(s_bSN, t_bTN)
+    # the squared norms stand on the diagonal already
+    scale_bJ = torch.cat([(products_bSJ.diagonal(dim1=1, dim2=2) + EPS).rsqrt_(), scale_bT], 1)
+    products_bSJ.mul_(scale_bJ[:, :s, None]).mul_(scale_bJ[:, None])
+    rows_own, rows_cross = (torch.linalg.vector_norm(x, dim=2).square_() for x in products_bSJ.split([s, t], 2))
     if out is not None:
         weight_own, weight_cross = 4 / s**2, -4 / (s * t)
         diagonal_bS = -(weight_own * rows_own + weight_cross * rows_cross)
-        own_bSS.mul_(weight_own)
-        cross_bST.mul_(weight_cross)
-        _pull_back(out, own_bSS, cross_bST, diagonal_bS, s_bSN, t_bTN, inverse_bS, scale_bT)
-    return _three_terms(term_b, rows_own, rows_cross, t), torch.ones_like(inverse_bS)
+        products_bSJ[:, :, :s].mul_(weight_own)
+        products_bSJ[:, :, s:].mul_(weight_cross)
+        _pull_back(out, products_bSJ, diagonal_bS, s_bSN, t_bTN, scale_bJ)
+    return _three_terms(term_b, rows_own, rows_cross, t), torch.ones_like(rows_own), 1.0
 
 
 def _three_terms(term_b: Tensor, rows_own_bS: Tensor, rows_cross_bS: Tensor, t: int) -> Tensor:
     own_b, cross_b = _wide(rows_own_bS).sum(1), _wide(rows_cross_bS).sum(1)
     s = rows_own_bS.shape[1]
-    return term_b + own_b / s**2 - cross_b * 2 / (s * t)
+    # where both sets are equal, rounding can leave -1e-8
+    return (term_b + own_b / s**2 - cross_b * 2 / (s * t)).clamp_min_(0)
 
 
 def _pull_back(
-    out: Tensor,
-    own_bSS: Tensor,
-    cross_bST: Tensor,
-    diagonal_bS: Tensor,
-    s_bSN: Tensor,
-    t_bTN: Tensor,
-    inverse_bS: Tensor,
-    scale_bT: Tensor,
+    out: Tensor, weights_bSJ: Tensor, diagonal_bS: Tensor, s_bSN: Tensor, t_bTN: Tensor, scale_bJ: Tensor
 ) -> None:
-    """``out = (own + diag) s + cross t`` for normalized maps, written for the raw ones; overwrites both matrices."""
-    own_bSS.diagonal(dim1=1, dim2=2).add_(diagonal_bS)
-    own_bSS.mul_(inverse_bS[:, :, None]).mul_(inverse_bS[:, None])
-    cross_bST.mul_(inverse_bS[:, :, None]).mul_(scale_bT[:, None])
-    sum_of_products(own_bSS, s_bSN, cross_bST, t_bTN, out)
+    """``out = (weights + diag) maps`` for the normalized maps of the joint set, written for the raw ones.
+
+    Overwrites the weights.
+    """
+    weights_bSJ.diagonal(dim1=1, dim2=2).add_(diagonal_bS)
+    weights_bSJ.mul_(scale_bJ[:, : s_bSN.shape[1], None]).mul_(scale_bJ[:, None])
+    sum_of_products(weights_bSJ, s_bSN, t_bTN, out)
 
 
-def _bandwidth(mean_s_bN: Tensor, mean_t_bN: Tensor, norms_bS: Tensor, norms_bT: Tensor) -> Tensor:
+def _bandwidth(mean_s_b1N: Tensor, mean_t_b1N: Tensor, norms_bS: Tensor, norms_bT: Tensor) -> Tensor:
     """Mean squared distance over all pairs of the joint set, per image, from its mean alone."""
     s, t = norms_bS.shape[1], norms_bT.shape[1]
     mean_norm_b = (norms_bS.sum(1) + norms_bT.sum(1)) / (s + t)
-    mean_bN = (mean_s_bN * s + mean_t_bN * t) / (s + t)
-    return (2 * (mean_norm_b - mean_bN.square().sum(1))).clamp_min(SMALLEST_BANDWIDTH)
+    mean_b1N = (mean_s_b1N * s + mean_t_b1N * t) / (s + t)
+    return (2 * (mean_norm_b - mean_b1N.square().sum((1, 2)))).clamp_min(SMALLEST_BANDWIDTH)
 
 
 def _squared_norms(inverse_bC: Tensor) -> Tensor:
@@ -264,42 +271,43 @@ def _gaussian_by_scaled_products(
     s_bSN: Tensor,
     t_bTN: Tensor,
     scale_bT: Tensor,
-    mean_bN: Tensor,
+    mean_b1N: Tensor,
     products_bTT: Tensor,
     out: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, float]:
     s, t_bTN = s_bSN.shape[1], full_precision(t_bTN)
     t = t_bTN.shape[1]
     # by the same sums as the teacher's, since a small bandwidth magnifies what rounding makes of equal maps
     inverse_bS = _inverse_norm(s_bSN)
-    products_own = _products(s_bSN, inverse_bS)
-    norms_bS, norms_bT = _squared_norms(inverse_bS), _squared_norms(scale_bT)
-    variance_b11 = _bandwidth(_mean_of_normalized(s_bSN, inverse_bS), mean_bN, norms_bS, norms_bT)[:, None, None]
+    scale_bJ = torch.cat([inverse_bS, scale_bT], 1)
+    norms_bJ = _squared_norms(scale_bJ)
+    norms_bS, norms_bT = norms_bJ.split([s, t], 1)
+    variance_b11 = _bandwidth(_mean_of_normalized(s_bSN, inverse_bS), mean_b1N, norms_bS, norms_bT)[:, None, None]
 
     def kernel(products: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return torch.exp(((products - left[:, :, None] / 2).sub_(right[:, None] / 2)).div_(variance_b11))
+        return (products - left[:, :, None] / 2).sub_(right[:, None] / 2).div_(variance_b11).exp_()
 
-    products_cross = _cross(s_bSN, t_bTN, inverse_bS, scale_bT)
-    own_bSS, cross_bST = kernel(products_own, norms_bS, norms_bS), kernel(products_cross, norms_bS, norms_bT)
-    rows_own, rows_cross = own_bSS.sum(2), cross_bST.sum(2)
+    products_bSJ = _joint_products(s_bSN, t_bTN).mul_(inverse_bS[:, :, None]).mul_(scale_bJ[:, None])
+    kernel_bSJ = kernel(products_bSJ, norms_bS, norms_bJ)
+    rows_own, rows_cross = (x.sum(2) for x in kernel_bSJ.split([s, t], 2))
     if out is not None:
-        own_bSS.mul_(2 / s**2 / variance_b11)
-        cross_bST.mul_(-2 / (s * t) / variance_b11)
-        diagonal_bS = -own_bSS.sum(2) - cross_bST.sum(2)
-        radial_bS = (own_bSS * products_own).sum(2) + (cross_bST * products_cross).sum(2) + diagonal_bS * norms_bS
-        _pull_back(out, own_bSS, cross_bST, diagonal_bS - radial_bS, s_bSN, t_bTN, inverse_bS, scale_bT)
+        kernel_bSJ[:, :, :s].mul_(2 / s**2 / variance_b11)
+        kernel_bSJ[:, :, s:].mul_(-2 / (s * t) / variance_b11)
+        diagonal_bS = -kernel_bSJ.sum(2)
+        radial_bS = products_bSJ.mul_(kernel_bSJ).sum(2) + diagonal_bS * norms_bS
+        _pull_back(out, kernel_bSJ, diagonal_bS - radial_bS, s_bSN, t_bTN, scale_bJ)
     term_b = _wide(kernel(products_bTT, norms_bT, norms_bT)).mean((1, 2))
-    return _three_terms(term_b, rows_own, rows_cross, t), torch.ones_like(inverse_bS)
+    return _three_terms(term_b, rows_own, rows_cross, t), torch.ones_like(inverse_bS), 1.0
 
 
 def _gaussian_by_scaled_maps(
-    s_bSN: Tensor, t_bTN: Tensor, scale_bT: Tensor, mean_bN: Tensor, out: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    s_bSN: Tensor, t_bTN: Tensor, scale_bT: Tensor, mean_b1N: Tensor, out: Tensor | None
+) -> tuple[Tensor, Tensor, float]:
     s, n = s_bSN.shape[1:]
     t = t_bTN.shape[1]
     inverse_bS = _inverse_norm(s_bSN)
     norms_bS, norms_bT = _squared_norms(inverse_bS), _squared_norms(scale_bT)
-    variance_b = _bandwidth(_mean_of_normalized(s_bSN, inverse_bS), mean_bN, norms_bS, norms_bT)
+    variance_b = _bandwidth(_mean_of_normalized(s_bSN, inverse_bS), mean_b1N, norms_bS, norms_bT)
     root_b11 = variance_b.rsqrt()[:, None, None]
 
     def extended(x_bCN: Tensor, inverse_bC: Tensor, norms_bC: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,4 +333,4 @@ def _gaussian_by_scaled_maps(
     for block, rows in _upper_rows(left_t, right_t):
         block.exp_()
         total_b = total_b + 2 * _wide(block.sum((1, 2))) - _wide(block[:, :, :rows].sum((1, 2)))
-    return _three_terms(total_b / t**2, rows_own, rows_cross, t), inverse_bS * root_b11[:, :, 0]
+    return _three_terms(total_b / t**2, rows_own, rows_cross, t), inverse_bS * root_b11[:, :, 0], 1.0

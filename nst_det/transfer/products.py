@@ -4,7 +4,7 @@ torch multiplies float32 matrices on the CPU by MKL, which on processors that ar
 oneDNN reaches on the same machine; convolutions go through oneDNN.  Where torch has oneDNN's product (the operator that
 its own compiler calls for linear layers), large products are taken from there; everywhere else from ``matmul``.
 
-Legend of the shape suffixes: b images, M, K, N rows and columns, C channels.
+Legend of the shape suffixes: b images, M, K, N rows and columns, C, S, T channels.
 """
 
 from __future__ import annotations
@@ -23,17 +23,26 @@ NARROW = 64
 ROWS = 256
 
 # what a slice of two stacked maps may take, so that it stays in the cache
-SLICE_BYTES = 2 * 2**20
+SLICE_BYTES = 512 * 2**10
 
 
-def product(left_bMK: Tensor, right_bNK: Tensor) -> Tensor:
-    """``left right'`` of each image, (b, M, N)."""
+def product(left_bMK: Tensor, right_bNK: Tensor, out_bMN: Tensor | None = None) -> Tensor:
+    """``left right'`` of each image, (b, M, N), written to ``out`` where that is given."""
     if not _by_onednn(left_bMK, right_bNK):
-        return left_bMK @ right_bNK.mT
-    out = left_bMK.new_empty(len(left_bMK), left_bMK.shape[1], right_bNK.shape[1])
-    for image, left, right in zip(out, left_bMK, right_bNK):
+        right_bKN = right_bNK.mT
+        return left_bMK @ right_bKN if out_bMN is None else out_bMN.baddbmm_(left_bMK, right_bKN, beta=0)
+    if out_bMN is None:
+        out_bMN = left_bMK.new_empty(len(left_bMK), left_bMK.shape[1], right_bNK.shape[1])
+    for image, left, right in zip(out_bMN, left_bMK, right_bNK):
         image.copy_(_onednn(left, right))
-    return out
+    return out_bMN
+
+
+def product_minus(left_bMK: Tensor, right_bNK: Tensor, factor: float, minus_bMN: Tensor) -> Tensor:
+    """``factor left right' - minus`` of each image, (b, M, N)."""
+    if not _by_onednn(left_bMK, right_bNK):
+        return torch.baddbmm(minus_bMN, left_bMK, right_bNK.mT, beta=-1, alpha=factor)
+    return product(left_bMK, right_bNK).mul_(factor).sub_(minus_bMN)
 
 
 def rows_at_a_time(x_bCK: Tensor) -> int:
@@ -41,13 +50,13 @@ def rows_at_a_time(x_bCK: Tensor) -> int:
     return min(ROWS, max(64, -(-x_bCK.shape[1] // 4))) if x_bCK.device.type == "cpu" else ROWS
 
 
-def gram(x_bCK: Tensor) -> Tensor:
+def gram(x_bCK: Tensor, out_bCC: Tensor | None = None) -> Tensor:
     """``x x'`` of each image, (b, C, C), of which only the blocks from the diagonal on are multiplied out."""
     channels, rows = x_bCK.shape[1], rows_at_a_time(x_bCK)
     # with few columns mirroring costs more than it saves
     if torch.compiler.is_compiling() or channels <= rows or x_bCK.shape[2] < channels:
-        return product(x_bCK, x_bCK)
-    out = x_bCK.new_empty(len(x_bCK), channels, channels)
+        return product(x_bCK, x_bCK, out_bCC)
+    out = x_bCK.new_empty(len(x_bCK), channels, channels) if out_bCC is None else out_bCC
     for start in range(0, channels, rows):
         block = product(x_bCK[:, start : start + rows], x_bCK[:, start:])
         out[:, start : start + rows, start:] = block
@@ -55,18 +64,18 @@ def gram(x_bCK: Tensor) -> Tensor:
     return out
 
 
-def sum_of_products(own_bMS: Tensor, s_bSN: Tensor, cross_bMT: Tensor, t_bTN: Tensor, out_bMN: Tensor) -> None:
-    """``out = own s + cross t`` of each image."""
-    k, n = s_bSN.shape[1] + t_bTN.shape[1], s_bSN.shape[2]
-    width = max(256, SLICE_BYTES // (4 * k))
-    if not _large(own_bMS, own_bMS.shape[1] * k * min(n, width)):
-        out_bMN.baddbmm_(own_bMS, s_bSN, beta=0)
-        out_bMN.baddbmm_(cross_bMT, t_bTN)
+def sum_of_products(weights_bMJ: Tensor, s_bSN: Tensor, t_bTN: Tensor, out_bMN: Tensor) -> None:
+    """``weights [s; t]`` of each image, the rows of ``t`` below those of ``s`` (J = S + T), written to ``out``."""
+    (s, n), t = s_bSN.shape[1:], t_bTN.shape[1]
+    width = max(256, SLICE_BYTES // (4 * (s + t)))
+    if not _large(weights_bMJ, weights_bMJ.shape[1] * (s + t) * min(n, width)):
+        out_bMN.baddbmm_(weights_bMJ[:, :, :s], s_bSN, beta=0)
+        out_bMN.baddbmm_(weights_bMJ[:, :, s:], t_bTN)
         return
-    for out, both, s, t in zip(out_bMN, torch.cat([own_bMS, cross_bMT], 2), s_bSN, t_bTN):
+    for out, weights, s_SN, t_TN in zip(out_bMN, weights_bMJ, s_bSN, t_bTN):
         for start in range(0, n, width):
             columns = slice(start, start + width)
-            out[:, columns] = _onednn(both, torch.cat([s[:, columns], t[:, columns]]).mT)
+            out[:, columns] = _onednn(weights, torch.cat([s_SN[:, columns], t_TN[:, columns]]).mT)
 
 
 def _by_onednn(left_bMK: Tensor, right_bNK: Tensor) -> bool:

@@ -21,7 +21,15 @@ def test_product_is_the_product(images, m, k, n, layout):
         left, right = (x.mT.contiguous().mT for x in (left, right))
     if layout == "gaps":
         left, right = (torch.cat([x, x], 2)[:, :, :k] for x in (left, right))
-    close(products.product(left, right), left.double() @ right.double().mT)
+    expected = left.double() @ right.double().mT
+    close(products.product(left, right), expected)
+    # also among the columns of a larger tensor
+    among = torch.full((images, m, n + 3), torch.nan)
+    products.product(left, right, among[:, :, :n])
+    close(among[:, :, :n], expected)
+    assert among[:, :, n:].isnan().all()
+    minus = torch.randn(images, m, n)
+    close(products.product_minus(left, right, 0.25, minus), expected / 4 - minus.double())
 
 
 @pytest.mark.parametrize(("channels", "positions"), [(40, 500), (100, 700), (260, 300), (260, 90)])
@@ -30,18 +38,22 @@ def test_gram_is_the_product_with_itself(channels, positions):
     found = products.gram(x)
     close(found, x.double() @ x.double().mT)
     assert torch.equal(found, found.mT) or channels > positions
+    among = torch.zeros(2, channels, channels + 5)
+    products.gram(x, among[:, :, :channels])
+    assert torch.equal(among[:, :, :channels], found)
+    assert not among[:, :, channels:].any()
 
 
-@pytest.mark.parametrize(("s", "t", "n"), [(64, 128, 3000), (64, 32, 5001), (6, 4, 50)])
+@pytest.mark.parametrize(("s", "t", "n"), [(64, 128, 3000), (64, 32, 5001), (128, 96, 200), (6, 4, 50)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_sum_of_products(s, t, n, channels_last):
-    own, cross = torch.randn(2, s, s), torch.randn(2, s, t)
+    weights = torch.randn(2, s, s + t)
     maps = [torch.randn(2, c, n) for c in (s, t)]
     if channels_last:
         maps = [x.mT.contiguous().mT for x in maps]
     out = torch.full((2, s, n), torch.nan)
-    products.sum_of_products(own, maps[0], cross, maps[1], out)
-    close(out, own.double() @ maps[0].double() + cross.double() @ maps[1].double())
+    products.sum_of_products(weights, maps[0], maps[1], out)
+    close(out, weights.double() @ torch.cat(maps, 1).double())
 
 
 @pytest.fixture
