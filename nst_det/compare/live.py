@@ -13,6 +13,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nst_det.compare.plan import Run
+from nst_det.runtime.metrics import loss_note
 from nst_det.runtime.progress import PLAIN_SECONDS, console, is_live
 
 log = logging.getLogger(__name__)
@@ -130,10 +131,14 @@ class View:
         if self._bar is not None:
             self._bar.update(self._tasks[""], completed=len(self._done), note=left)
             for name, (steps, metrics) in states.items():
-                self._bar.update(self._tasks[name], completed=steps, note=_note(metrics))
+                self._bar.update(self._tasks[name], completed=steps, note=loss_note(metrics, NOTE_TERMS))
         elif running and not first:
-            parts = [f"{run.name} {states[run.name][0]}/{self._total.get(run.kind) or '?'}" for run in running]
+            parts = [self._line(run, *states[run.name]) for run in running]
             log.info("%d/%d runs done; %s  %s", len(self._done), len(self._runs), ", ".join(parts), left)
+
+    def _line(self, run: Run, steps: int, metrics: Mapping[str, Any]) -> str:
+        note = loss_note(metrics)
+        return f"{run.name} {steps}/{self._total.get(run.kind) or '?'}{f' ({note})' if note else ''}"
 
     def _eta(self, running: Sequence[Run], steps: Mapping[str, int]) -> float | None:
         """Seconds until all is done, from runs of the same kind; None while a kind has not been seen yet."""
@@ -154,11 +159,6 @@ class View:
                     return None
                 work += left[run.name] * guesses[run.kind] * self._share(run)
         return work
-
-
-def _note(metrics: Mapping[str, Any]) -> str:
-    terms = [(key, value) for key, value in metrics.items() if isinstance(value, float)][:NOTE_TERMS]
-    return "  ".join(f"{key} {value:.3g}" for key, value in terms)
 
 
 def _duration(seconds: float) -> str:

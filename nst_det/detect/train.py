@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from nst_det.detect.solver import build_optimizer, clip_gradients, lr_schedule, 
 from nst_det.detect.torchvision_engine import Detector
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import load_latest_checkpoint, save_checkpoint
-from nst_det.runtime.metrics import MetricsWriter, NoMetrics
+from nst_det.runtime.metrics import MetricsWriter, NoMetrics, loss_note
 from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, NotFinite, gradient_norm
 from nst_det.runtime.preemption import whole_steps
 from nst_det.runtime.processes import (
@@ -100,7 +101,7 @@ def train(
                         row |= evaluate(done)
                         model.train()
                     metrics.write(done - 1, row)
-                    meter.step({"loss": row["total_loss"]})
+                    meter.step({"loss": row["total_loss"]}, partial(loss_note, row))
                     leaving = asked_to_stop(stop, training.device)
                     if done % config.SOLVER.CHECKPOINT_PERIOD == 0 or done == last or leaving:
                         training.save()

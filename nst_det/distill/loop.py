@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from nst_det.distill.clock import Clock
 from nst_det.distill.images import Batch, Normalizer
 from nst_det.distill.opening import log_balance
 from nst_det.distill.student import Student
+from nst_det.runtime.metrics import loss_note
 from nst_det.runtime.preemption import whole_steps
 from nst_det.runtime.processes import asked_to_stop, stop_together
 from nst_det.runtime.progress import progress
@@ -88,11 +90,15 @@ def train_side_by_side(
                     with clock("checkpoints"):
                         for student in stayed:
                             student.save()
-                meter.step(dict(list(losses.items())[:SHOWN_LOSSES]))
+                meter.step(dict(list(losses.items())[:SHOWN_LOSSES]), partial(_all_losses, active))
                 if leaving:
                     stop_together(stop)
                 if len(stayed) < len(active):
                     break
+
+
+def _all_losses(students: Sequence[Student]) -> str:
+    return "; ".join(f"{student.word}: {loss_note(student.losses)}" for student in students)
 
 
 def one_step(

@@ -96,6 +96,12 @@ class Student:
         return torch.stack([self.total, self._norm])
 
     @property
+    def losses(self) -> dict[str, float]:
+        """The terms of the last step and their sum, by their names in the metrics."""
+        terms = {f"loss/{name}": float(value) for name, value in self.terms.items()}
+        return {**terms, "loss/total": float(self.total)}
+
+    @property
     def just_measured(self) -> bool:
         """Whether the step that was just done is the last one in which the terms were measured."""
         balance = self.transfer.balance
@@ -269,10 +275,9 @@ class Student:
 
     def log(self) -> None:
         """Write the terms of the step that was just done, each by its name."""
-        values = {f"loss/{name}": float(value) for name, value in self.terms.items()}
-        values |= {f"level/{name}": float(value) for name, value in self.by_level.items()}
+        levels = {f"level/{name}": float(value) for name, value in self.by_level.items()}
         last = self.step - 1
-        self._write(last, {**values, "loss/total": float(self.total), "lr": self._rate(last)})
+        self._write(last, {**self.losses, **levels, "lr": self._rate(last)})
 
     def record(self, accuracy: Accuracy) -> None:
         """Take note of the accuracy after the step that was just done."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nst_det.report.curves import Curve, Curves, Training
+from nst_det.runtime.metrics import TOTALS
 
-TOTALS = ("total", "loss", "total_loss")
 TRANSFER = "loss_transfer_"
 
 

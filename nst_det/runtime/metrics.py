@@ -14,6 +14,26 @@ from nst_det.errors import UserError
 from nst_det.runtime.files import cannot_write, write_text
 from nst_det.runtime.wandb_run import WandbRun
 
+# names of the sum of all terms, without loss/ before them
+TOTALS = ("total", "loss", "total_loss")
+
+
+def loss_note(row: Mapping[str, Any], most: int | None = None) -> str:
+    """The losses in a row of metrics as text, their sum first.
+
+    Args:
+        row: by the names that the stages write.
+        most: leave out what comes after so many.
+
+    Example:
+        >>> loss_note({"step": 3, "loss/ce": 1.5, "loss/kd": 0.25, "level/at@res4": 3.0, "loss/total": 1.75, "lr": 0.1})
+        'total 1.75  ce 1.5  kd 0.25'
+    """
+    named = [(name, value) for name, value in row.items() if "loss" in name and isinstance(value, float)]
+    losses = {name.removeprefix("loss/"): value for name, value in named}
+    first = sorted(losses, key=lambda name: name not in TOTALS)[:most]
+    return "  ".join(f"{name} {losses[name]:.4g}" for name in first)
+
 
 class MetricsWriter:
     """Append one JSON object a step to ``metrics.jsonl``; each loss term keeps its own name.

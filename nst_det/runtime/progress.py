@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -64,11 +64,16 @@ class Meter:
         if self._bar is not None and self._task is not None:
             self._bar.reset(self._task, total=self._total, completed=done)
 
-    def step(self, values: Mapping[str, float] | None = None) -> None:
-        """One step is done; ``values`` are shown beside the bar."""
+    def step(self, values: Mapping[str, float] | None = None, more: Callable[[], str] | None = None) -> None:
+        """One step is done.
+
+        Args:
+            values: shown beside the bar, and in plain lines unless ``more`` is given.
+            more: what a plain line says, where there is room; asked only then.
+        """
         self._done += 1
-        note = "  ".join(f"{key} {value:.4g}" for key, value in (values or {}).items())
         if self._bar is not None and self._task is not None:
+            note = "  ".join(f"{key} {value:.4g}" for key, value in (values or {}).items())
             self._bar.update(self._task, advance=1, note=note)
             return
         now = time.monotonic()
@@ -76,6 +81,7 @@ class Meter:
             self._last = now
             rate = (now - self._first) / max(self._done - self._skipped, 1)
             left = rate * (self._total - self._done)
+            note = more() if more else "  ".join(f"{key} {value:.4g}" for key, value in (values or {}).items())
             logging.getLogger(__name__).info(
                 "%s %d/%d  %.3g s/it  ETA %.0f s  %s", self._name, self._done, self._total, rate, left, note
             )

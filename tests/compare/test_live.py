@@ -88,7 +88,7 @@ def test_plain_lines_now_and_then(tmp_path, clock, caplog):
         view.finished(runs[0])
     said = [record.getMessage() for record in caplog.records]
     # 4 steps in 16 s: 4 s a step, 16 left of this and 20 of the other
-    assert said == ["a: starts", "0/2 runs done; a 4/20  ETA 2 min 24 s", "a: done in 16 s (1 of 2 runs)"]
+    assert said == ["a: starts", "0/2 runs done; a 4/20 (loss 0.25)  ETA 2 min 24 s", "a: done in 16 s (1 of 2 runs)"]
 
 
 def test_on_a_terminal_there_is_a_bar_for_each_run(tmp_path, clock, monkeypatch):

@@ -271,6 +271,12 @@ def test_shapes_before_the_teacher_and_balance_in_the_first_step_are_said(images
     assert [line.split()[:2] for line in said[balance].splitlines()[3:]] == [
         ["fitnet", "fitnet"], ["kd+nst-poly", "kd"], ["kd+nst-poly", "nst-poly"]
     ]  # fmt: skip
+    # the last plain line has every student's terms
+    last = read_metrics(tmp_path / "students" / "kd+nst-poly" / "metrics.jsonl")[-2]
+    terms = "  ".join(f"{name} {last[f'loss/{name}']:.4g}" for name in ("total", "ce", "kd", "nst-poly"))
+    line = next(text for text in said if " 2/2 " in text and "kd+nst-poly" in text)
+    assert line.endswith(f"; kd+nst-poly: {terms}")
+    assert "  ce: total " in line
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len([text for text in warnings if text.startswith("fitnet: the gradient of fitnet")]) == 1
 
