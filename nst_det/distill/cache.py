@@ -81,11 +81,20 @@ def read_index(folder: Path) -> Index | None:
     try:
         if values["version"] != VERSION:
             raise UserError(f"{path}: a teacher cache of version {values['version']}; remove the folder")
-        pieces = [Piece(**{**piece, "shape": tuple(piece["shape"])}) for piece in values["pieces"]]
+        pieces = [_piece(**piece) for piece in values["pieces"]]
         shards = {int(shard): str(sha256) for shard, sha256 in values["shards"].items()}
         return Index(dict(values["claim"]), pieces, int(values["rows"]), int(values["shard_rows"]), shards)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, SyntaxError, MemoryError, RecursionError) as error:
         raise UserError(f"{path}: not the index of a teacher cache; remove the folder to write it anew") from error
+
+
+def _piece(shape: Sequence[int], **values: Any) -> Piece:
+    piece = Piece(**values, shape=tuple(map(int, shape)))
+    if piece.kind not in ("logits", "maps", "embedding") or not isinstance(getattr(torch, piece.dtype), torch.dtype):
+        raise ValueError(f"{piece.kind} in {piece.dtype}")
+    if piece.key:
+        hash(piece.shared_key)
+    return piece
 
 
 def check_claim(index: Index, claim: Mapping[str, Any], folder: Path) -> None:

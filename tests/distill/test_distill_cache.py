@@ -11,13 +11,15 @@ from safetensors.torch import load_file
 
 from nst_det.backbones import load_card, save_backbone
 from nst_det.distill import cache_writing, stage
-from nst_det.distill.cache import TeacherCache, shard_path
+from nst_det.distill.cache import VERSION, TeacherCache, read_index, shard_path
 from nst_det.distill.config import load_distill_config
 from nst_det.distill.faults import broken_outputs
+from nst_det.distill.needs import Piece
 from nst_det.distill.networks import initial_student
 from nst_det.distill.stage import distill
 from nst_det.distill.teacher import Teacher
 from nst_det.errors import UserError
+from nst_det.runtime.files import write_sealed_json
 from nst_det.runtime.metrics import read_metrics
 from nst_det.transfer import terms
 
@@ -189,6 +191,24 @@ def test_a_damaged_file_is_named_and_can_be_written_again(images, teacher, cache
     (folder / "index.json").write_text("{}")
     with pytest.raises(UserError, match=r"index.json: not the index of a teacher cache; remove the folder"):
         run(images, tmp_path, **keys)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"key": key} for key in ("{{}}", "open('x')", "(1", "[" * 2000)),
+        *({"dtype": "load"}, {"dtype": "nothing"}, {"kind": "weights"}),
+        *({"shape": ["a"]}, {"shape": 3}, {"unknown": 1}),
+    ],
+)
+def test_an_index_made_by_hand_is_refused(tmp_path, changed):
+    piece = {"kind": "maps", "place": "res3", "key": "", "shape": [4, 2, 2], "dtype": "float32", "kept": True}
+    values = {"claim": {}, "pieces": [piece], "rows": 4, "shard_rows": 4, "shards": {}, "version": VERSION}
+    write_sealed_json(tmp_path / "index.json", values)
+    assert read_index(tmp_path).pieces == [Piece("maps", "res3", "", (4, 2, 2), "float32")]
+    write_sealed_json(tmp_path / "index.json", {**values, "pieces": [{**piece, **changed}]})
+    with pytest.raises(UserError, match=r"index.json: not the index of a teacher cache; remove the folder"):
+        read_index(tmp_path)
 
 
 @pytest.mark.parametrize(
