@@ -35,7 +35,7 @@ from nst_det.backbones.strict import check_shapes
 from nst_det.detect.detectron2.backbone import bottom_up_of
 from nst_det.detect.detectron2.names import resnet_to_detectron2
 from nst_det.errors import UserError
-from nst_det.runtime.checkpoint import check_intact, write_state
+from nst_det.runtime.checkpoint import KEPT, check_intact, write_state
 from nst_det.runtime.files import write_text
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """As Detectron2's, but never half written: a full disk or a kill leaves the checkpoint before as it is.
 
+        Of the numbered ones the newest are kept, as many as in the torchvision engine; Detectron2 keeps all.
+
         Raises:
             UserError: it can't be written.
         """
@@ -118,6 +120,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
         write_state(Path(self.save_dir) / f"{name}.pth", {"model": self.model.state_dict(), **parts, **kwargs})
         self.tag_last_checkpoint(f"{name}.pth")
+        for old in sorted(Path(self.save_dir).glob("model_*[0-9].pth"))[:-KEPT]:
+            old.unlink(missing_ok=True)
 
     def get_checkpoint_file(self) -> str:
         """The newest checkpoint in the folder; a damaged one is named in a warning and the one before it taken.
