@@ -4,9 +4,12 @@ import pickle
 import socket
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from nst_det.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +29,6 @@ def _join_group(rank: int, world: int, port: int, work: Callable[..., object], a
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
 
-    from nst_det.errors import UserError
     from nst_det.runtime.processes import stop_processes
 
     torch.set_num_threads(1)
@@ -37,6 +39,26 @@ def _join_group(rank: int, world: int, port: int, work: Callable[..., object], a
         found = error
     # as bytes: a tensor would be handed over by a process that has to stay for it
     sink.put((rank, pickle.dumps(found)))
+
+
+@pytest.fixture
+def stops_after_saving(monkeypatch):
+    """``with stops_after_saving(module, step):`` every run ends where the module has written that checkpoint."""
+
+    @contextmanager
+    def stopped(module, step):
+        save = module.save_checkpoint
+
+        def save_and_stop(folder, done, state):
+            save(folder, done, state)
+            if done == step:
+                raise UserError("stopped")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "save_checkpoint", save_and_stop)
+            yield
+
+    return stopped
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from nst_det.data.annotation import usable_boxes
+from nst_det.data.annotation import VocAnnotation, usable_boxes
 from nst_det.data.holdout import JoinedVoc
 from nst_det.data.voc import VocDataset, class_names
 from nst_det.detect.batches import Place, StepBatches
@@ -46,6 +46,19 @@ def data_classes(config: CfgNode, *, known_only: bool = False) -> tuple[str, ...
             opened = [VocDataset(root, split) for root, split in voc_roots(config, names, f"DATASETS.{part}")]
             return class_names(name for data in opened for item in data.annotations() for name in item.names)
     return ()
+
+
+def boxes_to_train(annotation: VocAnnotation, use_difficult: bool) -> np.ndarray:
+    """Which boxes of an image a detector learns from: (N,) bool; one that can't be used costs a warning.
+
+    Args:
+        annotation: of the image, with N objects.
+        use_difficult: keep those that are marked ``difficult``.
+    """
+    keep, dropped = usable_boxes(annotation)
+    for line in dropped:
+        log.warning("%s; left out", line)
+    return keep if use_difficult else keep & ~annotation.difficult
 
 
 def open_voc(config: CfgNode, key: str, classes: Sequence[str]) -> list[VocDataset]:
@@ -92,11 +105,7 @@ def list_items(sets: Sequence[VocDataset], use_difficult: bool, filter_empty: bo
     for data in sets:
         for id_ in data.ids:
             annotation = data.annotation(id_)
-            keep, dropped = usable_boxes(annotation)
-            for line in dropped:
-                log.warning("%s; left out", line)
-            if not use_difficult:
-                keep &= ~annotation.difficult
+            keep = boxes_to_train(annotation, use_difficult)
             if keep.any() or not filter_empty:
                 boxes = annotation.boxes[keep].astype(np.float64)
                 labels = data.labels(annotation)[keep]

@@ -1,9 +1,11 @@
+import multiprocessing
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from nst_det.cli import main
 from nst_det.compare.config import load_comparison
 
 FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
@@ -44,6 +46,32 @@ def config_file(tmp_path):
     for name in ("images", "voc"):
         (tmp_path / name).mkdir()
     return tmp_path / "compare.yaml"
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """``forked(words)``: ``nst-det`` with these words in a process of its own, which adds what it says to said.txt.
+
+    It is forked, because importing torch takes its time; ``first`` is called in it before.
+    """
+    started = []
+
+    def begin(words, first=lambda: None):
+        process = multiprocessing.get_context("fork").Process(target=call, args=(words, first))
+        process.start()
+        started.append(process)
+        return process
+
+    def call(words, first):
+        with open(tmp_path / "said.txt", "a", buffering=1) as sys.stdout:
+            sys.stderr = sys.stdout
+            first()
+            main([str(word) for word in words])
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.join()
 
 
 @pytest.fixture

@@ -1,15 +1,12 @@
 """The whole way with the real stages, on a little generated data: killed and started again, and undisturbed."""
 
 import json
-import multiprocessing
 import random
-import sys
 import time
 
 import pytest
 import yaml
 
-from nst_det.cli import main
 from nst_det.compare.results import comparable
 
 DISTILL = {
@@ -39,32 +36,15 @@ COMPARE = {
 }
 
 
-def in_process(words, said):
-    with open(said, "a", buffering=1) as sys.stdout:
-        sys.stderr = sys.stdout
-        main(words)
-
-
 @pytest.fixture
-def start(tmp_path, pytestconfig):
-    """Starts ``nst-det compare`` on a folder, in a forked process."""
+def start(tmp_path, pytestconfig, forked):
+    """Starts ``nst-det compare`` on a folder, in a process."""
     detect = pytestconfig.rootpath / "configs" / "detect" / "shapes.yaml"
     compare = {**COMPARE, "DETECT": {**COMPARE["DETECT"], "CONFIG": str(detect)}}
     (tmp_path / "distill.yaml").write_text(yaml.safe_dump(DISTILL))
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(compare))
-    started = []
-
-    def begin(folder, *words):
-        words = ["compare", "--config-file", str(tmp_path / "compare.yaml"), "--output", str(folder), *words]
-        process = multiprocessing.get_context("fork").Process(target=in_process, args=(words, tmp_path / "said.txt"))
-        process.start()
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.join()
+    config = tmp_path / "compare.yaml"
+    return lambda folder, *words: forked(["compare", "--config-file", config, "--output", folder, *words])
 
 
 def steps_in(folder):

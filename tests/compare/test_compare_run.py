@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -27,28 +26,15 @@ def no_report(monkeypatch):
 
 
 @pytest.fixture
-def start(config_file, tmp_path, monkeypatch):
-    """Starts ``nst-det compare`` on tmp_path/out in a process; forked, because importing torch takes its time."""
-    started = []
+def start(config_file, tmp_path, forked):
+    """Starts ``nst-det compare`` on tmp_path/out with the stage that trains nothing, in a process."""
 
-    def begin(*words):
-        words = ["compare", "--config-file", str(config_file), "--output", str(tmp_path / "out"), *words]
-        process = multiprocessing.get_context("fork").Process(target=in_process, args=(words, tmp_path / "said.txt"))
-        process.start()
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.join()
-
-
-def in_process(words, said):
-    with open(said, "w", buffering=1) as sys.stdout:
-        sys.stderr = sys.stdout
+    def watched():
         nst_det.compare.run.stage_command = watched_command
-        main(words)
+
+    return lambda *words: forked(
+        ["compare", "--config-file", config_file, "--output", tmp_path / "out", *words], watched
+    )
 
 
 def watched_command(run, folder):

@@ -82,19 +82,11 @@ def test_two_processes_train_as_one(on_shapes, tmp_path, in_processes):
             assert (value - begun[name]).abs().max() > 1e-4, f"{name} was not trained"
 
 
-def test_two_processes_go_on_with_the_same_bits(on_shapes, tmp_path, in_processes, monkeypatch):
+def test_two_processes_go_on_with_the_same_bits(on_shapes, tmp_path, in_processes, stops_after_saving):
     # normalization of its own in each process, validation, and the best of the weights
     changes = {"MODEL.TIMM.NORM": "BN", "DATASETS.VAL_FRACTION": 0.3, "TEST.EVAL_PERIOD": 2, "TEST.SELECT": "best"}
     undisturbed = in_processes(train_detector, on_shapes("one", changes))[0]
-    with monkeypatch.context() as patch:
-        save = module.save_checkpoint
-
-        def save_and_stop(folder, done, state):
-            save(folder, done, state)
-            if done == 3:
-                raise UserError("stopped")
-
-        patch.setattr(module, "save_checkpoint", save_and_stop)
+    with stops_after_saving(module, 3):
         (stopped,) = in_processes(train_detector, on_shapes("two", changes))
         assert str(stopped) == "stopped"
     assert not (tmp_path / "two" / "result.json").exists()

@@ -8,7 +8,6 @@ from nst_det.distill import student as module
 from nst_det.distill.config import load_distill_config
 from nst_det.distill.images import TrainingBatches
 from nst_det.distill.stage import StageOne, distill
-from nst_det.errors import UserError
 from nst_det.runtime.metrics import read_metrics
 
 METHODS = ["kd+fitnet:1"]
@@ -51,19 +50,11 @@ def test_two_processes_train_as_one(images, tmp_path, in_processes):
             torch.testing.assert_close(weights(first, method)[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_two_processes_go_on_with_the_same_bits(images, tmp_path, in_processes, monkeypatch):
+def test_two_processes_go_on_with_the_same_bits(images, tmp_path, in_processes, stops_after_saving):
     # normalization of its own in each process, and a batch in parts
     keys = {"SOLVER": {"MAX_ITER": 6, "IMS_PER_BATCH": 8, "ACCUMULATE": 2}, "CHECKPOINT_PERIOD": 2, "METHODS": ["kd"]}
     undisturbed = in_processes(distill, config(images, tmp_path / "one", **keys))[0]
-    with monkeypatch.context() as patch:
-        save = module.save_checkpoint
-
-        def save_and_stop(folder, done, state):
-            save(folder, done, state)
-            if done == 4:
-                raise UserError("stopped")
-
-        patch.setattr(module, "save_checkpoint", save_and_stop)
+    with stops_after_saving(module, 4):
         (stopped,) = in_processes(distill, config(images, tmp_path / "two", **keys))
         assert str(stopped) == "stopped"
     gone_on = in_processes(distill, config(images, tmp_path / "two", **keys))[0]

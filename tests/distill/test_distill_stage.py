@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -171,22 +172,29 @@ class Stop(Exception):
     pass
 
 
+@contextmanager
+def stopped(monkeypatch, word, step, where="update"):
+    """The block ends where the student ``word`` at ``step`` would call ``where``."""
+    real = getattr(Student, where)
+
+    def stopping(self):
+        if (self.word, self.step) == (word, step):
+            raise Stop
+        real(self)
+
+    with monkeypatch.context() as patch, suppress(Stop):
+        patch.setattr(Student, where, stopping)
+        yield
+        pytest.fail("it was not stopped")
+
+
 @pytest.mark.parametrize(
     ("where", "method", "step"), [("update", "fitnet", 5), ("save", "fitnet", 4), ("save", "ce", 8)]
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, images, tmp_path, monkeypatch, where, method, step):
     output, results = finished
-    real = getattr(Student, where)
-
-    def stopping(self):
-        if (self.word, self.step) == (method, step):
-            raise Stop
-        real(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Student, where, stopping)
-        with pytest.raises(Stop):
-            run(images, tmp_path)
+    with stopped(monkeypatch, method, step, where):
+        run(images, tmp_path)
     ahead = {word: checkpoints(tmp_path / "students" / word / "checkpoints") for word in METHODS}
     if where == "save" and method == "fitnet":
         assert ahead["ce"] != [] == ahead["fitnet"], "the students stand at different steps"
@@ -198,17 +206,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, images, tmp_path, monk
 
 def test_a_stopped_teacher_goes_on_to_the_same_bits(finished, images, tmp_path, monkeypatch):
     _, results = finished
-    real = Student.update
-
-    def stopping(self):
-        if (self.word, self.step) == ("teacher", 7):
-            raise Stop
-        real(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Student, "update", stopping)
-        with pytest.raises(Stop):
-            run(images, tmp_path, METHODS=[])
+    with stopped(monkeypatch, "teacher", 7):
+        run(images, tmp_path, METHODS=[])
     others = run(images, tmp_path, METHODS=[])
     assert list(others) == ["teacher"]
     assert others["teacher"]["sha256"] == results["teacher"]["sha256"]
@@ -216,17 +215,8 @@ def test_a_stopped_teacher_goes_on_to_the_same_bits(finished, images, tmp_path, 
 
 def test_a_damaged_newest_checkpoint_costs_two_steps_only(finished, images, tmp_path, monkeypatch, caplog):
     output, results = finished
-    real = Student.update
-
-    def stopping(self):
-        if (self.word, self.step) == ("ce", 7):
-            raise Stop
-        real(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Student, "update", stopping)
-        with pytest.raises(Stop):
-            run(images, tmp_path, CHECKPOINT_PERIOD=2)
+    with stopped(monkeypatch, "ce", 7):
+        run(images, tmp_path, CHECKPOINT_PERIOD=2)
     newest = checkpoints(tmp_path / "students" / "ce" / "checkpoints")[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
     others = run(images, tmp_path)
@@ -290,18 +280,9 @@ def test_measuring_the_first_step_does_not_change_the_run(finished, images, tmp_
 def test_auto_weight_is_in_card_and_result_and_goes_on_to_the_same_bits(images, tmp_path, monkeypatch):
     keys = {"METHODS": ["ce", "kd+nst-poly"], "TRANSFER.AUTO_WEIGHT": {"nst-poly": 0.5}, "CHECKPOINT_PERIOD": 3}
     results = run(images, tmp_path / "whole", **keys)
-    real = Student.update
-
-    def stopping(self):
-        # three of the five steps are measured by then
-        if (self.word, self.step) == ("kd+nst-poly", 3):
-            raise Stop
-        real(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Student, "update", stopping)
-        with pytest.raises(Stop):
-            run(images, tmp_path / "part", **keys)
+    # three of the five steps are measured by then
+    with stopped(monkeypatch, "kd+nst-poly", 3):
+        run(images, tmp_path / "part", **keys)
     others = run(images, tmp_path / "part", **keys)
     assert_same_run(tmp_path / "whole", tmp_path / "part", results, others, keys["METHODS"])
     card = load_card(results["kd+nst-poly"]["backbone"])

@@ -9,9 +9,9 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from nst_det.data.annotation import usable_boxes
 from nst_det.data.holdout import JoinedVoc
 from nst_det.data.voc import VocDataset
+from nst_det.detect.dataset import boxes_to_train
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +64,7 @@ def voc_dicts(data: VocDataset, use_difficult: bool = True) -> list[dict[str, An
     dicts = []
     for id_ in data.ids:
         item = data.annotation(id_)
-        keep, dropped = usable_boxes(item)
-        for line in dropped:
-            log.warning("%s; left out", line)
-        if not use_difficult:
-            keep &= ~item.difficult
+        keep = boxes_to_train(item, use_difficult)
         annotations = [
             {"category_id": label, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
             for box, label in zip(item.boxes[keep].tolist(), data.labels(item)[keep].tolist())

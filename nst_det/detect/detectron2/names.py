@@ -23,6 +23,18 @@ _BLOCKS: dict[tuple[int, ...], dict[str, int]] = {
     (3, 8, 36, 3): {"bottleneck": 152},
 }
 _LAYER = re.compile(r"layer(?P<layer>[1-4])\.(?P<block>\d+)\.(?P<rest>.+)")
+_BLOCK_TO_DETECTRON2 = {
+    r"conv([123])\.weight": r"conv\1.weight",
+    r"bn([123])\.(weight|bias|running_mean|running_var)": r"conv\1.norm.\2",
+    r"downsample\.0\.weight": r"shortcut.weight",
+    r"downsample\.1\.(weight|bias|running_mean|running_var)": r"shortcut.norm.\1",
+}
+_BLOCK_FROM_DETECTRON2 = {
+    r"conv([123])\.weight": r"conv\1.weight",
+    r"conv([123])\.norm\.(\w+)": r"bn\1.\2",
+    r"shortcut\.weight": r"downsample.0.weight",
+    r"shortcut\.norm\.(\w+)": r"downsample.1.\1",
+}
 _SKIPPED = re.compile(r"fc\..*|.*\.num_batches_tracked|num_batches_tracked")
 
 
@@ -53,16 +65,8 @@ def to_detectron2_name(name: str) -> str | None:
         return "stem.conv1.weight"
     if found := re.fullmatch(r"bn1\.(weight|bias|running_mean|running_var)", name):
         return f"stem.conv1.norm.{found[1]}"
-    if found := _LAYER.fullmatch(name):
-        rest = found["rest"]
-        for pattern, form in (
-            (r"conv([123])\.weight", r"conv\1.weight"),
-            (r"bn([123])\.(weight|bias|running_mean|running_var)", r"conv\1.norm.\2"),
-            (r"downsample\.0\.weight", r"shortcut.weight"),
-            (r"downsample\.1\.(weight|bias|running_mean|running_var)", r"shortcut.norm.\1"),
-        ):
-            if re.fullmatch(pattern, rest):
-                return f"res{int(found['layer']) + 1}.{found['block']}.{re.sub(pattern, form, rest)}"
+    if (found := _LAYER.fullmatch(name)) and (rest := _renamed(found["rest"], _BLOCK_TO_DETECTRON2)):
+        return f"res{int(found['layer']) + 1}.{found['block']}.{rest}"
     raise UserError(f"'{name}' is not a layer of a plain ResNet, so Detectron2's ResNet has no place for it")
 
 
@@ -82,17 +86,14 @@ def from_detectron2_name(name: str) -> str | None:
         return "conv1.weight"
     if found := re.fullmatch(r"stem\.conv1\.norm\.(\w+)", name):
         return f"bn1.{found[1]}"
-    if found := re.fullmatch(r"res([2-5])\.(\d+)\.(.+)", name):
-        rest = found[3]
-        for pattern, form in (
-            (r"conv([123])\.weight", r"conv\1.weight"),
-            (r"conv([123])\.norm\.(\w+)", r"bn\1.\2"),
-            (r"shortcut\.weight", r"downsample.0.weight"),
-            (r"shortcut\.norm\.(\w+)", r"downsample.1.\1"),
-        ):
-            if re.fullmatch(pattern, rest):
-                return f"layer{int(found[1]) - 1}.{found[2]}.{re.sub(pattern, form, rest)}"
+    found = re.fullmatch(r"res([2-5])\.(\d+)\.(.+)", name)
+    if found and (rest := _renamed(found[3], _BLOCK_FROM_DETECTRON2)):
+        return f"layer{int(found[1]) - 1}.{found[2]}.{rest}"
     raise UserError(f"'{name}' is not a layer of Detectron2's ResNet")
+
+
+def _renamed(name: str, forms: Mapping[str, str]) -> str | None:
+    return next((re.sub(pattern, form, name) for pattern, form in forms.items() if re.fullmatch(pattern, name)), None)
 
 
 def resnet_to_detectron2(state_dict: Mapping[str, Tensor], eps: float = DETECTRON2_EPS) -> dict[str, Tensor]:
