@@ -55,6 +55,12 @@ def test_a_loss_that_is_no_number_is_one_line_with_images_and_file(command, tiny
     assert {"image", "boxes", "labels"} <= set(content["batch"][0])
 
 
+def test_a_last_step_that_failed_is_not_evaluated(command, tiny_yaml, tmp_path, poisoned):
+    poisoned(step=5)
+    assert command("--config-file", tiny_yaml, "OUTPUT_DIR", tmp_path / "run") == 2
+    assert not (tmp_path / "run" / "inference").exists()
+
+
 def replayed(file, *words):
     """The exit code of ``nst-det replay``."""
     with pytest.raises(SystemExit) as left:

@@ -6,7 +6,7 @@ Importing this package does not import Detectron2; the first use of one of its n
 - ``heads``: RoI heads whose canonical box size can be set
 - ``checkpoint``: backbone files and ``backbone://NAME`` in Detectron2's checkpointer
 - ``datasets``, ``loader``, ``evaluator``: VOC roots by name, batches that depend on seed and step alone, VOC AP
-- ``trainer``, ``loop``, ``teacher``, ``solver``: the trainer
+- ``trainer``, ``loop``, ``forward``, ``teacher``, ``solver``: the trainer
 - ``replay``: a step that gave something that is no number, again
 - ``library``: three lines for somebody's own Detectron2 project
 - ``names``, ``convert``, ``export``, ``parity``: the same weights elsewhere

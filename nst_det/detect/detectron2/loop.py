@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -41,6 +42,10 @@ class Loop(DefaultTrainer):
                         continue
                     self.after_step()
                     self.iter += 1
+            except BaseException:
+                # Detectron2's hook evaluates after the last step, also where that was not made
+                self._hooks[:] = [hook for hook in self._hooks if not isinstance(hook, EvalHook)]
+                raise
             finally:
                 self.after_train()
         if not (self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process()):

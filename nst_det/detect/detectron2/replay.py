@@ -14,9 +14,10 @@ from torch import Tensor
 from nst_det.backbones.pickles import pickles_are_trusted
 from nst_det.detect.config import resolve_device
 from nst_det.detect.detectron2.config import add_config
+from nst_det.detect.detectron2.forward import compute_in_bf16, propose_together
 from nst_det.detect.detectron2.library import student_of, transfer_of
 from nst_det.detect.detectron2.loop import seed_step
-from nst_det.detect.detectron2.trainer import DistillTrainer, compute_in_bf16, propose_together
+from nst_det.detect.detectron2.trainer import DistillTrainer
 from nst_det.detect.faults import broken_in
 from nst_det.errors import UserError
 from nst_det.runtime.config import merge_tree

@@ -6,8 +6,6 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +17,22 @@ from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
-from detectron2.structures import ImageList
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, TensorboardXWriter
-from torch import Tensor, nn
+from torch import nn
 
 from nst_det.detect.best import keep_best, settle
 from nst_det.detect.detectron2.backbone import check_frozen_random
 from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detect.detectron2.config import class_list, validation_config
 from nst_det.detect.detectron2.evaluator import VocEvaluator
+from nst_det.detect.detectron2.forward import compute_in_bf16, propose_together
 from nst_det.detect.detectron2.library import distill_from_config, student_of, transfer_of
 from nst_det.detect.detectron2.loader import BoundedMapper, SharedBatches, build_train_loader
 from nst_det.detect.detectron2.loop import BeforeOptimizer, Loop, RunMetrics, StepSeed, StopWhenAsked, WentBack
 from nst_det.detect.detectron2.solver import build_optimizer
-from nst_det.detect.distilled import DistilledDetector
 from nst_det.detect.faults import broken_in, step_content
 from nst_det.errors import UserError
-from nst_det.runtime.device import amp_dtype, autocast
 from nst_det.runtime.files import read_json
 from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, NotFinite, gradient_norm, raise_together
 from nst_det.runtime.preemption import StopRequest, whole_steps
@@ -303,42 +299,3 @@ def inference_folder(cfg: CfgNode, dataset_name: str) -> Path:
     """Where the evaluation on one of ``DATASETS.TEST`` is written."""
     folder = Path(cfg.OUTPUT_DIR) / "inference"
     return folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder
-
-
-def compute_in_bf16(model: nn.Module) -> None:
-    """Let the backbones of student and teacher compute in bfloat16 where that is fast, and give float32 maps.
-
-    Detectron2's mixed precision needs a GPU.  On the CPU the heads stay in float32, because a box coordinate above
-    128 has steps of a whole pixel in bfloat16; the torchvision engine does the same.
-    """
-    dtype = amp_dtype("auto")
-    if dtype is not None:
-        for part in (student_of(model), *((model.teacher,) if isinstance(model, DistilledDetector) else ())):
-            part.backbone.forward = partial(_reduced, part.backbone.forward, dtype)
-
-
-def _reduced(forward: Callable[[Tensor], dict[str, Tensor]], dtype: torch.dtype, images: Tensor) -> dict[str, Tensor]:
-    with autocast(images.device, dtype):
-        maps = forward(images)
-    return {name: map_.float() for name, map_ in maps.items()}
-
-
-def propose_together(student: nn.Module) -> None:
-    """Let proposals that are not finite end the pass in all processes, named; in Detectron2 they end it in one."""
-    proposer = getattr(student, "proposal_generator", None)
-    if proposer is None:
-        return
-    forward = proposer.forward
-
-    def propose(images: ImageList, *args: Any, **kwargs: Any) -> Any:
-        if not proposer.training:
-            return forward(images, *args, **kwargs)
-        found, what = None, ""
-        try:
-            found = forward(images, *args, **kwargs)
-        except FloatingPointError as error:
-            what = f"the RPN's proposals ({' '.join(str(error).split())})"
-        raise_together(bool(what), images.tensor.device, what)
-        return found
-
-    proposer.forward = propose
