@@ -12,6 +12,7 @@ import pytest
 from nst_det.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+HANGS_AFTER_SECONDS = 180
 
 
 @pytest.fixture(scope="session")
@@ -79,11 +80,13 @@ def in_processes():
         ]
         for process in started:
             process.start()
+        latest = time.monotonic() + HANGS_AFTER_SECONDS
         try:
             found = {}
             while len(found) < world:
                 while sink.empty():
                     assert any(process.is_alive() for process in started), "a process ended without an answer"
+                    assert time.monotonic() < latest, "the processes wait for each other"
                     time.sleep(0.02)
                 rank, answer = sink.get()
                 found[rank] = value = pickle.loads(answer)
