@@ -18,6 +18,9 @@ from nst_det.errors import UserError
 # keys whose default is a value, and that take none as well
 NULLABLE = ("SOLVER.WEIGHT_DECAY_NORM",)
 
+# values of one file; aliases of aliases grow without bound
+LARGEST_TREE = 100_000
+
 
 def load_config(defaults: CfgNode, file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
     """Defaults, then the file (and its ``_BASE_``), then ``KEY VALUE`` pairs; the result is frozen.
@@ -52,12 +55,12 @@ def _read_with_base(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in above:
         raise UserError(f"{file}: _BASE_ leads back to itself; remove one of the _BASE_ lines")
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = _from_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such config file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: can't be read as text ({error})") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{file}: not valid YAML: {error}") from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
@@ -144,9 +147,33 @@ def parse_value(text: str) -> Any:
     if text.strip()[:1] not in ("[", "{"):
         return text
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
+        return _from_yaml(text)
+    except ValueError:
         return text
+
+
+def _from_yaml(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+        if _count(value, {}) > LARGEST_TREE:
+            raise ValueError(f"more than {LARGEST_TREE} values")
+    except (yaml.YAMLError, RecursionError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        # PyYAML lets out what a value's own constructor raises: "\UDDDDDDDD", !!int "", !!bool x, !!timestamp x
+        raise ValueError(str(error)) from error
+    return value
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """How many values a tree has, where an alias stands for all of its own."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 0
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    elif not known[id(value)]:
+        raise ValueError("an alias leads back to itself")
+    return known[id(value)]
 
 
 def _leaves(tree: dict[str, Any], config: CfgNode, path: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:

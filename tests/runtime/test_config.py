@@ -4,6 +4,9 @@ from fvcore.common.config import CfgNode
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path, flat, load_config, merge_overrides, parse_value, plain, transfer_node
 
+# ten times itself, six times over
+BOMB = "A0: &a0 [x]\n" + "".join(f"A{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 7))
+
 
 def defaults() -> CfgNode:
     config = CfgNode({"SOLVER": {"BASE_LR": 0.1, "STEPS": (1, 2), "MAX_ITER": 10, "NESTEROV": False}, "NAME": "a"})
@@ -61,6 +64,13 @@ def test_free_nodes_take_any_key_also_nested():
         ("- 1", "must be a mapping"),
         ("1: 2", "must be a mapping"),
         ("a: [", "not valid YAML"),
+        ('NAME: "\\UDDDDDDDD"', "not valid YAML"),
+        ("NAME: !!int ''", "not valid YAML"),
+        ("NAME: !!bool x", "not valid YAML"),
+        ("NAME: !!timestamp x", "not valid YAML"),
+        ("SOLVER: &a {MAX_ITER: *a}", "not valid YAML: an alias leads back to itself"),
+        ("A: &a [*a]", "not valid YAML: an alias leads back to itself"),
+        (BOMB, "not valid YAML: more than 100000 values"),
         ("_BASE_: x.yaml", "leads back to itself"),
         ("_BASE_: [x]", "_BASE_ must be the path"),
         ("_BASE_: missing.yaml", "missing.yaml: no such config file"),
@@ -103,7 +113,18 @@ def test_values_of_the_command_line():
     assert parse_value("['a', \"b\"]") == ["a", "b"]
     assert parse_value("[ce, kd+nst-poly:50]") == ["ce", "kd+nst-poly:50"]
     assert parse_value("{at: 10.0}") == {"at": 10.0}
-    for text in ("[a", "{a: [}", "res[3", "a: b", "None of these", "[" * 2000, "{{}}", "{[]}"):
+    for text in (
+        "[a",
+        "{a: [}",
+        "res[3",
+        "a: b",
+        "None of these",
+        "[" * 2000,
+        "{{}}",
+        "{[]}",
+        '["\\UDDDDDDDD"]',
+        "[!!bool x]",
+    ):
         assert parse_value(text) == text
 
 
