@@ -55,7 +55,7 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     SOLVER.ACCUMULATE                     parts in which each process takes its images of a step, one after another, to
                                           save memory (torchvision engine); IMS_PER_BATCH is that of the whole step
     SOLVER.NON_FINITE                     what is done where a loss or gradient is no number, see
-                                          :func:`~nst_det.runtime.nonfinite.non_finite_node`; Detectron2 can only stop
+                                          :func:`~nst_det.runtime.nonfinite.non_finite_node`
     DATASETS.VOC                          name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN and TEST
     DATASETS.CLASSES                      names of the classes in order; [] takes those in the data, sorted
     DATASETS.USE_DIFFICULT                whether ``difficult`` objects are trained on
