@@ -62,6 +62,23 @@ def stops_after_saving(monkeypatch):
     return stopped
 
 
+@pytest.fixture(scope="session")
+def averaged_in_float64():
+    """``averaged_in_float64(states, decay)``: what SOLVER.EMA_DECAY makes of the state dicts after each step."""
+
+    def average(states: list[dict], decay: float) -> dict:
+        found = {name: value.double() for name, value in states[0].items()}
+        for step, state in enumerate(states[1:], start=2):
+            kept = min(decay, 1 - step ** (-2 / 3))
+            for name, value in state.items():
+                # counters of batches are no weights
+                counts = not value.is_floating_point()
+                found[name] = value.double() if counts else kept * found[name] + (1 - kept) * value.double()
+        return found
+
+    return average
+
+
 @pytest.fixture
 def in_processes():
     """``in_processes(work, *args)``: runs it as torchrun would, in two processes; what each gave, by rank.

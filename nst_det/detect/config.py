@@ -54,6 +54,9 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     SOLVER.BACKBONE_MULTIPLIER            learning rate of the bottom-up as a part of BASE_LR
     SOLVER.ACCUMULATE                     parts in which each process takes its images of a step, one after another, to
                                           save memory (torchvision engine); IMS_PER_BATCH is that of the whole step
+    SOLVER.EMA_DECAY                      of an exponential moving average of the weights: 0 for none, or below 1, such
+                                          as 0.999; the average is what is evaluated, chosen and written, see
+                                          :class:`~nst_det.backbones.averaged.AveragedWeights`
     SOLVER.NON_FINITE                     what is done where a loss or gradient is no number, see
                                           :func:`~nst_det.runtime.nonfinite.non_finite_node`
     DATASETS.VOC                          name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN and TEST
@@ -85,6 +88,7 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     cfg.SOLVER.ACCUMULATE = 1
+    cfg.SOLVER.EMA_DECAY = 0.0
     cfg.SOLVER.NON_FINITE = _as_kind(non_finite_node(), kind)
     cfg.DATASETS.VOC = kind(new_allowed=True)
     cfg.DATASETS.CLASSES = []
@@ -168,6 +172,7 @@ def check_config(config: CfgNode, source: str = "detection config") -> None:
     _check_levels(config, source)
     _check_numbers(config, source)
     check_select(config, source)
+    check_average(config, source)
     check_wandb(config.WANDB, source)
     check_non_finite(config.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", source)
 
@@ -184,6 +189,24 @@ def check_select(config: CfgNode, source: str) -> None:
         raise UserError(
             f"{source}: TEST.SELECT best needs a validation split to choose by, and when to look at it; set "
             "DATASETS.VAL_FRACTION (such as 0.2) and TEST.EVAL_PERIOD, or SELECT last"
+        )
+
+
+def check_average(config: CfgNode, source: str) -> None:
+    """Refuse a SOLVER.EMA_DECAY that can't be followed.
+
+    Raises:
+        UserError: out of range, or beside TEST.PRECISE_BN, which measures the weights in training.
+    """
+    decay = config.SOLVER.EMA_DECAY
+    if not 0 <= decay < 1:
+        raise UserError(
+            f"{source}: SOLVER.EMA_DECAY is {decay}; set it to 0 for no average, or to a fraction below 1 such as 0.999"
+        )
+    if decay and config.TEST.PRECISE_BN.ENABLED:
+        raise UserError(
+            f"{source}: SOLVER.EMA_DECAY {decay}: TEST.PRECISE_BN measures the statistics of the weights in training, "
+            "not of their average; set TEST.PRECISE_BN.ENABLED False, or SOLVER.EMA_DECAY 0"
         )
 
 

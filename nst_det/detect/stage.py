@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fvcore.common.config import CfgNode
 
 from nst_det.backbones import count_parameters
+from nst_det.backbones.averaged import AveragedWeights
 from nst_det.backbones.pickles import trusting_pickles
 from nst_det.data.holdout import JoinedVoc
 from nst_det.data.voc import VocDataset
@@ -50,7 +51,8 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
     DATASETS.VAL_FRACTION, evaluations during training are made on the validation split, not on DATASETS.TEST;
     ``model_best.safetensors`` are the weights that did best there, and ``result.json`` has the figures of the last
     ones under ``validation`` and both records under ``checkpoints``.  DATASETS.TEST is evaluated once, with the
-    weights that TEST.SELECT names; they are those in ``model.safetensors``.
+    weights that TEST.SELECT names; they are those in ``model.safetensors``.  With SOLVER.EMA_DECAY, all these weights
+    are averages.
 
     Args:
         config: from :func:`~nst_det.detect.config.load_detect_config`; ENGINE and NUM_CLASSES are resolved in it.
@@ -74,35 +76,39 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
         data = _test_data(config, classes)
         sets, validation = split_training(config, open_voc(config, "DATASETS.TRAIN", classes))
         student = _student(config, classes, seed)
+        decay = config.SOLVER.EMA_DECAY
+        average = AveragedWeights(student, decay) if decay else None
+        # what is evaluated and written
+        kept = student if average is None else cast(Detector, average.network)
         model = _with_teacher(student, config, seed, classes)
 
         def batches_from(step: int) -> Iterable[list[dict[str, Any]]]:
             return training_batches(config, sets, seed, step)
 
         def evaluate(step: int) -> dict[str, float]:
-            found = _evaluate(student, config, validation or data)
+            found = _evaluate(kept, config, validation or data)
             if validation is not None and is_first():
-                keep_best(folder.path, student, classes, step, found)
+                keep_best(folder.path, kept, classes, step, found)
             prefix = "" if validation is None else "val/"
             return {f"{prefix}{name}": found[name] for name in ("map", "map_area") if found.get(name) is not None}
 
-        trained = train(model, config, seed, folder, batches_from, evaluate)
+        trained = train(model, config, seed, folder, batches_from, evaluate, average)
         validated: dict[str, Any] = {}
         if validation is not None:
-            found = _evaluate(student, config, validation)
+            found = _evaluate(kept, config, validation)
             steps = config.SOLVER.MAX_ITER
 
             def settled() -> dict[str, Any]:
-                last = keep_best(folder.path, student, classes, steps, found)
-                return settle(folder.path, student, last, config.TEST.SELECT)
+                last = keep_best(folder.path, kept, classes, steps, found)
+                return settle(folder.path, kept, last, config.TEST.SELECT)
 
             validated = {"validation": found, "checkpoints": from_first(settled)}
             # those of the best step, where they are tested
-            copy_from_first(student)
+            copy_from_first(kept)
         if is_first():
-            save_weights(folder.path / WEIGHTS_FILE, student, classes)
+            save_weights(folder.path / WEIGHTS_FILE, kept, classes)
         result = {
-            **_evaluate(student, config, data, folder.path / DETECTIONS_FILE),
+            **_evaluate(kept, config, data, folder.path / DETECTIONS_FILE),
             "seconds": trained.seconds,
             "steps": config.SOLVER.MAX_ITER,
             "engine": "torchvision",

@@ -16,6 +16,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nst_det.backbones.averaged import AveragedWeights
 from nst_det.detect.distilled import DistilledDetector
 from nst_det.detect.faults import broken_in, step_content
 from nst_det.detect.solver import build_optimizer, clip_gradients, lr_schedule, set_learning_rate
@@ -61,6 +62,7 @@ def train(
     folder: RunFolder,
     batches_from: Callable[[int], Iterable[Batch]],
     evaluate: Callable[[int], dict[str, float]],
+    average: AveragedWeights | None = None,
 ) -> Trained:
     """Train until SOLVER.MAX_ITER, from the last checkpoint in the folder if there is one.
 
@@ -73,6 +75,7 @@ def train(
         folder: for checkpoints and metrics.
         batches_from: the batches from a step on, without end.
         evaluate: called every TEST.EVAL_PERIOD steps with the steps done; its numbers join the metrics.
+        average: of the student's weights; brought along, saved and taken up again.
 
     In several processes every one holds the same bits after each step; the first one writes.
 
@@ -80,7 +83,7 @@ def train(
         UserError: a loss is not finite, or the checkpoint is of another model.
     """
     last, test = config.SOLVER.MAX_ITER, config.TEST
-    training = Training(model, config, seed, folder)
+    training = Training(model, config, seed, folder, average)
     training.resume()
     log_batch(config.SOLVER.IMS_PER_BATCH, config.SOLVER.ACCUMULATE, config.SOLVER.BASE_LR)
     board = folder.path / "tensorboard" if config.TENSORBOARD else None
@@ -133,6 +136,7 @@ class Training:
         config: SOLVER is read here, all of it goes into the file of a step that failed.
         seed: of the run.
         folder: for checkpoints.
+        average: of the student's weights.
 
     Attributes:
         done: finished steps.
@@ -140,8 +144,15 @@ class Training:
         device: the model's.
     """
 
-    def __init__(self, model: Detector | DistilledDetector, config: CfgNode, seed: int, folder: RunFolder) -> None:
-        self.model, self.config, self.seed, self.folder = model, config, seed, folder
+    def __init__(
+        self,
+        model: Detector | DistilledDetector,
+        config: CfgNode,
+        seed: int,
+        folder: RunFolder,
+        average: AveragedWeights | None = None,
+    ) -> None:
+        self.model, self.config, self.seed, self.folder, self.average = model, config, seed, folder, average
         self.solver = config.SOLVER
         self.done, self.trained = 0, Trained()
         self.optimizer, self.schedule = build_optimizer(model, self.solver), lr_schedule(self.solver)
@@ -181,6 +192,8 @@ class Training:
         else:
             clip_gradients(self._parameters, self.solver.CLIP_GRADIENTS)
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
             self.trained.losses = losses
             self.done += 1
         return {**losses, "total_loss": sum(losses.values()), "lr": self.solver.BASE_LR * factor}
@@ -225,7 +238,7 @@ class Training:
             return
         adapters = self.model.transfer.state_dict() if isinstance(self.model, DistilledDetector) else {}
         self.trained.seconds = time.monotonic() - self._began
-        state = {
+        state: dict[str, Any] = {
             "model": self.model.state_dict(),
             "adapters": dict(adapters),
             "optimizer": self.optimizer.state_dict(),
@@ -233,6 +246,8 @@ class Training:
             "losses": self.trained.losses,
             "non_finite": self.non_finite.state_dict(),
         }
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
         save_checkpoint(self.folder.checkpoints, self.done, state)
 
     def resume(self) -> None:
@@ -251,6 +266,8 @@ class Training:
             if isinstance(self.model, DistilledDetector):
                 self.model.transfer.load_state_dict(state["adapters"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             self.non_finite.load_state_dict(state.get("non_finite", {}))
             self.trained = Trained(float(state["seconds"]), dict(state["losses"]))
         except (KeyError, ValueError, TypeError, RuntimeError) as error:

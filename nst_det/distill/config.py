@@ -143,6 +143,10 @@ def _solver() -> CfgNode:
     node.ONECYCLE_RISE = 0.2
     # the largest norm of all gradients of one student together; 0 doesn't clip
     node.CLIP_GRADIENTS = 0.0
+    # of an exponential moving average of the weights: 0 for none, else below 1, such as 0.999; the average is what is
+    # validated and written, running statistics averaged too; it begins as the first step's weights, and the decay
+    # rises to this value: 1 - t ** (-2 / 3) after t steps.  One pass over the weights a step
+    node.EMA_DECAY = 0.0
     # a loss or gradient that is no number: stop, skip the step, or go back to the last checkpoint
     node.NON_FINITE = non_finite_node()
     # auto | fp32 | bf16 | fp16
@@ -288,6 +292,7 @@ def _check_solver(node: CfgNode, key: str) -> None:
     _require(node.CLIP_GRADIENTS >= 0, f"{key}.CLIP_GRADIENTS", "0 or more")
     _require(node.WEIGHT_DECAY >= 0 and node.WEIGHT_DECAY_NORM >= 0, f"{key}.WEIGHT_DECAY", "0 or more")
     _require(0 <= node.LABEL_SMOOTHING < 1, f"{key}.LABEL_SMOOTHING", "from 0 to below 1")
+    _require(0 <= node.EMA_DECAY < 1, f"{key}.EMA_DECAY", "0 for no average, or a fraction below 1 such as 0.999")
     check_non_finite(node.NON_FINITE, f"{key}.NON_FINITE")
     _require(node.CE_WEIGHT >= 0, f"{key}.CE_WEIGHT", "0 or more")
     steps = all(isinstance(step, int) and step > 0 for step in node.STEPS) and list(node.STEPS) == sorted(node.STEPS)

@@ -47,7 +47,7 @@ def finish(student: Student, network: Network, data: StageOneData, path: Path, *
     assert accuracy is not None, "a student is evaluated before it is finished"
     card = card_of(network, data, method=student.word, weights=dict(student.transfer.weights), **fields)
     card.top1, card.top5, card.steps = accuracy.top1, accuracy.top5, student.step
-    card = save_backbone(path, student.model, card)
+    card = save_backbone(path, student.kept, card)
     result = {
         "method": student.word,
         "weights": card.weights,

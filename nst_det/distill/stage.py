@@ -272,7 +272,7 @@ class StageOne:
                 teacher,
                 self.data.train_steps(augment, solver.IMS_PER_BATCH, views, solver.ACCUMULATE),
                 self.normalize,
-                lambda active: self._measure({student.word: student.model for student in active}, solver),
+                lambda active: self._measure({student.word: student.kept for student in active}, solver),
                 last=solver.MAX_ITER,
                 eval_period=config.TEST.EVAL_PERIOD,
                 checkpoint_period=config.CHECKPOINT_PERIOD,

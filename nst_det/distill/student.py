@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nst_det.backbones import LevelInfo, forward_outputs
+from nst_det.backbones.averaged import AveragedWeights
 from nst_det.backbones.levels import backbone_parameters
 from nst_det.distill.accuracy import Accuracy
 from nst_det.distill.faults import broken_outputs, step_content
@@ -49,6 +50,7 @@ class Student:
 
     Attributes:
         step: finished optimizer steps.
+        average: of the weights, where SOLVER.EMA_DECAY is set.
         terms: values of the last step's loss terms, by name; :attr:`total` is their sum.
         by_level: values of the terms on maps at each pair of levels, before their weights; of NST the squared MMD.
     """
@@ -86,9 +88,15 @@ class Student:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self._metrics: MetricsWriter | None = None
         self._trackers: tuple[bool, str] = (False, "")
+        self.average = AveragedWeights(model, solver.EMA_DECAY) if solver.EMA_DECAY else None
         self.non_finite = NonFinite(solver.NON_FINITE, folder.path, word)
         self._buffers = Buffers(model)
         self._norm = torch.zeros(())
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is evaluated and written: the average where there is one, else the one in training."""
+        return self.model if self.average is None else self.average.network
 
     @property
     def health(self) -> Tensor:
@@ -224,10 +232,14 @@ class Student:
         rate = self._rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        scale = self._scaler.get_scale() if self.average is not None else 0.0
         self._scaler.unscale_(self._optimizer)
         clip_gradients(self._parameters, self.solver.CLIP_GRADIENTS, None if self._scaler.is_enabled() else self._norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        # a scaler that found infinite gradients has passed over the step and lowered its scale
+        if self.average is not None and self._scaler.get_scale() >= scale:
+            self.average.update()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
@@ -305,6 +317,8 @@ class Student:
             "best_step": self.best_step,
             "non_finite": self.non_finite.state_dict(),
         }
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
         save_checkpoint(self.folder.checkpoints, self.step, state)
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -313,6 +327,8 @@ class Student:
             self.transfer.load_state_dict(state["transfer"])
             self._optimizer.load_state_dict(state["optimizer"])
             self._scaler.load_state_dict(state["scaler"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             self.step, self.seconds = state["step"], state["seconds"]
             self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
             self.best, self.best_step = Accuracy(**state["best"]), state["best_step"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nst_det.backbones.averaged import AveragedWeights
 from nst_det.data.voc import VocDataset
 from nst_det.detect import train as module
 from nst_det.detect.config import load_detect_config
@@ -82,10 +83,26 @@ def test_two_processes_train_as_one(on_shapes, tmp_path, in_processes):
             assert (value - begun[name]).abs().max() > 1e-4, f"{name} was not trained"
 
 
+def trained(config):
+    """The result, and the average of the weights in this process after the last step."""
+    kept, update = {}, AveragedWeights.update
+
+    def updating(self):
+        update(self)
+        kept.update({name: value.clone() for name, value in self.network.state_dict().items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AveragedWeights, "update", updating)
+        return train_detector(config), kept
+
+
 def test_two_processes_go_on_with_the_same_bits(on_shapes, tmp_path, in_processes, stops_after_saving):
-    # normalization of its own in each process, validation, and the best of the weights
+    # normalization of its own in each process, an average of the weights, validation, and the best of them
     changes = {"MODEL.TIMM.NORM": "BN", "DATASETS.VAL_FRACTION": 0.3, "TEST.EVAL_PERIOD": 2, "TEST.SELECT": "best"}
-    undisturbed = in_processes(train_detector, on_shapes("one", changes))[0]
+    changes["SOLVER.EMA_DECAY"] = 0.5
+    (undisturbed, kept), (_, other) = in_processes(trained, on_shapes("one", changes))
+    assert kept
+    assert all(torch.equal(other[name], value) for name, value in kept.items())
     with stops_after_saving(module, 3):
         (stopped,) = in_processes(train_detector, on_shapes("two", changes))
         assert str(stopped) == "stopped"

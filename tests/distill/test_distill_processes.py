@@ -8,6 +8,7 @@ from nst_det.distill import student as module
 from nst_det.distill.config import load_distill_config
 from nst_det.distill.images import TrainingBatches
 from nst_det.distill.stage import StageOne, distill
+from nst_det.distill.student import Student
 from nst_det.runtime.metrics import read_metrics
 
 METHODS = ["kd+fitnet:1"]
@@ -50,10 +51,25 @@ def test_two_processes_train_as_one(images, tmp_path, in_processes):
             torch.testing.assert_close(weights(first, method)[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def distilled(made):
+    """The results, and what is written by the first process as this one has it, by the student's word."""
+    kept, close = {}, Student.close
+
+    def closing(self):
+        kept[self.word] = self.kept.state_dict()
+        close(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Student, "close", closing)
+        return distill(made), kept
+
+
 def test_two_processes_go_on_with_the_same_bits(images, tmp_path, in_processes, stops_after_saving):
-    # normalization of its own in each process, and a batch in parts
-    keys = {"SOLVER": {"MAX_ITER": 6, "IMS_PER_BATCH": 8, "ACCUMULATE": 2}, "CHECKPOINT_PERIOD": 2, "METHODS": ["kd"]}
-    undisturbed = in_processes(distill, config(images, tmp_path / "one", **keys))[0]
+    # normalization of its own in each process, a batch in parts, and an average of the weights
+    solver = {"MAX_ITER": 6, "IMS_PER_BATCH": 8, "ACCUMULATE": 2, "EMA_DECAY": 0.5}
+    keys = {"SOLVER": solver, "CHECKPOINT_PERIOD": 2, "METHODS": ["kd"]}
+    (undisturbed, kept), (_, other) = in_processes(distilled, config(images, tmp_path / "one", **keys))
+    assert all(torch.equal(other["kd"][name], value) for name, value in kept["kd"].items())
     with stops_after_saving(module, 4):
         (stopped,) = in_processes(distill, config(images, tmp_path / "two", **keys))
         assert str(stopped) == "stopped"

@@ -59,6 +59,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
 
     Attributes:
         card: of the backbone file that was loaded last, or None.
+        written: the network whose weights :meth:`save` writes; ``model``, or an average of its weights.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.complete = tuple(complete)
         self.card: Card | None = None
+        self.written = model
         self._source = ""
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -118,7 +120,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
-        write_state(Path(self.save_dir) / f"{name}.pth", {"model": self.model.state_dict(), **parts, **kwargs})
+        write_state(Path(self.save_dir) / f"{name}.pth", {"model": self.written.state_dict(), **parts, **kwargs})
         self.tag_last_checkpoint(f"{name}.pth")
         for old in sorted(Path(self.save_dir).glob("model_*[0-9].pth"))[:-KEPT]:
             old.unlink(missing_ok=True)

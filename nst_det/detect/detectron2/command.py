@@ -166,7 +166,7 @@ def train(cfg: CfgNode, folder: RunFolder, resume: bool) -> None:
     trainer.train()
     if comm.is_main_process():
         # the name and form that the torchvision engine gives it too
-        save_weights(folder.path / WEIGHTS_FILE, trainer.student, class_list(cfg))
+        save_weights(folder.path / WEIGHTS_FILE, trainer.kept, class_list(cfg))
         if cfg.DATASETS.TEST:
             found = inference_folder(cfg, cfg.DATASETS.TEST[0]) / DETECTIONS_FILE
             if found.exists():

@@ -11,7 +11,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from fvcore.common.config import CfgNode as FvcoreNode
 
 from nst_det.data.voc import VocDataset
-from nst_det.detect.config import add_nst_det_config, check_select, resolve_classes, resolve_device, voc_roots
+from nst_det.detect.config import (
+    add_nst_det_config,
+    check_average,
+    check_select,
+    resolve_classes,
+    resolve_device,
+    voc_roots,
+)
 from nst_det.detect.dataset import data_classes
 from nst_det.detect.detectron2 import backbone, checkpoint, heads  # noqa: F401 (they fill Detectron2's registries)
 from nst_det.detect.detectron2.datasets import register_images, register_voc
@@ -68,6 +75,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
             "set it to 1, or ENGINE torchvision"
         )
     check_select(cfg, str(file or "command line"))
+    check_average(cfg, str(file or "command line"))
     check_wandb(cfg.WANDB, str(file or "command line"))
     check_non_finite(cfg.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", str(file or "command line"))
     return cfg

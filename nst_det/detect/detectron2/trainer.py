@@ -6,6 +6,7 @@ import logging
 import math
 import time
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import nn
 
+from nst_det.backbones.averaged import AveragedWeights
 from nst_det.detect.best import keep_best, settle
 from nst_det.detect.detectron2.backbone import check_frozen_random
 from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
@@ -54,12 +56,15 @@ class DistillTrainer(Loop):
     - ``SOLVER.OPTIMIZER``, ``SOLVER.BACKBONE_MULTIPLIER`` and backbone files as ``MODEL.WEIGHTS``
     - several processes work on the CPU too
     - a loss or gradient that is no number is met as ``SOLVER.NON_FINITE`` says, in all processes alike
+    - with ``SOLVER.EMA_DECAY`` the average of the weights is evaluated, and is the model in a checkpoint; the weights
+      in training stand with the optimizer's state
 
     Args:
         cfg: from :func:`~nst_det.detect.detectron2.config.load_config`, with its data sets registered.
 
     Attributes:
         student: the detector alone.
+        average: of its weights, where SOLVER.EMA_DECAY is set.
         checkpoints: once done with a validation split, what :func:`~nst_det.detect.best.settle` says.
     """
 
@@ -73,14 +78,20 @@ class DistillTrainer(Loop):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self._whole, self.student = model, student_of(model)
+        decay = cfg.SOLVER.EMA_DECAY
+        # a copy of the student would have the teacher's hooks
+        self.average = AveragedWeights(self.student, decay, self.build_student(cfg)) if decay else None
         on_cpu = next(model.parameters()).device.type == "cpu"
         if cfg.SOLVER.AMP.ENABLED and on_cpu:
             compute_in_bf16(model)
+            if self.average is not None:
+                compute_in_bf16(self.average.network)
         parallel = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
         kind = AMPTrainer if cfg.SOLVER.AMP.ENABLED and not on_cpu else SimpleTrainer
         self._trainer = kind(parallel, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer.written = self.kept
         self.non_finite = NonFinite(cfg.SOLVER.NON_FINITE, Path(cfg.OUTPUT_DIR))
         self._device, self._buffers = next(model.parameters()).device, Buffers(model)
         self._seen: dict[str, Any] = {}
@@ -97,16 +108,15 @@ class DistillTrainer(Loop):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The student, in a ``DistilledDetector`` unless ``TRANSFER.METHOD`` is ``ce``.
+        """The student, in a ``DistilledDetector`` unless ``TRANSFER.METHOD`` is ``ce``."""
+        return distill_from_config(cls.build_student(cfg), cfg)
 
-        The student is drawn under the seed, so that all methods of one seed begin with the same heads.
-        """
-        if cfg.SEED >= 0:
-            with seeded(cfg.SEED, "init"):
-                student = build_model(cfg)
-        else:
-            student = build_model(cfg)
-        return distill_from_config(student, cfg)
+    @classmethod
+    def build_student(cls, cfg: CfgNode) -> nn.Module:
+        """The detector, drawn under the seed, so that all methods of one seed begin with the same heads."""
+        with seeded(cfg.SEED, "init") if cfg.SEED >= 0 else nullcontext():
+            student: nn.Module = build_model(cfg)
+        return student
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -145,9 +155,9 @@ class DistillTrainer(Loop):
         Where there is a validation split, evaluations during training are made there.
         """
         hooks: list[HookBase | None] = [StepSeed(self.cfg.SEED), *super().build_hooks()]
-        if self.cfg.DATASETS.VAL_FRACTION:
-            evaluation = EvalHook(self.cfg.TEST.EVAL_PERIOD, self._validate)
-            hooks = [evaluation if isinstance(hook, EvalHook) else hook for hook in hooks]
+        evaluate = self._validate if self.cfg.DATASETS.VAL_FRACTION else self._test
+        evaluation = EvalHook(self.cfg.TEST.EVAL_PERIOD, evaluate)
+        hooks = [evaluation if isinstance(hook, EvalHook) else hook for hook in hooks]
         if comm.is_main_process():
             hooks.append(RunMetrics(RunFolder(self.cfg.OUTPUT_DIR), self.cfg.WANDB))
         # last: what a checkpoint says is done has been evaluated and written down, so that no kill leaves a gap
@@ -180,10 +190,25 @@ class DistillTrainer(Loop):
             WentBack: it is to go back.
         """
         self._buffers.keep()
+        scale = self._loss_scale()
         try:
             super().run_step()
         except NotFinite as error:
             self._meet(str(error))
+        else:
+            # a scaler that found infinite gradients has passed over the step and lowered its scale
+            if self.average is not None and self._loss_scale() >= scale:
+                self.average.update()
+
+    def _loss_scale(self) -> float:
+        # reading it waits for the GPU
+        reads = self.average is not None and isinstance(self._trainer, AMPTrainer)
+        return float(self._trainer.grad_scaler.get_scale()) if reads else 1.0
+
+    @property
+    def kept(self) -> nn.Module:
+        """The detector that is evaluated and written: the average where there is one, else the student."""
+        return self.student if self.average is None else self.average.network
 
     def save_step(self) -> None:
         """Save a checkpoint of the step that was made last, by Detectron2's name."""
@@ -228,23 +253,31 @@ class DistillTrainer(Loop):
         self.iter = self.start_iter
         raise WentBack
 
+    def _scores(self, cfg: CfgNode) -> dict[str, Any]:
+        # the student alone would still ask the teacher
+        return dict(self.test(cfg, self.model if self.average is None else self.kept))
+
+    def _test(self) -> dict[str, Any]:
+        self._last_eval_results = self._scores(self.cfg)
+        return self._last_eval_results
+
     def _validate(self) -> dict[str, Any]:
         """On the validation split; after the last step on ``DATASETS.TEST`` too, with the weights of TEST.SELECT."""
         own = validation_config(self.cfg)
         assert own is not None, "made a hook only where there is a validation split"
-        found = dict(self.test(own, self.model))
+        found = self._scores(own)
         folder, done = Path(self.cfg.OUTPUT_DIR), min(self.iter + 1, self.max_iter)
         last: dict[str, Any] = {"step": done}
         if comm.is_main_process():
             figures = read_json(inference_folder(own, own.DATASETS.TEST[0]) / "result.json")
-            last = keep_best(folder, self.student, class_list(self.cfg), done, figures)
+            last = keep_best(folder, self.kept, class_list(self.cfg), done, figures)
             for name in ("map", "map_area"):
                 if last[name] is not None:
                     self.storage.put_scalar(f"val/{name}", last[name], smoothing_hint=False)
         if done == self.max_iter:
             comm.synchronize()
-            self.checkpoints = settle(folder, self.student, last, self.cfg.TEST.SELECT)
-            self._last_eval_results = self.test(self.cfg, self.model)
+            self.checkpoints = settle(folder, self.kept, last, self.cfg.TEST.SELECT)
+            self._test()
         return {f"validation/{name}": values for name, values in found.items()}
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -254,6 +287,8 @@ class DistillTrainer(Loop):
             UserError: weights that don't fit, or layers that are frozen and random.
         """
         super().resume_or_load(resume)
+        if self.average is not None and not self.average.steps:
+            self.average.restart()
         check_frozen_random(self.student, filled=bool(self.cfg.MODEL.WEIGHTS) or self.start_iter > 0)
         places = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(places, SharedBatches):
@@ -274,6 +309,8 @@ class DistillTrainer(Loop):
         """Detectron2's training state, with the adapters' parameters and the time it took."""
         state: dict[str, Any] = super().state_dict()
         state |= {"seconds": self.seconds, "non_finite": self.non_finite.state_dict()}
+        if self.average is not None:
+            state["averaged"] = {"trained": self.student.state_dict(), "steps": self.average.steps}
         transfer = transfer_of(self._whole)
         if transfer is not None and transfer.state_dict():
             state["adapters"] = transfer.state_dict()
@@ -283,11 +320,18 @@ class DistillTrainer(Loop):
         """See :meth:`state_dict`.
 
         Raises:
-            UserError: the checkpoint lacks the adapters of this run's terms.
+            UserError: the checkpoint lacks the adapters of this run's terms, or one of the two has SOLVER.EMA_DECAY.
         """
         super().load_state_dict(state_dict)
         self._seconds_before, self._began = float(state_dict.get("seconds", 0.0)), time.monotonic()
         self.non_finite.load_state_dict(state_dict.get("non_finite", {}))
+        if ("averaged" in state_dict) != (self.average is not None):
+            raise UserError("SOLVER.EMA_DECAY: the checkpoint is of another run; set what it was trained with")
+        if self.average is not None:
+            # the checkpoint's model, which the student has by now
+            averaged = state_dict["averaged"]
+            self.average.load_state_dict({"network": self.student.state_dict(), "steps": averaged["steps"]})
+            self.student.load_state_dict(averaged["trained"])
         transfer = transfer_of(self._whole)
         if transfer is not None and transfer.state_dict():
             if "adapters" not in state_dict:
