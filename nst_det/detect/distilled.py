@@ -164,13 +164,18 @@ class DistilledDetector(nn.Module):
             log_balance(balance.lines)
         return terms
 
+    @property
+    def _listens(self) -> bool:
+        # the student alone may be put into evaluation mode
+        return self.training and self.student.training
+
     def _run_teacher(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self.training:
+        if self._listens:
             with torch.no_grad():
                 self._teacher_maps = self._teacher_forward(inputs[0].detach())
 
     def _keep_maps(self, _: nn.Module, __: Any, maps: Mapping[str, Tensor]) -> None:
-        if self.training:
+        if self._listens:
             self._student_maps.update(maps)
 
     def _teacher_forward(self, pixels: Tensor) -> dict[str, Tensor]:

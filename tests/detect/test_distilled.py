@@ -94,6 +94,22 @@ def test_inference_is_the_students(talkative, teacher, batch):
     assert called == []
 
 
+def test_the_teacher_is_not_asked_while_the_student_alone_is_evaluated(talkative, teacher, batch, monkeypatch):
+    asked = []
+    forward = DistilledDetector._teacher_forward
+    monkeypatch.setattr(DistilledDetector, "_teacher_forward", lambda self, x: asked.append(1) or forward(self, x))
+    model = distill(talkative(), teacher, node())
+    model(batch)
+    assert len(asked) == 1
+    model.student.eval()
+    with torch.no_grad():
+        model.student(batch)
+    assert len(asked) == 1
+    model.train()
+    model(batch)
+    assert len(asked) == 2
+
+
 def test_levels_below_the_pyramid(talkative, teacher, batch):
     model = distill(talkative(), teacher, node(levels=["res3", "p4", "res4:res3"])).train()
     losses = step(model, batch)
