@@ -15,7 +15,7 @@ from rich.table import Table
 
 from nst_det.compare.config import BASELINE, Comparison, merge_stage
 from nst_det.compare.cost import measure_costs
-from nst_det.compare.estimate import STEPS, Estimate, cells, duration, estimate, size, total, wall_seconds
+from nst_det.compare.estimate import STEPS, Estimate, cells, estimate, total, wall_seconds
 from nst_det.compare.live import View, steps_done
 from nst_det.compare.on_ray import RayRunner, connected
 from nst_det.compare.plan import (
@@ -38,6 +38,7 @@ from nst_det.compare.stages import (
     check_transfer,
     total_steps,
 )
+from nst_det.runtime.amounts import duration, size
 from nst_det.runtime.files import write_json, write_text
 from nst_det.runtime.run import RunFolder
 from nst_det.runtime.shown import Shown

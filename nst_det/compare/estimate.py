@@ -24,6 +24,7 @@ from nst_det.compare.run import Command, Machine, environment_of, stage_command
 from nst_det.compare.stages import total_steps
 from nst_det.compare.trial_data import Parts, copy_parts
 from nst_det.errors import UserError
+from nst_det.runtime.amounts import bytes_below, duration, size
 from nst_det.runtime.config import flat, plain
 from nst_det.runtime.files import write_text
 from nst_det.runtime.run import config_hash
@@ -159,7 +160,7 @@ def _try(run: Run, config: CfgNode, folder: Path, command: Command) -> Trial:
     metrics = output / inner.get(run.kind, "") / "metrics.jsonl"
     log = folder / f"{run.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    before = _bytes_below(folder)
+    before = bytes_below(folder)
     began, times = time.monotonic(), list[float]()
     looked, memory = began, 0
     with open(log, "wb") as said:
@@ -187,7 +188,7 @@ def _try(run: Run, config: CfgNode, folder: Path, command: Command) -> Trial:
         start=max(times[0] - began - step, 0.0),
         step=step,
         end=now - times[-1],
-        disk=_bytes_below(folder) - before,
+        disk=bytes_below(folder) - before,
         memory=memory,
     )
 
@@ -210,10 +211,6 @@ def _steps_in(metrics: Path) -> int:
         return 0
     rows = metrics.read_text(encoding="utf-8").split("\n")[:-1]
     return len({json.loads(row)["step"] for row in rows if "loss" in row})
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_symlink() and path.is_file())
 
 
 def _scaled(run: Run, config: CfgNode, trial: Trial, parts: Parts) -> Estimate:
@@ -241,29 +238,3 @@ def total(found: Mapping[str, Estimate], runs: Sequence[Run]) -> Estimate:
 def cells(one: Estimate) -> tuple[str, ...]:
     """Time, disk and memory as a table shows them."""
     return duration(one.seconds), size(one.disk), size(one.memory) if one.memory else "-"
-
-
-def duration(seconds: float) -> str:
-    """A time, given in seconds, in words.
-
-    Example:
-        >>> duration(3725), duration(95)
-        ('1 h 02 min', '1 min 35 s')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def size(count: float) -> str:
-    """A number of bytes in words.
-
-    Example:
-        >>> size(3 * 2**30), size(1000)
-        ('3 GiB', '1000 B')
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"

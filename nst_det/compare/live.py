@@ -13,6 +13,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nst_det.compare.plan import Run
+from nst_det.runtime.amounts import duration
 from nst_det.runtime.metrics import loss_note
 from nst_det.runtime.progress import PLAIN_SECONDS, console, is_live
 
@@ -127,7 +128,7 @@ class View:
         first, self._last = self._last == 0.0, now
         states = {run.name: steps_done(run) for run in running}
         eta = self._eta(running, {name: steps for name, (steps, _) in states.items()})
-        left = "" if eta is None else f"ETA {_duration(eta)}"
+        left = "" if eta is None else f"ETA {duration(eta)}"
         if self._bar is not None:
             self._bar.update(self._tasks[""], completed=len(self._done), note=left)
             for name, (steps, metrics) in states.items():
@@ -159,9 +160,3 @@ class View:
                     return None
                 work += left[run.name] * guesses[run.kind] * self._share(run)
         return work
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

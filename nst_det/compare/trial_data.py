@@ -14,6 +14,7 @@ from nst_det.compare.config import Comparison
 from nst_det.data.folders import ImageSplit, read_image_folder
 from nst_det.data.voc import VocDataset
 from nst_det.detect.config import voc_roots
+from nst_det.runtime.amounts import bytes_below
 from nst_det.runtime.config import expand_path
 
 # of the image folder, and of a VOC folder
@@ -145,7 +146,6 @@ def _generated(comparison: Comparison, folder: Path) -> Parts:
     seconds = time.monotonic() - began
     fields = ("classification_images", "classification_val_images", "detection_images", "detection_test_images")
     ratio = sum(getattr(whole, name) for name in fields) / sum(getattr(small, name) for name in fields)
-    bytes_now = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     more = whole.classification_images + whole.classification_val_images
     return Parts(
         root / CLASSIFICATION,
@@ -154,5 +154,5 @@ def _generated(comparison: Comparison, folder: Path) -> Parts:
         test_share=small.detection_test_images / whole.detection_test_images,
         distill_cache=_kept(comparison, more - small.classification_images - small.classification_val_images),
         generate_seconds=seconds * ratio,
-        generate_bytes=int(bytes_now * ratio),
+        generate_bytes=int(bytes_below(root) * ratio),
     )

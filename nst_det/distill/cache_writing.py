@@ -20,6 +20,7 @@ from nst_det.distill.needs import IMAGES, Piece, Trial, assemble, differing, tot
 from nst_det.distill.teacher import Teacher, for_losses
 from nst_det.distill.views import Views
 from nst_det.errors import UserError
+from nst_det.runtime.amounts import size
 from nst_det.runtime.config import expand_path
 from nst_det.runtime.files import atomic_path, sha256_of_file
 from nst_det.runtime.progress import progress
@@ -103,9 +104,9 @@ class CacheWriter:
     def _allow(self, index: Index) -> None:
         """Say how large the cache will be, and refuse one that is too large."""
         each, count = total_bytes(index.pieces), len(self.views.store)
-        parts = ", ".join(f"{piece.name} {_size(piece.bytes)}" for piece in index.pieces if piece.kept)
-        size = f"{self.views.count} views of {count} images take {_size(each * index.rows)} ({parts} each)"
-        log.info("teacher cache %s: %s", self.folder, size)
+        parts = ", ".join(f"{piece.name} {size(piece.bytes)}" for piece in index.pieces if piece.kept)
+        takes = f"{self.views.count} views of {count} images take {size(each * index.rows)} ({parts} each)"
+        log.info("teacher cache %s: %s", self.folder, takes)
         reads = self.config.SOLVER.MAX_ITER * self.config.SOLVER.IMS_PER_BATCH
         if reads < index.rows:
             log.warning(
@@ -116,11 +117,11 @@ class CacheWriter:
         remedy = "take fewer CACHE.VIEWS, fewer or smaller TRANSFER.LEVELS, or CACHE.DTYPE fp16"
         limit = self.config.CACHE.MAX_GIB
         if each * index.rows > limit * GIB:
-            raise UserError(f"CACHE.MAX_GIB: {size}, more than {limit:g} GiB; raise it, or {remedy}")
+            raise UserError(f"CACHE.MAX_GIB: {takes}, more than {limit:g} GiB; raise it, or {remedy}")
         free = shutil.disk_usage(self.folder).free
         if each * index.rows > free:
             raise UserError(
-                f"CACHE.DIR: {self.folder}: {size}, but {_size(free)} are free; name another folder, or {remedy}"
+                f"CACHE.DIR: {self.folder}: {takes}, but {size(free)} are free; name another folder, or {remedy}"
             )
 
     def _check_needs(self, index: Index, unfinished: bool) -> None:
@@ -188,11 +189,3 @@ def _value(piece: Piece, raw: Outputs, shared: Mapping[Hashable, Any]) -> Tensor
     if not piece.key:
         return raw.of(piece.kind, piece.place)
     return shared.get(piece.shared_key)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"

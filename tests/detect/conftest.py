@@ -8,7 +8,9 @@ from fvcore.common.config import CfgNode
 
 from nst_det.data.generate import DETECTION, GenerateSettings, generate_data
 from nst_det.detect.config import load_detect_config
+from nst_det.detect.dataset import data_classes
 from nst_det.detect.torchvision_engine import build_detector
+from nst_det.detect.weights import save_weights
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detect"
 
@@ -150,3 +152,19 @@ def on_shapes(small, shapes, tmp_path):
         )
 
     return config
+
+
+@pytest.fixture
+def untrained_teacher(on_shapes, tmp_path):
+    """Writes a teacher detector for that folder, drawn by chance, and gives the keys that name it."""
+
+    def keys(changes=None):
+        config = on_shapes("teacher", {"MODEL.ROI_HEADS.NUM_CLASSES": 8, **(changes or {})})
+        save_weights(tmp_path / "teacher.safetensors", build_detector(config, 7), data_classes(config))
+        (tmp_path / "teacher.yaml").write_text(config.dump())
+        return {
+            "TRANSFER.TEACHER.CONFIG_FILE": str(tmp_path / "teacher.yaml"),
+            "TRANSFER.TEACHER.WEIGHTS": str(tmp_path / "teacher.safetensors"),
+        }
+
+    return keys

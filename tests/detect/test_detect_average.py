@@ -7,10 +7,7 @@ from safetensors.torch import load_file
 from nst_det.detect import stage
 from nst_det.detect import train as module
 from nst_det.detect.best import BEST_FILE
-from nst_det.detect.dataset import data_classes
 from nst_det.detect.stage import train_detector
-from nst_det.detect.torchvision_engine import build_detector
-from nst_det.detect.weights import save_weights
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import checkpoints, load_checkpoint
 from nst_det.runtime.metrics import read_metrics
@@ -22,17 +19,13 @@ AVERAGED = {"SOLVER.EMA_DECAY": DECAY, "DATASETS.TEST": []}
 
 
 @pytest.fixture
-def taught(on_shapes, tmp_path):
+def taught(untrained_teacher):
     """Keys of a student that a teacher listens to."""
-    config = on_shapes("teacher", {"MODEL.ROI_HEADS.NUM_CLASSES": 8})
-    save_weights(tmp_path / "teacher.safetensors", build_detector(config, 7), data_classes(config))
-    (tmp_path / "teacher.yaml").write_text(config.dump())
     return {
         **AVERAGED,
         "TRANSFER.METHOD": "fitnet:1+nst-poly:1",
         "TRANSFER.LEVELS": ["p2", "p3"],
-        "TRANSFER.TEACHER.CONFIG_FILE": str(tmp_path / "teacher.yaml"),
-        "TRANSFER.TEACHER.WEIGHTS": str(tmp_path / "teacher.safetensors"),
+        **untrained_teacher(),
     }
 
 

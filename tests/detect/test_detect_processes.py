@@ -47,21 +47,15 @@ CHANGES = {
 }
 
 
-def taught(on_shapes, tmp_path):
-    wide = {"MODEL.TIMM.ARCH": "nst_resnet10_w32", "MODEL.ROI_HEADS.NUM_CLASSES": 8, "MODEL.FPN.OUT_CHANNELS": 24}
-    config = on_shapes("teacher", wide)
-    save_weights(tmp_path / "teacher.safetensors", build_detector(config, 7), data_classes(config))
-    (tmp_path / "teacher.yaml").write_text(config.dump())
-    return {
-        "TRANSFER.METHOD": "fitnet:0.1+nst-poly:0.1",
-        "TRANSFER.LEVELS": ["p3"],
-        "TRANSFER.TEACHER.CONFIG_FILE": str(tmp_path / "teacher.yaml"),
-        "TRANSFER.TEACHER.WEIGHTS": str(tmp_path / "teacher.safetensors"),
-    }
+@pytest.fixture
+def taught(untrained_teacher):
+    """Keys of a student that a wider teacher teaches."""
+    wide = {"MODEL.TIMM.ARCH": "nst_resnet10_w32", "MODEL.FPN.OUT_CHANNELS": 24}
+    return {"TRANSFER.METHOD": "fitnet:0.1+nst-poly:0.1", "TRANSFER.LEVELS": ["p3"], **untrained_teacher(wide)}
 
 
-def test_two_processes_train_as_one(on_shapes, tmp_path, in_processes):
-    changes = CHANGES | taught(on_shapes, tmp_path)
+def test_two_processes_train_as_one(on_shapes, tmp_path, taught, in_processes):
+    changes = CHANGES | taught
     alone = train_detector(on_shapes("one", changes))
     first, second = in_processes(train_detector, on_shapes("two", changes))
     assert first == second

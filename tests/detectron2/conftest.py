@@ -1,4 +1,5 @@
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -189,3 +190,23 @@ def tiny_teacher(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     torch.manual_seed(7)
     torch.save({"model": build_model(cfg).state_dict()}, folder / "teacher.pth")
     return config, folder / "teacher.pth"
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``poisoned(step, times)``: a loss is no number in the next run's step, so many times."""
+    from nst_det.detect.detectron2 import DistillTrainer
+
+    def poison(step: int, times: int = 1) -> None:
+        see, left = DistillTrainer._see_losses, [step] * times
+
+        def poisoned_losses(self, model, inputs, losses):
+            if self.iter in left:
+                left.remove(self.iter)
+                with torch.no_grad():
+                    losses["loss_cls"].mul_(math.nan)
+            see(self, model, inputs, losses)
+
+        monkeypatch.setattr(DistillTrainer, "_see_losses", poisoned_losses)
+
+    return poison

@@ -21,25 +21,6 @@ from nst_det.runtime.metrics import read_metrics  # noqa: E402
 from nst_det.runtime.replayed import read_step  # noqa: E402
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Let a loss be no number in the next run's step, ``times`` times."""
-
-    def poison(step, times=1):
-        see, left = DistillTrainer._see_losses, [step] * times
-
-        def poisoned_losses(self, model, inputs, losses):
-            if self.iter in left:
-                left.remove(self.iter)
-                with torch.no_grad():
-                    losses["loss_cls"].mul_(math.nan)
-            see(self, model, inputs, losses)
-
-        monkeypatch.setattr(DistillTrainer, "_see_losses", poisoned_losses)
-
-    return poison
-
-
 def test_a_loss_that_is_no_number_is_one_line_with_images_and_file(command, tiny_yaml, tmp_path, poisoned, capfd):
     poisoned(step=2)
     folder = tmp_path / "run"
