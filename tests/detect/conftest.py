@@ -168,3 +168,9 @@ def untrained_teacher(on_shapes, tmp_path):
         }
 
     return keys
+
+
+@pytest.fixture
+def taught(untrained_teacher):
+    """Keys of a student with terms on two levels, which that teacher teaches."""
+    return {"TRANSFER.METHOD": "fitnet:1+nst-poly:1", "TRANSFER.LEVELS": ["p2", "p3"], **untrained_teacher()}

@@ -19,14 +19,8 @@ AVERAGED = {"SOLVER.EMA_DECAY": DECAY, "DATASETS.TEST": []}
 
 
 @pytest.fixture
-def taught(untrained_teacher):
-    """Keys of a student that a teacher listens to."""
-    return {
-        **AVERAGED,
-        "TRANSFER.METHOD": "fitnet:1+nst-poly:1",
-        "TRANSFER.LEVELS": ["p2", "p3"],
-        **untrained_teacher(),
-    }
+def taught(taught):
+    return {**AVERAGED, **taught}
 
 
 @pytest.fixture

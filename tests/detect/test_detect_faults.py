@@ -21,14 +21,8 @@ CALM = {"DATASETS.TEST": [], "MODEL.TIMM.NORM": "BN"}
 
 
 @pytest.fixture
-def taught(untrained_teacher):
-    """Keys of a student with terms on two levels."""
-    return {
-        **CALM,
-        "TRANSFER.METHOD": "fitnet:1+nst-poly:1",
-        "TRANSFER.LEVELS": ["p2", "p3"],
-        **untrained_teacher(),
-    }
+def taught(taught):
+    return {**CALM, **taught}
 
 
 @pytest.fixture
