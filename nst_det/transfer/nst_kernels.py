@@ -64,11 +64,11 @@ def mmd(
         multiplied (the caller multiplies by the outer gradient anyway).  The last two are None if not wanted.
     """
     s, (batch, t, n) = student_BSN.shape[1], teacher_BTN.shape
+    on_cpu = student_BSN.device.type == "cpu"
     if limit is None:
         # torch.compile unrolls the loop over chunks, so these should be few there
-        small = student_BSN.device.type == "cpu" and not torch.compiler.is_compiling()
-        limit = CPU_LIMIT if small else DEVICE_LIMIT
-    step, floats = _plan(kernel, s, t, n)
+        limit = CPU_LIMIT if on_cpu and not torch.compiler.is_compiling() else DEVICE_LIMIT
+    step, floats = _plan(kernel, s, t, n, min(ROWS, t) if on_cpu else t)
     per_teacher = _teacher_side(step, teacher_BTN, shared, limit)
     # fp16 can't hold a gradient that no loss scaler has scaled yet
     keep = torch.float32 if student_BSN.dtype == torch.float16 else student_BSN.dtype
@@ -92,8 +92,8 @@ def positions_side_is_cheaper(student_channels: int, teacher_channels: int, posi
     return positions * (s + t) < s * s + t * t + s * t
 
 
-def _plan(kernel: str, s: int, t: int, n: int) -> tuple[Step, int]:
-    """The way to compute a chunk, and the floats of temporary tensors that an image takes."""
+def _plan(kernel: str, s: int, t: int, n: int, rows: int) -> tuple[Step, int]:
+    """The way to compute a chunk, and the floats of temporary tensors of an image, ``rows`` of T x T among them."""
     if kernel == "linear":
         # no temporary tensor is as large as a map; chunks only keep the map in the cache
         return _linear, s * n // 2
@@ -103,7 +103,7 @@ def _plan(kernel: str, s: int, t: int, n: int) -> tuple[Step, int]:
         return _poly_by_channels, s * (s + t)
     if (s + t) * n > 2 * (s * s + s * t + t * t):
         return _gaussian_by_scaled_products, 2 * s * (s + t) + t * t
-    return _gaussian_by_scaled_maps, 3 * (s + t) * n + s * (s + t) + min(ROWS, t) * t
+    return _gaussian_by_scaled_maps, 3 * (s + t) * n + s * (s + t) + rows * t
 
 
 def _teacher_side(step: Step, maps_BTN: Tensor, shared: Shared, limit: int) -> tuple[Tensor, ...]:
@@ -192,6 +192,12 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     # the three terms nearly cancel, so their sums are kept in float64 where the device has it
     return x if x.device.type == "mps" else x.double()
+
+
+def _mean_in_float64(x_bTT: Tensor) -> Tensor:
+    # a GPU is spared the float64 copy of it all, which ``mean(dtype=float64)`` makes too; float32 sums of rows are what
+    # the other terms have
+    return _wide(x_bTT).mean((1, 2)) if x_bTT.device.type == "cpu" else _wide(x_bTT.mean(2)).mean(1)
 
 
 def _linear(s_bSN: Tensor, mean_b1N: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, float]:
@@ -296,7 +302,7 @@ def _gaussian_by_scaled_products(
         diagonal_bS = -kernel_bSJ.sum(2)
         radial_bS = products_bSJ.mul_(kernel_bSJ).sum(2) + diagonal_bS * norms_bS
         _pull_back(out, kernel_bSJ, diagonal_bS - radial_bS, s_bSN, t_bTN, scale_bJ)
-    term_b = _wide(kernel(products_bTT, norms_bT, norms_bT)).mean((1, 2))
+    term_b = _mean_in_float64(kernel(products_bTT, norms_bT, norms_bT))
     return _three_terms(term_b, rows_own, rows_cross, t), torch.ones_like(inverse_bS), 1.0
 
 
