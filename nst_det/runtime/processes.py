@@ -1,4 +1,4 @@
-"""Several processes that train one run together, as torchrun (or ``accelerate launch``) starts them.
+"""Several processes that train one run together, as torchrun starts them.
 
 Every process holds the same weights, optimizer state and running statistics, to the bit, after each step: gradients
 and statistics are averaged over all, everything else is drawn from (seed, step, image).  The first process alone owns
@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -61,6 +62,7 @@ def stop_processes() -> None:
     if dist.is_initialized() and started_together() > 1:
         dist.barrier()
         PartialState().destroy_process_group()
+        _host_group.cache_clear()
 
 
 def speaks_of_error() -> bool:
@@ -94,6 +96,15 @@ def is_first() -> bool:
     return rank() == 0
 
 
+@cache
+def _host_group() -> Any:
+    """The group in which Python objects travel; made when all processes first ask for it together.
+
+    NCCL would take a pickled checkpoint through the memory of every GPU.
+    """
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.get_backend() == "nccl" else None
+
+
 def from_first(compute: Callable[[], T]) -> T:
     """What ``compute`` gives in the first process, in all of them; the others don't call it.
 
@@ -104,7 +115,7 @@ def from_first(compute: Callable[[], T]) -> T:
     if world_size() == 1:
         return compute()
     values: list[Any] = [compute() if is_first() else None]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=_host_group())
     found: T = values[0]
     return found
 
@@ -114,7 +125,7 @@ def gathered(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_host_group())
     return values
 
 
@@ -201,7 +212,8 @@ def average_gradients(parameters: Iterable[Tensor], others: Iterable[Tensor] = (
     if world_size() == 1:
         return
     parameters = list(parameters)
-    there = torch.stack([item.new_tensor(item.grad is not None, dtype=torch.float) for item in parameters])
+    # made on the host and sent in one piece
+    there = torch.tensor([float(item.grad is not None) for item in parameters], device=parameters[0].device)
     gradients = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters]
     average([there, *gradients, *others])
     for item, mean, used in zip(parameters, gradients, there.tolist()):
