@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from nst_det.detect.box_head import (
 )
 from nst_det.detect.feature_maps import backbone_of, below_fpn, feature_maps, level_channels
 from nst_det.detect.opening import log_balance
-from nst_det.detect.pixels import padded, translate_pixels
+from nst_det.detect.pixels import padded, take_same_pixels, translate_pixels
 from nst_det.errors import UserError
 from nst_det.transfer import Outputs, TransferLoss, build_transfer, parse_method
 
@@ -169,6 +170,10 @@ class DistilledDetector(nn.Module):
         # the student alone may be put into evaluation mode
         return self.training and self.student.training
 
+    @cached_property
+    def _same_pixels(self) -> bool:
+        return take_same_pixels(self.student, self.teacher)
+
     def _run_teacher(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self._listens:
             with torch.no_grad():
@@ -180,7 +185,8 @@ class DistilledDetector(nn.Module):
 
     def _teacher_forward(self, pixels: Tensor) -> dict[str, Tensor]:
         backbone = backbone_of(self.teacher)
-        pixels = translate_pixels(pixels, self.student, self.teacher, self._sizes)
+        if not self._same_pixels:
+            pixels = translate_pixels(pixels, self.student, self.teacher, self._sizes)
         pixels = padded(pixels, int(getattr(backbone, "size_divisibility", 0) or 0))
         if self._tap is not None:
             # a box head stands on the whole of it

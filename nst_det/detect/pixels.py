@@ -17,16 +17,12 @@ def translate_pixels(
 
     Args:
         pixels: (B, 3, H, W).
-        student: has ``pixel_mean``, ``pixel_std`` and ``input_format``; without them pixels stay as they are.
+        student: has ``pixel_mean``, ``pixel_std`` and ``input_format``.
         teacher: as ``student``.
         sizes: (height, width) of each image without padding.
     """
-    if not all(hasattr(module, "pixel_mean") and hasattr(module, "pixel_std") for module in (student, teacher)):
-        return pixels
     (mean, std), (new_mean, new_std) = (_normalization(module) for module in (student, teacher))
-    flip = {getattr(module, "input_format", None) or "BGR" for module in (student, teacher)} == {"RGB", "BGR"}
-    if not flip and torch.equal(mean, new_mean) and torch.equal(std, new_std):
-        return pixels
+    flip = _format(student) != _format(teacher)
     raw = pixels * std + mean
     changed = ((raw.flip(1) if flip else raw) - new_mean) / new_std
     out = torch.zeros_like(changed)
@@ -35,8 +31,20 @@ def translate_pixels(
     return out
 
 
+def take_same_pixels(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether both normalize alike, or one of them doesn't say how; on a GPU the answer takes two waits for it."""
+    if not all(hasattr(module, "pixel_mean") and hasattr(module, "pixel_std") for module in (student, teacher)):
+        return True
+    pairs = zip(_normalization(student), _normalization(teacher))
+    return _format(student) == _format(teacher) and all(torch.equal(*pair) for pair in pairs)
+
+
 def _normalization(detector: Any) -> tuple[Tensor, Tensor]:
     return detector.pixel_mean, detector.pixel_std
+
+
+def _format(detector: Any) -> str:
+    return getattr(detector, "input_format", None) or "BGR"
 
 
 def padded(pixels: Tensor, multiple: int) -> Tensor:
