@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -172,7 +173,7 @@ def benchmark(
     """
     model = model.to(device).eval()
     generator = torch.Generator().manual_seed(0)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     image = (torch.rand(1, 3, *size, generator=generator) * 255).to(device)
     arithmetic = count_arithmetic(model, image)
     rows = []

@@ -85,7 +85,7 @@ def _measure(run: Run, config: CfgNode) -> dict[str, Any]:
         "size": list(size),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "machine": machine_name(device.type),
+        "machine": machine_name(str(device)),
         "latency": {name: latency[name] for name in ("median", "p10", "p90")},
     }
 

@@ -14,7 +14,7 @@ class Clock:
     """Adds up seconds by part.
 
     Args:
-        exact: wait for the GPU at each reading; slower, and right there.
+        waits_for: a GPU, to wait for it at each reading; slower, and right there.
         timer: gives seconds.
 
     Example:
@@ -25,9 +25,9 @@ class Clock:
         ['data']
     """
 
-    def __init__(self, exact: bool = False, timer: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, waits_for: torch.device | None = None, timer: Callable[[], float] = time.perf_counter) -> None:
         self.timer = timer
-        self.exact = exact and torch.cuda.is_available()
+        self.waits_for = waits_for
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -42,7 +42,7 @@ class Clock:
         return sum(self.seconds.values())
 
     def now(self) -> float:
-        """Seconds on the timer; the GPU's work is done before, if the clock is exact."""
-        if self.exact:
-            torch.cuda.synchronize()
+        """Seconds on the timer; the GPU's work is done before, if the clock waits for it."""
+        if self.waits_for is not None and self.waits_for.type == "cuda":
+            torch.cuda.synchronize(self.waits_for)
         return self.timer()

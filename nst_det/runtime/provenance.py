@@ -57,16 +57,16 @@ def _git(root: Path, *words: str) -> str:
 
 
 def machine_name(device: str) -> str:
-    """What computes: the name of the GPU for ``cuda``, of the processor for ``cpu``."""
-    if device == "cuda":
-        return _cuda_name() or device
+    """What computes: the name of the GPU for ``cuda`` and ``cuda:1``, of the processor for ``cpu``."""
+    if device.startswith("cuda"):
+        return _cuda_name(device) or device
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def _cuda_name() -> str | None:
+def _cuda_name(device: str | None = None) -> str | None:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else None
