@@ -137,7 +137,7 @@ class Setup:
         self.data, self.methods, self.device = StageOneData(config), parse_methods(methods), default_device()
         self.student, teacher = initial_student(config, args.classes), initial_teacher(config, self.data.classes)
         self.losses = build_losses(config, self.methods, self.student, teacher, labels_shared=True)
-        self.precision = amp_dtype(config.SOLVER.AMP)
+        self.precision = amp_dtype(config.SOLVER.AMP, self.device)
         reads = {level for loss in self.losses.values() for level in loss.teacher_levels}
         self.teacher = Teacher(copy_of(teacher, self.device), reads, self.precision)
         self.normalize = Normalizer(config.DATA.MEAN, config.DATA.STD, self.device)
@@ -185,7 +185,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     bare = [copy_of(setup.student, setup.device).train() for _ in students]
     rows: dict[str, list[float]] = defaultdict(list)
     for step in range(total):
-        clock = Clock(exact=True, timer=setup.timer)
+        clock = Clock(setup.device, setup.timer)
         start = clock.now()
         one_step(students, setup.teacher, batches, setup.normalize, clock)
         whole = clock.now() - start
@@ -222,7 +222,7 @@ def measure_ratios(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     bare, total = copy_of(setup.student, setup.device).train(), args.warm_up + args.steps
     whole, alone, cached = (setup.new_student(word) for word in (args.ratios, "ce", args.ratios))
     sources = {name: setup.batches(total) for name in ("step", "passes", "cached", "alone")}
-    clocks = {name: Clock(exact=True, timer=setup.timer) for name in sources}
+    clocks = {name: Clock(setup.device, setup.timer) for name in sources}
 
     def passes() -> None:
         clock, batch = clocks["passes"], next(sources["passes"])

@@ -37,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
 
     from nst_det.benchmark import benchmark
     from nst_det.errors import UserError
-    from nst_det.runtime.device import named_device
+    from nst_det.runtime.device import gpu_errors_in_one_line, log_compute, named_device
     from nst_det.runtime.files import write_json
+    from nst_det.runtime.progress import start_logging
     from nst_det.runtime.provenance import provenance
 
     if min(args.batch) < 1 or args.repeats < 1 or args.threads < 0:
@@ -48,15 +49,18 @@ def run(args: argparse.Namespace) -> int:
     size, device = parse_size(args.size), named_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    name, model, parameters, own_size = load(args, device)
-    figures = {
-        "name": name,
-        "size": list(size or own_size),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        **benchmark(model, size or own_size, args.batch, args.repeats, device, parameters),
-        "provenance": provenance(),
-    }
+    start_logging()
+    with gpu_errors_in_one_line("lower --batch or --size"):
+        name, model, parameters, own_size = load(args, device)
+        log_compute(device, None)
+        figures = {
+            "name": name,
+            "size": list(size or own_size),
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            **benchmark(model, size or own_size, args.batch, args.repeats, device, parameters),
+            "provenance": provenance(),
+        }
     print_figures(figures)
     if args.json:
         write_json(args.json, figures)
@@ -112,6 +116,7 @@ def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[str, 
     from nst_det.detect.dataset import data_classes
     from nst_det.detect.predict import load_run
     from nst_det.detect.torchvision_engine import Detector, build_detector
+    from nst_det.runtime.device import set_float32_precision
 
     detector: Detector
     if args.run_folder:
@@ -120,6 +125,7 @@ def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[str, 
         config = load_detect_config(args.config_file, args.opts)
         if not config.MODEL.ROI_HEADS.NUM_CLASSES:
             resolve_classes(config, data_classes(config))
+        set_float32_precision(config.FLOAT32_PRECISION, device)
         detector = build_detector(config)
     return args.run_folder or args.config_file, Pixels(detector), count_parameters(detector), photo_size(config)
 

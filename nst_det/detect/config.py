@@ -47,9 +47,16 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     MODEL.TIMM.NORM                       batch normalization of the backbone: FrozenBN, BN or SyncBN
     MODEL.TIMM.OUT_FEATURES               its levels
     MODEL.TIMM.KWARGS                     further arguments of the timm model
+    FLOAT32_PRECISION                     (Detectron2's key) of float32 on a GPU, in convolutions and matrix products
+                                          alike: ``highest`` is float32, ``high`` and ``medium`` are TF32, "" is torch's
+                                          own (TF32 in convolutions, float32 in products), see
+                                          :func:`~nst_det.runtime.device.set_float32_precision`
     MODEL.ROI_HEADS.NUM_CLASSES           (Detectron2's key) 0 takes the number of classes of the data
     MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE size in pixels of the boxes that are pooled from ...
     MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL    ... this level; 224 and 4 are Detectron2's constants
+    SOLVER.AMP.ENABLED                    (Detectron2's key) train in bf16 where the device is fast in it, else in
+                                          float32, see :func:`~nst_det.runtime.device.amp_dtype`; heads stay in float32,
+                                          but not with Detectron2 on a GPU
     SOLVER.OPTIMIZER                      SGD or ADAMW
     SOLVER.BACKBONE_MULTIPLIER            learning rate of the bottom-up as a part of BASE_LR
     SOLVER.ACCUMULATE                     parts in which each process takes its images of a step, one after another, to

@@ -6,6 +6,8 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from nst_det.runtime.device import FLOAT32_PRECISIONS
+
 # keys and groups that Detectron2 has and this engine doesn't; naming one is an error that says so
 DETECTRON2_ONLY = (
     "DATALOADER.REPEAT_SQRT",
@@ -40,7 +42,7 @@ DETECTRON2_ONLY = (
 TAKEN_VALUES: dict[str, tuple[Any, ...]] = {
     "VERSION": (2,),
     "VIS_PERIOD": (0,),
-    "FLOAT32_PRECISION": ("", "highest", "high", "medium"),
+    "FLOAT32_PRECISION": FLOAT32_PRECISIONS,
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
     "INPUT.CROP.ENABLED": (False,),
     "INPUT.FORMAT": ("RGB", "BGR"),

@@ -69,9 +69,9 @@ def _training(content: dict[str, Any]) -> Training:
     student = build_detector(config, content["seed"])
     student.load_state_dict(content["model"])
     student.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
-    if config.SOLVER.AMP.ENABLED:
-        student.amp = amp_dtype("auto")
     place_detector(student, config)
+    if config.SOLVER.AMP.ENABLED:
+        student.amp = amp_dtype("auto", student.pixel_mean.device)
     model: Detector | DistilledDetector = student
     if wants_teacher(config.TRANSFER):
         model = distill(student, teacher_of(config)[0], config.TRANSFER)

@@ -30,8 +30,15 @@ from nst_det.detect.train import train
 from nst_det.detect.validation import split_training
 from nst_det.detect.weights import load_weights, save_weights, saved_classes
 from nst_det.errors import UserError
+from nst_det.runtime.checkpoint import checkpoints, would_resume
 from nst_det.runtime.config import expand_path
-from nst_det.runtime.device import amp_dtype
+from nst_det.runtime.device import (
+    amp_dtype,
+    cast_frozen,
+    gpu_errors_in_one_line,
+    log_compute,
+    set_float32_precision,
+)
 from nst_det.runtime.files import read_json, write_json
 from nst_det.runtime.processes import copy_from_first, from_first, is_first, start_processes
 from nst_det.runtime.run import RunFolder
@@ -61,11 +68,17 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
         The content of ``result.json``.
 
     Raises:
-        UserError: an input can't be used.
+        UserError: an input can't be used, or a GPU fails.
     """
+    folder = RunFolder(config.OUTPUT_DIR)
+    smaller = "raise SOLVER.ACCUMULATE or lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, in another OUTPUT_DIR"
+    with gpu_errors_in_one_line(smaller, lambda: would_resume([checkpoints(folder.checkpoints)])):
+        return _train_and_test(config, folder)
+
+
+def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
     _settle(config, ENGINE="torchvision")
     start_processes(config.MODEL.DEVICE == "cpu")
-    folder = RunFolder(config.OUTPUT_DIR)
     classes = data_classes(config)
     resolve_classes(config, classes)
     with folder.opened(config) if is_first() else nullcontext():
@@ -148,9 +161,11 @@ def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
             f"MODEL.WEIGHTS {config.MODEL.WEIGHTS or 'is empty'}: --eval-only needs a whole detector; name its "
             f"{WEIGHTS_FILE}, or add --resume to take the one in {config.OUTPUT_DIR}"
         )
-    place_detector(detector, config)
     folder = Path(config.OUTPUT_DIR) / "inference"
-    found = _evaluate(detector, config, _test_data(config, classes), folder / DETECTIONS_FILE)
+    with gpu_errors_in_one_line("lower INPUT.MIN_SIZE_TEST"):
+        place_detector(detector, config)
+        log_compute(detector.pixel_mean.device, None, config.DATALOADER.NUM_WORKERS)
+        found = _evaluate(detector, config, _test_data(config, classes), folder / DETECTIONS_FILE)
     if is_first():
         write_json(folder / "result.json", found)
     return found
@@ -189,20 +204,18 @@ def _student(config: CfgNode, classes: tuple[str, ...], seed: int) -> Detector:
     detector = build_detector(config, seed)
     load_weights(detector, config, classes)
     detector.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
-    if config.SOLVER.AMP.ENABLED:
-        detector.amp = amp_dtype("auto")
-        if detector.amp is None:
-            log.info("SOLVER.AMP.ENABLED: this machine has no fast bf16, training in float32")
     place_detector(detector, config)
+    mixed, device = config.SOLVER.AMP.ENABLED, detector.pixel_mean.device
+    detector.amp = amp_dtype("auto", device) if mixed else None
+    log_compute(device, detector.amp, config.DATALOADER.NUM_WORKERS, mixed)
     return detector
 
 
 def place_detector(detector: Detector, config: CfgNode) -> None:
     """Move a detector to MODEL.DEVICE, in the layout and precision that its config asks for."""
     torch.backends.cudnn.benchmark = config.CUDNN_BENCHMARK
-    if config.FLOAT32_PRECISION:
-        torch.set_float32_matmul_precision(config.FLOAT32_PRECISION)
     device = torch.device(resolve_device(config.MODEL.DEVICE))
+    set_float32_precision(config.FLOAT32_PRECISION, device)
     detector.to(device)
     if device.type == "cpu" or config.SOLVER.AMP.ENABLED:
         # a layout in which convolutions are faster there; the heads work on flat rows
@@ -228,6 +241,8 @@ def _with_teacher(
     check_class_names(model.transfer, classes, theirs)
     model.to(student.pixel_mean.device)
     log_shapes(model)
+    # of the teacher's backbone alone: its box head computes in float32
+    cast_frozen(teacher.backbone, student.amp)
     return model
 
 

@@ -23,6 +23,7 @@ from nst_det.detect.solver import build_optimizer, clip_gradients, lr_schedule, 
 from nst_det.detect.torchvision_engine import Detector
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import load_latest_checkpoint, save_checkpoint
+from nst_det.runtime.device import is_gpu_error
 from nst_det.runtime.metrics import MetricsWriter, NoMetrics, loss_note
 from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, NotFinite, gradient_norm
 from nst_det.runtime.preemption import whole_steps
@@ -271,6 +272,8 @@ class Training:
             self.non_finite.load_state_dict(state.get("non_finite", {}))
             self.trained = Trained(float(state["seconds"]), dict(state["losses"]))
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            if is_gpu_error(error):
+                raise
             raise UserError(
                 f"{self.folder.checkpoints}: this checkpoint is not one of this run ({type(error).__name__}: {error}); "
                 "name another OUTPUT_DIR or remove this one"

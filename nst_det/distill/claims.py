@@ -57,6 +57,7 @@ def teacher_claim(config: CfgNode, fingerprint: str, sha256: str) -> dict[str, A
     kept: tuple[str, ...] = ("NAME", "SEED", "DATA", "TEST")
     if not sha256:
         kept += ("SOLVER", "TEACHER.ARCH", "TEACHER.ARCH_KWARGS", "TEACHER.PRETRAINED", "TEACHER.TRAIN")
+        kept += ("FLOAT32_PRECISION",)
     free = (*FREE_DATA, *FREE_SOLVER)
     values = {key: value for key, value in flat(resolved).items() if _below(key, kept) and not _below(key, free)}
     values |= {"DATA.FINGERPRINT": fingerprint, "TEACHER.SHA256": sha256}
@@ -75,7 +76,8 @@ def cache_claim(config: CfgNode, fingerprint: str, sha256: str, arch: str, preci
     """
     pixels = ("DATA.IMAGE_SIZE", "DATA.CROP_RATIO", "DATA.MEAN", "DATA.STD", "DATA.AUGMENT")
     views = ("CACHE.VIEWS", "CACHE.VIEW_SEED", "CACHE.DTYPE")
-    values = {key: value for key, value in flat(config).items() if _below(key, (*pixels, *views))}
+    kept = (*pixels, *views, "FLOAT32_PRECISION")
+    values = {key: value for key, value in flat(config).items() if _below(key, kept)}
     values |= {"DATA.FINGERPRINT": fingerprint, "TEACHER.SHA256": sha256, "TEACHER.ARCH": arch, "precision": precision}
     return dict(plain(values))
 

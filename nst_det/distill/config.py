@@ -10,7 +10,7 @@ from fvcore.common.config import CfgNode
 
 from nst_det.errors import UserError
 from nst_det.runtime.config import load_config, merge_tree, plain, transfer_node
-from nst_det.runtime.device import PRECISIONS
+from nst_det.runtime.device import FLOAT32_PRECISIONS, PRECISIONS
 from nst_det.runtime.nonfinite import check_non_finite, non_finite_node
 from nst_det.runtime.wandb_run import check_wandb
 from nst_det.transfer import parse_method
@@ -30,6 +30,10 @@ def get_defaults() -> CfgNode:
     # folder for backbone files; "" takes the registry's first folder
     config.REGISTRY = ""
     config.SEED = 0
+    # of float32 on a GPU, in convolutions and matrix products alike: highest is float32; high and medium are TF32,
+    # which is faster and rounds factors to 11 bits, those of transfer losses too; "" is torch's own (TF32 in
+    # convolutions, float32 in products).  What SOLVER.AMP computes in bf16 or fp16 is not float32
+    config.FLOAT32_PRECISION = ""
     # open weights that are pickles with more than tensors in them, which can run code; --trust-pickle sets it
     config.TRUST_PICKLE = False
     # one student each; [] trains the teacher alone
@@ -149,7 +153,8 @@ def _solver() -> CfgNode:
     node.EMA_DECAY = 0.0
     # a loss or gradient that is no number: stop, skip the step, or go back to the last checkpoint
     node.NON_FINITE = non_finite_node()
-    # auto | fp32 | bf16 | fp16
+    # auto | fp32 | bf16 | fp16; auto is bf16 where the device is fast in it (NVIDIA's GPUs since Ampere, processors
+    # with AVX512-BF16), else float32; the log's first line says which
     node.AMP = "auto"
     node.CE_WEIGHT = 1.0
     node.LABEL_SMOOTHING = 0.0
@@ -178,6 +183,8 @@ def check_config(config: CfgNode) -> None:
     _check_solver(teacher_solver(config), "TEACHER.SOLVER")
     _check_augment(teacher_augment(config), "TEACHER.AUGMENT")
     _require(0 <= config.TEACHER.EXPECTED_TOP1 <= 1, "TEACHER.EXPECTED_TOP1", "a fraction from 0 to 1")
+    known = config.FLOAT32_PRECISION in FLOAT32_PRECISIONS
+    _require(known, "FLOAT32_PRECISION", f'one of {", ".join(FLOAT32_PRECISIONS[1:])}, or ""')
     _require(config.TEST.EVAL_PERIOD >= 0, "TEST.EVAL_PERIOD", "a number of steps, 0 for the end only")
     _require(config.TEST.IMS_PER_BATCH > 0, "TEST.IMS_PER_BATCH", "at least 1")
     _require(config.CHECKPOINT_PERIOD > 0, "CHECKPOINT_PERIOD", "at least 1")

@@ -14,7 +14,7 @@ from nst_det.distill.faults import broken_outputs, outputs_from
 from nst_det.distill.student import Student
 from nst_det.errors import UserError
 from nst_det.runtime.config import merge_tree
-from nst_det.runtime.device import default_device
+from nst_det.runtime.device import default_device, set_float32_precision
 from nst_det.runtime.nonfinite import NORM, broken_values, gradient_norm
 from nst_det.runtime.replayed import Replayed, first_broken
 from nst_det.runtime.run import RunFolder
@@ -66,6 +66,7 @@ def _student(content: dict[str, Any]) -> Student:
     solver.ACCUMULATE = 1
     precision = getattr(torch, content["precision"])
     device = default_device()
+    set_float32_precision(about["float32_precision"], device)
     student = Student(
         content["method"],
         model.to(device).to(memory_format=torch.channels_last),

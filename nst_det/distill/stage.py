@@ -35,8 +35,16 @@ from nst_det.distill.student import Student
 from nst_det.distill.teacher import Teacher
 from nst_det.distill.views import Views
 from nst_det.errors import UserError
+from nst_det.runtime.checkpoint import checkpoints, would_resume
 from nst_det.runtime.config import expand_path, plain
-from nst_det.runtime.device import amp_dtype, autocast, default_device
+from nst_det.runtime.device import (
+    amp_dtype,
+    autocast,
+    default_device,
+    gpu_errors_in_one_line,
+    log_compute,
+    set_float32_precision,
+)
 from nst_det.runtime.files import write_text
 from nst_det.runtime.processes import copy_from_first, from_first, is_first, log_batch, start_processes, wait_for_all
 from nst_det.runtime.run import RunFolder
@@ -59,11 +67,21 @@ def distill(config: CfgNode) -> dict[str, dict[str, Any]]:
         ``result.json`` of the teacher (under ``teacher``, where there is one) and of every student, by method.
 
     Raises:
-        UserError: something in config, data or weights can't be used, or the teacher is worse than expected.
+        UserError: something in config, data or weights can't be used, the teacher is worse than expected, or a GPU
+            fails.
     """
     check_config(config)
-    start_processes(on_cpu=False)
-    return StageOne(config).run()
+    folder = Path(expand_path(config.OUTPUT_DIR, "OUTPUT_DIR"))
+    smaller = "raise SOLVER.ACCUMULATE or lower SOLVER.IMS_PER_BATCH or DATA.IMAGE_SIZE, in another OUTPUT_DIR"
+
+    def resumes() -> str:
+        words = [f"students/{word}" for word in parse_methods(config.METHODS)]
+        begun = [RunFolder(folder / name) for name in ("teacher", *words) if (folder / name).is_dir()]
+        return would_resume([checkpoints(run.checkpoints) for run in begun if not run.done])
+
+    with gpu_errors_in_one_line(f"{smaller}, or name fewer METHODS at a time", resumes):
+        start_processes(on_cpu=False)
+        return StageOne(config).run()
 
 
 class StageOne:
@@ -78,6 +96,7 @@ class StageOne:
         self.student_files = {word: self._file(f"{config.NAME}-{word}-s{config.SEED}") for word in self.methods}
         self.data = StageOneData(config)
         self.device = default_device()
+        set_float32_precision(config.FLOAT32_PRECISION, self.device)
         self.normalize = Normalizer(config.DATA.MEAN, config.DATA.STD, self.device)
 
     def _file(self, name: str) -> Path:
@@ -85,6 +104,8 @@ class StageOne:
 
     def run(self) -> dict[str, dict[str, Any]]:
         """All of it; see :func:`distill`."""
+        amp, workers = self.config.SOLVER.AMP, self.config.DATALOADER.NUM_WORKERS
+        log_compute(self.device, amp_dtype(amp, self.device), workers, amp == "auto")
         if is_first():
             write_text(self.output / "config.yaml", self.config.dump())
         classes = self.data.classes
@@ -218,7 +239,7 @@ class StageOne:
         self, network: Network, student: Network, losses: Mapping[str, TransferLoss], sha256: str
     ) -> Teaching:
         """The teacher, or where CACHE.DIR is set, what it said about every view."""
-        precision = amp_dtype(self.config.SOLVER.AMP)
+        precision = amp_dtype(self.config.SOLVER.AMP, self.device)
         reads = {level for loss in losses.values() for level in loss.teacher_levels}
         teacher = Teacher(copy_of(network, self.device), reads, precision)
         views = self.data.views()
@@ -246,9 +267,14 @@ class StageOne:
             solver,
             self.config.SEED,
             folder,
-            amp_dtype(solver.AMP),
+            amp_dtype(solver.AMP, self.device),
             self.config.TRANSFER.WARMUP_ITERS,
-            {"arch": network.arch, "num_classes": network.num_classes, "arch_kwargs": network.arch_kwargs},
+            {
+                "arch": network.arch,
+                "num_classes": network.num_classes,
+                "arch_kwargs": network.arch_kwargs,
+                "float32_precision": self.config.FLOAT32_PRECISION,
+            },
         )
 
     def _train(
@@ -281,7 +307,7 @@ class StageOne:
             )
 
     def _measure(self, networks: Mapping[str, nn.Module], solver: CfgNode) -> dict[str, Accuracy]:
-        precision = amp_dtype(solver.AMP)
+        precision = amp_dtype(solver.AMP, self.device)
         return measure(networks, self.data.validation(), self.normalize, lambda: autocast(self.device, precision))
 
     def _config(self) -> dict[str, Any]:

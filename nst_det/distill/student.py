@@ -21,7 +21,7 @@ from nst_det.distill.passes import Pass, mean
 from nst_det.distill.solver import build_optimizer, clip_gradients, lr_factor
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import load_latest_checkpoint, save_checkpoint
-from nst_det.runtime.device import autocast
+from nst_det.runtime.device import autocast, is_gpu_error
 from nst_det.runtime.metrics import MetricsWriter, NoMetrics
 from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, broken_values, gradient_norm
 from nst_det.runtime.processes import average_gradients, from_first, is_first, rank, running_statistics, world_size
@@ -46,7 +46,7 @@ class Student:
         folder: its run folder.
         precision: of the forward pass; None is float32.
         warmup: steps over which the transfer terms rise to their weights.
-        about: ``arch``, ``num_classes`` and ``arch_kwargs`` of the model, for a replay.
+        about: ``arch``, ``num_classes`` and ``arch_kwargs`` of the model, and ``float32_precision``, for a replay.
 
     Attributes:
         step: finished optimizer steps.
@@ -334,6 +334,8 @@ class Student:
             self.best, self.best_step = Accuracy(**state["best"]), state["best_step"]
             self.non_finite.load_state_dict(state.get("non_finite", {}))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if is_gpu_error(error):
+                raise
             reason = str(error).split("\n")[0]
             raise UserError(
                 f"{self.folder.checkpoints}: the checkpoint is of another network ({reason}); remove this folder"

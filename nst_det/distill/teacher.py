@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nst_det.backbones import LevelInfo, feature_levels, forward_outputs
 from nst_det.distill.layout import by_positions
-from nst_det.runtime.device import autocast
+from nst_det.runtime.device import autocast, cast_frozen
 from nst_det.transfer import Outputs
 
 
@@ -25,11 +25,7 @@ class Teacher:
     def __init__(self, model: nn.Module, reads: Iterable[str], precision: torch.dtype | None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.precision = precision
-        if precision is not None:
-            # what autocast would do again at each call, to the same bits
-            for module in self.model.modules():
-                if type(module) in (nn.Conv2d, nn.Linear):
-                    module.to(precision)
+        cast_frozen(self.model, precision)
         self.device = next(model.parameters()).device
         names = set(reads)
         self.levels: dict[str, LevelInfo] = {

@@ -6,6 +6,7 @@ import logging
 import re
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,34 @@ def write_state(path: str | Path, state: dict[str, Any]) -> None:
 def checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     return sorted(path for path in Path(folder).glob("step-*.pt") if re.fullmatch(r"step-\d{8,}\.pt", path.name))
+
+
+def step_of(path: Path) -> int:
+    """The finished steps of a checkpoint, by its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def would_resume(runs: Iterable[Sequence[Path]], step: Callable[[Path], int] = step_of) -> str:
+    """What the same command would go on from, for a message about why it ended.
+
+    Args:
+        runs: the checkpoints of each network that was in training, oldest first.
+        step: of a checkpoint.
+    """
+    newest = [next(filter(_is_intact, reversed(paths)), None) for paths in runs]
+    found = [path for path in newest if path is not None]
+    if not found or len(found) < len(newest):
+        return "there is no checkpoint yet, so that the same command begins this training again"
+    behind = min(found, key=step)
+    return f"the same command goes on from step {step(behind)}, {behind}"
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        check_intact(path)
+    except UserError:
+        return False
+    return True
 
 
 def load_latest_checkpoint(folder: str | Path) -> dict[str, Any] | None:

@@ -214,9 +214,9 @@ def test_what_is_wrong_is_one_line_and_code_2(command, tiny_yaml, tmp_path, caps
 
 
 def test_mixed_precision_on_the_cpu_keeps_the_heads_in_float32(tiny_yaml, tiny_teacher, tmp_path, monkeypatch):
-    from nst_det.detect.detectron2 import forward as room
+    from nst_det.detect.detectron2 import trainer as room
 
-    monkeypatch.setattr(room, "amp_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(room, "amp_dtype", lambda *_: torch.bfloat16)
     cfg = make_cfg(tiny_yaml, tmp_path, *nst_opts(tiny_teacher), "SOLVER.AMP.ENABLED", "True", "DATASETS.TEST", "()")
     made = DistillTrainer(cfg)
     seen = []

@@ -122,7 +122,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
         write_state(Path(self.save_dir) / f"{name}.pth", {"model": self.written.state_dict(), **parts, **kwargs})
         self.tag_last_checkpoint(f"{name}.pth")
-        for old in sorted(Path(self.save_dir).glob("model_*[0-9].pth"))[:-KEPT]:
+        for old in numbered(self.save_dir)[:-KEPT]:
             old.unlink(missing_ok=True)
 
     def get_checkpoint_file(self) -> str:
@@ -162,6 +162,16 @@ class BackboneCheckpointer(DetectionCheckpointer):
             self.card.method or "unknown",
             ", ".join(f"{part} ({count} entries)" for part, count in parts.items()) or "nothing",
         )
+
+
+def numbered(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run in its folder, oldest first, without that of its end."""
+    return sorted(Path(folder).glob("model_*[0-9].pth"))
+
+
+def step_of(path: Path) -> int:
+    """The finished steps of one of them; Detectron2 numbers them by the last step."""
+    return int(path.stem.removeprefix("model_")) + 1
 
 
 def _part(name: str) -> str:

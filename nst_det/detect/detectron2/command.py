@@ -20,13 +20,15 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from nst_det.backbones.pickles import trusting_pickles
-from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
+from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer, numbered, step_of
 from nst_det.detect.detectron2.config import VALIDATION, class_list, load_config, register_datasets, validation_config
 from nst_det.detect.detectron2.trainer import DistillTrainer, inference_folder
 from nst_det.detect.stage import DETECTIONS_FILE, WEIGHTS_FILE
 from nst_det.detect.table import print_result
 from nst_det.detect.weights import save_weights
 from nst_det.errors import UserError
+from nst_det.runtime.checkpoint import would_resume
+from nst_det.runtime.device import gpu_errors_in_one_line, log_compute, set_float32_precision
 from nst_det.runtime.files import read_json, write_text
 from nst_det.runtime.memory import keep_freed_memory
 from nst_det.runtime.metrics import read_metrics
@@ -128,10 +130,12 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file or None, args.opts or [])
     folder = RunFolder(cfg.OUTPUT_DIR)
     if args.eval_only:
-        with trusting_pickles(cfg.TRUST_PICKLE):
+        with trusting_pickles(cfg.TRUST_PICKLE), gpu_errors_in_one_line("lower INPUT.MIN_SIZE_TEST"):
             evaluate(cfg, args)
         return
+    smaller = "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, in another OUTPUT_DIR"
     with ExitStack() as stack:
+        stack.enter_context(gpu_errors_in_one_line(smaller, lambda: would_resume([numbered(folder.path)], step_of)))
         stack.enter_context(trusting_pickles(cfg.TRUST_PICKLE))
         if comm.is_main_process():
             stack.enter_context(folder.opened(cfg))
@@ -140,6 +144,7 @@ def run(args: argparse.Namespace) -> None:
             log.info("%s is done already", folder.path)
         else:
             default_setup(cfg, args)
+            set_float32_precision(cfg.FLOAT32_PRECISION, torch.device(cfg.MODEL.DEVICE))
             share_log_file()
             register_datasets(cfg)
             train(cfg, folder, args.resume)
@@ -194,6 +199,9 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
     beside = cfg.clone()
     beside.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "inference")
     default_setup(beside, args)
+    device = torch.device(cfg.MODEL.DEVICE)
+    set_float32_precision(cfg.FLOAT32_PRECISION, device)
+    log_compute(device, None, cfg.DATALOADER.NUM_WORKERS)
     register_datasets(cfg)
     model = build_model(cfg)
     parts = [name for name, _ in model.named_children()]

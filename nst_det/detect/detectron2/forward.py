@@ -12,20 +12,18 @@ from torch import Tensor, nn
 
 from nst_det.detect.detectron2.library import student_of
 from nst_det.detect.distilled import DistilledDetector
-from nst_det.runtime.device import amp_dtype, autocast
+from nst_det.runtime.device import autocast
 from nst_det.runtime.nonfinite import raise_together
 
 
-def compute_in_bf16(model: nn.Module) -> None:
-    """Let the backbones of student and teacher compute in bfloat16 where that is fast, and give float32 maps.
+def reduce_backbones(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the backbones of student and teacher compute in lower precision on the CPU, and give float32 maps.
 
     Detectron2's mixed precision needs a GPU.  On the CPU the heads stay in float32, because a box coordinate above
     128 has steps of a whole pixel in bfloat16; the torchvision engine does the same.
     """
-    dtype = amp_dtype("auto")
-    if dtype is not None:
-        for part in (student_of(model), *((model.teacher,) if isinstance(model, DistilledDetector) else ())):
-            part.backbone.forward = partial(_reduced, part.backbone.forward, dtype)
+    for part in (student_of(model), *((model.teacher,) if isinstance(model, DistilledDetector) else ())):
+        part.backbone.forward = partial(_reduced, part.backbone.forward, dtype)
 
 
 def _reduced(forward: Callable[[Tensor], dict[str, Tensor]], dtype: torch.dtype, images: Tensor) -> dict[str, Tensor]:

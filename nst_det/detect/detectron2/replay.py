@@ -14,14 +14,14 @@ from torch import Tensor
 from nst_det.backbones.pickles import pickles_are_trusted
 from nst_det.detect.config import resolve_device
 from nst_det.detect.detectron2.config import add_config
-from nst_det.detect.detectron2.forward import compute_in_bf16, propose_together
+from nst_det.detect.detectron2.forward import propose_together, reduce_backbones
 from nst_det.detect.detectron2.library import student_of, transfer_of
 from nst_det.detect.detectron2.loop import seed_step
 from nst_det.detect.detectron2.trainer import DistillTrainer
 from nst_det.detect.faults import broken_in
 from nst_det.errors import UserError
 from nst_det.runtime.config import merge_tree
-from nst_det.runtime.device import autocast
+from nst_det.runtime.device import amp_dtype, autocast
 from nst_det.runtime.nonfinite import NotFinite
 from nst_det.runtime.replayed import first_broken
 
@@ -47,9 +47,10 @@ def run_again(content: Mapping[str, Any]) -> tuple[dict[str, float], list[str], 
     if transfer is not None:
         transfer.load_state_dict(content["adapters"])
         transfer.weights.update(content["weights"])
-    device, reduced = next(model.parameters()).device, cfg.SOLVER.AMP.ENABLED
-    if reduced and device.type == "cpu":
-        compute_in_bf16(model)
+    device = next(model.parameters()).device
+    dtype = amp_dtype("auto", device) if cfg.SOLVER.AMP.ENABLED else None
+    if dtype is not None and device.type == "cpu":
+        reduce_backbones(model, dtype)
     model.train()
     batch = [_item(item) for item in content["batch"]]
     losses: dict[str, Tensor] = {}
@@ -57,7 +58,7 @@ def run_again(content: Mapping[str, Any]) -> tuple[dict[str, float], list[str], 
     seed_step(content["seed"], content["step"], content["rank"])
     with EventStorage(content["step"]), first_broken(model) as found:
         try:
-            with autocast(device, torch.float16 if reduced and device.type == "cuda" else None):
+            with autocast(device, dtype if device.type == "cuda" else None):
                 losses = model(batch)
             torch.stack(list(losses.values())).sum().backward()
         except NotFinite as error:

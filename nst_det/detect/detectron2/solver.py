@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -36,9 +38,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if is_backbone(name) else 1.0,
     )
+    on_gpu = next(model.parameters()).is_cuda
+    way: dict[str, Any] = {"fused": on_gpu, "foreach": not on_gpu}
     if kind == "ADAMW":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True
+            groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **way
         )
     else:
         optimizer = torch.optim.SGD(
@@ -47,7 +51,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             momentum=solver.MOMENTUM,
             nesterov=solver.NESTEROV,
             weight_decay=solver.WEIGHT_DECAY,
-            foreach=True,
+            **way,
         )
     # Detectron2's "norm" clips every parameter by itself
     return maybe_add_gradient_clipping(cfg, optimizer)

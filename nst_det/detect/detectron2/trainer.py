@@ -17,6 +17,7 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTraine
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, TensorboardXWriter
@@ -28,13 +29,16 @@ from nst_det.detect.detectron2.backbone import check_frozen_random
 from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detect.detectron2.config import class_list, validation_config
 from nst_det.detect.detectron2.evaluator import VocEvaluator
-from nst_det.detect.detectron2.forward import compute_in_bf16, propose_together
+from nst_det.detect.detectron2.forward import propose_together, reduce_backbones
 from nst_det.detect.detectron2.library import distill_from_config, student_of, transfer_of
 from nst_det.detect.detectron2.loader import BoundedMapper, SharedBatches, build_train_loader
 from nst_det.detect.detectron2.loop import BeforeOptimizer, Loop, RunMetrics, StepSeed, StopWhenAsked, WentBack
 from nst_det.detect.detectron2.solver import build_optimizer
+from nst_det.detect.distilled import DistilledDetector
 from nst_det.detect.faults import broken_in, step_content
+from nst_det.detect.feature_maps import backbone_of
 from nst_det.errors import UserError
+from nst_det.runtime.device import amp_dtype, cast_frozen, log_compute
 from nst_det.runtime.files import read_json
 from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, NotFinite, gradient_norm, raise_together
 from nst_det.runtime.preemption import StopRequest, whole_steps
@@ -81,19 +85,27 @@ class DistillTrainer(Loop):
         decay = cfg.SOLVER.EMA_DECAY
         # a copy of the student would have the teacher's hooks
         self.average = AveragedWeights(self.student, decay, self.build_student(cfg)) if decay else None
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        if cfg.SOLVER.AMP.ENABLED and on_cpu:
-            compute_in_bf16(model)
-            if self.average is not None:
-                compute_in_bf16(self.average.network)
+        self._device, mixed = next(model.parameters()).device, cfg.SOLVER.AMP.ENABLED
+        on_cpu = self._device.type == "cpu"
+        dtype = amp_dtype("auto", self._device) if mixed else None
+        log_compute(self._device, dtype, cfg.DATALOADER.NUM_WORKERS, mixed)
+        if dtype is not None and on_cpu:
+            for network in [model] if self.average is None else [model, self.average.network]:
+                reduce_backbones(network, dtype)
+        elif isinstance(model, DistilledDetector):
+            cast_frozen(backbone_of(model.teacher), dtype, (nn.Conv2d, nn.Linear, Conv2d))
         parallel = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
-        kind = AMPTrainer if cfg.SOLVER.AMP.ENABLED and not on_cpu else SimpleTrainer
-        self._trainer = kind(parallel, data_loader, optimizer)
+        if dtype is None or on_cpu:
+            self._trainer = SimpleTrainer(parallel, data_loader, optimizer)
+        else:
+            # bf16 has the range of float32, so that no loss needs a scale
+            unscaled = torch.amp.GradScaler(enabled=False)
+            self._trainer = AMPTrainer(parallel, data_loader, optimizer, grad_scaler=unscaled, precision=dtype)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.checkpointer.written = self.kept
         self.non_finite = NonFinite(cfg.SOLVER.NON_FINITE, Path(cfg.OUTPUT_DIR))
-        self._device, self._buffers = next(model.parameters()).device, Buffers(model)
+        self._buffers = Buffers(model)
         self._seen: dict[str, Any] = {}
         parallel.register_forward_pre_hook(self._see_batch)
         parallel.register_forward_hook(self._see_losses)
@@ -190,20 +202,13 @@ class DistillTrainer(Loop):
             WentBack: it is to go back.
         """
         self._buffers.keep()
-        scale = self._loss_scale()
         try:
             super().run_step()
         except NotFinite as error:
             self._meet(str(error))
         else:
-            # a scaler that found infinite gradients has passed over the step and lowered its scale
-            if self.average is not None and self._loss_scale() >= scale:
+            if self.average is not None:
                 self.average.update()
-
-    def _loss_scale(self) -> float:
-        # reading it waits for the GPU
-        reads = self.average is not None and isinstance(self._trainer, AMPTrainer)
-        return float(self._trainer.grad_scaler.get_scale()) if reads else 1.0
 
     @property
     def kept(self) -> nn.Module:
@@ -223,9 +228,7 @@ class DistillTrainer(Loop):
 
     def _check_finite(self) -> None:
         total = sum(value.detach() for value in self._seen["losses"].values())
-        # in float16 gradients may be infinite: their scaler passes over the step then, and lowers the scale
-        if not isinstance(self._trainer, AMPTrainer):
-            total += gradient_norm(list(self._whole.parameters()))
+        total += gradient_norm(list(self._whole.parameters()))
         raise_together(not math.isfinite(total), self._device)
 
     def _meet(self, what: str) -> None:
