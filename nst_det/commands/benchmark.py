@@ -37,9 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
     from nst_det.benchmark import benchmark
     from nst_det.errors import UserError
-    from nst_det.runtime.device import gpu_errors_in_one_line, log_compute, named_device
+    from nst_det.runtime.device import compute_line, gpu_errors_in_one_line, named_device
     from nst_det.runtime.files import write_json
-    from nst_det.runtime.progress import start_logging
     from nst_det.runtime.provenance import provenance
 
     if min(args.batch) < 1 or args.repeats < 1 or args.threads < 0:
@@ -49,10 +48,9 @@ def run(args: argparse.Namespace) -> int:
     size, device = parse_size(args.size), named_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    start_logging()
     with gpu_errors_in_one_line("lower --batch or --size"):
         name, model, parameters, own_size = load(args, device)
-        log_compute(device, None)
+        print(compute_line(device, None))
         figures = {
             "name": name,
             "size": list(size or own_size),

@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from nst_det.detect.predict import find_sources, load_run, predict, read_sources
     from nst_det.detect.predictions import FORMATS, PredictionWriter
     from nst_det.errors import UserError
-    from nst_det.runtime.device import gpu_errors_in_one_line, log_compute, named_device
-    from nst_det.runtime.progress import start_logging
+    from nst_det.runtime.device import compute_line, gpu_errors_in_one_line, named_device
 
     formats = [word for word in args.format.split(",") if word]
     unknown = [word for word in formats if word not in FORMATS]
@@ -48,14 +47,13 @@ def run(args: argparse.Namespace) -> int:
     if args.every < 1:
         raise UserError(f"--every: {args.every}; give 1 or more")
     sources = find_sources(args.inputs)
-    start_logging()
     device = named_device(args.device)
     failed: list[UserError] = []
     images = 0
     with gpu_errors_in_one_line("take --device cpu"):
         detector, config, classes = load_run(args.run_folder, device, args.threshold)
-        log_compute(device, None)
         kept = chosen_labels(args.classes, classes)
+        print(compute_line(device, None))
         writer = PredictionWriter(args.output, formats, classes)
         for prediction in predict(detector, config, read_sources(sources, args.every, failed.append)):
             writer.add(prediction if kept is None else prediction.of_labels(kept))

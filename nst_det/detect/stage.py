@@ -35,8 +35,8 @@ from nst_det.runtime.config import expand_path
 from nst_det.runtime.device import (
     amp_dtype,
     cast_frozen,
+    compute_line,
     gpu_errors_in_one_line,
-    log_compute,
     set_float32_precision,
 )
 from nst_det.runtime.files import read_json, write_json
@@ -164,7 +164,7 @@ def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
     folder = Path(config.OUTPUT_DIR) / "inference"
     with gpu_errors_in_one_line("lower INPUT.MIN_SIZE_TEST"):
         place_detector(detector, config)
-        log_compute(detector.pixel_mean.device, None, config.DATALOADER.NUM_WORKERS)
+        log.info(compute_line(detector.pixel_mean.device, None, config.DATALOADER.NUM_WORKERS))
         found = _evaluate(detector, config, _test_data(config, classes), folder / DETECTIONS_FILE)
     if is_first():
         write_json(folder / "result.json", found)
@@ -207,7 +207,7 @@ def _student(config: CfgNode, classes: tuple[str, ...], seed: int) -> Detector:
     place_detector(detector, config)
     mixed, device = config.SOLVER.AMP.ENABLED, detector.pixel_mean.device
     detector.amp = amp_dtype("auto", device) if mixed else None
-    log_compute(device, detector.amp, config.DATALOADER.NUM_WORKERS, mixed)
+    log.info(compute_line(device, detector.amp, config.DATALOADER.NUM_WORKERS, mixed))
     return detector
 
 

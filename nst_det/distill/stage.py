@@ -40,9 +40,9 @@ from nst_det.runtime.config import expand_path, plain
 from nst_det.runtime.device import (
     amp_dtype,
     autocast,
+    compute_line,
     default_device,
     gpu_errors_in_one_line,
-    log_compute,
     set_float32_precision,
 )
 from nst_det.runtime.files import write_text
@@ -105,7 +105,7 @@ class StageOne:
     def run(self) -> dict[str, dict[str, Any]]:
         """All of it; see :func:`distill`."""
         amp, workers = self.config.SOLVER.AMP, self.config.DATALOADER.NUM_WORKERS
-        log_compute(self.device, amp_dtype(amp, self.device), workers, amp == "auto")
+        log.info(compute_line(self.device, amp_dtype(amp, self.device), workers, amp == "auto"))
         if is_first():
             write_text(self.output / "config.yaml", self.config.dump())
         classes = self.data.classes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +12,6 @@ from torch import nn
 from nst_det.errors import UserError
 from nst_det.runtime.provenance import machine_name
 
-log = logging.getLogger(__name__)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
 _WORDS = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -118,10 +116,10 @@ def set_float32_precision(name: str, device: torch.device) -> None:
         torch.backends.cudnn.allow_tf32 = name != "highest"
 
 
-def log_compute(
+def compute_line(
     device: torch.device, precision: torch.dtype | None, workers: int | None = None, mixed: bool = False
-) -> None:
-    """Say what a run computes with: the first line of its log.
+) -> str:
+    """What a run computes with, for the first line of its log.
 
     Args:
         device: with :func:`set_float32_precision` done.
@@ -138,7 +136,7 @@ def log_compute(
         words += [f"float32 {kind} in {'TF32' if tf32 else 'float32'}" for kind, tf32 in kinds.items()]
     if workers is not None:
         words.append(f"{workers} loader workers")
-    log.info("%s (%s): %s", device, machine_name(str(device)), ", ".join(words))
+    return f"{device} ({machine_name(str(device))}): {', '.join(words)}"
 
 
 def is_gpu_error(error: BaseException) -> bool:

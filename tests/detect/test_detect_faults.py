@@ -130,6 +130,52 @@ def test_a_signal_saves_and_the_same_command_goes_on(on_shapes, tmp_path, monkey
     assert read_metrics(tmp_path / "whole" / "metrics.jsonl") == read_metrics(tmp_path / "run" / "metrics.jsonl")
 
 
+FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB. GPU 0 has")
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "resumes"),
+    [(4, FULL, "step-00000003.pt"), (1, RuntimeError("CUDA error: device lost\nx"), "no checkpoint")],
+)
+def test_a_gpu_that_fails_is_one_line_and_the_same_command_goes_on(
+    on_shapes, tmp_path, monkeypatch, capsys, step, error, resumes
+):
+    train_detector(on_shapes("whole", CALM))
+    (tmp_path / "run.yaml").write_text(on_shapes("run", CALM).dump())
+    command = ["train-det", "--config-file", str(tmp_path / "run.yaml")]
+    forward, calls = Detector.forward, []
+
+    def failing(self, batch):
+        calls.append(batch)
+        if len(calls) == step + 1:
+            raise error
+        return forward(self, batch)
+
+    monkeypatch.setattr(Detector, "forward", failing)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    said = capsys.readouterr().err
+    line = said.splitlines()[-1]
+    assert (left.value.code, "Traceback" in said, "forward pass in" in said) == (2, False, True)
+    assert line.startswith(f"nst-det: {str(error).partition(' GPU 0')[0].partition(chr(10))[0].rstrip('.')}; ")
+    assert ("SOLVER.ACCUMULATE" in line) == ("memory" in line)
+    assert resumes in line
+    monkeypatch.undo()
+    if error is FULL:
+        # also while it is taken up again: the checkpoint is not at fault
+        monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", lambda *_: (_ for _ in ()).throw(FULL))
+        with pytest.raises(UserError, match=f"^CUDA out of memory.*{resumes}"):
+            train_detector(on_shapes("run", CALM))
+        monkeypatch.undo()
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    assert left.value.code == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert read_metrics(tmp_path / "whole" / "metrics.jsonl") == read_metrics(tmp_path / "run" / "metrics.jsonl")
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(on_shapes, tmp_path, caplog):
     train_detector(on_shapes("whole", {**CALM, "SOLVER.CHECKPOINT_PERIOD": 2}))
     train_detector(on_shapes("run", {**CALM, "SOLVER.CHECKPOINT_PERIOD": 2}))

@@ -146,6 +146,17 @@ def test_an_unreadable_image_is_named_at_the_end_and_the_others_are_done(trained
     assert json.loads((out / "detections.json").read_text()) == json.loads((run / "detections.json").read_text())
 
 
+def test_a_gpu_that_is_full_is_one_line(trained, images, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB. GPU 0 has")
+
+    monkeypatch.setattr("nst_det.detect.torchvision_engine.Detector.forward", full)
+    assert call(images, "--run", trained[0], "--output", tmp_path / "out", "--device", "cpu") == 2
+    said = capsys.readouterr()
+    assert said.out.startswith("cpu (")
+    assert "--device" in said.err.splitlines()[-1]
+
+
 def test_frames_of_a_video(trained, tmp_path):
     run, _ = trained
     path = tmp_path / "clip.avi"

@@ -268,6 +268,44 @@ def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(images, tm
         assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize(
+    ("step", "error", "resumes"),
+    [
+        (5, torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB."), "step-00000004.pt"),
+        (1, RuntimeError("CUDA error: unspecified launch failure\nx"), "no checkpoint"),
+    ],
+)
+def test_a_gpu_that_fails_is_one_line_and_the_same_command_goes_on(
+    images, tmp_path, taught, monkeypatch, capsys, step, error, resumes
+):
+    forward_backward = Student.forward_backward
+
+    def failing(self, *args):
+        if (self.word, self.step) == ("at:1+nst-poly:10", step):
+            raise error
+        forward_backward(self, *args)
+
+    monkeypatch.setattr(Student, "forward_backward", failing)
+    (tmp_path / "c.yaml").write_text("SEED: 0\n")
+    keys = {"TEACHER.WEIGHTS": taught[1]["teacher"]["backbone"]}
+    command = ["distill", "--config-file", str(tmp_path / "c.yaml"), *words(images, tmp_path / "out", **keys)]
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    said = capsys.readouterr().err
+    line = said.splitlines()[-1]
+    assert (left.value.code, "Traceback" in said, "forward pass in" in said) == (2, False, True)
+    assert line.startswith(f"nst-det: {str(error).splitlines()[0].rstrip('.')}; ")
+    assert ("SOLVER.ACCUMULATE" in line) == ("memory" in line)
+    assert line.endswith(resumes) or ("no checkpoint" in line and resumes == "no checkpoint")
+    if step == 5:
+        assert str(tmp_path / "out" / "students" / "ce" / "checkpoints" / resumes) in line
+    monkeypatch.undo()
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    assert left.value.code == 0
+    assert_same_backbones(taught[0], tmp_path / "out")
+
+
 def test_a_full_disk_is_one_line_and_the_last_good_state_stays(images, tmp_path, taught, monkeypatch, capsys):
     (tmp_path / "c.yaml").write_text("SEED: 0\n")
     keys = {"TEACHER.WEIGHTS": taught[1]["teacher"]["backbone"]}

@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from nst_det.backbones.sync_norm import sync_batch_norm
@@ -72,6 +73,25 @@ def test_what_processes_do_together(in_processes):
         "largest": [4, 9],
         "weight": [[0.0, 0.0]],
     }
+
+
+def by_host_memory():
+    start_processes(on_cpu=True)
+    asked = []
+    gathers, broadcasts = dist.all_gather_object, dist.broadcast_object_list
+    dist.get_backend, backend = lambda group=None: "nccl", dist.get_backend
+    dist.all_gather_object = lambda *args, group: (asked.append(group), gathers(*args, group=group))
+    dist.broadcast_object_list = lambda *args, group, **rest: (
+        asked.append(group),
+        broadcasts(*args, group=group, **rest),
+    )
+    found = gathered(rank()), from_first(lambda: "a")
+    return found, len(set(asked)), [backend(group) for group in asked if group is not None]
+
+
+def test_objects_do_not_travel_through_gpus(in_processes):
+    # were the processes on GPUs
+    assert in_processes(by_host_memory) == [(([0, 1], "a"), 1, ["gloo", "gloo"])] * 2
 
 
 def failing():

@@ -28,7 +28,7 @@ from nst_det.detect.table import print_result
 from nst_det.detect.weights import save_weights
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import would_resume
-from nst_det.runtime.device import gpu_errors_in_one_line, log_compute, set_float32_precision
+from nst_det.runtime.device import compute_line, gpu_errors_in_one_line, set_float32_precision
 from nst_det.runtime.files import read_json, write_text
 from nst_det.runtime.memory import keep_freed_memory
 from nst_det.runtime.metrics import read_metrics
@@ -201,7 +201,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
     default_setup(beside, args)
     device = torch.device(cfg.MODEL.DEVICE)
     set_float32_precision(cfg.FLOAT32_PRECISION, device)
-    log_compute(device, None, cfg.DATALOADER.NUM_WORKERS)
+    log.info(compute_line(device, None, cfg.DATALOADER.NUM_WORKERS))
     register_datasets(cfg)
     model = build_model(cfg)
     parts = [name for name, _ in model.named_children()]

@@ -38,7 +38,7 @@ from nst_det.detect.distilled import DistilledDetector
 from nst_det.detect.faults import broken_in, step_content
 from nst_det.detect.feature_maps import backbone_of
 from nst_det.errors import UserError
-from nst_det.runtime.device import amp_dtype, cast_frozen, log_compute
+from nst_det.runtime.device import amp_dtype, cast_frozen, compute_line
 from nst_det.runtime.files import read_json
 from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, NotFinite, gradient_norm, raise_together
 from nst_det.runtime.preemption import StopRequest, whole_steps
@@ -88,7 +88,7 @@ class DistillTrainer(Loop):
         self._device, mixed = next(model.parameters()).device, cfg.SOLVER.AMP.ENABLED
         on_cpu = self._device.type == "cpu"
         dtype = amp_dtype("auto", self._device) if mixed else None
-        log_compute(self._device, dtype, cfg.DATALOADER.NUM_WORKERS, mixed)
+        log.info(compute_line(self._device, dtype, cfg.DATALOADER.NUM_WORKERS, mixed))
         if dtype is not None and on_cpu:
             for network in [model] if self.average is None else [model, self.average.network]:
                 reduce_backbones(network, dtype)
