@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from nst_det.backbones.pickles import trusting_pickles
     from nst_det.compare.comparison import print_table
     from nst_det.detect.faults import KIND as DETECT
+    from nst_det.runtime.device import gpu_errors_in_one_line
     from nst_det.runtime.replayed import read_step
 
     content = read_step(args.file)
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         from nst_det.detect.replay import replay
     else:
         from nst_det.distill.replay import replay
-    with trusting_pickles(args.trust_pickle):
+    with trusting_pickles(args.trust_pickle), gpu_errors_in_one_line("hide the GPU: CUDA_VISIBLE_DEVICES=''"):
         found = replay(content, args.file)
     print_table(found)
     print("\n".join(found.lines))

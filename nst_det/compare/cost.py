@@ -69,13 +69,15 @@ def _measure(run: Run, config: CfgNode) -> dict[str, Any]:
 
     from nst_det.benchmark import benchmark, photo_size
     from nst_det.detect.config import resolve_device
+    from nst_det.runtime.device import gpu_errors_in_one_line
     from nst_det.runtime.provenance import machine_name
 
     device = torch.device(resolve_device(config.MODEL.DEVICE))
     log.info("%s: measuring its cost", run.name)
-    detector, parameters = _load(run.folders[0], config, device)
     size = photo_size(config)
-    figures = benchmark(detector, size, [1], REPEATS, device, parameters)
+    with gpu_errors_in_one_line("compare again, which measures what is missing"):
+        detector, parameters = _load(run.folders[0], config, device)
+        figures = benchmark(detector, size, [1], REPEATS, device, parameters)
     latency = figures["latency"][0]
     return {
         "run": run.name,

@@ -17,7 +17,7 @@ from nst_det.detect.torchvision_engine import Detector, build_detector
 from nst_det.detect.train import Training
 from nst_det.errors import UserError
 from nst_det.runtime.config import merge_tree
-from nst_det.runtime.device import amp_dtype
+from nst_det.runtime.device import amp_dtype, is_gpu_error
 from nst_det.runtime.nonfinite import NotFinite
 from nst_det.runtime.replayed import Replayed, first_broken
 from nst_det.runtime.run import RunFolder
@@ -42,6 +42,8 @@ def replay(content: dict[str, Any], path: str | Path) -> Replayed:
         else:
             raise UserError(f"{path}: a step of Detectron2's, which is not installed; see {detectron2.INSTALL_PAGE}")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        if is_gpu_error(error):
+            raise
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: can't be run again ({reason}); use the version that wrote it") from error
     recorded, names = dict(content["terms"]), [str(name) for name in content["images"]]

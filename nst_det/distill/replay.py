@@ -14,7 +14,7 @@ from nst_det.distill.faults import broken_outputs, outputs_from
 from nst_det.distill.student import Student
 from nst_det.errors import UserError
 from nst_det.runtime.config import merge_tree
-from nst_det.runtime.device import default_device, set_float32_precision
+from nst_det.runtime.device import default_device, is_gpu_error, set_float32_precision
 from nst_det.runtime.nonfinite import NORM, broken_values, gradient_norm
 from nst_det.runtime.replayed import Replayed, first_broken
 from nst_det.runtime.run import RunFolder
@@ -39,6 +39,8 @@ def replay(content: dict[str, Any], path: str | Path) -> Replayed:
         with first_broken(student.model) as found:
             student.forward_backward(images, labels, teacher, int(content["piece"]))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_gpu_error(error):
+            raise
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: can't be run again ({reason}); use the version that wrote it") from error
     one = student.pass_of(-1)

@@ -22,6 +22,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from nst_det.errors import UserError
+from nst_det.runtime.device import gpu_errors_in_one_line
 from nst_det.runtime.preemption import StopRequest
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def start_processes(on_cpu: bool) -> None:
         on_cpu: compute on the CPU, whatever there is.
 
     Raises:
-        UserError: more processes on this machine than it has GPUs.
+        UserError: more processes on this machine than it has GPUs, or one of these fails.
     """
     if started_together() == 1 or dist.is_initialized():
         return
@@ -54,7 +55,8 @@ def start_processes(on_cpu: bool) -> None:
             f"torchrun started {here} processes here, but there are {torch.cuda.device_count()} GPUs; take as many as "
             "there are GPUs"
         )
-    PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "nccl", timeout=TIMEOUT)
+    with gpu_errors_in_one_line("take fewer processes"):
+        PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "nccl", timeout=TIMEOUT)
 
 
 def stop_processes() -> None:

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from nst_det.cli import main
+from nst_det.detect import stage
 from nst_det.detect import train as module
 from nst_det.detect.dataset import data_classes
 from nst_det.detect.stage import evaluate_detector, train_detector
@@ -109,6 +110,19 @@ def teacher_words(on_shapes, tmp_path, method):
         "TRANSFER.TEACHER.CONFIG_FILE": str(tmp_path / "teacher.yaml"),
         "TRANSFER.TEACHER.WEIGHTS": str(tmp_path / "teacher.safetensors"),
     }
+
+
+def test_a_teacher_whose_weights_are_cast_once_teaches_the_same_bits(on_shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "amp_dtype", lambda *_: torch.bfloat16)
+    changes = {**teacher_words(on_shapes, tmp_path, "kd+nst-poly"), "DATASETS.TEST": [], "SOLVER.AMP.ENABLED": True}
+    changes |= {"SOLVER.MAX_ITER": 3, "TRANSFER.LEVELS": ["p2", "res3"]}
+    train_detector(on_shapes("one", changes))
+    # left to autocast, which casts them anew at each step
+    asked = []
+    monkeypatch.setattr(stage, "cast_frozen", lambda _, dtype: asked.append(dtype))
+    train_detector(on_shapes("two", changes))
+    assert asked == [torch.bfloat16]
+    assert same_files(tmp_path / "one", tmp_path / "two")
 
 
 def test_training_with_a_teacher_goes_on_with_the_same_bits(on_shapes, tmp_path, stop_after):

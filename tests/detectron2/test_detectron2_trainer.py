@@ -17,7 +17,8 @@ pytestmark = pytest.mark.detectron2
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.engine import HookBase  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
+from detectron2.layers import Conv2d  # noqa: E402
+from detectron2.modeling import build_backbone, build_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.multiprocessing import ProcessRaisedException  # noqa: E402
 
@@ -28,6 +29,7 @@ from nst_det.detect.detectron2.heads import CanonicalROIHeads  # noqa: E402
 from nst_det.detect.weights import saved_classes  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
 from nst_det.runtime.config import flat  # noqa: E402
+from nst_det.runtime.device import cast_frozen  # noqa: E402
 from nst_det.runtime.metrics import read_metrics  # noqa: E402
 from nst_det.runtime.run import RunFolder  # noqa: E402
 
@@ -227,6 +229,22 @@ def test_mixed_precision_on_the_cpu_keeps_the_heads_in_float32(tiny_yaml, tiny_t
     made.max_iter = 1
     made.train()
     assert seen == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_detectron2s_frozen_weights_are_cast_to_the_bits_of_autocast():
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    torch.manual_seed(0)
+    backbone = build_backbone(cfg).eval().requires_grad_(False)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = backbone(pixels)
+        cast_frozen(backbone, torch.bfloat16, (torch.nn.Conv2d, Conv2d))
+        found = backbone(pixels)
+    assert all(torch.equal(found[name], map_) for name, map_ in expected.items())
+    assert backbone.bottom_up.stem.conv1.weight.dtype == torch.bfloat16
+    assert backbone.bottom_up.stem.conv1.norm.weight.dtype == torch.float32
 
 
 def test_two_processes_train_to_the_weights_of_one(command, tiny_yaml, tiny_teacher, tmp_path, monkeypatch):
