@@ -95,9 +95,9 @@ time.sleep(60)
 
 @pytest.fixture
 def left_behind():
-    """``left_behind(script, signum, *words)``: workers that are alive 5 s after the process of ``loaders`` got it.
+    """``left_behind(script, signum, *words)``: which of 12 workers are alive 2 s after a signal to their parent.
 
-    Of 12 workers; the script makes the loaders.
+    The script makes the ``loaders``.  Left to itself, a worker looks every 5 s whether its parent is there.
     """
     started: list[psutil.Process] = []
 
@@ -108,11 +108,11 @@ def left_behind():
         workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
         started.extend(workers)
         assert len(workers) == 12
-        # until finished batches fill the pipe, as nobody takes them: workers wait to write then
-        time.sleep(3)
+        # until they have worked ahead: some wait for keys then, some to write into the full pipe
+        time.sleep(1)
         parent.send_signal(signum)
         assert parent.wait() == -signum
-        latest = time.monotonic() + 5
+        latest = time.monotonic() + 2
         while (left := [worker for worker in workers if works(worker)]) and time.monotonic() < latest:
             time.sleep(0.05)
         return left

@@ -252,9 +252,9 @@ from nst_det.data.folders import read_image_folder
 from nst_det.distill.config import get_defaults
 from nst_det.distill.images import TrainingBatches, evaluation_batches
 from nst_det.distill.store import ImageStore
-store = ImageStore(read_image_folder(sys.argv[1]).train, 32, 1.0, True, 0)
-train = TrainingBatches(store, 64, 0, get_defaults().DATA.AUGMENT)
-loaders = [train.steps(0, 10**6, 8), evaluation_batches(store, 1, workers=4)]
+kept, read = (ImageStore(read_image_folder(sys.argv[1]).train, 32, 1.0, True, limit) for limit in (1e9, 0))
+train = TrainingBatches(kept, 300, 0, get_defaults().DATA.AUGMENT)
+loaders = [train.steps(0, 10**6, 8), evaluation_batches(read, 1, workers=4)]
 """
 
 
