@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from nst_det.data.annotation import VocAnnotation, usable_boxes
 from nst_det.data.holdout import JoinedVoc
@@ -19,7 +19,7 @@ from nst_det.data.voc import VocDataset, class_names
 from nst_det.detect.batches import Place, StepBatches
 from nst_det.detect.config import voc_roots
 from nst_det.errors import UserError
-from nst_det.runtime.preemption import leave_group
+from nst_det.runtime.loader import load
 from nst_det.runtime.processes import share_of
 from nst_det.runtime.seeds import derive_seed
 
@@ -260,20 +260,8 @@ def training_batches(
     places = StepBatches(len(items), config.SOLVER.IMS_PER_BATCH, seed, start, wide, share)
     if config.DATALOADER.NUM_WORKERS:
         images.preload()
-    loader = DataLoader(
-        images,
-        # endless, so it has no length
-        batch_sampler=places,
-        num_workers=config.DATALOADER.NUM_WORKERS,
-        collate_fn=list,
-        worker_init_fn=leave_group,
-    )
     log.info("%d images to train on, %d objects", len(items), sum(len(item.labels) for item in items))
-    try:
-        yield from loader
-    except UserError as error:
-        # a loader process hands over its whole traceback; the line that was meant stands at its end
-        raise UserError(str(error).rsplit(f"{UserError.__module__}.{UserError.__qualname__}: ", 1)[-1]) from error
+    yield from load(images, places, config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE)
 
 
 def evaluation_batches(
@@ -284,7 +272,7 @@ def evaluation_batches(
     Equal sizes need no padding to each other, so that an image's detections don't depend on its neighbors.
 
     Args:
-        config: reads INPUT.
+        config: reads INPUT, DATALOADER.NUM_WORKERS and MODEL.DEVICE.
         data: the split.
         largest: images in a batch.
         share: which of the batches to give, those of one process; None gives all.
@@ -301,5 +289,4 @@ def evaluation_batches(
         if not batches or shapes[batches[-1][0]] != shape or len(batches[-1]) == largest:
             batches.append([])
         batches[-1].append(index)
-    for batch in batches[share or slice(None)]:
-        yield [images[index] for index in batch]
+    yield from load(images, batches[share or slice(None)], config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE)

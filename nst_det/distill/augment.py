@@ -1,4 +1,4 @@
-"""Augmentation of training batches.  Draws come from torch's global generator: seed it around these calls."""
+"""Augmentation of training batches.  Draws come from torch's generator of the CPU: seed it around these calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from torchvision.transforms import v2
 
 
 def shift_and_flip(
-    images: Tensor, shift: int, flip: float, batch: int | None = None, share: slice | None = None
+    images: Tensor,
+    shift: int,
+    flip: float,
+    batch: int | None = None,
+    share: slice | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Move each image by up to ``shift`` pixels each way (borders reflected), mirror it with probability ``flip``.
 
@@ -24,13 +29,14 @@ def shift_and_flip(
         flip: 0..1.
         batch: images in the whole batch, for which is drawn; B where these are all.
         share: which of the batch these are.
+        generator: to draw from in place of torch's.
 
     Returns:
         (B, C, H, W) of the same type, channels last in memory.
     """
     count, share = batch or len(images), share or slice(None)
-    offsets = torch.randint(-shift, shift + 1, (2, count))[:, share]
-    mirrored = (torch.rand(count) < flip)[share]
+    offsets = torch.randint(-shift, shift + 1, (2, count), generator=generator)[:, share]
+    mirrored = (torch.rand(count, generator=generator) < flip)[share]
     return moved(images, offsets, mirrored) if shift or flip else images
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nst_det.distill.cache import Index, TeacherCache, check_claim, check_shards, locked, read_index, shard_path
-from nst_det.distill.images import Normalizer, ViewBatches, load
+from nst_det.distill.images import Normalizer, ViewBatches
 from nst_det.distill.needs import IMAGES, Piece, Trial, assemble, differing, total_bytes, what_to_keep
 from nst_det.distill.teacher import Teacher, for_losses
 from nst_det.distill.views import Views
@@ -23,6 +23,7 @@ from nst_det.errors import UserError
 from nst_det.runtime.amounts import size
 from nst_det.runtime.config import expand_path
 from nst_det.runtime.files import atomic_path, sha256_of_file
+from nst_det.runtime.loader import load
 from nst_det.runtime.progress import progress
 from nst_det.transfer import Outputs, TransferLoss
 

@@ -69,7 +69,8 @@ class StageOneData:
     def validation(self) -> Iterator[Batch]:
         """This process's share of the validation split, once."""
         share = slice(rank(), None, world_size())
-        return evaluation_batches(self._store("val", square=True), self.config.TEST.IMS_PER_BATCH, share)
+        batch_size, workers = self.config.TEST.IMS_PER_BATCH, self.config.DATALOADER.NUM_WORKERS
+        return evaluation_batches(self._store("val", square=True), batch_size, share, workers)
 
     def description(self) -> dict[str, object]:
         """The data's part of a card."""

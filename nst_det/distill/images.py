@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from nst_det.distill.augment import crop_and_jitter, shift_and_flip
 from nst_det.distill.store import ImageStore
 from nst_det.distill.views import Views
-from nst_det.errors import UserError
-from nst_det.runtime.preemption import leave_group
-from nst_det.runtime.seeds import derive_seed, seeded
+from nst_det.runtime.loader import load
+from nst_det.runtime.seeds import derive_seed
 
 
 @dataclass
@@ -44,10 +43,6 @@ class Batch:
             Batch(self.images[cut], self.labels[cut], None if rows is None else rows[cut], self.names[cut])
             for cut in cuts
         ]
-
-    def pin_memory(self) -> Batch:
-        """The same in pinned memory, as a loader asks for it, so that copies to a GPU needn't wait."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.rows, self.names)
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -108,8 +103,10 @@ class TrainingBatches(Dataset[Batch]):
             images = self._cropped(step, indices)
         else:
             images = self.store.squares(indices)
-        with seeded(self.seed, "augment", step):
-            images = shift_and_flip(images, self.augment.SHIFT, self.augment.HFLIP, self.batch_size, self.share)
+        # a generator of its own: a worker may not touch that of a GPU
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "augment", step))
+        shift, flip = self.augment.SHIFT, self.augment.HFLIP
+        images = shift_and_flip(images, shift, flip, self.batch_size, self.share, generator)
         return Batch(images, labels, names=names)
 
     def _cropped(self, step: int, indices: Tensor) -> Tensor:
@@ -137,44 +134,24 @@ class ViewBatches(Dataset[Batch]):
         return Batch(self.views.images(rows), self.views.store.labels[rows % len(self.views.store)], rows)
 
 
-def load(batches: Dataset[Batch], items: Sequence[int], workers: int) -> Iterator[Batch]:
-    """Some items of ``batches``, made ahead by worker processes; 0 makes each in this process when it is asked for."""
-    if workers == 0:
-        yield from (batches[item] for item in items)
-        return
-    loader = DataLoader(
-        _ErrorsAsItems(batches),
-        batch_size=None,
-        sampler=items,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4,
-        worker_init_fn=leave_group,
-    )
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        yield item
+class EvaluationBatches(Dataset[Batch]):
+    """All images in order: item k is the ``batch_size`` images from image k on."""
+
+    def __init__(self, store: ImageStore, batch_size: int) -> None:
+        self.store, self.batch_size = store, batch_size
+
+    def __getitem__(self, first: int) -> Batch:
+        rows = torch.arange(first, min(first + self.batch_size, len(self.store)))
+        return Batch(self.store.squares(rows), self.store.labels[rows])
 
 
-class _ErrorsAsItems(Dataset["Batch | UserError"]):
-    """Hands a user's error out of a worker as it is; a loader would wrap the worker's traceback into it."""
-
-    def __init__(self, batches: Dataset[Batch]) -> None:
-        self.batches = batches
-
-    def __getitem__(self, step: int) -> Batch | UserError:
-        try:
-            return self.batches[step]
-        except UserError as error:
-            return error
-
-
-def evaluation_batches(store: ImageStore, batch_size: int, share: slice | None = None) -> Iterator[Batch]:
-    """All images once, in order; or of these batches those in ``share``."""
-    for start in range(0, len(store), batch_size)[share or slice(None)]:
-        rows = torch.arange(start, min(start + batch_size, len(store)))
-        yield Batch(store.squares(rows), store.labels[rows])
+def evaluation_batches(
+    store: ImageStore, batch_size: int, share: slice | None = None, workers: int = 0
+) -> Iterator[Batch]:
+    """All images once, in order; or of these batches those in ``share``.  The number of workers doesn't change them."""
+    firsts = range(0, len(store), batch_size)[share or slice(None)]
+    # what is decoded already needs none
+    return load(EvaluationBatches(store, batch_size), firsts, 0 if store.cached else workers)
 
 
 class Normalizer:

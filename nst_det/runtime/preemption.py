@@ -6,7 +6,6 @@ same bits.  A second signal doesn't wait for the step: then the run goes on from
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -95,11 +94,6 @@ def whole_steps() -> Iterator[StopRequest]:
             raise
     if request.asked:
         request.obey()
-
-
-def leave_group(_worker: int) -> None:
-    """Start of a loader process: signals to the command's process group are the command's alone to obey."""
-    os.setpgrp()
 
 
 @contextmanager

@@ -40,9 +40,12 @@ def seed_everything(*parts: int | str) -> None:
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Run a block under ``seed_everything(*parts)`` and put the former random states back after it."""
+    """Run a block under ``seed_everything(*parts)`` and put the former random states back after it.
+
+    Of GPUs only where this process has begun to use them: a loader's worker may not ask for them.
+    """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
         seed_everything(*parts)
         try:
             yield

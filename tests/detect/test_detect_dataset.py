@@ -1,3 +1,7 @@
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -187,12 +191,68 @@ def test_kept_images_are_the_same_images(on_shapes):
         assert all(torch.equal(a["image"], b["image"]) for a, b in zip(one, other))
 
 
-def test_loader_processes_give_the_same_batches(on_shapes):
-    plain, workers = on_shapes(), on_shapes(changes={"DATALOADER.NUM_WORKERS": 2})
+def whole(batch):
+    return [
+        {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in item.items()}
+        for item in batch
+    ]
+
+
+def test_workers_give_the_same_batches_and_ask_no_gpu_for_anything(on_shapes, shapes, cuda_in_use):
+    changes = {"INPUT.MIN_SIZE_TRAIN": [64, 96], "DATALOADER.CACHE_IMAGES_MB": 0}
+    plain, workers = on_shapes(changes=changes), on_shapes(changes={**changes, "DATALOADER.NUM_WORKERS": 2})
     sets = open_voc(plain, "DATASETS.TRAIN", CLASSES)
-    for one, other, _ in zip(training_batches(plain, sets, 0, 3), training_batches(workers, sets, 0, 3), range(4)):
-        assert [item["image_id"] for item in one] == [item["image_id"] for item in other]
-        assert all(torch.equal(a["image"], b["image"]) for a, b in zip(one, other))
+    for one, other, _ in zip(training_batches(plain, sets, 0, 3), training_batches(workers, sets, 0, 3), range(8)):
+        assert whole(one) == whole(other)
+    data = VocDataset(shapes, "test", CLASSES)
+    alone = [whole(batch) for batch in evaluation_batches(plain, data, largest=2)]
+    assert [whole(batch) for batch in evaluation_batches(workers, data, largest=2)] == alone
+    share = slice(1, None, 2)
+    assert [whole(batch) for batch in evaluation_batches(workers, data, 2, share)] == alone[share]
+
+
+LOADERS = """
+import sys, time
+from nst_det.data.voc import VocDataset
+from nst_det.detect.config import load_detect_config
+from nst_det.detect.dataset import DetectionImages, data_classes, evaluation_batches, open_voc, training_batches
+config = load_detect_config(sys.argv[1])
+sets = open_voc(config, "DATASETS.TRAIN", data_classes(config))
+loaders = [training_batches(config, sets, 0, 0)]
+"""
+BOTH = "loaders.append(evaluation_batches(config, sets[0], largest=1))\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_training_however_that_ends(on_shapes, tmp_path, signum, left_behind):
+    changes = {"DATALOADER.NUM_WORKERS": 6, "SOLVER.IMS_PER_BATCH": 24}
+    (tmp_path / "run.yaml").write_text(on_shapes(changes=changes).dump())
+    assert left_behind(LOADERS + BOTH, signum, tmp_path / "run.yaml") == []
+
+
+# while one worker is slow, the others' batches wait in the parent
+FEW_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+given = DetectionImages.__getitem__
+def slow(self, place):
+    if place.step in (5, 50) and place.slot == 0:
+        time.sleep(2)
+    return given(self, place)
+DetectionImages.__getitem__ = slow
+for step, batch in zip(range(200), loaders[0]):
+    assert len(batch) == 16
+print("steps:", step + 1)
+"""
+
+
+@pytest.mark.slow
+def test_batches_that_wait_take_few_files(on_shapes, tmp_path):
+    changes = {"DATALOADER.NUM_WORKERS": 12, "SOLVER.IMS_PER_BATCH": 16, "INPUT.MIN_SIZE_TRAIN": [32]}
+    (tmp_path / "run.yaml").write_text(on_shapes(changes=changes).dump())
+    command = [sys.executable, "-c", LOADERS + FEW_FILES, str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "steps: 200\n", done.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -201,9 +261,10 @@ def test_a_broken_image_is_one_line(tmp_path, small, workers):
     path = tmp_path / "JPEGImages" / "one.png"
     path.write_bytes(path.read_bytes()[:500])
     config = small({"DATALOADER.NUM_WORKERS": workers, "DATALOADER.CACHE_IMAGES_MB": 0, "SOLVER.IMS_PER_BATCH": 1})
-    with pytest.raises(UserError, match=rf"^{path}: .*") as caught:
-        next(iter(training_batches(config, [data], 0, 0)))
-    assert "Traceback" not in str(caught.value)
+    for batches in (training_batches(config, [data], 0, 0), evaluation_batches(config, data)):
+        with pytest.raises(UserError, match=rf"^{path}: .*") as caught:
+            next(batches)
+        assert "Traceback" not in str(caught.value)
 
 
 def test_test_images_of_one_size_share_a_batch(on_shapes, shapes):

@@ -1,3 +1,6 @@
+import signal
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -208,3 +211,53 @@ def test_the_view_of_an_epoch_is_its_number_modulo_the_views(images):
     assert torch.equal(rows % 24, torch.cat([batches.indices(step) for step in range(6)]))
     assert torch.equal(batches[1].images, views.images(batches[1].rows))
     assert torch.equal(batches[1].labels, store.labels[batches[1].rows % 24])
+
+
+def whole(batch):
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in asdict(batch).items()}
+
+
+@pytest.mark.parametrize("crop", [[], [0.3, 1.0]])
+@pytest.mark.parametrize("views", [0, 2])
+def test_workers_ask_no_gpu_for_anything(images, crop, views, cuda_in_use):
+    train = batches(read_image_folder(images).train, square=not crop, SHIFT=3, HFLIP=0.5, CROP_AREA=crop)
+    train.views = Views(train.store, train.augment, views, 5) if views else None
+    alone = [whole(batch) for batch in train.steps(0, 4, 0)]
+    assert [whole(batch) for batch in train.steps(0, 4, 2)] == alone
+
+
+@pytest.mark.parametrize("limit", [0, 1e9])
+def test_workers_give_the_same_images_to_evaluate_on(images, limit, cuda_in_use):
+    store = ImageStore(read_image_folder(images).train, 24, 0.8, True, limit)
+    alone = [whole(batch) for batch in evaluation_batches(store, 7)]
+    assert [len(batch["labels"]) for batch in alone] == [7, 7, 7, 3]
+    assert [whole(batch) for batch in evaluation_batches(store, 7, workers=2)] == alone
+    share = slice(1, None, 2)
+    assert [whole(batch) for batch in evaluation_batches(store, 7, share, workers=2)] == alone[share]
+
+
+def test_an_unreadable_image_is_named_in_evaluation_too(tmp_path, images):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(next(images.rglob("*.png")).read_bytes()[:200])
+    store = ImageStore(read_image_folder(tmp_path, val_fraction=0).train, 32, 1.0, True, 0)
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=f"^{tmp_path}/a/1.png: can't be decoded") as caught:
+            list(evaluation_batches(store, 2, workers=workers))
+        assert "Traceback" not in str(caught.value)
+
+
+LOADERS = """
+import sys
+from nst_det.data.folders import read_image_folder
+from nst_det.distill.config import get_defaults
+from nst_det.distill.images import TrainingBatches, evaluation_batches
+from nst_det.distill.store import ImageStore
+kept, read = (ImageStore(read_image_folder(sys.argv[1]).train, 32, 1.0, True, limit) for limit in (1e9, 0))
+train = TrainingBatches(kept, 300, 0, get_defaults().DATA.AUGMENT)
+loaders = [train.steps(0, 10**6, 8), evaluation_batches(read, 1, workers=4)]
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_training_however_that_ends(images, signum, left_behind):
+    assert left_behind(LOADERS, signum, images) == []

@@ -1,10 +1,12 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nst_det.runtime.loader import load
 from nst_det.runtime.seeds import derive_seed, seed_everything, seeded
 
 
@@ -40,3 +42,19 @@ def test_seeded_is_repeatable_and_leaves_the_outside_alone():
     with seeded(7, "x"):
         assert draw() == inside
     assert inside != outside[0]
+
+
+class Seeded:
+    def __getitem__(self, key):
+        with seeded(key):
+            return draw()
+
+
+def test_a_forked_process_draws_the_same_and_asks_no_gpu(cuda_in_use):
+    assert list(load(Seeded(), range(4), 2)) == list(load(Seeded(), range(4), 0))
+
+
+def test_a_gpu_that_is_not_in_use_is_left_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail("asked"))
+    assert Seeded()[3] == Seeded()[3]

@@ -13,6 +13,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,16 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_train_loader, detection_utils, get_detection_dataset_dicts
-from detectron2.data.build import trivial_batch_collator
-from detectron2.data.common import DatasetFromList
+from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
 from detectron2.data.transforms import AugInput
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from nst_det.data.images import MAX_IMAGE_BYTES, image_size
 from nst_det.data.reading import read_bytes, shown_path
 from nst_det.detect.batches import Place, StepBatches
 from nst_det.errors import UserError
-from nst_det.runtime.preemption import leave_group
+from nst_det.runtime.loader import end_workers_with_us, load
 from nst_det.runtime.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -182,6 +182,26 @@ def choose_mapper(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> DatasetMappe
     return CachingMapper(cfg, True)
 
 
+@dataclass
+class TrainingBatches:
+    """The training loader: each iterator begins at the step ``batch_sampler.start``.
+
+    Attributes:
+        images: by their places.
+        batch_sampler: which of them make a batch.
+        workers: processes that work ahead.
+        device: of the model.
+    """
+
+    images: SeededImages
+    batch_sampler: SharedBatches
+    workers: int
+    device: str
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return load(self.images, self.batch_sampler, self.workers, self.device)
+
+
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """A training loader from Detectron2's keys; its ``batch_sampler.start`` says at which step it begins.
 
@@ -195,7 +215,9 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
             cfg.SEED,
             cfg.DATALOADER.SAMPLER_TRAIN,
         )
-        return build_detection_train_loader(cfg, mapper=mapper)
+        loader = build_detection_train_loader(cfg, mapper=mapper)
+        end_workers_with_us(loader.dataset if isinstance(loader, AspectRatioGroupedDataset) else loader)
+        return loader
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -205,12 +227,4 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
     places = SharedBatches(len(dicts), cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, comm.get_rank(), comm.get_world_size(), wide)
     # serialized once, so that loader processes share the memory
     images = SeededImages(DatasetFromList(dicts, copy=False), mapper or choose_mapper(cfg, dicts), cfg.SEED)
-    return DataLoader(
-        images,
-        batch_sampler=places,  # endless, so it has no length
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=trivial_batch_collator,
-        worker_init_fn=leave_group,
-        # a loader that is started draws a seed for its processes; not from the generator that the model draws from
-        generator=torch.Generator().manual_seed(derive_seed(cfg.SEED, "loader")),
-    )
+    return TrainingBatches(images, places, cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.DEVICE)

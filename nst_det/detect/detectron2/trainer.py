@@ -40,6 +40,7 @@ from nst_det.detect.feature_maps import backbone_of
 from nst_det.errors import UserError
 from nst_det.runtime.device import amp_dtype, cast_frozen, compute_line
 from nst_det.runtime.files import read_json
+from nst_det.runtime.loader import end_workers_with_us
 from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, NotFinite, gradient_norm, raise_together
 from nst_det.runtime.preemption import StopRequest, whole_steps
 from nst_det.runtime.processes import wait_for_all
@@ -143,7 +144,7 @@ class DistillTrainer(Loop):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Detectron2's, with :class:`~nst_det.detect.detectron2.loader.BoundedMapper`."""
-        return build_detection_test_loader(cfg, dataset_name, mapper=BoundedMapper(cfg, False))
+        return end_workers_with_us(build_detection_test_loader(cfg, dataset_name, mapper=BoundedMapper(cfg, False)))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
