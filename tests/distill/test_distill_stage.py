@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from nst_det.backbones import load_card, prove_parity, save_backbone
 from nst_det.distill import loop, networks
-from nst_det.distill.clock import Clock
 from nst_det.distill.config import load_distill_config
 from nst_det.distill.images import Normalizer
 from nst_det.distill.loop import one_step
@@ -24,6 +23,7 @@ from nst_det.distill.student import Student
 from nst_det.distill.teacher import Teacher
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import checkpoints
+from nst_det.runtime.clock import Clock
 from nst_det.runtime.metrics import read_metrics
 from nst_det.runtime.run import RunFolder
 from nst_det.transfer.balance import Balance
