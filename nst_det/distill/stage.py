@@ -36,7 +36,7 @@ from nst_det.distill.teacher import Teacher
 from nst_det.distill.views import Views
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path, plain
-from nst_det.runtime.device import amp_dtype, autocast, default_device
+from nst_det.runtime.device import amp_dtype, autocast, default_device, loader_workers
 from nst_det.runtime.files import write_text
 from nst_det.runtime.processes import copy_from_first, from_first, is_first, log_batch, start_processes, wait_for_all
 from nst_det.runtime.run import RunFolder
@@ -70,14 +70,17 @@ class StageOne:
     """What the steps of one call share."""
 
     def __init__(self, config: CfgNode) -> None:
-        self.config = config
+        self.device = default_device()
+        self.config = config = config.clone()
+        config.defrost()
+        config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, self.device.type == "cpu")
+        config.freeze()
         self.output = Path(expand_path(config.OUTPUT_DIR, "OUTPUT_DIR"))
         self.registry = Path(expand_path(config.REGISTRY, "REGISTRY")) if config.REGISTRY else registry_folders()[0]
         self.methods = parse_methods(config.METHODS)
         self.teacher_file = self._file(f"{config.NAME}-teacher")
         self.student_files = {word: self._file(f"{config.NAME}-{word}-s{config.SEED}") for word in self.methods}
         self.data = StageOneData(config)
-        self.device = default_device()
         self.normalize = Normalizer(config.DATA.MEAN, config.DATA.STD, self.device)
 
     def _file(self, name: str) -> Path:
@@ -277,6 +280,7 @@ class StageOne:
                 eval_period=config.TEST.EVAL_PERIOD,
                 checkpoint_period=config.CHECKPOINT_PERIOD,
                 log_period=config.LOG_PERIOD,
+                images=solver.IMS_PER_BATCH,
                 title=title,
             )
 
