@@ -127,7 +127,9 @@ class StepSpeed(HookBase):
     def after_step(self) -> None:
         """Add the step; tell every now and then."""
         storage, done = self.trainer.storage, self.trainer.iter + 1
-        waited, _ = storage.latest()["data_time"]
+        # a step that was passed over has no events
+        waited, at = storage.latest().get("data_time", (0.0, -1))
+        waited = waited if at == self.trainer.iter else 0.0
         self._clock.seconds["data"] += waited
         self._clock.seconds["step"] += time.perf_counter() - self._began - waited
         self._speed.steps += 1
