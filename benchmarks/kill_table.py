@@ -150,7 +150,7 @@ def _tensors(path: Path) -> dict[str, bytes]:
 
 
 def _without_time(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key not in ("seconds", "backbone")}
+    return {key: value for key, value in result.items() if key not in ("seconds", "speed", "backbone")}
 
 
 def _distill_outcome(folder: Path) -> Outcome:

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nst_det.distill.cache_writing import CacheWriter
-from nst_det.distill.clock import Clock
 from nst_det.distill.config import get_defaults
 from nst_det.distill.dataset import StageOneData
 from nst_det.distill.images import Batch, Normalizer
@@ -42,6 +41,7 @@ from nst_det.distill.networks import build_losses, copy_of, initial_student, ini
 from nst_det.distill.stage import parse_methods
 from nst_det.distill.student import Student
 from nst_det.distill.teacher import Teacher
+from nst_det.runtime.clock import Clock
 from nst_det.runtime.config import merge_tree
 from nst_det.runtime.device import amp_dtype, autocast, default_device
 from nst_det.runtime.memory import keep_freed_memory
@@ -185,7 +185,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     bare = [copy_of(setup.student, setup.device).train() for _ in students]
     rows: dict[str, list[float]] = defaultdict(list)
     for step in range(total):
-        clock = Clock(setup.device, setup.timer)
+        clock = Clock(exact=setup.device, timer=setup.timer)
         start = clock.now()
         one_step(students, setup.teacher, batches, setup.normalize, clock)
         whole = clock.now() - start
@@ -222,7 +222,7 @@ def measure_ratios(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     bare, total = copy_of(setup.student, setup.device).train(), args.warm_up + args.steps
     whole, alone, cached = (setup.new_student(word) for word in (args.ratios, "ce", args.ratios))
     sources = {name: setup.batches(total) for name in ("step", "passes", "cached", "alone")}
-    clocks = {name: Clock(setup.device, setup.timer) for name in sources}
+    clocks = {name: Clock(exact=setup.device, timer=setup.timer) for name in sources}
 
     def passes() -> None:
         clock, batch = clocks["passes"], next(sources["passes"])

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from nst_det.compare.config import BASELINE, Comparison, merge_stage
 from nst_det.compare.cost import measure_costs
-from nst_det.compare.estimate import STEPS, Estimate, cells, estimate, total, wall_seconds
+from nst_det.compare.estimate import STEPS, Estimate, cells, estimate, gpu_shortage, total, wall_seconds
 from nst_det.compare.live import View, steps_done
 from nst_det.compare.on_ray import RayRunner, connected
 from nst_det.compare.plan import (
@@ -156,14 +156,15 @@ def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, 
     """The runs, what is done of them already, and what they take by ``found``, where that is known."""
     done = sum(run.done for run in runs)
     table = Table(caption=f"{len(runs)} runs, {done} done, {len(runs) - done} to do")
-    measured = ("time", "disk", "memory") if found else ()
+    on_gpu = found and any(one.gpu_memory for one in found.values())
+    measured = ("time", "disk", "memory", *(("GPU memory",) if on_gpu else ())) if found else ()
     for name in ("run", "state", "steps", "threads", *measured, "needs"):
         table.add_column(name, justify="left" if name in ("run", "state", "needs") else "right")
     for run in runs:
         steps = 0 if run.kind == DATA else total_steps(run.kind, run_config(comparison, run))
         made, _ = steps_done(run)
         state = "done" if run.done else f"stopped at {made}" if run.started and made else "to do"
-        takes = cells(found[run.name]) if found and not run.done else ("-",) * len(measured)
+        takes = cells(found[run.name])[: len(measured)] if found and not run.done else ("-",) * len(measured)
         table.add_row(run.name, state, str(steps or "-"), str(run.threads), *takes, ", ".join(run.needs) or "-")
     return table
 
@@ -179,8 +180,8 @@ def dry_run(comparison: Comparison, jobs: int = 0) -> None:
     if all(run.done for run in runs):
         return
     configs = checked_configs(comparison, runs)
-    found = estimate(comparison, runs, configs)
     machine = this_machine(jobs or comparison.jobs)
+    found = estimate(comparison, runs, configs, machine)
     all_runs, wall = total(found, runs), wall_seconds(runs, found, machine)
     table = plan_table(comparison, runs, found)
     beside = f"{machine.gpu_jobs} on GPUs" if machine.gpus else f"{machine.jobs} threads"
@@ -189,6 +190,8 @@ def dry_run(comparison: Comparison, jobs: int = 0) -> None:
         f"with {beside} side by side; {size(all_runs.disk)} on disk; up to {size(all_runs.memory)} of memory a run"
     )
     print_table(table)
+    if line := gpu_shortage(all_runs, machine):
+        print(line)
 
 
 def results_table(results: dict[str, Any]) -> Table:

@@ -15,6 +15,7 @@ from nst_det.compare.stages import DETECT, DISTILL, STAGES, Stage, check_generat
 from nst_det.compare.tuned import Tuned, read_tuned
 from nst_det.errors import UserError
 from nst_det.runtime.config import expand_path, flat, key_values, load_config, merge_overrides, plain
+from nst_det.runtime.device import core_count
 from nst_det.runtime.files import read_json
 from nst_det.runtime.run import FREE_KEYS, RunFolder
 
@@ -41,7 +42,8 @@ def default_config() -> CfgNode:
     ROWS                      detectors beside the methods': ``scratch`` (random backbone, always among them),
                               ``no-fpn`` (the backbone of ce, without FPN: its difference to ce is what FPN brings) and
                               ``teacher`` (the teacher's own backbone, as an upper mark)
-    JOBS                      runs side by side; 0 takes the number of cores, or of GPUs
+    JOBS                      runs side by side; 0 takes one a GPU, or without a GPU one a core.  Those on GPUs share
+                              the cores; what runs on the CPU beside them is not counted
     THREADS                   CPU threads of stage one (a detector has one); 0 takes the cores, at most 8
     DATA.GENERATE             settings of the generated data set; {} generates none
     DATA.ROOT                 where it is written; "" takes OUTPUT_DIR/data
@@ -320,11 +322,6 @@ def _rows(rows: Sequence[Any], source: str) -> tuple[str, ...]:
         if row not in EXTRA_ROWS:
             raise UserError(f"{source}: ROWS: unknown row {row!r}; known are {', '.join(EXTRA_ROWS)}")
     return tuple(row for row in EXTRA_ROWS if row == SCRATCH or row in rows)
-
-
-def core_count() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _recorded_threads(folder: Path) -> int:

@@ -7,7 +7,6 @@ Each distinct kind of run is tried once in a folder of its own that is removed a
 
 from __future__ import annotations
 
-import json
 import subprocess
 import tempfile
 import time
@@ -20,19 +19,23 @@ from fvcore.common.config import CfgNode
 
 from nst_det.compare.config import Comparison
 from nst_det.compare.plan import DATA, DETECTOR, STUDENTS, TEACHER, TEACHER_DETECTOR, Run
-from nst_det.compare.run import Command, Machine, environment_of, stage_command
+from nst_det.compare.run import Command, Machine, stage_command
 from nst_det.compare.stages import total_steps
 from nst_det.compare.trial_data import Parts, copy_parts
 from nst_det.errors import UserError
 from nst_det.runtime.amounts import bytes_below, duration, size
+from nst_det.runtime.clock import GIB
 from nst_det.runtime.config import flat, plain
 from nst_det.runtime.files import write_text
+from nst_det.runtime.metrics import read_metrics, speed_of
 from nst_det.runtime.run import config_hash
 
 STEPS = 8
 # the first ones find the fastest kernels and fill caches
 WARM_UP = 2
 POLL_SECONDS, MEMORY_SECONDS = 0.01, 0.05
+# what a process has on a GPU beside its tensors: the driver's context and the kernels, roughly
+GPU_CONTEXT = GIB // 2
 # what differs between two runs of one kind without changing what they take
 _FREE = ("OUTPUT_DIR", "REGISTRY", "NAME", "SEED", "MODEL.WEIGHTS", "TEACHER.WEIGHTS", "TRANSFER.TEACHER.WEIGHTS")
 _FREE_RATES = ("SOLVER.BASE_LR", "SOLVER.BACKBONE_MULTIPLIER")
@@ -45,12 +48,14 @@ class Estimate:
     Attributes:
         seconds: from its start to its end, on an otherwise idle machine.
         disk: bytes that it leaves behind.
-        memory: bytes, the most that its processes have at a time; what is on a GPU is not counted.  0 is not known.
+        memory: bytes, the most that its processes have at a time.  0 is not known.
+        gpu_memory: bytes, the most that it allocates on its GPU at a time; 0 without one.
     """
 
     seconds: float
     disk: int
     memory: int
+    gpu_memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,15 @@ class Trial:
     end: float
     disk: int
     memory: int
+    gpu_memory: int
 
 
 def estimate(
-    comparison: Comparison, runs: Sequence[Run], configs: Mapping[str, CfgNode], command: Command | None = None
+    comparison: Comparison,
+    runs: Sequence[Run],
+    configs: Mapping[str, CfgNode],
+    machine: Machine,
+    command: Command | None = None,
 ) -> dict[str, Estimate]:
     """Try one run of each kind; what every run of the plan will take, by its name.
 
@@ -73,6 +83,7 @@ def estimate(
         comparison: whose plan this is.
         runs: the plan.
         configs: the config of each run, by name; none for the data.
+        machine: where they will run.
         command: gives the command line of a run, in place of this package's own.
 
     Raises:
@@ -90,7 +101,7 @@ def estimate(
             kind = _kind(run, configs[run.name])
             if kind not in tried:
                 config = _trial_config(comparison, run, configs[run.name], folder, parts)
-                tried[kind] = _try(run, config, folder, command or stage_command)
+                tried[kind] = _try(run, config, folder, machine, command or stage_command)
             found[run.name] = _scaled(run, configs[run.name], tried[kind], parts)
     return found
 
@@ -152,7 +163,7 @@ def _moved(path: str, before: Path, after: Path) -> str:
     return str(after / Path(path).relative_to(before)) if path and Path(path).is_relative_to(before) else path
 
 
-def _try(run: Run, config: CfgNode, folder: Path, command: Command) -> Trial:
+def _try(run: Run, config: CfgNode, folder: Path, machine: Machine, command: Command) -> Trial:
     path = run.config_path(folder)
     write_text(path, config.dump())
     output = Path(config.OUTPUT_DIR)
@@ -165,7 +176,8 @@ def _try(run: Run, config: CfgNode, folder: Path, command: Command) -> Trial:
     looked, memory = began, 0
     with open(log, "wb") as said:
         words = command(run, folder)
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment_of(run))
+        environment = machine.environment(run, machine.gpus[0] if machine.on_gpu(run) else "")
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment)
         try:
             while True:
                 ended = process.poll() is not None
@@ -190,6 +202,7 @@ def _try(run: Run, config: CfgNode, folder: Path, command: Command) -> Trial:
         end=now - times[-1],
         disk=bytes_below(folder) - before,
         memory=memory,
+        gpu_memory=round(speed_of(read_metrics(metrics, speed=True)).get("gpu_memory_gib", 0) * GIB),
     )
 
 
@@ -209,8 +222,7 @@ def _steps_in(metrics: Path) -> int:
     """Steps with a loss in a ``metrics.jsonl``; evaluations have rows of their own in stage one."""
     if not metrics.exists():
         return 0
-    rows = metrics.read_text(encoding="utf-8").split("\n")[:-1]
-    return len({json.loads(row)["step"] for row in rows if "loss" in row})
+    return len({row["step"] for row in read_metrics(metrics) if any("loss" in name for name in row)})
 
 
 def _scaled(run: Run, config: CfgNode, trial: Trial, parts: Parts) -> Estimate:
@@ -219,11 +231,12 @@ def _scaled(run: Run, config: CfgNode, trial: Trial, parts: Parts) -> Estimate:
     evaluations = 1 + ((steps - 1) // period if period else 0)
     share = parts.test_share if detects else parts.val_share
     seconds = trial.start + steps * trial.step + evaluations * trial.end / share
-    return Estimate(seconds, trial.disk, trial.memory + (parts.detect_cache if detects else parts.distill_cache))
+    memory = trial.memory + (parts.detect_cache if detects else parts.distill_cache)
+    return Estimate(seconds, trial.disk, memory, trial.gpu_memory)
 
 
 def total(found: Mapping[str, Estimate], runs: Sequence[Run]) -> Estimate:
-    """Seconds of machine time and bytes of all runs that are not done; the memory is the largest one's."""
+    """Seconds of machine time and bytes of all runs that are not done; of memory the largest one's."""
     left = [found[run.name] for run in runs if not run.done]
     if not left:
         return Estimate(0.0, 0, 0)
@@ -232,9 +245,32 @@ def total(found: Mapping[str, Estimate], runs: Sequence[Run]) -> Estimate:
         seconds=sum(one.seconds for one in left),
         disk=sum(one.disk for one in left),
         memory=max(one.memory for one in left),
+        gpu_memory=max(one.gpu_memory for one in left),
     )
 
 
 def cells(one: Estimate) -> tuple[str, ...]:
-    """Time, disk and memory as a table shows them."""
-    return duration(one.seconds), size(one.disk), size(one.memory) if one.memory else "-"
+    """Time, disk, memory and the GPU's memory as a table shows them."""
+    memory, gpu_memory = (size(count) if count else "-" for count in (one.memory, one.gpu_memory))
+    return duration(one.seconds), size(one.disk), memory, gpu_memory
+
+
+def gpu_shortage(one: Estimate, machine: Machine) -> str:
+    """A line where the runs that share a GPU need more than it has free; else "".
+
+    Args:
+        one: the largest run's.
+        machine: how many go side by side.
+    """
+    if not one.gpu_memory:
+        return ""
+    import torch
+
+    beside = -(-machine.gpu_jobs // len(machine.gpus))
+    needed = one.gpu_memory + GPU_CONTEXT
+    free = min(torch.cuda.mem_get_info(index)[0] for index in range(len(machine.gpus)))
+    if beside * needed <= free:
+        return ""
+    fits = free // needed * len(machine.gpus)
+    remedy = f"take --jobs {fits}" if fits else "lower SOLVER.IMS_PER_BATCH or the size of the images"
+    return f"GPU memory: runs side by side on a GPU take {beside} x {size(needed)}, {size(free)} are free; {remedy}"

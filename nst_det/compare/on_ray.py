@@ -126,9 +126,15 @@ class RayRunner:
                 self._wait_for_the_cancelled()
 
     def _needs(self, run: Run) -> dict[str, float]:
-        if run.wants_gpu and self._ray.cluster_resources().get("GPU", 0) >= 1:
+        if self._gpu_threads(run):
             return {"num_cpus": 1, "num_gpus": 1}
         return {"num_cpus": run.threads, "num_gpus": 0}
+
+    def _gpu_threads(self, run: Run) -> int:
+        """Cores for each GPU, on the node that has the fewest; 0 where the run gets no GPU."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        shares = [int(node.get("CPU", 1) // node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1]
+        return max(1, min(shares)) if run.wants_gpu and shares else 0
 
     def _check_room(self, run: Run) -> None:
         cores = [node["Resources"].get("CPU", 0) for node in self._ray.nodes() if node["Alive"]]
@@ -143,7 +149,7 @@ class RayRunner:
         # lost with its node or worker it is given to another; one that ends with an error gives that as its answer
         retried = {"max_retries": RETRIES, "retry_exceptions": [Interrupted]}
         task = self._ray.remote(**self._needs(run), **retried, name=run.name)(carry_out)
-        return task.remote(run, str(self._folder), words)
+        return task.remote(run, str(self._folder), words, self._gpu_threads(run))
 
     def _collect(self) -> set[str]:
         ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=POLL_SECONDS)
@@ -175,13 +181,14 @@ class RayRunner:
         self._running.clear()
 
 
-def carry_out(run: Run, folder: str, words: list[str] | None) -> tuple[int, str]:
+def carry_out(run: Run, folder: str, words: list[str] | None, gpu_threads: int = 0) -> tuple[int, str]:
     """One run, in a process of its own on the node that Ray chose; its exit code and the end of what it said.
 
     Args:
         run: of the plan.
         folder: of the comparison.
         words: the command line; None for this package's own.
+        gpu_threads: its threads on the GPU that Ray gave it; 0 where it gets none.
 
     Raises:
         Interrupted: somebody stopped it; it goes on where it was.
@@ -190,7 +197,9 @@ def carry_out(run: Run, folder: str, words: list[str] | None) -> tuple[int, str]
         return 0, ""
     log = Path(folder) / "logs" / f"{run.name}.log"
     command = words or stage_command(run, Path(folder))
-    process, file, offset = start_process(command, log, environment_of(run))
+    # Ray names a task's GPU here, but hides none from a task without one
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpu_threads else ""
+    process, file, offset = start_process(command, log, environment_of(gpu_threads or run.threads, gpu))
     with file:
         try:
             # short waits: Ray cancels by an exception that comes between them

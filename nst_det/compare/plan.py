@@ -25,10 +25,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nst_det.compare.config import BASELINE, NO_FPN, SCRATCH, TEACHER, Comparison, core_count
+from nst_det.compare.config import BASELINE, NO_FPN, SCRATCH, TEACHER, Comparison
 from nst_det.compare.method import RowMethod, parse_row
 from nst_det.compare.stages import DETECT, DISTILL, generated_settings
 from nst_det.errors import UserError
+from nst_det.runtime.device import core_count
 
 DATA, STUDENTS, DETECTOR, TEACHER_DETECTOR = "data", "students", "detector", "teacher detector"
 # of the detector that teaches: the same for all seeds, as the teacher of stage one is
@@ -238,7 +239,7 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
         folders=(folder,),
         row=row,
         seed=seed,
-        wants_gpu=comparison.detect.MODEL.DEVICE.startswith("cuda"),
+        wants_gpu=comparison.detect.MODEL.DEVICE != "cpu",
     )
 
 

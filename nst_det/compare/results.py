@@ -35,10 +35,11 @@ def build_results(
     ``delta_interval``, ``p_value``, ``p_holm``, ``verdict`` (see ``settings["statistics"]``); ``per_class``,
     ``per_class_area``, ``map_by_iou``, ``coco`` (means over seeds) and ``objects`` (all three as
     :func:`~nst_det.evaluate.figures.summarize` gives them); ``top1`` of the backbone (None for scratch); ``seconds``
-    (student and detector together, a mean over seeds); ``params`` of the detector; ``backbone`` (one name a seed);
-    ``per_seed`` (the same by seed, with the ``term_weights`` that each stage had, AUTO_WEIGHT's choice among them, and
-    the run folders relative to the comparison's); ``commands`` that make the row again; ``cost`` of a forward pass
-    (None where not known).
+    (student and detector together, a mean over seeds); ``speed_backbone`` and ``speed_detector`` (see
+    :func:`~nst_det.runtime.metrics.speed_of`, means over seeds); ``params`` of the detector; ``backbone`` (one name a
+    seed); ``per_seed`` (the same by seed, with the ``term_weights`` that each stage had, AUTO_WEIGHT's choice among
+    them, and the run folders relative to the comparison's); ``commands`` that make the row again; ``cost`` of a forward
+    pass (None where not known).
 
     Args:
         comparison: what was asked.
@@ -80,7 +81,7 @@ def comparable(results: Any) -> Any:
         return {
             key: comparable(value)
             for key, value in results.items()
-            if key not in VOLATILE and not str(key).startswith("seconds")
+            if key not in VOLATILE and not str(key).startswith(("seconds", "speed"))
         }
     return [comparable(item) for item in results] if isinstance(results, list | tuple) else results
 
@@ -93,6 +94,7 @@ def _seed_entry(comparison: Comparison, row: str, seed: int) -> dict[str, Any]:
     more = ("map_by_iou", "coco", "objects", "checkpoints", "params", "engine", "steps")
     entry |= {key: detector.get(key) for key in more}
     entry["seconds_detector"] = float(detector.get("seconds") or 0.0)
+    entry["speed_detector"] = detector.get("speed") or {}
     if row == SCRATCH:
         backbone_folder = None
     else:
@@ -104,6 +106,7 @@ def _seed_entry(comparison: Comparison, row: str, seed: int) -> dict[str, Any]:
     entry["term_weights"] = {"backbone": backbone.get("weights") or {}, "detector": detector.get("weights") or {}}
     entry["backbone"] = backbone_name(comparison, row, seed) if backbone_folder is not None else ""
     entry["seconds_backbone"] = float(backbone.get("seconds") or 0.0)
+    entry["speed_backbone"] = backbone.get("speed") or {}
     entry["seconds"] = entry["seconds_detector"] + entry["seconds_backbone"]
     entry["run"] = folder.relative_to(comparison.folder).as_posix()
     entry["distill_run"] = backbone_folder and backbone_folder.relative_to(comparison.folder).as_posix()
@@ -149,16 +152,18 @@ def _row(
         "delta_interval": difference["interval"] and list(difference["interval"]),
         "p_value": difference["p_value"],
         "verdict": difference["verdict"],
-        "per_class": _mean_by_class([entry["per_class"] for entry in values]),
-        "per_class_area": _mean_by_class([entry["per_class_area"] for entry in values]),
-        "map_by_iou": _mean_by_class([entry["map_by_iou"] or {} for entry in values]),
-        "coco": _mean_by_class([entry["coco"] or {} for entry in values]),
+        "per_class": _mean_by_name([entry["per_class"] for entry in values]),
+        "per_class_area": _mean_by_name([entry["per_class_area"] for entry in values]),
+        "map_by_iou": _mean_by_name([entry["map_by_iou"] or {} for entry in values]),
+        "coco": _mean_by_name([entry["coco"] or {} for entry in values]),
         "objects": first["objects"],
         "top1": _mean([entry["top1"] for entry in values]),
         "top1_std": mean_std([entry["top1"] for entry in values])[1] if first["top1"] is not None else None,
         "seconds": _mean([entry["seconds"] for entry in values]),
         "seconds_backbone": _mean([entry["seconds_backbone"] for entry in values]),
         "seconds_detector": _mean([entry["seconds_detector"] for entry in values]),
+        "speed_backbone": _mean_by_name([entry["speed_backbone"] for entry in values]),
+        "speed_detector": _mean_by_name([entry["speed_detector"] for entry in values]),
         "params": first["params"],
         "backbone": [entry["backbone"] for entry in values if entry["backbone"]],
         "per_seed": {str(seed): dict(entry) for seed, entry in entries.items()},
@@ -170,8 +175,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return mean_std(known)[0] if known else None
 
 
-def _mean_by_class(values: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Mean AP by class; None for a class without any object in the test set."""
+def _mean_by_name(values: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Means of what stands under each name; None where no value does (AP of a class without any test object)."""
     return {name: _mean([entry.get(name) for entry in values]) for name in values[0]}
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from nst_det.compare.config import core_count
 from nst_det.compare.live import View
 from nst_det.compare.plan import Run
+from nst_det.runtime.device import core_count
 from nst_det.runtime.preemption import EXIT_RESUME, Preempted
 
 log = logging.getLogger(__name__)
@@ -52,9 +52,9 @@ class Machine:
     """What runs may use: CPU cores, and GPUs (as CUDA_VISIBLE_DEVICES names them) with room for ``gpu_jobs`` runs.
 
     Attributes:
-        jobs: one-thread runs side by side on the CPU.
+        jobs: one-thread runs side by side on the CPU; where there are GPUs, the cores.
         gpus: empty where there is none; then all runs are the CPU's.
-        gpu_jobs: runs side by side on all GPUs together.
+        gpu_jobs: runs side by side on all GPUs together, which share the cores.
     """
 
     jobs: int
@@ -73,15 +73,19 @@ class Machine:
         """How much of that room a run takes: on a CPU one for each of its threads."""
         return 1 if self.on_gpu(run) else max(1, min(run.threads, self.jobs))
 
+    def environment(self, run: Run, gpu: str = "") -> dict[str, str]:
+        """What a run's process gets for its environment; ``gpu`` is its GPU, where it has one."""
+        return environment_of(max(1, self.jobs // self.gpu_jobs) if gpu else run.threads, gpu)
+
 
 def this_machine(jobs: int = 0) -> Machine:
-    """This machine; ``jobs`` 0 takes one run a GPU, and one thread a core."""
+    """This machine; ``jobs`` runs side by side, on its GPUs if there are some; 0 takes one a GPU, or one a core."""
     import torch
 
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     count = torch.cuda.device_count()
     gpus = tuple(named[:count]) if named else tuple(str(index) for index in range(count))
-    return Machine(jobs or core_count(), gpus, jobs or len(gpus))
+    return Machine(core_count(), gpus, jobs or len(gpus)) if gpus else Machine(jobs or core_count())
 
 
 def stage_command(run: Run, folder: Path) -> list[str]:
@@ -95,7 +99,7 @@ class _Process:
     popen: subprocess.Popen[bytes]
     log: Path
     offset: int
-    gpu: str | None
+    gpu: str
     file: IO[bytes] = field(repr=False)
 
 
@@ -154,8 +158,8 @@ class Runner:
 
     def _start(self, run: Run) -> None:
         path = self._folder / "logs" / f"{run.name}.log"
-        gpu = self._free_gpu() if self._machine.on_gpu(run) else None
-        environment = environment_of(run, gpu, bool(self._machine.gpus))
+        gpu = self._free_gpu() if self._machine.on_gpu(run) else ""
+        environment = self._machine.environment(run, gpu)
         popen, file, offset = start_process(self._command(run, self._folder), path, environment)
         self._processes.append(_Process(run, popen, path, offset, gpu, file))
         self._view.started(run)
@@ -223,14 +227,10 @@ def said_since(log: Path, offset: int) -> str:
         return file.read().decode("utf-8", "replace")
 
 
-def environment_of(run: Run, gpu: str | None = None, has_gpus: bool = False) -> dict[str, str]:
-    """This process's environment with the threads of a run, or its GPU of those that there are."""
-    extra = {"PYTHONUNBUFFERED": "1"}
-    if gpu is None:
-        extra |= dict.fromkeys(THREAD_VARIABLES, str(run.threads))
-    if has_gpus:
-        extra["CUDA_VISIBLE_DEVICES"] = gpu or ""
-    return {**os.environ, **extra}
+def environment_of(threads: int, gpu: str = "") -> dict[str, str]:
+    """This process's environment with the threads of a run and its GPU; without one it sees none."""
+    extra = {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": gpu}
+    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), **extra}
 
 
 def _failure(process: _Process) -> RunFailed:

@@ -258,7 +258,7 @@ def _check_numbers(config: CfgNode, source: str) -> None:
         "TEST.EVAL_PERIOD": 0,
         "TRANSFER.WARMUP_ITERS": 0,
         "MODEL.ROI_HEADS.NUM_CLASSES": 0,
-        "DATALOADER.NUM_WORKERS": 0,
+        "DATALOADER.NUM_WORKERS": -1,
         "DATALOADER.CACHE_IMAGES_MB": 0,
         "INPUT.MIN_SIZE_TEST": 0,
     }
@@ -351,10 +351,26 @@ def resolve_classes(config: CfgNode, classes: Sequence[str]) -> None:
 
 
 def resolve_device(name: str) -> str:
-    """MODEL.DEVICE as it can be used here: Detectron2's default is ``cuda``, the CPU stands in with a warning."""
-    import torch
+    """MODEL.DEVICE as it can be used here: ``auto`` is the GPU where there is one, else the CPU.
 
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    The CPU also stands in for a GPU that is named, as in Detectron2's default, with a warning.
+    """
+    from nst_det.runtime.device import default_device
+
+    here = default_device().type
+    if name.startswith("cuda") and here == "cpu":
         log.warning("MODEL.DEVICE %s: no GPU here, taking the CPU", name)
-        return "cpu"
-    return name
+        return here
+    return here if name == "auto" else name
+
+
+def resolve_machine(config: CfgNode) -> None:
+    """Set MODEL.DEVICE and DATALOADER.NUM_WORKERS to what they are on this machine, for either engine."""
+    from nst_det.runtime.device import loader_workers
+
+    frozen = config.is_frozen()
+    config.defrost()
+    config.MODEL.DEVICE = resolve_device(config.MODEL.DEVICE)
+    config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE == "cpu")
+    if frozen:
+        config.freeze()

@@ -19,7 +19,7 @@ from nst_det.data.holdout import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detect.best import keep_best, settle
 from nst_det.detect.box_head import check_class_names
-from nst_det.detect.config import load_detect_config, resolve_classes, resolve_device
+from nst_det.detect.config import load_detect_config, resolve_classes, resolve_device, resolve_machine
 from nst_det.detect.dataset import data_classes, evaluation_batches, open_voc, training_batches
 from nst_det.detect.distilled import DistilledDetector, distill, wants_teacher
 from nst_det.detect.evaluation import detect, score, share_of_batches, write_detections
@@ -78,6 +78,7 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
 
 def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
     _settle(config, ENGINE="torchvision")
+    resolve_machine(config)
     start_processes(config.MODEL.DEVICE == "cpu")
     classes = data_classes(config)
     resolve_classes(config, classes)
@@ -148,6 +149,7 @@ def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
         UserError: the weights are not a whole detector, or there is nothing to evaluate on.
     """
     _settle(config, ENGINE="torchvision")
+    resolve_machine(config)
     start_processes(config.MODEL.DEVICE == "cpu")
     if resume:
         _settle_weights(config, str(Path(config.OUTPUT_DIR) / WEIGHTS_FILE))

@@ -23,6 +23,7 @@ from nst_det.detect.solver import build_optimizer, clip_gradients, lr_schedule, 
 from nst_det.detect.torchvision_engine import Detector
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import load_latest_checkpoint, save_checkpoint
+from nst_det.runtime.clock import SPEED_PERIOD, Clock, Speed
 from nst_det.runtime.device import is_gpu_error
 from nst_det.runtime.metrics import MetricsWriter, NoMetrics, loss_note
 from nst_det.runtime.nonfinite import SKIP, Buffers, NonFinite, NotFinite, gradient_norm
@@ -89,6 +90,8 @@ def train(
     log_batch(config.SOLVER.IMS_PER_BATCH, config.SOLVER.ACCUMULATE, config.SOLVER.BASE_LR)
     board = folder.path / "tensorboard" if config.TENSORBOARD else None
     model.train()
+    clock = Clock()
+    speed = Speed(config.SOLVER.IMS_PER_BATCH, training.device, clock)
     with progress(folder.path.name, last) as meter, whole_steps() as stop:
         # once more from an earlier step, where it went back to its last checkpoint
         while training.done < last:
@@ -98,12 +101,18 @@ def train(
             writer = MetricsWriter(folder.metrics_path, start, board, config.WANDB) if is_first() else NoMetrics()
             with writer as metrics:
                 for done in range(start + 1, last + 1):
-                    row = training.step(next(batches))
+                    with clock("data"):
+                        batch = next(batches)
+                    with clock("step"):
+                        row = training.step(batch)
+                    speed.steps += 1
                     if training.done < done:
                         break
                     if test.EVAL_PERIOD and done % test.EVAL_PERIOD == 0 and done < last:
                         row |= evaluate(done)
                         model.train()
+                    if done % SPEED_PERIOD == 0 or done == last:
+                        row |= speed.read()
                     metrics.write(done - 1, row)
                     meter.step({"loss": row["total_loss"]}, partial(loss_note, row))
                     leaving = asked_to_stop(stop, training.device)

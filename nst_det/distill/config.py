@@ -55,7 +55,8 @@ def get_defaults() -> CfgNode:
     config.TENSORBOARD = False
     # a project at Weights & Biases (pip install wandb); "" for none
     config.WANDB = ""
-    # worker processes that decode images; 0 does it in this process, which is right where the images fit in memory
+    # worker processes that decode images; 0 does it in this process, which is right where the images fit in memory and
+    # the CPU trains; -1 takes 0 on a CPU, and with a GPU one for each core of the run, up to 8
     config.DATALOADER = CfgNode({"NUM_WORKERS": 0})
     return config
 
@@ -189,7 +190,9 @@ def check_config(config: CfgNode) -> None:
     _require(config.TEST.IMS_PER_BATCH > 0, "TEST.IMS_PER_BATCH", "at least 1")
     _require(config.CHECKPOINT_PERIOD > 0, "CHECKPOINT_PERIOD", "at least 1")
     _require(config.LOG_PERIOD > 0, "LOG_PERIOD", "at least 1")
-    _require(config.DATALOADER.NUM_WORKERS >= 0, "DATALOADER.NUM_WORKERS", "0 or more")
+    _require(
+        config.DATALOADER.NUM_WORKERS >= -1, "DATALOADER.NUM_WORKERS", "0 or more, or -1 for what fits the machine"
+    )
     _check_cache(config.CACHE)
     words = all(isinstance(word, str) for word in config.METHODS)
     _require(words, "METHODS", "a list of method words such as [ce, kd, nst-poly]")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from nst_det.distill.accuracy import Accuracy
-from nst_det.distill.clock import Clock
 from nst_det.distill.images import Batch, Normalizer
 from nst_det.distill.opening import log_balance
 from nst_det.distill.student import Student
+from nst_det.runtime.clock import Clock, Speed
 from nst_det.runtime.metrics import loss_note
 from nst_det.runtime.preemption import whole_steps
 from nst_det.runtime.processes import asked_to_stop, stop_together
@@ -42,6 +42,7 @@ def train_side_by_side(
     eval_period: int,
     checkpoint_period: int,
     log_period: int,
+    images: int,
     title: str,
     clock: Clock | None = None,
 ) -> None:
@@ -60,6 +61,7 @@ def train_side_by_side(
         eval_period: steps between evaluations; 0 evaluates at the end only.
         checkpoint_period: steps between checkpoints.
         log_period: steps between rows of metrics.
+        images: of a step, of all processes.
         title: of the progress bar.
         clock: takes the time of the parts.
 
@@ -67,6 +69,7 @@ def train_side_by_side(
         UserError: an image can't be read, or a loss is not finite.
     """
     clock = clock or Clock()
+    speed = Speed(images, normalize.device, clock)
     with progress(title, last) as meter, whole_steps() as stop:
         # once more from an earlier step, where a student went back to its last checkpoint
         while (first := min((student.step for student in students), default=last)) < last:
@@ -75,12 +78,13 @@ def train_side_by_side(
             for step in range(first, last):
                 active = [student for student in students if student.step == step]
                 losses = one_step(active, teacher, batches, normalize, clock)
-                done = step + 1
+                done, speed.steps = step + 1, speed.steps + 1
                 stayed = [student for student in active if student.step == done]
                 log_balance(stayed)
                 if done % log_period == 0 or done == last:
+                    how_fast = speed.read()
                     for student in stayed:
-                        student.log()
+                        student.log(how_fast)
                 if done == last or (eval_period and done % eval_period == 0):
                     with clock("evaluation"):
                         for word, accuracy in measure(stayed).items():

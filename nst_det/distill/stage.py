@@ -43,6 +43,7 @@ from nst_det.runtime.device import (
     compute_line,
     default_device,
     gpu_errors_in_one_line,
+    loader_workers,
     set_float32_precision,
 )
 from nst_det.runtime.files import write_text
@@ -88,14 +89,17 @@ class StageOne:
     """What the steps of one call share."""
 
     def __init__(self, config: CfgNode) -> None:
-        self.config = config
+        self.device = default_device()
+        self.config = config = config.clone()
+        config.defrost()
+        config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, self.device.type == "cpu")
+        config.freeze()
         self.output = Path(expand_path(config.OUTPUT_DIR, "OUTPUT_DIR"))
         self.registry = Path(expand_path(config.REGISTRY, "REGISTRY")) if config.REGISTRY else registry_folders()[0]
         self.methods = parse_methods(config.METHODS)
         self.teacher_file = self._file(f"{config.NAME}-teacher")
         self.student_files = {word: self._file(f"{config.NAME}-{word}-s{config.SEED}") for word in self.methods}
         self.data = StageOneData(config)
-        self.device = default_device()
         set_float32_precision(config.FLOAT32_PRECISION, self.device)
         self.normalize = Normalizer(config.DATA.MEAN, config.DATA.STD, self.device)
 
@@ -303,6 +307,7 @@ class StageOne:
                 eval_period=config.TEST.EVAL_PERIOD,
                 checkpoint_period=config.CHECKPOINT_PERIOD,
                 log_period=config.LOG_PERIOD,
+                images=solver.IMS_PER_BATCH,
                 title=title,
             )
 

@@ -285,11 +285,11 @@ class Student:
         self.close()
         self._open_metrics()
 
-    def log(self) -> None:
-        """Write the terms of the step that was just done, each by its name."""
+    def log(self, more: Mapping[str, float] | None = None) -> None:
+        """Write the terms of the step that was just done, each by its name, and what else is to stand in their row."""
         levels = {f"level/{name}": float(value) for name, value in self.by_level.items()}
         last = self.step - 1
-        self._write(last, {**self.losses, **levels, "lr": self._rate(last)})
+        self._write(last, {**self.losses, **levels, "lr": self._rate(last), **(more or {})})
 
     def record(self, accuracy: Accuracy) -> None:
         """Take note of the accuracy after the step that was just done."""

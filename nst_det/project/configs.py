@@ -44,6 +44,9 @@ SOLVER:
   MAX_ITER: {student.iterations}
   IMS_PER_BATCH: {student.batch}
   CLIP_GRADIENTS: 5.0
+DATALOADER:
+  # none on a CPU; with a GPU one a core, up to 8
+  NUM_WORKERS: -1
 CHECKPOINT_PERIOD: 100
 LOG_PERIOD: 10
 """
@@ -54,7 +57,8 @@ DETECT = """\
 ENGINE: torchvision
 OUTPUT_DIR: {output_detect}
 MODEL:
-  DEVICE: {device}
+  # a GPU where there is one
+  DEVICE: auto
   META_ARCHITECTURE: GeneralizedRCNN
   PIXEL_MEAN: [123.675, 116.28, 103.53]
   PIXEL_STD: [58.395, 57.12, 57.375]
@@ -108,8 +112,8 @@ INPUT:
   MIN_SIZE_TEST: {size[0]}
   MAX_SIZE_TEST: {size[1]}
 DATALOADER:
-  # images are decoded once and stay in memory
-  NUM_WORKERS: 0
+  # none on a CPU, where images are decoded once and stay in memory; with a GPU one a core, up to 8
+  NUM_WORKERS: -1
 SOLVER:
   OPTIMIZER: ADAMW
   BASE_LR: 0.002
@@ -170,7 +174,6 @@ class Values:
     teacher: Schedule
     student: Schedule
     detection: Schedule
-    device: str
 
 
 def render(values: Values) -> dict[str, str]:
@@ -188,7 +191,6 @@ def render(values: Values) -> dict[str, str]:
         "detection": values.detection,
         "period": max(25, values.detection.iterations // 4),
         "detections": max(50, 2 * values.most_objects),
-        "device": values.device,
         # JSON is YAML, with names and paths quoted
         "anchors": json.dumps([[size] for size in values.anchors]),
         "classes": json.dumps(list(values.classes), ensure_ascii=False),

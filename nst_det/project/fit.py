@@ -13,9 +13,27 @@ from nst_det.detect.dataset import resized_shape
 
 STRIDES = (4, 8, 16, 32, 64)
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-# longest side of an image in pixels, by device
-LARGEST = {"cpu": 320, "cuda": 640}
 SMALLEST_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a device can take.
+
+    Attributes:
+        longest: side of a detector's image, in pixels.
+        square: side of an image of stage one, in pixels.
+        batch: images of a detector's step.
+        longer: how many times as long as on a CPU stage one may be.
+    """
+
+    longest: int
+    square: int
+    batch: int
+    longer: int
+
+
+PRESETS = {"cpu": Preset(320, 64, 8, 1), "cuda": Preset(800, 128, 16, 10)}
 
 
 @dataclass(frozen=True)
@@ -101,17 +119,17 @@ def fit_anchors(sizes: np.ndarray, names: np.ndarray) -> list[int]:
 
 
 def fit_detection(images: int, device: str) -> Schedule:
-    """Steps of stage two: six passes over the images on a CPU (150 to 600 steps), 24 on a GPU (500 to 18000)."""
-    batch = min(8 if images >= 64 else 4, images)
+    """Steps of stage two: six passes over the images on a CPU (150 to 600 steps), 24 on a GPU (500 to 9000)."""
+    batch = min(PRESETS[device].batch if images >= 64 else 4, images)
     if device == "cpu":
         return Schedule(_between(6 * images / batch, 150, 600), batch)
-    return Schedule(_between(24 * images / batch, 500, 18000), batch)
+    return Schedule(_between(24 * images / batch, 500, 9000), batch)
 
 
 def fit_distillation(images: int, device: str) -> tuple[Schedule, Schedule]:
     """Steps of stage one, for teacher and students: 15 and 10 passes over the images, within bounds."""
     batch = 64 if images >= 256 else 16 if images >= 64 else max(2, min(8, images))
-    longer = 1 if device == "cpu" else 10
+    longer = PRESETS[device].longer
     teacher = _between(15 * images / batch, 300, 1500 * longer)
     return Schedule(teacher, batch), Schedule(_between(10 * images / batch, 150, 900 * longer), batch)
 

@@ -19,13 +19,12 @@ from nst_det.errors import UserError
 from nst_det.project.coco import CocoSource, convert_coco
 from nst_det.project.configs import Values, render
 from nst_det.project.crops import write_crops
-from nst_det.project.fit import LARGEST, box_sizes, fit_anchors, fit_detection, fit_distillation, fit_size
+from nst_det.project.fit import PRESETS, box_sizes, fit_anchors, fit_detection, fit_distillation, fit_size
 from nst_det.project.splits import TEST_FRACTION, hold_out, ids_to_cut, known_pair, write_pair
 from nst_det.runtime.files import atomic_folder, write_text
 
 # problems with which a run would stop half-way; with the others it goes on
 FATAL = ("unreadable image", "missing image", "missing annotation", "bad annotation", "bad list", "wrong size")
-IMAGE_SIZE = {"cpu": 64, "cuda": 128}
 CROPS = Path("data") / "crops"
 CONVERTED = Path("data") / "voc"
 
@@ -109,7 +108,7 @@ def _make(
     train, test = lists
     learned, tested = (VocDataset(root, name).annotations() for name in lists)
     classes = _classes([*learned, *tested])
-    size = fit_size(learned, LARGEST[device])
+    size = fit_size(learned, PRESETS[device].longest)
     sizes, names = box_sizes(learned, *size)
     if not len(sizes):
         raise UserError(f"{root}: no object in {train} to train on; see nst-det check-data {root}")
@@ -133,7 +132,7 @@ def _make(
         classes=classes,
         images=image_root,
         images_note=note,
-        image_size=IMAGE_SIZE[device],
+        image_size=PRESETS[device].square,
         size=size,
         anchors=fit_anchors(sizes, names),
         median=max(1, round(float(np.median(sizes)))),
@@ -141,7 +140,6 @@ def _make(
         teacher=teacher,
         student=student,
         detection=fit_detection(sum(bool(item.objects) for item in learned), device),
-        device=device,
     )
     for file, text in render(values).items():
         write_text(made / file, text)

@@ -95,6 +95,12 @@ def render_page(results: Results) -> str:
         coco=[row for row in results.rows if row.coco],
         checkpoints=sentences.checkpoint_lines(results),
         balance=term_shares(training),
+        speeds=[
+            (row.method, stage, speed)
+            for row in results.rows
+            for stage, speed in (("one", row.speed_backbone), ("two", row.speed_detector))
+            if speed
+        ],
         distill_terms=_markup(charts.term_panels(_without_totals(training.distill_losses), "terms")),
         levels=_markup(charts.term_panels(_without_prefix(training.distill_levels), "levels")),
         distill_accuracy=_markup(charts.panels(training.distill_accuracy, look, "accuracy", log_scale=False)),

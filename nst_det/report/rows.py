@@ -40,7 +40,8 @@ class Row:
     ``worse``, ``noise``, ``single seed`` and ``reference``.  ``seconds`` of training are those of both stages,
     ``seconds_backbone`` the share of stage one.  ``stage`` is ``backbone`` or ``detector``, the last stage in which the
     row learns from a teacher; ``weights`` says where the weights of its terms are from.  ``coco``, ``by_iou`` (mAP by
-    overlap) and ``objects`` (of the test set by size) hold only what is known.
+    overlap), ``objects`` (of the test set by size), ``speed_backbone`` and ``speed_detector`` (``images_per_second``,
+    ``data_wait`` and ``gpu_memory_gib`` of training) hold only what is known.
     """
 
     method: str
@@ -67,6 +68,8 @@ class Row:
     coco: Mapping[str, float] = field(default_factory=dict)
     by_iou: Mapping[float, float] = field(default_factory=dict)
     objects: Mapping[str, float] = field(default_factory=dict)
+    speed_backbone: Mapping[str, float] = field(default_factory=dict)
+    speed_detector: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_method(self) -> bool:
@@ -162,6 +165,8 @@ def _row(tree: Any, runs: Path, where: str) -> Row:
         coco=read_numbers(tree.get("coco"), f"{where}.coco"),
         by_iou={float(iou): ap for iou, ap in read_numbers(tree.get("map_by_iou"), f"{where}.map_by_iou").items()},
         objects=read_numbers(tree.get("objects"), f"{where}.objects"),
+        speed_backbone=read_numbers(tree.get("speed_backbone"), f"{where}.speed_backbone"),
+        speed_detector=read_numbers(tree.get("speed_detector"), f"{where}.speed_detector"),
     )
 
 

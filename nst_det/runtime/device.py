@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,8 @@ FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
 _WORDS = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # how messages of CUDA, its libraries and NCCL begin; loader processes and threads put their own lines before
 _OF_GPU = re.compile(r"(CUDA|cuDNN|CUDNN|cuBLAS|CUBLAS|NCCL|HIP|No CUDA|Unexpected error from cuda)\b")
+# more loader processes than this wait for each other
+MOST_WORKERS = 8
 
 
 def amp_dtype(precision: str, device: torch.device, key: str = "SOLVER.AMP") -> torch.dtype | None:
@@ -45,6 +48,28 @@ def amp_dtype(precision: str, device: torch.device, key: str = "SOLVER.AMP") -> 
 def default_device() -> torch.device:
     """The GPU of this process if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def core_count() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loader_workers(asked: int, on_cpu: bool) -> int:
+    """DATALOADER.NUM_WORKERS as it is in this run: of -1 none on a CPU, else one for each core of the run, up to 8.
+
+    A run of a comparison has the cores that its number of threads says; processes of torchrun's, which sets that to 1,
+    share those of their machine.
+
+    Args:
+        asked: the key's value.
+        on_cpu: whether the run computes there: its loader processes would take the cores that the training needs.
+    """
+    if asked >= 0 or on_cpu:
+        return max(asked, 0)
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = core_count() // together if together > 1 else min(core_count(), torch.get_num_threads())
+    return max(1, min(cores, MOST_WORKERS))
 
 
 def named_device(name: str, key: str = "--device") -> torch.device:

@@ -6,8 +6,9 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from nst_det.errors import UserError
@@ -16,6 +17,8 @@ from nst_det.runtime.wandb_run import WandbRun
 
 # names of the sum of all terms, without loss/ before them
 TOTALS = ("total", "loss", "total_loss")
+# before the names of what two equal runs don't share
+SPEED = "speed/"
 
 
 def loss_note(row: Mapping[str, Any], most: int | None = None) -> str:
@@ -39,7 +42,7 @@ class MetricsWriter:
     """Append one JSON object a step to ``metrics.jsonl``; each loss term keeps its own name.
 
     A run that goes on at step k first drops the lines from step k on, so that the file of a run that was
-    stopped ends equal to an undisturbed run's.
+    stopped ends equal to an undisturbed run's, but for its speed.
 
     Args:
         path: the ``metrics.jsonl`` file.
@@ -55,7 +58,7 @@ class MetricsWriter:
         self, path: str | Path, start_step: int = 0, tensorboard: str | Path | None = None, wandb: str = ""
     ) -> None:
         path = Path(path)
-        kept = [row for row in read_metrics(path) if row["step"] < start_step] if path.exists() else []
+        kept = [row for row in read_metrics(path, speed=True) if row["step"] < start_step] if path.exists() else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._path = path
         # unbuffered: what a full disk refuses isn't tried again when the file is closed
@@ -114,8 +117,12 @@ class NoMetrics(MetricsWriter):
         """Nothing."""
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path, speed: bool = False) -> list[dict[str, Any]]:
     """All rows of a ``metrics.jsonl``; a last line cut off by a kill is left out.
+
+    Args:
+        path: the file.
+        speed: with what a run's speed was; without it, two equal runs have equal rows.
 
     Raises:
         UserError: a line before the last is not a JSON object with a step.
@@ -133,5 +140,23 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}: line {number} is not JSON; remove that line") from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(f"{path}: line {number} has no step; remove that line")
-        rows.append(row)
+        rows.append(row if speed else {key: value for key, value in row.items() if not key.startswith(SPEED)})
     return rows
+
+
+def speed_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How fast a run was: medians of its readings, and the peak of the GPU's memory where it had one.
+
+    Args:
+        rows: of its metrics, read with their speed.
+
+    Example:
+        >>> speed_of([{"step": 9, "speed/images_per_second": 80.0, "speed/data_wait": 0.5}, {"step": 10, "loss": 1.0}])
+        {'images_per_second': 80.0, 'data_wait': 0.5}
+    """
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith(SPEED):
+                found.setdefault(key.removeprefix(SPEED), []).append(value)
+    return {name: max(values) if name == "gpu_memory_gib" else median(values) for name, values in found.items()}

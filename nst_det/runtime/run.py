@@ -16,11 +16,13 @@ from fvcore.common.config import CfgNode
 from nst_det.errors import UserError
 from nst_det.runtime.config import flat, plain
 from nst_det.runtime.files import read_json, remove_left_over, write_json, write_text
+from nst_det.runtime.metrics import read_metrics, speed_of
 from nst_det.runtime.provenance import provenance
 
 # keys that may differ between two calls of one run: they change where, how fast and what is shown, not what is computed
 FREE_KEYS = (
     "OUTPUT_DIR",
+    "MODEL.DEVICE",
     "DATALOADER.NUM_WORKERS",
     "DATALOADER.CACHE_IMAGES_MB",
     "VIS_PERIOD",
@@ -107,8 +109,9 @@ class RunFolder:
         return result
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write the result; from now on the run is done."""
-        write_json(self.result_path, result)
+        """Write the result, and under ``speed`` how fast it was; from now on the run is done."""
+        rows = read_metrics(self.metrics_path, speed=True) if self.metrics_path.exists() else []
+        write_json(self.result_path, result | ({"speed": speed_of(rows)} if rows else {}))
 
 
 def _is_free(key: str) -> bool:

@@ -30,7 +30,9 @@ def steps_of(folder, total):
     for step in range(len(lines) - 1, total):
         time.sleep(STEP_SECONDS)
         with open(path, "a") as file:
-            file.write(json.dumps({"step": step, "loss": 1 / (step + 1)}) + "\n")
+            gpu = {"speed/gpu_memory_gib": float(os.environ.get("FAKE_GPU_GIB", 0))}
+            row = {"step": step, "loss": 1 / (step + 1), **(gpu if os.environ["CUDA_VISIBLE_DEVICES"] else {})}
+            file.write(json.dumps(row) + "\n")
 
 
 def write(path, value):

@@ -161,12 +161,13 @@ def test_this_machine_takes_the_gpus_that_it_may_see(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(nst_det.compare.run, "core_count", lambda: 6)
     assert nst_det.compare.run.this_machine() == Machine(6)
-    assert nst_det.compare.run.this_machine(3) == Machine(3, (), 3)
+    assert nst_det.compare.run.this_machine(3) == Machine(3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert nst_det.compare.run.this_machine() == Machine(6, ("0", "1"), 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert nst_det.compare.run.this_machine(4) == Machine(4, ("4", "7"), 4)
+    # the runs on the GPUs are counted, not those of the CPU
+    assert nst_det.compare.run.this_machine(4) == Machine(6, ("4", "7"), 4)
 
 
 class Log(View):
@@ -186,8 +187,9 @@ class Log(View):
 
 
 def events_of(folder, machine, runs):
-    """What happens when runs ``name -> (threads, needs, wants_gpu)`` go; each notes the GPU that it sees."""
-    note = "import os,sys,time; open(sys.argv[1],'w').write(os.environ.get('CUDA_VISIBLE_DEVICES','-')); time.sleep(.2)"
+    """What happens when runs ``name -> (threads, needs, wants_gpu)`` go; each notes its GPU and its threads."""
+    note = "import os,sys,time; text = '{CUDA_VISIBLE_DEVICES} {OMP_NUM_THREADS}'.format(**os.environ)"
+    note += "; open(sys.argv[1],'w').write(text); time.sleep(.2)"
     plan = [
         Run(name, "detector", needs, (folder / name,), {}, threads=threads, wants_gpu=gpu)
         for name, (threads, needs, gpu) in runs.items()
@@ -210,11 +212,25 @@ def test_a_run_that_waits_for_another_lets_others_go(tmp_path):
 
 def test_each_gpu_run_gets_the_gpu_with_the_fewest_and_the_cpus_run_beside_them(tmp_path):
     runs = {"a": (8, (), True), "b": (8, (), True), "c": (8, (), True), "d": (1, (), False)}
-    events = events_of(tmp_path, Machine(1, ("3", "5"), 2), runs)
+    events = events_of(tmp_path, Machine(6, ("3", "5"), 2), runs)
     assert events[:3] == ["a", "b", "d"]
-    assert {(tmp_path / name).read_text() for name in "ab"} == {"3", "5"}
-    assert (tmp_path / "c").read_text() in ("3", "5")
-    assert (tmp_path / "d").read_text() == ""
+    # each has its share of the cores
+    assert {(tmp_path / name).read_text() for name in "ab"} == {"3 3", "5 3"}
+    assert (tmp_path / "c").read_text() in ("3 3", "5 3")
+    assert (tmp_path / "d").read_text() == " 1"
+
+
+def test_more_runs_than_gpus_share_them_in_turn(tmp_path):
+    runs = dict.fromkeys("abcde", (1, (), True))
+    assert events_of(tmp_path, Machine(8, ("0", "1"), 4), runs)[:4] == ["a", "b", "c", "d"]
+    assert [(tmp_path / name).read_text() for name in "abcd"] == ["0 2", "1 2", "0 2", "1 2"]
+
+
+def test_a_run_without_a_gpu_sees_none_even_where_its_parent_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    events_of(tmp_path, Machine(2), {"a": (2, (), True), "b": (1, (), False)})
+    assert [(tmp_path / name).read_text() for name in "ab"] == [" 2", " 1"]
 
 
 def test_a_second_comparison_on_one_folder_is_refused(start, comparison, fake_command, monkeypatch):

@@ -7,7 +7,7 @@ from nst_det.cli import main
 from nst_det.compare import estimate as module
 from nst_det.compare.comparison import checked_configs, compare
 from nst_det.compare.config import load_comparison
-from nst_det.compare.estimate import Estimate, estimate, total, wall_seconds
+from nst_det.compare.estimate import GPU_CONTEXT, Estimate, estimate, gpu_shortage, total, wall_seconds
 from nst_det.compare.plan import Run, make_plan
 from nst_det.compare.run import Machine
 from nst_det.compare.trial_data import Parts, copy_parts
@@ -33,7 +33,7 @@ def test_the_estimate_is_near_what_runs_take(comparison, fake_command, without_d
     runs = make_plan(comparison)
     configs = checked_configs(comparison, runs)
     before = files(tmp_path)
-    found = estimate(comparison, runs, configs, fake_command)
+    found = estimate(comparison, runs, configs, Machine(1), fake_command)
     assert files(tmp_path) == before
     assert not comparison.folder.exists()
     began = time.monotonic()
@@ -59,7 +59,7 @@ def test_each_kind_is_tried_once(comparison, fake_command, without_data, monkeyp
         tried.append(run.name)
         return fake_command(run, folder)
 
-    estimate(comparison, runs, checked_configs(comparison, runs), command)
+    estimate(comparison, runs, checked_configs(comparison, runs), Machine(1), command)
     # rows differ by their weights alone; that of scratch by a rate
     assert tried == ["teacher", "distill/seed0", "detect/seed0/scratch"]
 
@@ -69,13 +69,13 @@ def test_a_trial_that_fails_is_named(comparison, fake_command, without_data, mon
     monkeypatch.setenv("FAKE_CODE", "2")
     runs = make_plan(comparison)
     with pytest.raises(UserError, match="the trial of detect/seed0/scratch failed: the images are gone"):
-        estimate(comparison, runs, checked_configs(comparison, runs), fake_command)
+        estimate(comparison, runs, checked_configs(comparison, runs), Machine(1), fake_command)
 
 
 def test_the_command_line_prints_the_plan_first_then_what_it_takes(config_file, tmp_path, monkeypatch, capsys):
     found = Estimate(3725.0, 3 << 30, 1 << 30)
     monkeypatch.setattr(
-        "nst_det.compare.comparison.estimate", lambda _comparison, runs, _configs: {run.name: found for run in runs}
+        "nst_det.compare.comparison.estimate", lambda _comparison, runs, *_: {run.name: found for run in runs}
     )
     with pytest.raises(SystemExit, match="0"):
         main(
@@ -95,7 +95,54 @@ def test_the_command_line_prints_the_plan_first_then_what_it_takes(config_file, 
     assert "1 h 02 min" in measured
     assert "3 GiB" in measured
     assert "11 h 22 min of runs" in measured
+    assert "GPU" not in measured
     assert not (tmp_path / "out").exists()
+
+
+def test_a_trial_on_a_gpu_tells_its_memory(comparison, fake_command, without_data, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
+    monkeypatch.setenv("FAKE_GPU_GIB", "2.5")
+    runs, machine = make_plan(comparison), Machine(6, ("4", "5"), 2)
+    found = estimate(comparison, runs, checked_configs(comparison, runs), machine, fake_command)
+    # the stand-in has that much where it sees a GPU
+    assert {one.gpu_memory for one in found.values()} == {5 << 29}
+    assert total(found, runs).gpu_memory == 5 << 29
+    found = estimate(comparison, runs, checked_configs(comparison, runs), Machine(6), fake_command)
+    assert {one.gpu_memory for one in found.values()} == {0}
+
+
+@pytest.mark.parametrize(
+    ("jobs", "said"),
+    [
+        (2, ""),  # one run a GPU
+        (6, ""),  # three of 3 GiB on the fuller one with 9 free
+        (7, "4 x 3 GiB, 9 GiB are free; take --jobs 6"),
+    ],
+)
+def test_runs_that_share_a_gpu_must_fit_its_memory(monkeypatch, jobs, said):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: ((40, 9)[index] << 30, 80 << 30))
+    one = Estimate(1.0, 1, 1, (3 << 30) - GPU_CONTEXT)
+    assert (
+        gpu_shortage(one, Machine(16, ("0", "1"), jobs)).removeprefix("GPU memory: runs side by side on a GPU take ")
+        == said
+    )
+    assert gpu_shortage(Estimate(1.0, 1, 1), Machine(16)) == ""
+
+
+def test_the_command_line_says_that_runs_do_not_fit_a_gpu(config_file, tmp_path, monkeypatch, capsys):
+    one = Estimate(1.0, 1 << 30, 1 << 30, 7 << 30)
+    monkeypatch.setattr(
+        "nst_det.compare.comparison.estimate", lambda _comparison, runs, *_: {run.name: one for run in runs}
+    )
+    monkeypatch.setattr("nst_det.compare.comparison.this_machine", lambda _: Machine(4, ("0",), 1))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (5 << 30, 8 << 30))
+    words = ["compare", "--config-file", str(config_file), "--output", str(tmp_path / "out"), "--dry-run"]
+    with pytest.raises(SystemExit, match="0"):
+        main(words)
+    *_, line = capsys.readouterr().out.strip().splitlines()
+    assert line.startswith("GPU memory")
+    assert "1 x 7.5 GiB, 5 GiB" in line
+    assert "SOLVER.IMS_PER_BATCH" in line
 
 
 def named(name, needs=(), threads=1):

@@ -13,9 +13,10 @@ from nst_det.cli import main
 from nst_det.compare.comparison import compare
 from nst_det.compare.config import load_comparison
 from nst_det.compare.live import last_metrics
-from nst_det.compare.plan import make_plan
+from nst_det.compare.on_ray import RayRunner, carry_out
+from nst_det.compare.plan import Run, make_plan
 from nst_det.compare.results import comparable
-from nst_det.compare.run import RunFailed
+from nst_det.compare.run import Machine, RunFailed
 
 FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
 needs_ray = pytest.mark.skipif(
@@ -97,6 +98,30 @@ def test_a_run_that_fails_stops_the_others_and_is_named(config_file, tmp_path, c
     with pytest.raises(RunFailed, match="run detect/seed0/scratch failed: the images are gone") as failed:
         compare(comparison, command=failing, ray_address=made.address)
     assert failed.value.code == 2
+
+
+@pytest.mark.parametrize(("gpu_threads", "seen"), [(0, " 2"), (6, "3 6")])
+def test_a_task_takes_ray_s_gpu_only_where_it_gets_one_and_its_own_threads(tmp_path, monkeypatch, gpu_threads, seen):
+    # what a worker that Ray uses again has from its first task
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = Run("a", "detector", (), (tmp_path / "a",), {}, threads=2)
+    note = "import os; print('{CUDA_VISIBLE_DEVICES} {OMP_NUM_THREADS}'.format(**os.environ))"
+    code, said = carry_out(run, str(tmp_path), [sys.executable, "-c", note], gpu_threads)
+    assert (code, said.removesuffix("\n")) == (0, seen)
+
+
+def test_a_gpu_comes_with_its_share_of_the_smallest_nodes_cores(tmp_path):
+    class Cluster:
+        def nodes(self):
+            sizes = [(True, {"CPU": 16.0, "GPU": 2.0}), (True, {"CPU": 12.0, "GPU": 4.0}), (True, {"CPU": 2.0})]
+            sizes += [(False, {"CPU": 1.0, "GPU": 1.0})]
+            return [{"Alive": alive, "Resources": resources} for alive, resources in sizes]
+
+    runner = RayRunner([], tmp_path, Machine(1), None, Cluster())
+    wants, other = (Run("a", "detector", (), (), {}, threads=2, wants_gpu=gpu) for gpu in (True, False))
+    assert (runner._gpu_threads(wants), runner._needs(wants)) == (3, {"num_cpus": 1, "num_gpus": 1})
+    assert (runner._gpu_threads(other), runner._needs(other)) == (0, {"num_cpus": 2, "num_gpus": 0})
 
 
 def test_without_ray_one_line_says_what_to_do(config_file, tmp_path, monkeypatch, capsys):

@@ -36,6 +36,7 @@ def finished(comparison):
             write(comparison.folder / f"detect/seed{seed}/{row}/result.json", detector_result(value))
             if row != "scratch":
                 student = {"top1": value + 0.25, "top5": 1.0, "seconds": 10.0 + seed, "weights": {"kd": 2.5 + seed}}
+                student["speed"] = {"images_per_second": 100.0 + seed, "data_wait": 0.25}
                 write(comparison.folder / f"distill/seed{seed}/students/{row}/result.json", student)
     teacher = {"name": "small-teacher", "top1": 0.9375, "top5": 1.0, "seconds": 60.0, "steps": 5, "params": 99}
     write(comparison.folder / "teacher/teacher/result.json", teacher)
@@ -56,6 +57,9 @@ def test_rows_by_hand(finished):
     assert (kd["map_area"], kd["map_area_std"]) == pytest.approx((0.275, 0.075 / math.sqrt(2)))
     assert kd["per_class"] == {"cup": pytest.approx(0.425), "hat": pytest.approx(0.675), "never": None}
     assert (kd["top1"], kd["seconds"], kd["seconds_detector"]) == (pytest.approx(0.8), 40.5, 30.0)
+    assert kd["speed_backbone"] == {"images_per_second": 100.5, "data_wait": 0.25}
+    # a result of an earlier version tells none
+    assert kd["speed_detector"] == rows["scratch"]["speed_backbone"] == {}
     assert kd["map_by_iou"] == {"0.5": pytest.approx(0.55), "0.95": None}
     assert kd["coco"] == {"AP": pytest.approx(0.55 / 3)}
     assert kd["objects"] == {"small": 1, "medium": 2, "large": 3}

@@ -11,12 +11,14 @@ from nst_det.detect.config import (
     load_detect_config,
     resolve_classes,
     resolve_device,
+    resolve_machine,
     voc_roots,
     wanted_engine,
 )
 from nst_det.detect.honored import DETECTRON2_ONLY, TAKEN_VALUES
 from nst_det.errors import UserError
 from nst_det.runtime.config import flat
+from nst_det.runtime.device import loader_workers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detect"
 
@@ -150,6 +152,44 @@ def test_the_cpu_stands_in_for_a_missing_gpu(monkeypatch, caplog):
     assert resolve_device("cuda:0") == "cpu"
     assert "no GPU here, taking the CPU" in caplog.text
     assert resolve_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "asked", "found"),
+    [
+        (False, ("auto", -1), ("cpu", 0)),
+        (False, ("auto", 3), ("cpu", 3)),
+        (True, ("auto", -1), ("cuda", 6)),
+        (True, ("auto", 0), ("cuda", 0)),
+        (True, ("cpu", -1), ("cpu", 0)),
+        (True, ("cuda:1", -1), ("cuda:1", 6)),
+    ],
+)
+def test_auto_and_minus_one_are_what_fits_the_machine(base_file, monkeypatch, gpu, asked, found, caplog):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 6)
+    monkeypatch.setattr("nst_det.runtime.device.core_count", lambda: 32)
+    config = load_detect_config(base_file, ["MODEL.DEVICE", asked[0], "DATALOADER.NUM_WORKERS", str(asked[1])])
+    # a comparison hands the words on to whatever machine a run is on
+    assert asked == (config.MODEL.DEVICE, config.DATALOADER.NUM_WORKERS)
+    resolve_machine(config)
+    assert found == (config.MODEL.DEVICE, config.DATALOADER.NUM_WORKERS)
+    assert config.is_frozen()
+    assert "no GPU here" not in caplog.text
+
+
+def test_loader_processes_share_the_cores_of_their_machine(monkeypatch):
+    monkeypatch.setattr("nst_det.runtime.device.core_count", lambda: 12)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    # one thread each is what torchrun gives its processes, not what they may use
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert loader_workers(-1, on_cpu=False) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert loader_workers(-1, on_cpu=False) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert loader_workers(-1, on_cpu=False) == 1
+    monkeypatch.setattr("torch.get_num_threads", lambda: 64)
+    assert loader_workers(-1, on_cpu=False) == 8
 
 
 @pytest.mark.detectron2

@@ -9,7 +9,9 @@ from nst_det.runtime.metrics import read_metrics
 def test_tensorboard_has_the_numbers_of_the_metrics(on_shapes, tmp_path):
     train_detector(on_shapes(changes={"TENSORBOARD": True, "SOLVER.MAX_ITER": 3}))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl", speed=True)
+    (event,) = events.Scalars("speed/images_per_second")
+    assert (event.step, event.value) == (2, pytest.approx(rows[2]["speed/images_per_second"], rel=1e-6))
     for name in ("loss_cls", "loss_rpn_loc", "total_loss", "lr"):
         found = events.Scalars(name)
         assert [event.step for event in found] == [0, 1, 2]

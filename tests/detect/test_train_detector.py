@@ -53,7 +53,7 @@ def test_a_run_and_its_folder(on_shapes, tmp_path):
     assert json.loads((folder / "result.json").read_text()) == result
     assert set(result) == {
         "map", "map_area", "per_class", "per_class_area", "map_by_iou", "coco", "objects", "seconds", "steps", "engine",
-        "params", "seed", "method", "weights", "losses",
+        "params", "seed", "method", "weights", "losses", "speed",
     }  # fmt: skip
     assert (result["engine"], result["method"], result["steps"], result["seed"]) == ("torchvision", "ce", 6, 0)
     assert set(result["per_class"]) <= set(data_classes(config))
@@ -61,6 +61,12 @@ def test_a_run_and_its_folder(on_shapes, tmp_path):
     assert [row["step"] for row in rows] == list(range(6))
     assert {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc", "total_loss", "lr"} <= set(rows[0])
     assert [row["step"] for row in rows if "map" in row] == [2]
+    timed = {row["step"]: row for row in read_metrics(folder / "metrics.jsonl", speed=True) if len(row) > len(rows[0])}
+    assert list(timed) == [2, 5]
+    assert result["speed"] == {name: timed[5][f"speed/{name}"] for name in ("images_per_second", "data_wait")}
+    # all steps of this run took no longer than all of it
+    assert result["speed"]["images_per_second"] > 6 * config.SOLVER.IMS_PER_BATCH / result["seconds"]
+    assert 0 < result["speed"]["data_wait"] < 1
     records = json.loads((folder / "detections.json").read_text())
     assert set(records[0]) == {"image_id", "category", "bbox", "score"}
     assert {record["category"] for record in records} <= set(data_classes(config))

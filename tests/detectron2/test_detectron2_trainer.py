@@ -64,6 +64,14 @@ def test_the_command_trains_evaluates_and_leaves_a_run_folder(command, tiny_yaml
     assert 0 < rows[0]["loss_transfer_nst-poly"] < rows[1]["loss_transfer_nst-poly"]
     events = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     assert any("loss_transfer_nst-poly" in event for event in events)
+    # so do they have its speed, which is told with the last step of this short run
+    *others, timed = read_metrics(folder / "metrics.jsonl", speed=True)
+    names = ("images_per_second", "data_wait")
+    assert result["speed"] == {name: timed[f"speed/{name}"] for name in names}
+    assert result["speed"]["images_per_second"] > 0
+    assert 0 < result["speed"]["data_wait"] < 1
+    assert not any(key.startswith("speed") for row in others for key in row)
+    assert all(f"speed/{name}" in events[-1] for name in names)
     found = json.loads((folder / "detections.json").read_text())
     assert {"image_id", "category", "bbox", "score"} == set(found[0])
 

@@ -80,6 +80,7 @@ def claims(overrides=(), method="kd+nst-poly"):
         ["OUTPUT_DIR", "o"],
         ["CHECKPOINT_PERIOD", "7"],
         ["DATALOADER.NUM_WORKERS", "3"],
+        ["DATALOADER.NUM_WORKERS", "-1"],
         ["TEACHER.EXPECTED_TOP1", "0.5"],
     ],
 )

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from nst_det.backbones import load_card, prove_parity, save_backbone
 from nst_det.distill import loop, networks
-from nst_det.distill.clock import Clock
 from nst_det.distill.config import load_distill_config
 from nst_det.distill.images import Normalizer
 from nst_det.distill.loop import one_step
@@ -24,6 +23,7 @@ from nst_det.distill.student import Student
 from nst_det.distill.teacher import Teacher
 from nst_det.errors import UserError
 from nst_det.runtime.checkpoint import checkpoints
+from nst_det.runtime.clock import Clock
 from nst_det.runtime.metrics import read_metrics
 from nst_det.runtime.run import RunFolder
 from nst_det.transfer.balance import Balance
@@ -96,6 +96,11 @@ def test_layout_results_and_cards(finished):
         folder = output / "students" / method
         assert json.loads((folder / "result.json").read_text()) == results[method]
         assert json.loads((folder / "config.json").read_text())["METHOD"] == method
+        speed = results[method]["speed"]
+        assert set(speed) == {"images_per_second", "data_wait"}
+        assert 0 < speed["data_wait"] < 1
+        # trained side by side: as fast as each other
+        assert speed == results["ce"]["speed"] != results["teacher"]["speed"]
         assert (folder / "provenance.json").exists()
         assert checkpoints(folder / "checkpoints") == []
         name = f"small-{method}-s0"
@@ -146,7 +151,8 @@ def test_metrics_have_each_term_by_itself(finished):
 def test_students_differ_by_their_method_only_from_the_first_step_on(finished, images, tmp_path):
     _, results = finished
     assert len({results[method]["sha256"] for method in METHODS}) == len(METHODS)
-    stage = StageOne(load_distill_config(None, words(images, tmp_path)))
+    stage = StageOne(load_distill_config(None, words(images, tmp_path, **{"DATALOADER.NUM_WORKERS": -1})))
+    assert stage.config.DATALOADER.NUM_WORKERS == 0
     start = networks.initial_student(stage.config, 3)
     again = networks.initial_student(stage.config, 3)
     assert all(torch.equal(a, b) for a, b in zip(start.model.state_dict().values(), again.model.state_dict().values()))

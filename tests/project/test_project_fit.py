@@ -58,7 +58,8 @@ def test_a_rare_class_has_its_anchors():
         (300, "cpu", Schedule(225, 8)),
         (5011, "cpu", Schedule(600, 8)),
         (3, "cpu", Schedule(150, 3)),
-        (5011, "cuda", Schedule(15033, 8)),
+        (5011, "cuda", Schedule(7517, 16)),
+        (40, "cuda", Schedule(500, 4)),
     ],
 )
 def test_steps_of_stage_two(images, device, wanted):

@@ -31,6 +31,10 @@ def test_csv_holds_every_digit(make_results) -> None:
         assert line["verdict"] == row["verdict"]
         assert line["top1"] == ("" if row["top1"] is None else repr(row["top1"]))
         assert (int(line["params"]), float(line["seconds"]), line["seeds"]) == (1934567, 47.123, "0 1 2")
+        for stage in ("backbone", "detector"):
+            for name in ("images_per_second", "data_wait", "gpu_memory_gib"):
+                value = row[f"speed_{stage}"].get(name)
+                assert line[f"{name}_{stage}"] == ("" if value is None else repr(value))
         for name in tree["classes"]:
             assert float(line[f"ap_11point:{name}"]) == row["per_class"][name]
             assert float(line[f"ap_area:{name}"]) == row["per_class_area"][name]

@@ -23,6 +23,9 @@ def test_another_config_is_refused_but_free_keys_may_differ(tmp_path):
         pass
     with RunFolder(tmp_path).opened({"A": 1, "OUTPUT_DIR": "y", "T": [1, 2]}):
         pass
+    for values in ({"MODEL.DEVICE": "cpu", "DATALOADER.NUM_WORKERS": 0}, {"MODEL.DEVICE": "cuda"}):
+        with RunFolder(tmp_path).opened({"A": 1, "T": [1, 2], **values}):
+            pass
     with pytest.raises(UserError, match="holds a run with A 1, now it is 2"), RunFolder(tmp_path).opened({"A": 2}):
         pass
 

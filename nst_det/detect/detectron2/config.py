@@ -16,7 +16,7 @@ from nst_det.detect.config import (
     check_average,
     check_select,
     resolve_classes,
-    resolve_device,
+    resolve_machine,
     voc_roots,
 )
 from nst_det.detect.dataset import data_classes
@@ -56,8 +56,8 @@ def _as_detectron2_nodes(node: CfgNode) -> None:
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
     """Detectron2's config from a YAML file (with ``_BASE_``) and ``KEY VALUE`` pairs, frozen.
 
-    ``MODEL.DEVICE`` becomes the CPU where there is no GPU, and the RoI heads those that read the canonical keys
-    where these differ from Detectron2's constants.
+    ``MODEL.DEVICE`` and ``DATALOADER.NUM_WORKERS`` become what they are on this machine, and the RoI heads those that
+    read the canonical keys where these differ from Detectron2's constants.
 
     Raises:
         UserError: no such file, an unknown key, or a value of the wrong type.
@@ -66,7 +66,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
     add_config(defaults)
     cfg = runtime.load_config(defaults, file, overrides)
     cfg.defrost()
-    cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
+    resolve_machine(cfg)
     choose_roi_heads(cfg)
     cfg.freeze()
     if cfg.SOLVER.ACCUMULATE != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from nst_det.runtime.metrics import MetricsWriter
+from nst_det.runtime.clock import SPEED_PERIOD, Clock, Speed
+from nst_det.runtime.metrics import SPEED, MetricsWriter
 from nst_det.runtime.processes import asked_to_stop, wait_for_all
 from nst_det.runtime.run import RunFolder
 from nst_det.runtime.seeds import seed_everything
@@ -106,8 +108,37 @@ class StopWhenAsked(HookBase):
             wait_for_all()
 
 
+class StepSpeed(HookBase):
+    """Puts among Detectron2's events how fast the steps are; the first process alone knows how long all wait for data.
+
+    Args:
+        images: of a step, of all processes.
+        device: that computes.
+    """
+
+    def __init__(self, images: int, device: torch.device) -> None:
+        self._clock, self._began = Clock(), 0.0
+        self._speed = Speed(images, device, self._clock)
+
+    def before_step(self) -> None:
+        """Begin."""
+        self._began = time.perf_counter()
+
+    def after_step(self) -> None:
+        """Add the step; tell every now and then."""
+        storage, done = self.trainer.storage, self.trainer.iter + 1
+        # a step that was passed over has no events
+        waited, at = storage.latest().get("data_time", (0.0, -1))
+        waited = waited if at == self.trainer.iter else 0.0
+        self._clock.seconds["data"] += waited
+        self._clock.seconds["step"] += time.perf_counter() - self._began - waited
+        self._speed.steps += 1
+        if done % SPEED_PERIOD == 0 or done == self.trainer.max_iter:
+            storage.put_scalars(smoothing_hint=False, **self._speed.read())
+
+
 class RunMetrics(HookBase):
-    """Losses and learning rate of every step as JSON lines in the run folder."""
+    """Losses and learning rate of every step, and now and then its speed, as JSON lines in the run folder."""
 
     def __init__(self, run: RunFolder, wandb: str = "") -> None:
         self.run, self.wandb = run, wandb
@@ -132,5 +163,5 @@ class RunMetrics(HookBase):
 
 
 def is_curve(name: str) -> bool:
-    """Whether an event is a loss, the learning rate or a figure of the validation split (not a time)."""
-    return name == "lr" or name.startswith("val/") or "loss" in name or name.startswith("transfer")
+    """Whether an event is a loss, the learning rate, a figure of the validation split or a speed (no other time)."""
+    return name == "lr" or name.startswith(("val/", SPEED)) or "loss" in name or name.startswith("transfer")

@@ -32,7 +32,15 @@ from nst_det.detect.detectron2.evaluator import VocEvaluator
 from nst_det.detect.detectron2.forward import propose_together, reduce_backbones
 from nst_det.detect.detectron2.library import distill_from_config, student_of, transfer_of
 from nst_det.detect.detectron2.loader import BoundedMapper, SharedBatches, build_train_loader
-from nst_det.detect.detectron2.loop import BeforeOptimizer, Loop, RunMetrics, StepSeed, StopWhenAsked, WentBack
+from nst_det.detect.detectron2.loop import (
+    BeforeOptimizer,
+    Loop,
+    RunMetrics,
+    StepSeed,
+    StepSpeed,
+    StopWhenAsked,
+    WentBack,
+)
 from nst_det.detect.detectron2.solver import build_optimizer
 from nst_det.detect.distilled import DistilledDetector
 from nst_det.detect.faults import broken_in, step_content
@@ -172,6 +180,8 @@ class DistillTrainer(Loop):
         evaluation = EvalHook(self.cfg.TEST.EVAL_PERIOD, evaluate)
         hooks = [evaluation if isinstance(hook, EvalHook) else hook for hook in hooks]
         if comm.is_main_process():
+            # before the writers of Detectron2's events
+            hooks.insert(1, StepSpeed(self.cfg.SOLVER.IMS_PER_BATCH, self._device))
             hooks.append(RunMetrics(RunFolder(self.cfg.OUTPUT_DIR), self.cfg.WANDB))
         # last: what a checkpoint says is done has been evaluated and written down, so that no kill leaves a gap
         saving = [hook for hook in hooks if isinstance(hook, PeriodicCheckpointer)]
