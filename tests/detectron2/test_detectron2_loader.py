@@ -1,5 +1,6 @@
 import itertools
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,19 @@ def test_workers_give_the_same_batches_and_ask_no_gpu_for_anything(tiny_yaml, cu
         found[-1] += [whole(batch) for batch in DistillTrainer.build_test_loader(cfg, "tiny_test")]
     assert found[0] == found[1]
     assert len(found[0]) == 6 + 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named_in_evaluation_too(voc_root, tiny_yaml, tmp_path, workers):
+    shutil.copytree(voc_root, tmp_path / "voc")
+    (tmp_path / "c.yaml").write_text(tiny_yaml.read_text().replace(str(voc_root), str(tmp_path / "voc")))
+    path = tmp_path / "voc" / "JPEGImages" / "i08.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    cfg = load_config(tmp_path / "c.yaml", ["DATALOADER.NUM_WORKERS", str(workers)])
+    register_datasets(cfg)
+    with pytest.raises(UserError, match=f"^{path}: ") as caught:
+        list(DistillTrainer.build_test_loader(cfg, "tiny_test"))
+    assert "Traceback" not in str(caught.value)
 
 
 LOADERS = """

@@ -73,6 +73,7 @@ def test_items_come_in_order(workers):
     assert [
         [int(one["square"]) for one in item] if isinstance(item, list) else int(item["square"]) for item in found
     ] == [[1, 4] if key == [1, 2] else [36] if key == [6] else key**2 for key in keys]
+    assert list(load(Squares(), [], workers)) == []
     endless = load(Squares(), itertools.count(20), workers)
     assert [int(next(endless)["square"]) for _ in range(5)] == [400, 441, 484, 529, 576]
 
