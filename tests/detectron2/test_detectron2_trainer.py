@@ -71,7 +71,7 @@ def test_the_command_trains_evaluates_and_leaves_a_run_folder(command, tiny_yaml
     assert result["speed"]["images_per_second"] > 0
     assert 0 < result["speed"]["data_wait"] < 1
     assert not any(key.startswith("speed") for row in others for key in row)
-    assert all(f"speed/{name}" in events[-1] for name in names)
+    assert all(any(f"speed/{name}" in event for event in events) for name in names)
     found = json.loads((folder / "detections.json").read_text())
     assert {"image_id", "category", "bbox", "score"} == set(found[0])
 
