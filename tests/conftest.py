@@ -14,8 +14,8 @@ from nst_det.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 HANGS_AFTER_SECONDS = 180
-# tests want equal bits, which no GPU promises, and fork: none sees a GPU, nor does a process that it starts, unless they
-# are asked for by the marker gpu; done before anything imports torch
+# tests want equal bits, which no GPU promises, and fork: none sees a GPU, nor does a process that it starts, unless
+# those marked gpu are asked for; done before anything imports torch
 VISIBLE, ON_CPU = "CUDA_VISIBLE_DEVICES", "NST_DET_GPU_TESTS_ON_CPU"
 _GIVEN = os.environ.get(VISIBLE)
 os.environ[VISIBLE] = ""
