@@ -1,4 +1,4 @@
-"""The commands that take what was trained on a GPU, or take one themselves."""
+"""The words of nst-det that take what was trained on a GPU, or take one themselves; the slowest tests come last."""
 
 import os
 import subprocess
