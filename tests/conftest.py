@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,18 @@ from nst_det.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 HANGS_AFTER_SECONDS = 180
+# tests want equal bits, which no GPU promises, and fork: none sees a GPU, nor does a process that it starts, unless
+# those marked gpu are asked for; done before anything imports torch
+VISIBLE, ON_CPU = "CUDA_VISIBLE_DEVICES", "NST_DET_GPU_TESTS_ON_CPU"
+_GIVEN = os.environ.get(VISIBLE)
+os.environ[VISIBLE] = ""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the GPUs back where tests that are meant for one were asked for."""
+    if re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")) and os.environ.get(ON_CPU) != "1":
+        os.environ.pop(VISIBLE)
+        os.environ.update({} if _GIVEN is None else {VISIBLE: _GIVEN})
 
 
 @pytest.fixture(scope="session")
