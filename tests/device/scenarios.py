@@ -1,0 +1,407 @@
+"""What is run on the pretended GPUs, in a process of its own: ``python scenarios.py GROUP FILE`` writes what was found.
+
+FILE is JSON: a dict a scenario with ``error`` (a traceback, or ""), ``counted`` (whether it counts), ``launches`` and
+``waits`` (number by place).
+"""
+
+import json
+import os
+import pkgutil
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from pretended_cuda import Counts, pretended
+
+from nst_det.cli import main
+from nst_det.data.generate import CLASSIFICATION, DETECTION, GenerateSettings, generate_data
+from nst_det.detect.config import load_detect_config
+from nst_det.detect.stage import train_detector
+from nst_det.distill.config import load_distill_config
+from nst_det.distill.stage import distill
+from nst_det.transfer import Outputs, build_transfer, terms
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+Words = dict[str, Any]
+# (function, which of its calls)
+Moment = tuple[str, int]
+
+FOUND: dict[str, dict[str, Any]] = {}
+ALL: tuple[Moment, ...] = ()
+# a rate that makes the second step's loss no number
+BREAKS = {"SOLVER.BASE_LR": 1e30, "SOLVER.MAX_ITER": 2, "SOLVER.NON_FINITE.POLICY": "skip"}
+STAGE_ONE_STEP = (("nst_det.distill.loop:one_step", 2), ("nst_det.distill.loop:one_step", 3))
+STAGE_ONE_EVALUATION = (("nst_det.distill.stage:measure", 1), ("nst_det.distill.student:Student.record", 1))
+STAGE_TWO_STEP = (("nst_det.detect.train:Training.step", 2), ("nst_det.detect.train:Training.step", 3))
+STAGE_TWO_EVALUATION = (("nst_det.detect.stage:detect", 1), ("nst_det.detect.stage:score", 1))
+DETECTRON2_STEP = (
+    ("nst_det.detect.detectron2.trainer:DistillTrainer.run_step", 2),
+    ("nst_det.detect.detectron2.trainer:DistillTrainer.run_step", 3),
+)
+
+
+class Stopped(Exception):
+    """A run that is to be resumed."""
+
+
+@contextmanager
+def scenario(name: str, counted: tuple[Moment, ...] | None = None, device: str = "") -> Iterator[None]:
+    """Note under a name what a block raises, and what it does.
+
+    Args:
+        name: of the scenario.
+        counted: the moments between which launches and waits are counted; ALL, or None for nothing.
+        device: that computes, and about which alone this package may ask.
+    """
+    pretended.questions.clear()
+    counts, error = Counts(), ""
+    switches = dict(zip(counted or (), (partial(count_in, counts), partial(count_in, None))))
+    count_in(counts if counted == ALL else None)
+    try:
+        with at_calls(switches):
+            yield
+        if device:
+            check_questions(torch.device(device))
+    except BaseException:
+        error = traceback.format_exc()
+    count_in(None)
+    FOUND[name] = {"error": error, "counted": counted is not None, **vars(counts)}
+
+
+def check_questions(device: torch.device) -> None:
+    """The block asked about no other device; names and random states are those of all."""
+    asked = [one for one in pretended.questions if one[0] not in ("get_device_name", "get_rng_state")]
+    others = {" ".join(map(str, one)) for one in asked if one[1] != device.index and one[2].startswith("nst_det")}
+    assert not others, f"asked about another device than {device}: {others}"
+
+
+def count_in(counts: Counts | None) -> None:
+    pretended.counts = counts
+
+
+@contextmanager
+def at_calls(actions: dict[Moment, Callable[[], None]]) -> Iterator[None]:
+    """Do something whenever one of these moments has come; all of them must come."""
+    calls: Counter[str] = Counter()
+
+    def watched(path: str) -> Callable[..., Any]:
+        function = pkgutil.resolve_name(path)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[path] += 1
+            actions.get((path, calls[path]), lambda: None)()
+            return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as patches:
+        for path in {path for path, _ in actions}:
+            patches.enter_context(mock.patch(path.replace(":", "."), watched(path)))
+        yield
+        assert all(calls[path] >= call for path, call in actions), f"{list(actions)} did not all come: {calls}"
+
+
+@contextmanager
+def stopped_at(moment: Moment) -> Iterator[None]:
+    """The block's run ends at this moment."""
+
+    def stop() -> None:
+        raise Stopped
+
+    with suppress(Stopped), at_calls({moment: stop}):
+        yield
+
+
+def nst_det(*words: Any) -> None:
+    """Run a command line that must end well."""
+    try:
+        main([str(word) for word in words])
+    except SystemExit as left:
+        if left.code:
+            raise AssertionError(f"nst-det {words[0]} ended with {left.code}") from left
+
+
+class Folder:
+    """A folder with generated data, and the command lines on it."""
+
+    def __init__(self, path: Path) -> None:
+        settings = GenerateSettings(
+            classification_images=24,
+            classification_val_images=12,
+            classification_classes=3,
+            detection_images=12,
+            detection_test_images=1,
+            detection_classes=3,
+        )
+        self.path, self.data = path, generate_data(path / "data", settings, workers=1)
+        os.environ["NST_DET_BACKBONES"] = str(path / "backbones")
+
+    def distill(self, output: str, **values: Any) -> None:
+        """Three steps of stage one with six images of 64 pixels."""
+        values = {
+            "NAME": output,
+            "OUTPUT_DIR": self.path / output,
+            "REGISTRY": self.path / "backbones",
+            "DATA.ROOT": self.data / CLASSIFICATION,
+            "DATA.IMAGE_SIZE": 64,
+            "STUDENT.ARCH": "nst_resnet10_w32",
+            "TEACHER.ARCH": "nst_resnet10_w32",
+            "TEACHER.SOLVER": {"MAX_ITER": 1},
+            "TRANSFER.LEVELS": ["res5"],
+            "SOLVER.MAX_ITER": 3,
+            "SOLVER.IMS_PER_BATCH": 6,
+            "LOG_PERIOD": 100,
+            **values,
+        }
+        distill(load_distill_config(None, [str(word) for pair in values.items() for word in pair]))
+
+    def detect(self, output: str, **values: Any) -> None:
+        """Three steps of stage two with two images of 64 pixels."""
+        voc = {"ROOT": str(self.data / DETECTION)}
+        tree: Words = {
+            "_BASE_": str(CHECKOUT / "configs" / "detect" / "base_rcnn_fpn.yaml"),
+            "ENGINE": "torchvision",
+            "OUTPUT_DIR": str(self.path / output),
+            "MODEL": {
+                "BACKBONE": {"FREEZE_AT": 0},
+                "TIMM": {"ARCH": "nst_resnet10_w32", "NORM": "BN"},
+                "FPN": {"OUT_CHANNELS": 16},
+                "RPN": {"PRE_NMS_TOPK_TRAIN": 200, "POST_NMS_TOPK_TRAIN": 100, "BATCH_SIZE_PER_IMAGE": 32},
+                "ROI_HEADS": {"BATCH_SIZE_PER_IMAGE": 32},
+                "ROI_BOX_HEAD": {"FC_DIM": 32},
+            },
+            "DATASETS": {
+                "VOC": {"own_train": {**voc, "SPLIT": "trainval"}, "own_test": {**voc, "SPLIT": "test"}},
+                "TRAIN": ["own_train"],
+                "TEST": ["own_test"],
+            },
+            "DATALOADER": {"NUM_WORKERS": 0},
+            "INPUT": {"MIN_SIZE_TRAIN": [64], "MAX_SIZE_TRAIN": 64, "MIN_SIZE_TEST": 64, "MAX_SIZE_TEST": 64},
+            "SOLVER": {"MAX_ITER": 3, "IMS_PER_BATCH": 2, "BASE_LR": 0.001, "STEPS": [], "AMP": {"ENABLED": True}},
+            "SEED": 0,
+        }
+        for key, value in values.items():
+            *above, last = key.split(".")
+            node = tree
+            for part in above:
+                node = node.setdefault(part, {})
+            node[last] = value
+        # JSON is YAML
+        (self.path / f"{output}.yaml").write_text(json.dumps(tree))
+        if tree["ENGINE"] == "torchvision":
+            train_detector(load_detect_config(self.path / f"{output}.yaml"))
+        else:
+            nst_det("train-det", "--config-file", self.path / f"{output}.yaml")
+
+    def taught(self, method: str, teacher: str) -> Words:
+        """Keys of a student of a teacher detector that was trained here."""
+        return {
+            "TRANSFER.METHOD": method,
+            "TRANSFER.LEVELS": ["p2", "p3", "p4", "p5"],
+            "TRANSFER.TEACHER.CONFIG_FILE": str(self.path / f"{teacher}.yaml"),
+            "TRANSFER.TEACHER.WEIGHTS": str(self.path / teacher / "model.safetensors"),
+        }
+
+
+def losses() -> None:
+    """Every term by itself, on maps of two levels, logits and embeddings of six images."""
+    widths = {"res3": 16, "res4": 32}
+
+    def outputs(widths: dict[str, int], learns: bool) -> Outputs:
+        shapes = [(6, 5), (6, 32), *((6, width, 8, 8) for width in widths.values())]
+        logits, embedding, *maps = (torch.rand(shape, device="cuda:1", requires_grad=learns) for shape in shapes)
+        return Outputs(logits, dict(zip(widths, maps)), embedding)
+
+    for term in terms():
+        # PKD has no adapter
+        theirs = widths if term == "pkd" else {"res3": 24, "res4": 48}
+        loss = build_transfer(
+            term,
+            levels=list(widths),
+            student_channels=widths,
+            teacher_channels=theirs,
+            num_classes=5,
+            student_embedding=32,
+            teacher_embedding=32,
+        ).to("cuda:1")
+        student, teacher = outputs(widths, learns=True), outputs(theirs, learns=False)
+        with scenario(f"loss {term}", ALL, "cuda:1"):
+            sum(loss(student, teacher).values()).backward()
+
+
+def stage_one(folder: Folder) -> None:
+    losses()
+    deep = {"STUDENT.ARCH": "resnet18", "TEACHER.ARCH": "resnet50"}
+    with scenario("stage one, teacher"):
+        folder.distill("deep", METHODS=[], **deep)
+    for method in ("ce", "kd+nst-poly", "nst-gaussian"):
+        with scenario(f"stage one, {method}", STAGE_ONE_STEP):
+            folder.distill("deep", METHODS=[method], **deep)
+    with scenario("stage one, evaluation", STAGE_ONE_EVALUATION):
+        folder.distill("evaluated", METHODS=["ce"])
+    every = {
+        "METHODS": ["ce", "+".join(terms())],
+        "SOLVER.MAX_ITER": 2,
+        "SOLVER.OPTIMIZER": "ADAMW",
+        "SOLVER.EMA_DECAY": 0.9,
+        "SOLVER.CLIP_GRADIENTS": 1.0,
+        "SOLVER.ACCUMULATE": 2,
+        "LOG_PERIOD": 1,
+        "CHECKPOINT_PERIOD": 1,
+        "TEST.EVAL_PERIOD": 1,
+    }
+    with scenario("stage one, every term, resumed"):
+        with stopped_at(("nst_det.distill.loop:one_step", 3)):
+            folder.distill("resumed", **every)
+        folder.distill("resumed", **every)
+    with scenario("stage one, fp16"):
+        folder.distill("fp16", **{"METHODS": ["kd+nst-poly"], "SOLVER.AMP": "fp16", "SOLVER.EMA_DECAY": 0.9})
+    with scenario("stage one, cached teacher"):
+        cache = {"CACHE.DIR": folder.path / "cache", "CACHE.VIEWS": 1}
+        folder.distill("cached", **{"METHODS": ["kd+nst-poly"], "SOLVER.MAX_ITER": 1, **cache})
+    with scenario("stage one, replay"):
+        folder.distill("broken", **{"METHODS": ["ce"], **BREAKS})
+        nst_det("replay", *(folder.path / "broken").rglob("step-00000001.pt"))
+
+
+def stage_two(folder: Folder) -> None:
+    r18, r50 = {"MODEL.TIMM.ARCH": "resnet18"}, {"MODEL.TIMM.ARCH": "resnet50"}
+    with scenario("stage two, on the CPU", ALL, "cpu"):
+        folder.detect("cpu", **{"MODEL.DEVICE": "cpu"})
+    with scenario("stage two, teacher"):
+        folder.detect("teacher", **r50, **{"SOLVER.MAX_ITER": 1, "DATASETS.TEST": []})
+    with scenario("stage two, ce, 16 images", STAGE_TWO_STEP):
+        folder.detect("batch", **r18, **{"SOLVER.IMS_PER_BATCH": 16, "DATASETS.TEST": []})
+    with scenario("stage two, ce", STAGE_TWO_STEP):
+        folder.detect("plain", **r18, **{"DATASETS.TEST": []})
+    for method in ("nst-poly", "cwd"):
+        with scenario(f"stage two, {method}@det", STAGE_TWO_STEP):
+            folder.detect(method, **r18, **{"DATASETS.TEST": []}, **folder.taught(method, "teacher"))
+    with scenario("stage two, evaluation", STAGE_TWO_EVALUATION, "cuda:1"):
+        folder.detect("evaluated", **{"MODEL.DEVICE": "cuda:1"})
+    every = {
+        "MODEL.DEVICE": "cuda:1",
+        "SOLVER.MAX_ITER": 2,
+        "SOLVER.OPTIMIZER": "ADAMW",
+        "SOLVER.EMA_DECAY": 0.9,
+        "SOLVER.CLIP_GRADIENTS": {"ENABLED": True, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0},
+        "SOLVER.ACCUMULATE": 2,
+        "SOLVER.CHECKPOINT_PERIOD": 1,
+        "TEST.EVAL_PERIOD": 1,
+        "DATASETS.VAL_FRACTION": 0.3,
+        # the others at the box heads
+        **folder.taught("+".join(terms()), "evaluated"),
+    }
+    with scenario("stage two, every term, resumed", device="cuda:1"):
+        with stopped_at(("nst_det.detect.train:Training.step", 2)):
+            folder.detect("resumed", **every)
+        folder.detect("resumed", **every)
+    with scenario("stage two, replay"):
+        folder.detect("broken", **BREAKS)
+        nst_det("replay", *(folder.path / "broken").rglob("step-00000001.pt"))
+
+
+def detectron2(folder: Folder) -> None:
+    engine = {"ENGINE": "detectron2"}
+    with scenario("detectron2, teacher"):
+        folder.detect("teacher", **engine, **{"SOLVER.MAX_ITER": 1, "DATASETS.TEST": []})
+    with scenario("detectron2, ce", DETECTRON2_STEP):
+        folder.detect("plain", **engine, **{"DATASETS.TEST": []})
+    for method in ("nst-poly", "cwd"):
+        with scenario(f"detectron2, {method}@det", DETECTRON2_STEP):
+            folder.detect(method, **engine, **{"DATASETS.TEST": []}, **folder.taught(method, "teacher"))
+    every = {
+        "MODEL.DEVICE": "cuda:1",
+        "SOLVER.MAX_ITER": 2,
+        "SOLVER.OPTIMIZER": "ADAMW",
+        "SOLVER.EMA_DECAY": 0.9,
+        "SOLVER.CHECKPOINT_PERIOD": 1,
+        "TEST.EVAL_PERIOD": 1,
+        "DATASETS.VAL_FRACTION": 0.3,
+        **folder.taught("+".join(terms()), "teacher"),
+    }
+    with scenario("detectron2, every term, resumed", device="cuda:1"):
+        with stopped_at(("nst_det.detect.detectron2.trainer:DistillTrainer.run_step", 2)):
+            folder.detect("resumed", **engine, **every)
+        folder.detect("resumed", **engine, **every)
+    with scenario("detectron2, replay"):
+        folder.detect("broken", **engine, **BREAKS, **{"SOLVER.AMP": {"ENABLED": False}})
+        nst_det("replay", *(folder.path / "broken").rglob("step-00000001.pt"))
+
+
+def commands(folder: Folder) -> None:
+    """Every word that computes on a device, after a short run of each stage on the second GPU."""
+    with scenario("runs for the commands"):
+        folder.distill("distilled", METHODS=["ce", "kd"])
+        folder.detect("run", **{"MODEL.DEVICE": "cuda:1", "INPUT.MIN_SIZE_TEST": 96, "INPUT.MAX_SIZE_TEST": 96})
+    run, config = folder.path / "run", folder.path / "run.yaml"
+    backbones = [folder.path / "backbones" / f"distilled-{method}-s0.safetensors" for method in ("ce", "kd")]
+    image = next(folder.data.joinpath(DETECTION).rglob("*.jpg"))
+    second, fast = ("--device", "cuda:1"), ("--batch", 1, "--repeats", 1, "--size", 64)
+    out = folder.path / "out"
+    words: dict[str, tuple[Any, ...]] = {
+        "benchmark --arch": ("benchmark", "--arch", "nst_resnet10_w32", *fast, *second),
+        "benchmark --weights": ("benchmark", "--weights", backbones[0], *fast, *second),
+        "benchmark --run": ("benchmark", "--run", run, *fast, *second),
+        "benchmark --config-file": ("benchmark", "--config-file", config, *fast, *second),
+        "predict": ("predict", image, "--run", run, "--output", out / "predicted", *second),
+        "predict by default": ("predict", image, "--run", run, "--output", out / "here"),
+        "train-det --eval-only": ("train-det", "--config-file", config, "--eval-only", "--resume"),
+        "export of a backbone": ("export", "--format", "timm", "--weights", backbones[0], "--output", out / "timm"),
+        "look": (
+            "look",
+            "--weights",
+            backbones[0],
+            "--weights",
+            backbones[1],
+            "--image",
+            image,
+            "--output",
+            out / "l.html",
+        ),
+        "backbones --check": ("backbones", "--check", backbones[0]),
+        "init": ("init", folder.path / "project", "--voc", folder.data / DETECTION),
+        "doctor": ("doctor",),
+    }
+    for name, line in words.items():
+        with scenario(name, device="cuda:1" if "cuda:1" in line else ""):
+            nst_det(*line)
+    with scenario("export"), stopped_at(("nst_det.export.detector:trace", 1)):
+        # the comparison of detector and graph; tracing takes long
+        nst_det("export", "--format", "torch-export", "--run", run, "--output", out / "detector.pt2")
+
+
+def workers(folder: Folder) -> None:
+    """Loader processes that are forked after CUDA was begun."""
+    forked = {"SOLVER.MAX_ITER": 1, "DATALOADER.NUM_WORKERS": 2}
+    augment = {"DATA.AUGMENT.CROP_AREA": [0.3, 1.0], "DATA.AUGMENT.COLOR_JITTER": [0.4, 0.4, 0.4, 0.1]}
+    with scenario("stage one, workers"):
+        folder.distill("cropped", METHODS=["ce"], **forked, **augment)
+    with scenario("stage two, workers"):
+        folder.detect("detected", **forked)
+
+
+GROUPS = {
+    "stage one": stage_one,
+    "stage two": stage_two,
+    "detectron2": detectron2,
+    "commands": commands,
+    "workers": workers,
+}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as path:
+        folder = Folder(Path(path))
+        pretended.begin()
+        GROUPS[sys.argv[1]](folder)
+    Path(sys.argv[2]).write_text(json.dumps(FOUND))
