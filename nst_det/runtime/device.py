@@ -118,8 +118,8 @@ def cast_frozen(
     """
     for layer in model.modules() if dtype is not None else ():
         if type(layer) in kinds:
-            for parameter in layer.parameters(recurse=False):
-                parameter.data = parameter.data.to(dtype)
+            for name, parameter in layer.named_parameters(recurse=False):
+                setattr(layer, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
 
 
 def set_float32_precision(name: str, device: torch.device) -> None:
