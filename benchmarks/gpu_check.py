@@ -189,7 +189,7 @@ Rows = list[tuple[float, int, dict[str, float]]]
 @contextmanager
 def timed_rows() -> Iterator[Rows]:
     """The rows of metrics that are written in the block, with the time of each and its step."""
-    from nst_det.runtime.metrics import MetricsWriter
+    from nst_det.engine.metrics import MetricsWriter
 
     rows: Rows = []
     write = MetricsWriter.write
@@ -241,10 +241,10 @@ def stage_one(part: Part) -> None:
     """A student of stage one: loader, step on one batch, both, and bare passes of the same networks."""
     from safetensors.torch import save_file
 
-    from nst_det.backbones import create_model
-    from nst_det.distill.config import load_distill_config
-    from nst_det.distill.dataset import StageOneData
-    from nst_det.distill.stage import distill
+    from nst_det.distillation.config import load_distill_config
+    from nst_det.distillation.dataloader import StageOneData
+    from nst_det.distillation.pipeline import distill
+    from nst_det.models import create_model
 
     files = part.jpegs()
     data = part.folder / "data"
@@ -316,7 +316,7 @@ def bare_passes(part: Part, name: str, layout: str, compiled: bool) -> dict[str,
     import torch
     from torch.nn.functional import cross_entropy
 
-    from nst_det.backbones import create_model
+    from nst_det.models import create_model
 
     memory = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[layout]
     student, teacher = (
@@ -353,7 +353,7 @@ def voc_folder(part: Part, files: list[Path]) -> Path:
 
     from nst_det.data.annotation import VocAnnotation, VocObject
     from nst_det.data.images import image_size
-    from nst_det.data.scenes import voc_xml
+    from nst_det.data.synthetic import voc_xml
 
     root, draw = part.folder / "voc", np.random.default_rng(0)
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
@@ -416,11 +416,11 @@ class Watch:
 
 def torchvision(part: Part) -> None:
     """Stage two by the torchvision engine."""
-    import nst_det.detect.stage as stage
-    from nst_det.detect.config import load_detect_config
-    from nst_det.detect.dataset import data_classes, open_voc, training_batches
-    from nst_det.detect.torchvision_engine.roi_heads import RoiHeads
-    from nst_det.detect.torchvision_engine.rpn import Rpn
+    import nst_det.detection.pipeline as stage
+    from nst_det.detection.config import load_detect_config
+    from nst_det.detection.data import data_classes, open_voc, training_batches
+    from nst_det.detection.torchvision.roi_heads import RoiHeads
+    from nst_det.detection.torchvision.rpn import Rpn
 
     def loader(words: list[str]) -> Iterator[Any]:
         config = load_detect_config(DETECTOR, words)
@@ -445,9 +445,9 @@ def detectron2(part: Part) -> None:
     from detectron2.modeling.proposal_generator import RPN
     from detectron2_step import build, step
 
-    from nst_det.detect.detectron2.config import load_config, register_datasets
-    from nst_det.detect.detectron2.loader import build_train_loader
-    from nst_det.detect.detectron2.trainer import DistillTrainer
+    from nst_det.detectron2.config import load_config, register_datasets
+    from nst_det.detectron2.data import build_train_loader
+    from nst_det.detectron2.trainer import DistillTrainer
 
     def loader(words: list[str]) -> Iterator[Any]:
         config = load_config(DETECTOR, words)
@@ -497,11 +497,11 @@ def detector_part(
 ) -> list[str]:
     """The figures that both engines have; the ``KEY VALUE`` pairs of a plain run with workers."""
     from nst_det.cli import main
-    from nst_det.detect.config import load_detect_config
-    from nst_det.detect.distilled import DistilledDetector
-    from nst_det.detect.torchvision_engine import build_detector
-    from nst_det.detect.weights import save_weights
-    from nst_det.transfer import TransferLoss
+    from nst_det.detection.checkpoint import save_weights
+    from nst_det.detection.config import load_detect_config
+    from nst_det.detection.distiller import DistilledDetector
+    from nst_det.detection.torchvision import build_detector
+    from nst_det.losses import TransferLoss
 
     root = voc_folder(part, part.jpegs())
     skip = max(part.workers, part.warm_up)

@@ -31,21 +31,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nst_det.distill.cache_writing import CacheWriter
-from nst_det.distill.config import get_defaults
-from nst_det.distill.dataset import StageOneData
-from nst_det.distill.images import Batch, Normalizer
-from nst_det.distill.loop import Teaching, one_step
-from nst_det.distill.needs import total_bytes
-from nst_det.distill.networks import build_losses, copy_of, initial_student, initial_teacher
-from nst_det.distill.stage import parse_methods
-from nst_det.distill.student import Student
-from nst_det.distill.teacher import Teacher
-from nst_det.runtime.clock import Clock
-from nst_det.runtime.config import merge_tree
-from nst_det.runtime.device import amp_dtype, autocast, default_device
-from nst_det.runtime.memory import keep_freed_memory
-from nst_det.runtime.run import RunFolder
+from nst_det.distillation.build import Teacher, build_losses, copy_of, initial_student, initial_teacher
+from nst_det.distillation.cache import CacheWriter
+from nst_det.distillation.config import get_defaults
+from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData
+from nst_det.distillation.loop import Teaching, one_step
+from nst_det.distillation.needs import total_bytes
+from nst_det.distillation.pipeline import parse_methods
+from nst_det.distillation.trainer import Student
+from nst_det.engine.clock import Clock
+from nst_det.engine.config import merge_tree
+from nst_det.engine.device import amp_dtype, autocast, default_device, keep_freed_memory
+from nst_det.engine.run_dir import RunFolder
 
 METHODS = ["ce", "kd", "fitnet", "at", "nst-linear", "nst-poly", "kd+nst-poly"]
 # as in configs/distill/{imagenet_r50_to_r18,shapes}.yaml

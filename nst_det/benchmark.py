@@ -22,7 +22,7 @@ from fvcore.common.config import CfgNode
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
-from nst_det.backbones import count_parameters
+from nst_det.models import count_parameters
 
 # operators of which fvcore's count is one per multiply-add; of all others it is one per operation
 MAC_OPERATORS = frozenset({"conv", "addmm", "bmm", "einsum", "matmul", "linear"})
@@ -83,7 +83,7 @@ class Pixels(nn.Module):
 
 def photo_size(config: CfgNode) -> tuple[int, int]:
     """(height, width) in pixels of a photograph of 4:3 after the resizing of a detection config's tests."""
-    from nst_det.detect.dataset import resized_shape
+    from nst_det.detection.data import resized_shape
 
     short, largest = config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST
     return resized_shape(short, round(PHOTO_ASPECT * short), short, largest) if short else BACKBONE_SIZE

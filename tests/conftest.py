@@ -46,7 +46,7 @@ def _join_group(rank: int, world: int, port: int, work: Callable[..., object], a
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
 
-    from nst_det.runtime.processes import stop_processes
+    from nst_det.engine.distributed import stop_processes
 
     torch.set_num_threads(1)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import nst_det
-from nst_det.transfer import terms
+from nst_det.losses import terms
 
 PACKAGE = Path(nst_det.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -209,7 +209,7 @@ def test_no_docstring_speaks_of_parameters_that_are_gone():
 def test_every_loss_names_its_source():
     faults = [name for name, term in terms().items() if not term.source]
     for file in FILES:
-        if file.where.startswith("nst_det/transfer/") and "register_term(" in ast.unparse(file.tree):
+        if file.where.startswith("nst_det/losses/") and "register_term(" in ast.unparse(file.tree):
             losses = [function for function in file.public() if function.owner is None and "Tensor" in function.returns]
             for function in losses:
                 if not re.search(r"arXiv|Source:", function.doc + doc_of(file.tree)):
@@ -223,7 +223,7 @@ def module_names():
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         # the api's examples need a project, see test_api
         if ">>>" in path.read_text(encoding="utf-8") and name != "nst_det.api":
-            needs_detectron2 = name.startswith("nst_det.detect.detectron2")
+            needs_detectron2 = name.startswith("nst_det.detectron2")
             yield pytest.param(name, marks=pytest.mark.detectron2 if needs_detectron2 else (), id=name)
 
 
@@ -234,7 +234,7 @@ def test_no_example_is_left_out():
 
 @pytest.mark.parametrize("name", list(module_names()))
 def test_examples_run(name):
-    if name.startswith("nst_det.detect.detectron2"):
+    if name.startswith("nst_det.detectron2"):
         pytest.importorskip("detectron2")
     failed, tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert tried > 0

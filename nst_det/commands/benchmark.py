@@ -36,10 +36,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from nst_det.benchmark import benchmark
+    from nst_det.engine.device import compute_line, gpu_errors_in_one_line, named_device
+    from nst_det.engine.io import write_json
+    from nst_det.engine.run_dir import provenance
     from nst_det.errors import UserError
-    from nst_det.runtime.device import compute_line, gpu_errors_in_one_line, named_device
-    from nst_det.runtime.files import write_json
-    from nst_det.runtime.provenance import provenance
 
     if min(args.batch) < 1 or args.repeats < 1 or args.threads < 0:
         raise UserError("--batch and --repeats must be at least 1, --threads at least 0")
@@ -87,9 +87,9 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module
     Raises:
         UserError: it can't be built.
     """
-    from nst_det.backbones import count_parameters, create_model, load_backbone, load_strict
     from nst_det.benchmark import BACKBONE_SIZE
     from nst_det.errors import UserError
+    from nst_det.models import count_parameters, create_model, load_backbone, load_strict
 
     if args.arch:
         try:
@@ -108,13 +108,13 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module
 
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module, int, tuple[int, int]]:
     """The same of a detector."""
-    from nst_det.backbones import count_parameters
     from nst_det.benchmark import Pixels, photo_size
-    from nst_det.detect.config import load_detect_config, resolve_classes
-    from nst_det.detect.dataset import data_classes
-    from nst_det.detect.predict import load_run
-    from nst_det.detect.torchvision_engine import Detector, build_detector
-    from nst_det.runtime.device import set_float32_precision
+    from nst_det.detection.config import load_detect_config, resolve_classes
+    from nst_det.detection.data import data_classes
+    from nst_det.detection.predict import load_run
+    from nst_det.detection.torchvision import Detector, build_detector
+    from nst_det.engine.device import set_float32_precision
+    from nst_det.models import count_parameters
 
     detector: Detector
     if args.run_folder:

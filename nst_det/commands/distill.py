@@ -27,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from nst_det.api import distill
-    from nst_det.runtime.memory import keep_freed_memory
-    from nst_det.runtime.processes import is_first, stop_processes
-    from nst_det.runtime.progress import start_logging
+    from nst_det.engine.device import keep_freed_memory
+    from nst_det.engine.distributed import is_first, stop_processes
+    from nst_det.engine.progress import start_logging
 
     start_logging()
     keep_freed_memory()

@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
     import sys
 
     from nst_det.cli import EXIT_BAD_INPUT
-    from nst_det.detect.predict import find_sources, load_run, predict, read_sources
-    from nst_det.detect.predictions import FORMATS, PredictionWriter
+    from nst_det.detection.predict import find_sources, load_run, predict, read_sources
+    from nst_det.detection.predictions import FORMATS, PredictionWriter
+    from nst_det.engine.device import compute_line, gpu_errors_in_one_line, named_device
     from nst_det.errors import UserError
-    from nst_det.runtime.device import compute_line, gpu_errors_in_one_line, named_device
 
     formats = [word for word in args.format.split(",") if word]
     unknown = [word for word in formats if word not in FORMATS]

@@ -17,7 +17,7 @@ import numpy as np
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from nst_det.data.reading import read_bytes, shown, shown_path
+from nst_det.data.safe_io import read_bytes, shown, shown_path
 from nst_det.errors import UserError
 
 # a real annotation has a few kilobytes; this leaves room for some ten thousand objects

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nst_det.data.holdout import held_out
-from nst_det.data.reading import name_problem, shown, shown_path
+from nst_det.data.safe_io import name_problem, shown, shown_path
+from nst_det.data.splits import held_out
 from nst_det.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -78,7 +78,7 @@ def read_image_folder(
     """List the images of ``root/train/CLASS/*`` and ``root/val/CLASS/*``, or of ``root/CLASS/*``.
 
     Where there is no ``val``, ``val_fraction`` of each class (at least one image) is cut off by
-    :func:`~nst_det.data.holdout.held_out`, the same images on every machine.  Files with another extension than
+    :func:`~nst_det.data.splits.held_out`, the same images on every machine.  Files with another extension than
     :data:`EXTENSIONS` and hidden ones are passed over; links are followed, since many subsets of large sets are made
     of links.
 

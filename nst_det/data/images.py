@@ -17,7 +17,7 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-from nst_det.data.reading import read_bytes, shown_path
+from nst_det.data.safe_io import read_bytes, shown_path
 from nst_det.errors import UserError
 
 MAX_IMAGE_BYTES = 128 << 20

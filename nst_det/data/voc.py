@@ -14,7 +14,7 @@ import numpy as np
 
 from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, read_annotation
 from nst_det.data.images import read_image
-from nst_det.data.reading import leads_outside, name_problem, read_bytes, read_names, shown, shown_path
+from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, read_names, shown, shown_path
 from nst_det.errors import UserError
 
 VOC_CLASSES = (

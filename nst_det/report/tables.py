@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from nst_det.report.rows import BETTER, NOISE, REFERENCE, SINGLE, WORSE, Results, Row
+from nst_det.report.schema import BETTER, NOISE, REFERENCE, SINGLE, WORSE, Results, Row
 
 MISSING = "–"
 MARKS = {BETTER: "better", WORSE: "worse", NOISE: "within noise", SINGLE: "one seed", REFERENCE: "reference"}

@@ -8,8 +8,7 @@ import threading
 import pytest
 
 from nst_det.cli import main
-from nst_det.data.download import RELEASES, VocRelease, download_voc, unpack
-from nst_det.data.fetch import RemoteFile, fetch
+from nst_det.data.download import RELEASES, RemoteFile, VocRelease, download_voc, fetch, unpack
 from nst_det.data.voc import VocDataset
 from nst_det.errors import UserError
 
@@ -68,7 +67,7 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr("nst_det.data.fetch.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("nst_det.data.download.PAUSE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -196,7 +195,7 @@ def test_another_process_and_a_full_disk(remote, tmp_path, monkeypatch):
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is getting this file"):
             fetch(remote("good"), tmp_path)
-    monkeypatch.setattr("nst_det.data.fetch.RESERVE", 1 << 60)
+    monkeypatch.setattr("nst_det.data.download.RESERVE", 1 << 60)
     with pytest.raises(UserError, match="MB are free"):
         fetch(remote("good"), tmp_path)
 

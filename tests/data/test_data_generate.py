@@ -10,10 +10,9 @@ import pytest
 from nst_det.cli import main
 from nst_det.data.annotation import box_fault
 from nst_det.data.folders import read_image_folder
-from nst_det.data.generate import CLASSES, GenerateSettings, generate_data, settings_from
 from nst_det.data.images import read_image
-from nst_det.data.scenes import draw_scene
 from nst_det.data.shapes import OUTLINES, Look, fill, object_color, place
+from nst_det.data.synthetic import CLASSES, GenerateSettings, draw_scene, generate_data, settings_from
 from nst_det.data.voc import VocDataset
 from nst_det.errors import UserError
 
@@ -103,7 +102,7 @@ def test_nothing_appears_under_the_name_before_all_is_there(tmp_path, monkeypatc
         assert not (tmp_path / "data").exists()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nst_det.data.generate.draw_task", fail)
+    monkeypatch.setattr("nst_det.data.synthetic.draw_task", fail)
     with pytest.raises(UserError, match=r"data: can't be written \(No space left on device\); free some space"):
         generate_data(tmp_path / "data", SMALL, workers=1)
     assert list(tmp_path.iterdir()) == []
@@ -182,7 +181,7 @@ def test_colors_and_places_tell_nothing_about_the_class():
 
 
 def test_a_box_holds_exactly_the_visible_pixels():
-    from nst_det.data.scenes import _annotate, _Item
+    from nst_det.data.synthetic import _annotate, _Item
 
     placed = place(np.random.default_rng(0), "square", (20.0, 20.0), 10.0, Look())
     seen = np.zeros((40, 40), bool)
@@ -198,7 +197,7 @@ def test_a_box_holds_exactly_the_visible_pixels():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_of_two_processes_the_faster_one_wins_and_the_other_takes_its_data(tmp_path, monkeypatch, seed):
-    from nst_det.data import generate
+    from nst_det.data import synthetic as generate
 
     slow, output = generate._generate, tmp_path / "data"
 

@@ -1,7 +1,7 @@
 import pytest
 
 from nst_det.data.folders import read_image_folder
-from nst_det.data.holdout import JoinedVoc, held_out, hold_out
+from nst_det.data.splits import JoinedVoc, held_out, hold_out
 from nst_det.data.voc import VocDataset
 from nst_det.errors import UserError
 

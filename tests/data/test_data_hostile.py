@@ -13,11 +13,11 @@ from nst_det.data.annotation import MAX_XML_BYTES, parse_annotation
 from nst_det.data.check import check_data
 from nst_det.data.folders import read_image_folder
 from nst_det.data.images import MAX_IMAGE_BYTES, decode_image, image_size, read_image
-from nst_det.data.reading import name_problem, read_bytes, read_names, shown
+from nst_det.data.safe_io import name_problem, read_bytes, read_names, shown
 from nst_det.data.voc import VocDataset
+from nst_det.engine.io import read_json
 from nst_det.errors import UserError
-from nst_det.evaluate.read import detections_from_json, read_comp4
-from nst_det.runtime.files import read_json
+from nst_det.evaluation.io import detections_from_json, read_comp4
 
 LAUGHS = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 10))
 BOMB = f'<!DOCTYPE a [<!ENTITY l0 "ha">{LAUGHS}]><annotation>&l9;</annotation>'

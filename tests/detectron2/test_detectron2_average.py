@@ -13,10 +13,10 @@ pytestmark = pytest.mark.detectron2
 
 from safetensors.torch import load_file  # noqa: E402
 
-from nst_det.detect.detectron2 import DistillTrainer  # noqa: E402
-from nst_det.detect.detectron2.config import load_config, register_datasets  # noqa: E402
+from nst_det.detectron2 import DistillTrainer  # noqa: E402
+from nst_det.detectron2.config import load_config, register_datasets  # noqa: E402
+from nst_det.engine.metrics import read_metrics  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
-from nst_det.runtime.metrics import read_metrics  # noqa: E402
 
 # reached at the fourth of six steps
 DECAY = 0.6

@@ -13,11 +13,11 @@ pytest.importorskip(
 pytestmark = [pytest.mark.detectron2, pytest.mark.slow]
 
 from nst_det.cli import main  # noqa: E402
-from nst_det.compare.comparison import checked_configs  # noqa: E402
-from nst_det.compare.config import load_comparison  # noqa: E402
-from nst_det.compare.estimate import estimate  # noqa: E402
-from nst_det.compare.plan import make_plan  # noqa: E402
-from nst_det.compare.run import Machine  # noqa: E402
+from nst_det.comparison.config import load_comparison  # noqa: E402
+from nst_det.comparison.estimate import estimate  # noqa: E402
+from nst_det.comparison.launch_local import Machine  # noqa: E402
+from nst_det.comparison.pipeline import checked_configs  # noqa: E402
+from nst_det.comparison.plan import make_plan  # noqa: E402
 
 
 @pytest.fixture(scope="module")

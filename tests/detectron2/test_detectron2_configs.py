@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from nst_det.detect.config import load_detect_config
+from nst_det.detection.config import load_detect_config
+from nst_det.engine.config import flat
 from nst_det.errors import UserError
-from nst_det.runtime.config import flat
 
 pytest.importorskip(
     "detectron2",
@@ -14,7 +14,7 @@ pytest.importorskip(
 )
 pytestmark = pytest.mark.detectron2
 
-from nst_det.detect.detectron2.config import load_config  # noqa: E402
+from nst_det.detectron2.config import load_config  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detect"
 CONFIGS = sorted(path for name in ("voc", "quick", "c4") for path in (FOLDER / name).glob("*.yaml"))

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.detectron2
 
 from safetensors.torch import load_file  # noqa: E402
 
-from nst_det.detect.detectron2 import DistillTrainer  # noqa: E402
+from nst_det.detectron2 import DistillTrainer  # noqa: E402
 
 SIDES = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
 CHUNKS = ((b"IHDR", SIDES), (b"IDAT", zlib.compress(b"x")), (b"IEND", b""))

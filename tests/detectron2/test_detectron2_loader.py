@@ -17,10 +17,10 @@ pytestmark = pytest.mark.detectron2
 
 from detectron2.structures import Instances  # noqa: E402
 
-from nst_det.detect.batches import Place, StepBatches  # noqa: E402
-from nst_det.detect.detectron2.config import load_config, register_datasets  # noqa: E402
-from nst_det.detect.detectron2.loader import SeededImages, SharedBatches, build_train_loader  # noqa: E402
-from nst_det.detect.detectron2.trainer import DistillTrainer  # noqa: E402
+from nst_det.detection.data import Place, StepBatches  # noqa: E402
+from nst_det.detectron2.config import load_config, register_datasets  # noqa: E402
+from nst_det.detectron2.data import SeededImages, SharedBatches, build_train_loader  # noqa: E402
+from nst_det.detectron2.trainer import DistillTrainer  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
 
 
@@ -108,9 +108,9 @@ def test_a_broken_image_is_named_in_evaluation_too(voc_root, tiny_yaml, tmp_path
 
 LOADERS = """
 import sys, time
-from nst_det.detect.detectron2.config import load_config, register_datasets
-from nst_det.detect.detectron2.loader import SeededImages, build_train_loader
-from nst_det.detect.detectron2.trainer import DistillTrainer
+from nst_det.detectron2.config import load_config, register_datasets
+from nst_det.detectron2.data import SeededImages, build_train_loader
+from nst_det.detectron2.trainer import DistillTrainer
 cfg = load_config(sys.argv[1], sys.argv[2:])
 register_datasets(cfg)
 loaders = [build_train_loader(cfg)]

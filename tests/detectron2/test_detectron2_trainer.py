@@ -22,16 +22,16 @@ from detectron2.modeling import build_backbone, build_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.multiprocessing import ProcessRaisedException  # noqa: E402
 
-from nst_det.detect.detectron2 import DistillTrainer  # noqa: E402
-from nst_det.detect.detectron2.command import train  # noqa: E402
-from nst_det.detect.detectron2.config import load_config, register_datasets  # noqa: E402
-from nst_det.detect.detectron2.heads import CanonicalROIHeads  # noqa: E402
-from nst_det.detect.weights import saved_classes  # noqa: E402
+from nst_det.detection.checkpoint import saved_classes  # noqa: E402
+from nst_det.detectron2 import DistillTrainer  # noqa: E402
+from nst_det.detectron2.config import load_config, register_datasets  # noqa: E402
+from nst_det.detectron2.modeling import CanonicalROIHeads  # noqa: E402
+from nst_det.detectron2.train_net import train  # noqa: E402
+from nst_det.engine.config import flat  # noqa: E402
+from nst_det.engine.device import cast_frozen  # noqa: E402
+from nst_det.engine.metrics import read_metrics  # noqa: E402
+from nst_det.engine.run_dir import RunFolder  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
-from nst_det.runtime.config import flat  # noqa: E402
-from nst_det.runtime.device import cast_frozen  # noqa: E402
-from nst_det.runtime.metrics import read_metrics  # noqa: E402
-from nst_det.runtime.run import RunFolder  # noqa: E402
 
 
 def nst_opts(tiny_teacher, method="nst-poly"):
@@ -224,7 +224,7 @@ def test_what_is_wrong_is_one_line_and_code_2(command, tiny_yaml, tmp_path, caps
 
 
 def test_mixed_precision_on_the_cpu_keeps_the_heads_in_float32(tiny_yaml, tiny_teacher, tmp_path, monkeypatch):
-    from nst_det.detect.detectron2 import trainer as room
+    from nst_det.detectron2 import trainer as room
 
     monkeypatch.setattr(room, "amp_dtype", lambda *_: torch.bfloat16)
     cfg = make_cfg(tiny_yaml, tmp_path, *nst_opts(tiny_teacher), "SOLVER.AMP.ENABLED", "True", "DATASETS.TEST", "()")
@@ -290,7 +290,7 @@ def test_a_user_error_in_a_process_is_one_line_too(command, tiny_yaml, monkeypat
     def fail(*_, **__):
         raise ProcessRaisedException(trace, 0, 1)
 
-    monkeypatch.setattr("nst_det.detect.detectron2.command.launch", fail)
+    monkeypatch.setattr("nst_det.detectron2.train_net.launch", fail)
     assert command("--config-file", tiny_yaml, "--num-gpus", "2") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "nst-det: SOLVER.OPTIMIZER: wrong"
 

@@ -22,12 +22,12 @@ import torch
 from pretended_cuda import Counts, pretended
 
 from nst_det.cli import main
-from nst_det.data.generate import CLASSIFICATION, DETECTION, GenerateSettings, generate_data
-from nst_det.detect.config import load_detect_config
-from nst_det.detect.stage import train_detector
-from nst_det.distill.config import load_distill_config
-from nst_det.distill.stage import distill
-from nst_det.transfer import Outputs, build_transfer, terms
+from nst_det.data.synthetic import CLASSIFICATION, DETECTION, GenerateSettings, generate_data
+from nst_det.detection.config import load_detect_config
+from nst_det.detection.pipeline import train_detector
+from nst_det.distillation.config import load_distill_config
+from nst_det.distillation.pipeline import distill
+from nst_det.losses import Outputs, build_transfer, terms
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 Words = dict[str, Any]
@@ -38,13 +38,16 @@ FOUND: dict[str, dict[str, Any]] = {}
 ALL: tuple[Moment, ...] = ()
 # a rate that makes the second step's loss no number
 BREAKS = {"SOLVER.BASE_LR": 1e30, "SOLVER.MAX_ITER": 2, "SOLVER.NON_FINITE.POLICY": "skip"}
-STAGE_ONE_STEP = (("nst_det.distill.loop:one_step", 2), ("nst_det.distill.loop:one_step", 3))
-STAGE_ONE_EVALUATION = (("nst_det.distill.stage:measure", 1), ("nst_det.distill.student:Student.record", 1))
-STAGE_TWO_STEP = (("nst_det.detect.train:Training.step", 2), ("nst_det.detect.train:Training.step", 3))
-STAGE_TWO_EVALUATION = (("nst_det.detect.stage:detect", 1), ("nst_det.detect.stage:score", 1))
+STAGE_ONE_STEP = (("nst_det.distillation.loop:one_step", 2), ("nst_det.distillation.loop:one_step", 3))
+STAGE_ONE_EVALUATION = (
+    ("nst_det.distillation.pipeline:measure", 1),
+    ("nst_det.distillation.trainer:Student.record", 1),
+)
+STAGE_TWO_STEP = (("nst_det.detection.trainer:Training.step", 2), ("nst_det.detection.trainer:Training.step", 3))
+STAGE_TWO_EVALUATION = (("nst_det.detection.pipeline:detect", 1), ("nst_det.detection.pipeline:score", 1))
 DETECTRON2_STEP = (
-    ("nst_det.detect.detectron2.trainer:DistillTrainer.run_step", 2),
-    ("nst_det.detect.detectron2.trainer:DistillTrainer.run_step", 3),
+    ("nst_det.detectron2.trainer:DistillTrainer.run_step", 2),
+    ("nst_det.detectron2.trainer:DistillTrainer.run_step", 3),
 )
 
 
@@ -259,7 +262,7 @@ def stage_one(folder: Folder) -> None:
         "TEST.EVAL_PERIOD": 1,
     }
     with scenario("stage one, every term, resumed"):
-        with stopped_at(("nst_det.distill.loop:one_step", 3)):
+        with stopped_at(("nst_det.distillation.loop:one_step", 3)):
             folder.distill("resumed", **every)
         folder.distill("resumed", **every)
     with scenario("stage one, fp16"):
@@ -301,7 +304,7 @@ def stage_two(folder: Folder) -> None:
         **folder.taught("+".join(terms()), "evaluated"),
     }
     with scenario("stage two, every term, resumed", device="cuda:1"):
-        with stopped_at(("nst_det.detect.train:Training.step", 2)):
+        with stopped_at(("nst_det.detection.trainer:Training.step", 2)):
             folder.detect("resumed", **every)
         folder.detect("resumed", **every)
     with scenario("stage two, replay"):
@@ -329,7 +332,7 @@ def detectron2(folder: Folder) -> None:
         **folder.taught("+".join(terms()), "teacher"),
     }
     with scenario("detectron2, every term, resumed", device="cuda:1"):
-        with stopped_at(("nst_det.detect.detectron2.trainer:DistillTrainer.run_step", 2)):
+        with stopped_at(("nst_det.detectron2.trainer:DistillTrainer.run_step", 2)):
             folder.detect("resumed", **engine, **every)
         folder.detect("resumed", **engine, **every)
     with scenario("detectron2, replay"):

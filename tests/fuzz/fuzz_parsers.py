@@ -34,20 +34,20 @@ def _file(name: str, data: bytes) -> Path:
 
 def _parsers() -> dict[str, Parser]:
     """The parsers by name; each takes bytes and raises nothing but UserError."""
-    from nst_det.backbones.card import card_from_json
-    from nst_det.backbones.files import load_plain
-    from nst_det.backbones.registry import check_name
-    from nst_det.compare.method import parse_row
+    from nst_det.comparison.config import parse_row
     from nst_det.data.annotation import parse_annotation
     from nst_det.data.images import decode_image, image_size
-    from nst_det.data.reading import read_names
-    from nst_det.distill.cache import read_index
-    from nst_det.distill.config import load_distill_config
-    from nst_det.evaluate.read import detections_from_json, read_coco_names, read_comp4
-    from nst_det.runtime.checkpoint import load_checkpoint
-    from nst_det.runtime.config import parse_value
-    from nst_det.runtime.files import read_json
-    from nst_det.runtime.metrics import read_metrics
+    from nst_det.data.safe_io import read_names
+    from nst_det.distillation.cache import read_index
+    from nst_det.distillation.config import load_distill_config
+    from nst_det.engine.checkpoint import load_checkpoint
+    from nst_det.engine.config import parse_value
+    from nst_det.engine.io import read_json
+    from nst_det.engine.metrics import read_metrics
+    from nst_det.evaluation.io import detections_from_json, read_coco_names, read_comp4
+    from nst_det.models.card import card_from_json
+    from nst_det.models.io import load_plain
+    from nst_det.models.registry import check_name
 
     def text(data: bytes) -> str:
         return data.decode("utf-8", "surrogateescape")

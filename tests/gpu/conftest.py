@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from nst_det.cli import main
-from nst_det.data.generate import CLASSIFICATION, GenerateSettings, generate_data
-from nst_det.distill.config import load_distill_config
-from nst_det.distill.stage import distill
-from nst_det.runtime.metrics import read_metrics
+from nst_det.data.synthetic import CLASSIFICATION, GenerateSettings, generate_data
+from nst_det.distillation.config import load_distill_config
+from nst_det.distillation.pipeline import distill
+from nst_det.engine.metrics import read_metrics
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STAGE_ONE: dict[str, Any] = {

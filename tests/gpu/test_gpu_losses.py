@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nst_det.transfer import Outputs, build_transfer
-from nst_det.transfer.registry import terms
+from nst_det.losses import Outputs, build_transfer
+from nst_det.losses.registry import terms
 
 pytestmark = pytest.mark.gpu
 STUDENT, TEACHER, CLASSES = 24, 32, 10

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from nst_det.backbones import load_backbone
-from nst_det.distill import stage, student
-from nst_det.distill.dataset import StageOneData
-from nst_det.distill.replay import replay
-from nst_det.distill.teacher import Teacher
+from nst_det.distillation import pipeline as stage
+from nst_det.distillation import trainer as student
+from nst_det.distillation.build import Teacher
+from nst_det.distillation.dataloader import StageOneData
+from nst_det.distillation.replay import replay
+from nst_det.engine.checkpoint import load_latest_checkpoint
+from nst_det.engine.nan_guard import read_step
 from nst_det.errors import UserError
-from nst_det.runtime.checkpoint import load_latest_checkpoint
-from nst_det.runtime.replayed import read_step
+from nst_det.models import load_backbone
 
 pytestmark = pytest.mark.gpu
 METHOD = "kd+nst-poly"

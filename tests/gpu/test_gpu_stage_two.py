@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from nst_det.detect import train
-from nst_det.detect.config import load_detect_config
-from nst_det.detect.dataset import data_classes, open_voc, training_batches
+from nst_det.detection import trainer as train
+from nst_det.detection.config import load_detect_config
+from nst_det.detection.data import data_classes, open_voc, training_batches
+from nst_det.engine.io import read_json
 from nst_det.errors import UserError
-from nst_det.runtime.files import read_json
 
 pytestmark = pytest.mark.gpu
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
@@ -64,8 +64,8 @@ def test_workers_give_the_batches_of_this_process(engine, detector_config, detec
             config = load_detect_config(detector_config, words)
             batches = training_batches(config, open_voc(config, "DATASETS.TRAIN", data_classes(config)), 5, 0)
         else:
-            from nst_det.detect.detectron2.config import load_config, register_datasets
-            from nst_det.detect.detectron2.loader import build_train_loader
+            from nst_det.detectron2.config import load_config, register_datasets
+            from nst_det.detectron2.data import build_train_loader
 
             config = load_config(detector_config, words)
             register_datasets(config)
@@ -104,7 +104,7 @@ def test_a_run_that_goes_on(engine, stage_two, taught, tmp_path, stops_after_sav
 
         monkeypatch.setattr(train.Training, "resume", resumed)
     else:
-        from nst_det.detect.detectron2 import DistillTrainer
+        from nst_det.detectron2 import DistillTrainer
 
         run_step, load = DistillTrainer.run_step, DistillTrainer.resume_or_load
 

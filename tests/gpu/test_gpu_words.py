@@ -9,7 +9,7 @@ import yaml
 
 from nst_det import doctor
 from nst_det.cli import main
-from nst_det.runtime.files import read_json
+from nst_det.engine.io import read_json
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nst_det.errors import UserError
-from nst_det.report.rows import Results, read_results
+from nst_det.report.schema import Results, read_results
 from nst_det.report.tables import csv_table, fraction, latex_escape, latex_table, markdown_table, seconds_text, signed
 
 HOSTILE = "a|b_c*</td><script>alert(1)</script>&\\ $x$"
