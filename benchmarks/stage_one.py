@@ -38,7 +38,7 @@ from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData
 from nst_det.distillation.loop import Teaching, one_step
 from nst_det.distillation.needs import total_bytes
 from nst_det.distillation.pipeline import parse_methods
-from nst_det.distillation.trainer import Student
+from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.clock import Clock
 from nst_det.engine.config import merge_tree
 from nst_det.engine.device import amp_dtype, autocast, default_device, keep_freed_memory
@@ -142,11 +142,11 @@ class Setup:
         own = args.threads == 1 and self.device.type == "cpu"
         self.timer = time.process_time if own else time.perf_counter
 
-    def new_student(self, word: str) -> Student:
+    def new_student(self, word: str) -> StudentTrainer:
         """A student that starts as all others."""
         model, loss = copy_of(self.student, self.device), self.losses[word].to(self.device)
         run = RunFolder(self.folder / word)
-        return Student(word, model, self.student.levels, loss, self.config.SOLVER, 0, run, self.precision)
+        return StudentTrainer(word, model, self.student.levels, loss, self.config.SOLVER, 0, run, self.precision)
 
     def batches(self, steps: int) -> Iterator[Batch]:
         """Training batches."""
@@ -229,7 +229,7 @@ def measure_ratios(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         with clock("student"):
             setup.bare_pass(bare, images, labels)
 
-    def step(name: str, student: Student, teacher: Teaching | None) -> None:
+    def step(name: str, student: StudentTrainer, teacher: Teaching | None) -> None:
         one_step([student], teacher, sources[name], setup.normalize, clocks[name])
 
     order: list[tuple[str, Callable[[], None]]] = [

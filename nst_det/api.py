@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from nst_det.engine.format import Shown
+from nst_det.engine.format import ReprMixin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +27,7 @@ Settings = Mapping[str, Any] | Sequence[str]
 
 
 @dataclass(frozen=True)
-class ComparisonAnswer(Shown):
+class ComparisonAnswer(ReprMixin):
     """What a comparison found; shows itself as its table.
 
     Attributes:
@@ -54,7 +54,7 @@ class ComparisonAnswer(Shown):
         return results_table(self.results)
 
 
-class DistillAnswer(Shown, dict[str, dict[str, Any]]):
+class DistillAnswer(ReprMixin, dict[str, dict[str, Any]]):
     """``result.json`` by method, and of the teacher under ``teacher``; shows itself as a table.
 
     Attributes:

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     from nst_det.api import distill
     from nst_det.engine.device import keep_freed_memory
-    from nst_det.engine.distributed import is_first, stop_processes
+    from nst_det.engine.distributed import is_main_process, stop_processes
     from nst_det.engine.progress import start_logging
 
     start_logging()
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     answer = distill(args.config_file, args.overrides)
     # into a file or a pipe: as wide as the table needs
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if is_first():
+    if is_main_process():
         console.print(answer)
     stop_processes()
     return 0

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, or evaluate, and print what came out."""
     from nst_det.detection.config import choose_engine, load_detect_config, wanted_engine
-    from nst_det.engine.distributed import is_first, stop_processes
+    from nst_det.engine.distributed import is_main_process, stop_processes
     from nst_det.engine.progress import start_logging
     from nst_det.errors import UserError
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     config = load_detect_config(args.config_file, args.opts)
     result = evaluate_detector(config, args.resume) if args.eval_only else train_detector(config)
-    if is_first():
+    if is_main_process():
         print_result(result, config.OUTPUT_DIR)
     stop_processes()
     return 0

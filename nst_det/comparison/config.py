@@ -30,7 +30,7 @@ GROWING_KEYS = ("OUTPUT_DIR", "METHODS", "SEEDS", "ROWS", "TUNED", "JOBS", "DIST
 
 
 @dataclass(frozen=True)
-class RowMethod:
+class RowSpec:
     """Where the terms of one row work.
 
     Attributes:
@@ -49,7 +49,7 @@ class RowMethod:
         return "+".join([*([self.backbone.word] if self.backbone.names or not marked else []), *marked])
 
 
-def parse_row(word: str) -> RowMethod:
+def parse_row(word: str) -> RowSpec:
     """A row's method from its word.
 
     Args:
@@ -71,7 +71,7 @@ def parse_row(word: str) -> RowMethod:
         if not name or place not in places or "@" in term.removeprefix(f"{name}{MARK}").removeprefix(name):
             raise ValueError(f"method '{word}': write a term as name, name:weight, name{MARK} or name{MARK}:weight")
         places[place].append(name + colon + weight)
-    row = RowMethod(*(parse_method("+".join(terms) or LABELS_ONLY) for terms in places.values()))
+    row = RowSpec(*(parse_method("+".join(terms) or LABELS_ONLY) for terms in places.values()))
     if places["det"] and not row.detector.names:
         raise ValueError(f"method '{word}': ce (labels only) learns from no teacher; leave out {MARK}")
     return row

@@ -52,7 +52,7 @@ def steps_done(run: Run) -> tuple[int, dict[str, Any]]:
     return row["step"] + 1, {key: value for key, value in row.items() if key != "step"}
 
 
-class View:
+class ProgressDisplay:
     """Is told what happens and shows it; made for the time of one call by ``with View(...) as view``.
 
     Args:
@@ -75,7 +75,7 @@ class View:
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> ProgressDisplay:
         if is_live(console):
             columns = (
                 TextColumn("{task.description}"),

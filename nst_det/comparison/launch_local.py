@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from nst_det.comparison.display import View
+from nst_det.comparison.display import ProgressDisplay
 from nst_det.comparison.plan import Run
 from nst_det.engine.device import core_count
 from nst_det.engine.signals import EXIT_RESUME, Preempted
@@ -103,7 +103,7 @@ class _Process:
     file: IO[bytes] = field(repr=False)
 
 
-class Runner:
+class LocalLauncher:
     """Starts the runs of a plan as soon as what they need is done and the machine has room.
 
     Runs start in the order of the plan: one that waits for room is not overtaken, so that the long runs which
@@ -118,7 +118,7 @@ class Runner:
     """
 
     def __init__(
-        self, runs: Sequence[Run], folder: Path, machine: Machine, view: View, command: Command | None = None
+        self, runs: Sequence[Run], folder: Path, machine: Machine, view: ProgressDisplay, command: Command | None = None
     ) -> None:
         self._runs, self._folder, self._machine, self._view = list(runs), folder, machine, view
         self._command = command or stage_command

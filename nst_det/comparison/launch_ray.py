@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nst_det.comparison.display import View
+from nst_det.comparison.display import ProgressDisplay
 from nst_det.comparison.launch_local import (
     EXIT_FAILED,
     Command,
@@ -80,8 +80,8 @@ class Interrupted(Exception):
     """A run was asked to stop, as a machine that is about to be taken away asks all its processes."""
 
 
-class RayRunner:
-    """What :class:`~nst_det.comparison.launch_local.Runner` does, by tasks of Ray's.
+class RayLauncher:
+    """What :class:`~nst_det.comparison.launch_local.LocalLauncher` does, by tasks of Ray's.
 
     Args:
         runs: the plan.
@@ -93,7 +93,13 @@ class RayRunner:
     """
 
     def __init__(
-        self, runs: Sequence[Run], folder: Path, machine: Machine, view: View, ray: Any, command: Command | None = None
+        self,
+        runs: Sequence[Run],
+        folder: Path,
+        machine: Machine,
+        view: ProgressDisplay,
+        ray: Any,
+        command: Command | None = None,
     ) -> None:
         self._runs, self._folder, self._machine, self._view = list(runs), folder.resolve(), machine, view
         self._ray, self._command = ray, command

@@ -15,10 +15,10 @@ from rich.table import Table
 
 from nst_det.comparison.config import BASELINE, Comparison, merge_stage
 from nst_det.comparison.cost import measure_costs
-from nst_det.comparison.display import View, steps_done
+from nst_det.comparison.display import ProgressDisplay, steps_done
 from nst_det.comparison.estimate import STEPS, Estimate, cells, estimate, gpu_shortage, total, wall_seconds
-from nst_det.comparison.launch_local import Command, Runner, this_machine
-from nst_det.comparison.launch_ray import RayRunner, connected
+from nst_det.comparison.launch_local import Command, LocalLauncher, this_machine
+from nst_det.comparison.launch_ray import RayLauncher, connected
 from nst_det.comparison.plan import (
     DATA,
     DETECTOR,
@@ -38,7 +38,7 @@ from nst_det.comparison.stages import (
     check_transfer,
     total_steps,
 )
-from nst_det.engine.format import Shown, duration, size
+from nst_det.engine.format import ReprMixin, duration, size
 from nst_det.engine.io import write_json, write_text
 from nst_det.engine.run_dir import RunFolder
 
@@ -75,12 +75,12 @@ def compare(
             if run.name in configs:
                 write_text(run.config_path(folder), configs[run.name].dump())
         steps = {run.kind: total_steps(run.kind, configs[run.name]) for run in runs if run.name in configs}
-        with View(runs, steps, lambda run: machine.weight(run) / machine.room(run)) as view:
+        with ProgressDisplay(runs, steps, lambda run: machine.weight(run) / machine.room(run)) as view:
             if ray_address is None:
-                Runner(runs, folder, machine, view, command).run_all()
+                LocalLauncher(runs, folder, machine, view, command).run_all()
             else:
                 with connected(ray_address) as ray:
-                    RayRunner(runs, folder, machine, view, ray, command).run_all()
+                    RayLauncher(runs, folder, machine, view, ray, command).run_all()
         results = build_results(comparison, runs, measure_costs(runs, configs, folder))
         write_report(results, folder)
     return results
@@ -221,7 +221,7 @@ def results_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def print_table(table: Table | Shown) -> None:
+def print_table(table: Table | ReprMixin) -> None:
     """Print to standard output, unbroken where that is no terminal."""
     console = Console(file=sys.stdout)
     if not console.is_terminal:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nst_det.comparison.config import BASELINE, NO_FPN, SCRATCH, TEACHER, Comparison, RowMethod, parse_row
+from nst_det.comparison.config import BASELINE, NO_FPN, SCRATCH, TEACHER, Comparison, RowSpec, parse_row
 from nst_det.comparison.stages import DETECT, DISTILL, generated_settings
 from nst_det.engine.device import core_count
 from nst_det.errors import UserError
@@ -255,7 +255,7 @@ def _teacher_detector_run(comparison: Comparison, data: tuple[str, ...], teacher
     return replace(run, kind=TEACHER_DETECTOR, row=None, seed=None)
 
 
-def _transfer_settings(comparison: Comparison, row: RowMethod) -> dict[str, Any]:
+def _transfer_settings(comparison: Comparison, row: RowSpec) -> dict[str, Any]:
     """What a row's terms of stage two set in its detector's config."""
     node = comparison.detect.TRANSFER
     settings: dict[str, Any] = {"TRANSFER.METHOD": row.detector.word}

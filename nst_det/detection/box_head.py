@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from nst_det.errors import UserError
-from nst_det.losses import Method, Outputs, TransferLoss, get_term
+from nst_det.losses import Method, ModelOutputs, TransferLoss, get_term
 
 # (RoI heads, level -> map (B, C, H, W), (N, 4) boxes of each image) to (embedding (R, D), logits (R, K + 1))
 BoxOutputs = Callable[[Any, Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, Tensor]]
@@ -114,7 +114,7 @@ class BoxHeadTap:
         """Let go of what was kept, such as that of a step that failed."""
         self._boxes, self._said = [], None
 
-    def take(self, student: Outputs) -> list[Tensor]:
+    def take(self, student: ModelOutputs) -> list[Tensor]:
         """Put what the student's box head said in this step into its outputs.
 
         Returns:

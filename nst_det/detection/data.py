@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 EMPTY_SIDE = 1e-5
 
 
-class Place(NamedTuple):
+class SampleIndex(NamedTuple):
     """One image of one batch: which image, at which step, as which of the batch."""
 
     image: int
@@ -35,7 +35,7 @@ class Place(NamedTuple):
     slot: int
 
 
-class StepBatches:
+class StepBatchSampler:
     """The batches of steps ``start``, ``start + 1``, ... without end.
 
     Every epoch is a permutation of all images; a batch may span two epochs.  Where ``wide`` is given, wide and tall
@@ -69,11 +69,11 @@ class StepBatches:
         self.size, self.batch, self.seed, self.start, self.wide = size, batch, seed, start, wide
         self.share = share or slice(None)
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
         for step, indices in enumerate(self._batches()):
             # passing over the steps that are done takes a microsecond an image, none is read for it
             if step >= self.start:
-                yield [Place(index, step, slot) for slot, index in enumerate(indices)][self.share]
+                yield [SampleIndex(index, step, slot) for slot, index in enumerate(indices)][self.share]
 
     def _batches(self) -> Iterator[list[int]]:
         waiting: dict[bool, list[int]] = {True: [], False: []}
@@ -182,7 +182,7 @@ def list_items(sets: Sequence[VocDataset], use_difficult: bool, filter_empty: bo
 
 
 class DetectionImages(Dataset[dict[str, Any]]):
-    """Items by index, or in training by :class:`Place`, whose random draws depend on (seed, step, slot) alone.
+    """Items by index, or in training by :class:`SampleIndex`, whose random draws depend on (seed, step, slot) alone.
 
     The draws are made as Detectron2's default augmentation makes them from the same seed.
 
@@ -223,7 +223,7 @@ class DetectionImages(Dataset[dict[str, Any]]):
             for index in range(len(self.items)):
                 self._kept_pixels(index)
 
-    def __getitem__(self, place: Place | int) -> dict[str, Any]:
+    def __getitem__(self, place: SampleIndex | int) -> dict[str, Any]:
         if isinstance(place, int):
             return self._example(place, self.sizes[0], flipped=False)
         # NumPy's old generator, and in this order: what Detectron2's augmentation draws from this seed
@@ -321,7 +321,7 @@ def training_batches(
     items = list_items(sets, config.DATASETS.USE_DIFFICULT, config.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     images = DetectionImages(items, config, train=True, seed=seed)
     wide = [item.width > item.height for item in items] if config.DATALOADER.ASPECT_RATIO_GROUPING else None
-    places = StepBatches(len(items), config.SOLVER.IMS_PER_BATCH, seed, start, wide, share)
+    places = StepBatchSampler(len(items), config.SOLVER.IMS_PER_BATCH, seed, start, wide, share)
     if config.DATALOADER.NUM_WORKERS:
         images.preload()
     log.info("%d images to train on, %d objects", len(items), sum(len(item.labels) for item in items))

@@ -21,10 +21,10 @@ from nst_det.detection.box_head import (
     reads_box_head,
     widths_of,
 )
-from nst_det.engine.distributed import is_first
+from nst_det.engine.distributed import is_main_process
 from nst_det.engine.format import text_table
 from nst_det.errors import UserError
-from nst_det.losses import Outputs, TermBalance, TransferLoss, build_transfer, pair_shapes, parse_method
+from nst_det.losses import ModelOutputs, TermBalance, TransferLoss, build_transfer, pair_shapes, parse_method
 from nst_det.losses import loss as shapes
 from nst_det.losses import loss_balance as balance
 
@@ -143,7 +143,7 @@ def log_shapes(model: DistilledDetector) -> None:
     Args:
         model: on its device; student and teacher are asked once, in evaluation mode.
     """
-    if not is_first():
+    if not is_main_process():
         return
     ours, theirs = backbone_of(model.student), backbone_of(model.teacher)
     side = max(_side(ours), _side(theirs))
@@ -156,9 +156,9 @@ def log_shapes(model: DistilledDetector) -> None:
     log.info("compared at %d x %d pixels:\n%s", side, side, text_table(shapes.HEADINGS, lines))
 
 
-def _probe(backbone: nn.Module, levels: Sequence[str], side: int) -> Outputs:
+def _probe(backbone: nn.Module, levels: Sequence[str], side: int) -> ModelOutputs:
     if not levels:
-        return Outputs()
+        return ModelOutputs()
     training = [module for module in backbone.modules() if module.training]
     parameter = next(backbone.parameters())
     black = torch.zeros(1, 3, side, side, device=parameter.device, dtype=parameter.dtype)
@@ -169,7 +169,7 @@ def _probe(backbone: nn.Module, levels: Sequence[str], side: int) -> Outputs:
     finally:
         for module in training:
             module.training = True
-    return Outputs(maps=maps)
+    return ModelOutputs(maps=maps)
 
 
 def _side(backbone: Any) -> int:
@@ -181,7 +181,7 @@ def _side(backbone: Any) -> int:
 
 def log_balance(lines: Sequence[TermBalance]) -> None:
     """A table of the terms against the detector's own losses, and a warning for each one-sided term."""
-    if not is_first():
+    if not is_main_process():
         return
     rows = [line.cells for line in lines]
     log.info("terms against the detector's own losses:\n%s", text_table(balance.HEADINGS, rows))
@@ -299,8 +299,8 @@ class DistilledDetector(nn.Module):
         self.iteration += 1
         return losses | {f"{PREFIX}{name}": value * factor for name, value in terms.items()}
 
-    def _outputs(self) -> tuple[Outputs, Outputs]:
-        student, teacher = Outputs(maps=self._student_maps), Outputs(maps=self._teacher_maps)
+    def _outputs(self) -> tuple[ModelOutputs, ModelOutputs]:
+        student, teacher = ModelOutputs(maps=self._student_maps), ModelOutputs(maps=self._teacher_maps)
         if self._tap is not None:
             boxes = self._tap.take(student)
             with torch.no_grad():

@@ -32,10 +32,10 @@ from nst_det.engine.checkpoint import checkpoints, would_resume
 from nst_det.engine.config import expand_path
 from nst_det.engine.device import amp_dtype, cast_frozen, compute_line, gpu_errors_in_one_line, set_float32_precision
 from nst_det.engine.distributed import (
+    broadcast_from_rank0,
     copy_from_first,
-    from_first,
     gathered,
-    is_first,
+    is_main_process,
     rank,
     start_processes,
     world_size,
@@ -130,11 +130,11 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
     start_processes(config.MODEL.DEVICE == "cpu")
     classes = data_classes(config)
     resolve_classes(config, classes)
-    with folder.opened(config) if is_first() else nullcontext():
-        if from_first(lambda: folder.done):
+    with folder.opened(config) if is_main_process() else nullcontext():
+        if broadcast_from_rank0(lambda: folder.done):
             log.info("%s is done already", folder.path)
-            return from_first(folder.result)
-        seed = from_first(lambda: _seed(config, folder))
+            return broadcast_from_rank0(folder.result)
+        seed = broadcast_from_rank0(lambda: _seed(config, folder))
         data = _test_data(config, classes)
         sets, validation = split_training(config, open_voc(config, "DATASETS.TRAIN", classes))
         student = _student(config, classes, seed)
@@ -149,7 +149,7 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
 
         def evaluate(step: int) -> dict[str, float]:
             found = _evaluate(kept, config, validation or data)
-            if validation is not None and is_first():
+            if validation is not None and is_main_process():
                 keep_best(folder.path, kept, classes, step, found)
             prefix = "" if validation is None else "val/"
             return {f"{prefix}{name}": found[name] for name in ("map", "map_area") if found.get(name) is not None}
@@ -164,10 +164,10 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
                 last = keep_best(folder.path, kept, classes, steps, found)
                 return settle(folder.path, kept, last, config.TEST.SELECT)
 
-            validated = {"validation": found, "checkpoints": from_first(settled)}
+            validated = {"validation": found, "checkpoints": broadcast_from_rank0(settled)}
             # those of the best step, where they are tested
             copy_from_first(kept)
-        if is_first():
+        if is_main_process():
             save_weights(folder.path / WEIGHTS_FILE, kept, classes)
         result = {
             **_evaluate(kept, config, data, folder.path / DETECTIONS_FILE),
@@ -181,9 +181,9 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
             "losses": trained.losses,
             **validated,
         }
-        if is_first():
+        if is_main_process():
             folder.finish(result)
-        return from_first(folder.result)
+        return broadcast_from_rank0(folder.result)
 
 
 def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
         place_detector(detector, config)
         log.info(compute_line(detector.pixel_mean.device, None, config.DATALOADER.NUM_WORKERS))
         found = _evaluate(detector, config, _test_data(config, classes), folder / DETECTIONS_FILE)
-    if is_first():
+    if is_main_process():
         write_json(folder / "result.json", found)
     return found
 
@@ -331,9 +331,9 @@ def _evaluate(
     if data is None:
         return {}
     found = detect(detector, evaluation_batches(config, data, share=share_of_batches()), data)
-    if detections_file is not None and is_first():
+    if detections_file is not None and is_main_process():
         write_detections(detections_file, found)
-    return from_first(lambda: score(found, data))
+    return broadcast_from_rank0(lambda: score(found, data))
 
 
 def print_result(result: Mapping[str, Any], folder: str) -> None:

@@ -13,7 +13,7 @@ from nst_det.detection.config import get_defaults
 from nst_det.detection.distiller import DistilledDetector, distill, wants_teacher
 from nst_det.detection.pipeline import place_detector, teacher_of
 from nst_det.detection.torchvision import Detector, build_detector
-from nst_det.detection.trainer import Training, broken_in
+from nst_det.detection.trainer import Trainer, broken_in
 from nst_det.engine.config import merge_tree
 from nst_det.engine.device import amp_dtype, is_gpu_error
 from nst_det.engine.nan_guard import NotFinite, Replayed, first_broken
@@ -63,7 +63,7 @@ def run_again(content: dict[str, Any]) -> tuple[dict[str, float], list[str], str
     return losses, broken or broken_in(training.model, losses), found.name
 
 
-def _training(content: dict[str, Any]) -> Training:
+def _training(content: dict[str, Any]) -> Trainer:
     config = get_defaults()
     merge_tree(config, content["config"], "the step's file")
     student = build_detector(config, content["seed"])
@@ -79,7 +79,7 @@ def _training(content: dict[str, Any]) -> Training:
         model.transfer.weights.update(content["weights"])
         model.to(student.pixel_mean.device)
     model.train()
-    training = Training(model, config, content["seed"], RunFolder(Path()))
+    training = Trainer(model, config, content["seed"], RunFolder(Path()))
     training.done = content["step"]
     return training
 

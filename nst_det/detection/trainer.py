@@ -27,8 +27,8 @@ from nst_det.engine.distributed import (
     asked_to_stop,
     average,
     average_gradients,
-    from_first,
-    is_first,
+    broadcast_from_rank0,
+    is_main_process,
     log_batch,
     rank,
     running_statistics,
@@ -99,7 +99,7 @@ def _plain_item(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass
-class Trained:
+class TrainResult:
     """What is left when the last step is done: wall time of all calls together, and the last step's losses."""
 
     seconds: float = 0.0
@@ -114,7 +114,7 @@ def train(
     batches_from: Callable[[int], Iterable[Batch]],
     evaluate: Callable[[int], dict[str, float]],
     average: AveragedWeights | None = None,
-) -> Trained:
+) -> TrainResult:
     """Train until SOLVER.MAX_ITER, from the last checkpoint in the folder if there is one.
 
     Step k draws from (seed, k) alone, so that on the CPU a run that goes on ends with the bits of an undisturbed one.
@@ -134,7 +134,7 @@ def train(
         UserError: a loss is not finite, or the checkpoint is of another model.
     """
     last, test = config.SOLVER.MAX_ITER, config.TEST
-    training = Training(model, config, seed, folder, average)
+    training = Trainer(model, config, seed, folder, average)
     training.resume()
     log_batch(config.SOLVER.IMS_PER_BATCH, config.SOLVER.ACCUMULATE, config.SOLVER.BASE_LR)
     board = folder.path / "tensorboard" if config.TENSORBOARD else None
@@ -147,7 +147,9 @@ def train(
             start = training.done
             batches = iter(batches_from(start))
             meter.start_at(start)
-            writer = MetricsWriter(folder.metrics_path, start, board, config.WANDB) if is_first() else NoMetrics()
+            writer = (
+                MetricsWriter(folder.metrics_path, start, board, config.WANDB) if is_main_process() else NoMetrics()
+            )
             with writer as metrics:
                 for done in range(start + 1, last + 1):
                     with clock("data"):
@@ -187,7 +189,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
     )
 
 
-class Training:
+class Trainer:
     """A model with its optimizer: one step after the other, saved and taken up again.
 
     Args:
@@ -213,7 +215,7 @@ class Training:
     ) -> None:
         self.model, self.config, self.seed, self.folder, self.average = model, config, seed, folder, average
         self.solver = config.SOLVER
-        self.done, self.trained = 0, Trained()
+        self.done, self.trained = 0, TrainResult()
         self.optimizer, self.schedule = build_optimizer(model, self.solver), lr_schedule(self.solver)
         self.non_finite = NonFinite(self.solver.NON_FINITE, folder.path)
         self._parameters = [item for group in self.optimizer.param_groups for item in group["params"]]
@@ -293,7 +295,7 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint of all that the next step depends on; every process has the same, the first one writes."""
-        if not is_first():
+        if not is_main_process():
             return
         adapters = self.model.transfer.state_dict() if isinstance(self.model, DistilledDetector) else {}
         self.trained.seconds = time.monotonic() - self._began
@@ -315,7 +317,7 @@ class Training:
         Raises:
             UserError: it is of another run.
         """
-        state = from_first(lambda: load_latest_checkpoint(self.folder.checkpoints))
+        state = broadcast_from_rank0(lambda: load_latest_checkpoint(self.folder.checkpoints))
         if state is None:
             if self.non_finite.needs_first_checkpoint:
                 self.save()
@@ -328,7 +330,7 @@ class Training:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.non_finite.load_state_dict(state.get("non_finite", {}))
-            self.trained = Trained(float(state["seconds"]), dict(state["losses"]))
+            self.trained = TrainResult(float(state["seconds"]), dict(state["losses"]))
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             if is_gpu_error(error):
                 raise

@@ -39,7 +39,7 @@ from nst_det.data.images import MAX_IMAGE_BYTES, image_size
 from nst_det.data.safe_io import read_bytes, shown_path
 from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
-from nst_det.detection.data import Place, StepBatches, boxes_to_train
+from nst_det.detection.data import SampleIndex, StepBatchSampler, boxes_to_train
 from nst_det.engine.loader import end_workers_with_us, load
 from nst_det.engine.seeds import derive_seed
 from nst_det.errors import UserError
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 class SharedBatches:
     """The part of one process in the batches of steps ``start``, ``start + 1``, ...
 
-    The batches are those of :class:`~nst_det.detection.data.StepBatches`, so they are the torchvision engine's too.
+    The batches are those of ``StepBatchSampler``, so they are the torchvision engine's too.
 
     Args:
         size: number of images.
@@ -80,10 +80,10 @@ class SharedBatches:
             )
         share = batch // world
         self._mine = slice(rank * share, (rank + 1) * share)
-        self._batches = partial(StepBatches, size, batch, seed, wide=wide)
+        self._batches = partial(StepBatchSampler, size, batch, seed, wide=wide)
         self.start = 0
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
         for places in self._batches(start=self.start):
             yield places[self._mine]
 
@@ -103,7 +103,7 @@ class SeededImages(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dicts)
 
-    def __getitem__(self, place: Place) -> Any:
+    def __getitem__(self, place: SampleIndex) -> Any:
         # Detectron2's augmentations draw from NumPy and Python only; torch's state is left alone
         numpy_state, python_state = np.random.get_state(), random.getstate()
         seed = derive_seed(self.seed, "augment", place.step, place.slot)

@@ -21,12 +21,12 @@ from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything
 
 
-class WentBack(Exception):
+class RollbackStep(Exception):
     """The step was not made; the trainer's ``iter`` is an earlier one, whose state is loaded."""
 
 
 class Loop(DefaultTrainer):
-    """Detectron2's trainer, of whose steps one may raise :class:`WentBack`."""
+    """Detectron2's trainer, of whose steps one may raise :class:`RollbackStep`."""
 
     def train(self) -> Any:
         """As Detectron2's, whose loop runs through a range and can't go back."""
@@ -38,7 +38,7 @@ class Loop(DefaultTrainer):
                     self.before_step()
                     try:
                         self.run_step()
-                    except WentBack:
+                    except RollbackStep:
                         # the hooks begin again as well
                         self.before_train()
                         continue
@@ -73,7 +73,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
         seed_everything(seed, "step", step, rank)
 
 
-class BeforeOptimizer(HookBase):
+class AfterBackwardHook(HookBase):
     """Calls a method of the trainer after each backward pass; of Detectron2's hooks only the inner trainer's can."""
 
     def __init__(self, call: Callable[[], None]) -> None:

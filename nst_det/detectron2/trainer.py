@@ -36,7 +36,15 @@ from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import class_list, validation_config
 from nst_det.detectron2.data import BoundedMapper, SharedBatches, build_train_loader
 from nst_det.detectron2.evaluator import VocEvaluator
-from nst_det.detectron2.hooks import BeforeOptimizer, Loop, RunMetrics, StepSeed, StepSpeed, StopWhenAsked, WentBack
+from nst_det.detectron2.hooks import (
+    AfterBackwardHook,
+    Loop,
+    RollbackStep,
+    RunMetrics,
+    StepSeed,
+    StepSpeed,
+    StopWhenAsked,
+)
 from nst_det.detectron2.modeling import check_frozen_random
 from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line
 from nst_det.engine.distributed import wait_for_all
@@ -192,7 +200,7 @@ class DistillTrainer(Loop):
         self._seen: dict[str, Any] = {}
         parallel.register_forward_pre_hook(self._see_batch)
         parallel.register_forward_hook(self._see_losses)
-        self._trainer.register_hooks([BeforeOptimizer(self._check_finite)])
+        self._trainer.register_hooks([AfterBackwardHook(self._check_finite)])
         propose_together(self.student)
         self._seconds_before, self._began = 0.0, time.monotonic()
         self.checkpoints: dict[str, Any] = {}
@@ -339,7 +347,7 @@ class DistillTrainer(Loop):
         self.save_step()
         self._trainer._data_loader_iter_obj = None
         self.iter = self.start_iter
-        raise WentBack
+        raise RollbackStep
 
     def _scores(self, cfg: CfgNode) -> dict[str, Any]:
         # the student alone would still ask the teacher

@@ -18,7 +18,7 @@ from nst_det.engine.device import autocast, cast_frozen
 from nst_det.engine.io import sha256_of_file
 from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
-from nst_det.losses import Method, Outputs, TransferLoss, build_transfer
+from nst_det.losses import Method, ModelOutputs, TransferLoss, build_transfer
 from nst_det.models import (
     Card,
     LevelInfo,
@@ -228,12 +228,12 @@ class Teacher:
             name: info for name, info in feature_levels(model).items() if name in names
         }
 
-    def raw(self, images: Tensor) -> Outputs:
+    def raw(self, images: Tensor) -> ModelOutputs:
         """What the teacher says about normalized images (B, 3, H, W), as it computes it, without gradient."""
         with torch.no_grad(), autocast(self.device, self.precision):
             return forward_outputs(self.model, images, self.levels)
 
-    def __call__(self, images: Tensor, rows: Tensor | None = None) -> Outputs:
+    def __call__(self, images: Tensor, rows: Tensor | None = None) -> ModelOutputs:
         """What the teacher says about normalized images (B, 3, H, W), without gradient.
 
         ``rows`` (B,), the views that these are, is for a cache, which takes the teacher's place.
@@ -241,9 +241,9 @@ class Teacher:
         return for_losses(self.raw(images))
 
 
-def for_losses(raw: Outputs) -> Outputs:
+def for_losses(raw: ModelOutputs) -> ModelOutputs:
     """A teacher's outputs as the losses read them."""
-    return Outputs(
+    return ModelOutputs(
         None if raw.logits is None else raw.logits.float(),
         {name: by_positions(maps) for name, maps in raw.maps.items()},
         raw.embedding,

@@ -33,7 +33,7 @@ from nst_det.engine.io import atomic_path, read_sealed_json, sha256_of_file, wri
 from nst_det.engine.loader import load
 from nst_det.engine.progress import progress
 from nst_det.errors import UserError
-from nst_det.losses import Outputs, TransferLoss
+from nst_det.losses import ModelOutputs, TransferLoss
 
 log = logging.getLogger(__name__)
 INDEX = "index.json"
@@ -196,7 +196,7 @@ class TeacherCache:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged ({error}); remove this file, and the next run writes it again") from error
 
-    def __call__(self, images: Tensor, rows: Tensor | None) -> Outputs:
+    def __call__(self, images: Tensor, rows: Tensor | None) -> ModelOutputs:
         """What the teacher said about views ``rows`` (B,); ``images``, which show them, are not looked at."""
         assert rows is not None, "batches of views come with their rows"
         values = {piece.name: self._gather(piece.name, rows) for piece in self._kept}
@@ -363,7 +363,7 @@ class CacheWriter:
         return found
 
 
-def _value(piece: Piece, raw: Outputs, shared: Mapping[Hashable, Any]) -> Tensor | None:
+def _value(piece: Piece, raw: ModelOutputs, shared: Mapping[Hashable, Any]) -> Tensor | None:
     """The piece's tensor; None where no loss derived it."""
     if not piece.key:
         return raw.of(piece.kind, piece.place)

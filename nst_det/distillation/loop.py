@@ -14,14 +14,14 @@ from torch import Tensor
 from nst_det.distillation.accuracy import Accuracy
 from nst_det.distillation.build import Network
 from nst_det.distillation.dataloader import Batch, Normalizer
-from nst_det.distillation.trainer import Student
+from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.clock import Clock, Speed
-from nst_det.engine.distributed import asked_to_stop, is_first, stop_together, world_size
+from nst_det.engine.distributed import asked_to_stop, is_main_process, stop_together, world_size
 from nst_det.engine.format import text_table
 from nst_det.engine.metrics import loss_note
 from nst_det.engine.progress import progress
 from nst_det.engine.signals import whole_steps
-from nst_det.losses import Outputs, TransferLoss, pair_shapes
+from nst_det.losses import ModelOutputs, TransferLoss, pair_shapes
 from nst_det.losses import loss as shapes
 from nst_det.losses import loss_balance as balance
 from nst_det.models.build import probe_outputs
@@ -31,11 +31,11 @@ SHOWN_LOSSES = 3
 # batches of the steps from the first to before the last
 Steps = Callable[[int, int], Iterator[Batch]]
 # what a teacher or its cache says about normalized images and the views that these are
-Teaching = Callable[[Tensor, Tensor | None], Outputs]
+Teaching = Callable[[Tensor, Tensor | None], ModelOutputs]
 # normalized images, labels and what the teacher said about them
-Seen = tuple[Tensor, Tensor, Outputs | None]
+Seen = tuple[Tensor, Tensor, ModelOutputs | None]
 # accuracy of the students by their words
-Measure = Callable[[Sequence[Student]], dict[str, Accuracy]]
+Measure = Callable[[Sequence[StudentTrainer]], dict[str, Accuracy]]
 
 
 def log_shapes(losses: Mapping[str, TransferLoss], student: Network, teacher: Network, size: int) -> None:
@@ -55,12 +55,12 @@ def log_shapes(losses: Mapping[str, TransferLoss], student: Network, teacher: Ne
         log.info("compared at %d x %d pixels:\n%s", size, size, text_table(shapes.HEADINGS, lines))
 
 
-def _probe(network: Network, names: Sequence[str], size: int) -> tuple[Outputs, dict[str, int]]:
+def _probe(network: Network, names: Sequence[str], size: int) -> tuple[ModelOutputs, dict[str, int]]:
     levels = {name: info for name, info in network.levels.items() if name in names} if names else {}
     return probe_outputs(network.model, levels, size), {name: info.stride for name, info in levels.items()}
 
 
-def warn_of_neighbors(students: Sequence[Student], solver: CfgNode) -> None:
+def warn_of_neighbors(students: Sequence[StudentTrainer], solver: CfgNode) -> None:
     """Say where a term compares the images of a batch with each other, and the batch is computed in pieces."""
     pieces = world_size() * solver.ACCUMULATE
     words = [student.word for student in students if "lp" in student.transfer.pairs]
@@ -71,10 +71,10 @@ def warn_of_neighbors(students: Sequence[Student], solver: CfgNode) -> None:
         )
 
 
-def log_balance(students: Sequence[Student]) -> None:
+def log_balance(students: Sequence[StudentTrainer]) -> None:
     """A table of the terms of those students that have just been measured, and a warning for each one-sided term."""
     found = {student.word: student.transfer.balance.lines for student in students if student.just_measured}
-    if found and is_first():
+    if found and is_main_process():
         rows = [(word, *line.cells) for word, lines in found.items() for line in lines]
         log.info("terms against the labels' loss:\n%s", text_table(("method", *balance.HEADINGS), rows))
         for word, lines in found.items():
@@ -84,7 +84,7 @@ def log_balance(students: Sequence[Student]) -> None:
 
 
 def train_side_by_side(
-    students: Sequence[Student],
+    students: Sequence[StudentTrainer],
     teacher: Teaching | None,
     steps: Steps,
     normalize: Normalizer,
@@ -153,16 +153,20 @@ def train_side_by_side(
                     break
 
 
-def _all_losses(students: Sequence[Student]) -> str:
+def _all_losses(students: Sequence[StudentTrainer]) -> str:
     return "; ".join(f"{student.word}: {loss_note(student.losses)}" for student in students)
 
 
 def one_step(
-    active: Sequence[Student], teacher: Teaching | None, batches: Iterator[Batch], normalize: Normalizer, clock: Clock
+    active: Sequence[StudentTrainer],
+    teacher: Teaching | None,
+    batches: Iterator[Batch],
+    normalize: Normalizer,
+    clock: Clock,
 ) -> dict[str, float]:
     """One batch, one teacher pass, one optimizer step of each active student.
 
-    A student whose loss or gradient is no number makes no step; see :meth:`Student.meet`.
+    A student whose loss or gradient is no number makes no step; see :meth:`StudentTrainer.meet`.
 
     Returns:
         Each student's loss, all terms together.
@@ -175,7 +179,7 @@ def one_step(
         whole = next(batches)
         parts = whole.split(active[0].solver.ACCUMULATE)
     totals: dict[str, float] = {}
-    waiting: list[Student] = []
+    waiting: list[StudentTrainer] = []
     seen: list[Seen] = []
     for number, batch in enumerate(parts):
         with clock("data"):
@@ -203,7 +207,7 @@ def one_step(
     return totals
 
 
-def _update(students: Sequence[Student], seen: Sequence[Seen], parts: Sequence[Batch]) -> dict[str, float]:
+def _update(students: Sequence[StudentTrainer], seen: Sequence[Seen], parts: Sequence[Batch]) -> dict[str, float]:
     """An optimizer step of those whose loss and gradient are numbers; each one's loss."""
     totals = {}
     health = torch.stack([student.health for student in students]).tolist()

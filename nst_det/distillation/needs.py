@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nst_det.distillation.build import for_losses
 from nst_det.engine.seeds import seeded
-from nst_det.losses import Outputs, TransferLoss
+from nst_det.losses import ModelOutputs, TransferLoss
 from nst_det.losses.ops import full_precision
 
 # images of a trial; more than one, so that a loss over the batch shows itself
@@ -55,7 +55,7 @@ class Piece:
 
     @property
     def shared_key(self) -> Hashable:
-        """Under which :class:`Outputs` keeps what losses share."""
+        """Under which :class:`ModelOutputs` keeps what losses share."""
         return (self.kind, self.place), ast.literal_eval(self.key)
 
     @property
@@ -64,7 +64,7 @@ class Piece:
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize if self.kept else 0
 
 
-def assemble(pieces: Sequence[Piece], values: Mapping[str, Tensor], count: int, device: torch.device) -> Outputs:
+def assemble(pieces: Sequence[Piece], values: Mapping[str, Tensor], count: int, device: torch.device) -> ModelOutputs:
     """The teacher's outputs for losses, NaN where nothing is kept.
 
     Args:
@@ -73,7 +73,7 @@ def assemble(pieces: Sequence[Piece], values: Mapping[str, Tensor], count: int, 
         count: B.
         device: of the result.
     """
-    read = Outputs()
+    read = ModelOutputs()
     for piece in pieces:
         if piece.kept and not piece.key:
             _put(read, piece, values[piece.name].to(device, non_blocking=True))
@@ -93,7 +93,7 @@ def is_stand_in(value: Tensor) -> bool:
     return value.dim() > 0 and value.numel() > 1 and not any(value.stride())
 
 
-def _put(outputs: Outputs, piece: Piece, value: Tensor) -> None:
+def _put(outputs: ModelOutputs, piece: Piece, value: Tensor) -> None:
     if piece.key:
         outputs.keep(piece.shared_key, value)
     elif piece.kind == "maps":
@@ -111,7 +111,7 @@ class Trial:
         device: of all tensors.
     """
 
-    def __init__(self, losses: Mapping[str, TransferLoss], student: Outputs, device: torch.device) -> None:
+    def __init__(self, losses: Mapping[str, TransferLoss], student: ModelOutputs, device: torch.device) -> None:
         self.losses = {word: copy.deepcopy(loss).to(device) for word, loss in losses.items() if loss.pairs}
         self.student, self.device = student, device
         self.sources = tuple(
@@ -123,7 +123,7 @@ class Trial:
             )
         )
 
-    def results(self, teacher: Outputs, rows: slice = slice(None)) -> dict[str, list[Tensor]]:
+    def results(self, teacher: ModelOutputs, rows: slice = slice(None)) -> dict[str, list[Tensor]]:
         """By method, the loss (a scalar) and its gradients in the student's outputs and adapters, for some images."""
         found = {}
         for word, loss in self.losses.items():
@@ -138,7 +138,7 @@ class Trial:
             found[word] = [total.detach(), *(gradient for gradient in (*once, *again) if gradient is not None)]
         return found
 
-    def fill(self, teacher: Outputs) -> None:
+    def fill(self, teacher: ModelOutputs) -> None:
         """Let the losses derive what they share from the teacher's outputs for any number of images."""
         count = next(len(teacher.of(*source)) for source in self.sources)
         student, _ = self._student(torch.arange(count) % IMAGES)
@@ -146,7 +146,7 @@ class Trial:
             for loss in self.losses.values():
                 loss(student, teacher)
 
-    def _student(self, images: Tensor) -> tuple[Outputs, list[Tensor]]:
+    def _student(self, images: Tensor) -> tuple[ModelOutputs, list[Tensor]]:
         images = images.to(self.device)
         leaves: list[Tensor] = []
 
@@ -155,13 +155,13 @@ class Trial:
             return leaves[-1]
 
         given = self.student
-        student = Outputs(maps={name: leaf(value) for name, value in given.maps.items()})
+        student = ModelOutputs(maps={name: leaf(value) for name, value in given.maps.items()})
         student.logits = None if given.logits is None else leaf(given.logits)
         student.embedding = None if given.embedding is None else leaf(given.embedding)
         return student, leaves
 
 
-def what_to_keep(trial: Trial, raw: Outputs) -> list[Piece]:
+def what_to_keep(trial: Trial, raw: ModelOutputs) -> list[Piece]:
     """The pieces that take the fewest bytes.
 
     Args:
@@ -204,10 +204,10 @@ def _without_output(output: Piece, derived: list[Piece], works: Callable[[Sequen
     return pieces
 
 
-def _derived(trial: Trial, whole: Outputs) -> dict[Piece, Tensor]:
+def _derived(trial: Trial, whole: ModelOutputs) -> dict[Piece, Tensor]:
     """What the losses share of each image by itself, not of the batch: the same among fewer images."""
     some = slice(1, None)
-    fewer = Outputs(
+    fewer = ModelOutputs(
         None if whole.logits is None else whole.logits[some],
         {name: value[some] for name, value in whole.maps.items()},
         None if whole.embedding is None else whole.embedding[some],

@@ -30,7 +30,7 @@ from nst_det.distillation.config import check_config, teacher_augment, teacher_s
 from nst_det.distillation.dataloader import Normalizer, StageOneData
 from nst_det.distillation.fingerprint import cache_claim, student_claim, teacher_claim
 from nst_det.distillation.loop import Teaching, log_shapes, train_side_by_side, warn_of_neighbors
-from nst_det.distillation.trainer import Student
+from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import checkpoints, would_resume
 from nst_det.engine.config import expand_path, plain
 from nst_det.engine.device import (
@@ -42,7 +42,14 @@ from nst_det.engine.device import (
     loader_workers,
     set_float32_precision,
 )
-from nst_det.engine.distributed import copy_from_first, from_first, is_first, log_batch, start_processes, wait_for_all
+from nst_det.engine.distributed import (
+    broadcast_from_rank0,
+    copy_from_first,
+    is_main_process,
+    log_batch,
+    start_processes,
+    wait_for_all,
+)
 from nst_det.engine.io import write_text
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
@@ -76,7 +83,7 @@ def card_of(network: Network, data: StageOneData, **fields: Any) -> Card:
     )
 
 
-def finish(student: Student, network: Network, data: StageOneData, path: Path, **fields: Any) -> dict[str, Any]:
+def finish(student: StudentTrainer, network: Network, data: StageOneData, path: Path, **fields: Any) -> dict[str, Any]:
     """Write the backbone file of a student that did all its steps, then its result; drop its checkpoints.
 
     Args:
@@ -171,7 +178,7 @@ class StageOne:
         """All of it; see :func:`distill`."""
         amp, workers = self.config.SOLVER.AMP, self.config.DATALOADER.NUM_WORKERS
         log.info(compute_line(self.device, amp_dtype(amp, self.device), workers, amp == "auto"))
-        if is_first():
+        if is_main_process():
             write_text(self.output / "config.yaml", self.config.dump())
         classes = self.data.classes
         student = initial_student(self.config, len(classes))
@@ -195,15 +202,15 @@ class StageOne:
         """
         folder = RunFolder(self.output / "teacher")
         claim = teacher_claim(self.config, self.data.fingerprint, network.sha256)
-        with folder.opened(claim) if is_first() else nullcontext():
-            done = from_first(lambda: folder.done)
+        with folder.opened(claim) if is_main_process() else nullcontext():
+            done = broadcast_from_rank0(lambda: folder.done)
             if not done and not network.sha256 and self.config.TEACHER.TRAIN:
                 self._train_teacher(network, folder)
             elif not done:
                 self._take_teacher(network, folder, labels_shared)
-            result = from_first(folder.result)
+            result = broadcast_from_rank0(folder.result)
         if not network.sha256:
-            if is_first():
+            if is_main_process():
                 load_into(network.model, result["backbone"])
             copy_from_first(network.model.to(self.device))
             network.model.cpu()
@@ -214,7 +221,7 @@ class StageOne:
         solver, augment = teacher_solver(self.config), teacher_augment(self.config)
         teacher = self._student("teacher", network, build_transfer(LABELS_ONLY), solver, folder)
         self._train([teacher], None, solver, augment, "teacher")
-        if is_first():
+        if is_main_process():
             finish(teacher, network, self.data, self.teacher_file, config=self._config())
 
     def _take_teacher(self, network: Network, folder: RunFolder, labels_shared: bool) -> None:
@@ -223,7 +230,7 @@ class StageOne:
         if labels_shared:
             model = copy_of(network, self.device)
             accuracy = self._measure({"teacher": model}, teacher_solver(self.config))["teacher"]
-        if is_first():
+        if is_main_process():
             self._keep_teacher(network, folder, accuracy)
 
     def _keep_teacher(self, network: Network, folder: RunFolder, accuracy: Accuracy | None) -> None:
@@ -277,13 +284,13 @@ class StageOne:
             about = {key: teacher_result[key] for key in ("name", "top1", "sha256")} | {"arch": teacher.arch}
         results: dict[str, dict[str, Any]] = {}
         with ExitStack() as held:
-            unfinished: list[Student] = []
+            unfinished: list[StudentTrainer] = []
             for word, method in self.methods.items():
                 folder = RunFolder(self.output / "students" / word)
-                if is_first():
+                if is_main_process():
                     held.enter_context(folder.opened(student_claim(self.config, method, self.data.fingerprint, sha256)))
-                if from_first(lambda folder=folder: folder.done):  # type: ignore[misc]
-                    results[word] = from_first(folder.result)
+                if broadcast_from_rank0(lambda folder=folder: folder.done):  # type: ignore[misc]
+                    results[word] = broadcast_from_rank0(folder.result)
                 else:
                     unfinished.append(self._student(word, network, losses[word], self.config.SOLVER, folder))
             if unfinished:
@@ -295,9 +302,9 @@ class StageOne:
             for student in unfinished:
                 path = self.student_files[student.word]
                 fields = {"teacher": about if student.needs_teacher else {}, "config": self._config()}
-                if is_first():
+                if is_main_process():
                     finish(student, network, self.data, path, **fields)
-                results[student.word] = from_first(student.folder.result)
+                results[student.word] = broadcast_from_rank0(student.folder.result)
         return {word: results[word] for word in self.methods}
 
     def _teaching(
@@ -315,16 +322,18 @@ class StageOne:
         claim = cache_claim(self.config, self.data.fingerprint, sha256, arch, computed)
         writer = CacheWriter(self.config, views, teacher, copy_of(student, self.device), losses, claim)
         # the first process writes what isn't there; the others find all of it
-        cache = writer.open() if is_first() else None
+        cache = writer.open() if is_main_process() else None
         wait_for_all()
         return cache or writer.open()
 
-    def _student(self, word: str, network: Network, loss: TransferLoss, solver: CfgNode, folder: RunFolder) -> Student:
+    def _student(
+        self, word: str, network: Network, loss: TransferLoss, solver: CfgNode, folder: RunFolder
+    ) -> StudentTrainer:
         model = copy_of(network, self.device)
         if solver.SYNC_BN:
             model, loss = sync_batch_norm(model), cast(TransferLoss, sync_batch_norm(loss))
         copy_from_first(model, loss.to(self.device))
-        return Student(
+        return StudentTrainer(
             word,
             model,
             network.levels,
@@ -344,7 +353,7 @@ class StageOne:
 
     def _train(
         self,
-        students: Sequence[Student],
+        students: Sequence[StudentTrainer],
         teacher: Teaching | None,
         solver: CfgNode,
         augment: CfgNode,

@@ -9,14 +9,14 @@ import torch
 from fvcore.common.config import CfgNode
 
 from nst_det.distillation.config import get_defaults
-from nst_det.distillation.trainer import Student, broken_outputs, outputs_from
+from nst_det.distillation.trainer import StudentTrainer, broken_outputs, outputs_from
 from nst_det.engine.config import merge_tree
 from nst_det.engine.device import default_device, is_gpu_error, set_float32_precision
 from nst_det.engine.nan_guard import NORM, Replayed, broken_values, first_broken, gradient_norm
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.losses import TransferLoss, parse_method
-from nst_det.losses.registry import Pair
+from nst_det.losses.registry import LayerPair
 from nst_det.models import create_model, feature_levels
 
 
@@ -53,11 +53,11 @@ def replay(content: dict[str, Any], path: str | Path) -> Replayed:
     return Replayed(who, recorded, terms, broken, list(content["not_finite"]), names, found.name)
 
 
-def _student(content: dict[str, Any]) -> Student:
+def _student(content: dict[str, Any]) -> StudentTrainer:
     about, given = content["about"], content["transfer"]
     model = create_model(about["arch"], about["num_classes"], **about["arch_kwargs"])
     model.load_state_dict(content["model"])
-    pairs = {name: [Pair(*values) for values in pairs] for name, pairs in given["pairs"].items()}
+    pairs = {name: [LayerPair(*values) for values in pairs] for name, pairs in given["pairs"].items()}
     transfer = TransferLoss(parse_method(given["method"]), given["weights"], pairs, given["options"])
     transfer.terms.load_state_dict(given["state"])
     solver: CfgNode = get_defaults().SOLVER
@@ -67,7 +67,7 @@ def _student(content: dict[str, Any]) -> Student:
     precision = getattr(torch, content["precision"])
     device = default_device()
     set_float32_precision(about["float32_precision"], device)
-    student = Student(
+    student = StudentTrainer(
         content["method"],
         model.to(device).to(memory_format=torch.channels_last),
         feature_levels(model),

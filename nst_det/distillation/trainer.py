@@ -18,13 +18,20 @@ from nst_det.distillation.solver import build_optimizer, clip_gradients, lr_fact
 from nst_det.engine.checkpoint import load_latest_checkpoint, save_checkpoint
 from nst_det.engine.config import plain
 from nst_det.engine.device import autocast, is_gpu_error
-from nst_det.engine.distributed import average_gradients, from_first, is_first, rank, running_statistics, world_size
+from nst_det.engine.distributed import (
+    average_gradients,
+    broadcast_from_rank0,
+    is_main_process,
+    rank,
+    running_statistics,
+    world_size,
+)
 from nst_det.engine.metrics import MetricsWriter, NoMetrics
 from nst_det.engine.nan_guard import SKIP, Buffers, NonFinite, broken_values, gradient_norm
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed
 from nst_det.errors import UserError
-from nst_det.losses import Outputs, TransferLoss
+from nst_det.losses import ModelOutputs, TransferLoss
 from nst_det.models import LevelInfo, forward_outputs
 from nst_det.models.averaged import AveragedWeights
 from nst_det.models.build import backbone_parameters
@@ -57,7 +64,9 @@ def mean(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([one[name] for one in passes]).mean() for name in passes[0]}
 
 
-def step_content(student: Student, images: Tensor, labels: Tensor, teacher: Outputs | None) -> dict[str, Any]:
+def step_content(
+    student: StudentTrainer, images: Tensor, labels: Tensor, teacher: ModelOutputs | None
+) -> dict[str, Any]:
     """All that the step depends on: weights, pixels and what the teacher said, so that neither data nor teacher are
     needed again.
 
@@ -94,7 +103,7 @@ def step_content(student: Student, images: Tensor, labels: Tensor, teacher: Outp
     }
 
 
-def outputs_content(outputs: Outputs) -> dict[str, Any]:
+def outputs_content(outputs: ModelOutputs) -> dict[str, Any]:
     """Outputs of a network, with what losses derived from them, as plain values and tensors."""
     return {
         "logits": _on_cpu(outputs.logits),
@@ -104,15 +113,15 @@ def outputs_content(outputs: Outputs) -> dict[str, Any]:
     }
 
 
-def outputs_from(content: dict[str, Any], device: torch.device) -> Outputs:
+def outputs_from(content: dict[str, Any], device: torch.device) -> ModelOutputs:
     """The reverse of :func:`outputs_content`."""
-    outputs = Outputs(*(_moved(content[name], device) for name in ("logits", "maps", "embedding")))
+    outputs = ModelOutputs(*(_moved(content[name], device) for name in ("logits", "maps", "embedding")))
     for key, value in content["shared"]:
         outputs.keep(key, _moved(value, device))
     return outputs
 
 
-def broken_outputs(teacher: Outputs | None) -> list[str]:
+def broken_outputs(teacher: ModelOutputs | None) -> list[str]:
     """What of a teacher's outputs is no number, each named."""
     if teacher is None:
         return []
@@ -139,7 +148,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-class Student:
+class StudentTrainer:
     """A classifier that learns from labels and, by its method, from a teacher.
 
     What it computes at a step depends on its own state, the batch and the step, never on the students beside it:
@@ -234,7 +243,7 @@ class Student:
         Raises:
             UserError: the checkpoint is of another run.
         """
-        state = from_first(lambda: load_latest_checkpoint(self.folder.checkpoints))
+        state = broadcast_from_rank0(lambda: load_latest_checkpoint(self.folder.checkpoints))
         if state is not None:
             self._load(state)
         elif self.non_finite.needs_first_checkpoint:
@@ -245,7 +254,7 @@ class Student:
     def _open_metrics(self) -> None:
         tensorboard, wandb = self._trackers
         board = self.folder.path / "tensorboard" if tensorboard else None
-        writes = is_first()
+        writes = is_main_process()
         self._metrics = MetricsWriter(self.folder.metrics_path, self.step, board, wandb) if writes else NoMetrics()
 
     def close(self) -> None:
@@ -254,7 +263,7 @@ class Student:
             self._metrics.close()
             self._metrics = None
 
-    def forward_backward(self, images: Tensor, labels: Tensor, teacher: Outputs | None, part: int = 0) -> None:
+    def forward_backward(self, images: Tensor, labels: Tensor, teacher: ModelOutputs | None, part: int = 0) -> None:
         """One pass; gradients stay in the parameters, loss terms in :attr:`terms`.
 
         After the last of SOLVER.ACCUMULATE parts both are means over the parts, and over all processes.
@@ -355,7 +364,7 @@ class Student:
     def _rate(self, step: int) -> float:
         return float(self.solver.BASE_LR * lr_factor(step, self.solver) * self.non_finite.rate)
 
-    def meet(self, images: Tensor, labels: Tensor, teacher: Outputs | None, names: Sequence[str]) -> None:
+    def meet(self, images: Tensor, labels: Tensor, teacher: ModelOutputs | None, names: Sequence[str]) -> None:
         """The pass that was just made gave something that is no number: no step is made, SOLVER.NON_FINITE decides.
 
         Args:
@@ -382,7 +391,7 @@ class Student:
 
     def _go_back(self) -> None:
         count = self.non_finite.count
-        state = from_first(lambda: load_latest_checkpoint(self.folder.checkpoints))
+        state = broadcast_from_rank0(lambda: load_latest_checkpoint(self.folder.checkpoints))
         if state is None:
             raise UserError(
                 f"{self.folder.checkpoints}: no checkpoint to go back to; set SOLVER.NON_FINITE.POLICY stop"
@@ -413,7 +422,7 @@ class Student:
 
     def save(self) -> None:
         """Write a checkpoint of all that the next step depends on; every process has the same, the first one writes."""
-        if not is_first():
+        if not is_main_process():
             return
         state: dict[str, Any] = {
             "model": self.model.state_dict(),

@@ -283,7 +283,7 @@ def transfer_node() -> CfgNode:
 
     AUTO_WEIGHT, keyed by term too (``{nst-poly: 0.5}``), goes before WEIGHTS: the weight is the one at which the term's
     gradient in the student's backbone has that share of the task's gradient norm, by the median of the first five
-    steps (see :class:`nst_det.losses.loss_balance.Balance`), and stays.
+    steps (see :class:`nst_det.losses.loss_balance.GradientBalance`), and stays.
     """
     node = CfgNode()
     node.LEVELS = []

@@ -93,7 +93,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if started_together() > 1 else 0
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process owns the run folder and does the talking."""
     return rank() == 0
 
@@ -107,7 +107,7 @@ def _host_group() -> Any:
     return dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.get_backend() == "nccl" else None
 
 
-def from_first(compute: Callable[[], T]) -> T:
+def broadcast_from_rank0(compute: Callable[[], T]) -> T:
     """What ``compute`` gives in the first process, in all of them; the others don't call it.
 
     Example:
@@ -116,7 +116,7 @@ def from_first(compute: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return compute()
-    values: list[Any] = [compute() if is_first() else None]
+    values: list[Any] = [compute() if is_main_process() else None]
     dist.broadcast_object_list(values, src=0, group=_host_group())
     found: T = values[0]
     return found
@@ -254,7 +254,7 @@ def share_of(images: int, key: str, accumulate: int = 1) -> slice:
 def log_batch(images: int, accumulate: int, rate: float, what: str = "SOLVER") -> None:
     """Say what a step is made of, and what the learning rate belongs to; silent for one process and one part."""
     processes = world_size()
-    if processes * accumulate == 1 or not is_first():
+    if processes * accumulate == 1 or not is_main_process():
         return
     each = images // (processes * accumulate)
     parts = f"{processes} processes x {each} images" + (f" x {accumulate} parts" if accumulate > 1 else "")

@@ -64,7 +64,7 @@ def text_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in captured.get().rstrip().split("\n"))
 
 
-class Shown:
+class ReprMixin:
     """Base of a result with one table: ``rich.print(result)``, or the result as the last line of a notebook cell."""
 
     def __rich__(self) -> Table:

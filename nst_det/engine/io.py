@@ -20,7 +20,7 @@ from typing import Any
 from nst_det.errors import UserError
 
 SUFFIX = ".tmp"
-SEAL = "content_sha256"
+CHECKSUM_KEY = "content_sha256"
 # a temporary file is not locked in the instant in which it is made
 YOUNG_SECONDS = 1.0
 
@@ -175,8 +175,8 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_sealed_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """:func:`write_json` with one more field, :data:`SEAL`: the SHA-256 of all others."""
-    write_json(path, {**value, SEAL: _seal(value)})
+    """:func:`write_json` with one more field, :data:`CHECKSUM_KEY`: the SHA-256 of all others."""
+    write_json(path, {**value, CHECKSUM_KEY: _seal(value)})
 
 
 def read_sealed_json(path: str | Path, remedy: str) -> Any:
@@ -193,8 +193,10 @@ def read_sealed_json(path: str | Path, remedy: str) -> Any:
         UserError: the file is missing, not JSON, or a field is not what was written.
     """
     value = read_json(path)
-    if isinstance(value, dict) and SEAL in value and value.pop(SEAL) != _seal(value):
-        raise UserError(f"{path}: damaged, or edited by hand (its {SEAL} is not that of the other fields); {remedy}")
+    if isinstance(value, dict) and CHECKSUM_KEY in value and value.pop(CHECKSUM_KEY) != _seal(value):
+        raise UserError(
+            f"{path}: damaged, or edited by hand (its {CHECKSUM_KEY} is not that of the other fields); {remedy}"
+        )
     return value
 
 

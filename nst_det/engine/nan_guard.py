@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nst_det.engine.checkpoint import load_checkpoint, write_state
 from nst_det.engine.distributed import any_process, gathered, rank
-from nst_det.engine.format import Shown
+from nst_det.engine.format import ReprMixin
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 @dataclass
-class Replayed(Shown):
+class Replayed(ReprMixin):
     """One step, again; shows itself as a table of its loss terms.
 
     Attributes:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nst_det.engine.io import SEAL, atomic_path
+from nst_det.engine.io import CHECKSUM_KEY, atomic_path
 from nst_det.errors import UserError
 
 
@@ -29,7 +29,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
     """
     kept = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
     metadata = {"format": "pt", **(about or {})}
-    metadata[SEAL] = _checksum(kept, metadata)
+    metadata[CHECKSUM_KEY] = _checksum(kept, metadata)
     with atomic_path(path) as temporary:
         save_file(kept, str(temporary), metadata=metadata)
 
@@ -45,7 +45,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     metadata = read_metadata(path)
     tensors = load_file(str(path))
-    recorded = metadata.pop(SEAL, None)
+    recorded = metadata.pop(CHECKSUM_KEY, None)
     if recorded is not None and recorded != _checksum(tensors, metadata):
         raise UserError(
             f"{path}: damaged (its content is not what was written: SHA-256 differs); get it again, or remove it and "

@@ -25,7 +25,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from nst_det.engine.format import Shown
+from nst_det.engine.format import ReprMixin
 from nst_det.evaluation.boxes import Detections, GroundTruth
 
 # the devkit's 0:0.1:1, whose fourth value is 0.30000000000000004: recall 66/220 is not at that point yet
@@ -46,7 +46,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class VocResult(Shown):
+class VocResult(ReprMixin):
     """AP of K classes at T overlap thresholds; shows itself as the table of the first.
 
     A class without positives (no object that isn't difficult) has no AP: it is NaN in the arrays, None in

@@ -1,8 +1,8 @@
 """Transfer losses: what a teacher hands to a student, as functions on tensors and as the terms of a method."""
 
 from nst_det.losses.kd import kd_loss
-from nst_det.losses.outputs import Outputs
-from nst_det.losses.registry import Pair, Term, get_term, register_term, terms, unregister_term
+from nst_det.losses.outputs import ModelOutputs
+from nst_det.losses.registry import LayerPair, LossSpec, get_term, register_term, terms, unregister_term
 
 from nst_det.losses.fitnet import hint_loss  # isort: skip
 from nst_det.losses.at import at_loss  # isort: skip
@@ -24,11 +24,11 @@ from nst_det.losses.method import LABELS_ONLY, Method, parse_method
 
 __all__ = [
     "LABELS_ONLY",
+    "LayerPair",
+    "LossSpec",
     "Method",
-    "Outputs",
-    "Pair",
+    "ModelOutputs",
     "PairShape",
-    "Term",
     "TermBalance",
     "TransferLoss",
     "at_loss",

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.ops import Shared, aligned, compute_now, unit
-from nst_det.losses.registry import Pair, Term, register_term
+from nst_det.losses.registry import LayerPair, LossSpec, register_term
 
 # On a sum of fourth powers of activations, so it must be far smaller than on a sum of squares; the gradient at zero
 # is 0 all the same, because |f|^p with p > 1 is flat there.
@@ -39,7 +39,7 @@ def at_loss(student: Tensor, teacher: Tensor, power: float = 2.0, shared: Shared
 class AT(nn.Module):
     """The term ``at``."""
 
-    def __init__(self, pair: Pair, power: float = 2.0) -> None:
+    def __init__(self, pair: LayerPair, power: float = 2.0) -> None:
         super().__init__()
         if power < 1:
             raise ValueError(f"at: power must be at least 1, not {power}")
@@ -51,7 +51,7 @@ class AT(nn.Module):
 
 
 register_term(
-    Term(
+    LossSpec(
         name="at",
         level="maps",
         weight=1000.0,

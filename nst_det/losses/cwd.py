@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.ops import Shared, aligned, channel_adapter, compute_now
-from nst_det.losses.registry import Pair, Term, register_term
+from nst_det.losses.registry import LayerPair, LossSpec, register_term
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, shared: Shared = compute_now) -> Tensor:
@@ -36,7 +36,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, shared:
 class CWD(nn.Module):
     """The term ``cwd``; a 1x1 convolution on the student where the channel counts differ."""
 
-    def __init__(self, pair: Pair, temperature: float = 1.0) -> None:
+    def __init__(self, pair: LayerPair, temperature: float = 1.0) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"cwd: temperature must be above 0, not {temperature}")
@@ -50,7 +50,7 @@ class CWD(nn.Module):
 
 
 register_term(
-    Term(
+    LossSpec(
         name="cwd",
         level="maps",
         weight=10.0,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.ops import Shared, aligned, checked_grid, compute_now, gridded, spread
-from nst_det.losses.registry import Pair, Term, register_term
+from nst_det.losses.registry import LayerPair, LossSpec, register_term
 
 REGRESSORS = ("conv", "conv-bn-relu")
 
@@ -29,7 +29,7 @@ class FitNet(nn.Module):
     The regressor of a vector spreads it over a grid of positions.
     """
 
-    def __init__(self, pair: Pair, regressor: str = "conv", grid: int = 4) -> None:
+    def __init__(self, pair: LayerPair, regressor: str = "conv", grid: int = 4) -> None:
         super().__init__()
         if regressor not in REGRESSORS:
             raise ValueError(f"fitnet: regressor must be one of {', '.join(REGRESSORS)}, not '{regressor}'")
@@ -45,7 +45,7 @@ class FitNet(nn.Module):
 
 
 register_term(
-    Term(
+    LossSpec(
         name="fitnet",
         level="maps",
         weight=100.0,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.ops import Shared, compute_now, full_precision
-from nst_det.losses.registry import Pair, Term, register_term
+from nst_det.losses.registry import LayerPair, LossSpec, register_term
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0, shared: Shared = compute_now) -> Tensor:
@@ -35,7 +35,7 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0, shared: 
 class KD(nn.Module):
     """The term ``kd``."""
 
-    def __init__(self, pair: Pair, temperature: float = 4.0) -> None:
+    def __init__(self, pair: LayerPair, temperature: float = 4.0) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"kd: temperature must be above 0, not {temperature}")
@@ -47,7 +47,7 @@ class KD(nn.Module):
 
 
 register_term(
-    Term(
+    LossSpec(
         name="kd",
         level="logits",
         weight=1.0,

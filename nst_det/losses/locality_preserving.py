@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nst_det.losses.ops import Shared, compute_now, full_precision
-from nst_det.losses.registry import Pair, Term, register_term
+from nst_det.losses.registry import LayerPair, LossSpec, register_term
 
 NEIGHBORS_SIGMA = "neighbors"
 SMALLEST_VARIANCE = 1e-12
@@ -68,7 +68,7 @@ def lp_loss(
 class LP(nn.Module):
     """The term ``lp``."""
 
-    def __init__(self, pair: Pair, k: int = 5, sigma: float | str = NEIGHBORS_SIGMA) -> None:
+    def __init__(self, pair: LayerPair, k: int = 5, sigma: float | str = NEIGHBORS_SIGMA) -> None:
         super().__init__()
         if int(k) != k or k < 1:
             raise ValueError(f"lp: k must be a whole number of at least 1, not {k}")
@@ -82,7 +82,7 @@ class LP(nn.Module):
 
 
 register_term(
-    Term(
+    LossSpec(
         name="lp",
         level="embedding",
         weight=0.01,

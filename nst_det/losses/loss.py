@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nst_det.losses.loss_balance import Balance
+from nst_det.losses.loss_balance import GradientBalance
 from nst_det.losses.method import Method, parse_method
 from nst_det.losses.ops import common_size
-from nst_det.losses.outputs import Outputs
-from nst_det.losses.registry import Pair, Term, check_weight, get_term, terms
+from nst_det.losses.outputs import ModelOutputs
+from nst_det.losses.registry import LayerPair, LossSpec, check_weight, get_term, terms
 
 Level = str | tuple[str, str]
 HEADINGS = ("term", "student", "teacher", "alignment")
@@ -41,7 +41,7 @@ class TransferLoss(nn.Module):
         self,
         method: Method,
         weights: Mapping[str, float],
-        pairs: Mapping[str, Sequence[Pair]],
+        pairs: Mapping[str, Sequence[LayerPair]],
         options: Mapping[str, Mapping[str, Any]],
         shares: Mapping[str, float] | None = None,
     ) -> None:
@@ -49,7 +49,7 @@ class TransferLoss(nn.Module):
         self.method = method
         self.weights = dict(weights)
         self.options = {name: dict(options[name]) for name in pairs}
-        self.balance = Balance(self.weights, shares or {})
+        self.balance = GradientBalance(self.weights, shares or {})
         self.pairs = {name: tuple(places) for name, places in pairs.items()}
         self.terms = nn.ModuleDict(
             {
@@ -74,7 +74,7 @@ class TransferLoss(nn.Module):
         """The kinds of output (``logits``, ``maps``, ``embedding``) read from ``student`` or ``teacher``."""
         return frozenset(kinds[who == "teacher"] for kinds in self.kinds.values())
 
-    def forward(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> dict[str, Tensor]:
         """Each term by name: its weight times its value, a scalar in float32 even under autocast.
 
         Gradient goes to the student's outputs and the adapters, never to the teacher's.
@@ -96,7 +96,7 @@ class TransferLoss(nn.Module):
             self.parts[name] = {label: value.detach() for label, value in parts.items()}
         return values
 
-    def module(self, term: str, pair: Pair) -> nn.Module:
+    def module(self, term: str, pair: LayerPair) -> nn.Module:
         """What compares one of a term's pairs."""
         return cast(nn.ModuleDict, self.terms[term])[pair.label]
 
@@ -112,7 +112,7 @@ class TransferLoss(nn.Module):
         return tuple(found)
 
 
-def _shared(teacher: Outputs, place: tuple[str, str], key: Hashable, compute: Any) -> Any:
+def _shared(teacher: ModelOutputs, place: tuple[str, str], key: Hashable, compute: Any) -> Any:
     return teacher.shared((place, key), compute)
 
 
@@ -148,7 +148,7 @@ def build_transfer(
             its partner there.
         options: term to its options (``{"kd": {"temperature": 2.0}}``).
         auto_weight: term to the share of the task's gradient norm at the student's backbone that its weight is to
-            give it (see :class:`~nst_det.losses.loss_balance.Balance`); goes before ``weights``, not before the word.
+            give it (see ``GradientBalance``); goes before ``weights``, not before the word.
             These four may name terms that this method lacks, so that one configuration serves several methods.
 
     Returns:
@@ -179,7 +179,7 @@ def build_transfer(
     }
     chosen: dict[str, float] = {}
     shares: dict[str, float] = {}
-    pairs: dict[str, list[Pair]] = {}
+    pairs: dict[str, list[LayerPair]] = {}
     for name, weight in method:
         term = get_term(name)
         in_config = check_weight(name, weights.get(name, term.weight))
@@ -217,12 +217,12 @@ def _level_pairs(levels: Iterable[Level], partners: Mapping[str, str]) -> list[t
 
 
 def _map_pairs(
-    term: Term,
+    term: LossSpec,
     places: Sequence[tuple[str, str]],
     student: Mapping[str, int],
     teacher: Mapping[str, int],
     vectors: Collection[str],
-) -> list[Pair]:
+) -> list[LayerPair]:
     if not term.vectors and vectors and set(student) <= set(vectors):
         fitting = [other.name for other in terms().values() if other.vectors or other.student_kind != "maps"]
         raise ValueError(
@@ -238,18 +238,18 @@ def _map_pairs(
         for name in names:
             if name not in there:
                 raise ValueError(f"{term.name}: the {who} has no level '{name}'; it has {_listed(there)}")
-    return [Pair(s, t, student[s], teacher[t], s in vectors) for s, t in places]
+    return [LayerPair(s, t, student[s], teacher[t], s in vectors) for s, t in places]
 
 
-def _vector_pair(term: Term, widths: Mapping[tuple[str, str], int | None]) -> Pair:
+def _vector_pair(term: LossSpec, widths: Mapping[tuple[str, str], int | None]) -> LayerPair:
     student, teacher = widths["student", term.student_kind], widths["teacher", term.level]
     if term.needs_widths and not (student and teacher):
         missing = f"student's {term.student_kind}" if not student else f"teacher's {term.level}"
         raise ValueError(f"{term.name} has parameters: the width of the {missing} must be given")
-    return Pair(term.student_kind, term.level, student or 0, teacher or 0)
+    return LayerPair(term.student_kind, term.level, student or 0, teacher or 0)
 
 
-def _checked_options(term: Term, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _checked_options(term: LossSpec, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     given = dict(options.get(term.name) or {})
     for key in given:
         if key not in term.options:
@@ -299,8 +299,8 @@ def _place(name: str, shape: tuple[int, ...], stride: int | None) -> str:
 
 def pair_shapes(
     loss: TransferLoss,
-    student: Outputs,
-    teacher: Outputs,
+    student: ModelOutputs,
+    teacher: ModelOutputs,
     student_strides: Mapping[str, int] | None = None,
     teacher_strides: Mapping[str, int] | None = None,
 ) -> list[PairShape]:

@@ -87,7 +87,7 @@ def gradient_norms(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Te
     return torch.nan_to_num(torch.stack(norms).detach(), nan=math.inf, posinf=math.inf)
 
 
-class Balance(nn.Module):
+class GradientBalance(nn.Module):
     """Measures the terms of one method against the task in the first steps, and sets the weights that are to be chosen.
 
     A term with a share gets the weight at which its gradient in the backbone's parameters has that share of the task's

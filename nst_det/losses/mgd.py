@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nst_det.losses.ops import Shared, aligned, channel_adapter
-from nst_det.losses.registry import Pair, Term, register_term
+from nst_det.losses.registry import LayerPair, LossSpec, register_term
 
 
 def generation_loss(generated: Tensor, teacher: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ class MGD(nn.Module):
     The mask is drawn from torch's global generator of the maps' device, in training mode only.
     """
 
-    def __init__(self, pair: Pair, masked: float = 0.45) -> None:
+    def __init__(self, pair: LayerPair, masked: float = 0.45) -> None:
         super().__init__()
         if not 0 <= masked < 1:
             raise ValueError(f"mgd: masked must be in [0, 1), not {masked}")
@@ -42,7 +42,7 @@ class MGD(nn.Module):
 
 
 register_term(
-    Term(
+    LossSpec(
         name="mgd",
         level="maps",
         weight=5e-7,

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from nst_det.losses.mmd import KERNELS, mmd
 from nst_det.losses.ops import Shared, check_maps, common_size, compute_now, full_precision, pooled
-from nst_det.losses.registry import Pair, Term, register_term
+from nst_det.losses.registry import LayerPair, LossSpec, register_term
 
 
 def nst_loss(
@@ -132,7 +132,7 @@ class _WithGradientOnce(torch.autograd.Function):
 class NST(nn.Module):
     """The terms ``nst-linear``, ``nst-poly`` and ``nst-gaussian``."""
 
-    def __init__(self, pair: Pair, kernel: str, center: bool = False, relu: bool = False) -> None:
+    def __init__(self, pair: LayerPair, kernel: str, center: bool = False, relu: bool = False) -> None:
         super().__init__()
         self.kernel, self.center, self.relu = kernel, center, relu
 
@@ -151,7 +151,7 @@ class NST(nn.Module):
 
 def _register(kernel: str, weight: float, source: str, summary: str) -> None:
     register_term(
-        Term(
+        LossSpec(
             name=f"nst-{kernel}",
             level="maps",
             weight=weight,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(eq=False)
-class Outputs:
+class ModelOutputs:
     """Logits, feature maps and embedding of one network for one batch.
 
     A teacher's Outputs is made once per batch and handed to the losses of all students: what they need of it in

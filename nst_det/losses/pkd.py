@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.ops import EPS, Shared, aligned, compute_now
-from nst_det.losses.registry import Pair, Term, register_term
+from nst_det.losses.registry import LayerPair, LossSpec, register_term
 
 
 def standardize(maps: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def pkd_loss(student: Tensor, teacher: Tensor, shared: Shared = compute_now) -> 
 class PKD(nn.Module):
     """The term ``pkd``."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: LayerPair) -> None:
         super().__init__()
         if pair.student_channels != pair.teacher_channels:
             raise ValueError(
@@ -63,7 +63,7 @@ class PKD(nn.Module):
 
 
 register_term(
-    Term(
+    LossSpec(
         name="pkd",
         level="maps",
         weight=6.0,

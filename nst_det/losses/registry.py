@@ -25,7 +25,7 @@ RESERVED = ("ce", "scratch")
 
 
 @dataclass(frozen=True)
-class Pair:
+class LayerPair:
     """The two places that one module compares, and their widths.
 
     Attributes:
@@ -49,7 +49,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Term:
+class LossSpec:
     """One transfer loss as the methods know it.
 
     Attributes:
@@ -62,7 +62,7 @@ class Term:
         options: the names it takes and their defaults.
         student_level: the student's kind of output where it isn't ``level``.
         needs_widths: the module has parameters shaped by the pair's channels, so these must be known.
-        vectors: the module also compares a student's vector with a teacher's map (:attr:`Pair.vector`).
+        vectors: the module also compares a student's vector with a teacher's map (:attr:`LayerPair.vector`).
     """
 
     name: str
@@ -82,11 +82,11 @@ class Term:
         return self.student_level or self.level
 
 
-_TERMS: dict[str, Term] = {}
+_TERMS: dict[str, LossSpec] = {}
 _IMPORTED: set[str] = set()
 
 
-def register_term(term: Term) -> Term:
+def register_term(term: LossSpec) -> LossSpec:
     """Make ``term`` usable in methods, after all others in a method's canonical word.
 
     Raises:
@@ -114,7 +114,7 @@ def unregister_term(name: str) -> None:
     del _TERMS[name]
 
 
-def terms() -> dict[str, Term]:
+def terms() -> dict[str, LossSpec]:
     """All terms by name, in the order in which they were registered; those of ``$NST_DET_TERMS`` are among them.
 
     Raises:
@@ -124,7 +124,7 @@ def terms() -> dict[str, Term]:
     return dict(_TERMS)
 
 
-def get_term(name: str) -> Term:
+def get_term(name: str) -> LossSpec:
     """The term of that name.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.ops import Shared, checked_grid, full_precision, gridded, spread
-from nst_det.losses.registry import Pair, Term, register_term
+from nst_det.losses.registry import LayerPair, LossSpec, register_term
 
 NETWORKS = ("repdistiller", "bn", "linear")
 # keeps the variance away from zero whatever its parameter does
@@ -87,7 +87,7 @@ def mean_network(kind: str, student: int, teacher: int, grid: int = 0) -> nn.Mod
 class VID(nn.Module):
     """The term ``vid``, for maps; a student's vector predicts a grid of positions."""
 
-    def __init__(self, pair: Pair, network: str = "repdistiller", variance: float = 5.0, grid: int = 4) -> None:
+    def __init__(self, pair: LayerPair, network: str = "repdistiller", variance: float = 5.0, grid: int = 4) -> None:
         super().__init__()
         self.grid = checked_grid("vid", pair.vector, grid)
         self.mean = mean_network(network, pair.student_channels, pair.teacher_channels, self.grid)
@@ -102,7 +102,7 @@ class VID(nn.Module):
 class VIDLogits(nn.Module):
     """The term ``vid-logits``: a linear mean from the student's embedding to the teacher's logits."""
 
-    def __init__(self, pair: Pair, variance: float = 5.0) -> None:
+    def __init__(self, pair: LayerPair, variance: float = 5.0) -> None:
         super().__init__()
         self.mean = nn.Linear(pair.student_channels, pair.teacher_channels)
         self.variance = ChannelVariance(pair.teacher_channels, variance)
@@ -113,7 +113,7 @@ class VIDLogits(nn.Module):
 
 
 register_term(
-    Term(
+    LossSpec(
         name="vid",
         level="maps",
         weight=1.0,
@@ -126,7 +126,7 @@ register_term(
     )
 )
 register_term(
-    Term(
+    LossSpec(
         name="vid-logits",
         level="logits",
         student_level="embedding",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nst_det.losses import Outputs
+from nst_det.losses import ModelOutputs
 from nst_det.models import inception_bn, small  # noqa: F401 (registers these networks in timm)
 
 # timm's arguments that load weights or read files: an architecture from a card must never reach them
@@ -242,7 +242,7 @@ def _probe(model: nn.Module) -> list[tuple[int, int]]:
     return [(stride_of(map_, size), map_.shape[1]) for map_ in _maps(model, size)]
 
 
-def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, LevelInfo]) -> Outputs:
+def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, LevelInfo]) -> ModelOutputs:
     """Logits, maps and embedding of a classifier in one pass, equal to what ``model(images)`` computes.
 
     Args:
@@ -266,10 +266,10 @@ def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, Level
         logits = model.forward_head(features)  # type: ignore[operator]
     finally:
         hook.remove()
-    return Outputs(logits=logits, maps=dict(zip(levels, maps)), embedding=seen[0].flatten(1) if seen else None)
+    return ModelOutputs(logits=logits, maps=dict(zip(levels, maps)), embedding=seen[0].flatten(1) if seen else None)
 
 
-def probe_outputs(model: nn.Module, levels: Mapping[str, LevelInfo], size: int) -> Outputs:
+def probe_outputs(model: nn.Module, levels: Mapping[str, LevelInfo], size: int) -> ModelOutputs:
     """What :func:`forward_outputs` gives for one black image of ``size`` pixels; the model is left as it was."""
     with _evaluating(model), torch.no_grad():
         return forward_outputs(model, probe_image(model, size), levels)

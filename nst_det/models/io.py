@@ -22,7 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nst_det.engine.checkpoint import check_intact
-from nst_det.engine.io import SEAL, atomic_path, read_sealed_json, remove_left_over, sha256_of_file, write_sealed_json
+from nst_det.engine.io import (
+    CHECKSUM_KEY,
+    atomic_path,
+    read_sealed_json,
+    remove_left_over,
+    sha256_of_file,
+    write_sealed_json,
+)
 from nst_det.engine.run_dir import package_versions
 from nst_det.engine.safetensors_io import read_tensors
 from nst_det.errors import UserError
@@ -233,7 +240,7 @@ def load_card(path: str | Path) -> Card:
         raise UserError(f"{path}: no such backbone file; nst-det backbones lists those there are")
     if beside.stat().st_size > LARGEST_CARD:
         raise UserError(f"{beside}: {beside.stat().st_size} bytes is too large for a card")
-    remedy = f"get it again, or if you edited it, remove the field '{SEAL}'"
+    remedy = f"get it again, or if you edited it, remove the field '{CHECKSUM_KEY}'"
     return card_from_json(read_sealed_json(beside, remedy), str(beside))
 
 

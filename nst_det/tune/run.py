@@ -11,8 +11,8 @@ import yaml
 from rich.table import Table
 
 from nst_det.comparison.config import Comparison, Tuned, merge_stage, parse_row
-from nst_det.comparison.display import View
-from nst_det.comparison.launch_local import Command, Runner, this_machine
+from nst_det.comparison.display import ProgressDisplay
+from nst_det.comparison.launch_local import Command, LocalLauncher, this_machine
 from nst_det.comparison.pipeline import check_taught, run_config
 from nst_det.comparison.plan import (
     DATA,
@@ -157,8 +157,8 @@ class Rounds:
             if run.name in configs:
                 write_text(run.config_path(comparison.folder), configs[run.name].dump())
         steps = {run.kind: total_steps(run.kind, configs[run.name]) for run in runs if run.name in configs}
-        with View(runs, steps, lambda run: self.machine.weight(run) / self.machine.room(run)) as view:
-            Runner(runs, comparison.folder, self.machine, view, self.command).run_all()
+        with ProgressDisplay(runs, steps, lambda run: self.machine.weight(run) / self.machine.room(run)) as view:
+            LocalLauncher(runs, comparison.folder, self.machine, view, self.command).run_all()
 
 
 def _only(run: Run, comparison: Comparison, methods: Sequence[str]) -> Run:

@@ -11,8 +11,8 @@ import pytest
 import nst_det.comparison.launch_local
 from nst_det.cli import main
 from nst_det.comparison.config import load_comparison
-from nst_det.comparison.display import View
-from nst_det.comparison.launch_local import Machine, RunFailed, Runner
+from nst_det.comparison.display import ProgressDisplay
+from nst_det.comparison.launch_local import LocalLauncher, Machine, RunFailed
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import Run, make_plan
 from nst_det.comparison.result import comparable
@@ -127,13 +127,13 @@ def test_what_would_fail_after_hours_fails_at_once(config_file, tmp_path, words,
 
 def test_a_run_without_its_result_is_a_failure(tmp_path):
     run = Run("detect/seed0/kd", "detector", (), (tmp_path / "result.json",), {})
-    with View([run], {}) as view:
-        runner = Runner([run], tmp_path, Machine(1), view, lambda *_: [sys.executable, "-c", ""])
+    with ProgressDisplay([run], {}) as view:
+        runner = LocalLauncher([run], tmp_path, Machine(1), view, lambda *_: [sys.executable, "-c", ""])
         with pytest.raises(RunFailed, match=r"run detect/seed0/kd ended without writing .*result\.json"):
             runner.run_all()
         killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
         with pytest.raises(RunFailed, match="killed by SIGKILL"):
-            Runner([run], tmp_path, Machine(1), view, lambda *_: killed).run_all()
+            LocalLauncher([run], tmp_path, Machine(1), view, lambda *_: killed).run_all()
 
 
 def test_a_run_that_does_not_stop_when_asked_is_killed(tmp_path, monkeypatch):
@@ -144,8 +144,8 @@ def test_a_run_that_does_not_stop_when_asked_is_killed(tmp_path, monkeypatch):
     deaf += f"pathlib.Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(60)"
     waits = f"import pathlib,time\nwhile not pathlib.Path({str(tmp_path / 'ready')!r}).exists(): time.sleep(.01)\n1 / 0"
     code = {"stubborn": deaf, "failing": waits}
-    with View([stubborn, failing], {}) as view:
-        runner = Runner(
+    with ProgressDisplay([stubborn, failing], {}) as view:
+        runner = LocalLauncher(
             [stubborn, failing], tmp_path, Machine(2), view, lambda run, _: [sys.executable, "-c", code[run.name]]
         )
         with pytest.raises(RunFailed, match="run failing failed: ZeroDivisionError: division by zero") as info:
@@ -170,7 +170,7 @@ def test_this_machine_takes_the_gpus_that_it_may_see(monkeypatch):
     assert nst_det.comparison.launch_local.this_machine(4) == Machine(6, ("4", "7"), 4)
 
 
-class Log(View):
+class Log(ProgressDisplay):
     """Notes what starts (a) and ends (A)."""
 
     def __init__(self, *args):
@@ -196,7 +196,7 @@ def events_of(folder, machine, runs):
     ]
     with Log(plan, {}) as view:
         command = [sys.executable, "-c", note]
-        Runner(plan, folder, machine, view, lambda run, _: [*command, str(run.results[0])]).run_all()
+        LocalLauncher(plan, folder, machine, view, lambda run, _: [*command, str(run.results[0])]).run_all()
     return view.events
 
 

@@ -4,7 +4,7 @@ import logging
 import pytest
 
 from nst_det.comparison import display as live
-from nst_det.comparison.display import View, last_metrics, steps_done
+from nst_det.comparison.display import ProgressDisplay, last_metrics, steps_done
 from nst_det.comparison.plan import Run
 
 
@@ -51,7 +51,7 @@ def clock(monkeypatch):
 def test_the_time_left_by_hand(tmp_path, clock):
     teacher = make_run(tmp_path, "teacher", "teacher", threads=2)
     detectors = [make_run(tmp_path, name) for name in "abc"]
-    with View([teacher, *detectors], {"teacher": 10, "detector": 20}, lambda run: run.threads / 2) as view:
+    with ProgressDisplay([teacher, *detectors], {"teacher": 10, "detector": 20}, lambda run: run.threads / 2) as view:
         view.started(teacher)
         assert view._eta([teacher], {"teacher": 0}) is None  # no run of the kind detector was seen yet
         clock[0] += 30
@@ -68,7 +68,7 @@ def test_the_time_left_by_hand(tmp_path, clock):
 def test_a_run_that_went_on_is_scaled_to_a_whole_one(tmp_path, clock):
     runs = [make_run(tmp_path, name) for name in "ab"]
     write_steps(runs[0].folders[0], 10)
-    with View(runs, {"detector": 20}) as view:
+    with ProgressDisplay(runs, {"detector": 20}) as view:
         view.started(runs[0])
         clock[0] += 7
         view.finished(runs[0])
@@ -78,7 +78,7 @@ def test_a_run_that_went_on_is_scaled_to_a_whole_one(tmp_path, clock):
 
 def test_plain_lines_now_and_then(tmp_path, clock, caplog):
     runs = [make_run(tmp_path, name) for name in "ab"]
-    with caplog.at_level(logging.INFO), View(runs, {"detector": 20}) as view:
+    with caplog.at_level(logging.INFO), ProgressDisplay(runs, {"detector": 20}) as view:
         view.started(runs[0])
         view.update(runs[:1])
         write_steps(runs[0].folders[0], 4)
@@ -97,7 +97,7 @@ def test_on_a_terminal_there_is_a_bar_for_each_run(tmp_path, clock, monkeypatch)
     console = Console(force_terminal=True, width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     monkeypatch.setattr(live, "console", console)
     runs = [make_run(tmp_path, name) for name in ("detect/a", "detect/b")]
-    with View(runs, {"detector": 20}) as view:
+    with ProgressDisplay(runs, {"detector": 20}) as view:
         view.started(runs[0])
         write_steps(runs[0].folders[0], 5)
         view.update(runs[:1])

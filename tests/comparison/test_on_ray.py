@@ -13,7 +13,7 @@ from nst_det.cli import main
 from nst_det.comparison.config import load_comparison
 from nst_det.comparison.display import last_metrics
 from nst_det.comparison.launch_local import Machine, RunFailed
-from nst_det.comparison.launch_ray import RayRunner, carry_out
+from nst_det.comparison.launch_ray import RayLauncher, carry_out
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import Run, make_plan
 from nst_det.comparison.result import comparable
@@ -118,7 +118,7 @@ def test_a_gpu_comes_with_its_share_of_the_smallest_nodes_cores(tmp_path):
             sizes += [(False, {"CPU": 1.0, "GPU": 1.0})]
             return [{"Alive": alive, "Resources": resources} for alive, resources in sizes]
 
-    runner = RayRunner([], tmp_path, Machine(1), None, Cluster())
+    runner = RayLauncher([], tmp_path, Machine(1), None, Cluster())
     wants, other = (Run("a", "detector", (), (), {}, threads=2, wants_gpu=gpu) for gpu in (True, False))
     assert (runner._gpu_threads(wants), runner._needs(wants)) == (3, {"num_cpus": 1, "num_gpus": 1})
     assert (runner._gpu_threads(other), runner._needs(other)) == (0, {"num_cpus": 2, "num_gpus": 0})

@@ -26,7 +26,7 @@ def taught(taught):
 @pytest.fixture
 def trained(monkeypatch):
     """Step -> the weights in training after it, where the optimizer made it."""
-    states, step = {}, module.Training.step
+    states, step = {}, module.Trainer.step
 
     def recorded(self, batch):
         steps = self.average.steps if self.average else 0
@@ -35,7 +35,7 @@ def trained(monkeypatch):
             states[self.done] = {name: value.clone() for name, value in self.model.state_dict().items()}
         return row
 
-    monkeypatch.setattr(module.Training, "step", recorded)
+    monkeypatch.setattr(module.Trainer, "step", recorded)
     return states
 
 
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(on_shapes, tmp_path, taught,
 
 @pytest.mark.parametrize("policy", ["skip", "back"])
 def test_a_step_that_failed_is_not_in_it(on_shapes, tmp_path, trained, averaged_in_float64, monkeypatch, policy):
-    backward, left = module.Training.backward, [4]
+    backward, left = module.Trainer.backward, [4]
 
     def failing(self, batch):
         found = backward(self, batch)
@@ -109,7 +109,7 @@ def test_a_step_that_failed_is_not_in_it(on_shapes, tmp_path, trained, averaged_
             raise NotFinite("the test's step")
         return found
 
-    monkeypatch.setattr(module.Training, "backward", failing)
+    monkeypatch.setattr(module.Trainer, "backward", failing)
     train_detector(on_shapes("run", {**AVERAGED, "SOLVER.NON_FINITE.POLICY": policy, "SOLVER.ACCUMULATE": 2}))
     steps = [1, 2, 3, 4, 6] if policy == "skip" else [1, 2, 3, 4, 5, 6]
     assert sorted(trained) == steps

@@ -10,7 +10,7 @@ from PIL import Image
 from nst_det.data.voc import VocDataset
 from nst_det.detection.data import (
     DetectionImages,
-    StepBatches,
+    StepBatchSampler,
     data_classes,
     evaluation_batches,
     flip_boxes,
@@ -55,7 +55,7 @@ def test_flips():
 
 
 def test_every_epoch_has_every_image_once():
-    places = iter(StepBatches(size=10, batch=4, seed=0))
+    places = iter(StepBatchSampler(size=10, batch=4, seed=0))
     taken = [place.image for _ in range(5) for place in next(places)]
     assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
     assert taken[:10] != taken[10:]
@@ -63,7 +63,7 @@ def test_every_epoch_has_every_image_once():
 
 def test_batches_are_a_function_of_seed_and_step():
     def steps(seed, start, count):
-        batches = iter(StepBatches(size=7, batch=3, seed=seed, start=start))
+        batches = iter(StepBatchSampler(size=7, batch=3, seed=seed, start=start))
         return [next(batches) for _ in range(count)]
 
     assert steps(0, 5, 3) == steps(0, 0, 8)[5:]
@@ -73,7 +73,7 @@ def test_batches_are_a_function_of_seed_and_step():
 
 def test_wide_and_tall_images_are_not_mixed():
     wide = [True, False, True, True, False, False, True, False, True]
-    batches = iter(StepBatches(size=9, batch=2, seed=0, wide=wide))
+    batches = iter(StepBatchSampler(size=9, batch=2, seed=0, wide=wide))
     for _ in range(40):
         assert len({wide[place.image] for place in next(batches)}) == 1
 
@@ -133,7 +133,7 @@ def test_an_example(tmp_path, small):
     data, pixels = write_voc(tmp_path, [(1, 1, 10, 10, 0), (31, 3, 99, 30, 0)])
     items = list_items([data], False, True)
     changes = {"INPUT.MIN_SIZE_TRAIN": [60], "INPUT.MAX_SIZE_TRAIN": 999, "INPUT.RANDOM_FLIP": "none"}
-    example = DetectionImages(items, small(changes), train=True)[next(iter(StepBatches(1, 1, 0)))[0]]
+    example = DetectionImages(items, small(changes), train=True)[next(iter(StepBatchSampler(1, 1, 0)))[0]]
     assert (example["height"], example["width"], example["image_id"]) == (30, 40, "one")
     assert example["image"].shape == (3, 60, 80)
     assert example["image"].dtype == torch.uint8
@@ -159,7 +159,7 @@ def test_flipped_boxes_stay_on_their_pixels(tmp_path, small):
     for direction in ("horizontal", "vertical"):
         images = DetectionImages(items, small({"INPUT.MIN_SIZE_TRAIN": [0], "INPUT.RANDOM_FLIP": direction}), True)
         plain = DetectionImages(items, small({"INPUT.MIN_SIZE_TRAIN": [0], "INPUT.RANDOM_FLIP": "none"}), True)
-        for batch, _ in zip(StepBatches(1, 1, 0), range(12)):
+        for batch, _ in zip(StepBatchSampler(1, 1, 0), range(12)):
             one, other = images[batch[0]], plain[batch[0]]
             (x0, y0, x1, y1), (a0, b0, a1, b1) = one["boxes"][0].long().tolist(), other["boxes"][0].long().tolist()
             crop, same = one["image"][:, y0:y1, x0:x1], other["image"][:, b0:b1, a0:a1]
@@ -303,7 +303,7 @@ def test_examples_are_those_of_detectron2s_mapper(on_shapes, shapes, sampling):
     data = VocDataset(shapes, "trainval", CLASSES)
     theirs = SeededImages(voc_dicts(data, use_difficult=False), DatasetMapper(cfg, True), seed=5)
     ours = DetectionImages(list_items([data], False, False), config, train=True, seed=5)
-    for batch, _ in zip(StepBatches(len(data), 2, 5), range(10)):
+    for batch, _ in zip(StepBatchSampler(len(data), 2, 5), range(10)):
         for place in batch:
             one, other = ours[place], theirs[place]
             assert torch.equal(one["image"], other["image"])

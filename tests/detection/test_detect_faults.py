@@ -30,7 +30,7 @@ def poisoned(monkeypatch):
     """Let the weights' scale of a transfer adapter on p3 become infinite in step 4, ``times`` times."""
 
     def poison(times=math.inf):
-        backward, left = module.Training.backward, {"times": times}
+        backward, left = module.Trainer.backward, {"times": times}
 
         def poisoned_backward(self, batch):
             if self.done == 4 and left["times"] > 0:
@@ -40,7 +40,7 @@ def poisoned(monkeypatch):
                     next(terms["p3"].parameters()).fill_(math.inf)
             return backward(self, batch)
 
-        monkeypatch.setattr(module.Training, "backward", poisoned_backward)
+        monkeypatch.setattr(module.Trainer, "backward", poisoned_backward)
 
     return poison
 
@@ -109,14 +109,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(on_shapes, tmp_path, monkey
     config = on_shapes("run", changes)
     (tmp_path / "run.yaml").write_text(config.dump())
     command = ["train-det", "--config-file", str(tmp_path / "run.yaml")]
-    step = module.Training.step
+    step = module.Trainer.step
 
     def signalled(self, batch):
         if self.done == 2:
             os.kill(os.getpid(), signum)
         return step(self, batch)
 
-    monkeypatch.setattr(module.Training, "step", signalled)
+    monkeypatch.setattr(module.Trainer, "step", signalled)
     with pytest.raises(SystemExit) as left:
         main(command)
     assert left.value.code == 75

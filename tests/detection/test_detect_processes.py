@@ -164,14 +164,14 @@ def stopped(config):
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(on_shapes, tmp_path, in_processes, monkeypatch):
-    step = module.Training.step
+    step = module.Trainer.step
 
     def signalled(self, batch):
         if self.done == 2 and rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch)
 
-    monkeypatch.setattr(module.Training, "step", signalled)
+    monkeypatch.setattr(module.Trainer, "step", signalled)
     config = on_shapes("run", {"SOLVER.CHECKPOINT_PERIOD": 100, "DATASETS.TEST": []})
     assert in_processes(stopped, config) == [signal.SIGTERM, signal.SIGTERM]
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000003.pt"]

@@ -14,7 +14,7 @@ from nst_det.detection.pipeline import evaluate_detector, train_detector
 from nst_det.detection.torchvision import build_detector
 from nst_det.engine.metrics import read_metrics
 from nst_det.errors import UserError
-from nst_det.losses.loss_balance import Balance
+from nst_det.losses.loss_balance import GradientBalance
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detect"
 
@@ -154,7 +154,7 @@ def test_training_with_a_teacher_goes_on_with_the_same_bits(on_shapes, tmp_path,
 def test_measuring_the_first_step_does_not_change_the_run(on_shapes, tmp_path, monkeypatch):
     changes = {**teacher_words(on_shapes, tmp_path, "kd+nst-poly"), "SOLVER.MAX_ITER": 3, "DATASETS.TEST": []}
     measured = train_detector(on_shapes("one", changes))
-    monkeypatch.setattr(Balance, "wants", lambda *_: False)
+    monkeypatch.setattr(GradientBalance, "wants", lambda *_: False)
     assert train_detector(on_shapes("two", changes))["losses"] == measured["losses"]
     assert same_files(tmp_path / "one", tmp_path / "two")
 

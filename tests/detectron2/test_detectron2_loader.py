@@ -17,7 +17,7 @@ pytestmark = pytest.mark.detectron2
 
 from detectron2.structures import Instances  # noqa: E402
 
-from nst_det.detection.data import Place, StepBatches  # noqa: E402
+from nst_det.detection.data import SampleIndex, StepBatchSampler  # noqa: E402
 from nst_det.detectron2.config import load_config, register_datasets  # noqa: E402
 from nst_det.detectron2.data import SeededImages, SharedBatches, build_train_loader  # noqa: E402
 from nst_det.detectron2.trainer import DistillTrainer  # noqa: E402
@@ -40,7 +40,7 @@ def test_processes_share_out_one_batch():
     whole = take(SharedBatches(10, 4, seed=0), 6)
     parts = [take(SharedBatches(10, 4, seed=0, rank=rank, world=2), 6) for rank in range(2)]
     assert [one + two for one, two in zip(*parts)] == whole
-    assert whole == take(StepBatches(10, 4, seed=0), 6)
+    assert whole == take(StepBatchSampler(10, 4, seed=0), 6)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused():
@@ -53,17 +53,17 @@ def test_augmentation_depends_on_seed_step_and_place_alone():
         return item["value"], random.random(), np.random.rand()
 
     images = SeededImages([{"value": 0}, {"value": 1}], mapper, seed=5)
-    first = images[Place(0, 7, 1)]
+    first = images[SampleIndex(0, 7, 1)]
     random.seed(99)
     np.random.seed(99)
     state = random.getstate(), np.random.get_state()[1].copy()
-    assert images[Place(0, 7, 1)] == first
+    assert images[SampleIndex(0, 7, 1)] == first
     assert random.getstate() == state[0]
     assert (np.random.get_state()[1] == state[1]).all()
-    assert images[Place(1, 7, 1)][1:] == first[1:]
-    assert images[Place(0, 8, 1)][1:] != first[1:]
-    assert images[Place(0, 7, 0)][1:] != first[1:]
-    assert SeededImages([{"value": 0}], mapper, seed=6)[Place(0, 7, 1)][1:] != first[1:]
+    assert images[SampleIndex(1, 7, 1)][1:] == first[1:]
+    assert images[SampleIndex(0, 8, 1)][1:] != first[1:]
+    assert images[SampleIndex(0, 7, 0)][1:] != first[1:]
+    assert SeededImages([{"value": 0}], mapper, seed=6)[SampleIndex(0, 7, 1)][1:] != first[1:]
 
 
 def whole(value):

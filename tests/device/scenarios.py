@@ -27,7 +27,7 @@ from nst_det.detection.config import load_detect_config
 from nst_det.detection.pipeline import train_detector
 from nst_det.distillation.config import load_distill_config
 from nst_det.distillation.pipeline import distill
-from nst_det.losses import Outputs, build_transfer, terms
+from nst_det.losses import ModelOutputs, build_transfer, terms
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 Words = dict[str, Any]
@@ -218,10 +218,10 @@ def losses() -> None:
     """Every term by itself, on maps of two levels, logits and embeddings of six images."""
     widths = {"res3": 16, "res4": 32}
 
-    def outputs(widths: dict[str, int], learns: bool) -> Outputs:
+    def outputs(widths: dict[str, int], learns: bool) -> ModelOutputs:
         shapes = [(6, 5), (6, 32), *((6, width, 8, 8) for width in widths.values())]
         logits, embedding, *maps = (torch.rand(shape, device="cuda:1", requires_grad=learns) for shape in shapes)
-        return Outputs(logits, dict(zip(widths, maps)), embedding)
+        return ModelOutputs(logits, dict(zip(widths, maps)), embedding)
 
     for term in terms():
         # PKD has no adapter

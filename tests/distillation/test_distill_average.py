@@ -11,7 +11,7 @@ from nst_det.distillation import trainer as module
 from nst_det.distillation.build import build_losses, copy_of, initial_student
 from nst_det.distillation.config import load_distill_config
 from nst_det.distillation.pipeline import distill, parse_methods
-from nst_det.distillation.trainer import Student
+from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import checkpoints, load_checkpoint
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.run_dir import RunFolder
@@ -50,13 +50,13 @@ def config(images, output, **keys):
 @pytest.fixture
 def trained(monkeypatch):
     """Word -> step -> the weights in training after it, of the runs in a test."""
-    states, update = {}, Student.update
+    states, update = {}, StudentTrainer.update
 
     def recorded(self):
         update(self)
         states.setdefault(self.word, {})[self.step] = {k: v.clone() for k, v in self.model.state_dict().items()}
 
-    monkeypatch.setattr(Student, "update", recorded)
+    monkeypatch.setattr(StudentTrainer, "update", recorded)
     return states
 
 
@@ -115,7 +115,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(images, tmp_path, trained, s
 
 @pytest.mark.parametrize("policy", ["skip", "back"])
 def test_a_step_that_failed_is_not_in_it(images, tmp_path, trained, averaged_in_float64, monkeypatch, policy):
-    forward_backward, left, kept = Student.forward_backward, [3], {}
+    forward_backward, left, kept = StudentTrainer.forward_backward, [3], {}
 
     def infinite(self, images, labels, teacher, part=0):
         forward_backward(self, images, labels, teacher, part)
@@ -129,7 +129,7 @@ def test_a_step_that_failed_is_not_in_it(images, tmp_path, trained, averaged_in_
 
     save = module.save_checkpoint
     monkeypatch.setattr(module, "save_checkpoint", saved)
-    monkeypatch.setattr(Student, "forward_backward", infinite)
+    monkeypatch.setattr(StudentTrainer, "forward_backward", infinite)
     keys = {"METHODS": ["ce"], "SOLVER.NON_FINITE": {"POLICY": policy}, "CHECKPOINT_PERIOD": 2}
     result = distill(config(images, tmp_path, **keys))["ce"]
     steps = [1, 2, 3, 5, 6] if policy == "skip" else [1, 2, 3, 4, 5, 6]
@@ -143,7 +143,7 @@ def test_a_step_that_the_gradient_scaler_passed_over_is_not_in_it(images, tmp_pa
     made = config(images, tmp_path, **{"SOLVER.ACCUMULATE": 1})
     network = initial_student(made, 3)
     loss = build_losses(made, parse_methods(["ce"]), network, None, False)["ce"]
-    student = Student(
+    student = StudentTrainer(
         "ce", copy_of(network, torch.device("cpu")), network.levels, loss, made.SOLVER, 0, RunFolder(tmp_path)
     )
     # fp16 is for GPUs, its scaler works here too

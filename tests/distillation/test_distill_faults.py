@@ -16,7 +16,7 @@ from nst_det.cli import main
 from nst_det.distillation.build import Teacher
 from nst_det.distillation.config import load_distill_config
 from nst_det.distillation.pipeline import distill
-from nst_det.distillation.trainer import Student
+from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import checkpoints, load_checkpoint
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.nan_guard import read_step
@@ -148,7 +148,7 @@ def test_of_several_parts_the_one_with_the_fault_is_named_and_run_again(images, 
 
 @pytest.mark.parametrize("faulty", [0, 1])
 def test_of_several_parts_the_one_with_the_broken_gradient_is_kept(images, tmp_path, monkeypatch, capsys, faulty):
-    forward_backward = Student.forward_backward
+    forward_backward = StudentTrainer.forward_backward
 
     def infinite(self, images, labels, teacher, part=0):
         broken = self.step == 2 and part == faulty
@@ -158,7 +158,7 @@ def test_of_several_parts_the_one_with_the_broken_gradient_is_kept(images, tmp_p
         if hook is not None:
             hook.remove()
 
-    monkeypatch.setattr(Student, "forward_backward", infinite)
+    monkeypatch.setattr(StudentTrainer, "forward_backward", infinite)
     with pytest.raises(UserError, match=r"teacher: not finite at step 2: the gradient of fc\.bias; images"):
         run(images, tmp_path, **PARTS, **{"TEACHER.SOLVER": {"MAX_ITER": 4, "IMS_PER_BATCH": 14, "ACCUMULATE": 2}})
     file = tmp_path / "teacher" / "nonfinite" / "step-00000002.pt"
@@ -168,13 +168,13 @@ def test_of_several_parts_the_one_with_the_broken_gradient_is_kept(images, tmp_p
 
 def test_a_step_that_is_skipped_leaves_the_network_as_it_was(images, tmp_path, poisoned, monkeypatch, caplog):
     states = {}
-    update = Student.update
+    update = StudentTrainer.update
 
     def kept(self):
         update(self)
         states[self.word, self.step] = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    monkeypatch.setattr(Student, "update", kept)
+    monkeypatch.setattr(StudentTrainer, "update", kept)
     with caplog.at_level(logging.WARNING):
         results = run(images, tmp_path, **poisoned(times=1), **{"SOLVER.NON_FINITE": {"POLICY": "skip"}})
     word = "at:1+nst-poly:10"
@@ -188,14 +188,14 @@ def test_a_step_that_is_skipped_leaves_the_network_as_it_was(images, tmp_path, p
 
 def test_what_a_forward_pass_changes_is_put_back(images, tmp_path, poisoned, monkeypatch):
     found = {}
-    meet = Student.meet
+    meet = StudentTrainer.meet
 
     def met(self, *args):
         found["before"] = {name: value.clone() for name, value in self.model.state_dict().items()}
         meet(self, *args)
         found["after"] = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    monkeypatch.setattr(Student, "meet", met)
+    monkeypatch.setattr(StudentTrainer, "meet", met)
     run(images, tmp_path, **poisoned(times=1), **{"SOLVER.NON_FINITE": {"POLICY": "skip"}})
     counted = [name for name in found["after"] if name.endswith("num_batches_tracked")]
     assert counted
@@ -224,7 +224,7 @@ def test_the_limit_holds(images, tmp_path, poisoned):
 
 
 def test_a_gradient_that_is_no_number_is_named_where_the_loss_is_finite(images, tmp_path, monkeypatch):
-    forward_backward = Student.forward_backward
+    forward_backward = StudentTrainer.forward_backward
 
     def infinite(self, *args):
         forward_backward(self, *args)
@@ -232,21 +232,21 @@ def test_a_gradient_that_is_no_number_is_named_where_the_loss_is_finite(images, 
             dict(self.model.named_parameters())["fc.bias"].grad[1] = math.inf
             self._norm = torch.tensor(math.inf)
 
-    monkeypatch.setattr(Student, "forward_backward", infinite)
+    monkeypatch.setattr(StudentTrainer, "forward_backward", infinite)
     with pytest.raises(UserError, match=r"teacher: not finite at step 2: the gradient of fc\.bias; images"):
         run(images, tmp_path)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(images, tmp_path, taught, monkeypatch, signum):
-    update = Student.update
+    update = StudentTrainer.update
 
     def signalled(self):
         if self.word == "ce" and self.step == 2:
             os.kill(os.getpid(), signum)
         update(self)
 
-    monkeypatch.setattr(Student, "update", signalled)
+    monkeypatch.setattr(StudentTrainer, "update", signalled)
     (tmp_path / "c.yaml").write_text("SEED: 0\n")
     keys = {"CHECKPOINT_PERIOD": 100, "TEACHER.WEIGHTS": taught[1]["teacher"]["backbone"]}
     command = ["distill", "--config-file", str(tmp_path / "c.yaml"), *words(images, tmp_path / "out", **keys)]
@@ -278,14 +278,14 @@ def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(images, tm
 def test_a_gpu_that_fails_is_one_line_and_the_same_command_goes_on(
     images, tmp_path, taught, monkeypatch, capsys, step, error, resumes
 ):
-    forward_backward = Student.forward_backward
+    forward_backward = StudentTrainer.forward_backward
 
     def failing(self, *args):
         if (self.word, self.step) == ("at:1+nst-poly:10", step):
             raise error
         forward_backward(self, *args)
 
-    monkeypatch.setattr(Student, "forward_backward", failing)
+    monkeypatch.setattr(StudentTrainer, "forward_backward", failing)
     (tmp_path / "c.yaml").write_text("SEED: 0\n")
     keys = {"TEACHER.WEIGHTS": taught[1]["teacher"]["backbone"]}
     command = ["distill", "--config-file", str(tmp_path / "c.yaml"), *words(images, tmp_path / "out", **keys)]

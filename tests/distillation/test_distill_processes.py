@@ -8,7 +8,7 @@ from nst_det.distillation import trainer as module
 from nst_det.distillation.config import load_distill_config
 from nst_det.distillation.dataloader import TrainingBatches
 from nst_det.distillation.pipeline import StageOne, distill
-from nst_det.distillation.trainer import Student
+from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.metrics import read_metrics
 
 METHODS = ["kd+fitnet:1"]
@@ -53,14 +53,14 @@ def test_two_processes_train_as_one(images, tmp_path, in_processes):
 
 def distilled(made):
     """The results, and what is written by the first process as this one has it, by the student's word."""
-    kept, close = {}, Student.close
+    kept, close = {}, StudentTrainer.close
 
     def closing(self):
         kept[self.word] = self.kept.state_dict()
         close(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Student, "close", closing)
+        patch.setattr(StudentTrainer, "close", closing)
         return distill(made), kept
 
 

@@ -20,13 +20,13 @@ from nst_det.distillation.config import load_distill_config
 from nst_det.distillation.dataloader import Normalizer
 from nst_det.distillation.loop import one_step
 from nst_det.distillation.pipeline import StageOne, distill
-from nst_det.distillation.trainer import Student
+from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import checkpoints
 from nst_det.engine.clock import Clock
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
-from nst_det.losses.loss_balance import Balance
+from nst_det.losses.loss_balance import GradientBalance
 from nst_det.models import load_card, prove_parity, save_backbone
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "distill"
@@ -182,7 +182,7 @@ class Stop(Exception):
 @contextmanager
 def stopped(monkeypatch, word, step, where="update"):
     """The block ends where the student ``word`` at ``step`` would call ``where``."""
-    real = getattr(Student, where)
+    real = getattr(StudentTrainer, where)
 
     def stopping(self):
         if (self.word, self.step) == (word, step):
@@ -190,7 +190,7 @@ def stopped(monkeypatch, word, step, where="update"):
         real(self)
 
     with monkeypatch.context() as patch, suppress(Stop):
-        patch.setattr(Student, where, stopping)
+        patch.setattr(StudentTrainer, where, stopping)
         yield
         pytest.fail("it was not stopped")
 
@@ -280,7 +280,7 @@ def test_shapes_before_the_teacher_and_balance_in_the_first_step_are_said(images
 
 def test_measuring_the_first_step_does_not_change_the_run(finished, images, tmp_path, monkeypatch):
     output, results = finished
-    monkeypatch.setattr(Balance, "wants", lambda *_: False)
+    monkeypatch.setattr(GradientBalance, "wants", lambda *_: False)
     assert_same_run(output, tmp_path, results, run(images, tmp_path))
 
 

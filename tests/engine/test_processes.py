@@ -9,8 +9,8 @@ from nst_det.engine import distributed as processes
 from nst_det.engine.distributed import (
     any_process,
     average_gradients,
+    broadcast_from_rank0,
     copy_from_first,
-    from_first,
     gathered,
     largest_of_processes,
     log_batch,
@@ -24,7 +24,12 @@ from nst_det.models.sync_norm import sync_batch_norm
 
 
 def test_a_process_alone_is_the_first():
-    assert (rank(), gathered("a"), from_first(lambda: 3), largest_of_processes([2, 1], torch.device("cpu"))) == (
+    assert (
+        rank(),
+        gathered("a"),
+        broadcast_from_rank0(lambda: 3),
+        largest_of_processes([2, 1], torch.device("cpu")),
+    ) == (
         0,
         ["a"],
         3,
@@ -51,7 +56,7 @@ def together():
         "other": other.tolist(),
         "share": share_of(8, "IMS", 2),
         "gathered": gathered(mine),
-        "first": from_first(lambda: mine),
+        "first": broadcast_from_rank0(lambda: mine),
         "any": (any_process(mine == 1, torch.device("cpu")), any_process(False, torch.device("cpu"))),
         "largest": largest_of_processes([3 + mine, 9 - mine], torch.device("cpu")),
         "weight": layer.weight.tolist(),
@@ -85,7 +90,7 @@ def by_host_memory():
         asked.append(group),
         broadcasts(*args, group=group, **rest),
     )
-    found = gathered(rank()), from_first(lambda: "a")
+    found = gathered(rank()), broadcast_from_rank0(lambda: "a")
     return found, len(set(asked)), [backend(group) for group in asked if group is not None]
 
 

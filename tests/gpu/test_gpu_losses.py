@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nst_det.losses import Outputs, build_transfer
+from nst_det.losses import ModelOutputs, build_transfer
 from nst_det.losses.registry import terms
 
 pytestmark = pytest.mark.gpu
@@ -18,7 +18,7 @@ def outputs(channels, side, seed, device):
         "embedding": torch.randn(8, channels, generator=draw),
     }
     leaves = {name: value.to(device).requires_grad_() for name, value in kinds.items()}
-    return leaves, Outputs(leaves["logits"], {"res4": leaves["map"]}, leaves["embedding"])
+    return leaves, ModelOutputs(leaves["logits"], {"res4": leaves["map"]}, leaves["embedding"])
 
 
 def value_and_gradients(term, device):

@@ -81,7 +81,7 @@ def test_a_run_that_goes_on(stage_one, from_teacher, tmp_path, stops_after_savin
     with stops_after_saving(student, 2), pytest.raises(UserError, match="stopped"):
         stage_one(tmp_path / "stopped", from_teacher)
     devices = set()
-    start = student.Student.start
+    start = student.StudentTrainer.start
 
     def started(self, *args):
         start(self, *args)
@@ -89,7 +89,7 @@ def test_a_run_that_goes_on(stage_one, from_teacher, tmp_path, stops_after_savin
         devices.update(v.device.type for state in states for v in state.values() if torch.is_tensor(v) and v.dim())
         assert self.step == 2
 
-    monkeypatch.setattr(stage.Student, "start", started)
+    monkeypatch.setattr(stage.StudentTrainer, "start", started)
     resumed = stage_one(tmp_path / "stopped", from_teacher)["rows"][METHOD]
     assert devices == {gpu_device}
     assert [row["step"] for row in resumed] == [row["step"] for row in whole]

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from nst_det.losses import Outputs, TermBalance, build_transfer, gradient_norms
-from nst_det.losses.loss_balance import STEPS, Balance
+from nst_det.losses import ModelOutputs, TermBalance, build_transfer, gradient_norms
+from nst_det.losses.loss_balance import STEPS, GradientBalance
 
 CHANNELS = {"res4": 6}
 
@@ -71,8 +71,8 @@ def step(loss, backbone, head, index, batch=8):
     generator = torch.Generator().manual_seed(index)
     images = torch.randn(batch, 3, 8, 8, generator=generator)
     maps = backbone(images)
-    student = Outputs(logits=head(maps.mean((2, 3))), maps={"res4": maps})
-    teacher = Outputs(
+    student = ModelOutputs(logits=head(maps.mean((2, 3))), maps={"res4": maps})
+    teacher = ModelOutputs(
         logits=torch.randn(batch, 10, generator=generator),
         maps={"res4": torch.rand(batch, 9, 8, 8, generator=generator)},
     )
@@ -205,7 +205,7 @@ def test_shares_that_cannot_be_are_one_line(shares, said):
 
 
 def test_a_term_that_does_not_reach_the_backbone_gets_no_weight():
-    balance, parameter = Balance({"at": 1.0}, {"at": 1.0}), torch.ones(1, requires_grad=True)
+    balance, parameter = GradientBalance({"at": 1.0}, {"at": 1.0}), torch.ones(1, requires_grad=True)
     elsewhere = torch.ones(1, requires_grad=True)
     for index in range(STEPS - 1):
         assert balance.wants(index)
@@ -215,7 +215,7 @@ def test_a_term_that_does_not_reach_the_backbone_gets_no_weight():
 
 
 def test_steps_without_a_finite_gradient_are_left_out():
-    balance, parameter = Balance({"at": 1.0}, {"at": 1.0}), torch.ones(1, requires_grad=True)
+    balance, parameter = GradientBalance({"at": 1.0}, {"at": 1.0}), torch.ones(1, requires_grad=True)
     for factor in (math.inf, 0.0, 4.0, math.nan, 8.0):
         value = balance.weights["at"] * (parameter * factor).sum()
         terms = balance(parameter.sum(), {"at": value}, [parameter])
@@ -228,7 +228,7 @@ def test_several_processes_take_the_mean_of_their_norms(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda norms: norms.add_(torch.tensor([3.0, 8.0])))
-    balance, parameter = Balance({"at": 1.0}, {"at": 0.5}), torch.ones(1, requires_grad=True)
+    balance, parameter = GradientBalance({"at": 1.0}, {"at": 0.5}), torch.ones(1, requires_grad=True)
     balance((parameter * 5).sum(), {"at": (parameter * 2).sum()}, [parameter])
     # task (3 + 5) / 2, term (8 + 2) / 2
     assert balance.weights["at"] == pytest.approx(0.5 * 4 / 5)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import nst_det.losses.mmd as nst_kernels
-from nst_det.losses import Outputs, Pair, at_loss, build_transfer, kd_loss, nst_loss, pair_shapes, terms
+from nst_det.losses import LayerPair, ModelOutputs, at_loss, build_transfer, kd_loss, nst_loss, pair_shapes, terms
 
 STUDENT = {"res3": 6, "res4": 8}
 TEACHER = {"res3": 6, "res4": 12, "res5": 16}
@@ -27,9 +27,11 @@ def outputs(seed=0, requires_grad=False, batch=4):
     def draw(*shape):
         return torch.randn(shape, generator=generator).requires_grad_(requires_grad)
 
-    student = Outputs(draw(batch, 10), {"res3": draw(batch, 6, 8, 8), "res4": draw(batch, 8, 4, 4)}, draw(batch, 8))
+    student = ModelOutputs(
+        draw(batch, 10), {"res3": draw(batch, 6, 8, 8), "res4": draw(batch, 8, 4, 4)}, draw(batch, 8)
+    )
     maps = {"res3": draw(batch, 6, 8, 8), "res4": draw(batch, 12, 4, 4), "res5": draw(batch, 16, 2, 2)}
-    return student, Outputs(draw(batch, 10), maps, draw(batch, 16))
+    return student, ModelOutputs(draw(batch, 10), maps, draw(batch, 16))
 
 
 def test_terms_come_weighted_and_summed_over_levels():
@@ -44,7 +46,7 @@ def test_terms_come_weighted_and_summed_over_levels():
 
 def test_labels_only_has_no_terms_and_needs_nothing():
     loss = build_transfer("ce")
-    assert loss(Outputs(), Outputs()) == {}
+    assert loss(ModelOutputs(), ModelOutputs()) == {}
     assert not list(loss.parameters())
     assert loss.reads("student") == frozenset()
 
@@ -66,7 +68,7 @@ def test_levels_of_a_term():
     loss = build("at+nst-poly", term_levels={"at": ["res4"], "nst-poly": ["res3:res4"], "vid": ["res3"]})
     # a student's level keeps its partner among the levels
     assert [pair.label for pair in loss.pairs["at"]] == ["res4:res5"]
-    assert loss.pairs["nst-poly"] == (Pair("res3", "res4", 6, 12),)
+    assert loss.pairs["nst-poly"] == (LayerPair("res3", "res4", 6, 12),)
     assert set(loss.student_levels) == {"res3", "res4"}
     assert set(loss.teacher_levels) == {"res4", "res5"}
     assert build("kd").student_levels == ()
@@ -112,9 +114,9 @@ def test_what_cannot_be_built_gives_one_clear_line(method, changes, said):
 @pytest.mark.parametrize(("method", "said"), [("kd", "no logits"), ("at", "no map 'res3'"), ("lp", "no embedding")])
 def test_an_output_that_is_not_there_is_named(method, said):
     with pytest.raises(ValueError, match=said):
-        build(method)(Outputs(), outputs()[1])
+        build(method)(ModelOutputs(), outputs()[1])
     with pytest.raises(ValueError, match=said):
-        build(method)(outputs()[0], Outputs())
+        build(method)(outputs()[0], ModelOutputs())
 
 
 def test_gradient_reaches_the_student_and_the_adapters_and_not_the_teacher():
@@ -171,14 +173,14 @@ def test_shared_values_do_not_mix_levels_sizes_or_options():
     options = {"nst-poly": {"center": True}, "at": {"power": 3}}
     # sizes of as many positions, which a key by positions would mix
     student.maps["res3"] = torch.randn(4, 6, 4, 4)
-    other = Outputs(student.logits, {"res3": torch.randn(4, 6, 2, 8), "res4": torch.randn(4, 8, 2, 8)})
+    other = ModelOutputs(student.logits, {"res3": torch.randn(4, 6, 2, 8), "res4": torch.randn(4, 8, 2, 8)})
     for first, second in ((student, other), (other, student)):
-        shared = Outputs(teacher.logits, teacher.maps)
+        shared = ModelOutputs(teacher.logits, teacher.maps)
         plain, special = build(method), build(method, options=options)
         special.load_state_dict(plain.state_dict())
         for loss in (plain, special):
             for mine in (first, second):
-                alone = loss(mine, Outputs(teacher.logits, dict(teacher.maps)))
+                alone = loss(mine, ModelOutputs(teacher.logits, dict(teacher.maps)))
                 torch.testing.assert_close(loss(mine, shared), alone)
 
 
@@ -199,7 +201,7 @@ def test_everything_is_computed_in_float32_under_autocast():
     loss = build("kd+vid-logits+lp+" + EVERY_MAP_TERM).eval()
     plain = loss(student, teacher)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = loss(student, Outputs(teacher.logits, teacher.maps, teacher.embedding))
+        mixed = loss(student, ModelOutputs(teacher.logits, teacher.maps, teacher.embedding))
     for name, value in mixed.items():
         assert value.dtype == torch.float32
         assert torch.equal(value, plain[name]), name
@@ -210,7 +212,7 @@ def test_low_precision_outputs_are_taken():
     loss = build("kd+vid-logits+lp+" + EVERY_MAP_TERM).eval()
     exact = loss(student, teacher)
     low = [
-        Outputs(x.logits.bfloat16(), {k: v.bfloat16() for k, v in x.maps.items()}, x.embedding.bfloat16())
+        ModelOutputs(x.logits.bfloat16(), {k: v.bfloat16() for k, v in x.maps.items()}, x.embedding.bfloat16())
         for x in (student, teacher)
     ]
     for name, value in loss(*low).items():
@@ -226,7 +228,7 @@ def test_compiles_without_graph_breaks():
     inputs = [student.logits, student.embedding, *student.maps.values()]
     gradients = []
     for call in (loss, compiled):
-        values = call(student, Outputs(teacher.logits, teacher.maps, teacher.embedding))
+        values = call(student, ModelOutputs(teacher.logits, teacher.maps, teacher.embedding))
         gradients.append((values, torch.autograd.grad(sum(values.values()), inputs, allow_unused=True)))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
 

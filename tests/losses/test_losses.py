@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nst_det.losses import Pair, at_loss, cwd_loss, get_term, hint_loss, kd_loss, lp_loss, pkd_loss
+from nst_det.losses import LayerPair, at_loss, cwd_loss, get_term, hint_loss, kd_loss, lp_loss, pkd_loss
 from nst_det.losses.mgd import generation_loss
 from nst_det.losses.ops import compute_now
 from nst_det.losses.vid import ChannelVariance, gaussian_nll
@@ -119,7 +119,7 @@ def test_vid_variance_is_a_softplus_that_starts_where_it_should():
 @pytest.mark.parametrize(("term", "kinds"), [("vid", (4, 4)), ("vid-logits", ())])
 def test_vid_variance_and_mean_are_trained(term, kinds):
     """The optimum of the variance is the mean squared error of its channel."""
-    module = get_term(term).build(Pair("a", "a", 2, 3), variance=5.0)
+    module = get_term(term).build(LayerPair("a", "a", 2, 3), variance=5.0)
     student, scale = torch.randn(256, 2, *kinds), torch.tensor([0.3, 1.0, 3.0])
     target = torch.randn(256, 3, *kinds) * scale.view(3, *[1] * len(kinds))
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
@@ -134,7 +134,7 @@ def test_vid_variance_and_mean_are_trained(term, kinds):
 
 @pytest.mark.parametrize("network", ["repdistiller", "bn", "linear"])
 def test_vid_networks_have_the_layers_of_their_sources(network):
-    module = get_term("vid").build(Pair("a", "b", 2, 3), network=network)
+    module = get_term("vid").build(LayerPair("a", "b", 2, 3), network=network)
     convolutions = [layer for layer in module.mean.modules() if isinstance(layer, nn.Conv2d)]
     widths = [(conv.in_channels, conv.out_channels) for conv in convolutions]
     expected = {"repdistiller": [(2, 3), (3, 3), (3, 3)], "bn": [(2, 10), (10, 3)], "linear": [(2, 3)]}[network]
@@ -220,7 +220,7 @@ def test_mgd_value(check_formula):
 
 
 def test_mgd_masks_whole_positions_in_training_only():
-    module = get_term("mgd").build(Pair("a", "a", 3, 3), masked=0.45)
+    module = get_term("mgd").build(LayerPair("a", "a", 3, 3), masked=0.45)
     seen = []
     module.generator.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     student, teacher = torch.ones(4, 3, 40, 40), torch.randn(4, 3, 40, 40)
@@ -236,7 +236,7 @@ def test_mgd_masks_whole_positions_in_training_only():
 
 @pytest.mark.parametrize("regressor", ["conv", "conv-bn-relu"])
 def test_the_fitnet_regressor_leads_to_the_teachers_channels(regressor):
-    module = get_term("fitnet").build(Pair("a", "b", 3, 5), regressor=regressor)
+    module = get_term("fitnet").build(LayerPair("a", "b", 3, 5), regressor=regressor)
     student, teacher = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4)
     pooled = nn.functional.avg_pool2d(student, 2)
     with torch.no_grad():
@@ -247,8 +247,8 @@ def test_the_fitnet_regressor_leads_to_the_teachers_channels(regressor):
 
 @pytest.mark.parametrize("term", ["cwd", "mgd"])
 def test_a_channel_adapter_only_where_counts_differ(term):
-    assert not list(get_term(term).build(Pair("p3", "p3", 4, 4)).adapter.parameters())
-    module = get_term(term).build(Pair("p3", "p3", 3, 4))
+    assert not list(get_term(term).build(LayerPair("p3", "p3", 4, 4)).adapter.parameters())
+    module = get_term(term).build(LayerPair("p3", "p3", 3, 4))
     assert module.adapter.weight.shape == (4, 3, 1, 1)
     assert module(torch.randn(2, 3, 4, 4), torch.randn(2, 4, 8, 8), compute_now).isfinite()
 
@@ -345,12 +345,12 @@ def test_shapes_that_cannot_be_compared_are_refused(loss, shapes):
 )
 def test_an_option_out_of_range_is_refused(term, options, said):
     with pytest.raises(ValueError, match=said):
-        get_term(term).build(Pair("a", "a", 3, 3), **options)
+        get_term(term).build(LayerPair("a", "a", 3, 3), **options)
 
 
 def test_pkd_names_the_levels_whose_channels_differ():
     with pytest.raises(ValueError, match="res3:res4 has 64 in the student and 256 in the teacher"):
-        get_term("pkd").build(Pair("res3", "res4", 64, 256))
+        get_term("pkd").build(LayerPair("res3", "res4", 64, 256))
 
 
 def test_larger_maps_are_averaged_down():
@@ -364,7 +364,7 @@ def test_larger_maps_are_averaged_down():
 @pytest.mark.parametrize("network", ["repdistiller", "bn", "linear"])
 def test_vid_of_a_vector_predicts_the_averaged_map_at_every_position(network):
     torch.manual_seed(0)
-    pair = Pair("hidden1", "res4", 5, 3, vector=True)
+    pair = LayerPair("hidden1", "res4", 5, 3, vector=True)
     module = get_term("vid").build(pair, network=network, grid=2).double().eval()
     student, teacher = torch.randn(2, 5, 1, 1).double(), torch.randn(2, 3, 4, 6).double()
     found = module(student, teacher, compute_now)
@@ -383,7 +383,7 @@ def test_vid_of_a_vector_predicts_the_averaged_map_at_every_position(network):
 
 
 def test_fitnet_of_a_vector_hits_the_averaged_map():
-    module = get_term("fitnet").build(Pair("hidden1", "res4", 5, 3, vector=True), grid=1).double()
+    module = get_term("fitnet").build(LayerPair("hidden1", "res4", 5, 3, vector=True), grid=1).double()
     student, teacher = torch.randn(2, 5, 1, 1).double(), torch.randn(2, 3, 4, 6).double()
     off = module.regressor(student)[:, :, 0, 0] - teacher.mean((2, 3))
     assert module(student, teacher, compute_now).item() == pytest.approx(off.square().mean().item(), rel=1e-9)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nst_det.losses import Outputs, Term, build_transfer, parse_method, register_term, terms, unregister_term
+from nst_det.losses import LossSpec, ModelOutputs, build_transfer, parse_method, register_term, terms, unregister_term
 from nst_det.losses.ops import aligned, unit
 
 
@@ -31,7 +31,7 @@ class Similarity(nn.Module):
 
 
 # 3. its entry in the registry
-SIMILARITY = Term(
+SIMILARITY = LossSpec(
     name="sp",
     level="maps",
     weight=3000.0,
@@ -60,8 +60,8 @@ def test_a_method_from_outside_is_a_method_like_any_other():
         teacher_channels={"res3": 5},
         options={"sp": {"scale": 0.5}},
     )
-    student = Outputs(maps={"res3": torch.randn(4, 3, 6, 6, requires_grad=True)})
-    teacher = Outputs(maps={"res3": torch.randn(4, 5, 6, 6)})
+    student = ModelOutputs(maps={"res3": torch.randn(4, 3, 6, 6, requires_grad=True)})
+    teacher = ModelOutputs(maps={"res3": torch.randn(4, 5, 6, 6)})
     values = loss(student, teacher)
     x, y = (maps.detach().flatten(1) for maps in (student.maps["res3"], teacher.maps["res3"]))
     difference = nn.functional.normalize(x @ x.T) - nn.functional.normalize(y @ y.T)
@@ -84,7 +84,7 @@ def test_a_method_from_outside_is_a_method_like_any_other():
 )
 def test_a_term_that_cannot_be_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
-        register_term(Term(**{**vars(SIMILARITY), **changes}))
+        register_term(LossSpec(**{**vars(SIMILARITY), **changes}))
     assert list(terms()).count("sp") == 1
     assert "rkd" not in terms()
 

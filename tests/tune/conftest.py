@@ -87,7 +87,7 @@ def finished(tmp_path_factory):
     """A finished search: its folder, what was asked, what was found and the file."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nst_det.tune.run.Runner", RunsHere)
+        patch.setattr("nst_det.tune.run.LocalLauncher", RunsHere)
         tuning = load_tuning(write_configs(folder), folder / "out")
         return folder, tuning, *tune(tuning)
 
@@ -95,5 +95,5 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def tune_file(tmp_path, monkeypatch):
     """The YAML of a search whose runs train nothing."""
-    monkeypatch.setattr("nst_det.tune.run.Runner", RunsHere)
+    monkeypatch.setattr("nst_det.tune.run.LocalLauncher", RunsHere)
     return write_configs(tmp_path)

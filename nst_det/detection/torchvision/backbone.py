@@ -24,7 +24,7 @@ class Shape(NamedTuple):
     stride: int
 
 
-class Plain(Bottomup):
+class BackboneOnly(Bottomup):
     """A timm bottom-up with the interface of :class:`Fpn`."""
 
     size_divisibility = 0
@@ -97,7 +97,7 @@ class Fpn(nn.Module):
         return {f"p{level}": Shape(self.channels, 2**level) for level in [*self.levels, self.levels[-1] + 1]}
 
 
-def build_backbone(config: CfgNode, seed: int) -> Plain | Fpn:
+def build_backbone(config: CfgNode, seed: int) -> BackboneOnly | Fpn:
     """The backbone of MODEL.BACKBONE and MODEL.TIMM, nothing frozen yet.
 
     Args:
@@ -110,9 +110,9 @@ def build_backbone(config: CfgNode, seed: int) -> Plain | Fpn:
     with_fpn = config.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone"
     try:
         with seeded(seed, "init", "bottom_up"):
-            kind = Bottomup if with_fpn else Plain
+            kind = Bottomup if with_fpn else BackboneOnly
             bottom_up = kind(timm.ARCH, timm.OUT_FEATURES, dict(timm.KWARGS), pretrained=timm.PRETRAINED)
-        if isinstance(bottom_up, Plain):
+        if isinstance(bottom_up, BackboneOnly):
             return bottom_up
         with seeded(seed, "init", "fpn"):
             pyramid = Fpn(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, average=fpn.FUSE_TYPE == "avg")

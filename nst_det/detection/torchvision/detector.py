@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from nst_det.detection.torchvision.backbone import Fpn, Plain, build_backbone
+from nst_det.detection.torchvision.backbone import BackboneOnly, Fpn, build_backbone
 from nst_det.detection.torchvision.roi_heads import RoiHeads, build_roi_heads, to_image
 from nst_det.detection.torchvision.rpn import Rpn, build_rpn
 from nst_det.engine.device import autocast
@@ -53,7 +53,7 @@ class Detector(nn.Module):
 
     def __init__(
         self,
-        backbone: Plain | Fpn,
+        backbone: BackboneOnly | Fpn,
         proposal_generator: Rpn,
         roi_heads: RoiHeads,
         pixel_mean: Sequence[float],
