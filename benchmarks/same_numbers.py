@@ -137,7 +137,7 @@ STAGE_TWO_OTHERWISE = {
 }
 
 
-class SampleIndex(NamedTuple):
+class Place(NamedTuple):
     """Where a value stands; in the order in which a run makes them."""
 
     step: int
@@ -149,7 +149,7 @@ class SampleIndex(NamedTuple):
 
 
 AT_THE_END = 10**9
-Values = Mapping[SampleIndex, Any]
+Values = Mapping[Place, Any]
 
 
 @dataclass
@@ -199,7 +199,7 @@ def compare(what: str, old: Values, new: Values, allow: Mapping[str, float], wit
     """One row of the table.  Arrays that have another name in NEW, but the same content, are the same."""
     row = Row(what, len(old))
     only_old, only_new = [place for place in old if place not in new], [place for place in new if place not in old]
-    waiting: dict[Any, list[SampleIndex]] = {}
+    waiting: dict[Any, list[Place]] = {}
     for place in only_new:
         waiting.setdefault(_content(new[place]), []).append(place)
     for place in only_old:
@@ -225,7 +225,7 @@ def _content(value: Any) -> Any:
     return (value.shape, hashlib.sha256(value.tobytes()).hexdigest()) if isinstance(value, np.ndarray) else None
 
 
-def _allowed(place: SampleIndex, allow: Mapping[str, float], within: float) -> float:
+def _allowed(place: Place, allow: Mapping[str, float], within: float) -> float:
     return max([within, *(most for name, most in allow.items() if name in str(place))])
 
 
@@ -240,41 +240,39 @@ def numbers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def metrics(folder: Path) -> dict[SampleIndex, Any]:
+def metrics(folder: Path) -> dict[Place, Any]:
     """All numbers in the metrics of all runs in a folder."""
     found = {}
     for path in sorted(folder.rglob("metrics.jsonl")):
         for row in map(json.loads, path.read_text().splitlines()):
             step = row.pop("step")
-            found |= {SampleIndex(step, path.parent.name, name): value for name, value in numbers(row)}
+            found |= {Place(step, path.parent.name, name): value for name, value in numbers(row)}
     return found
 
 
-def json_values(folder: Path, file: str, strings: bool = False) -> dict[SampleIndex, Any]:
+def json_values(folder: Path, file: str, strings: bool = False) -> dict[Place, Any]:
     """All numbers in the JSON files of that name in a folder; the texts too, if asked."""
     return {
-        SampleIndex(AT_THE_END, path.parent.name, name): value
+        Place(AT_THE_END, path.parent.name, name): value
         for path in sorted(folder.rglob(file))
         for name, value in numbers(json.loads(path.read_text()))
         if strings or not isinstance(value, str)
     }
 
 
-def weights(folder: Path) -> dict[SampleIndex, Any]:
+def weights(folder: Path) -> dict[Place, Any]:
     """All tensors that a run leaves behind."""
     return {
-        SampleIndex(AT_THE_END, path.stem, name): value
+        Place(AT_THE_END, path.stem, name): value
         for path in sorted(folder.rglob("*.safetensors"))
         for name, value in load_file(path).items()
     }
 
 
-def files(folder: Path) -> dict[SampleIndex, Any]:
+def files(folder: Path) -> dict[Place, Any]:
     """The content of all files in a folder."""
     return {
-        SampleIndex(AT_THE_END, str(path.parent.relative_to(folder)), path.name): hashlib.sha256(
-            path.read_bytes()
-        ).digest()
+        Place(AT_THE_END, str(path.parent.relative_to(folder)), path.name): hashlib.sha256(path.read_bytes()).digest()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.suffix != ".json"
     }
@@ -489,7 +487,7 @@ class Proof:
             found.append(json_values(output.parent, output.name))
         self.add("golden AP, old and new", *found, within=DEVKIT_WITHIN)
         expected = {
-            SampleIndex(AT_THE_END, "golden", DEVKIT.get(name, name)): value
+            Place(AT_THE_END, "golden", DEVKIT.get(name, name)): value
             for name, value in numbers(json.loads((folder / "expected.json").read_text()))
             if name in DEVKIT or re.search(r"per_class\..*\.(ap11|ap_area)$", name)
         }

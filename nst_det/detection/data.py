@@ -50,7 +50,7 @@ class StepBatchSampler:
         share: which of a batch's places to give, those of one process; None gives all.
 
     Example:
-        >>> places = iter(StepBatches(size=4, batch=2, seed=0))
+        >>> places = iter(StepBatchSampler(size=4, batch=2, seed=0))
         >>> sorted(place.image for _ in range(2) for place in next(places))
         [0, 1, 2, 3]
     """

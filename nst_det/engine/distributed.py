@@ -111,7 +111,7 @@ def broadcast_from_rank0(compute: Callable[[], T]) -> T:
     """What ``compute`` gives in the first process, in all of them; the others don't call it.
 
     Example:
-        >>> from_first(lambda: "seed 7")
+        >>> broadcast_from_rank0(lambda: "seed 7")
         'seed 7'
     """
     if world_size() == 1:

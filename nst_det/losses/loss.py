@@ -160,8 +160,8 @@ def build_transfer(
     Example:
         >>> loss = build_transfer("nst-poly", levels=["res4"], student_channels={"res4": 8},
         ...                       teacher_channels={"res4": 16})
-        >>> student = Outputs(maps={"res4": torch.rand(2, 8, 7, 7)})
-        >>> teacher = Outputs(maps={"res4": torch.rand(2, 16, 7, 7)})
+        >>> student = ModelOutputs(maps={"res4": torch.rand(2, 8, 7, 7)})
+        >>> teacher = ModelOutputs(maps={"res4": torch.rand(2, 16, 7, 7)})
         >>> sorted(loss(student, teacher))
         ['nst-poly']
     """

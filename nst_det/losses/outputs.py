@@ -23,7 +23,7 @@ class ModelOutputs:
         embedding: (B, D), the pooled vector before the classifier.
 
     Example:
-        >>> teacher = Outputs(logits=torch.zeros(2, 10), maps={"res4": torch.rand(2, 8, 7, 7)})
+        >>> teacher = ModelOutputs(logits=torch.zeros(2, 10), maps={"res4": torch.rand(2, 8, 7, 7)})
         >>> teacher.shared("mean", lambda: teacher.map("res4").mean()).ndim
         0
     """
