@@ -7,18 +7,16 @@ trained on nor counted.  Segmentations are left out.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nst_det.data.annotation import MAX_PIXELS, VocAnnotation, VocObject
+from nst_det.data.annotation import MAX_PIXELS, VocAnnotation, VocObject, voc_xml
 from nst_det.data.images import MAX_IMAGE_BYTES, image_size
 from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, shown, shown_path
-from nst_det.data.synthetic import voc_xml
 from nst_det.data.voc import IMAGE_EXTENSIONS, split_path
 from nst_det.engine.io import read_json
 from nst_det.errors import UserError
@@ -29,15 +27,7 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class CocoSource:
-    """COCO annotations and their images.
-
-    Attributes:
-        files: one JSON file, or one to train on and one to test on.
-        images: the folder that their ``file_name`` are in; or one for each file.
-
-    Raises:
-        UserError: other numbers of files or folders.
-    """
+    """One JSON file, or one to train on and one to test on; and the folder of their images, or one for each file."""
 
     files: tuple[Path, ...]
     images: tuple[Path, ...]
@@ -53,116 +43,99 @@ def convert_coco(source: CocoSource, root: Path) -> Path:
     """Write a VOC folder; images are hard links to the files, or copies where that can't be.
 
     An image's id is its ``file_name`` without extension, folders joined by ``_``.
-
-    Args:
-        source: what to convert.
-        root: the VOC folder to make.
-
-    Returns:
-        ``root``.
-
-    Raises:
-        UserError: what is wrong in the JSON, or with an image: the line names file and entry.
     """
     for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (root / part).mkdir(parents=True, exist_ok=True)
     folders = source.images * len(source.files) if len(source.images) == 1 else source.images
-    seen: dict[str, str] = {}
-    for number, (file, folder) in enumerate(zip(source.files, folders)):
+    name_of: dict[str, str] = {}
+    for split, file, folder in zip(SPLITS, source.files, folders):
         if not folder.is_dir():
             raise UserError(f"--images {shown_path(folder)}: no such folder; name the one that holds the images")
         ids = []
         for name, annotation in read_coco(file):
-            if annotation.id in seen:
+            id_ = annotation.id
+            if id_ in name_of:
                 raise UserError(
-                    f"{shown_path(file)}: images '{shown(seen[annotation.id])}' and '{shown(name)}' would both be "
-                    f"called {annotation.id}; rename one, or take it out of one list"
+                    f"{shown_path(file)}: images '{shown(name_of[id_])}' and '{shown(name)}' would both be called "
+                    f"{id_}; rename one, or take it out of one list"
                 )
-            seen[annotation.id] = name
-            ids.append(annotation.id)
+            name_of[id_] = name
+            ids.append(id_)
             _take_image(folder, name, annotation, root, file)
-            (root / "Annotations" / f"{annotation.id}.xml").write_text(voc_xml(annotation, root.name), encoding="utf-8")
+            text = voc_xml(annotation, f"{id_}.jpg", root.name)
+            (root / "Annotations" / f"{id_}.xml").write_text(text, encoding="utf-8")
         if len(source.files) > 1:
-            split_path(root, SPLITS[number]).write_text("".join(f"{id_}\n" for id_ in ids), encoding="utf-8")
+            split_path(root, split).write_text("".join(f"{id_}\n" for id_ in ids), encoding="utf-8")
     return root
 
 
 def read_coco(file: Path) -> Iterator[tuple[str, VocAnnotation]]:
-    """(``file_name``, annotation) of every image in a COCO JSON file, in its order; those without objects too.
+    """Yield (``file_name``, annotation) of every image in a COCO JSON file, in its order; those without objects too.
 
-    Raises:
-        UserError: not COCO's object detection format, or an entry that can't be used; the line names it.
+    The error names the entry that can't be used.
     """
-    tree = read_json(file)
-    where = shown_path(file)
-    if not isinstance(tree, dict):
-        raise UserError(f"{where}: not COCO's object detection format: no object with images, annotations, categories")
-    images, annotations, categories = (_entries(tree, key, where) for key in ("images", "annotations", "categories"))
-    names = _category_names(categories, where)
-    objects: dict[Any, list[VocObject]] = {}
-    for number, entry in enumerate(images):
-        id_ = _field(entry, "id", (int, str), f"{where}: images[{number}]")
-        if id_ in objects:
-            raise UserError(f"{where}: images[{number}]: the id {id_!r} stands there twice; give each image its own")
-        objects[id_] = []
-    for number, entry in enumerate(annotations):
-        at = f"{where}: annotations[{number}]"
-        image = _field(entry, "image_id", (int, str), at)
-        category = _field(entry, "category_id", (int, str), at)
-        if image not in objects:
-            raise UserError(f"{at}: image_id {image!r} is not among the images; remove it or add the image")
-        if category not in names:
-            raise UserError(
-                f"{at}: category_id {category!r} is not among the categories; remove it or add the category"
-            )
-        objects[image].append(VocObject(names[category], _box(entry, at), difficult=bool(entry.get("iscrowd", 0))))
-    if not images:
-        raise UserError(f"{where}: no image in it")
-    for number, entry in enumerate(images):
-        at = f"{where}: images[{number}]"
-        name = _field(entry, "file_name", (str,), at)
-        size = [_field(entry, side, (int,), at) for side in ("width", "height")]
-        if not all(1 <= side <= MAX_PIXELS for side in size):
-            raise UserError(f"{at}: its size is {size[0]}x{size[1]}; write the image's size in pixels")
-        yield name, VocAnnotation(_voc_id(name, at), size[0], size[1], tuple(objects[entry["id"]]))
-
-
-def _entries(tree: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    value = tree.get(key)
-    if not isinstance(value, list):
-        raise UserError(f"{where}: not COCO's object detection format: it has no list '{key}'")
-    return value
-
-
-def _field(entry: Any, key: str, types: tuple[type, ...], at: str) -> Any:
-    value = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(value, types) or isinstance(value, bool):
-        said = "is missing" if value is None else f"is {shown(repr(value), 60)}"
-        raise UserError(f"{at}: its {key} {said}; COCO's object detection format wants {_article(types)}")
-    return value
-
-
-def _article(types: Sequence[type]) -> str:
-    return " or ".join({int: "a whole number", str: "text", list: "a list"}[kind] for kind in types)
-
-
-def _category_names(categories: Sequence[Any], where: str) -> dict[Any, str]:
-    names: dict[Any, str] = {}
-    for number, entry in enumerate(categories):
+    tree, where = read_json(file), shown_path(file)
+    images = coco_names(tree, "images", "file_name", where, int, str)
+    categories = {id_: name.strip() for id_, name in coco_names(tree, "categories", "name", where, int, str).items()}
+    for number, name in enumerate(categories.values()):
         at = f"{where}: categories[{number}]"
-        id_, name = _field(entry, "id", (int, str), at), _field(entry, "name", (str,), at).strip()
-        if id_ in names or name in names.values():
-            raise UserError(f"{at}: id {id_!r} or name '{shown(name)}' stands there twice; give each category its own")
         if not name or not name.isprintable() or len(name) > 200:
             raise UserError(f"{at}: its name '{shown(name)}' is empty, too long or can't be printed; correct it")
-        names[id_] = name
+        if name in list(categories.values())[:number]:
+            raise UserError(f"{at}: the name '{shown(name)}' stands there twice; give each category its own")
+    objects: dict[int | str, list[VocObject]] = {id_: [] for id_ in images}
+    for at, entry in coco_entries(tree, "annotations", where):
+        image, category = coco_field(entry, "image_id", at, int, str), coco_field(entry, "category_id", at, int, str)
+        if image not in images:
+            raise UserError(f"{at}: image_id {image!r} is not among the images; remove it, or add that")
+        if category not in categories:
+            raise UserError(f"{at}: category_id {category!r} is not among the categories; remove it, or add that")
+        objects[image].append(VocObject(categories[category], _box(entry, at), difficult=bool(entry.get("iscrowd", 0))))
+    if not images:
+        raise UserError(f"{where}: no image in it")
+    for at, entry in coco_entries(tree, "images", where):
+        width, height = (coco_field(entry, side, at, int) for side in ("width", "height"))
+        if not (1 <= width <= MAX_PIXELS and 1 <= height <= MAX_PIXELS):
+            raise UserError(f"{at}: its size is {width}x{height}; write the image's size in pixels")
+        name = images[entry["id"]]
+        yield name, VocAnnotation(_voc_id(name, at), width, height, tuple(objects[entry["id"]]))
+
+
+def coco_names(tree: Any, key: str, name: str, where: str, *types: type) -> dict[Any, str]:
+    """Return the names of COCO's images (``file_name``) or categories (``name``) by id, of one of ``types``."""
+    names: dict[Any, str] = {}
+    for at, entry in coco_entries(tree, key, where):
+        id_ = coco_field(entry, "id", at, *types)
+        if id_ in names:
+            raise UserError(f"{at}: the id {id_!r} stands there twice; give each its own")
+        names[id_] = coco_field(entry, name, at, str)
     return names
 
 
+def coco_entries(tree: Any, key: str, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield each entry of one of the file's lists, and its place for errors."""
+    entries = tree.get(key) if isinstance(tree, dict) else None
+    if not isinstance(entries, list):
+        raise UserError(f"{where}: not COCO's object detection format: it has no list '{key}'")
+    for number, entry in enumerate(entries):
+        yield f"{where}: {key}[{number}]", entry
+
+
+def coco_field(entry: Any, key: str, at: str, *types: type) -> Any:
+    """Return a field that must be of one of ``types``."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, types) or isinstance(value, bool):
+        found = "is missing" if value is None else f"is {shown(repr(value), 60)}"
+        wanted = " or ".join({int: "a whole number", str: "text", list: "a list"}[kind] for kind in types)
+        raise UserError(f"{at}: its {key} {found}; COCO's object detection format wants {wanted}")
+    return value
+
+
 def _box(entry: Mapping[str, Any], at: str) -> tuple[float, float, float, float]:
-    box = _field(entry, "bbox", (list,), at)
+    box = coco_field(entry, "bbox", at, list)
+    # NaN is not smaller than anything
     numbers = [v for v in box if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= MAX_PIXELS]
-    if len(box) != 4 or len(numbers) != 4 or not all(map(math.isfinite, numbers)):
+    if len(box) != 4 or len(numbers) != 4:
         raise UserError(f"{at}: its bbox is {shown(repr(box), 60)}; write [x, y, width, height] in pixels")
     x, y, width, height = numbers
     return (x + 1, y + 1, x + width, y + height)
@@ -170,15 +143,13 @@ def _box(entry: Mapping[str, Any], at: str) -> tuple[float, float, float, float]
 
 def _voc_id(name: str, at: str) -> str:
     path = PurePosixPath(name)
-    problem = next(filter(None, map(name_problem, path.parts)), None if path.parts else "is empty")
-    if problem or path.is_absolute():
+    id_ = "_".join(path.with_suffix("").parts) if path.name else ""
+    # the parts may not lead elsewhere, nor may all of them together be too long
+    problem = next(filter(None, map(name_problem, (*path.parts, id_))), None)
+    if path.is_absolute() or problem:
         raise UserError(f"{at}: file_name '{shown(name)}' {problem or 'leads outside the folder'}; correct it")
     if path.suffix.lower() not in IMAGE_EXTENSIONS:
         raise UserError(f"{at}: '{shown(name)}' is not one of {', '.join(IMAGE_EXTENSIONS)}; convert the image")
-    id_ = "_".join(path.with_suffix("").parts)
-    problem = name_problem(id_)
-    if problem:
-        raise UserError(f"{at}: file_name '{shown(name)}' {problem}; shorten it")
     return id_
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from nst_det.errors import UserError
 
 MAX_NAME_BYTES = 200
+MAX_LIST_BYTES = 64 << 20
 
 
 def shown(text: str, length: int = 120) -> str:
-    """``text`` fit for one line on any terminal: control characters escaped, long text cut.
+    """Make ``text`` fit for one line on any terminal: control characters escaped, long text cut.
 
     Example:
         >>> shown("a\\nb")
@@ -23,24 +24,16 @@ def shown(text: str, length: int = 120) -> str:
 
 
 def shown_path(path: str | Path) -> str:
-    """A path fit for one line on any terminal."""
+    """Make a path fit for one line on any terminal."""
     return shown(str(path), 4096)
 
 
 def read_bytes(path: Path, limit: int, what: str) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes.
-
-    Args:
-        path: the file.
-        limit: bytes; a larger file is refused before any of it is read.
-        what: the kind of file, for the error ("annotation").
-
-    Raises:
-        UserError: missing, not a regular file (a pipe would block for ever), larger than ``limit``, unreadable.
-    """
+    """Read a regular file of at most ``limit`` bytes; ``what`` is the kind of file for the error ("annotation")."""
     name = shown_path(path)
     try:
         status = os.stat(path)
+        # a pipe would block for ever
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{name}: not a regular file; put the {what} itself there")
         if status.st_size > limit:
@@ -59,7 +52,7 @@ def read_bytes(path: Path, limit: int, what: str) -> bytes:
 
 
 def name_problem(name: str) -> str | None:
-    """Why ``name`` can't name one file inside a folder, or None if it can."""
+    """Return why ``name`` can't name one file inside a folder, or None if it can."""
     if not name:
         return "is empty"
     if name in (".", "..") or "/" in name or "\\" in name:
@@ -72,7 +65,7 @@ def name_problem(name: str) -> str | None:
 
 
 def leads_outside(path: Path, root: Path) -> bool:
-    """Whether ``path``, its links followed, lies outside ``root`` (which must be resolved already)."""
+    """Return whether ``path``, its links followed, lies outside ``root`` (which must be resolved already)."""
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError):
@@ -80,21 +73,9 @@ def leads_outside(path: Path, root: Path) -> bool:
     return resolved != root and root not in resolved.parents
 
 
-def read_names(path: Path, limit: int = 64 << 20) -> tuple[list[tuple[int, str]], list[str]]:
-    """The lines of a list file that name something, and what is wrong with the others.
-
-    Args:
-        path: the list file.
-        limit: largest size in bytes.
-
-    Returns:
-        (line number, name) of every usable line, blank lines left out; and problems as text
-        (``line 3: '../x' could lead to another folder``).
-
-    Raises:
-        UserError: the file is missing, unreadable, too large, or not UTF-8.
-    """
-    data = read_bytes(path, limit, "image list")
+def read_names(path: Path) -> tuple[list[tuple[int, str]], list[str]]:
+    """Return (line number, name) of the usable lines of a list file, and what is wrong with the others, as text."""
+    data = read_bytes(path, MAX_LIST_BYTES, "image list")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,11 +85,11 @@ def read_names(path: Path, limit: int = 64 << 20) -> tuple[list[tuple[int, str]]
     problems: list[str] = []
     for number, content in enumerate(text.split("\n"), 1):
         name = content.strip(" \t\r\f\v")
-        if not name:
-            continue
-        problem = name_problem(name)
+        problem = name_problem(name) if name else None
         if problem:
-            problems.append(f"line {number}: '{shown(name)}' {problem}")
-        else:
+            problems.append(
+                f"line {number}: '{shown(name)}' {problem}; a line is the name of one image, without extension"
+            )
+        elif name:
             names.append((number, name))
     return names, problems

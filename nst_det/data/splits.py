@@ -1,4 +1,7 @@
-"""Images kept from training, to validate on: the same ones on every machine, some of each class."""
+"""Images kept from training: the same ones on every machine, some of each class.
+
+Which ones depends on a hash of their names, so that an image added later moves hardly any other.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,14 @@ from nst_det.data.voc import VocDataset, image_names, read_split, split_names, s
 from nst_det.engine.io import write_text
 from nst_det.errors import UserError
 
-# lists that belong together, the best first
+# lists to train and to test on that belong together, the best first
 PAIRS = (("trainval", "test"), ("train", "test"), ("train", "val"), ("nst_det_train", "nst_det_test"))
 OWN_PAIR = PAIRS[-1]
 TEST_FRACTION = 0.2
 
 
 def held_out(groups: Iterable[Sequence[str]], fraction: float, seed: int = 0) -> set[str]:
-    """The names that are kept from training: ``fraction`` of each group, at least one, never a whole group.
-
-    Which ones depends on the seed and on each name alone, so that a name added later moves hardly any other.
-
-    Args:
-        groups: names, each in one group.
-        fraction: 0..1; 0 keeps none.
-        seed: another seed, other names.
-
-    Raises:
-        UserError: ``fraction`` is out of range.
+    """Return ``fraction`` (0..1) of the names of each group: at least one, never a whole group; 0 keeps none.
 
     Example:
         >>> sorted(held_out([["a", "b", "c", "d"], ["e", "f"], ["g"]], fraction=0.25))
@@ -42,27 +35,15 @@ def held_out(groups: Iterable[Sequence[str]], fraction: float, seed: int = 0) ->
     kept: set[str] = set()
     for names in groups if fraction else ():
         count = min(max(round(fraction * len(names)), 1), len(names) - 1)
-        kept |= set(sorted(names, key=lambda name: _draw(name, seed))[:count])
+        kept |= set(_shuffled(names, f"{seed}\0")[:count])
     return kept
 
 
-def _draw(name: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogateescape")).digest()
-
-
 def hold_out(data: VocDataset, fraction: float, seed: int = 0) -> tuple[VocDataset, VocDataset]:
-    """A split in two: what is left to train on, and what is kept to validate on, both in the order of the list.
+    """Cut a split in two by :func:`held_out`: what is left to train on, and what is kept to validate on.
 
     An image counts for the rarest class in it (by images, in this split), so that rare classes are in both.  Images
-    without an object are a group of their own.
-
-    Args:
-        data: the split; nothing outside it is read.
-        fraction: 0..1, of each class's images.
-        seed: of the cut.
-
-    Raises:
-        UserError: ``fraction`` is out of range, it leaves nothing to validate on, or a bad annotation.
+    without an object are a group of their own.  Nothing outside the split is read.
     """
     in_image = {annotation.id: sorted(set(annotation.names)) for annotation in data.annotations()}
     images = Counter(name for names in in_image.values() for name in names)
@@ -75,16 +56,30 @@ def hold_out(data: VocDataset, fraction: float, seed: int = 0) -> tuple[VocDatas
     return data.subset(id_ for id_ in data.ids if id_ not in kept), data.subset(id_ for id_ in data.ids if id_ in kept)
 
 
+def cut_test_ids(classes_of: Mapping[str, Iterable[str]], fraction: float) -> list[str]:
+    """Return ``fraction`` (0..1, at least one) of all ids in order, so that every class stays among the others.
+
+    ``classes_of`` gives the classes on each image.  There are fewer where a class would be lost otherwise.  Other than
+    :func:`held_out`, which takes a share of each class, this cuts lists that are made once and written down.
+    """
+    wanted = min(max(1, round(fraction * len(classes_of))), len(classes_of) - 1)
+    left = Counter(name for names in classes_of.values() for name in set(names))
+    chosen: set[str] = set()
+    for id_ in _shuffled(classes_of):
+        names = set(classes_of[id_])
+        if len(chosen) < wanted and all(left[name] > 1 for name in names):
+            chosen.add(id_)
+            left.subtract(names)
+    return [id_ for id_ in classes_of if id_ in chosen]
+
+
+def _shuffled(names: Iterable[str], salt: str = "") -> list[str]:
+    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}{name}".encode("utf-8", "surrogateescape")).digest())
+
+
 @dataclass(frozen=True)
 class JoinedVoc:
-    """Splits of several folders as one set to evaluate on.
-
-    Attributes:
-        sets: the splits; all have the same classes.
-
-    Raises:
-        UserError: two of them have an image of the same id.
-    """
+    """Splits of several folders, with the same classes, as one set to evaluate on; no two images may have one id."""
 
     sets: tuple[VocDataset, ...]
 
@@ -103,45 +98,12 @@ class JoinedVoc:
         return sum(len(part) for part in self.sets)
 
     def annotations(self) -> list[VocAnnotation]:
-        """All annotations, set after set."""
+        """Return all annotations, set after set."""
         return [annotation for part in self.sets for annotation in part.annotations()]
 
 
-def cut_test_ids(classes_of: Mapping[str, Iterable[str]], fraction: float) -> list[str]:
-    """Images to keep apart, so that every class stays among the others.
-
-    Which ones is decided by a hash of their ids: the same on every machine, and hardly changed by an image that is
-    added later.
-
-    Args:
-        classes_of: the classes on each image, by id.
-        fraction: 0..1, of all images; at least one is asked for.
-
-    Returns:
-        Ids, in the order of ``classes_of``; fewer than asked for where a class would be lost otherwise.
-    """
-    wanted = max(1, round(fraction * len(classes_of)))
-    left = Counter(name for names in classes_of.values() for name in set(names))
-    chosen: set[str] = set()
-    for id_ in sorted(classes_of, key=lambda id_: hashlib.sha256(id_.encode("utf-8", "surrogateescape")).digest()):
-        names = set(classes_of[id_])
-        if len(chosen) < min(wanted, len(classes_of) - 1) and all(left[name] > 1 for name in names):
-            chosen.add(id_)
-            left.subtract(names)
-    return [id_ for id_ in classes_of if id_ in chosen]
-
-
 def known_pair(root: Path, train: str = "", test: str = "") -> tuple[str, str] | None:
-    """The lists to train and to test on that a VOC folder has already; None where they must be cut.
-
-    Args:
-        root: the folder that holds ``Annotations``.
-        train: a list that the user names.
-        test: likewise; both or neither.
-
-    Raises:
-        UserError: one is named alone, or a named list isn't there.
-    """
+    """Return the lists to train and to test on that a VOC folder has, or those named; None where they must be cut."""
     if bool(train) != bool(test):
         raise UserError("--train and --test: name both lists, or neither")
     if train:
@@ -155,11 +117,7 @@ def known_pair(root: Path, train: str = "", test: str = "") -> tuple[str, str] |
 
 
 def ids_to_cut(root: Path) -> tuple[str, ...]:
-    """All images of a folder that has no pair of lists: those of its only list, or all with an annotation.
-
-    Raises:
-        UserError: several lists whose names don't say what they are for, or no image at all.
-    """
+    """Return the images of a folder without a pair of lists: those of its only list, or all with an annotation."""
     names = [name for name in split_names(root) if name not in OWN_PAIR]
     for name in ("trainval", "train"):
         if name in names:
@@ -179,7 +137,7 @@ def ids_to_cut(root: Path) -> tuple[str, ...]:
 
 
 def write_pair(root: Path, ids: Iterable[str], test: Iterable[str]) -> tuple[str, str]:
-    """Write the lists ``nst_det_train`` and ``nst_det_test`` into the VOC folder, and give their names."""
+    """Write the lists ``nst_det_train`` and ``nst_det_test`` into the VOC folder, and return their names."""
     test = set(test)
     members = [id_ for id_ in ids if id_ not in test], [id_ for id_ in ids if id_ in test]
     for name, part in zip(OWN_PAIR, members):

@@ -8,11 +8,11 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import cv2
 import numpy as np
 
+from nst_det.data.annotation import VocAnnotation, VocObject, voc_xml
 from nst_det.detection.pipeline import write_detections
 from nst_det.engine.io import atomic_path, write_text
 from nst_det.evaluation.boxes import Detections
@@ -20,7 +20,6 @@ from nst_det.evaluation.boxes import Detections
 FORMATS = ("images", "json", "voc", "csv")
 CSV_COLUMNS = ("image_id", "file", "category", "score", "xmin", "ymin", "xmax", "ymax")
 VOC_SPLIT = "predicted"
-CORNERS = ("xmin", "ymin", "xmax", "ymax")
 JPEG_QUALITY = 92
 
 
@@ -98,29 +97,10 @@ def voc_annotation(prediction: Prediction, classes: Sequence[str]) -> str:
 
     :func:`nst_det.data.annotation.read_annotation` reads back the very same boxes.
     """
-    lines = [
-        "<annotation>",
-        f"\t<filename>{escape(Path(prediction.file).name)}</filename>",
-        "\t<size>",
-        f"\t\t<width>{prediction.width}</width>",
-        f"\t\t<height>{prediction.height}</height>",
-        "\t\t<depth>3</depth>",
-        "\t</size>",
-    ]
-    boxes = np.add(prediction.boxes.astype(np.float64), (1, 1, 0, 0))
-    for box, label, score in zip(boxes.tolist(), prediction.labels.tolist(), prediction.scores.tolist()):
-        lines += [
-            "\t<object>",
-            f"\t\t<name>{escape(classes[label])}</name>",
-            f"\t\t<score>{score!r}</score>",
-            "\t\t<truncated>0</truncated>",
-            "\t\t<difficult>0</difficult>",
-            "\t\t<bndbox>",
-            *(f"\t\t\t<{corner}>{value!r}</{corner}>" for corner, value in zip(CORNERS, box)),
-            "\t\t</bndbox>",
-            "\t</object>",
-        ]
-    return "\n".join([*lines, "</annotation>", ""])
+    boxes = np.add(prediction.boxes.astype(np.float64), (1, 1, 0, 0)).tolist()
+    objects = tuple(VocObject(classes[label], box) for label, box in zip(prediction.labels.tolist(), boxes))
+    annotation = VocAnnotation(prediction.id, prediction.width, prediction.height, objects)
+    return voc_xml(annotation, Path(prediction.file).name, scores=prediction.scores.tolist(), digits="")
 
 
 def to_detections(predictions: Iterable[Prediction], classes: Sequence[str]) -> Detections:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nst_det.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open can't be removed anyway
+    fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".tmp"
 CHECKSUM_KEY = "content_sha256"
@@ -67,22 +74,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def atomic_folder(folder: str | Path, remedy: str) -> Iterator[Path]:
     """Give a temporary folder beside ``folder``, which becomes it at the end of the block, or is removed.
 
-    Args:
-        folder: must not be there yet, or be empty.
-        remedy: what to do where it can't be written, for the error.
-
-    Raises:
-        UserError: it can't be written.
+    ``folder`` must not be there yet, or be empty; ``remedy`` is what to do where it can't be written, for the error.
     """
     folder = Path(folder)
+    prefix = f".{folder.name}.{socket.gethostname()}-"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        # what killed processes of this machine left
+        for left in folder.parent.iterdir():
+            pid = left.name.removeprefix(prefix).partition("-")[0]
+            if left.name.startswith(prefix) and pid.isdigit() and not psutil.pid_exists(int(pid)):
+                shutil.rmtree(left, ignore_errors=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{prefix}{os.getpid()}-"))
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}); {remedy}") from error
     try:
         yield made
-        made.chmod(0o755)
+        made.chmod(0o777 & ~_umask())
         os.replace(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -107,7 +115,8 @@ def remove_left_over(folder: str | Path, *, shared: bool = True) -> None:
 def _lock(handle: int) -> bool:
     """Mark a file as being written by this process; whether nobody else does (or the file system can't tell)."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     return True

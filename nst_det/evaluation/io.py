@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nst_det.data.coco import coco_names
 from nst_det.engine.io import read_json
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections
@@ -49,24 +50,11 @@ def read_detections(
 
 
 def read_coco_names(path: str | Path) -> CocoNames:
-    """Names from an annotation file in COCO's format: ``images`` (id, file_name) and ``categories`` (id, name).
-
-    Raises:
-        UserError: not such a file.
-    """
+    """Read names from an annotation file in COCO's format: ``images`` (id, file_name) and ``categories`` (id, name)."""
     tree = read_json(_bounded(Path(path)))
-
-    def table(key: str, name: str) -> dict[int, str]:
-        entries = _get(tree, key)
-        if not isinstance(entries, list):
-            raise UserError(f"{path}: {key} must be a list; name a COCO annotation file")
-        for place, entry in enumerate(entries):
-            if not _is_int(_get(entry, "id")) or not isinstance(_get(entry, name), str):
-                raise UserError(f"{path}: {key}[{place}] needs a whole number id and a {name}")
-        return {entry["id"]: entry[name] for entry in entries}
-
-    images = {number: PurePosixPath(file).stem for number, file in table("images", "file_name").items()}
-    return CocoNames(images, table("categories", "name"))
+    images = coco_names(tree, "images", "file_name", str(path), int)
+    stems = {number: PurePosixPath(file).stem for number, file in images.items()}
+    return CocoNames(stems, coco_names(tree, "categories", "name", str(path), int))
 
 
 def _bounded(path: Path) -> Path:

