@@ -76,12 +76,11 @@ def _measure(run: Run, config: CfgNode) -> dict[str, Any]:
     log.info("%s: measuring its cost", run.name)
     size = photo_size(config)
     with gpu_errors_in_one_line("compare again, which measures what is missing"):
-        detector, parameters = _load(run.folders[0], config, device)
-        figures = benchmark(detector, size, [1], REPEATS, device, parameters)
+        figures = benchmark(_load(run.folders[0], config, device), size, [1], REPEATS, device)
     latency = figures["latency"][0]
     return {
         "run": run.name,
-        "parameters": parameters,
+        "parameters": figures["parameters"],
         "macs": figures["macs"],
         "flops": figures["flops"],
         "size": list(size),
@@ -92,16 +91,13 @@ def _measure(run: Run, config: CfgNode) -> dict[str, Any]:
     }
 
 
-def _load(folder: Path, config: CfgNode, device: Any) -> tuple[Any, int]:
-    """The trained detector of a run as a network on pixels, and its parameters."""
-    from nst_det.models import count_parameters
-
+def _load(folder: Path, config: CfgNode, device: Any) -> Any:
+    """Return the trained detector of a run as a network on pixels."""
     if config.ENGINE == "detectron2":
         from nst_det.detectron2.parity import load_pixels
 
-        return load_pixels(folder, config, device)
-    from nst_det.benchmark import Pixels
+        return load_pixels(folder, config, device)[0]
+    from nst_det.benchmark import Traceable
     from nst_det.detection.predict import load_run
 
-    detector, _, _ = load_run(folder, device)
-    return Pixels(detector), count_parameters(detector)
+    return Traceable(load_run(folder, device)[0])

@@ -20,6 +20,7 @@ from nst_det.comparison.display import ProgressDisplay
 from nst_det.comparison.plan import Run
 from nst_det.engine.device import core_count
 from nst_det.engine.signals import EXIT_RESUME, Preempted
+from nst_det.errors import RunFailed
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
@@ -30,17 +31,6 @@ EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 Command = Callable[[Run, Path], list[str]]
-
-
-class RunFailed(Exception):
-    """A run ended with an error; ``code`` is what the comparison should exit with.
-
-    2: its input can't be used; 75: somebody stopped the run, it goes on where it was; 1: all else.
-    """
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class Stopped(Preempted):
@@ -90,7 +80,7 @@ def this_machine(jobs: int = 0) -> Machine:
 
 def stage_command(run: Run, folder: Path) -> list[str]:
     """The command line of a run of the comparison in ``folder``."""
-    return [sys.executable, "-m", "nst_det.comparison.worker", str(os.getpid()), *run.command(folder)]
+    return [sys.executable, "-m", "nst_det", "--end-with-parent", str(os.getpid()), *run.command(folder)]
 
 
 @dataclass

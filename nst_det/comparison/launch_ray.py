@@ -20,7 +20,6 @@ from nst_det.comparison.launch_local import (
     EXIT_FAILED,
     Command,
     Machine,
-    RunFailed,
     environment_of,
     failure_of,
     said_since,
@@ -30,7 +29,7 @@ from nst_det.comparison.launch_local import (
 )
 from nst_det.comparison.plan import Run
 from nst_det.engine.signals import EXIT_RESUME
-from nst_det.errors import UserError
+from nst_det.errors import RunFailed, UserError
 
 POLL_SECONDS = 0.2
 # how often a run is begun again whose node or process was lost, not one that ended with an error

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
-from rich.console import Console
 from rich.table import Table
 
 from nst_det.comparison.config import BASELINE, Comparison, merge_stage
@@ -38,13 +36,11 @@ from nst_det.comparison.stages import (
     check_transfer,
     total_steps,
 )
-from nst_det.engine.format import ReprMixin, duration, size
+from nst_det.engine.format import duration, print_table, size
 from nst_det.engine.io import write_json, write_text
 from nst_det.engine.run_dir import RunFolder
 
 log = logging.getLogger(__name__)
-# of a table that goes to a file or pipe
-PLAIN_WIDTH = 140
 
 
 def compare(
@@ -219,11 +215,3 @@ def results_table(results: dict[str, Any]) -> Table:
         if row["stage"] != following.get(row["method"], row["stage"]):
             table.add_section()
     return table
-
-
-def print_table(table: Table | ReprMixin) -> None:
-    """Print to standard output, unbroken where that is no terminal."""
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=PLAIN_WIDTH)
-    console.print(table)

@@ -217,7 +217,10 @@ def classifier_from_file(path: str | Path) -> tuple[nn.Module, Card]:
         UserError: as :func:`load_backbone`.
     """
     state_dict, card = load_backbone(path)
-    classifier = create_model(card.arch, card.num_classes, **card.arch_kwargs)
+    try:
+        classifier = create_model(card.arch, card.num_classes, **card.arch_kwargs)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     load_strict(classifier, state_dict, str(path))
     return classifier.eval(), card
 
