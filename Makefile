@@ -3,17 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-ray lint docs clean
+.PHONY: demo test test-gpu test-ray lint docs clean
 
 demo: $(READY)
 	$(VENV)/bin/nst-det compare --config-file configs/compare/demo.yaml --output output/demo
 
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto -m "not detectron2"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto -m "not detectron2 and not gpu"
+
+# on a machine with a GPU, which make test hides; with Detectron2 in another Python: python3 -m pytest -v -m gpu
+test-gpu: $(READY)
+	$(VENV)/bin/python -m pytest -v -m gpu tests/gpu
 
 # needs the extra ray, 240 MB: .venv/bin/python -m pip install --constraint constraints.txt --editable ".[ray]"
 test-ray: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m ray tests/compare/test_on_ray.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m ray tests/comparison/test_on_ray.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -45,7 +45,7 @@ def instances(boxes, scores, labels):
 
 def as_detectron2_writes(found, classes):
     """Detections as Detectron2's evaluator sees them after its text files, ties in its order."""
-    from nst_det.evaluate.boxes import Detections
+    from nst_det.evaluation.boxes import Detections
 
     ids = np.repeat([item[0] for item in found], [len(item[2]) for item in found])
     boxes = np.concatenate([item[1] for item in found]).astype(np.float32)
@@ -73,10 +73,10 @@ def main() -> int:
     from detectron2.data import MetadataCatalog
     from detectron2.evaluation import PascalVOCDetectionEvaluator
 
-    from nst_det.detect.detectron2 import VocEvaluator, register_voc
-    from nst_det.detect.detectron2.evaluator import THRESHOLDS
-    from nst_det.evaluate.boxes import GroundTruth
-    from nst_det.evaluate.voc import evaluate_voc
+    from nst_det.detectron2 import VocEvaluator, register_voc
+    from nst_det.detectron2.evaluator import THRESHOLDS
+    from nst_det.evaluation.boxes import GroundTruth
+    from nst_det.evaluation.voc import evaluate_voc
 
     data = register_voc("benchmark_voc", args.voc_root, "test")
     MetadataCatalog.get("benchmark_voc").set(year=2007)

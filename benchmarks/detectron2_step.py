@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from nst_det.runtime.memory import keep_freed_memory
+from nst_det.engine.device import keep_freed_memory
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "detect" / "voc" / "base_fpn.yaml"
 WARM_UP = 3
@@ -68,8 +68,8 @@ def main() -> int:
     from detectron2.engine import DefaultTrainer
     from detectron2.modeling import build_model
 
-    from nst_det.detect.detectron2.config import load_config, register_datasets
-    from nst_det.detect.detectron2.trainer import DistillTrainer
+    from nst_det.detectron2.config import load_config, register_datasets
+    from nst_det.detectron2.trainer import DistillTrainer
 
     with tempfile.TemporaryDirectory() as folder:
         shared = [

@@ -22,13 +22,13 @@ from timm.models import register_model
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from nst_det.backbones.small import SmallStemResNet
-from nst_det.data.generate import CLASSIFICATION, GenerateSettings, generate_data
-from nst_det.distill.config import load_distill_config
-from nst_det.distill.stage import distill
-from nst_det.runtime.files import write_json
-from nst_det.runtime.memory import keep_freed_memory
-from nst_det.runtime.progress import start_logging
+from nst_det.data.synthetic import CLASSIFICATION, GenerateSettings, generate_data
+from nst_det.distillation.config import load_distill_config
+from nst_det.distillation.pipeline import distill
+from nst_det.engine.device import keep_freed_memory
+from nst_det.engine.io import write_json
+from nst_det.engine.progress import start_logging
+from nst_det.models.small import SmallStemResNet
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "distill" / "shapes.yaml"
 SETTINGS = GenerateSettings(
@@ -57,7 +57,7 @@ def _rectified(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _build(layers: tuple[int, int, int, int], width: int, classes: int) -> ResNet:
-    from nst_det.backbones.small import _default_cfg
+    from nst_det.models.small import _default_cfg
 
     model = BeforeReLU(layers, width, num_classes=classes)
     model.default_cfg = model.pretrained_cfg = _default_cfg()

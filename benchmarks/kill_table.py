@@ -35,15 +35,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 # also what the forks need, so that each of them begins at once
-import nst_det.detect.stage
-import nst_det.distill.stage  # noqa: F401
+import nst_det.detection.pipeline
+import nst_det.distillation.pipeline  # noqa: F401
 from nst_det.cli import main as nst_det_main
-from nst_det.data.generate import CLASSIFICATION, DETECTION, GenerateSettings, generate_data
-from nst_det.detect.config import engine_is_installed
-from nst_det.runtime.checkpoint import check_intact
-from nst_det.runtime.files import read_json, write_json, write_text
-from nst_det.runtime.metrics import read_metrics
-from nst_det.runtime.provenance import machine_name
+from nst_det.data.synthetic import CLASSIFICATION, DETECTION, GenerateSettings, generate_data
+from nst_det.detection.config import engine_is_installed
+from nst_det.engine.checkpoint import check_intact
+from nst_det.engine.io import read_json, write_json, write_text
+from nst_det.engine.metrics import read_metrics
+from nst_det.engine.run_dir import machine_name
 
 DISTILL = {
     "NAME": "small",
@@ -150,7 +150,7 @@ def _tensors(path: Path) -> dict[str, bytes]:
 
 
 def _without_time(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key not in ("seconds", "backbone")}
+    return {key: value for key, value in result.items() if key not in ("seconds", "speed", "backbone")}
 
 
 def _distill_outcome(folder: Path) -> Outcome:
@@ -327,7 +327,7 @@ def main() -> None:
     names = [name for name in args.runs if name != "detectron2" or engine_is_installed()]
     torch.set_num_threads(1)
     if "detectron2" in names:
-        importlib.import_module("nst_det.detect.detectron2.command")
+        importlib.import_module("nst_det.detectron2.train_net")
     draw = random.Random(args.seed)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="kills_") as folder:

@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nst_det.runtime.memory import keep_freed_memory
-from nst_det.transfer import nst_loss
-from nst_det.transfer.nst_kernels import CPU_LIMIT, DEVICE_LIMIT, KERNELS, positions_side_is_cheaper
+from nst_det.engine.device import keep_freed_memory
+from nst_det.losses import nst_loss
+from nst_det.losses.mmd import CPU_LIMIT, DEVICE_LIMIT, KERNELS, positions_side_is_cheaper
 
 EPS = 1e-6
 MIB = 2**20
@@ -260,7 +260,7 @@ def largest_difference(shape: Shape, kernel: str, device: str) -> float:
 def apart(call: Callable, *arguments: object) -> object:
     """The result of a call in a fresh process that has torch loaded and nothing else done."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "nst_det.transfer"])
+    context.set_forkserver_preload(["torch", "nst_det.losses"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(call, *arguments).result()
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from nst_det.compare.comparison import compare
-from nst_det.compare.config import load_comparison
-from nst_det.compare.live import steps_done
-from nst_det.compare.plan import make_plan
-from nst_det.compare.results import comparable
+from nst_det.comparison.config import load_comparison
+from nst_det.comparison.display import steps_done
+from nst_det.comparison.pipeline import compare
+from nst_det.comparison.plan import make_plan
+from nst_det.comparison.result import comparable
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "compare" / "demo.yaml"
 SMALL = {

@@ -31,21 +31,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nst_det.distill.cache_writing import CacheWriter
-from nst_det.distill.clock import Clock
-from nst_det.distill.config import get_defaults
-from nst_det.distill.dataset import StageOneData
-from nst_det.distill.images import Batch, Normalizer
-from nst_det.distill.loop import Teaching, one_step
-from nst_det.distill.needs import total_bytes
-from nst_det.distill.networks import build_losses, copy_of, initial_student, initial_teacher
-from nst_det.distill.stage import parse_methods
-from nst_det.distill.student import Student
-from nst_det.distill.teacher import Teacher
-from nst_det.runtime.config import merge_tree
-from nst_det.runtime.device import amp_dtype, autocast, default_device
-from nst_det.runtime.memory import keep_freed_memory
-from nst_det.runtime.run import RunFolder
+from nst_det.distillation.build import Teacher, build_losses, copy_of, initial_student, initial_teacher
+from nst_det.distillation.cache import CacheWriter
+from nst_det.distillation.config import get_defaults
+from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData
+from nst_det.distillation.loop import Teaching, one_step
+from nst_det.distillation.needs import total_bytes
+from nst_det.distillation.pipeline import parse_methods
+from nst_det.distillation.trainer import StudentTrainer
+from nst_det.engine.clock import Clock
+from nst_det.engine.config import merge_tree
+from nst_det.engine.device import amp_dtype, autocast, default_device, keep_freed_memory
+from nst_det.engine.run_dir import RunFolder
 
 METHODS = ["ce", "kd", "fitnet", "at", "nst-linear", "nst-poly", "kd+nst-poly"]
 # as in configs/distill/{imagenet_r50_to_r18,shapes}.yaml
@@ -137,7 +134,7 @@ class Setup:
         self.data, self.methods, self.device = StageOneData(config), parse_methods(methods), default_device()
         self.student, teacher = initial_student(config, args.classes), initial_teacher(config, self.data.classes)
         self.losses = build_losses(config, self.methods, self.student, teacher, labels_shared=True)
-        self.precision = amp_dtype(config.SOLVER.AMP)
+        self.precision = amp_dtype(config.SOLVER.AMP, self.device)
         reads = {level for loss in self.losses.values() for level in loss.teacher_levels}
         self.teacher = Teacher(copy_of(teacher, self.device), reads, self.precision)
         self.normalize = Normalizer(config.DATA.MEAN, config.DATA.STD, self.device)
@@ -145,11 +142,11 @@ class Setup:
         own = args.threads == 1 and self.device.type == "cpu"
         self.timer = time.process_time if own else time.perf_counter
 
-    def new_student(self, word: str) -> Student:
+    def new_student(self, word: str) -> StudentTrainer:
         """A student that starts as all others."""
         model, loss = copy_of(self.student, self.device), self.losses[word].to(self.device)
         run = RunFolder(self.folder / word)
-        return Student(word, model, self.student.levels, loss, self.config.SOLVER, 0, run, self.precision)
+        return StudentTrainer(word, model, self.student.levels, loss, self.config.SOLVER, 0, run, self.precision)
 
     def batches(self, steps: int) -> Iterator[Batch]:
         """Training batches."""
@@ -185,7 +182,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     bare = [copy_of(setup.student, setup.device).train() for _ in students]
     rows: dict[str, list[float]] = defaultdict(list)
     for step in range(total):
-        clock = Clock(exact=True, timer=setup.timer)
+        clock = Clock(exact=setup.device, timer=setup.timer)
         start = clock.now()
         one_step(students, setup.teacher, batches, setup.normalize, clock)
         whole = clock.now() - start
@@ -222,7 +219,7 @@ def measure_ratios(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     bare, total = copy_of(setup.student, setup.device).train(), args.warm_up + args.steps
     whole, alone, cached = (setup.new_student(word) for word in (args.ratios, "ce", args.ratios))
     sources = {name: setup.batches(total) for name in ("step", "passes", "cached", "alone")}
-    clocks = {name: Clock(exact=True, timer=setup.timer) for name in sources}
+    clocks = {name: Clock(exact=setup.device, timer=setup.timer) for name in sources}
 
     def passes() -> None:
         clock, batch = clocks["passes"], next(sources["passes"])
@@ -232,7 +229,7 @@ def measure_ratios(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         with clock("student"):
             setup.bare_pass(bare, images, labels)
 
-    def step(name: str, student: Student, teacher: Teaching | None) -> None:
+    def step(name: str, student: StudentTrainer, teacher: Teaching | None) -> None:
         one_step([student], teacher, sources[name], setup.normalize, clocks[name])
 
     order: list[tuple[str, Callable[[], None]]] = [

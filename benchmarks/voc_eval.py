@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from nst_det.data.voc import VocDataset
-from nst_det.evaluate.boxes import GroundTruth
-from nst_det.evaluate.read import read_detections
-from nst_det.evaluate.voc import evaluate_voc
+from nst_det.evaluation.boxes import GroundTruth
+from nst_det.evaluation.io import read_detections
+from nst_det.evaluation.voc import evaluate_voc
 
 
 def seconds(function: Callable[[], Any], repeat: int) -> str:

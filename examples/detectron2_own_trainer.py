@@ -12,7 +12,7 @@ from __future__ import annotations
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
 
-from nst_det.detect.detectron2 import add_config, distill  # line 1
+from nst_det.detectron2 import add_config, distill  # line 1
 
 
 class Trainer(DefaultTrainer):

@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from nst_det.runtime.shown import Shown
+from nst_det.engine.format import ReprMixin
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from nst_det.backbones import Card
-    from nst_det.evaluate.boxes import Detections, GroundTruth
-    from nst_det.evaluate.voc import VocResult
+    from nst_det.evaluation.boxes import Detections, GroundTruth
+    from nst_det.evaluation.voc import VocResult
+    from nst_det.models import Card
 
 Settings = Mapping[str, Any] | Sequence[str]
 
 
 @dataclass(frozen=True)
-class ComparisonAnswer(Shown):
+class ComparisonAnswer(ReprMixin):
     """What a comparison found; shows itself as its table.
 
     Attributes:
-        results: as in ``report/results.json``, see :func:`nst_det.compare.results.build_results`.
+        results: as in ``report/results.json``, see :func:`nst_det.comparison.result.build_results`.
         folder: of the comparison.
     """
 
@@ -49,12 +49,12 @@ class ComparisonAnswer(Shown):
         return self.folder / "report" / "index.html"
 
     def __rich__(self) -> Table:
-        from nst_det.compare.comparison import results_table
+        from nst_det.comparison.pipeline import results_table
 
         return results_table(self.results)
 
 
-class DistillAnswer(Shown, dict[str, dict[str, Any]]):
+class DistillAnswer(ReprMixin, dict[str, dict[str, Any]]):
     """``result.json`` by method, and of the teacher under ``teacher``; shows itself as a table.
 
     Attributes:
@@ -64,7 +64,7 @@ class DistillAnswer(Shown, dict[str, dict[str, Any]]):
     folder: str
 
     def __rich__(self) -> Table:
-        from nst_det.distill.table import results_table
+        from nst_det.distillation.pipeline import results_table
 
         return results_table(self, self.folder)
 
@@ -102,8 +102,8 @@ def compare(
         >>> answer.report.name
         'index.html'
     """
-    from nst_det.compare.comparison import compare as run
-    from nst_det.compare.config import load_comparison
+    from nst_det.comparison.config import load_comparison
+    from nst_det.comparison.pipeline import compare as run
 
     _show_progress()
     comparison = load_comparison(config_file, output, words(settings))
@@ -134,8 +134,8 @@ def distill(config_file: str | Path, settings: Settings = ()) -> DistillAnswer:
         >>> 0 <= answer["kd+nst-poly"]["top1"] <= 1
         True
     """
-    from nst_det.distill.config import load_distill_config
-    from nst_det.distill.stage import distill as run
+    from nst_det.distillation.config import load_distill_config
+    from nst_det.distillation.pipeline import distill as run
 
     _show_progress()
     config = load_distill_config(config_file, words(settings))
@@ -148,7 +148,7 @@ def load_backbone(weights: str | Path) -> tuple[nn.Module, Card]:
     """A distilled network, whole, in evaluation mode on the CPU, and its card.
 
     It is a timm model: ``model(images)`` gives logits (B, classes), ``model.forward_intermediates(images)`` maps.
-    Images are (B, 3, H, W), normalized as ``card.input`` says.  :func:`nst_det.backbones.bottomup_from_file` gives
+    Images are (B, 3, H, W), normalized as ``card.input`` says.  :func:`nst_det.models.bottomup_from_file` gives
     the part that a detector stands on.
 
     Args:
@@ -165,7 +165,7 @@ def load_backbone(weights: str | Path) -> tuple[nn.Module, Card]:
         >>> tuple(model(torch.zeros(2, 3, 64, 64)).shape) == (2, card.num_classes)
         True
     """
-    from nst_det.backbones import classifier_from_file
+    from nst_det.models import classifier_from_file
 
     return classifier_from_file(weights)
 
@@ -198,7 +198,7 @@ def evaluate_voc(
         >>> result.classes == tuple(sorted(result.classes)), result.map11.shape
         (True, (2,))
     """
-    from nst_det.evaluate.voc import evaluate_voc as score
+    from nst_det.evaluation.voc import evaluate_voc as score
 
     return score(*read_voc(detections, voc_root, split, classes, coco_names), check_overlaps(iou))
 
@@ -219,8 +219,8 @@ def read_voc(
         UserError: files, or a line or entry in them, that can't be used.
     """
     from nst_det.data.voc import VocDataset
-    from nst_det.evaluate.boxes import GroundTruth
-    from nst_det.evaluate.read import read_coco_names, read_detections
+    from nst_det.evaluation.boxes import GroundTruth
+    from nst_det.evaluation.io import read_coco_names, read_detections
 
     data = VocDataset(voc_root, split, classes)
     truth = GroundTruth.from_annotations(data.annotations(), data.classes)
@@ -258,8 +258,8 @@ def words(settings: Settings) -> list[str]:
 
 
 def _text(key: str, value: Any) -> str:
+    from nst_det.engine.config import parse_value
     from nst_det.errors import UserError
-    from nst_det.runtime.config import parse_value
 
     value = str(value) if isinstance(value, Path) else value
     for text in ([value] if isinstance(value, str) else []) + [repr(value)]:
@@ -270,7 +270,7 @@ def _text(key: str, value: Any) -> str:
 
 def _show_progress() -> None:
     """Start logging, unless the caller has configured it."""
-    from nst_det.runtime.progress import start_logging
+    from nst_det.engine.progress import start_logging
 
     if not logging.getLogger().handlers:
         start_logging()

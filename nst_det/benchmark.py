@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from fvcore.common.config import CfgNode
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
-from nst_det.backbones import count_parameters
+from nst_det.models import count_parameters
 
 # operators of which fvcore's count is one per multiply-add; of all others it is one per operation
 MAC_OPERATORS = frozenset({"conv", "addmm", "bmm", "einsum", "matmul", "linear"})
@@ -82,7 +83,7 @@ class Pixels(nn.Module):
 
 def photo_size(config: CfgNode) -> tuple[int, int]:
     """(height, width) in pixels of a photograph of 4:3 after the resizing of a detection config's tests."""
-    from nst_det.detect.dataset import resized_shape
+    from nst_det.detection.data import resized_shape
 
     short, largest = config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST
     return resized_shape(short, round(PHOTO_ASPECT * short), short, largest) if short else BACKBONE_SIZE
@@ -172,7 +173,7 @@ def benchmark(
     """
     model = model.to(device).eval()
     generator = torch.Generator().manual_seed(0)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     image = (torch.rand(1, 3, *size, generator=generator) * 255).to(device)
     arithmetic = count_arithmetic(model, image)
     rows = []

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from nst_det import __version__, commands
+from nst_det.engine.io import cannot_write
+from nst_det.engine.signals import EXIT_RESUME, Preempted, preemptible
 from nst_det.errors import UserError
-from nst_det.runtime.files import cannot_write
-from nst_det.runtime.preemption import EXIT_RESUME, Preempted, preemptible
 
 # argparse uses the same code for a wrong option
 EXIT_BAD_INPUT = 2
@@ -87,6 +87,6 @@ def _speaks() -> bool:
     """Of several processes of torchrun's one says why they end."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
-    from nst_det.runtime.processes import speaks_of_error
+    from nst_det.engine.distributed import speaks_of_error
 
     return speaks_of_error()

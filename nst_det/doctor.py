@@ -190,7 +190,7 @@ def _disk(output: Path) -> Finding:
 
 
 def _registry() -> Finding:
-    from nst_det.backbones.registry import registry_folders
+    from nst_det.models.registry import registry_folders
 
     folders = registry_folders()
     count = sum(len(list(folder.glob("*.safetensors"))) for folder in folders if folder.is_dir())

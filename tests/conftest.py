@@ -1,18 +1,34 @@
 import multiprocessing
 import os
 import pickle
+import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nst_det.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 HANGS_AFTER_SECONDS = 180
+# tests want equal bits, which no GPU promises, and fork: none sees a GPU, nor does a process that it starts, unless
+# those marked gpu are asked for; done before anything imports torch
+VISIBLE, ON_CPU = "CUDA_VISIBLE_DEVICES", "NST_DET_GPU_TESTS_ON_CPU"
+_GIVEN = os.environ.get(VISIBLE)
+os.environ[VISIBLE] = ""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the GPUs back where tests that are meant for one were asked for."""
+    if re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")) and os.environ.get(ON_CPU) != "1":
+        os.environ.pop(VISIBLE)
+        os.environ.update({} if _GIVEN is None else {VISIBLE: _GIVEN})
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +46,7 @@ def _join_group(rank: int, world: int, port: int, work: Callable[..., object], a
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
 
-    from nst_det.runtime.processes import stop_processes
+    from nst_det.engine.distributed import stop_processes
 
     torch.set_num_threads(1)
     try:
@@ -77,6 +93,72 @@ def averaged_in_float64():
         return found
 
     return average
+
+
+# what is behind a script that has made ``loaders``: in the middle of their work, say who works
+WAITS = """
+import psutil, time
+began = [iter(loader) for loader in loaders]
+for batches in began:
+    next(batches)
+print(*(child.pid for child in psutil.Process().children()), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def left_behind():
+    """``left_behind(script, signum, *words)``: which of 12 workers are alive 2 s after a signal to their parent.
+
+    The script makes the ``loaders``.  Left to itself, a worker looks every 5 s whether its parent is there.
+    """
+    started: list[psutil.Process] = []
+
+    def run(script: str, signum: int, *words: object) -> list[psutil.Process]:
+        command = [sys.executable, "-c", script + WAITS, *map(str, words)]
+        parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(psutil.Process(parent.pid))
+        workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        started.extend(workers)
+        assert len(workers) == 12
+        # until they have worked ahead: some wait for keys then, some to write into the full pipe
+        time.sleep(1)
+        parent.send_signal(signum)
+        assert parent.wait() == -signum
+        latest = time.monotonic() + 2
+        while (left := [worker for worker in workers if works(worker)]) and time.monotonic() < latest:
+            time.sleep(0.05)
+        return left
+
+    def works(process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    yield run
+    for process in started:
+        if works(process):
+            process.kill()
+
+
+@pytest.fixture
+def cuda_in_use(monkeypatch):
+    """As where this process has used a GPU: one that is forked from it and asks CUDA for anything gets CUDA's error."""
+    import torch
+
+    here = os.getpid()
+
+    def asked(*_, **__):
+        if os.getpid() != here:
+            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+        return torch.zeros(16, dtype=torch.uint8)
+
+    monkeypatch.setattr(torch.cuda, "_initialized", True)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: os.getpid() != here)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("_lazy_init", "get_rng_state", "set_rng_state", "manual_seed_all", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, asked)
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from rich.table import Table
 import nst_det
 from nst_det import api
 from nst_det.cli import main
-from nst_det.compare.run import Stopped, signals_raise
-from nst_det.data.generate import DETECTION, GenerateSettings, generate_data
+from nst_det.comparison.launch_local import Stopped, signals_raise
+from nst_det.data.synthetic import DETECTION, GenerateSettings, generate_data
+from nst_det.engine.format import table_html
 from nst_det.errors import UserError
-from nst_det.runtime.shown import table_html
 
 GUIDE = Path(__file__).parent / "guide" / "shim.py"
 
@@ -36,8 +36,8 @@ def test_import_is_fast_and_light():
 def test_packages_can_be_called_before_and_after_their_modules_are_imported():
     code = (
         "import inspect, nst_det; first = nst_det.compare;"
-        "import nst_det.compare.plan, nst_det.distill.stage;"
-        "assert nst_det.compare is first and nst_det.compare.plan.make_plan;"
+        "import nst_det.comparison.plan, nst_det.distillation.pipeline;"
+        "assert nst_det.compare is first and nst_det.comparison.plan.make_plan;"
         "print(inspect.signature(nst_det.compare));"
         "print(callable(nst_det.compare), callable(nst_det.distill))"
     )

@@ -112,6 +112,18 @@ def test_a_detector_by_its_config(tmp_path):
     assert 1e6 < figures["parameters"] < 3e6
 
 
+def test_a_gpu_that_is_full_is_one_line(monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB. GPU 0 has")
+
+    monkeypatch.setattr("nst_det.benchmark.measure_latency", full)
+    assert call("--arch", "nst_resnet10_w32", "--size", "64", "--batch", "64", "--device", "cpu") == 2
+    said = capsys.readouterr()
+    assert said.out.startswith("cpu (")
+    assert "--batch" in said.err
+    assert len(said.err.splitlines()) == 1
+
+
 def test_sizes():
     assert parse_size("224") == (224, 224)
     assert parse_size("240x320") == (240, 320)

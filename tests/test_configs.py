@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from nst_det.compare.comparison import run_config
-from nst_det.compare.config import load_comparison
-from nst_det.compare.plan import DATA, check_order, make_plan
-from nst_det.compare.stages import check_transfer
-from nst_det.detect.config import load_detect_config, voc_roots
-from nst_det.detect.torchvision_engine import build_detector
-from nst_det.distill.config import load_distill_config
-from nst_det.runtime.config import expand_path, read_yaml
-from nst_det.transfer import parse_method
+from nst_det.comparison.config import load_comparison
+from nst_det.comparison.pipeline import run_config
+from nst_det.comparison.plan import DATA, check_order, make_plan
+from nst_det.comparison.stages import check_transfer
+from nst_det.detection.config import load_detect_config, voc_roots
+from nst_det.detection.torchvision import build_detector
+from nst_det.distillation.config import load_distill_config
+from nst_det.engine.config import expand_path, read_yaml
+from nst_det.losses import parse_method
 from nst_det.tune.config import load_tuning
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

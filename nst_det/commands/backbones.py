@@ -25,10 +25,10 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from nst_det.backbones.handover import prove_parity
-    from nst_det.backbones.listing import backbones_table, list_backbones
-    from nst_det.backbones.registry import PREFIX, registry_folders
     from nst_det.errors import UserError
+    from nst_det.models.bottomup import prove_parity
+    from nst_det.models.io import backbones_table, list_backbones
+    from nst_det.models.registry import PREFIX, registry_folders
 
     folders = [Path(args.root).expanduser()] if args.root else registry_folders()
     # into a file or a pipe: as wide as the table needs

@@ -36,10 +36,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from nst_det.benchmark import benchmark
+    from nst_det.engine.device import compute_line, gpu_errors_in_one_line, named_device
+    from nst_det.engine.io import write_json
+    from nst_det.engine.run_dir import provenance
     from nst_det.errors import UserError
-    from nst_det.runtime.device import named_device
-    from nst_det.runtime.files import write_json
-    from nst_det.runtime.provenance import provenance
 
     if min(args.batch) < 1 or args.repeats < 1 or args.threads < 0:
         raise UserError("--batch and --repeats must be at least 1, --threads at least 0")
@@ -48,15 +48,17 @@ def run(args: argparse.Namespace) -> int:
     size, device = parse_size(args.size), named_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    name, model, parameters, own_size = load(args, device)
-    figures = {
-        "name": name,
-        "size": list(size or own_size),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        **benchmark(model, size or own_size, args.batch, args.repeats, device, parameters),
-        "provenance": provenance(),
-    }
+    with gpu_errors_in_one_line("lower --batch or --size"):
+        name, model, parameters, own_size = load(args, device)
+        print(compute_line(device, None))
+        figures = {
+            "name": name,
+            "size": list(size or own_size),
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            **benchmark(model, size or own_size, args.batch, args.repeats, device, parameters),
+            "provenance": provenance(),
+        }
     print_figures(figures)
     if args.json:
         write_json(args.json, figures)
@@ -85,9 +87,9 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module
     Raises:
         UserError: it can't be built.
     """
-    from nst_det.backbones import count_parameters, create_model, load_backbone, load_strict
     from nst_det.benchmark import BACKBONE_SIZE
     from nst_det.errors import UserError
+    from nst_det.models import count_parameters, create_model, load_backbone, load_strict
 
     if args.arch:
         try:
@@ -106,12 +108,13 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module
 
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module, int, tuple[int, int]]:
     """The same of a detector."""
-    from nst_det.backbones import count_parameters
     from nst_det.benchmark import Pixels, photo_size
-    from nst_det.detect.config import load_detect_config, resolve_classes
-    from nst_det.detect.dataset import data_classes
-    from nst_det.detect.predict import load_run
-    from nst_det.detect.torchvision_engine import Detector, build_detector
+    from nst_det.detection.config import load_detect_config, resolve_classes
+    from nst_det.detection.data import data_classes
+    from nst_det.detection.predict import load_run
+    from nst_det.detection.torchvision import Detector, build_detector
+    from nst_det.engine.device import set_float32_precision
+    from nst_det.models import count_parameters
 
     detector: Detector
     if args.run_folder:
@@ -120,6 +123,7 @@ def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[str, 
         config = load_detect_config(args.config_file, args.opts)
         if not config.MODEL.ROI_HEADS.NUM_CLASSES:
             resolve_classes(config, data_classes(config))
+        set_float32_precision(config.FLOAT32_PRECISION, device)
         detector = build_detector(config)
     return args.run_folder or args.config_file, Pixels(detector), count_parameters(detector), photo_size(config)
 

@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from nst_det.data.check import check_data
-    from nst_det.data.reading import shown_path
-    from nst_det.runtime.files import write_json
+    from nst_det.data.safe_io import shown_path
+    from nst_det.engine.io import write_json
 
     report = check_data(args.path, args.split, args.classes, max(args.workers, 0))
     for problem in report.problems:

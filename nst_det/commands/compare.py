@@ -41,13 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run or show the comparison.  Codes: 0 done, 1 a run failed, 2 an input can't be used, 75 stopped, to go on."""
     from nst_det import api
-    from nst_det.compare.comparison import dry_run, plan_table, print_table
-    from nst_det.compare.config import load_comparison
-    from nst_det.compare.on_ray import require_ray
-    from nst_det.compare.plan import make_plan
-    from nst_det.compare.run import RunFailed
+    from nst_det.comparison.config import load_comparison
+    from nst_det.comparison.launch_local import RunFailed
+    from nst_det.comparison.launch_ray import require_ray
+    from nst_det.comparison.pipeline import dry_run, plan_table, print_table
+    from nst_det.comparison.plan import make_plan
+    from nst_det.engine.progress import start_logging
     from nst_det.errors import UserError
-    from nst_det.runtime.progress import start_logging
 
     args.overrides = [*args.overrides, *trust_words(args, "DISTILL.", "DETECT.")]
     if args.jobs < 0:

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was made of what."""
-    from nst_det.backbones.pickles import trusting_pickles
-    from nst_det.detect.detectron2.convert import convert_file
+    from nst_det.detectron2.convert import convert_file
+    from nst_det.models.io import trusting_pickles
 
     with trusting_pickles(args.trust_pickle):
         form, entries = convert_file(args.weights, args.to, args.output)

@@ -27,16 +27,16 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from nst_det.api import distill
-    from nst_det.runtime.memory import keep_freed_memory
-    from nst_det.runtime.processes import is_first, stop_processes
-    from nst_det.runtime.progress import start_logging
+    from nst_det.engine.device import keep_freed_memory
+    from nst_det.engine.distributed import is_main_process, stop_processes
+    from nst_det.engine.progress import start_logging
 
     start_logging()
     keep_freed_memory()
     answer = distill(args.config_file, args.overrides)
     # into a file or a pipe: as wide as the table needs
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if is_first():
+    if is_main_process():
         console.print(answer)
     stop_processes()
     return 0

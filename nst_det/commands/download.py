@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Get it, say where it is and under which terms."""
     from nst_det.data.download import RELEASES, download_voc
-    from nst_det.data.reading import shown_path
-    from nst_det.runtime.progress import start_logging
+    from nst_det.data.safe_io import shown_path
+    from nst_det.engine.progress import start_logging
 
     start_logging()
     release = RELEASES[args.name]

@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from nst_det.api import check_overlaps, read_voc
-    from nst_det.evaluate.coco import evaluate_coco
-    from nst_det.evaluate.voc import evaluate_voc
-    from nst_det.runtime.files import write_json
+    from nst_det.engine.io import write_json
+    from nst_det.evaluation.coco import evaluate_coco
+    from nst_det.evaluation.voc import evaluate_voc
 
     overlaps = check_overlaps(args.iou)
     detections, truth = read_voc(args.detections, args.voc_root, args.split, args.classes, args.coco_names)

@@ -75,12 +75,11 @@ def _backbone(args: argparse.Namespace) -> None:
 
 
 def _detectron2(args: argparse.Namespace) -> None:
-    from nst_det.backbones import load_card
-    from nst_det.detect.detectron2 import INSTALL_PAGE
-    from nst_det.detect.detectron2.export import PARITY_LIMIT, export_backbone
-    from nst_det.export.modelcard import backbone_card
-    from nst_det.export.use import DETECTRON2_USE
-    from nst_det.runtime.files import write_text
+    from nst_det.detectron2 import INSTALL_PAGE
+    from nst_det.detectron2.export import PARITY_LIMIT, export_backbone
+    from nst_det.engine.io import write_text
+    from nst_det.export.modelcard import DETECTRON2_USE, backbone_card
+    from nst_det.models import load_card
 
     exported = export_backbone(args.weights, args.output, args.arch)
     if exported.parity is None:

@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     """Generate, or keep what is there already with the same settings."""
     import time
 
-    from nst_det.data.generate import CLASSIFICATION, DETECTION, generate_data, settings_from
-    from nst_det.runtime.progress import start_logging
+    from nst_det.data.synthetic import CLASSIFICATION, DETECTION, generate_data, settings_from
+    from nst_det.engine.progress import start_logging
 
     start_logging()
     given = vars(args)

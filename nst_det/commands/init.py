@@ -36,11 +36,11 @@ def run(args: argparse.Namespace) -> int:
     """Make it, say what was seen and chosen, and what to type next."""
     from pathlib import Path
 
-    from nst_det.data.reading import shown_path
+    from nst_det.data.coco import CocoSource
+    from nst_det.data.safe_io import shown_path
+    from nst_det.engine.device import default_device
     from nst_det.errors import UserError
-    from nst_det.project.coco import CocoSource
-    from nst_det.project.init import init_project
-    from nst_det.runtime.device import default_device
+    from nst_det.scaffold.init import init_project
 
     images = args.images or []
     data: str | CocoSource = args.voc

@@ -34,12 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the figures and write the page."""
-    from nst_det.backbones import load_card
+    from nst_det.engine.io import write_text
     from nst_det.errors import UserError
-    from nst_det.look.compare import compare_level, compare_levels
-    from nst_det.look.networks import common_levels, look_at, read_squares
-    from nst_det.look.page import render
-    from nst_det.runtime.files import write_text
+    from nst_det.models import load_card
+    from nst_det.visualize.measures import common_levels, compare_level, compare_levels, look_at, read_squares
+    from nst_det.visualize.page import render
 
     if len(args.weights) < 2:
         raise UserError("--weights: give it twice or more: the teacher's, then each student's")

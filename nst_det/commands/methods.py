@@ -17,9 +17,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from nst_det.detect.config import detector_transfer_node
+    from nst_det.detection.config import detector_transfer_node
     from nst_det.errors import UserError
-    from nst_det.transfer import parse_method, terms
+    from nst_det.losses import parse_method, terms
 
     try:
         chosen: dict[str, float | None] = dict(parse_method(args.method)) if args.method else dict.fromkeys(terms())

@@ -17,10 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print; the code is 1 where a difference is above its limit."""
-    from nst_det.detect import detectron2 as engine
+    from nst_det import detectron2 as engine
 
     engine.require()
-    from nst_det.detect.detectron2 import parity
+    from nst_det.detectron2 import parity
 
     engines = parity.load_engines(args.config_file, args.weights, args.opts)
     found = parity.compare(engines, args.image)

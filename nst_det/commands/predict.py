@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
     import sys
 
     from nst_det.cli import EXIT_BAD_INPUT
-    from nst_det.detect.predict import find_sources, load_run, predict, read_sources
-    from nst_det.detect.predictions import FORMATS, PredictionWriter
+    from nst_det.detection.predict import find_sources, load_run, predict, read_sources
+    from nst_det.detection.predictions import FORMATS, PredictionWriter
+    from nst_det.engine.device import compute_line, gpu_errors_in_one_line, named_device
     from nst_det.errors import UserError
-    from nst_det.runtime.device import named_device
 
     formats = [word for word in args.format.split(",") if word]
     unknown = [word for word in formats if word not in FORMATS]
@@ -47,14 +47,17 @@ def run(args: argparse.Namespace) -> int:
     if args.every < 1:
         raise UserError(f"--every: {args.every}; give 1 or more")
     sources = find_sources(args.inputs)
-    detector, config, classes = load_run(args.run_folder, named_device(args.device), args.threshold)
-    kept = chosen_labels(args.classes, classes)
-    writer = PredictionWriter(args.output, formats, classes)
+    device = named_device(args.device)
     failed: list[UserError] = []
     images = 0
-    for prediction in predict(detector, config, read_sources(sources, args.every, failed.append)):
-        writer.add(prediction if kept is None else prediction.of_labels(kept))
-        images += 1
+    with gpu_errors_in_one_line("take --device cpu"):
+        detector, config, classes = load_run(args.run_folder, device, args.threshold)
+        kept = chosen_labels(args.classes, classes)
+        print(compute_line(device, None))
+        writer = PredictionWriter(args.output, formats, classes)
+        for prediction in predict(detector, config, read_sources(sources, args.every, failed.append)):
+            writer.add(prediction if kept is None else prediction.of_labels(kept))
+            images += 1
     counts = writer.finish()
     words = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{images} images, {sum(counts.values())} detections ({words or 'none'}) in {args.output}")

@@ -17,17 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it and show what came out.  Codes: 0 the same as in the run, 1 something else."""
-    from nst_det.backbones.pickles import trusting_pickles
-    from nst_det.compare.comparison import print_table
-    from nst_det.detect.faults import KIND as DETECT
-    from nst_det.runtime.replayed import read_step
+    from nst_det.comparison.pipeline import print_table
+    from nst_det.detection.trainer import KIND as DETECT
+    from nst_det.engine.device import gpu_errors_in_one_line
+    from nst_det.engine.nan_guard import read_step
+    from nst_det.models.io import trusting_pickles
 
     content = read_step(args.file)
     if content["kind"] == DETECT:
-        from nst_det.detect.replay import replay
+        from nst_det.detection.replay import replay
     else:
-        from nst_det.distill.replay import replay
-    with trusting_pickles(args.trust_pickle):
+        from nst_det.distillation.replay import replay
+    with trusting_pickles(args.trust_pickle), gpu_errors_in_one_line("hide the GPU: CUDA_VISIBLE_DEVICES=''"):
         found = replay(content, args.file)
     print_table(found)
     print("\n".join(found.lines))

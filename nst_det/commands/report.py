@@ -17,9 +17,9 @@ def run(args: argparse.Namespace) -> int:
     """Write the report and say where it is."""
     from pathlib import Path
 
+    from nst_det.engine.io import read_json
     from nst_det.errors import UserError
     from nst_det.report import write_report
-    from nst_det.runtime.files import read_json
 
     folder = Path(args.folder).expanduser()
     source = folder / "report" / "results.json"

@@ -31,16 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or evaluate, and print what came out."""
-    from nst_det.detect.config import choose_engine, load_detect_config, wanted_engine
+    from nst_det.detection.config import choose_engine, load_detect_config, wanted_engine
+    from nst_det.engine.distributed import is_main_process, stop_processes
+    from nst_det.engine.progress import start_logging
     from nst_det.errors import UserError
-    from nst_det.runtime.processes import is_first, stop_processes
-    from nst_det.runtime.progress import start_logging
 
     args.opts = [*args.opts, *trust_words(args, "")]
     start_logging()
     engine = choose_engine(wanted_engine(args.config_file, args.opts), args.config_file)
     if engine == "detectron2":
-        from nst_det.detect import detectron2
+        from nst_det import detectron2
 
         return int(detectron2.main(args))
     if args.num_gpus > 1 or args.num_machines > 1:
@@ -48,14 +48,13 @@ def run(args: argparse.Namespace) -> int:
             "--num-gpus, --num-machines: the torchvision engine is started in several processes by torchrun: "
             f"torchrun --nproc-per-node {args.num_gpus} --nnodes {args.num_machines} -m nst_det train-det ..."
         )
-    from nst_det.detect.stage import evaluate_detector, train_detector
-    from nst_det.detect.table import print_result
-    from nst_det.runtime.memory import keep_freed_memory
+    from nst_det.detection.pipeline import evaluate_detector, print_result, train_detector
+    from nst_det.engine.device import keep_freed_memory
 
     keep_freed_memory()
     config = load_detect_config(args.config_file, args.opts)
     result = evaluate_detector(config, args.resume) if args.eval_only else train_detector(config)
-    if is_first():
+    if is_main_process():
         print_result(result, config.OUTPUT_DIR)
     stop_processes()
     return 0

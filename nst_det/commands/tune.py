@@ -19,12 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search.  Codes: 0 done, 1 a run failed, 2 an input can't be used, 75 stopped, to go on."""
-    from nst_det.compare.comparison import print_table
-    from nst_det.compare.run import RunFailed
+    from nst_det.comparison.launch_local import RunFailed
+    from nst_det.comparison.pipeline import print_table
+    from nst_det.engine.progress import start_logging
     from nst_det.errors import UserError
-    from nst_det.runtime.progress import start_logging
     from nst_det.tune.config import load_tuning
-    from nst_det.tune.tuning import tune, tuning_table
+    from nst_det.tune.run import tune, tuning_table
 
     if args.jobs < 0:
         raise UserError("--jobs can't be negative; leave it out for as many as there are cores or GPUs")

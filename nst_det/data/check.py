@@ -3,107 +3,83 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nst_det.data.annotation import (
+    MAX_XML_BYTES,
+    NO_AREA,
+    OUTSIDE,
+    REACHES_OUTSIDE,
+    VocAnnotation,
+    box_fault,
+    declared_filename,
+    describe,
+    describe_box,
+    parse_annotation,
+)
 from nst_det.data.folders import EXTENSIONS, class_folders
 from nst_det.data.images import MAX_IMAGE_BYTES, decode_image
-from nst_det.data.reading import read_bytes, shown, shown_path
+from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, shown, shown_path
+from nst_det.data.voc import IMAGE_EXTENSIONS, existing_split_path, find_voc_root, image_names, scan_list
+from nst_det.engine.device import core_count
 from nst_det.errors import UserError
+
+# lists that must not share an image: what is tested on must not be trained on
+DISJOINT = (("train", "val"), ("train", "test"), ("val", "test"), ("trainval", "test"))
+BOX_KINDS = {NO_AREA: "box with no area", OUTSIDE: "box outside", REACHES_OUTSIDE: "box reaches outside"}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        kind: what sort of thing, the same words for all of its sort.
-        file: path relative to the data set's root.
-        text: what is wrong, on one line.
-    """
-
-    kind: str
-    file: str
-    text: str
+    kind: str  # the same words for all problems of its sort
+    file: str  # relative to the data set's root
+    text: str  # one line
 
     def line(self) -> str:
-        """``file: text``."""
+        """Return ``file: text``."""
         return f"{self.file}: {self.text}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
-    """What was looked at, and what is wrong with it.
-
-    Attributes:
-        root: the folder that holds the data.
-        layout: ``VOC folder`` or ``image folder``.
-        counts: how many images, annotations, objects and so on were looked at.
-        problems: sorted by kind, then by file.
-    """
+    """What was looked at, and what is wrong with it."""
 
     root: Path
-    layout: str
-    counts: dict[str, int]
-    problems: tuple[Problem, ...]
+    layout: str  # VOC folder or image folder
+    counts: dict[str, int] = field(default_factory=dict)  # of images, annotations, objects and so on
+    problems: list[Problem] = field(default_factory=list)  # in the end by kind, then by file
+
+    def add(self, kind: str, path: Path, text: str | UserError) -> None:
+        """Note a problem of ``path``; an error begins with its name, which is not repeated."""
+        relative = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+        self.problems.append(Problem(kind, shown_path(relative), str(text).removeprefix(f"{shown_path(path)}: ")))
 
     def by_kind(self) -> dict[str, int]:
-        """How many problems of each kind."""
+        """Return how many problems of each kind there are."""
         return dict(Counter(problem.kind for problem in self.problems))
 
     def summary(self) -> str:
-        """One line: what was found, and how many problems."""
+        """Return one line: what was looked at, and how many problems there are."""
         what = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.by_kind().items())
         return f"{self.layout}, {what}: {kinds or 'no problem'}"
 
 
-@dataclass
-class Findings:
-    """Problems as they are found, and what was counted on the way."""
-
-    root: Path
-    counts: Counter[str] = field(default_factory=Counter)
-    problems: list[Problem] = field(default_factory=list)
-
-    def add(self, kind: str, path: Path, text: str) -> None:
-        """Note a problem of ``path``."""
-        relative = path.relative_to(self.root) if path.is_relative_to(self.root) else path
-        self.problems.append(Problem(kind, shown_path(relative), text))
-
-    def add_error(self, kind: str, path: Path, error: UserError) -> None:
-        """Note an error, without the file's name that its message begins with."""
-        self.add(kind, path, str(error).removeprefix(f"{shown_path(path)}: "))
-
-    def report(self, layout: str) -> Report:
-        """The finished report."""
-        problems = sorted(self.problems, key=lambda problem: (problem.kind, problem.file))
-        return Report(self.root, layout, dict(self.counts), tuple(problems))
-
-
 def check_data(
     path: str | Path, splits: Sequence[str] | None = None, classes: Sequence[str] | None = None, workers: int = 0
 ) -> Report:
-    """Look at every file of a VOC folder or an image folder; images are decoded.
+    """Look at every file of a VOC folder or an image folder; images are decoded, by ``workers`` threads (0: all cores).
 
-    Args:
-        path: a VOC folder (see :func:`nst_det.data.voc.find_voc_root`) or an image folder.
-        splits: VOC lists to look at, with the images in them; None takes all lists and all files.
-        classes: the only names that objects (or class folders) may have; None allows any.
-        workers: threads that decode; 0 takes the cores of this process.
-
-    Raises:
-        UserError: ``path`` is neither of the two, or there is no such list.
+    ``splits`` are VOC lists to look at, with the images in them; None takes all lists and all files.  ``classes`` are
+    the only names that objects (or class folders) may have; None allows any.
     """
-    from nst_det.data.check_voc import check_voc
-    from nst_det.data.voc import find_voc_root
-
     root = Path(path).expanduser()
-    workers = workers or len(os.sched_getaffinity(0))
     if not root.is_dir():
         raise UserError(f"{shown_path(root)}: no such folder; name a VOC folder or an image folder")
     try:
@@ -113,46 +89,53 @@ def check_data(
             raise
         if splits:
             raise UserError(f"{shown_path(root)}: lists are for VOC folders, and this is none") from None
-        return check_folders(root.resolve(), classes, workers)
-    return check_voc(voc, splits, classes, workers)
+        report = _check_folders(root.resolve(), classes, workers or core_count())
+    else:
+        report = _check_voc(voc, splits, classes, workers or core_count())
+    report.problems.sort(key=lambda problem: (problem.kind, problem.file))
+    return report
 
 
-def check_images(
-    findings: Findings, paths: Sequence[Path], workers: int
-) -> dict[Path, tuple[tuple[int, int] | None, str]]:
-    """Decode images side by side and note those that can't be.
+@dataclass
+class _Decoded:
+    size: tuple[int, int] | None = None  # width and height; None where it can't be decoded
+    sha256: str = ""  # of the file
+    error: UserError | None = None
 
-    Returns:
-        (width, height) of each image (None if it can't be decoded) and the SHA-256 of its bytes.
-    """
 
-    def look(path: Path) -> tuple[tuple[int, int] | None, str, UserError | None]:
-        digest = ""
-        try:
-            data = read_bytes(path, MAX_IMAGE_BYTES, "image")
-            digest = hashlib.sha256(data).hexdigest()
-            pixels = decode_image(data, shown_path(path))
-        except UserError as error:
-            return None, digest, error
-        return (pixels.shape[1], pixels.shape[0]), digest, None
-
-    found = {}
-    with ThreadPoolExecutor(workers) as pool:
-        for path, (size, digest, error) in zip(paths, pool.map(look, paths)):
-            if error is not None:
-                findings.add_error("unreadable image", path, error)
-            found[path] = size, digest
-    findings.counts["images"] += len(paths)
+def _decode(path: Path) -> _Decoded:
+    found = _Decoded()
+    try:
+        data = read_bytes(path, MAX_IMAGE_BYTES, "image")
+        found.sha256 = hashlib.sha256(data).hexdigest()
+        height, width, _ = decode_image(data, shown_path(path)).shape
+        found.size = (width, height)
+    except UserError as error:
+        found.error = error
     return found
 
 
-def check_folders(root: Path, classes: Sequence[str] | None, workers: int) -> Report:
-    """Look at an image folder: empty and unknown classes, other files, images that can't be decoded, leaks.
+def _check_images(report: Report, paths: Sequence[Path], workers: int) -> dict[Path, _Decoded]:
+    with ThreadPoolExecutor(workers) as pool:
+        decoded = dict(zip(paths, pool.map(_decode, paths)))
+    for path, found in decoded.items():
+        if found.error is not None:
+            report.add("unreadable image", path, found.error)
+    report.counts["images"] = len(paths)
+    return decoded
 
-    Raises:
-        UserError: there are no class folders, or they can't be listed.
-    """
-    findings = Findings(root)
+
+def _twins(one: Iterable[Path], other: Iterable[Path], decoded: dict[Path, _Decoded]) -> Iterator[tuple[Path, Path]]:
+    """Yield the images of ``other`` that have the same bytes as another image in ``one``, and that one."""
+    there = {decoded[path].sha256: path for path in one if decoded[path].sha256}
+    for path in other:
+        twin = there.get(decoded[path].sha256)
+        if twin is not None and twin != path:
+            yield path, twin
+
+
+def _check_folders(root: Path, classes: Sequence[str] | None, workers: int) -> Report:
+    report = Report(root, "image folder")
     parts = [root / name for name in ("train", "val") if (root / name).is_dir()] or [root]
     names = {part: class_folders(part) for part in parts}
     if not any(names.values()):
@@ -161,50 +144,172 @@ def check_folders(root: Path, classes: Sequence[str] | None, workers: int) -> Re
             "(train/CLASS/*.jpg or CLASS/*.jpg)"
         )
     known = set(classes) if classes is not None else set(names[parts[0]])
-    findings.counts["classes"] = len(known)
-    images: dict[Path, list[Path]] = {}
+    report.counts["classes"] = len(known)
     for part in parts:
         for name in sorted(known - set(names[part])):
-            findings.add("missing class", part / name, "no such folder; add it, or leave the class out")
+            report.add("missing class", part / name, "no such folder; add it, or leave the class out")
         for name in sorted(set(names[part]) - known):
-            findings.add("unknown class", part / name, f"not one of the classes ({len(known)}); remove or rename it")
-        images[part] = [path for name in names[part] for path in _class_images(findings, part / name)]
-    digests = check_images(findings, [path for part in parts for path in images[part]], workers)
-    if len(parts) == 2:
-        train = {digests[path][1]: path for path in images[parts[0]] if digests[path][1]}
-        for path in images[parts[1]]:
-            twin = train.get(digests[path][1])
-            if twin is not None:
-                where = shown_path(twin.relative_to(root))
-                findings.add("same image in train and val", path, f"is the same file as {where}; keep one")
-    return findings.report("image folder")
+            report.add("unknown class", part / name, f"not one of the classes ({len(known)}); remove or rename it")
+    images = [[path for name in names[part] for path in _class_images(report, part / name)] for part in parts]
+    decoded = _check_images(report, [path for paths in images for path in paths], workers)
+    for path, twin in _twins(images[0], images[1], decoded) if len(parts) == 2 else ():
+        text = f"is the same file as {shown_path(twin.relative_to(root))}; keep one"
+        report.add("same image in train and val", path, text)
+    return report
 
 
-def _class_images(findings: Findings, folder: Path) -> list[Path]:
+def _class_images(report: Report, folder: Path) -> list[Path]:
     images = []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        path = folder / entry.name
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            findings.add("other file", path, "a folder inside a class folder is not read; move its images up")
-        elif not entry.name.lower().endswith(EXTENSIONS):
-            findings.add("other file", path, f"is passed over, since it is none of {', '.join(EXTENSIONS)}")
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        if path.is_dir():
+            report.add("other file", path, "a folder inside a class folder is not read; move its images up")
+        elif not path.name.lower().endswith(EXTENSIONS):
+            report.add("other file", path, f"is passed over, since it is none of {', '.join(EXTENSIONS)}")
         else:
             images.append(path)
     if not images:
-        findings.add("empty class", folder, "no images; add some or remove the folder")
+        report.add("empty class", folder, "no images; add some or remove the folder")
     return images
 
 
 def similar_names(names: Iterable[str]) -> list[list[str]]:
-    """Groups of names that differ only in case, spaces, dashes and underscores."""
+    """Return groups of names that differ only in case, spaces, dashes and underscores."""
     groups = defaultdict(set)
     for name in names:
         groups["".join(c for c in name.casefold() if c not in " -_")].add(name)
     return [sorted(group) for group in groups.values() if len(group) > 1]
 
 
-def quoted(names: Iterable[str]) -> str:
-    """Names in quotes, joined by commas, safe to print."""
-    return ", ".join(f"'{shown(name)}'" for name in names)
+def _check_voc(root: Path, splits: Sequence[str] | None, classes: Sequence[str] | None, workers: int) -> Report:
+    report = Report(root, "VOC folder")
+    lists = _check_lists(report, splits)
+    images = _image_files(report)
+    annotated = {path.stem: path for path in sorted((root / "Annotations").iterdir()) if path.suffix == ".xml"}
+    if splits is not None:
+        listed = {id_ for ids in lists.values() for id_ in ids}
+        images = {id_: path for id_, path in images.items() if id_ in listed}
+        annotated = {id_: path for id_, path in annotated.items() if id_ in listed}
+    _check_pairs(report, lists, images, annotated)
+    images = {id_: path for id_, path in images.items() if not _leads_out(report, path)}
+    annotated = {id_: path for id_, path in annotated.items() if not _leads_out(report, path)}
+    decoded = _check_images(report, list(images.values()), workers)
+    names: Counter[str] = Counter()
+    for id_, path in annotated.items():
+        annotation = _check_xml(report, path)
+        if annotation is None:
+            continue
+        names.update(annotation.names)
+        size = decoded[images[id_]].size if id_ in images else None
+        if size is not None and size != (annotation.width, annotation.height):
+            declared = f"{annotation.width}x{annotation.height}"
+            report.add("wrong size", path, f"says {declared}, but the image is {size[0]}x{size[1]}; correct size")
+        _check_objects(report, path, annotation, classes)
+    report.counts |= {"annotations": len(annotated), "objects": names.total(), "classes": len(names)}
+    for group in similar_names(names):
+        counts = ", ".join(f"'{shown(name)}' ({names[name]} objects)" for name in group)
+        report.add("similar class names", root / "Annotations", f"{counts} may be one class; give it one name")
+    for one, other in DISJOINT:
+        there, here = ([images[id_] for id_ in lists.get(name, ()) if id_ in images] for name in (one, other))
+        for path, twin in _twins(there, here, decoded):
+            text = f"in {other}, is the same file as {shown(twin.stem)} in {one}; keep one"
+            report.add("same image in two lists", path, text)
+    return report
+
+
+def _check_lists(report: Report, splits: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
+    """Return the ids of each list; lists of one class are left out."""
+    folder = report.root / "ImageSets" / "Main"
+    every = sorted(folder.glob("*.txt"))
+    lists: dict[str, tuple[str, ...]] = {}
+    for path in every if splits is None else [existing_split_path(report.root, name) for name in splits]:
+        if _leads_out(report, path):
+            continue
+        try:
+            found = scan_list(path)
+        except UserError as error:
+            report.add("bad list", path, error)
+            continue
+        if found is not None:
+            lists[path.stem], problems = found
+            for kind, text in problems:
+                report.add(kind, path, text)
+    report.counts["lists"] = len(lists)
+    for one, other in DISJOINT:
+        for id_ in sorted(set(lists.get(one, ())) & set(lists.get(other, ()))):
+            report.add("id in two lists", folder / f"{other}.txt", f"{shown(id_)} is in {one} too; keep one")
+    return lists
+
+
+def _image_files(report: Report) -> dict[str, Path]:
+    folder = report.root / "JPEGImages"
+    try:
+        names = image_names(folder)
+    except UserError:
+        report.add("missing image", folder, "no such folder; put the images there")
+        return {}
+    for path in sorted(folder.iterdir()):
+        taken = names.get(path.stem, path.name)
+        if path.suffix.lower() in IMAGE_EXTENSIONS and path.name != taken:
+            report.add("repeated id", path, f"{shown(taken)} has the same name and is taken; remove one")
+    return {stem: folder / name for stem, name in sorted(names.items())}
+
+
+def _check_pairs(
+    report: Report, lists: dict[str, tuple[str, ...]], images: dict[str, Path], annotated: dict[str, Path]
+) -> None:
+    listed_in = defaultdict(list)
+    for name, ids in lists.items():
+        for id_ in ids:
+            listed_in[id_].append(name)
+    folder = report.root / "JPEGImages"
+    for id_ in sorted(listed_in.keys() | images.keys() | annotated.keys()):
+        where = f"listed in {', '.join(listed_in[id_])}" if id_ in listed_in else "not listed"
+        if id_ not in images and id_ not in annotated:
+            report.add("missing image", folder / id_, f"no image and no annotation ({where}); add both")
+        elif id_ not in images:
+            kind = "missing image" if id_ in listed_in else "annotation without image"
+            text = f"no image {shown(id_)} with {' or '.join(IMAGE_EXTENSIONS)} ({where})"
+            report.add(kind, annotated[id_], text)
+        elif id_ not in annotated:
+            kind = "missing annotation" if id_ in listed_in else "image without annotation"
+            report.add(kind, images[id_], f"no Annotations/{shown(id_)}.xml ({where})")
+
+
+def _leads_out(report: Report, path: Path) -> bool:
+    if not leads_outside(path, report.root):
+        return False
+    report.add("leads outside", path, "is a link to outside the data set; put the file itself there")
+    return True
+
+
+def _check_xml(report: Report, path: Path) -> VocAnnotation | None:
+    problem = name_problem(path.stem)
+    if problem:
+        report.add("bad annotation", path, f"its name {problem}; rename it")
+    try:
+        data = read_bytes(path, MAX_XML_BYTES, "annotation")
+    except UserError as error:
+        report.add("bad annotation", path, error)
+        return None
+    annotation, problems = parse_annotation(data, path.stem)
+    for text in problems:
+        report.add("bad annotation", path, text)
+    filename = declared_filename(data)
+    if filename is not None and ("/" in filename or "\\" in filename or filename in (".", "..")):
+        report.add("leads outside", path, f"filename '{shown(filename)}' leads elsewhere (it isn't followed)")
+    return annotation
+
+
+def _check_objects(report: Report, path: Path, annotation: VocAnnotation, classes: Sequence[str] | None) -> None:
+    seen: dict[tuple[str, tuple[float, ...]], int] = {}
+    for index, item in enumerate(annotation.objects):
+        fault = box_fault(item.box, annotation.width, annotation.height)
+        if fault:
+            size = "" if fault == NO_AREA else f" of {annotation.width}x{annotation.height}"
+            report.add(BOX_KINDS[fault], path, f"{describe_box(item, index)} {fault}{size}")
+        if classes is not None and item.name not in classes:
+            names = ", ".join(f"'{shown(name)}'" for name in classes)
+            report.add("unknown class", path, f"{describe(item, index)} is not one of {names}")
+        twin = seen.setdefault((item.name, item.box), index)
+        if twin != index:
+            report.add("repeated object", path, f"{describe(item, index)} is the same as object {twin + 1}; remove one")

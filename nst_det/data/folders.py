@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nst_det.data.holdout import held_out
-from nst_det.data.reading import name_problem, shown, shown_path
+from nst_det.data.safe_io import name_problem, shown, shown_path
+from nst_det.data.splits import held_out
 from nst_det.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -37,16 +38,16 @@ class ImageSplit:
         return len(self.paths)
 
     def path(self, index: int) -> Path:
-        """The file of one image; :func:`nst_det.data.images.read_image` decodes it."""
+        """Return the file of one image."""
         return self.root / self.paths[index]
 
     def select(self, indices: np.ndarray) -> ImageSplit:
-        """The images at ``indices``, in that order."""
+        """Return the images at ``indices``, in that order."""
         paths = tuple(self.paths[index] for index in indices)
         return ImageSplit(self.root, paths, self.labels[indices], self.sizes[indices])
 
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) over path, label and size in bytes of every image; pixels are not read."""
+        """Return the SHA-256 (hexadecimal) of path, label and bytes of every image; pixels are not read."""
         digest = hashlib.sha256()
         for path, label, size in zip(self.paths, self.labels, self.sizes):
             digest.update(f"{path}\0{label}\0{size}\n".encode("utf-8", "surrogateescape"))
@@ -63,7 +64,7 @@ class ImageFolder:
     val: ImageSplit
 
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) over the classes and the fingerprints of both splits."""
+        """Return the SHA-256 (hexadecimal) of the classes and the fingerprints of both splits."""
         parts = (*self.classes, self.train.fingerprint(), self.val.fingerprint())
         return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -77,49 +78,55 @@ def read_image_folder(
 ) -> ImageFolder:
     """List the images of ``root/train/CLASS/*`` and ``root/val/CLASS/*``, or of ``root/CLASS/*``.
 
-    Where there is no ``val``, ``val_fraction`` of each class (at least one image) is cut off by
-    :func:`~nst_det.data.holdout.held_out`, the same images on every machine.  Files with another extension than
-    :data:`EXTENSIONS` and hidden ones are passed over; links are followed, since many subsets of large sets are made
-    of links.
+    Hidden files and those with another extension than :data:`EXTENSIONS` are passed over; links are followed, since
+    many subsets of large sets are made of links.
 
     Args:
         root: the folder.
-        val_fraction: 0..1, used only where images are cut off; 0 leaves ``val`` empty.
+        val_fraction: 0..1, of each class; where there is no ``val``, so many images are cut off the training images
+            by :func:`~nst_det.data.splits.held_out`, the same ones on every machine.
         seed: of the cut.
         classes: the class folders to take, in the order of their labels; None takes all, sorted.
-        always_cut: cut ``val`` off the training images even where there is a ``val`` folder, which is not read.
-
-    Raises:
-        UserError: no such folder, no classes, a class without images, or a class in ``val`` that isn't in ``train``.
+        always_cut: cut even where there is a ``val`` folder, which is not read.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
         raise UserError(f"{shown_path(root)}: no such folder; name one that holds train/CLASS/*.jpg or CLASS/*.jpg")
-    below = root / "train"
-    above = below if below.is_dir() else root
+    above = root / "train" if (root / "train").is_dir() else root
     names = tuple(class_folders(above) if classes is None else classes)
     if not names:
         raise UserError(f"{shown_path(above)}: no class folders; put the images of each class into a folder of its own")
     train = _read_split(root, above, names, required=True)
     val_root = root / "val"
-    if above is below and val_root.is_dir() and not always_cut:
+    if above != root and val_root.is_dir() and not always_cut:
         extra = sorted(set(class_folders(val_root)) - set(names))
         if extra and classes is None:
             raise UserError(f"{shown_path(val_root / extra[0])}: a class that {shown_path(above)} doesn't have")
         return ImageFolder(root, names, train, _read_split(root, val_root, names, required=False))
-    return ImageFolder(root, names, *_cut(train, val_fraction, seed))
+    groups: dict[int, list[str]] = defaultdict(list)
+    for path, label in zip(train.paths, train.labels):
+        groups[label].append(path)
+    kept = held_out(groups.values(), val_fraction, seed)
+    is_val = np.array([path in kept for path in train.paths], dtype=bool)
+    return ImageFolder(root, names, train.select(np.flatnonzero(~is_val)), train.select(np.flatnonzero(is_val)))
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in ``folder``, sorted; hidden ones left out.
+    """Return the names of the folders in ``folder``, sorted; hidden ones are left out."""
+    return [name for name, _ in _listed(folder, os.DirEntry.is_dir)]
 
-    Raises:
-        UserError: it can't be listed.
-    """
+
+def _listed(folder: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> list[tuple[str, int]]:
+    """Return names and sizes of the wanted entries that aren't hidden, sorted."""
     try:
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".") and wanted(entry)]
+        return sorted((entry.name, entry.stat().st_size) for entry in entries)
     except OSError as error:
         raise UserError(f"{shown_path(folder)}: can't be listed ({error.strerror}); correct its permissions") from error
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(EXTENSIONS) and entry.is_file()
 
 
 def _read_split(root: Path, folder: Path, classes: Sequence[str], required: bool) -> ImageSplit:
@@ -129,7 +136,7 @@ def _read_split(root: Path, folder: Path, classes: Sequence[str], required: bool
         problem = name_problem(name)
         if problem:
             raise UserError(f"class '{shown(name)}' {problem}; name a folder in {shown_path(folder)}")
-        images = _images(folder / name)
+        images = _listed(folder / name, _is_image) if (folder / name).is_dir() else []
         if required and not images:
             raise UserError(
                 f"{shown_path(folder / name)}: a class without images ({', '.join(EXTENSIONS)}); add some or remove it"
@@ -139,24 +146,3 @@ def _read_split(root: Path, folder: Path, classes: Sequence[str], required: bool
         raise UserError(f"{shown_path(folder)}: no images; put them into one folder a class")
     paths, labels, sizes = zip(*files)
     return ImageSplit(root, paths, np.array(labels, dtype=np.int64), np.array(sizes, dtype=np.int64))
-
-
-def _images(folder: Path) -> list[tuple[str, int]]:
-    if not folder.is_dir():
-        return []
-    try:
-        return sorted(
-            (entry.name, entry.stat().st_size)
-            for entry in os.scandir(folder)
-            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
-        )
-    except OSError as error:
-        raise UserError(f"{shown_path(folder)}: can't be listed ({error.strerror}); correct its permissions") from error
-
-
-def _cut(images: ImageSplit, fraction: float, seed: int) -> tuple[ImageSplit, ImageSplit]:
-    labels = range(int(images.labels.max()) + 1)
-    groups = [[images.paths[index] for index in np.flatnonzero(images.labels == label)] for label in labels]
-    names = held_out(groups, fraction, seed)
-    kept = np.array([path in names for path in images.paths], dtype=bool)
-    return images.select(np.flatnonzero(~kept)), images.select(np.flatnonzero(kept))

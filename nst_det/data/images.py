@@ -17,7 +17,7 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-from nst_det.data.reading import read_bytes, shown_path
+from nst_det.data.safe_io import read_bytes, shown_path
 from nst_det.errors import UserError
 
 MAX_IMAGE_BYTES = 128 << 20
@@ -27,6 +27,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "MPO")
 # more than 8 bits a channel would be cut silently
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _ORIENTATION_TAG = 0x0112
+# not ImageOps.exif_transpose, which raises where the EXIF of an intact image is damaged
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,39 +37,22 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ON_ITS_SIDE = (5, 6, 7, 8)
 
-# Pillow's own warning starts above MAX_IMAGE_PIXELS, where _check_size refuses the image in any case
+# Pillow's own warning starts above MAX_IMAGE_PIXELS, where _opened refuses the image in any case
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read and decode an image file.
-
-    Returns:
-        (H, W, 3) uint8, RGB.
-
-    Raises:
-        UserError: missing, too large, or it can't be decoded; the file is named.
-    """
+    """Read an image file into (H, W, 3) uint8, RGB; the error names the file."""
     path = Path(path)
     return decode_image(read_bytes(path, MAX_IMAGE_BYTES, "image"), shown_path(path))
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
-    """Decode a JPEG, PNG, BMP or WebP image.
+    """Decode a JPEG, PNG, BMP or WebP image into (H, W, 3) uint8, RGB.
 
-    Grey and palette images become RGB, transparency is dropped, EXIF orientation is applied.
-
-    Args:
-        data: the file's content.
-        name: how errors call it.
-
-    Returns:
-        (H, W, 3) uint8, RGB.
-
-    Raises:
-        UserError: not an image, truncated, more than :data:`MAX_IMAGE_PIXELS`, or more than 8 bits a channel.
+    Grey and palette images become RGB, transparency is dropped, EXIF orientation is applied.  Errors call it ``name``:
+    not an image, truncated, more than :data:`MAX_IMAGE_PIXELS`, or more than 8 bits a channel.
     """
     with _opened(data, name) as image:
         try:
@@ -81,13 +65,9 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
-    """(width, height) in pixels as :func:`decode_image` would give it, from the header alone.
-
-    Raises:
-        UserError: not an image, or one that :func:`decode_image` refuses by its header.
-    """
+    """Return (width, height) in pixels as :func:`decode_image` would give it, from the header alone."""
     with _opened(data, name) as image:
-        return (image.height, image.width) if _orientation(image) in _ON_ITS_SIDE else (image.width, image.height)
+        return (image.height, image.width) if _orientation(image) >= 5 else (image.width, image.height)
 
 
 def _opened(data: bytes, name: str) -> Image.Image:
@@ -106,11 +86,12 @@ def _opened(data: bytes, name: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
+    """Return 1 to 8; from 5 on, the image lies on its side."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # unreadable EXIF says nothing about orientation
         return 1
-    return value if isinstance(value, int) else 1
+    return value if isinstance(value, int) and value in _TURNS else 1
 
 
 def _undecodable(name: str, error: Exception) -> UserError:

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, read_annotation
 from nst_det.data.images import read_image
-from nst_det.data.reading import leads_outside, name_problem, read_bytes, read_names, shown, shown_path
+from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, read_names, shown, shown_path
 from nst_det.errors import UserError
 
 VOC_CLASSES = (
@@ -24,18 +23,27 @@ VOC_CLASSES = (
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
 
 
-@dataclass(frozen=True, init=False)
 class VocDataset:
     """One split of a VOC folder.
 
     The image list is read and checked at once, annotations on first use (and kept).  An image's files are found
-    by its id alone, inside ``root``; nothing that an annotation says names a file.
+    by its id alone, inside ``root``; nothing that is written in an annotation names a file.
+
+    Args:
+        root: see :func:`find_voc_root`.
+        split: a list in ``ImageSets/Main``, such as ``trainval``.
+        classes: class names in the order of their labels; None takes those of this split's annotations by
+            :func:`class_names`.
 
     Attributes:
         root: the folder that holds ``Annotations``, resolved.
-        split: name of the list in ``ImageSets/Main``.
+        split: name of the list.
         classes: class names; a label is an index into them.
         ids: image ids in the order of the list.
+
+    Raises:
+        UserError: no such folder or list, an id twice or one that leads outside the folder, no image at all, or
+            (where classes are read from them) a bad annotation.
 
     Example::
 
@@ -43,65 +51,41 @@ class VocDataset:
         data.annotation(data.ids[0]).boxes  # (N, 4)
     """
 
-    root: Path
-    split: str
-    classes: tuple[str, ...]
-    ids: tuple[str, ...]
-
     def __init__(self, root: str | Path, split: str, classes: Sequence[str] | None = None) -> None:
-        """Open a split.
-
-        Args:
-            root: see :func:`find_voc_root`.
-            split: such as ``trainval``.
-            classes: class names in the order of their labels; None takes those of this split's annotations by
-                :func:`class_names`.
-
-        Raises:
-            UserError: no such folder or list, an id twice or one that leads outside the folder, no image at
-                all, or (where classes are read from them) a bad annotation.
-        """
-        found = find_voc_root(root)
-        object.__setattr__(self, "root", found)
-        object.__setattr__(self, "split", split)
-        object.__setattr__(self, "ids", read_split(found, split))
+        self.root = find_voc_root(root)
+        self.split = split
+        self.ids = read_split(self.root, split)
+        self._annotations: dict[str, VocAnnotation] = {}
         if classes is None:
             classes = class_names(item.name for id_ in self.ids for item in self.annotation(id_).objects)
             if not classes:
-                raise UserError(f"{shown_path(split_path(found, split))}: no image of this split has an object")
+                raise UserError(f"{shown_path(split_path(self.root, split))}: no image of this split has an object")
         if len(set(classes)) != len(classes) or not classes:
             raise UserError(f"classes: {', '.join(map(shown, classes)) or 'none'}; give each name once")
-        object.__setattr__(self, "classes", tuple(classes))
+        self.classes = tuple(classes)
+        self._label_of = {name: label for label, name in enumerate(classes)}
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def subset(self, ids: Iterable[str]) -> VocDataset:
-        """Some of its images, in the order given; what was read of them already is not read again."""
+        """Return some of its images, in the order given; what was read of them already is not read again."""
         part = copy.copy(self)
-        object.__setattr__(part, "ids", tuple(ids))
+        part.ids = tuple(ids)
         return part
 
     def annotation(self, id_: str) -> VocAnnotation:
-        """The annotation of one image.
-
-        Raises:
-            UserError: missing, malformed, or outside ``root``.
-        """
+        """Return the annotation of one image."""
         if id_ not in self._annotations:
             self._annotations[id_] = read_annotation(self.annotation_path(id_))
         return self._annotations[id_]
 
     def annotations(self) -> list[VocAnnotation]:
-        """All annotations in the order of ``ids``."""
+        """Return all annotations in the order of ``ids``."""
         return [self.annotation(id_) for id_ in self.ids]
 
     def labels(self, annotation: VocAnnotation) -> np.ndarray:
-        """(N,) int64 indices into ``classes``.
-
-        Raises:
-            UserError: an object of a class that is not among ``classes``.
-        """
+        """Return (N,) int64 indices into ``classes``; an object of a class that isn't among them is an error."""
         unknown = [name for name in annotation.names if name not in self._label_of]
         if unknown:
             raise UserError(
@@ -111,36 +95,23 @@ class VocDataset:
         return np.array([self._label_of[name] for name in annotation.names], dtype=np.int64)
 
     def annotation_path(self, id_: str) -> Path:
-        """``root/Annotations/ID.xml``; it may not exist.
-
-        Raises:
-            UserError: it is a link that leads outside ``root``.
-        """
-        path = self._folder("Annotations") / f"{id_}.xml"
+        """Return ``root/Annotations/ID.xml``, which may not exist; a link that leads outside ``root`` is an error."""
+        path = self._annotation_folder / f"{id_}.xml"
         return _inside(path, self.root) if path.is_symlink() else path
 
     def image_path(self, id_: str) -> Path:
-        """The image file of an id, with one of :data:`IMAGE_EXTENSIONS` in small or capital letters.
-
-        Raises:
-            UserError: there is none, or it is a link that leads outside ``root``.
-        """
+        """Return the image file of an id, with one of :data:`IMAGE_EXTENSIONS` in small or capital letters."""
         name = self._image_names.get(id_)
-        folder = self._folder("JPEGImages")
         if name is None:
             raise UserError(
-                f"{shown_path(folder / id_)}: no image with this name and {' or '.join(IMAGE_EXTENSIONS)}; "
+                f"{shown_path(self._image_folder / id_)}: no image with this name and {' or '.join(IMAGE_EXTENSIONS)}; "
                 f"add it or take it out of {shown_path(split_path(self.root, self.split))}"
             )
-        path = folder / name
+        path = self._image_folder / name
         return _inside(path, self.root) if path.is_symlink() else path
 
     def image(self, id_: str) -> np.ndarray:
-        """The pixels of an image, (H, W, 3) uint8, RGB, of the size that its annotation says.
-
-        Raises:
-            UserError: missing, can't be decoded, or its size differs from the annotation's.
-        """
+        """Read the pixels of an image, (H, W, 3) uint8, RGB; another size than its annotation's is an error."""
         annotation, path = self.annotation(id_), self.image_path(id_)
         image = read_image(path)
         if image.shape[:2] != (annotation.height, annotation.width):
@@ -151,13 +122,10 @@ class VocDataset:
         return image
 
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) over classes and, for every image in order: id, annotation's bytes, image's size.
+        """Return the SHA-256 (hexadecimal) of classes and, for every image: id, annotation's bytes, image's size.
 
         Two data sets with the same fingerprint train the same detector, unless an image was replaced by another
         one of the same number of bytes: pixels are not read.
-
-        Raises:
-            UserError: a file is missing.
         """
         digest = hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogateescape"))
         for id_ in self.ids:
@@ -167,34 +135,22 @@ class VocDataset:
         return digest.hexdigest()
 
     @cached_property
-    def _annotations(self) -> dict[str, VocAnnotation]:
-        return {}
+    def _annotation_folder(self) -> Path:
+        return _inside(self.root / "Annotations", self.root)
 
     @cached_property
-    def _label_of(self) -> dict[str, int]:
-        return {name: label for label, name in enumerate(self.classes)}
+    def _image_folder(self) -> Path:
+        return _inside(self.root / "JPEGImages", self.root)
 
     @cached_property
     def _image_names(self) -> dict[str, str]:
-        return image_names(self._folder("JPEGImages"))
-
-    def _folder(self, name: str) -> Path:
-        if name not in self._folders:
-            self._folders[name] = _inside(self.root / name, self.root)
-        return self._folders[name]
-
-    @cached_property
-    def _folders(self) -> dict[str, Path]:
-        return {}
+        return image_names(self._image_folder)
 
 
 def find_voc_root(root: str | Path) -> Path:
-    """The folder that holds ``Annotations``.
+    """Return the folder that holds ``Annotations``: ``root``, or the only one in ``root/*`` and ``root/VOCdevkit/*``.
 
-    That is ``root`` itself, or the only one such folder among ``root/*`` and ``root/VOCdevkit/*``.
-
-    Raises:
-        UserError: there is none, or there are several (say ``VOC2007`` and ``VOC2012``) and one must be named.
+    Several of them (say ``VOC2007`` and ``VOC2012``) are an error that names them.
     """
     root = Path(root).expanduser()
     if (root / "Annotations").is_dir():
@@ -214,56 +170,62 @@ def find_voc_root(root: str | Path) -> Path:
 
 
 def split_path(root: Path, split: str) -> Path:
-    """``root/ImageSets/Main/SPLIT.txt``.
-
-    Raises:
-        UserError: the split's name could lead to another folder.
-    """
+    """Return ``root/ImageSets/Main/SPLIT.txt``; a split's name that could lead to another folder is an error."""
     problem = name_problem(split)
     if problem:
         raise UserError(f"split '{shown(split)}' {problem}; name a list in ImageSets/Main such as trainval")
     return root / "ImageSets" / "Main" / f"{split}.txt"
 
 
-def split_names(root: Path) -> list[str]:
-    """The lists in ``ImageSets/Main``, sorted; lists of one class (``cat_trainval``: id and flag) left out."""
-    paths = sorted((root / "ImageSets" / "Main").glob("*.txt"))
-    return [path.stem for path in paths if not is_class_list(name for _, name in read_names(path)[0])]
-
-
-def read_split(root: Path, split: str) -> tuple[str, ...]:
-    """The ids of a split, in the order of its list.
-
-    Raises:
-        UserError: no such list, a list of one class, a bad or repeated id, or no id at all.
-    """
+def existing_split_path(root: Path, split: str) -> Path:
+    """Return :func:`split_path` of a list that is there; the error names those there are."""
     path = split_path(root, split)
     if not path.is_file():
         known = ", ".join(p.stem for p in sorted(path.parent.glob("*.txt"))[:20])
         raise UserError(f"{shown_path(path)}: no such list; there are {shown(known, 400) or 'no lists at all'}")
-    lines, problems = read_names(_inside(path, root))
-    if problems:
-        raise UserError(f"{shown_path(path)}: {problems[0]}; a line is the name of one image, without extension")
-    if not lines:
-        raise UserError(f"{shown_path(path)}: no image is listed; add one id a line")
-    if is_class_list(name for _, name in lines):
+    return path
+
+
+def split_names(root: Path) -> list[str]:
+    """Return the lists in ``ImageSets/Main``, sorted; lists of one class are left out."""
+    paths = sorted((root / "ImageSets" / "Main").glob("*.txt"))
+    return [path.stem for path in paths if scan_list(path) is not None]
+
+
+def read_split(root: Path, split: str) -> tuple[str, ...]:
+    """Return the ids of a split, in the order of its list; the error names the first thing that is wrong with it."""
+    path = existing_split_path(root, split)
+    found = scan_list(_inside(path, root))
+    if found is None:
         raise UserError(f"{shown_path(path)}: a list of one class (id and flag a line); name a list of ids alone")
+    ids, problems = found
+    if problems:
+        raise UserError(f"{shown_path(path)}: {problems[0][1]}")
+    return ids
+
+
+def scan_list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, str]]] | None:
+    """Return the ids in a list, and kind and text of everything that is wrong with it.
+
+    None is a list of one class (``cat_trainval``): lines of an id and -1, 0 or 1.
+    """
+    lines, bad = read_names(path)
+    flags = {name.split()[-1] if len(name.split()) == 2 else "" for _, name in lines}
+    if "-1" in flags and flags <= {"-1", "0", "1"}:
+        return None
+    problems = [("bad list", text) for text in bad]
+    if not lines:
+        problems.append(("bad list", "no image is listed; add one id a line"))
     first: dict[str, int] = {}
     for number, id_ in lines:
         if id_ in first:
-            raise UserError(f"{shown_path(path)}: line {number}: {shown(id_)} stands in line {first[id_]} too")
-        first[id_] = number
-    return tuple(first)
-
-
-def is_class_list(lines: Iterable[str]) -> bool:
-    """Whether lines are ``ID FLAG`` with flags -1, 0, 1, as VOC's lists of one class have."""
-    flags = [line.split()[-1] if len(line.split()) == 2 else "" for line in lines]
-    return bool(flags) and set(flags) <= {"-1", "0", "1"} and "-1" in flags
+            problems.append(("repeated id", f"line {number}: {shown(id_)} stands in line {first[id_]} too"))
+        first.setdefault(id_, number)
+    return tuple(first), problems
 
 
 def class_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Distinct class names, sorted; :data:`VOC_CLASSES` in the official order if all names are among them.
+    """Return distinct class names, sorted; :data:`VOC_CLASSES` in the official order if all names are among them.
 
     Example:
         >>> class_names(["wbc", "rbc", "wbc"])
@@ -274,11 +236,7 @@ def class_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def image_names(folder: Path) -> dict[str, str]:
-    """File name of every image in a folder by its stem; of several with one stem the first extension wins.
-
-    Raises:
-        UserError: it can't be listed.
-    """
+    """Return the file name of every image in a folder by its stem; of several the first extension wins."""
     try:
         files = os.listdir(folder)
     except OSError as error:

@@ -12,11 +12,10 @@ import torchvision
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from nst_det.backbones import Card, create_model, load_backbone, load_strict
+from nst_det.engine.io import atomic_folder, atomic_path, write_text
 from nst_det.errors import UserError
-from nst_det.export.modelcard import backbone_card
-from nst_det.export.use import OWN_ARCH_USE, TIMM_USE, TORCHVISION_USE
-from nst_det.runtime.files import atomic_folder, atomic_path, write_text
+from nst_det.export.modelcard import OWN_ARCH_USE, TIMM_USE, TORCHVISION_USE, backbone_card
+from nst_det.models import Card, create_model, load_backbone, load_strict
 
 LIMIT = 1e-4
 # timm's names for what torchvision builds from the same layers under the same names

@@ -26,11 +26,11 @@ def write_report(results: Mapping[str, Any], folder: str | Path, runs: str | Pat
     Raises:
         UserError: a field of ``results`` is missing or wrong, or ``folder`` can't be written.
     """
+    from nst_det.engine.io import write_text
     from nst_det.report.page import render_page
-    from nst_det.report.rows import read_results
-    from nst_det.report.sentences import conclusion
+    from nst_det.report.schema import read_results
+    from nst_det.report.summary import conclusion
     from nst_det.report.tables import csv_table, latex_table, markdown_table
-    from nst_det.runtime.files import write_text
 
     folder = Path(folder)
     read = read_results(results, Path(runs), str(folder / "results.json"))

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nst_det.engine.metrics import read_metrics
 from nst_det.errors import UserError
-from nst_det.report.rows import Results
-from nst_det.runtime.metrics import read_metrics
+from nst_det.report.schema import Results
 
 log = logging.getLogger(__name__)
 

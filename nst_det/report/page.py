@@ -13,13 +13,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from nst_det.report import ap_charts, charts, sentences, tables
-from nst_det.report.balance import term_shares
+from nst_det.engine.metrics import TOTALS
+from nst_det.report import charts, tables
+from nst_det.report import charts as ap_charts
+from nst_det.report import summary as sentences
 from nst_det.report.curves import read_training
 from nst_det.report.precision import read_precision
-from nst_det.report.rows import BASELINE, Results, Row
 from nst_det.report.samples import SCORE_THRESHOLD, choose_samples
-from nst_det.runtime.metrics import TOTALS
+from nst_det.report.schema import BASELINE, Results, Row
+from nst_det.report.summary import term_shares
 
 # (red, green, blue) of the heat map from 0 to 1, and of a difference from -1 to 0 to 1
 HEAT = ((247, 249, 252), (190, 219, 232), (104, 174, 203), (38, 116, 160), (13, 58, 99))
@@ -95,6 +97,12 @@ def render_page(results: Results) -> str:
         coco=[row for row in results.rows if row.coco],
         checkpoints=sentences.checkpoint_lines(results),
         balance=term_shares(training),
+        speeds=[
+            (row.method, stage, speed)
+            for row in results.rows
+            for stage, speed in (("one", row.speed_backbone), ("two", row.speed_detector))
+            if speed
+        ],
         distill_terms=_markup(charts.term_panels(_without_totals(training.distill_losses), "terms")),
         levels=_markup(charts.term_panels(_without_prefix(training.distill_levels), "levels")),
         distill_accuracy=_markup(charts.panels(training.distill_accuracy, look, "accuracy", log_scale=False)),

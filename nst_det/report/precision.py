@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nst_det.engine.io import read_json
 from nst_det.errors import UserError
-from nst_det.evaluate.boxes import GroundTruth
-from nst_det.evaluate.read import detections_from_json
-from nst_det.evaluate.voc import Curve, evaluate_voc
-from nst_det.report.rows import Results
-from nst_det.report.truth import open_test
-from nst_det.runtime.files import read_json
+from nst_det.evaluation.boxes import GroundTruth
+from nst_det.evaluation.io import detections_from_json
+from nst_det.evaluation.voc import Curve, evaluate_voc
+from nst_det.report.samples import open_test
+from nst_det.report.schema import Results
 
 log = logging.getLogger(__name__)
 # recalls at which curves are drawn

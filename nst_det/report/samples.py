@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nst_det.data.voc import VocDataset
+from nst_det.engine.config import expand_path
+from nst_det.engine.io import read_json
 from nst_det.errors import UserError
-from nst_det.report.rows import BASELINE, Results, Row
-from nst_det.report.truth import Truth, read_truth
-from nst_det.runtime.files import read_json
+from nst_det.report.schema import BASELINE, Results, Row
 
 log = logging.getLogger(__name__)
-
 SCORE_THRESHOLD = 0.5
 IOU_THRESHOLD = 0.5
 IMAGES = 6
@@ -27,6 +27,65 @@ LONGEST_SIDE = 400
 # panels beside the ground truth: the baseline, the leading row, the one after it
 FIRST_PANELS = 3
 FOUND, MISSED, FALSE, TRUE, DIFFICULT = "found", "missed", "false", "true", "difficult"
+Detections = Mapping[str, Sequence[tuple[str, float, NDArray[np.float64]]]]  # image -> (class, score, xyxy)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """One test image.
+
+    ``boxes`` are (N, 4) xyxy in 0-based continuous pixels, ``labels`` N class names, ``difficult`` N flags.
+    """
+
+    image_id: str
+    path: Path
+    boxes: NDArray[np.float64]
+    labels: tuple[str, ...]
+    difficult: NDArray[np.bool_]
+
+
+def read_truth(config_file: Path) -> list[Truth]:
+    """All test images of a run, in the order of the split.
+
+    Args:
+        config_file: a run's ``config.json`` (dotted keys); DATASETS.TEST names entries of DATASETS.VOC.
+
+    Raises:
+        UserError: the config or the data can't be read any more.
+    """
+    truth = []
+    # classes given, so that they are not looked for in the annotations: only names are used here
+    for data in open_test(config_file, ("any",)):
+        for id_ in data.ids:
+            found = data.annotation(id_)
+            boxes = found.boxes.astype(np.float64)
+            truth.append(Truth(id_, data.image_path(id_), boxes, found.names, found.difficult))
+    return truth
+
+
+def open_test(config_file: Path, classes: Sequence[str]) -> list[VocDataset]:
+    """The data sets that a run was tested on.
+
+    Args:
+        config_file: as :func:`read_truth` takes it.
+        classes: class names in the order of their labels.
+
+    Raises:
+        UserError: the config or the data can't be read any more.
+    """
+    config = read_json(config_file)
+    names = _value(config, "DATASETS.TEST", config_file)
+    opened = []
+    for name in [names] if isinstance(names, str) else names:
+        root, split = (_value(config, f"DATASETS.VOC.{name}.{field}", config_file) for field in ("ROOT", "SPLIT"))
+        opened.append(VocDataset(expand_path(root, f"DATASETS.VOC.{name}.ROOT"), split, classes))
+    return opened
+
+
+def _value(config: Any, key: str, file: Path) -> Any:
+    if not isinstance(config, dict) or not config.get(key):
+        raise UserError(f"{file}: {key} is missing; the report can't find the test images")
+    return config[key]
 
 
 @dataclass(frozen=True)
@@ -76,9 +135,6 @@ class Samples:
     seed: int = 0
     images: int = 0
     reason: str = ""
-
-
-Detections = Mapping[str, Sequence[tuple[str, float, NDArray[np.float64]]]]  # image -> (class, score, xyxy)
 
 
 def choose_samples(results: Results, count: int = IMAGES) -> Samples:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 
-from nst_det.report.rows import BETTER, NOISE, REFERENCE, SINGLE, WORSE, Results, Row
+from nst_det.report.schema import BETTER, NOISE, REFERENCE, SINGLE, WORSE, Results, Row
 
 MISSING = "–"
 MARKS = {BETTER: "better", WORSE: "worse", NOISE: "within noise", SINGLE: "one seed", REFERENCE: "reference"}
 # where a row learns from a teacher
 TRANSFER = {"backbone": "backbone", "detector": "detector", "": MISSING}
+# of the training of each stage
+SPEEDS = ("images_per_second", "data_wait", "gpu_memory_gib")
 COLUMNS = (
     "method",
     "stage",
@@ -31,6 +33,8 @@ COLUMNS = (
     "seconds",
     "seconds_backbone",
     "seconds_detector",
+    *(f"{name}_backbone" for name in SPEEDS),
+    *(f"{name}_detector" for name in SPEEDS),
     "coco_ap",
     "coco_ap_small",
     "coco_ap_medium",
@@ -135,6 +139,7 @@ def csv_table(results: Results) -> str:
         cost = row.cost
         numbers += [row.params, *((cost.macs, cost.flops, cost.median) if cost else (None, None, None))]
         numbers += [row.seconds, row.seconds_backbone, row.seconds_detector]
+        numbers += [speed.get(name) for speed in (row.speed_backbone, row.speed_detector) for name in SPEEDS]
         numbers += [row.coco.get(name) for name in ("AP", "APs", "APm", "APl")]
         seeds = " ".join(str(seed) for seed in row.seeds)
         classes = [getattr(row, key).get(name) for _, key in kinds for name in results.classes]

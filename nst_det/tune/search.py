@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nst_det.engine.seeds import derive_seed
 from nst_det.errors import UserError
-from nst_det.runtime.seeds import derive_seed
-from nst_det.tune.space import Space
+from nst_det.tune.config import Space
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from nst_det.backbones import Card, create_model, input_contract, save_backbone
 from nst_det.cli import main
-from nst_det.runtime.metrics import read_metrics
+from nst_det.engine.metrics import read_metrics
+from nst_det.models import Card, create_model, input_contract, save_backbone
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -180,7 +180,7 @@ def tiny_teacher(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     pytest.importorskip("detectron2")
     from detectron2.modeling import build_model
 
-    from nst_det.detect.detectron2.config import load_config, register_datasets
+    from nst_det.detectron2.config import load_config, register_datasets
 
     folder = tmp_path_factory.mktemp("teacher")
     config = folder / "teacher.yaml"
@@ -195,7 +195,7 @@ def tiny_teacher(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``poisoned(step, times)``: a loss is no number in the next run's step, so many times."""
-    from nst_det.detect.detectron2 import DistillTrainer
+    from nst_det.detectron2 import DistillTrainer
 
     def poison(step: int, times: int = 1) -> None:
         see, left = DistillTrainer._see_losses, [step] * times

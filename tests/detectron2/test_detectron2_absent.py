@@ -5,15 +5,15 @@ import sys
 
 import pytest
 
-from nst_det.detect import detectron2 as engine
-from nst_det.detect.detectron2.export import export_backbone
-from nst_det.detect.replay import replay
+from nst_det import detectron2 as engine
+from nst_det.detection.replay import replay
+from nst_det.detectron2.export import export_backbone
 from nst_det.errors import UserError
 
 IMPORTS = """
 import sys
-import nst_det.cli, nst_det.commands.train_det, nst_det.commands.parity, nst_det.detect.stage
-import nst_det.detect.detectron2, nst_det.detect.detectron2.convert, nst_det.detect.detectron2.export
+import nst_det.cli, nst_det.commands.train_det, nst_det.commands.parity, nst_det.detection.pipeline
+import nst_det.detectron2, nst_det.detectron2.convert, nst_det.detectron2.export
 nst_det.cli.build_parser()
 loaded = [name for name in sys.modules if name.split(".")[0] == "detectron2"]
 assert not loaded, loaded

@@ -11,11 +11,11 @@ from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 from torch import nn  # noqa: E402
 
-from nst_det.backbones import bottomup_from_file  # noqa: E402
-from nst_det.detect.detectron2 import add_config  # noqa: E402
-from nst_det.detect.detectron2.backbone import check_frozen_random  # noqa: E402
-from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer  # noqa: E402
+from nst_det.detectron2 import add_config  # noqa: E402
+from nst_det.detectron2.checkpoint import BackboneCheckpointer  # noqa: E402
+from nst_det.detectron2.modeling import check_frozen_random  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
+from nst_det.models import bottomup_from_file  # noqa: E402
 
 
 def timm_cfg(fpn=True, weights="later"):

@@ -4,7 +4,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from nst_det.cli import main
-from nst_det.detect.detectron2.convert import convert, detect_form
+from nst_det.detectron2.convert import convert, detect_form
 from nst_det.errors import UserError
 
 

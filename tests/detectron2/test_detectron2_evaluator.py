@@ -12,11 +12,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.evaluation import PascalVOCDetectionEvaluator  # noqa: E402
 from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
 
-from nst_det.detect.detectron2 import VocEvaluator, register_voc  # noqa: E402
-from nst_det.detect.detectron2 import evaluator as room  # noqa: E402
-from nst_det.detect.detectron2.loader import CachingMapper  # noqa: E402
-from nst_det.evaluate.read import detections_from_json  # noqa: E402
-from nst_det.runtime.files import read_json  # noqa: E402
+from nst_det.detectron2 import VocEvaluator, register_voc  # noqa: E402
+from nst_det.detectron2 import evaluator as room  # noqa: E402
+from nst_det.detectron2.data import CachingMapper  # noqa: E402
+from nst_det.engine.io import read_json  # noqa: E402
+from nst_det.evaluation.io import detections_from_json  # noqa: E402
 
 
 def instances(boxes, scores, labels):
@@ -97,7 +97,7 @@ def test_it_gathers_over_processes_and_counts_an_image_once(voc_root, monkeypatc
 def test_cached_images_are_mapped_as_detectron2_maps_them(voc_root, tiny_yaml):
     from detectron2.data import DatasetMapper
 
-    from nst_det.detect.detectron2.config import load_config, register_datasets
+    from nst_det.detectron2.config import load_config, register_datasets
 
     cfg = load_config(tiny_yaml)
     register_datasets(cfg)

@@ -19,11 +19,11 @@ from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 
-from nst_det.backbones import bottomup_from_file  # noqa: E402
 from nst_det.cli import main  # noqa: E402
-from nst_det.detect.detectron2.checkpoint import BackboneCheckpointer  # noqa: E402
-from nst_det.detect.detectron2.export import export_backbone  # noqa: E402
+from nst_det.detectron2.checkpoint import BackboneCheckpointer  # noqa: E402
+from nst_det.detectron2.export import export_backbone  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
+from nst_det.models import bottomup_from_file  # noqa: E402
 
 PLAIN = """
 import sys, json, torch

@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip(
     "detectron2",
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.detectron2
 
 from safetensors.torch import load_file  # noqa: E402
 
-from nst_det.detect.detectron2 import DistillTrainer  # noqa: E402
+from nst_det.detectron2 import DistillTrainer  # noqa: E402
 
 SIDES = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
 CHUNKS = ((b"IHDR", SIDES), (b"IDAT", zlib.compress(b"x")), (b"IEND", b""))
@@ -43,6 +44,38 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     words = ["--config-file", tiny_yaml, "DATASETS.TEST", "[]", "OUTPUT_DIR", folder]
     assert command(*words) == 75
     assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
+    monkeypatch.undo()
+    assert command(*words) == 0
+    same_run(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "resumes"),
+    [
+        (4, torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB."), "model_0000002.pth"),
+        (1, RuntimeError("CUDA error: device lost\nx"), "no checkpoint"),
+    ],
+)
+def test_a_gpu_that_fails_is_one_line_and_the_same_command_goes_on(
+    command, same_run, tiny_yaml, whole, tmp_path, monkeypatch, capfd, step, error, resumes
+):
+    folder, see = tmp_path / "run", DistillTrainer._see_batch
+
+    def failing(self, *args):
+        if self.iter == step:
+            raise error
+        see(self, *args)
+
+    monkeypatch.setattr(DistillTrainer, "_see_batch", failing)
+    words = ["--config-file", tiny_yaml, "DATASETS.TEST", "[]", "OUTPUT_DIR", folder]
+    assert command(*words) == 2
+    said = capfd.readouterr()
+    line = said.err.strip().splitlines()[-1]
+    assert "Traceback" not in said.err
+    assert "forward pass in" in said.err + said.out
+    assert line.startswith(f"nst-det: {str(error).splitlines()[0].rstrip('.')}; ")
+    assert ("SOLVER.IMS_PER_BATCH" in line) == ("memory" in line)
+    assert f"from step 3, {folder / resumes}" in line or ("no checkpoint" in line and resumes == "no checkpoint")
     monkeypatch.undo()
     assert command(*words) == 0
     same_run(folder, whole)

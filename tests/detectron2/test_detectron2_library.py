@@ -19,12 +19,12 @@ from detectron2.engine import DefaultTrainer, SimpleTrainer  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 
-from nst_det.detect.detectron2 import build_teacher, distill, register_voc  # noqa: E402
-from nst_det.detect.detectron2.config import load_config, register_datasets  # noqa: E402
-from nst_det.detect.detectron2.loader import build_train_loader  # noqa: E402
+from nst_det.detectron2 import build_teacher, distill, register_voc  # noqa: E402
+from nst_det.detectron2.config import load_config, register_datasets  # noqa: E402
+from nst_det.detectron2.data import build_train_loader  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
-from nst_det.transfer import nst_loss  # noqa: E402
-from nst_det.transfer.balance import STEPS  # noqa: E402
+from nst_det.losses import nst_loss  # noqa: E402
+from nst_det.losses.loss_balance import STEPS  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

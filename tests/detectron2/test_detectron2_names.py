@@ -4,8 +4,7 @@ import pytest
 import torch
 from torchvision.models import resnet18, resnet50, resnext50_32x4d
 
-from nst_det.backbones import create_model
-from nst_det.detect.detectron2.names import (
+from nst_det.detectron2.resnet_key_map import (
     from_detectron2_name,
     resnet_from_detectron2,
     resnet_shape,
@@ -13,6 +12,7 @@ from nst_det.detect.detectron2.names import (
     to_detectron2_name,
 )
 from nst_det.errors import UserError
+from nst_det.models import create_model
 
 
 @pytest.mark.parametrize(

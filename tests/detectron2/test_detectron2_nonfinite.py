@@ -16,9 +16,9 @@ pytest.importorskip(
 pytestmark = pytest.mark.detectron2
 
 from nst_det.cli import main  # noqa: E402
-from nst_det.detect.detectron2 import DistillTrainer  # noqa: E402
-from nst_det.runtime.metrics import read_metrics  # noqa: E402
-from nst_det.runtime.replayed import read_step  # noqa: E402
+from nst_det.detectron2 import DistillTrainer  # noqa: E402
+from nst_det.engine.metrics import read_metrics  # noqa: E402
+from nst_det.engine.nan_guard import read_step  # noqa: E402
 
 
 def test_a_loss_that_is_no_number_is_one_line_with_images_and_file(command, tiny_yaml, tmp_path, poisoned, capfd):

@@ -17,16 +17,19 @@ from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 
 from nst_det.cli import main  # noqa: E402
-from nst_det.detect.config import load_detect_config, resolve_classes  # noqa: E402
-from nst_det.detect.dataset import evaluation_batches  # noqa: E402
-from nst_det.detect.detectron2 import DistillTrainer, parity  # noqa: E402
-from nst_det.detect.detectron2.config import load_config, register_datasets  # noqa: E402
-from nst_det.detect.detectron2.parity import Parity, compare, load_engines  # noqa: E402
-from nst_det.detect.evaluation import detect, score  # noqa: E402
-from nst_det.detect.stage import train_detector  # noqa: E402
-from nst_det.detect.torchvision_engine import build_detector  # noqa: E402
-from nst_det.detect.weights import save_weights  # noqa: E402
-from nst_det.runtime.files import read_json  # noqa: E402
+from nst_det.detection.checkpoint import save_weights  # noqa: E402
+from nst_det.detection.config import load_detect_config, resolve_classes  # noqa: E402
+from nst_det.detection.data import evaluation_batches  # noqa: E402
+from nst_det.detection.pipeline import (  # noqa: E402
+    detect,
+    score,
+    train_detector,
+)
+from nst_det.detection.torchvision import build_detector  # noqa: E402
+from nst_det.detectron2 import DistillTrainer, parity  # noqa: E402
+from nst_det.detectron2.config import load_config, register_datasets  # noqa: E402
+from nst_det.detectron2.parity import Parity, compare, load_engines  # noqa: E402
+from nst_det.engine.io import read_json  # noqa: E402
 
 QUICK = str(Path(__file__).resolve().parents[2] / "configs" / "detect" / "quick" / "bccd_base.yaml")
 EXHAUSTIVE = [

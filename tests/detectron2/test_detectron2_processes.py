@@ -22,10 +22,10 @@ from detectron2.modeling.proposal_generator.rpn import StandardRPNHead  # noqa: 
 from detectron2.utils import comm  # noqa: E402
 from detectron2.utils.events import get_event_storage  # noqa: E402
 
-from nst_det.detect.detectron2 import DistillTrainer  # noqa: E402
-from nst_det.detect.replay import replay  # noqa: E402
-from nst_det.runtime.metrics import read_metrics  # noqa: E402
-from nst_det.runtime.replayed import read_step  # noqa: E402
+from nst_det.detection.replay import replay  # noqa: E402
+from nst_det.detectron2 import DistillTrainer  # noqa: E402
+from nst_det.engine.metrics import read_metrics  # noqa: E402
+from nst_det.engine.nan_guard import read_step  # noqa: E402
 
 RPN = ("loss_rpn_cls", "loss_rpn_loc")
 

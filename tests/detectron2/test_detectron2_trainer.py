@@ -17,19 +17,21 @@ pytestmark = pytest.mark.detectron2
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.engine import HookBase  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
+from detectron2.layers import Conv2d  # noqa: E402
+from detectron2.modeling import build_backbone, build_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.multiprocessing import ProcessRaisedException  # noqa: E402
 
-from nst_det.detect.detectron2 import DistillTrainer  # noqa: E402
-from nst_det.detect.detectron2.command import train  # noqa: E402
-from nst_det.detect.detectron2.config import load_config, register_datasets  # noqa: E402
-from nst_det.detect.detectron2.heads import CanonicalROIHeads  # noqa: E402
-from nst_det.detect.weights import saved_classes  # noqa: E402
+from nst_det.detection.checkpoint import saved_classes  # noqa: E402
+from nst_det.detectron2 import DistillTrainer  # noqa: E402
+from nst_det.detectron2.config import load_config, register_datasets  # noqa: E402
+from nst_det.detectron2.modeling import CanonicalROIHeads  # noqa: E402
+from nst_det.detectron2.train_net import train  # noqa: E402
+from nst_det.engine.config import flat  # noqa: E402
+from nst_det.engine.device import cast_frozen  # noqa: E402
+from nst_det.engine.metrics import read_metrics  # noqa: E402
+from nst_det.engine.run_dir import RunFolder  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
-from nst_det.runtime.config import flat  # noqa: E402
-from nst_det.runtime.metrics import read_metrics  # noqa: E402
-from nst_det.runtime.run import RunFolder  # noqa: E402
 
 
 def nst_opts(tiny_teacher, method="nst-poly"):
@@ -62,6 +64,14 @@ def test_the_command_trains_evaluates_and_leaves_a_run_folder(command, tiny_yaml
     assert 0 < rows[0]["loss_transfer_nst-poly"] < rows[1]["loss_transfer_nst-poly"]
     events = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     assert any("loss_transfer_nst-poly" in event for event in events)
+    # so do they have its speed, which is told with the last step of this short run
+    *others, timed = read_metrics(folder / "metrics.jsonl", speed=True)
+    names = ("images_per_second", "data_wait")
+    assert result["speed"] == {name: timed[f"speed/{name}"] for name in names}
+    assert result["speed"]["images_per_second"] > 0
+    assert 0 < result["speed"]["data_wait"] < 1
+    assert not any(key.startswith("speed") for row in others for key in row)
+    assert all(any(f"speed/{name}" in event for event in events) for name in names)
     found = json.loads((folder / "detections.json").read_text())
     assert {"image_id", "category", "bbox", "score"} == set(found[0])
 
@@ -214,9 +224,9 @@ def test_what_is_wrong_is_one_line_and_code_2(command, tiny_yaml, tmp_path, caps
 
 
 def test_mixed_precision_on_the_cpu_keeps_the_heads_in_float32(tiny_yaml, tiny_teacher, tmp_path, monkeypatch):
-    from nst_det.detect.detectron2 import forward as room
+    from nst_det.detectron2 import trainer as room
 
-    monkeypatch.setattr(room, "amp_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(room, "amp_dtype", lambda *_: torch.bfloat16)
     cfg = make_cfg(tiny_yaml, tmp_path, *nst_opts(tiny_teacher), "SOLVER.AMP.ENABLED", "True", "DATASETS.TEST", "()")
     made = DistillTrainer(cfg)
     seen = []
@@ -227,6 +237,22 @@ def test_mixed_precision_on_the_cpu_keeps_the_heads_in_float32(tiny_yaml, tiny_t
     made.max_iter = 1
     made.train()
     assert seen == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_detectron2s_frozen_weights_are_cast_to_the_bits_of_autocast():
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    torch.manual_seed(0)
+    backbone = build_backbone(cfg).eval().requires_grad_(False)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = backbone(pixels)
+        cast_frozen(backbone, torch.bfloat16, (torch.nn.Conv2d, Conv2d))
+        found = backbone(pixels)
+    assert all(torch.equal(found[name], map_) for name, map_ in expected.items())
+    assert backbone.bottom_up.stem.conv1.weight.dtype == torch.bfloat16
+    assert backbone.bottom_up.stem.conv1.norm.weight.dtype == torch.float32
 
 
 def test_two_processes_train_to_the_weights_of_one(command, tiny_yaml, tiny_teacher, tmp_path, monkeypatch):
@@ -264,7 +290,7 @@ def test_a_user_error_in_a_process_is_one_line_too(command, tiny_yaml, monkeypat
     def fail(*_, **__):
         raise ProcessRaisedException(trace, 0, 1)
 
-    monkeypatch.setattr("nst_det.detect.detectron2.command.launch", fail)
+    monkeypatch.setattr("nst_det.detectron2.train_net.launch", fail)
     assert command("--config-file", tiny_yaml, "--num-gpus", "2") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "nst-det: SOLVER.OPTIMIZER: wrong"
 

@@ -14,14 +14,14 @@ import torch  # noqa: E402
 from detectron2.data import DatasetCatalog  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from nst_det.data.holdout import hold_out  # noqa: E402
+from nst_det.data.splits import hold_out  # noqa: E402
 from nst_det.data.voc import VocDataset  # noqa: E402
-from nst_det.detect.detectron2 import trainer  # noqa: E402
-from nst_det.detect.detectron2.command import train  # noqa: E402
-from nst_det.detect.detectron2.config import VALIDATION, load_config, register_datasets  # noqa: E402
+from nst_det.detectron2 import trainer  # noqa: E402
+from nst_det.detectron2.config import VALIDATION, load_config, register_datasets  # noqa: E402
+from nst_det.detectron2.train_net import train  # noqa: E402
+from nst_det.engine.metrics import read_metrics  # noqa: E402
+from nst_det.engine.run_dir import RunFolder  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
-from nst_det.runtime.metrics import read_metrics  # noqa: E402
-from nst_det.runtime.run import RunFolder  # noqa: E402
 
 
 def test_a_run_validates_on_the_images_that_were_kept_and_tests_at_the_end(tiny_yaml, voc_root, tmp_path):

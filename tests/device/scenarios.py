@@ -23,12 +23,12 @@ import torch
 from pretended_cuda import Counts, pretended
 
 from nst_det.cli import main
-from nst_det.data.generate import CLASSIFICATION, DETECTION, GenerateSettings, generate_data
-from nst_det.detect.config import load_detect_config
-from nst_det.detect.stage import train_detector
-from nst_det.distill.config import load_distill_config
-from nst_det.distill.stage import distill
-from nst_det.transfer import Outputs, build_transfer, terms
+from nst_det.data.synthetic import CLASSIFICATION, DETECTION, GenerateSettings, generate_data
+from nst_det.detection.config import load_detect_config
+from nst_det.detection.pipeline import train_detector
+from nst_det.distillation.config import load_distill_config
+from nst_det.distillation.pipeline import distill
+from nst_det.losses import ModelOutputs, build_transfer, terms
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 Words = dict[str, Any]
@@ -40,13 +40,16 @@ ALL: tuple[Moment, ...] = ()
 # a rate that makes the second step's loss no number
 BREAKS = {"SOLVER.BASE_LR": 1e30, "SOLVER.MAX_ITER": 2, "SOLVER.NON_FINITE.POLICY": "skip"}
 WORKERS = {"SOLVER.MAX_ITER": 1, "DATALOADER.NUM_WORKERS": 2}
-STAGE_ONE_STEP = (("nst_det.distill.loop:one_step", 2), ("nst_det.distill.loop:one_step", 3))
-STAGE_ONE_EVALUATION = (("nst_det.distill.stage:measure", 1), ("nst_det.distill.student:Student.record", 1))
-STAGE_TWO_STEP = (("nst_det.detect.train:Training.step", 2), ("nst_det.detect.train:Training.step", 3))
-STAGE_TWO_EVALUATION = (("nst_det.detect.stage:detect", 1), ("nst_det.detect.stage:score", 1))
+STAGE_ONE_STEP = (("nst_det.distillation.loop:one_step", 2), ("nst_det.distillation.loop:one_step", 3))
+STAGE_ONE_EVALUATION = (
+    ("nst_det.distillation.pipeline:measure", 1),
+    ("nst_det.distillation.trainer:Student.record", 1),
+)
+STAGE_TWO_STEP = (("nst_det.detection.trainer:Training.step", 2), ("nst_det.detection.trainer:Training.step", 3))
+STAGE_TWO_EVALUATION = (("nst_det.detection.pipeline:detect", 1), ("nst_det.detection.pipeline:score", 1))
 DETECTRON2_STEP = (
-    ("nst_det.detect.detectron2.trainer:DistillTrainer.run_step", 2),
-    ("nst_det.detect.detectron2.trainer:DistillTrainer.run_step", 3),
+    ("nst_det.detectron2.trainer:DistillTrainer.run_step", 2),
+    ("nst_det.detectron2.trainer:DistillTrainer.run_step", 3),
 )
 
 
@@ -218,10 +221,10 @@ def losses() -> None:
     """Every term by itself, on maps of two levels, logits and embeddings of six images."""
     widths = {"res3": 16, "res4": 32}
 
-    def outputs(widths: dict[str, int], learns: bool) -> Outputs:
+    def outputs(widths: dict[str, int], learns: bool) -> ModelOutputs:
         shapes = [(6, 5), (6, 32), *((6, width, 8, 8) for width in widths.values())]
         logits, embedding, *maps = (torch.rand(shape, device="cuda:1", requires_grad=learns) for shape in shapes)
-        return Outputs(logits, dict(zip(widths, maps)), embedding)
+        return ModelOutputs(logits, dict(zip(widths, maps)), embedding)
 
     for term in terms():
         # PKD has no adapter
@@ -262,7 +265,7 @@ def stage_one(folder: Folder) -> None:
         "TEST.EVAL_PERIOD": 1,
     }
     with scenario("stage one, every term, resumed"):
-        with stopped_at(("nst_det.distill.loop:one_step", 3)):
+        with stopped_at(("nst_det.distillation.loop:one_step", 3)):
             folder.distill("resumed", **every)
         folder.distill("resumed", **every)
     with scenario("stage one, fp16"):
@@ -304,7 +307,7 @@ def stage_two(folder: Folder) -> None:
         **folder.taught("+".join(terms()), "evaluated"),
     }
     with scenario("stage two, every term, resumed", device="cuda:1"):
-        with stopped_at(("nst_det.detect.train:Training.step", 2)):
+        with stopped_at(("nst_det.detection.trainer:Training.step", 2)):
             folder.detect("resumed", **every)
         folder.detect("resumed", **every)
     with scenario("stage two, replay"):
@@ -332,7 +335,7 @@ def detectron2(folder: Folder) -> None:
         **folder.taught("+".join(terms()), "teacher"),
     }
     with scenario("detectron2, every term, resumed", device="cuda:1"):
-        with stopped_at(("nst_det.detect.detectron2.trainer:DistillTrainer.run_step", 2)):
+        with stopped_at(("nst_det.detectron2.trainer:DistillTrainer.run_step", 2)):
             folder.detect("resumed", **engine, **every)
         folder.detect("resumed", **engine, **every)
     with scenario("detectron2, --eval-only"):

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from nst_det.data.generate import DETECTION, GenerateSettings, generate_data
+from nst_det.data.synthetic import DETECTION, GenerateSettings, generate_data
 from nst_det.data.voc import VocDataset
-from nst_det.detect.config import load_detect_config
-from nst_det.detect.torchvision_engine import build_detector
-from nst_det.detect.weights import save_weights
-from nst_det.runtime.run import RunFolder
+from nst_det.detection.checkpoint import save_weights
+from nst_det.detection.config import load_detect_config
+from nst_det.detection.torchvision import build_detector
+from nst_det.engine.run_dir import RunFolder
 
 TREE = """
 ENGINE: torchvision

@@ -7,10 +7,10 @@ import torchvision
 import yaml
 from safetensors.torch import load_file
 
-from nst_det.backbones import Card, create_model, input_contract, save_backbone
 from nst_det.cli import main
 from nst_det.errors import UserError
 from nst_det.export.backbone import TORCHVISION_ARCHS, export_timm, export_torchvision
+from nst_det.models import Card, create_model, input_contract, save_backbone
 
 MEAN, STD = [0.5, 0.25, 0.125], [0.2, 0.3, 0.4]
 

@@ -10,10 +10,9 @@ import yaml
 from PIL import Image
 
 from nst_det.cli import main
-from nst_det.detect.predict import load_run
+from nst_det.detection.predict import load_run
 from nst_det.errors import UserError
-from nst_det.export.detector import check_images, equal_scores, export_detector, trace
-from nst_det.export.graph import DetectorGraph, first
+from nst_det.export.detector import DetectorGraph, check_images, equal_scores, export_detector, first, trace
 from nst_det.export.modelcard import detector_card
 from nst_det.export.parity import Difference, difference, partners
 

@@ -21,9 +21,19 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
+
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz_"))
 
+IMAGES = (".jpg", ".png", ".bmp", ".webp")
+
 Parser = Callable[[bytes], object]
+
+
+def _image(extension: str) -> bytes:
+    pixels = np.arange(20 * 24 * 3, dtype=np.uint8).reshape(20, 24, 3)
+    return cv2.imencode(extension, pixels)[1].tobytes()
 
 
 def _file(name: str, data: bytes) -> Path:
@@ -34,20 +44,20 @@ def _file(name: str, data: bytes) -> Path:
 
 def _parsers() -> dict[str, Parser]:
     """The parsers by name; each takes bytes and raises nothing but UserError."""
-    from nst_det.backbones.card import card_from_json
-    from nst_det.backbones.files import load_plain
-    from nst_det.backbones.registry import check_name
-    from nst_det.compare.method import parse_row
+    from nst_det.comparison.config import parse_row
     from nst_det.data.annotation import parse_annotation
     from nst_det.data.images import decode_image, image_size
-    from nst_det.data.reading import read_names
-    from nst_det.distill.cache import read_index
-    from nst_det.distill.config import load_distill_config
-    from nst_det.evaluate.read import detections_from_json, read_coco_names, read_comp4
-    from nst_det.runtime.checkpoint import load_checkpoint
-    from nst_det.runtime.config import parse_value
-    from nst_det.runtime.files import read_json
-    from nst_det.runtime.metrics import read_metrics
+    from nst_det.data.safe_io import name_problem, read_names
+    from nst_det.distillation.cache import read_index
+    from nst_det.distillation.config import load_distill_config
+    from nst_det.engine.checkpoint import load_checkpoint
+    from nst_det.engine.config import parse_value
+    from nst_det.engine.io import read_json
+    from nst_det.engine.metrics import read_metrics
+    from nst_det.evaluation.io import detections_from_json, read_coco_names, read_comp4
+    from nst_det.models.card import card_from_json
+    from nst_det.models.io import load_plain
+    from nst_det.models.registry import check_name
 
     def text(data: bytes) -> str:
         return data.decode("utf-8", "surrogateescape")
@@ -59,6 +69,20 @@ def _parsers() -> dict[str, Parser]:
             # what the callers turn into a line with the key
             return None
 
+    def annotation(data: bytes) -> None:
+        found, problems = parse_annotation(data, "a")
+        assert found is not None or problems
+        assert all("\n" not in problem for problem in problems)
+
+    def names(data: bytes) -> None:
+        assert all(name_problem(name) is None for _, name in read_names(_file("a.txt", data))[0])
+
+    def image(data: bytes) -> None:
+        image_size(data, "a")
+        decoded = decode_image(data, "a")
+        assert decoded.dtype == "uint8"
+        assert decoded.shape[2:] == (3,)
+
     def json_of(data: bytes) -> object:
         return read_json(_file("a.json", data))
 
@@ -67,10 +91,9 @@ def _parsers() -> dict[str, Parser]:
         return read_index(FOLDER)
 
     return {
-        "annotation": lambda data: parse_annotation(data, "a"),
-        "list": lambda data: read_names(_file("a.txt", data)),
-        "image": lambda data: decode_image(data, "a"),
-        "image size": lambda data: image_size(data, "a"),
+        "annotation": annotation,
+        "list": names,
+        **{f"image{extension}": image for extension in IMAGES},
         "results": lambda data: read_comp4(_file("comp4_det_t_a.txt", data).parent, ("a",), ("a",), "t"),
         "detections": lambda data: detections_from_json(json_of(data), ("a",), ("a",), "a.json"),
         "coco names": lambda data: read_coco_names(_file("n.json", data)),
@@ -92,6 +115,7 @@ SEEDS = {
     "annotation": b"<annotation><size><width>9</width><height>9</height></size><object><name>a</name><bndbox>"
     b"<xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></object></annotation>",
     "list": b"a\nb 1\n",
+    **{f"image{extension}": _image(extension) for extension in IMAGES},
     "results": b"a 0.5 1 1 5 5\n",
     "detections": b'[{"image_id": "a", "category": "a", "bbox": [1, 1, 5, 5], "score": 0.5}]',
     "coco names": b'{"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [{"id": 1, "name": "a"}]}',

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from nst_det.data.generate import DETECTION, GenerateSettings, generate_data
+from nst_det.data.synthetic import DETECTION, GenerateSettings, generate_data
 
 
 @pytest.fixture

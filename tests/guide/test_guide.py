@@ -190,7 +190,7 @@ def test_the_citation_names_the_version_the_authors_and_every_paper():
     assert f'license = "{citation["license"]}"' in project
     methods = (CHECKOUT / "docs" / "methods.md").read_text(encoding="utf-8")
     # the papers in the heads of the methods' sections
-    papers = set(re.findall(r"\barXiv (\d{4}\.\d{5})[.,].*`nst_det/transfer/", methods))
+    papers = set(re.findall(r"\barXiv (\d{4}\.\d{5})[.,].*`nst_det/losses/", methods))
     assert len(papers) >= 8
     assert papers <= {paper["url"].rpartition("/")[2] for paper in citation["references"]}
     assert f"## {nst_det.__version__}" in (CHECKOUT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -45,7 +45,7 @@ def test_the_site_is_built_strictly_and_asks_nothing_of_the_net(tmp_path):
         assert not outside, f"{page.name}: {outside}"
     # the reference is made from the docstrings
     losses = (tmp_path / "site" / "reference" / "transfer.html").read_text(encoding="utf-8")
-    assert 'id="nst_det.transfer.nst.nst_loss"' in losses
+    assert 'id="nst_det.losses.nst.nst_loss"' in losses
     assert ":func:" not in losses
 
 

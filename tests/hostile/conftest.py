@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from nst_det.backbones import Card, create_model, input_contract, save_backbone
 from nst_det.cli import main
-from nst_det.runtime.checkpoint import save_checkpoint
+from nst_det.engine.checkpoint import save_checkpoint
+from nst_det.models import Card, create_model, input_contract, save_backbone
 
 LARGE = 64 << 20
 BOX = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>20</xmax><ymax>20</ymax></bndbox>"

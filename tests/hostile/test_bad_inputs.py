@@ -248,7 +248,7 @@ put(
     "evaluate",
     "names.json",
     "[]",
-    r"names\.json: images must be a list",
+    r"names\.json: .*'images'",
     "--coco-names",
     "TREE/names.json",
 )

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from nst_det.backbones import load_plain
-from nst_det.backbones.pickles import trusting_pickles
 from nst_det.cli import main
+from nst_det.engine.checkpoint import load_checkpoint
 from nst_det.errors import UserError
+from nst_det.models import load_plain
+from nst_det.models.io import trusting_pickles
 from nst_det.report import write_report
-from nst_det.runtime.checkpoint import load_checkpoint
 
 SCRIPT = "<script>document.title='PWNED'</script>"
 ATTRIBUTE = '"><img src=x onerror=alert(1)>'

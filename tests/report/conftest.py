@@ -102,6 +102,8 @@ def _row(method: str, maps: Any, top1: Any, baseline: Any, classes: tuple[str, .
         "seconds": 47.123,
         "seconds_backbone": 12.0 if top1 else 0.0,
         "seconds_detector": 35.123 if top1 else 47.123,
+        "speed_backbone": {"images_per_second": 812.25, "data_wait": 0.125} if top1 else {},
+        "speed_detector": {"images_per_second": 34.5, "data_wait": 0.5, "gpu_memory_gib": 3.25},
         "params": 1934567,
         "cost": {
             "run": "detect/seed0/ce",

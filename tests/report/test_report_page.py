@@ -171,6 +171,15 @@ def test_best_and_last_checkpoint(page, html, comparison) -> None:
     assert "with its last checkpoint, and never read to choose" in html
 
 
+def test_speed_of_the_training(page, comparison) -> None:
+    expected = []
+    for row in comparison[1]["rows"]:
+        if row["top1"] is not None:
+            expected.append([row["method"], "one", "812.2", "12 %", "–"])
+        expected.append([row["method"], "two", "34.5", "50 %", "3.25 GiB"])
+    assert page.tables["speed"][1:] == expected
+
+
 def test_balance_of_the_terms(page) -> None:
     shares: dict[str, float] = {}
     for line in page.values["balance"][1:]:
@@ -184,7 +193,8 @@ def test_balance_of_the_terms(page) -> None:
 def test_what_is_not_known_is_left_out(tmp_path, make_results, write_runs) -> None:
     results = make_results(seeds=1)
     for row in results["rows"]:
-        for key in ("cost", "coco", "map_by_iou", "objects", "seconds_backbone", "seconds_detector"):
+        for key in ("cost", "coco", "map_by_iou", "objects", "seconds_backbone", "seconds_detector",
+                    "speed_backbone", "speed_detector"):  # fmt: skip
             del row[key]
         del row["per_seed"]["0"]["checkpoints"]
     write_runs(tmp_path, results)

@@ -4,12 +4,12 @@ import shutil
 import numpy as np
 import pytest
 
-from nst_det.evaluate.voc import Curve
-from nst_det.report.balance import term_shares
+from nst_det.evaluation.voc import Curve
 from nst_det.report.curves import Curve as LossCurve
 from nst_det.report.curves import Training
 from nst_det.report.precision import RECALLS, interpolated, read_precision
-from nst_det.report.rows import read_results
+from nst_det.report.schema import read_results
+from nst_det.report.summary import term_shares
 
 
 def precision_by_hand(folder, name, truth):

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from nst_det.report.curves import merge_seeds, read_training
-from nst_det.report.rows import read_results
-from nst_det.report.samples import choose_samples, match
-from nst_det.report.truth import Truth, read_truth
+from nst_det.report.samples import Truth, choose_samples, match, read_truth
+from nst_det.report.schema import read_results
 
 
 def image(boxes, labels, difficult) -> Truth:

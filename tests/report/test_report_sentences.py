@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from nst_det.report.rows import read_results
-from nst_det.report.sentences import against_paper, caveats, conclusion, not_above, paper_order, unequal_weights
+from nst_det.report.schema import read_results
+from nst_det.report.summary import against_paper, caveats, conclusion, not_above, paper_order, unequal_weights
 
 
 def read(tree):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nst_det.errors import UserError
-from nst_det.report.rows import Results, read_results
+from nst_det.report.schema import Results, read_results
 from nst_det.report.tables import csv_table, fraction, latex_escape, latex_table, markdown_table, seconds_text, signed
 
 HOSTILE = "a|b_c*</td><script>alert(1)</script>&\\ $x$"
@@ -31,6 +31,10 @@ def test_csv_holds_every_digit(make_results) -> None:
         assert line["verdict"] == row["verdict"]
         assert line["top1"] == ("" if row["top1"] is None else repr(row["top1"]))
         assert (int(line["params"]), float(line["seconds"]), line["seeds"]) == (1934567, 47.123, "0 1 2")
+        for stage in ("backbone", "detector"):
+            for name in ("images_per_second", "data_wait", "gpu_memory_gib"):
+                value = row[f"speed_{stage}"].get(name)
+                assert line[f"{name}_{stage}"] == ("" if value is None else repr(value))
         for name in tree["classes"]:
             assert float(line[f"ap_11point:{name}"]) == row["per_class"][name]
             assert float(line[f"ap_area:{name}"]) == row["per_class_area"][name]

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from nst_det.tune.config import load_tuning
-from nst_det.tune.tuning import tune
+from nst_det.tune.run import tune
 
 _SPEC = importlib.util.spec_from_file_location("tune_fake_stage", Path(__file__).with_name("fake_stage.py"))
 fake_stage = importlib.util.module_from_spec(_SPEC)
@@ -87,7 +87,7 @@ def finished(tmp_path_factory):
     """A finished search: its folder, what was asked, what was found and the file."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nst_det.tune.rounds.Runner", RunsHere)
+        patch.setattr("nst_det.tune.run.LocalLauncher", RunsHere)
         tuning = load_tuning(write_configs(folder), folder / "out")
         return folder, tuning, *tune(tuning)
 
@@ -95,5 +95,5 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def tune_file(tmp_path, monkeypatch):
     """The YAML of a search whose runs train nothing."""
-    monkeypatch.setattr("nst_det.tune.rounds.Runner", RunsHere)
+    monkeypatch.setattr("nst_det.tune.run.LocalLauncher", RunsHere)
     return write_configs(tmp_path)

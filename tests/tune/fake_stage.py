@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from nst_det.compare.run import RunFailed
-from nst_det.data.generate import SETTINGS_FILE
+from nst_det.comparison.launch_local import RunFailed
+from nst_det.data.synthetic import SETTINGS_FILE
 
 # of each term, where it is best
 BEST = {"kd": 3.0, "at": 40.0, "nst-poly": 20.0, "cwd": 5.0}

@@ -6,14 +6,13 @@ import pytest
 import yaml
 
 from nst_det.cli import main
-from nst_det.compare.config import load_comparison
-from nst_det.compare.plan import make_plan
-from nst_det.compare.run import RunFailed
+from nst_det.comparison.config import load_comparison
+from nst_det.comparison.launch_local import RunFailed
+from nst_det.comparison.plan import make_plan
 from nst_det.errors import UserError
-from nst_det.tune.config import load_tuning
+from nst_det.tune.config import Space, load_tuning
+from nst_det.tune.run import tune, tuning_table
 from nst_det.tune.search import search
-from nst_det.tune.space import Space
-from nst_det.tune.tuning import tune, tuning_table
 
 pytest.importorskip("optuna")
 METHODS = ["kd", "at", "kd+nst-poly", "cwd@det"]

@@ -1,0 +1,107 @@
+"""What the detectors of a comparison cost at use: arithmetic and latency, once for each architecture."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from nst_det.comparison.config import BASELINE
+from nst_det.comparison.plan import DETECTOR, Run
+from nst_det.engine.config import flat, plain
+from nst_det.engine.io import read_json, write_json
+from nst_det.engine.run_dir import config_hash
+from nst_det.errors import UserError
+
+log = logging.getLogger(__name__)
+COST_FILE = "cost.json"
+REPEATS = 20
+# keys below MODEL that change weights or training, not what a forward pass computes
+_FREE = ("MODEL.WEIGHTS", "MODEL.TIMM.PRETRAINED", "MODEL.BACKBONE.FREEZE_AT")
+
+
+def architecture(config: CfgNode) -> str:
+    """Twelve digits that are equal for two detectors that compute the same: MODEL and the size of test images."""
+    values = plain(flat(config))
+    decides = ("MODEL.", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "TEST.DETECTIONS_PER_IMAGE")
+    return config_hash({key: value for key, value in values.items() if key.startswith(decides) and key not in _FREE})
+
+
+def measure_costs(runs: Sequence[Run], configs: Mapping[str, CfgNode], folder: Path) -> dict[str, dict[str, Any]]:
+    """The cost of each row's detector, by row; rows of one architecture share one measurement.
+
+    What is measured is a trained detector (of the row ``ce`` where it has the architecture, else of the first row),
+    with batch 1, on an image of noise of the size that its config tests at; :data:`COST_FILE` keeps it.
+
+    Args:
+        runs: the plan, all done.
+        configs: the config of each run, by its name.
+        folder: of the comparison.
+
+    Returns:
+        For each row ``run`` (what was measured), ``parameters``, ``macs``, ``flops``, ``size`` (height, width),
+        ``device``, ``threads``, ``machine`` and ``latency`` (``median``, ``p10``, ``p90`` in seconds).  A row whose
+        detector can't be built again is left out, with a warning.
+    """
+    path = folder / COST_FILE
+    known: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.kind == DETECTOR:
+            groups.setdefault(architecture(configs[run.name]), []).append(run)
+    for name, group in groups.items():
+        if name not in known:
+            chosen = next((run for run in group if run.row == BASELINE), group[0])
+            try:
+                known[name] = _measure(chosen, configs[chosen.name])
+            except UserError as error:
+                log.warning("no latency of %s: %s", chosen.name, error)
+                continue
+            write_json(path, known)
+    return {str(run.row): known[name] for name, group in groups.items() if name in known for run in group}
+
+
+def _measure(run: Run, config: CfgNode) -> dict[str, Any]:
+    import torch
+
+    from nst_det.benchmark import benchmark, photo_size
+    from nst_det.detection.config import resolve_device
+    from nst_det.engine.device import gpu_errors_in_one_line
+    from nst_det.engine.run_dir import machine_name
+
+    device = torch.device(resolve_device(config.MODEL.DEVICE))
+    log.info("%s: measuring its cost", run.name)
+    size = photo_size(config)
+    with gpu_errors_in_one_line("compare again, which measures what is missing"):
+        detector, parameters = _load(run.folders[0], config, device)
+        figures = benchmark(detector, size, [1], REPEATS, device, parameters)
+    latency = figures["latency"][0]
+    return {
+        "run": run.name,
+        "parameters": parameters,
+        "macs": figures["macs"],
+        "flops": figures["flops"],
+        "size": list(size),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "machine": machine_name(str(device)),
+        "latency": {name: latency[name] for name in ("median", "p10", "p90")},
+    }
+
+
+def _load(folder: Path, config: CfgNode, device: Any) -> tuple[Any, int]:
+    """The trained detector of a run as a network on pixels, and its parameters."""
+    from nst_det.models import count_parameters
+
+    if config.ENGINE == "detectron2":
+        from nst_det.detectron2.parity import load_pixels
+
+        return load_pixels(folder, config, device)
+    from nst_det.benchmark import Pixels
+    from nst_det.detection.predict import load_run
+
+    detector, _, _ = load_run(folder, device)
+    return Pixels(detector), count_parameters(detector)

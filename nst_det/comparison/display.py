@@ -1,0 +1,162 @@
+"""What a comparison is doing: a live view on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from nst_det.comparison.plan import Run
+from nst_det.engine.format import duration
+from nst_det.engine.metrics import loss_note
+from nst_det.engine.progress import PLAIN_SECONDS, console, is_live
+
+log = logging.getLogger(__name__)
+REFRESH_SECONDS = 1.0
+TAIL_BYTES = 8192
+NOTE_TERMS = 4
+
+
+def last_metrics(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a ``metrics.jsonl``, without reading the rest; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return None
+    for line in reversed(lines[:-1]):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return None
+
+
+def steps_done(run: Run) -> tuple[int, dict[str, Any]]:
+    """Steps that a run has done, read from its run folders, and the last metrics.
+
+    Of several folders (the students of stage one) the one that is furthest behind counts; done ones don't.
+    """
+    rows = [last_metrics(folder / "metrics.jsonl") or {"step": -1} for folder in run.folders]
+    behind = [row for row, result in zip(rows, run.results) if not result.exists()]
+    row = min(behind or rows or [{"step": -1}], key=lambda row: row["step"])
+    return row["step"] + 1, {key: value for key, value in row.items() if key != "step"}
+
+
+class ProgressDisplay:
+    """Is told what happens and shows it; made for the time of one call by ``with View(...) as view``.
+
+    Args:
+        runs: the whole plan.
+        total_steps: steps of a run of a kind, 0 where not known.
+        share: the part of the machine that a run takes, 0..1.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        total_steps: Mapping[str, int],
+        share: Callable[[Run], float] = lambda run: 1.0,
+    ) -> None:
+        self._runs, self._total, self._share = list(runs), dict(total_steps), share
+        self._done = {run.name for run in runs if run.done}
+        self._begin: dict[str, tuple[float, int]] = {}
+        self._seconds: dict[str, list[float]] = {}
+        self._last = 0.0
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> ProgressDisplay:
+        if is_live(console):
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bar = Progress(*columns, console=console, refresh_per_second=4)
+            self._bar.start()
+            self._tasks[""] = self._bar.add_task(
+                "[bold]runs", total=len(self._runs), completed=len(self._done), note=""
+            )
+        elif self._done:
+            log.info("%d of %d runs are done already", len(self._done), len(self._runs))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def started(self, run: Run) -> None:
+        """A run was started (or goes on)."""
+        steps, _ = steps_done(run)
+        self._begin[run.name] = (time.monotonic(), steps)
+        if self._bar is not None:
+            total = self._total.get(run.kind) or None
+            self._tasks[run.name] = self._bar.add_task(run.name, total=total or 1, completed=steps, note="")
+        else:
+            log.info("%s: starts%s", run.name, f" again at step {steps}" if steps else "")
+
+    def finished(self, run: Run) -> None:
+        """A run is done."""
+        begin, first = self._begin.pop(run.name)
+        seconds = time.monotonic() - begin
+        self._done.add(run.name)
+        total = self._total.get(run.kind, 0)
+        if first == 0 or 0 < first < total:
+            self._seconds.setdefault(run.kind, []).append(seconds * total / (total - first) if first else seconds)
+        if self._bar is not None:
+            self._bar.remove_task(self._tasks.pop(run.name))
+            self._bar.update(self._tasks[""], completed=len(self._done))
+        log.info("%s: done in %.0f s (%d of %d runs)", run.name, seconds, len(self._done), len(self._runs))
+
+    def update(self, running: Sequence[Run]) -> None:
+        """Show how far the running ones are."""
+        now = time.monotonic()
+        if now - self._last < (REFRESH_SECONDS if self._bar is not None else PLAIN_SECONDS):
+            return
+        first, self._last = self._last == 0.0, now
+        states = {run.name: steps_done(run) for run in running}
+        eta = self._eta(running, {name: steps for name, (steps, _) in states.items()})
+        left = "" if eta is None else f"ETA {duration(eta)}"
+        if self._bar is not None:
+            self._bar.update(self._tasks[""], completed=len(self._done), note=left)
+            for name, (steps, metrics) in states.items():
+                self._bar.update(self._tasks[name], completed=steps, note=loss_note(metrics, NOTE_TERMS))
+        elif running and not first:
+            parts = [self._line(run, *states[run.name]) for run in running]
+            log.info("%d/%d runs done; %s  %s", len(self._done), len(self._runs), ", ".join(parts), left)
+
+    def _line(self, run: Run, steps: int, metrics: Mapping[str, Any]) -> str:
+        note = loss_note(metrics)
+        return f"{run.name} {steps}/{self._total.get(run.kind) or '?'}{f' ({note})' if note else ''}"
+
+    def _eta(self, running: Sequence[Run], steps: Mapping[str, int]) -> float | None:
+        """Seconds until all is done, from runs of the same kind; None while a kind has not been seen yet."""
+        now = time.monotonic()
+        left = {run.name: 1.0 for run in self._runs if run.name not in self._done}
+        guesses = {kind: sum(values) / len(values) for kind, values in self._seconds.items()}
+        for run in running:
+            total = self._total.get(run.kind, 0)
+            begin, first = self._begin[run.name]
+            if total:
+                left[run.name] = max(0.0, 1 - steps[run.name] / total)
+                if steps[run.name] > first:
+                    guesses.setdefault(run.kind, (now - begin) * total / (steps[run.name] - first))
+        work = 0.0
+        for run in self._runs:
+            if run.name in left:
+                if run.kind not in guesses:
+                    return None
+                work += left[run.name] * guesses[run.kind] * self._share(run)
+        return work

@@ -1,0 +1,95 @@
+"""Files and names that came from somebody else: bounded before they are read, checked before they are followed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from nst_det.errors import UserError
+
+MAX_NAME_BYTES = 200
+MAX_LIST_BYTES = 64 << 20
+
+
+def shown(text: str, length: int = 120) -> str:
+    """Make ``text`` fit for one line on any terminal: control characters escaped, long text cut.
+
+    Example:
+        >>> shown("a\\nb")
+        'a\\\\nb'
+    """
+    cut = text if len(text) <= length else f"{text[:length]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+
+
+def shown_path(path: str | Path) -> str:
+    """Make a path fit for one line on any terminal."""
+    return shown(str(path), 4096)
+
+
+def read_bytes(path: Path, limit: int, what: str) -> bytes:
+    """Read a regular file of at most ``limit`` bytes; ``what`` is the kind of file for the error ("annotation")."""
+    name = shown_path(path)
+    try:
+        status = os.stat(path)
+        # a pipe would block for ever
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{name}: not a regular file; put the {what} itself there")
+        if status.st_size > limit:
+            raise UserError(f"{name}: {status.st_size} bytes, but an {what} may have {limit}; split it or remove it")
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: no such {what}; add the file or take it out of the list") from error
+    except OSError as error:
+        raise UserError(f"{name}: {what} can't be read ({error.strerror}); correct its permissions") from error
+    except ValueError as error:
+        raise UserError(f"{name}: not the name of a file ({error})") from error
+    if len(data) > limit:
+        raise UserError(f"{name}: grew beyond the {limit} bytes that an {what} may have while it was read")
+    return data
+
+
+def name_problem(name: str) -> str | None:
+    """Return why ``name`` can't name one file inside a folder, or None if it can."""
+    if not name:
+        return "is empty"
+    if name in (".", "..") or "/" in name or "\\" in name:
+        return "could lead to another folder"
+    if not name.isprintable():
+        return "has characters that can't be printed"
+    if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
+        return f"is longer than {MAX_NAME_BYTES} bytes"
+    return None
+
+
+def leads_outside(path: Path, root: Path) -> bool:
+    """Return whether ``path``, its links followed, lies outside ``root`` (which must be resolved already)."""
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError):
+        return True  # links in a circle lead nowhere
+    return resolved != root and root not in resolved.parents
+
+
+def read_names(path: Path) -> tuple[list[tuple[int, str]], list[str]]:
+    """Return (line number, name) of the usable lines of a list file, and what is wrong with the others, as text."""
+    data = read_bytes(path, MAX_LIST_BYTES, "image list")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{shown_path(path)}: line {line} is not UTF-8; save the list as UTF-8 text") from error
+    names: list[tuple[int, str]] = []
+    problems: list[str] = []
+    for number, content in enumerate(text.split("\n"), 1):
+        name = content.strip(" \t\r\f\v")
+        problem = name_problem(name) if name else None
+        if problem:
+            problems.append(
+                f"line {number}: '{shown(name)}' {problem}; a line is the name of one image, without extension"
+            )
+        elif name:
+            names.append((number, name))
+    return names, problems

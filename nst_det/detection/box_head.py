@@ -1,0 +1,149 @@
+"""What two box heads say about the same boxes, for terms on logits and embeddings.
+
+The boxes are those that the student trains its box head on: proposals of its own, sampled as its config says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from nst_det.errors import UserError
+from nst_det.losses import Method, ModelOutputs, TransferLoss, get_term
+
+# (RoI heads, level -> map (B, C, H, W), (N, 4) boxes of each image) to (embedding (R, D), logits (R, K + 1))
+BoxOutputs = Callable[[Any, Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, Tensor]]
+
+
+class Widths(NamedTuple):
+    """Of a box head: D, the length of what enters its predictor, and its number of logits, K + 1 with background."""
+
+    embedding: int
+    logits: int
+
+
+def reads_box_head(method: Method) -> bool:
+    """Whether a term of the method reads logits or embeddings."""
+    return any(get_term(name).level != "maps" for name in method.names)
+
+
+def widths_of(detector: nn.Module, method: Method) -> Widths:
+    """The widths of a detector's box head.
+
+    Raises:
+        UserError: it has no single box head, or not one with a softmax over its classes.
+    """
+    heads: Any = getattr(detector, "roi_heads", None)
+    scores = getattr(getattr(heads, "box_predictor", None), "cls_score", None)
+    if not isinstance(scores, nn.Linear) or _pooler(heads) is None:
+        who = type(detector if heads is None else heads).__name__
+        raise UserError(
+            f"TRANSFER.METHOD {method}: it reads logits of a box head, and {who} has not one; use terms on feature "
+            "maps, such as nst-poly"
+        )
+    if getattr(heads.box_predictor, "use_sigmoid_ce", False):
+        raise UserError(
+            f"TRANSFER.METHOD {method}: it compares class probabilities by softmax, and the box head is trained with "
+            "sigmoids; set MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False"
+        )
+    return Widths(scores.in_features, scores.out_features)
+
+
+def check_classes(transfer: TransferLoss, student: int, teacher: int) -> None:
+    """Refuse to compare logits one by one where there are not as many.
+
+    Args:
+        transfer: of the method.
+        student: number of the student's logits, the background's among them.
+        teacher: the same for the teacher.
+
+    Raises:
+        UserError: a term compares them, and the numbers differ.
+    """
+    if student != teacher:
+        _refuse(transfer, f"the student has {student - 1} classes and the teacher {teacher - 1}")
+
+
+def check_class_names(transfer: TransferLoss, student: Sequence[str], teacher: Sequence[str]) -> None:
+    """Refuse to compare logits of different classes, where both lists are known (not empty).
+
+    Raises:
+        UserError: a term compares logits one by one, and the names or their order differ.
+    """
+    if student and teacher and list(student) != list(teacher):
+        _refuse(transfer, f"the student's are {', '.join(student)}, the teacher's {', '.join(teacher)}")
+
+
+def _refuse(transfer: TransferLoss, difference: str) -> None:
+    terms = [name for name, kinds in transfer.kinds.items() if kinds == ("logits", "logits")]
+    if terms:
+        raise UserError(
+            f"TRANSFER.METHOD {transfer.method}: {terms[0]} compares class by class, but {difference}; take a teacher "
+            "of the same classes in the same order, or terms on feature maps, such as nst-poly"
+        )
+
+
+class BoxHeadTap:
+    """Listens to a student's box head in training: the boxes that it pools, and what enters and leaves its predictor.
+
+    Args:
+        detector: has ``roi_heads`` with ``box_pooler`` (or ``pooler``) and ``box_predictor``, as Detectron2 names them.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        heads: Any = detector.roi_heads
+        self._boxes: list[Tensor] = []
+        self._said: tuple[Tensor, Tensor] | None = None
+        pooler = _pooler(heads)
+        assert pooler is not None, "widths_of() looked for it"
+        pooler.register_forward_pre_hook(self._keep_boxes)
+        heads.box_predictor.register_forward_hook(self._keep_said)
+
+    def _keep_boxes(self, pooler: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if pooler.training:
+            # Detectron2's Boxes hold a tensor, this project's are tensors
+            self._boxes = [getattr(boxes, "tensor", boxes).detach() for boxes in inputs[1]]
+
+    def _keep_said(self, predictor: nn.Module, inputs: tuple[Tensor, ...], outputs: Sequence[Tensor]) -> None:
+        if predictor.training:
+            self._said = inputs[0].flatten(1), outputs[0]
+
+    def forget(self) -> None:
+        """Let go of what was kept, such as that of a step that failed."""
+        self._boxes, self._said = [], None
+
+    def take(self, student: ModelOutputs) -> list[Tensor]:
+        """Put what the student's box head said in this step into its outputs.
+
+        Returns:
+            (N, 4) boxes of each image, xyxy in pixels of the network's input; their sum of N is R.
+
+        Raises:
+            RuntimeError: the student's forward didn't ask its box head.
+        """
+        if self._said is None:
+            raise RuntimeError("the student's forward didn't call its box head, so there is nothing to compare")
+        student.embedding, student.logits = self._said
+        return self._boxes
+
+
+def box_outputs(heads: Any, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What RoI heads that know how to tell it say about boxes; the torchvision engine's do.
+
+    Args:
+        heads: the RoI heads of a detector.
+        maps: level -> (B, C, H, W), float32.
+        boxes: (N, 4) of each image, xyxy in pixels of the network's input.
+
+    Returns:
+        What enters the predictor (R, D) and the logits (R, K + 1), background last.
+    """
+    said: tuple[Tensor, Tensor] = heads.box_outputs(maps, boxes)
+    return said
+
+
+def _pooler(heads: Any) -> nn.Module | None:
+    pooler: nn.Module | None = getattr(heads, "box_pooler", getattr(heads, "pooler", None))
+    return pooler

@@ -1,0 +1,381 @@
+"""Images and boxes of VOC folders as a detector takes them: resized, flipped, in the configured channel order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from PIL import Image
+from torch.utils.data import Dataset
+
+from nst_det.data.annotation import VocAnnotation, usable_boxes
+from nst_det.data.splits import JoinedVoc, hold_out
+from nst_det.data.voc import VocDataset, class_names
+from nst_det.detection.config import voc_roots
+from nst_det.engine.distributed import share_of
+from nst_det.engine.loader import load
+from nst_det.engine.seeds import derive_seed
+from nst_det.errors import UserError
+
+log = logging.getLogger(__name__)
+# a side that is no longer than this, in pixels after resizing, leaves nothing to learn from
+EMPTY_SIDE = 1e-5
+
+
+class SampleIndex(NamedTuple):
+    """One image of one batch: which image, at which step, as which of the batch."""
+
+    image: int
+    step: int
+    slot: int
+
+
+class StepBatchSampler:
+    """The batches of steps ``start``, ``start + 1``, ... without end.
+
+    Every epoch is a permutation of all images; a batch may span two epochs.  Where ``wide`` is given, wide and tall
+    images are not mixed in one batch: each kind waits until it fills one (Detectron2's aspect ratio grouping).
+
+    Args:
+        size: number of images.
+        batch: images a step.
+        seed: of the run.
+        start: the first step to give.
+        wide: for each image, whether it is wider than high; None mixes them.
+        share: which of a batch's places to give, those of one process; None gives all.
+
+    Example:
+        >>> places = iter(StepBatchSampler(size=4, batch=2, seed=0))
+        >>> sorted(place.image for _ in range(2) for place in next(places))
+        [0, 1, 2, 3]
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch: int,
+        seed: int,
+        start: int = 0,
+        wide: Sequence[bool] | None = None,
+        share: slice | None = None,
+    ) -> None:
+        if size < 1 or batch < 1:
+            raise ValueError(f"no batches of {batch} from {size} images")
+        self.size, self.batch, self.seed, self.start, self.wide = size, batch, seed, start, wide
+        self.share = share or slice(None)
+
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
+        for step, indices in enumerate(self._batches()):
+            # passing over the steps that are done takes a microsecond an image, none is read for it
+            if step >= self.start:
+                yield [SampleIndex(index, step, slot) for slot, index in enumerate(indices)][self.share]
+
+    def _batches(self) -> Iterator[list[int]]:
+        waiting: dict[bool, list[int]] = {True: [], False: []}
+        for index in self._order():
+            bucket = waiting[self.wide is None or self.wide[index]]
+            bucket.append(index)
+            if len(bucket) == self.batch:
+                yield list(bucket)
+                bucket.clear()
+
+    def _order(self) -> Iterator[int]:
+        epoch = 0
+        while True:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+            yield from torch.randperm(self.size, generator=generator).tolist()
+            epoch += 1
+
+
+def data_classes(config: CfgNode, *, known_only: bool = False) -> tuple[str, ...]:
+    """DATASETS.CLASSES, or the classes in the annotations of DATASETS.TRAIN (of TEST where there is none).
+
+    Args:
+        config: reads DATASETS.
+        known_only: pass over data sets that DATASETS.VOC doesn't have: Detectron2 knows others.
+
+    Raises:
+        UserError: a data set that DATASETS.VOC doesn't have, or that can't be read.
+    """
+    if config.DATASETS.CLASSES:
+        return tuple(config.DATASETS.CLASSES)
+    for part in ("TRAIN", "TEST"):
+        names = [name for name in config.DATASETS[part] if name in config.DATASETS.VOC or not known_only]
+        if names:
+            opened = [VocDataset(root, split) for root, split in voc_roots(config, names, f"DATASETS.{part}")]
+            return class_names(name for data in opened for item in data.annotations() for name in item.names)
+    return ()
+
+
+def boxes_to_train(annotation: VocAnnotation, use_difficult: bool) -> np.ndarray:
+    """Which boxes of an image a detector learns from: (N,) bool; one that can't be used costs a warning.
+
+    Args:
+        annotation: of the image, with N objects.
+        use_difficult: keep those that are marked ``difficult``.
+    """
+    keep, dropped = usable_boxes(annotation)
+    for line in dropped:
+        log.warning("%s; left out", line)
+    return keep if use_difficult else keep & ~annotation.difficult
+
+
+def open_voc(config: CfgNode, key: str, classes: Sequence[str]) -> list[VocDataset]:
+    """The data sets of DATASETS.TRAIN or DATASETS.TEST.
+
+    Args:
+        key: ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
+        classes: names in the order of the labels.
+
+    Raises:
+        UserError: none is named, or one can't be read.
+    """
+    names = config.DATASETS[key.split(".")[1]]
+    if not names:
+        raise UserError(f"{key} is empty; name data sets of DATASETS.VOC")
+    return [VocDataset(root, split, classes) for root, split in voc_roots(config, names, key)]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image and what is in it: boxes (N, 4) float64 xyxy 0-based in its own pixels, labels (N,) from 0."""
+
+    data: VocDataset
+    id: str
+    height: int
+    width: int
+    boxes: np.ndarray
+    labels: np.ndarray
+
+
+def list_items(sets: Sequence[VocDataset], use_difficult: bool, filter_empty: bool) -> list[Item]:
+    """All images of some data sets with the boxes to train on.
+
+    Boxes without area or wholly outside are left out, with a warning each.
+
+    Args:
+        use_difficult: keep objects that are marked ``difficult``.
+        filter_empty: leave out images without a box.
+
+    Raises:
+        UserError: a bad annotation, or nothing is left.
+    """
+    items = []
+    for data in sets:
+        for id_ in data.ids:
+            annotation = data.annotation(id_)
+            keep = boxes_to_train(annotation, use_difficult)
+            if keep.any() or not filter_empty:
+                boxes = annotation.boxes[keep].astype(np.float64)
+                labels = data.labels(annotation)[keep]
+                items.append(Item(data, id_, annotation.height, annotation.width, boxes, labels))
+    if not items:
+        raise UserError(
+            f"{sets[0].root}: no image of {sets[0].split} has a box to train on; see nst-det check-data {sets[0].root}"
+        )
+    return items
+
+
+class DetectionImages(Dataset[dict[str, Any]]):
+    """Items by index, or in training by :class:`SampleIndex`, whose random draws depend on (seed, step, slot) alone.
+
+    The draws are made as Detectron2's default augmentation makes them from the same seed.
+
+    Args:
+        items: the images.
+        config: reads INPUT and DATALOADER.CACHE_IMAGES_MB.
+        train: augment, and give boxes and labels.
+        seed: of the run.
+    """
+
+    def __init__(self, items: Sequence[Item], config: CfgNode, train: bool, seed: int = 0) -> None:
+        self.items, self.train, self.seed = list(items), train, seed
+        given = config.INPUT
+        self.sizes = tuple(given.MIN_SIZE_TRAIN) if train else (given.MIN_SIZE_TEST,)
+        self.largest = given.MAX_SIZE_TRAIN if train else given.MAX_SIZE_TEST
+        self.sampled_range = train and given.MIN_SIZE_TRAIN_SAMPLING == "range"
+        self.flip = given.RANDOM_FLIP if train else "none"
+        self.bgr = given.FORMAT == "BGR"
+        self._cache: dict[int, np.ndarray] | None = None
+        # with one size, what is kept is resized already
+        self._fixed = len(set(self.sizes)) == 1
+        needed = 3 * sum(
+            np.prod(self.shape(item, self.sizes[0])) if self._fixed else item.height * item.width for item in self.items
+        )
+        if train and needed <= config.DATALOADER.CACHE_IMAGES_MB * 2**20:
+            self._cache = {}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def shape(self, item: Item, size: int) -> tuple[int, int]:
+        """(height, width) of an item whose shortest edge becomes ``size``, but its longest at most MAX_SIZE."""
+        return resized_shape(item.height, item.width, size, self.largest)
+
+    def preload(self) -> None:
+        """Decode all images that are to be kept, so that loader processes started from here share them."""
+        if self._cache is not None:
+            for index in range(len(self.items)):
+                self._kept_pixels(index)
+
+    def __getitem__(self, place: SampleIndex | int) -> dict[str, Any]:
+        if isinstance(place, int):
+            return self._example(place, self.sizes[0], flipped=False)
+        # NumPy's old generator, and in this order: what Detectron2's augmentation draws from this seed
+        rng = np.random.RandomState(derive_seed(self.seed, "augment", place.step, place.slot) % 2**32)
+        size = int(rng.randint(self.sizes[0], self.sizes[1] + 1) if self.sampled_range else rng.choice(self.sizes))
+        example = self._example(place.image, size, flipped=self.flip != "none" and rng.uniform(0, 1.0) < 0.5)
+        # what the detector draws for it depends on its place in the whole batch, not on the process that has it
+        return example | {"seed": derive_seed(self.seed, "boxes", place.step, place.slot)}
+
+    def _example(self, index: int, size: int, flipped: bool) -> dict[str, Any]:
+        item = self.items[index]
+        height, width = self.shape(item, size)
+        image = resize(self._kept_pixels(index), height, width)
+        if flipped:
+            image = image[:, ::-1] if self.flip == "horizontal" else image[::-1]
+        example: dict[str, Any] = {
+            "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            "height": item.height,
+            "width": item.width,
+            "image_id": item.id,
+        }
+        if self.train:
+            scale = np.array([width / item.width, height / item.height] * 2)
+            boxes = flip_boxes(item.boxes * scale, height, width, self.flip if flipped else "none")
+            boxes = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
+            kept = ((boxes[:, 2:] - boxes[:, :2]) > EMPTY_SIDE).all(axis=1)
+            example["boxes"] = torch.from_numpy(boxes[kept])
+            example["labels"] = torch.from_numpy(item.labels[kept])
+        return example
+
+    def _kept_pixels(self, index: int) -> np.ndarray:
+        if self._cache is None:
+            return self._pixels(index)
+        if index not in self._cache:
+            pixels = self._pixels(index)
+            shape = self.shape(self.items[index], self.sizes[0])
+            self._cache[index] = resize(pixels, *shape) if self._fixed else pixels
+        return self._cache[index]
+
+    def _pixels(self, index: int) -> np.ndarray:
+        item = self.items[index]
+        image = item.data.image(item.id)
+        return image[:, :, ::-1] if self.bgr else image
+
+
+def resized_shape(height: int, width: int, size: int, largest: int) -> tuple[int, int]:
+    """(height, width) after Detectron2's shortest-edge resize; size 0 leaves the image as it is.
+
+    Example:
+        >>> resized_shape(480, 640, size=240, largest=300)
+        (225, 300)
+    """
+    if size == 0:
+        return height, width
+    scale = size / min(height, width)
+    new_height, new_width = (size, scale * width) if height < width else (scale * height, size)
+    longest = max(new_height, new_width)
+    if longest > largest:
+        new_height, new_width = new_height * (largest / longest), new_width * (largest / longest)
+    return int(new_height + 0.5), int(new_width + 0.5)
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 to (height, width, 3) by PIL's bilinear filter, which averages where it shrinks."""
+    if image.shape[:2] == (height, width):
+        return image
+    resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
+
+
+def flip_boxes(boxes: np.ndarray, height: int, width: int, direction: str) -> np.ndarray:
+    """(N, 4) xyxy boxes in an image of that size, mirrored ``horizontal``, ``vertical`` or not (``none``).
+
+    Example:
+        >>> flip_boxes(np.array([[1.0, 2.0, 3.0, 5.0]]), 10, 20, "horizontal")
+        array([[17.,  2., 19.,  5.]])
+    """
+    x0, y0, x1, y1 = boxes.T
+    if direction == "horizontal":
+        x0, x1 = width - x1, width - x0
+    if direction == "vertical":
+        y0, y1 = height - y1, height - y0
+    return np.stack((x0, y0, x1, y1), axis=1)
+
+
+def training_batches(
+    config: CfgNode, sets: Sequence[VocDataset], seed: int, start: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The training batches of steps ``start``, ``start + 1``, ...; of several processes each gets its share.
+
+    Raises:
+        UserError: an image or annotation can't be used, there is nothing to train on, or a batch can't be shared out.
+    """
+    share = share_of(config.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH", config.SOLVER.ACCUMULATE)
+    items = list_items(sets, config.DATASETS.USE_DIFFICULT, config.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    images = DetectionImages(items, config, train=True, seed=seed)
+    wide = [item.width > item.height for item in items] if config.DATALOADER.ASPECT_RATIO_GROUPING else None
+    places = StepBatchSampler(len(items), config.SOLVER.IMS_PER_BATCH, seed, start, wide, share)
+    if config.DATALOADER.NUM_WORKERS:
+        images.preload()
+    log.info("%d images to train on, %d objects", len(items), sum(len(item.labels) for item in items))
+    yield from load(images, places, config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE)
+
+
+def evaluation_batches(
+    config: CfgNode, data: VocDataset | JoinedVoc, largest: int = 8, share: slice | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """All images of a split; those of equal size after resizing that follow each other share a batch.
+
+    Equal sizes need no padding to each other, so that an image's detections don't depend on its neighbors.
+
+    Args:
+        config: reads INPUT, DATALOADER.NUM_WORKERS and MODEL.DEVICE.
+        data: the split.
+        largest: images in a batch.
+        share: which of the batches to give, those of one process; None gives all.
+    """
+    items = [
+        Item(part, a.id, a.height, a.width, np.zeros((0, 4)), np.zeros(0, np.int64))
+        for part in (data.sets if isinstance(data, JoinedVoc) else [data])
+        for a in part.annotations()
+    ]
+    images = DetectionImages(items, config, train=False)
+    batches: list[list[int]] = []
+    shapes = [images.shape(item, images.sizes[0]) for item in items]
+    for index, shape in enumerate(shapes):
+        if not batches or shapes[batches[-1][0]] != shape or len(batches[-1]) == largest:
+            batches.append([])
+        batches[-1].append(index)
+    yield from load(images, batches[share or slice(None)], config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE)
+
+
+def split_training(config: CfgNode, sets: Sequence[VocDataset]) -> tuple[list[VocDataset], JoinedVoc | None]:
+    """What is left to train on, and what DATASETS.VAL_FRACTION keeps to validate on.
+
+    The same images whatever the engine, the method and the SEED.
+
+    Args:
+        config: reads DATASETS.VAL_FRACTION and VAL_SEED.
+        sets: the data sets of DATASETS.TRAIN, whole.
+
+    Returns:
+        One training set for each of ``sets``, and the validation split of all of them together; None where
+        VAL_FRACTION is 0.
+
+    Raises:
+        UserError: the fraction is out of range or leaves nothing on one side, or a bad annotation.
+    """
+    fraction = config.DATASETS.VAL_FRACTION
+    if not 0 <= fraction < 1:
+        raise UserError(f"DATASETS.VAL_FRACTION is {fraction}; it must be from 0 to below 1")
+    if not fraction:
+        return list(sets), None
+    pairs = [hold_out(data, fraction, config.DATASETS.VAL_SEED) for data in sets]
+    return [left for left, _ in pairs], JoinedVoc(tuple(kept for _, kept in pairs))

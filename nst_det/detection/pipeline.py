@@ -1,0 +1,365 @@
+"""Stage two by the torchvision engine: one run of a config, from its folder to its result."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nst_det.data.splits import JoinedVoc
+from nst_det.data.voc import VocDataset
+from nst_det.detection.box_head import check_class_names
+from nst_det.detection.checkpoint import keep_best, load_weights, save_weights, saved_classes, settle
+from nst_det.detection.config import load_detect_config, resolve_classes, resolve_device, resolve_machine
+from nst_det.detection.data import data_classes, evaluation_batches, open_voc, split_training, training_batches
+from nst_det.detection.distiller import DistilledDetector, distill, level_channels, log_shapes, wants_teacher
+from nst_det.detection.torchvision import Detector, build_detector
+from nst_det.detection.trainer import train
+from nst_det.engine.checkpoint import checkpoints, would_resume
+from nst_det.engine.config import expand_path
+from nst_det.engine.device import amp_dtype, cast_frozen, compute_line, gpu_errors_in_one_line, set_float32_precision
+from nst_det.engine.distributed import (
+    broadcast_from_rank0,
+    copy_from_first,
+    gathered,
+    is_main_process,
+    rank,
+    start_processes,
+    world_size,
+)
+from nst_det.engine.io import read_json, write_json, write_text
+from nst_det.engine.progress import progress
+from nst_det.engine.run_dir import RunFolder
+from nst_det.engine.seeds import derive_seed, seeded
+from nst_det.errors import UserError
+from nst_det.evaluation.boxes import Detections, GroundTruth
+from nst_det.evaluation.metrics import summarize
+from nst_det.losses import parse_method
+from nst_det.models import count_parameters
+from nst_det.models.averaged import AveragedWeights
+from nst_det.models.io import trusting_pickles
+
+# image id, boxes (N, 4), labels (N,), scores (N,)
+Image = tuple[str, np.ndarray, np.ndarray, np.ndarray]
+log = logging.getLogger(__name__)
+WEIGHTS_FILE = "model.safetensors"
+DETECTIONS_FILE = "detections.json"
+
+
+@torch.no_grad()
+def detect(detector: Detector, batches: Iterable[list[dict[str, Any]]], data: VocDataset | JoinedVoc) -> Detections:
+    """The detections on all images of a split, the best of each image first.
+
+    Args:
+        detector: is put into evaluation mode, and left in it.
+        batches: of these images, with ``image_id``, ``height`` and ``width``; of several processes, each has its
+            share (see :func:`share_of_batches`), and all get all detections.
+        data: names the classes.
+    """
+    detector.eval()
+    mine: list[list[Image]] = []
+    with progress("evaluation", len(data) // world_size()) as meter:
+        for batch in batches:
+            mine.append([])
+            for item, found in zip(batch, detector(batch)):
+                boxes, labels, scores = (found[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
+                mine[-1].append((item["image_id"], boxes, labels, scores))
+                meter.step()
+    # dealt out one by one, so that they come back in the order of the images
+    dealt = itertools.chain.from_iterable(itertools.zip_longest(*gathered(mine), fillvalue=[]))
+    return Detections.from_images([image for batch in dealt for image in batch], data.classes)
+
+
+def share_of_batches() -> slice:
+    """The evaluation batches of this process: batch k is process k's, modulo their number."""
+    return slice(rank(), None, world_size())
+
+
+def write_detections(path: str | Path, found: Detections) -> None:
+    """Write detections as JSON in COCO's results style, one a line, atomically; ``nst-det evaluate`` reads them."""
+    lines = ",\n".join(json.dumps(record, allow_nan=False) for record in found.to_json())
+    write_text(path, f"[\n{lines}\n]\n")
+
+
+def score(found: Detections, data: VocDataset | JoinedVoc) -> dict[str, Any]:
+    """What ``result.json`` holds of a detector, see :func:`~nst_det.evaluation.metrics.summarize`."""
+    return summarize(found, GroundTruth.from_annotations(data.annotations(), data.classes))[1]
+
+
+def train_detector(config: CfgNode) -> dict[str, Any]:
+    """Train a detector in OUTPUT_DIR and evaluate it, or go on where a former call stopped; nothing is done twice.
+
+    The folder then holds ``model.safetensors`` (the student alone), ``detections.json`` and ``result.json``.  With
+    DATASETS.VAL_FRACTION, evaluations during training are made on the validation split, not on DATASETS.TEST;
+    ``model_best.safetensors`` are the weights that did best there, and ``result.json`` has the figures of the last
+    ones under ``validation`` and both records under ``checkpoints``.  DATASETS.TEST is evaluated once, with the
+    weights that TEST.SELECT names; they are those in ``model.safetensors``.  With SOLVER.EMA_DECAY, all these weights
+    are averages.
+
+    Args:
+        config: from :func:`~nst_det.detection.config.load_detect_config`; ENGINE and NUM_CLASSES are resolved in it.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        UserError: an input can't be used, or a GPU fails.
+    """
+    folder = RunFolder(config.OUTPUT_DIR)
+    smaller = "raise SOLVER.ACCUMULATE or lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, in another OUTPUT_DIR"
+    with gpu_errors_in_one_line(smaller, lambda: would_resume([checkpoints(folder.checkpoints)])):
+        return _train_and_test(config, folder)
+
+
+def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
+    _settle(config, ENGINE="torchvision")
+    resolve_machine(config)
+    start_processes(config.MODEL.DEVICE == "cpu")
+    classes = data_classes(config)
+    resolve_classes(config, classes)
+    with folder.opened(config) if is_main_process() else nullcontext():
+        if broadcast_from_rank0(lambda: folder.done):
+            log.info("%s is done already", folder.path)
+            return broadcast_from_rank0(folder.result)
+        seed = broadcast_from_rank0(lambda: _seed(config, folder))
+        data = _test_data(config, classes)
+        sets, validation = split_training(config, open_voc(config, "DATASETS.TRAIN", classes))
+        student = _student(config, classes, seed)
+        decay = config.SOLVER.EMA_DECAY
+        average = AveragedWeights(student, decay) if decay else None
+        # what is evaluated and written
+        kept = student if average is None else cast(Detector, average.network)
+        model = _with_teacher(student, config, seed, classes)
+
+        def batches_from(step: int) -> Iterable[list[dict[str, Any]]]:
+            return training_batches(config, sets, seed, step)
+
+        def evaluate(step: int) -> dict[str, float]:
+            found = _evaluate(kept, config, validation or data)
+            if validation is not None and is_main_process():
+                keep_best(folder.path, kept, classes, step, found)
+            prefix = "" if validation is None else "val/"
+            return {f"{prefix}{name}": found[name] for name in ("map", "map_area") if found.get(name) is not None}
+
+        trained = train(model, config, seed, folder, batches_from, evaluate, average)
+        validated: dict[str, Any] = {}
+        if validation is not None:
+            found = _evaluate(kept, config, validation)
+            steps = config.SOLVER.MAX_ITER
+
+            def settled() -> dict[str, Any]:
+                last = keep_best(folder.path, kept, classes, steps, found)
+                return settle(folder.path, kept, last, config.TEST.SELECT)
+
+            validated = {"validation": found, "checkpoints": broadcast_from_rank0(settled)}
+            # those of the best step, where they are tested
+            copy_from_first(kept)
+        if is_main_process():
+            save_weights(folder.path / WEIGHTS_FILE, kept, classes)
+        result = {
+            **_evaluate(kept, config, data, folder.path / DETECTIONS_FILE),
+            "seconds": trained.seconds,
+            "steps": config.SOLVER.MAX_ITER,
+            "engine": "torchvision",
+            "params": count_parameters(student),
+            "seed": seed,
+            "method": parse_method(config.TRANSFER.METHOD).word,
+            "weights": dict(model.transfer.weights) if isinstance(model, DistilledDetector) else {},
+            "losses": trained.losses,
+            **validated,
+        }
+        if is_main_process():
+            folder.finish(result)
+        return broadcast_from_rank0(folder.result)
+
+
+def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
+    """Evaluate a whole detector on DATASETS.TEST; the numbers go to ``OUTPUT_DIR/inference``.
+
+    Args:
+        config: MODEL.WEIGHTS names the detector.
+        resume: evaluate the one that was trained in OUTPUT_DIR instead.
+
+    Raises:
+        UserError: the weights are not a whole detector, or there is nothing to evaluate on.
+    """
+    _settle(config, ENGINE="torchvision")
+    resolve_machine(config)
+    start_processes(config.MODEL.DEVICE == "cpu")
+    if resume:
+        _settle_weights(config, str(Path(config.OUTPUT_DIR) / WEIGHTS_FILE))
+    if not config.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty; name the data set to evaluate on")
+    classes = _saved_classes(config) or data_classes(config)
+    resolve_classes(config, classes)
+    detector = build_detector(config)
+    if load_weights(detector, config, classes) != "detector":
+        raise UserError(
+            f"MODEL.WEIGHTS {config.MODEL.WEIGHTS or 'is empty'}: --eval-only needs a whole detector; name its "
+            f"{WEIGHTS_FILE}, or add --resume to take the one in {config.OUTPUT_DIR}"
+        )
+    folder = Path(config.OUTPUT_DIR) / "inference"
+    with gpu_errors_in_one_line("lower INPUT.MIN_SIZE_TEST"):
+        place_detector(detector, config)
+        log.info(compute_line(detector.pixel_mean.device, None, config.DATALOADER.NUM_WORKERS))
+        found = _evaluate(detector, config, _test_data(config, classes), folder / DETECTIONS_FILE)
+    if is_main_process():
+        write_json(folder / "result.json", found)
+    return found
+
+
+def _settle(config: CfgNode, **values: Any) -> None:
+    frozen = config.is_frozen()
+    config.defrost()
+    config.update(values)
+    if frozen:
+        config.freeze()
+
+
+def _settle_weights(config: CfgNode, weights: str) -> None:
+    frozen = config.is_frozen()
+    config.defrost()
+    config.MODEL.WEIGHTS = weights
+    if frozen:
+        config.freeze()
+
+
+def _seed(config: CfgNode, folder: RunFolder) -> int:
+    """SEED, or where it is negative one drawn by chance and kept in the folder, for the run to go on with."""
+    if config.SEED >= 0:
+        return int(config.SEED)
+    path = folder.path / "seed.json"
+    if not path.exists():
+        write_json(path, derive_seed(os.urandom(16).hex()) % 2**31)
+    seed = read_json(path)
+    if not isinstance(seed, int):
+        raise UserError(f"{path}: not a seed; remove {folder.path} to start this run again")
+    return seed
+
+
+def _student(config: CfgNode, classes: tuple[str, ...], seed: int) -> Detector:
+    detector = build_detector(config, seed)
+    load_weights(detector, config, classes)
+    detector.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
+    place_detector(detector, config)
+    mixed, device = config.SOLVER.AMP.ENABLED, detector.pixel_mean.device
+    detector.amp = amp_dtype("auto", device) if mixed else None
+    log.info(compute_line(device, detector.amp, config.DATALOADER.NUM_WORKERS, mixed))
+    return detector
+
+
+def place_detector(detector: Detector, config: CfgNode) -> None:
+    """Move a detector to MODEL.DEVICE, in the layout and precision that its config asks for."""
+    torch.backends.cudnn.benchmark = config.CUDNN_BENCHMARK
+    device = torch.device(resolve_device(config.MODEL.DEVICE))
+    set_float32_precision(config.FLOAT32_PRECISION, device)
+    detector.to(device)
+    if device.type == "cpu" or config.SOLVER.AMP.ENABLED:
+        # a layout in which convolutions are faster there; the heads work on flat rows
+        detector.backbone.to(memory_format=torch.channels_last)
+
+
+def _with_teacher(
+    student: Detector, config: CfgNode, seed: int, classes: Sequence[str]
+) -> Detector | DistilledDetector:
+    if not wants_teacher(config.TRANSFER):
+        return student
+    with seeded(seed, "init", "teacher"), trusting_pickles(config.TRUST_PICKLE):
+        teacher, filled, theirs = teacher_of(config)
+    with seeded(seed, "init", "transfer"):
+        model = distill(student, teacher, config.TRANSFER)
+    below = set(level_channels(teacher.backbone.bottom_up))
+    read = [*model.transfer.teacher_levels, *(["box head"] if model.box_widths else [])]
+    if filled != "detector" and not (filled in ("backbone", "timm") and set(read) <= below):
+        raise UserError(
+            f"TRANSFER.TEACHER.WEIGHTS: the teacher's {', '.join(read)} would be random; "
+            f"name the {WEIGHTS_FILE} of a trained detector"
+        )
+    check_class_names(model.transfer, classes, theirs)
+    model.to(student.pixel_mean.device)
+    log_shapes(model)
+    # of the teacher's backbone alone: its box head computes in float32
+    cast_frozen(teacher.backbone, student.amp)
+    return model
+
+
+def teacher_of(config: CfgNode) -> tuple[Detector, str, Sequence[str]]:
+    """The teacher that TRANSFER.TEACHER names, what its weights filled (see ``load_weights``), and its classes."""
+    named = config.TRANSFER.TEACHER
+    overrides = ["MODEL.WEIGHTS", named.WEIGHTS] if named.WEIGHTS else []
+    own = load_detect_config(expand_path(named.CONFIG_FILE, "TRANSFER.TEACHER.CONFIG_FILE"), overrides)
+    classes = _saved_classes(own) or data_classes(own)
+    resolve_classes(own, classes)
+    teacher = build_detector(own)
+    filled = load_weights(teacher, own, key="TRANSFER.TEACHER.WEIGHTS")
+    place_detector(teacher, config)
+    return teacher, filled, classes
+
+
+def _saved_classes(config: CfgNode) -> list[str]:
+    """DATASETS.CLASSES, or those in the weights file, or []."""
+    weights = config.MODEL.WEIGHTS
+    if config.DATASETS.CLASSES or not weights or "://" in weights:
+        return list(config.DATASETS.CLASSES)
+    path = Path(expand_path(weights, "MODEL.WEIGHTS"))
+    return saved_classes(path) if path.is_file() else []
+
+
+def _test_data(config: CfgNode, classes: Iterable[str]) -> VocDataset | None:
+    if len(config.DATASETS.TEST) > 1:
+        raise UserError("DATASETS.TEST: the torchvision engine evaluates one data set a run; name one")
+    return open_voc(config, "DATASETS.TEST", tuple(classes))[0] if config.DATASETS.TEST else None
+
+
+def _evaluate(
+    detector: Detector, config: CfgNode, data: VocDataset | JoinedVoc | None, detections_file: Path | None = None
+) -> dict[str, Any]:
+    """What the detector scores; nothing without test data."""
+    if data is None:
+        return {}
+    found = detect(detector, evaluation_batches(config, data, share=share_of_batches()), data)
+    if detections_file is not None and is_main_process():
+        write_detections(detections_file, found)
+    return broadcast_from_rank0(lambda: score(found, data))
+
+
+def print_result(result: Mapping[str, Any], folder: str) -> None:
+    """Print AP a class and the means.
+
+    Args:
+        result: the content of ``result.json``; without ``map`` nothing was evaluated.
+        folder: where it stands.
+    """
+    # into a file or a pipe: as wide as the table needs
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if "map" not in result:
+        console.print(f"trained, not evaluated (DATASETS.TEST is empty); see {folder}", markup=False)
+        return
+    table = Table(title=escape(f"VOC AP at IoU 0.5, {folder}"))
+    table.add_column("class")
+    for column in ("AP 11-point", "AP area"):
+        table.add_column(column, justify="right")
+    for name, ap in result["per_class"].items():
+        table.add_row(escape(name), _cell(ap), _cell(result["per_class_area"][name]))
+    table.add_section()
+    table.add_row("mean", _cell(result["map"]), _cell(result["map_area"]), style="bold")
+    console.print(table)
+    coco = ", ".join(f"{name} {_cell(value)}" for name, value in result["coco"].items())
+    console.print(f"COCO: {coco}", highlight=False)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,168 @@
+"""What a detector found on somebody's images, and how it is written: pictures, JSON, VOC XML, CSV."""
+
+from __future__ import annotations
+
+import colorsys
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from nst_det.data.annotation import VocAnnotation, VocObject, voc_xml
+from nst_det.detection.pipeline import write_detections
+from nst_det.engine.io import atomic_path, write_text
+from nst_det.evaluation.boxes import Detections
+
+FORMATS = ("images", "json", "voc", "csv")
+CSV_COLUMNS = ("image_id", "file", "category", "score", "xmin", "ymin", "xmax", "ymax")
+VOC_SPLIT = "predicted"
+JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The detections on one image, best first.
+
+    Attributes:
+        id: stem of the file; a frame of a video has its number behind it (``clip_000017``).
+        file: where the image comes from.
+        width: pixels.
+        height: pixels.
+        boxes: (N, 4) float32 xyxy, 0-based continuous, in pixels of the image.
+        labels: (N,) int64 indices into the classes.
+        scores: (N,) float32, 0..1.
+        image: (H, W, 3) uint8, RGB.
+    """
+
+    id: str
+    file: str
+    width: int
+    height: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    image: np.ndarray = field(repr=False, compare=False)
+
+    def of_labels(self, kept: Iterable[int]) -> Prediction:
+        """The detections of some labels alone."""
+        keep = np.isin(self.labels, list(kept))
+        parts = self.boxes[keep], self.labels[keep], self.scores[keep]
+        return Prediction(self.id, self.file, self.width, self.height, *parts, self.image)
+
+
+def palette(count: int) -> list[tuple[int, int, int]]:
+    """``count`` RGB colors, neighbors far apart in hue."""
+    golden = 0.618033988749895
+    colors = [colorsys.hsv_to_rgb(index * golden % 1.0, 0.75, 0.95) for index in range(count)]
+    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colors]
+
+
+def draw(prediction: Prediction, classes: Sequence[str]) -> np.ndarray:
+    """The image with boxes, class names and scores on it, (H, W, 3) uint8, RGB; the worst scores lie lowest."""
+    canvas = np.ascontiguousarray(prediction.image).copy()
+    colors = palette(len(classes))
+    thickness = max(1, round(min(canvas.shape[:2]) / 240))
+    size = max(0.35, min(canvas.shape[:2]) / 1000)
+    rows = list(zip(prediction.boxes, prediction.labels.tolist(), prediction.scores.tolist()))
+    for box, label, score in reversed(rows):
+        left, top, right, bottom = (round(float(value)) for value in box)
+        cv2.rectangle(canvas, (left, top), (right - 1, bottom - 1), colors[label], thickness)
+        text = f"{classes[label]} {score:.2f}"
+        (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
+        left = max(0, min(left, canvas.shape[1] - width))
+        above = max(top, height + base)
+        cv2.rectangle(canvas, (left, above - height - base), (left + width, above), colors[label], cv2.FILLED)
+        at = (left, above - base // 2 - 1)
+        cv2.putText(canvas, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), 1, cv2.LINE_AA)
+    return canvas
+
+
+def write_picture(folder: Path, prediction: Prediction, classes: Sequence[str]) -> Path:
+    """Write ``folder/ID.jpg`` with the detections drawn on it."""
+    drawn = cv2.cvtColor(draw(prediction, classes), cv2.COLOR_RGB2BGR)
+    done, data = cv2.imencode(".jpg", drawn, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    assert done, "OpenCV could not encode a picture"
+    path = folder / f"{prediction.id}.jpg"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.tobytes())
+    return path
+
+
+def voc_annotation(prediction: Prediction, classes: Sequence[str]) -> str:
+    """The detections as VOC XML: 1-based inclusive boxes with all their digits, and ``<score>`` in each object.
+
+    :func:`nst_det.data.annotation.read_annotation` reads back the very same boxes.
+    """
+    boxes = np.add(prediction.boxes.astype(np.float64), (1, 1, 0, 0)).tolist()
+    objects = tuple(VocObject(classes[label], box) for label, box in zip(prediction.labels.tolist(), boxes))
+    annotation = VocAnnotation(prediction.id, prediction.width, prediction.height, objects)
+    return voc_xml(annotation, Path(prediction.file).name, scores=prediction.scores.tolist(), digits="")
+
+
+def to_detections(predictions: Iterable[Prediction], classes: Sequence[str]) -> Detections:
+    """Detections of many images as flat arrays."""
+    return Detections.from_images(((p.id, p.boxes, p.labels, p.scores) for p in predictions), classes)
+
+
+def to_csv(predictions: Iterable[Prediction], classes: Sequence[str]) -> str:
+    """A line a detection with the columns of :data:`CSV_COLUMNS`; boxes are 0-based continuous pixels."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for p in predictions:
+        for box, label, score in zip(p.boxes.tolist(), p.labels.tolist(), p.scores.tolist()):
+            writer.writerow([p.id, p.file, classes[label], repr(score), *map(repr, box)])
+    return text.getvalue()
+
+
+class PredictionWriter:
+    """Writes predictions into a folder, image by image; JSON, CSV and the VOC list appear whole, at the end.
+
+    ``images`` gives ``images/ID.jpg``, ``json`` ``detections.json``, ``csv`` ``detections.csv``, and ``voc`` the
+    folder ``voc`` with ``Annotations/ID.xml`` and the list ``ImageSets/Main/predicted.txt``.
+
+    Args:
+        folder: made where it is missing.
+        formats: of :data:`FORMATS`.
+        classes: the detector's.
+    """
+
+    def __init__(self, folder: str | Path, formats: Iterable[str], classes: Sequence[str]) -> None:
+        self.folder, self.formats, self.classes = Path(folder), frozenset(formats), tuple(classes)
+        self._kept: list[Prediction] = []
+
+    def add(self, prediction: Prediction) -> None:
+        """Write what concerns one image alone, and remember its detections.
+
+        Raises:
+            UserError: the folder can't be written.
+        """
+        if "images" in self.formats:
+            write_picture(self.folder / "images", prediction, self.classes)
+        if "voc" in self.formats:
+            path = self.folder / "voc" / "Annotations" / f"{prediction.id}.xml"
+            write_text(path, voc_annotation(prediction, self.classes))
+        # without its pixels: there may be a million images
+        parts = prediction.boxes, prediction.labels, prediction.scores, np.zeros((0, 0, 3), np.uint8)
+        self._kept.append(Prediction(prediction.id, prediction.file, prediction.width, prediction.height, *parts))
+
+    def finish(self) -> dict[str, int]:
+        """Write the files on all images.
+
+        Returns:
+            Detections by class, the most frequent first.
+        """
+        found = to_detections(self._kept, self.classes)
+        if "json" in self.formats:
+            write_detections(self.folder / "detections.json", found)
+        if "csv" in self.formats:
+            write_text(self.folder / "detections.csv", to_csv(self._kept, self.classes))
+        if "voc" in self.formats:
+            names = "".join(f"{p.id}\n" for p in self._kept)
+            write_text(self.folder / "voc" / "ImageSets" / "Main" / f"{VOC_SPLIT}.txt", names)
+        counts = np.bincount(found.label, minlength=len(self.classes)).tolist()
+        return dict(sorted(((n, c) for n, c in zip(self.classes, counts) if c), key=lambda pair: -pair[1]))

@@ -1,0 +1,122 @@
+"""What stands between pixels and heads: a timm bottom-up, alone or under a feature pyramid."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from fvcore.common.config import CfgNode
+from fvcore.nn.weight_init import c2_xavier_fill
+from torch import Tensor, nn
+
+from nst_det.engine.seeds import seeded
+from nst_det.errors import UserError
+from nst_det.models import Bottomup
+
+
+class Shape(NamedTuple):
+    """Channels and stride (pixels) of a level."""
+
+    channels: int
+    stride: int
+
+
+class BackboneOnly(Bottomup):
+    """A timm bottom-up with the interface of :class:`Fpn`."""
+
+    size_divisibility = 0
+
+    @property
+    def bottom_up(self) -> Bottomup:
+        """The bottom-up: itself."""
+        return self
+
+    def output_shape(self) -> dict[str, Shape]:
+        """Channels and stride of each level."""
+        return {name: Shape(self.channels[name], self.strides[name]) for name in self.channels}
+
+
+class Fpn(nn.Module):
+    """Feature pyramid (Lin et al. 2017, https://arxiv.org/abs/1612.03144), with ``p6`` picked from ``p5``.
+
+    Images must be padded to a multiple of ``size_divisibility``, so that every map is exactly twice the next.
+
+    Args:
+        bottom_up: gives the levels.
+        in_features: consecutive levels of it, the largest map first.
+        channels: of every output.
+        average: halve the sum of a lateral map and the one from above.
+
+    Example:
+        >>> fpn = Fpn(Bottomup("nst_resnet10_w32"), ["res2", "res3", "res4", "res5"], channels=16)
+        >>> list(fpn.output_shape())
+        ['p2', 'p3', 'p4', 'p5', 'p6']
+    """
+
+    def __init__(self, bottom_up: Bottomup, in_features: Sequence[str], channels: int, average: bool = False) -> None:
+        super().__init__()
+        self.bottom_up = bottom_up
+        self.in_features, self.channels, self.average = list(in_features), channels, average
+        strides = [bottom_up.strides[name] for name in in_features]
+        if any(below * 2 != above for below, above in itertools.pairwise(strides)):
+            raise ValueError(f"FPN levels {', '.join(in_features)}: each must have twice the stride of the one before")
+        self.levels = [int(math.log2(stride)) for stride in strides]
+        self.size_divisibility = strides[-1]
+        for level, name in zip(self.levels, in_features):
+            self.add_module(f"fpn_lateral{level}", nn.Conv2d(bottom_up.channels[name], channels, 1))
+            self.add_module(f"fpn_output{level}", nn.Conv2d(channels, channels, 3, padding=1))
+
+    def initialize(self, seed: int) -> None:
+        """Draw weights that don't depend on the bottom-up, except where its channels are the input's."""
+        for kind in ("output", "lateral"):
+            with seeded(seed, "init", f"fpn_{kind}"):
+                for level in self.levels:
+                    c2_xavier_fill(self.get_submodule(f"fpn_{kind}{level}"))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) normalized images to maps (B, channels, H / stride, W / stride): ``p2`` .. ``p6``."""
+        maps = self.bottom_up(images)
+        above: Tensor | None = None
+        pyramid: dict[str, Tensor] = {}
+        for level, name in zip(reversed(self.levels), reversed(self.in_features)):
+            lateral: Tensor = self.get_submodule(f"fpn_lateral{level}")(maps[name])
+            if above is not None:
+                lateral = lateral + F.interpolate(above, scale_factor=2.0, mode="nearest")
+                lateral = lateral / 2 if self.average else lateral
+            above = lateral
+            pyramid[f"p{level}"] = self.get_submodule(f"fpn_output{level}")(lateral)
+        last = self.levels[-1]
+        pyramid[f"p{last + 1}"] = F.max_pool2d(pyramid[f"p{last}"], kernel_size=1, stride=2)
+        return dict(sorted(pyramid.items()))
+
+    def output_shape(self) -> dict[str, Shape]:
+        """Channels and stride of each level."""
+        return {f"p{level}": Shape(self.channels, 2**level) for level in [*self.levels, self.levels[-1] + 1]}
+
+
+def build_backbone(config: CfgNode, seed: int) -> BackboneOnly | Fpn:
+    """The backbone of MODEL.BACKBONE and MODEL.TIMM, nothing frozen yet.
+
+    Args:
+        seed: of random weights; those of the pyramid are drawn apart from the bottom-up's.
+
+    Raises:
+        UserError: timm doesn't know the architecture, or it lacks a level.
+    """
+    timm, fpn = config.MODEL.TIMM, config.MODEL.FPN
+    with_fpn = config.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone"
+    try:
+        with seeded(seed, "init", "bottom_up"):
+            kind = Bottomup if with_fpn else BackboneOnly
+            bottom_up = kind(timm.ARCH, timm.OUT_FEATURES, dict(timm.KWARGS), pretrained=timm.PRETRAINED)
+        if isinstance(bottom_up, BackboneOnly):
+            return bottom_up
+        with seeded(seed, "init", "fpn"):
+            pyramid = Fpn(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, average=fpn.FUSE_TYPE == "avg")
+    except ValueError as error:
+        raise UserError(f"MODEL.TIMM: {error}") from error
+    pyramid.initialize(seed)
+    return pyramid

@@ -1,0 +1,307 @@
+"""Three lines for somebody's own Detectron2 project."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import detectron2
+import torch
+import yaml
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import nn
+
+from nst_det.detection import distiller as distilled
+from nst_det.detection.box_head import check_class_names, reads_box_head
+from nst_det.detection.checkpoint import saved_classes
+from nst_det.detection.config import detector_transfer_node, resolve_device
+from nst_det.detection.data import data_classes
+from nst_det.detection.distiller import DistilledDetector, log_shapes
+from nst_det.detectron2.checkpoint import PREFIX, SUFFIX, BackboneCheckpointer
+from nst_det.detectron2.config import add_config, class_list
+from nst_det.detectron2.modeling import TimmBackbone, bottom_up_of, box_outputs, choose_roi_heads
+from nst_det.engine.config import expand_path
+from nst_det.engine.seeds import seeded
+from nst_det.errors import UserError
+from nst_det.losses import TransferLoss, parse_method
+from nst_det.models.io import card_path, pickles_are_trusted, trusting_pickles
+
+log = logging.getLogger(__name__)
+
+
+def build_teacher(
+    config_file: str,
+    weights: str = "",
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+    levels: Sequence[str] = (),
+    box_head: bool = False,
+) -> nn.Module:
+    """A frozen detector in evaluation mode.
+
+    Args:
+        config_file: a YAML (this project's, or any of Detectron2's), a Python LazyConfig, or a name of Detectron2's
+            model zoo such as ``COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml``.
+        weights: a checkpoint, ``detectron2://...`` or an address; "" takes those that the config names, and for a
+            config of the model zoo those that belong to it.
+        device: where it computes; None takes the config's, or the CPU where that is not there.
+        overrides: ``KEY VALUE`` pairs on top of a YAML config.
+        levels: what will be compared; a backbone file, which has no FPN, can teach ``res2`` .. ``res5`` only.
+        box_head: whether its box head will be asked too; a backbone file has none.
+
+    Raises:
+        UserError: no such config, no weights at all, or weights that leave a part of the detector random.
+    """
+    if not config_file:
+        raise UserError("TRANSFER.TEACHER.CONFIG_FILE is empty; name the teacher's config, or set TRANSFER.METHOD ce")
+    path, of_zoo = _find(config_file)
+    # the teacher's random numbers must not move the student's
+    with seeded(0, "teacher"):
+        model, named = _build_lazy(path) if path.endswith(".py") else _build_yaml(path, weights, device, overrides)
+    # a config of the model zoo names the weights that its training began with, not those it ended with
+    source = expand_path(weights, "TRANSFER.TEACHER.WEIGHTS") or (_zoo_weights(config_file) if of_zoo else named)
+    _, bottom_up = bottom_up_of(model)
+    published = isinstance(bottom_up, TimmBackbone) and bottom_up.loaded
+    if not source and not published:
+        raise UserError(
+            f"{config_file}: names no weights and TRANSFER.TEACHER.WEIGHTS is empty; a random teacher teaches nothing"
+        )
+    if not source or _is_backbone_file(source):
+        _check_levels(levels, source or f"{config_file} with timm's weights", box_head)
+        complete: list[str] = []
+    else:
+        complete = [name for name, _ in model.named_children()]
+    BackboneCheckpointer(model, complete=complete).load(source)
+    log.info("teacher: %s, weights %s", config_file, source or "timm's")
+    if device is not None:
+        model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def teacher_classes(config_file: str, weights: str = "") -> list[str]:
+    """The names of a teacher's classes, as its config, its weights or its data set tell them; [] where none does.
+
+    Raises:
+        UserError: no such config, or not one.
+    """
+    path, _ = _find(config_file)
+    if path.endswith(".py"):
+        return []
+    cfg = _read_yaml(path, ())
+    local = expand_path(weights or cfg.MODEL.WEIGHTS, "TRANSFER.TEACHER.WEIGHTS")
+    saved = saved_classes(local) if local and "://" not in local and Path(local).is_file() else []
+    return list(cfg.DATASETS.CLASSES) or saved or class_list(cfg)
+
+
+def _is_backbone_file(source: str) -> bool:
+    return source.startswith(PREFIX) or (source.endswith(SUFFIX) and card_path(source).is_file())
+
+
+def _check_levels(levels: Sequence[str], source: str, box_head: bool) -> None:
+    if box_head:
+        raise UserError(
+            f"TRANSFER: {source} is a backbone, so the teacher's box head would be random; name the weights of a whole "
+            "detector, or use terms on feature maps"
+        )
+    for level in levels:
+        theirs = str(level).rpartition(":")[2].strip()
+        if not theirs.startswith("res"):
+            raise UserError(
+                f"TRANSFER: {source} is a backbone, so the teacher's '{theirs}' would be random; compare res2 .. res5, "
+                "or name the weights of a whole detector"
+            )
+
+
+def _find(config_file: str) -> tuple[str, bool]:
+    """The config's path, and whether it is one of the model zoo's."""
+    path = Path(config_file).expanduser()
+    if path.is_file():
+        return str(path), False
+    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    if not (zoo / config_file).is_file():
+        raise UserError(f"{config_file}: no such config file, and no config of this name in Detectron2's model zoo")
+    return str(zoo / config_file), True
+
+
+def _zoo_weights(config_file: str) -> str:
+    try:
+        # Detectron2 0.6 reads its model zoo by pkg_resources, which setuptools 81 dropped
+        from detectron2 import model_zoo
+
+        return str(model_zoo.get_checkpoint_url(config_file))
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"{config_file}: the model zoo's weights of it can't be found ({error}); name them by "
+            "TRANSFER.TEACHER.WEIGHTS, or install setuptools<81"
+        ) from error
+
+
+def _read_yaml(path: str, overrides: Sequence[str]) -> CfgNode:
+    cfg: CfgNode = get_cfg()
+    add_config(cfg)
+    try:
+        # Detectron2's own reader: it also upgrades configs of earlier versions, and runs the Python code in a YAML,
+        # of which there is some in its model zoo
+        own = Path(path).is_relative_to(Path(detectron2.__file__).parent)
+        cfg.merge_from_file(path, allow_unsafe=own or pickles_are_trusted())
+        cfg.merge_from_list(list(overrides))
+    except yaml.constructor.ConstructorError as error:
+        raise UserError(
+            f"{path}: not read: a tag in it or its _BASE_ asks for Python code ({error.problem}); write the value out, "
+            "or if you trust where it is from, add --trust-pickle (in a config: TRUST_PICKLE True)"
+        ) from error
+    except (KeyError, ValueError, AssertionError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not a Detectron2 config: {error}") from error
+    return cfg
+
+
+def _build_yaml(path: str, weights: str, device: str | None, overrides: Sequence[str]) -> tuple[nn.Module, str]:
+    cfg = _read_yaml(path, overrides)
+    named = cfg.MODEL.WEIGHTS
+    cfg.MODEL.DEVICE = device or resolve_device(cfg.MODEL.DEVICE)
+    # the guard against frozen random layers is for those without weights; these come below
+    cfg.MODEL.WEIGHTS = weights or named or "later"
+    cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.TIMM.PRETRAINED and not (weights or named)
+    choose_roi_heads(cfg)
+    if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = _classes(cfg, path, weights or named)
+    model: nn.Module = build_model(cfg)
+    return model, named
+
+
+def _classes(cfg: CfgNode, path: str, weights: str) -> int:
+    local = weights if weights and "://" not in weights and Path(weights).is_file() else ""
+    classes = (saved_classes(local) if local else []) or data_classes(cfg, known_only=True)
+    if not classes:
+        raise UserError(f"{path}: MODEL.ROI_HEADS.NUM_CLASSES is 0, and no data set of DATASETS.VOC tells the number")
+    return len(classes)
+
+
+def _build_lazy(path: str) -> tuple[nn.Module, str]:
+    cfg: Any = LazyConfig.load(path)
+    if "model" not in cfg:
+        raise UserError(f"{path}: a LazyConfig without 'model'")
+    return instantiate(cfg.model), str(cfg.get("train", {}).get("init_checkpoint", ""))
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | str,
+    method: str = "nst-poly",
+    levels: Sequence[str] = ("p2", "p3", "p4", "p5"),
+    *,
+    teacher_weights: str = "",
+    weights: Mapping[str, float] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    auto_weight: Mapping[str, float] | None = None,
+    warmup_iters: int = 0,
+    seed: int = 0,
+    trust_pickle: bool = False,
+) -> DistilledDetector:
+    """Any Detectron2 detector, made to learn from a teacher detector while it trains.
+
+    The result trains, evaluates and is saved like ``student``: its losses get a ``loss_transfer_<term>`` a term, and
+    its state dict is the student's, by the student's names.  Give its ``parameters()`` to the optimizer, since some
+    terms have adapters; to keep these over a restart, add
+    ``checkpointer.add_checkpointable("adapters", model.transfer)``.
+
+    Args:
+        student: the detector that is trained, from ``build_model(cfg)``, ``instantiate(cfg.model)`` or anywhere.
+        teacher: a trained detector, or its config: a YAML, a Python LazyConfig, or a name in Detectron2's model zoo.
+        method: a method's word, such as ``nst-poly``, ``at+nst-poly`` or ``nst-poly:20``.
+        levels: what is compared: names that the backbones give, ``student:teacher`` where they differ.
+        teacher_weights: the teacher's checkpoint if ``teacher`` is a config; "" takes those that it names.
+        weights: term to weight, where the word has none.
+        options: term to its options; ``kd`` has the temperature 1 here.
+        auto_weight: term to the share of the gradient norm at the student's backbone, 1.0 as much as the student's own
+            losses, that its weight is to give it; chosen in the first five steps, instead of ``weights``.
+        warmup_iters: the weights rise linearly from 0 over that many steps.
+        seed: of the adapters.
+        trust_pickle: open the teacher's checkpoint also where it is a pickle with more than tensors in it (``.pkl``, as
+            the model zoo has them), which can run any code.
+
+    Raises:
+        UserError: no such teacher, weights that don't fit it, or a method that these two can't be compared by.
+
+    Example::
+
+        class Trainer(DefaultTrainer):
+            @classmethod
+            def build_model(cls, cfg):
+                return distill(super().build_model(cfg), "teacher.yaml", "nst-poly")
+    """
+    node = detector_transfer_node()
+    node.METHOD, node.LEVELS, node.WARMUP_ITERS = method, list(levels), warmup_iters
+    for name, values in (("WEIGHTS", weights), ("OPTIONS", options), ("AUTO_WEIGHT", auto_weight)):
+        for term, value in dict(values or {}).items():
+            node[name][term] = dict(value) if isinstance(value, Mapping) else value
+    if isinstance(teacher, str):
+        with trusting_pickles(trust_pickle):
+            teacher = build_teacher(
+                teacher, teacher_weights, str(_device(student)), levels=node.LEVELS, box_head=_reads_box_head(node)
+            )
+    return _wrap(student, teacher, node, seed)
+
+
+def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
+    """The same from the ``TRANSFER`` node of a config; the student itself where ``METHOD`` is ``ce``.
+
+    Raises:
+        UserError: see :func:`distill`.
+    """
+    node = cfg.TRANSFER
+    if not distilled.wants_teacher(node):
+        return student
+    named, device = node.TEACHER, str(_device(student))
+    with trusting_pickles(cfg.TRUST_PICKLE):
+        teacher = build_teacher(
+            named.CONFIG_FILE, named.WEIGHTS, device, levels=_levels(node), box_head=_reads_box_head(node)
+        )
+        classes = teacher_classes(named.CONFIG_FILE, named.WEIGHTS)
+    model = _wrap(student, teacher, node, max(cfg.SEED, 0))
+    check_class_names(model.transfer, class_list(cfg), classes)
+    return model
+
+
+def _levels(node: CfgNode) -> list[str]:
+    return [*node.LEVELS, *(level for levels in node.TERM_LEVELS.values() for level in levels)]
+
+
+def _reads_box_head(node: CfgNode) -> bool:
+    try:
+        return reads_box_head(parse_method(node.METHOD))
+    except ValueError as error:
+        raise UserError(f"TRANSFER.METHOD: {error}") from error
+
+
+def _wrap(student: nn.Module, teacher: nn.Module, node: CfgNode, seed: int) -> DistilledDetector:
+    with seeded(seed, "adapters"):
+        model = distilled.distill(student, teacher, node, box_outputs)
+    model.to(_device(student))
+    log_shapes(model)
+    model.register_forward_pre_hook(_follow_iteration)
+    return model
+
+
+def _follow_iteration(model: nn.Module, _: Any) -> None:
+    # a run that goes on doesn't warm up again, whoever's trainer it is
+    if model.training and has_event_storage():
+        model.iteration = get_event_storage().iter
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """The student in a :class:`DistilledDetector`; any other model itself."""
+    return model.student if isinstance(model, DistilledDetector) else model
+
+
+def transfer_of(model: nn.Module) -> TransferLoss | None:
+    """The transfer terms of a :class:`DistilledDetector`; None for any other model."""
+    return model.transfer if isinstance(model, DistilledDetector) else None

@@ -1,0 +1,291 @@
+"""Backbone files in Detectron2's checkpointer, under ``MODEL.WEIGHTS: backbone://NAME``."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling.backbone import ResNet
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+from detectron2.utils.file_io import PathManager
+from torch import Tensor, nn
+
+from nst_det.detectron2.modeling import bottom_up_of
+from nst_det.detectron2.resnet_key_map import resnet_to_detectron2
+from nst_det.engine.checkpoint import KEPT, check_intact, write_state
+from nst_det.engine.io import write_text
+from nst_det.errors import UserError
+from nst_det.models import (
+    BackboneHandler,
+    Bottomup,
+    Card,
+    check_input_contract,
+    create_model,
+    load_backbone,
+    load_into,
+    load_plain,
+    resolve,
+)
+from nst_det.models.build import batch_norms
+from nst_det.models.io import card_path, check_shapes, load_pickled
+
+log = logging.getLogger(__name__)
+PREFIX = "backbone://"
+SUFFIX = ".safetensors"
+PICKLES = (".pkl", ".pyth")
+
+
+class BackboneCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer that also reads backbone files, strictly.
+
+    From a backbone file (``backbone://NAME``, or a ``.safetensors`` path with its card) the bottom-up is filled whole
+    or an error names what doesn't fit; FPN and heads, which such a file can't hold, are reported apart.  The file's
+    input contract (channel order, mean, std) is compared with the model's.  A ``.safetensors`` file without a card
+    is a whole detector of the torchvision engine, whose names are Detectron2's.  Other files go Detectron2's way.
+
+    Args:
+        model: a detector with a ``backbone``.
+        save_dir: where checkpoints are saved.
+        complete: prefixes of entries that must come from the file, whatever kind of file it is.
+
+    Attributes:
+        card: of the backbone file that was loaded last, or None.
+        written: the network whose weights :meth:`save` writes; ``model``, or an average of its weights.
+    """
+
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, complete: Iterable[str] = (), **checkpointables: Any
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self.complete = tuple(complete)
+        self.card: Card | None = None
+        self.written = model
+        self._source = ""
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Detectron2's; ``path`` may be ``backbone://NAME``.
+
+        Raises:
+            UserError: no such file, weights that don't fit, or another input contract.
+        """
+        self.card, self._source = None, path
+        if path.startswith(PREFIX):
+            path = str(resolve(path))
+        try:
+            loaded: dict[str, Any] = super().load(path, *args, **kwargs)
+        except (FileNotFoundError, AssertionError) as error:
+            if path and "://" not in path and not Path(path).exists():
+                raise UserError(f"{path}: no such weights file; correct MODEL.WEIGHTS") from error
+            raise
+        finally:
+            # Detectron2 would refuse every later load after one that failed
+            self._parsed_url_during_load = None
+        return loaded
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(PICKLES):
+            # Detectron2 opens these by itself; whether that is allowed, and if not why, is said here
+            load_pickled(filename)
+        if not filename.endswith(SUFFIX):
+            loaded: dict[str, Any] = super()._load_file(filename)
+            return loaded
+        if not card_path(filename).is_file():
+            # a whole detector, as the torchvision engine writes it
+            return {"model": load_plain(filename)}
+        entries, self.card = backbone_entries(self.model, filename)
+        check_contract(self.model, self.card, filename)
+        return {"model": entries}
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        loaded: dict[str, Any] = load_pickled(f)
+        return loaded
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As Detectron2's, but never half written: a full disk or a kill leaves the checkpoint before as it is.
+
+        Of the numbered ones the newest are kept, as many as in the torchvision engine; Detectron2 keeps all.
+
+        Raises:
+            UserError: it can't be written.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        write_state(Path(self.save_dir) / f"{name}.pth", {"model": self.written.state_dict(), **parts, **kwargs})
+        self.tag_last_checkpoint(f"{name}.pth")
+        for old in numbered(self.save_dir)[:-KEPT]:
+            old.unlink(missing_ok=True)
+
+    def get_checkpoint_file(self) -> str:
+        """The newest checkpoint in the folder; a damaged one is named in a warning and the one before it taken.
+
+        Raises:
+            UserError: every one is damaged.
+        """
+        newest = Path(super().get_checkpoint_file())
+        older = sorted((path for path in newest.parent.glob("model_*.pth") if path < newest), reverse=True)
+        for path in (newest, *older):
+            try:
+                check_intact(path)
+                return str(path)
+            except UserError as error:
+                log.warning("%s; taking the one before it", error)
+        raise UserError(f"{self.save_dir}: every checkpoint here is damaged; remove the folder to start this run again")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """As Detectron2's, but a process that is killed meanwhile leaves the former name."""
+        write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        must = [name for name in incompatible.missing_keys if name.startswith(self.complete)] if self.complete else []
+        if must:
+            raise UserError(
+                f"{self._source}: {len(must)} entries that this detector needs are not in it ({', '.join(must[:3])}"
+                f"{', ...' if len(must) > 3 else ''}); name weights that were trained with this config"
+            )
+        if self.card is None:
+            super()._log_incompatible_keys(incompatible)
+            return
+        parts = Counter(_part(name) for name in incompatible.missing_keys)
+        log.info(
+            "%s: the bottom-up is filled (method %s); expected to start anew: %s",
+            self._source,
+            self.card.method or "unknown",
+            ", ".join(f"{part} ({count} entries)" for part, count in parts.items()) or "nothing",
+        )
+
+
+def numbered(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run in its folder, oldest first, without that of its end."""
+    return sorted(Path(folder).glob("model_*[0-9].pth"))
+
+
+def step_of(path: Path) -> int:
+    """The finished steps of one of them; Detectron2 numbers them by the last step."""
+    return int(path.stem.removeprefix("model_")) + 1
+
+
+def _part(name: str) -> str:
+    if name.startswith("backbone."):
+        return "FPN"
+    return {"proposal_generator": "RPN", "roi_heads": "RoI heads"}.get(name.split(".")[0], name.split(".")[0])
+
+
+def backbone_entries(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor], Card]:
+    """What a backbone file says about a detector: the part of its state dict below the neck, by its own names.
+
+    Args:
+        model: with a ``TimmBackbone`` or Detectron2's ResNet as its bottom-up.
+        path: a ``.safetensors`` path.
+
+    Raises:
+        UserError: the file can't be read, or doesn't fill the bottom-up whole.
+    """
+    prefix, bottom_up = bottom_up_of(model)
+    if isinstance(bottom_up, Bottomup):
+        card = load_into(bottom_up, path)
+        return {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()}, card
+    if isinstance(bottom_up, ResNet):
+        state_dict, card = load_backbone(path)
+        return _resnet_entries(model, prefix, bottom_up, resnet_to_detectron2(state_dict, _eps(card)), str(path)), card
+    raise UserError(
+        f"{path}: a backbone file can't fill a {type(bottom_up).__name__}; use build_timm_fpn_backbone or "
+        "build_resnet_fpn_backbone as MODEL.BACKBONE.NAME"
+    )
+
+
+def _resnet_entries(
+    model: nn.Module, prefix: str, bottom_up: ResNet, given: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    own = {name: value for name, value in bottom_up.state_dict().items() if not name.endswith("num_batches_tracked")}
+    # torchvision and timm put a bottleneck's stride into its 3 x 3 convolution
+    if any(isinstance(layer, BottleneckBlock) and layer.conv1.stride != (1, 1) for layer in bottom_up.modules()):
+        raise UserError(f"{source}: set MODEL.RESNETS.STRIDE_IN_1X1 False, this backbone was trained so")
+    below = {name: value for name, value in given.items() if name in own}
+    beyond = [name for name in given if name not in own]
+    try:
+        check_shapes({name: tuple(value.shape) for name, value in below.items()}, own, source)
+    except ValueError as error:
+        raise UserError(f"{error}; compare MODEL.RESNETS with the backbone's architecture") from error
+    entries = {f"{prefix}{name}": value for name, value in below.items()}
+    last = max(int(name[3]) for name in own if name.startswith("res"))
+    for name in beyond:
+        # a network cut at res4 leaves res5 to RoI heads that have it (Res5ROIHeads), or to nobody
+        if not (name.startswith("res") and int(name[3]) > last):
+            raise UserError(f"{source}: {name} has no place in this ResNet; compare MODEL.RESNETS.DEPTH")
+        if f"roi_heads.{name}" in model.state_dict():
+            entries[f"roi_heads.{name}"] = given[name]
+    return entries
+
+
+def _eps(card: Card) -> float:
+    """Epsilon of the batch normalization of the card's architecture."""
+    with torch.device("meta"):
+        model = create_model(card.arch, card.num_classes, **card.arch_kwargs)
+    found = {layer.eps for _, layer in batch_norms(model)}
+    if len(found) != 1:
+        raise UserError(f"{card.arch}: batch normalization of one epsilon is needed, it has {sorted(found) or 'none'}")
+    return float(found.pop())
+
+
+def check_contract(model: nn.Module, card: Card, source: str | Path) -> None:
+    """Compare the pixels that a detector sends to its backbone with those that the backbone was trained on.
+
+    Raises:
+        UserError: other mean, std or channel order; the line says what to set.
+    """
+    mean = [float(value) / 255 for value in model.pixel_mean.flatten()]  # type: ignore[operator]
+    std = [float(value) / 255 for value in model.pixel_std.flatten()]  # type: ignore[operator]
+    try:
+        check_input_contract(card, mean, std, str(model.input_format or "BGR"))
+    except UserError as error:
+        wanted = card.input
+        raise UserError(
+            f"{source}: {error} (INPUT.FORMAT {wanted['channel_order']}, "
+            f"MODEL.PIXEL_MEAN {[round(255 * value, 3) for value in wanted['mean']]}, "
+            f"MODEL.PIXEL_STD {[round(255 * value, 3) for value in wanted['std']]})"
+        ) from error
+
+
+class _Detectron2Handler(BackboneHandler):
+    """``backbone://NAME`` for Detectron2's path manager, as a file that a plain DetectionCheckpointer reads.
+
+    The file holds the bottom-up by timm's names and, for a plain ResNet, by Detectron2's names too, and asks for
+    Detectron2's matching of names by their ends, so that it fits alone, under an FPN and in a larger module.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[str, str] = {}
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        if path not in self._files:
+            state_dict, card = load_backbone(path)
+            entries = {f"model.{name}": value for name, value in state_dict.items()}
+            try:
+                entries.update(resnet_to_detectron2(state_dict, _eps(card)))
+            except UserError:
+                log.debug("%s is not a plain ResNet, so it has timm's names only", path)
+            folder = tempfile.TemporaryDirectory(prefix="nst_det_")
+            atexit.register(folder.cleanup)
+            file = Path(folder.name) / f"{resolve(path).stem}.pth"
+            torch.save({"model": entries, "__author__": "nst_det", "matching_heuristics": True}, file)
+            self._files[path] = str(file)
+        return self._files[path]
+
+
+def register_paths() -> None:
+    """Teach Detectron2's path manager ``backbone://``; importing this module does it."""
+    PathManager.register_handler(_Detectron2Handler(), allow_override=True)
+
+
+register_paths()
+
+__all__ = ["BackboneCheckpointer", "backbone_entries", "check_contract", "register_paths"]

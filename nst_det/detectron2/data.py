@@ -1,0 +1,305 @@
+"""Training batches that are a function of the seed and the step alone.
+
+Detectron2's own loader is an endless stream: what it gives after a restart depends on how often it was started,
+and two processes see other batches than one.  Here the batch of step k is known without the k before it having
+been drawn, so that a run that goes on sees what the undisturbed run saw, all methods of one seed see the same
+images with the same augmentation, and several processes share out the very batch that one process would see.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_train_loader,
+    detection_utils,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
+from detectron2.data.transforms import AugInput
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from torch.utils.data import Dataset
+
+from nst_det.data.images import MAX_IMAGE_BYTES, image_size
+from nst_det.data.safe_io import read_bytes, shown_path
+from nst_det.data.splits import JoinedVoc
+from nst_det.data.voc import VocDataset
+from nst_det.detection.data import SampleIndex, StepBatchSampler, boxes_to_train
+from nst_det.engine.loader import end_workers_with_us, load
+from nst_det.engine.seeds import derive_seed
+from nst_det.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class SharedBatches:
+    """The part of one process in the batches of steps ``start``, ``start + 1``, ...
+
+    The batches are those of ``StepBatchSampler``, so they are the torchvision engine's too.
+
+    Args:
+        size: number of images.
+        batch: images of all processes in one step.
+        seed: of the run.
+        rank: of this process.
+        world: number of processes.
+        wide: for each image, whether it is wider than high; None mixes them.
+
+    Attributes:
+        start: the first step that an iterator gives; set it before the loader is used.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        wide: Sequence[bool] | None = None,
+    ) -> None:
+        if batch < 1 or batch % world:
+            raise UserError(
+                f"SOLVER.IMS_PER_BATCH: {batch} images a step can't be shared out to {world} processes; "
+                "use a multiple of their number"
+            )
+        share = batch // world
+        self._mine = slice(rank * share, (rank + 1) * share)
+        self._batches = partial(StepBatchSampler, size, batch, seed, wide=wide)
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
+        for places in self._batches(start=self.start):
+            yield places[self._mine]
+
+
+class SeededImages(Dataset[Any]):
+    """Dataset dicts through a mapper whose random draws depend on (seed, step, place) alone.
+
+    Args:
+        dicts: Detectron2's dataset dicts, a list or anything with ``len`` and ``[]``.
+        mapper: Detectron2's ``DatasetMapper`` or anything that maps a dict to the model's input.
+        seed: of the run.
+    """
+
+    def __init__(self, dicts: Any, mapper: Callable[[dict[str, Any]], Any], seed: int) -> None:
+        self.dicts, self.mapper, self.seed = dicts, mapper, seed
+
+    def __len__(self) -> int:
+        return len(self.dicts)
+
+    def __getitem__(self, place: SampleIndex) -> Any:
+        # Detectron2's augmentations draw from NumPy and Python only; torch's state is left alone
+        numpy_state, python_state = np.random.get_state(), random.getstate()
+        seed = derive_seed(self.seed, "augment", place.step, place.slot)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            item = self.mapper(self.dicts[place.image])
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+        if item is None:
+            raise UserError(
+                f"{self.dicts[place.image].get('file_name', place.image)}: the mapper gave nothing for this image"
+            )
+        return item
+
+
+class BoundedMapper(DatasetMapper):
+    """Detectron2's mapper; an image that is too large is refused by its header, one that is damaged by its name.
+
+    What it gives is what ``DatasetMapper`` gives.
+    """
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> Any:
+        """As :meth:`DatasetMapper.__call__`.
+
+        Raises:
+            UserError: an image that can't be used; the line names it.
+        """
+        with named_image(dataset_dict["file_name"]):
+            return super().__call__(dataset_dict)
+
+
+@contextmanager
+def named_image(name: str) -> Iterator[None]:
+    """Check the size of an image file before the block decodes it, and name the file in what goes wrong there.
+
+    Raises:
+        UserError: too large, not an image, damaged, or not of the size that its annotation says.
+    """
+    # a path of Detectron2's own path manager may be elsewhere
+    if Path(name).is_file():
+        image_size(read_bytes(Path(name), MAX_IMAGE_BYTES, "image"), shown_path(name))
+    try:
+        yield
+    except (OSError, SyntaxError, detection_utils.SizeMismatchError) as error:
+        raise UserError(
+            f"{shown_path(name)}: can't be used as an image ({error}); replace it or take it out of the list"
+        ) from error
+
+
+class CachingMapper(DatasetMapper):
+    """Detectron2's mapper for boxes, with the decoded images kept in memory (``DATALOADER.CACHE_IMAGES_MB``).
+
+    What it gives is what ``DatasetMapper`` gives.  Every process of a loader has its own cache.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._images: dict[str, np.ndarray] = {}
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """As :meth:`DatasetMapper.__call__`."""
+        item = copy.deepcopy(dataset_dict)
+        name = item["file_name"]
+        if name not in self._images:
+            with named_image(name):
+                self._images[name] = detection_utils.read_image(name, format=self.image_format)
+                detection_utils.check_image_size(item, self._images[name])
+        drawn = AugInput(self._images[name])
+        transforms = self.augmentations(drawn)
+        item["image"] = torch.as_tensor(np.ascontiguousarray(drawn.image.transpose(2, 0, 1)))
+        self._transform_annotations(item, transforms, drawn.image.shape[:2])
+        return item
+
+
+def choose_mapper(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> DatasetMapper:
+    """:class:`CachingMapper` where all images fit into ``DATALOADER.CACHE_IMAGES_MB``, else Detectron2's.
+
+    Only boxes are mapped by the former, so masks, keypoints and loaded proposals go Detectron2's way too.
+    """
+    decoded = sum(3 * item["height"] * item["width"] for item in dicts)
+    plain = cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS
+    if plain or decoded > cfg.DATALOADER.CACHE_IMAGES_MB * 2**20:
+        return BoundedMapper(cfg, True)
+    return CachingMapper(cfg, True)
+
+
+@dataclass
+class TrainingBatches:
+    """The training loader: each iterator begins at the step ``batch_sampler.start``.
+
+    Attributes:
+        images: by their places.
+        batch_sampler: which of them make a batch.
+        workers: processes that work ahead.
+        device: of the model.
+    """
+
+    images: SeededImages
+    batch_sampler: SharedBatches
+    workers: int
+    device: str
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return load(self.images, self.batch_sampler, self.workers, self.device)
+
+
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """A training loader from Detectron2's keys; its ``batch_sampler.start`` says at which step it begins.
+
+    A negative ``SEED`` and samplers other than TrainingSampler leave the order to Detectron2's own loader; a run
+    that goes on then doesn't see the images that the undisturbed run saw, and a warning says so.
+    """
+    if cfg.SEED < 0 or cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        log.warning(
+            "SEED %d, DATALOADER.SAMPLER_TRAIN %s: batches come from Detectron2's own loader, so a run that goes on "
+            "sees other images than an undisturbed one",
+            cfg.SEED,
+            cfg.DATALOADER.SAMPLER_TRAIN,
+        )
+        loader = build_detection_train_loader(cfg, mapper=mapper)
+        end_workers_with_us(loader.dataset if isinstance(loader, AspectRatioGroupedDataset) else loader)
+        return loader
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    wide = [item["width"] > item["height"] for item in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+    places = SharedBatches(len(dicts), cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, comm.get_rank(), comm.get_world_size(), wide)
+    # serialized once, so that loader processes share the memory
+    images = SeededImages(DatasetFromList(dicts, copy=False), mapper or choose_mapper(cfg, dicts), cfg.SEED)
+    return TrainingBatches(images, places, cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.DEVICE)
+
+
+def register_voc(
+    name: str, root: str, split: str, classes: Sequence[str] | None = None, use_difficult: bool = True
+) -> VocDataset:
+    """Register one split of a VOC folder; a name that is taken already now means this folder.
+
+    Args:
+        name: for ``DATASETS.TRAIN`` and ``TEST``.
+        root: the folder that holds ``Annotations``.
+        split: a list in ``ImageSets/Main``.
+        classes: class names in the order of their labels; None reads them from the annotations.
+        use_difficult: train on objects marked ``difficult`` too, as Detectron2 does.  Evaluation never counts them.
+
+    Returns:
+        The data set; it is also ``MetadataCatalog.get(name).voc``, where ``VocEvaluator`` finds it.
+
+    Raises:
+        UserError: no such folder or list, or a bad annotation.
+    """
+    data = VocDataset(root, split, classes)
+    register_images(name, data, use_difficult)
+    return data
+
+
+def register_images(name: str, data: VocDataset | JoinedVoc, use_difficult: bool = True) -> None:
+    """Register data that is open already under a name, as :func:`register_voc` does."""
+    sets = data.sets if isinstance(data, JoinedVoc) else (data,)
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+    # metadata can't be changed once set
+    MetadataCatalog.pop(name, None)
+    DatasetCatalog.register(name, lambda: [item for part in sets for item in voc_dicts(part, use_difficult)])
+    MetadataCatalog.get(name).set(
+        thing_classes=list(data.classes),
+        dirname=str(sets[0].root),
+        split=sets[0].split,
+        evaluator_type="nst_voc",
+        voc=data,
+    )
+
+
+def voc_dicts(data: VocDataset, use_difficult: bool = True) -> list[dict[str, Any]]:
+    """A split as Detectron2's dataset dicts.
+
+    Boxes are 0-based continuous (xmin - 1, ymin - 1, xmax, ymax); those without area are left out, with a warning.
+    """
+    dicts = []
+    for id_ in data.ids:
+        item = data.annotation(id_)
+        keep = boxes_to_train(item, use_difficult)
+        annotations = [
+            {"category_id": label, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
+            for box, label in zip(item.boxes[keep].tolist(), data.labels(item)[keep].tolist())
+        ]
+        dicts.append(
+            {
+                "file_name": str(data.image_path(id_)),
+                "image_id": id_,
+                "height": item.height,
+                "width": item.width,
+                "annotations": annotations,
+            }
+        )
+    return dicts

@@ -1,0 +1,93 @@
+"""VOC and COCO AP as a Detectron2 evaluator."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from nst_det.engine.io import write_json, write_text
+from nst_det.errors import UserError
+from nst_det.evaluation.boxes import Detections, GroundTruth
+from nst_det.evaluation.metrics import THRESHOLDS, summarize
+
+log = logging.getLogger(__name__)
+
+
+class VocEvaluator(DatasetEvaluator):
+    """AP on a data set of :func:`~nst_det.detectron2.data.register_voc`.
+
+    Detections are gathered from all processes, so it must be called in all of them.  ``difficult`` objects count
+    neither way, scores are not rounded, annotations are read once.
+
+    Args:
+        dataset_name: as in ``DATASETS.TEST``.
+        output_dir: gets ``detections.json`` and ``result.json``; "" writes nothing.
+        coco: compute COCO's AP too, by pycocotools, which takes longer than all the rest.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | Path = "", coco: bool = True) -> None:
+        data = MetadataCatalog.get(dataset_name).get("voc")
+        if data is None:
+            raise UserError(f"{dataset_name}: not registered by register_voc, so its annotations aren't known here")
+        self.name, self.data, self.output_dir, self.coco = dataset_name, data, str(output_dir), coco
+        self._found: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def reset(self) -> None:
+        """Forget all detections."""
+        self._found = []
+
+    def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the detections of a batch, in pixels of the original images."""
+        for given, said in zip(inputs, outputs):
+            found = said["instances"].to("cpu")
+            boxes, labels = found.pred_boxes.tensor.numpy(), found.pred_classes.numpy()
+            self._found.append((str(given["image_id"]), boxes, labels, found.scores.numpy()))
+
+    def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
+        """Score what all processes found.
+
+        Returns:
+            In percent, as Detectron2 gives them. ``voc``: ``AP50`` and ``AP75`` (11-point), ``AP`` (the mean of the
+            11-point AP over the overlaps 0.5, 0.55 .. 0.95), ``AP50-area``, and ``AP50-<class>`` (11-point).
+            ``bbox``: COCO's ``AP``, ``AP50`` and ``AP75``.  None in all processes but the first.
+        """
+        gathered = comm.gather(self._found)
+        if not comm.is_main_process():
+            return None
+        # each image once: data-parallel samplers may give one to two processes
+        found = list({item[0]: item for part in gathered for item in part}.values())
+        detections = Detections.from_images(found, self.data.classes)
+        truth = GroundTruth.from_annotations(self.data.annotations(), self.data.classes)
+        result, figures = summarize(detections, truth, self.coco)
+        coco = figures["coco"]
+        if self.output_dir:
+            write_json(Path(self.output_dir) / "result.json", figures)
+            write_records(Path(self.output_dir) / "detections.json", detections.to_json())
+        by_class = {f"AP50-{name}": value for name, value in zip(result.classes, result.ap11[0].tolist())}
+        voc = {
+            "AP": float(result.map11.mean()),
+            "AP50": float(result.map11[0]),
+            "AP75": float(result.map11[THRESHOLDS.index(0.75)]),
+            "AP50-area": float(result.map_area[0]),
+            **by_class,
+        }
+        tables = {"voc": voc, "bbox": {name: coco[name] for name in ("AP", "AP50", "AP75")}} if coco else {"voc": voc}
+        return OrderedDict((name, _percent(values)) for name, values in tables.items())
+
+
+def _percent(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: float("nan") if value is None else 100 * value for name, value in values.items()}
+
+
+def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """JSON, a line each: readable, and a third of the size of indented JSON."""
+    write_text(path, "[\n" + ",\n".join(json.dumps(record, allow_nan=False) for record in records) + "\n]\n")

@@ -1,0 +1,214 @@
+"""timm bottom-ups in Detectron2's registry: ``build_timm_backbone`` and ``build_timm_fpn_backbone``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, ROI_HEADS_REGISTRY, Backbone, StandardROIHeads
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+from nst_det.detection import box_head
+from nst_det.errors import UserError
+from nst_det.models import NORM_POLICIES, Bottomup
+
+# the constants in Detectron2's ROIPooler, for which it has no config key
+CANONICAL_BOX_SIZE = 224
+CANONICAL_LEVEL = 4
+
+
+class TimmBackbone(Bottomup, Backbone):
+    """A :class:`~nst_det.models.Bottomup` that speaks Detectron2's backbone interface.
+
+    It assumes normalized images (Detectron2's meta-architecture does that) and gives ``res2`` .. ``res5``.  Weights
+    arrive later, through a checkpointer; one that brings a part of them only is refused.
+
+    Example:
+        >>> backbone = TimmBackbone("resnet18", ["res3", "res4"])
+        >>> backbone.output_shape()["res4"].stride
+        16
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        levels: Sequence[str] = ("res2", "res3", "res4", "res5"),
+        arch_kwargs: Mapping[str, Any] | None = None,
+        pretrained: bool = False,
+    ) -> None:
+        super().__init__(arch, levels, arch_kwargs, pretrained=pretrained)
+        self.register_load_state_dict_post_hook(_refuse_part)
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each level."""
+        return {name: ShapeSpec(channels=self.channels[name], stride=self.strides[name]) for name in self.channels}
+
+    @property
+    def size_divisibility(self) -> int:
+        """0: a convolutional network takes any size; with FPN on top, FPN asks for its largest stride."""
+        return 0
+
+
+def _refuse_part(module: nn.Module, incompatible: Any) -> None:
+    """Load hook: all of this bottom-up's weights arrive, or none."""
+    assert isinstance(module, TimmBackbone)
+    own = [key for key in module.state_dict() if not key.endswith("num_batches_tracked")]
+    missing = [key for key in own if any(name == key or name.endswith(f".{key}") for name in incompatible.missing_keys)]
+    if len(missing) < len(own):
+        module.loaded = True
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise UserError(
+                f"the weights don't fit {module.arch}: {len(missing)} of {len(own)} entries of the bottom-up are "
+                f"missing or of another shape ({', '.join(missing[:3])}{more}); name weights of this architecture"
+            )
+
+
+def _build(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+    timm = cfg.MODEL.TIMM
+    if input_shape.channels != 3:
+        raise UserError(f"MODEL.PIXEL_MEAN: {input_shape.channels} channels, the timm backbones take 3")
+    # weights named in the config come after the model is built: the guard is for those that never come, and timm's
+    # are not fetched for nothing
+    weights_to_come = bool(cfg.MODEL.WEIGHTS)
+    try:
+        backbone = TimmBackbone(
+            timm.ARCH, timm.OUT_FEATURES, dict(timm.KWARGS), pretrained=timm.PRETRAINED and not weights_to_come
+        )
+        backbone.set_norm(norm_policy(timm.NORM), allow_random=weights_to_come)
+        backbone.freeze(cfg.MODEL.BACKBONE.FREEZE_AT, allow_random=weights_to_come)
+    except ValueError as error:
+        raise UserError(f"MODEL.TIMM: {error}") from error
+    return backbone
+
+
+def norm_policy(norm: str) -> str:
+    """``frozen``, ``train`` or ``sync`` from Detectron2's word.
+
+    Raises:
+        UserError: another word.
+    """
+    if norm not in NORM_POLICIES:
+        raise UserError(f"MODEL.TIMM.NORM: '{norm}' is not one of {', '.join(NORM_POLICIES)}")
+    return NORM_POLICIES[norm]
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The network of ``MODEL.TIMM`` alone: its levels ``MODEL.TIMM.OUT_FEATURES``.
+
+    Raises:
+        UserError: a key of MODEL.TIMM, or what it should freeze, can't be used.
+    """
+    return _build(cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The network of ``MODEL.TIMM`` under Detectron2's FPN: ``p2`` .. ``p6`` as ``MODEL.FPN`` says.
+
+    Raises:
+        UserError: a key of MODEL.TIMM or MODEL.FPN can't be used.
+    """
+    bottom_up = _build(cfg, input_shape)
+    for name in cfg.MODEL.FPN.IN_FEATURES:
+        if name not in bottom_up.channels:
+            raise UserError(f"MODEL.FPN.IN_FEATURES: '{name}' is not among MODEL.TIMM.OUT_FEATURES")
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def bottom_up_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """The prefix and the module of a detector's bottom-up, below an FPN or alone."""
+    backbone = model.backbone
+    if isinstance(backbone, FPN):
+        return "backbone.bottom_up.", backbone.bottom_up
+    return "backbone.", backbone  # type: ignore[return-value]
+
+
+def check_frozen_random(model: nn.Module, filled: bool = False) -> None:
+    """Refuse a detector that would be trained with frozen layers that no weights were ever loaded into.
+
+    Args:
+        model: after its weights were loaded.
+        filled: whether any weights were named; a bottom-up of Detectron2's doesn't know it itself.
+
+    Raises:
+        UserError: layers are frozen and random.
+    """
+    _, bottom_up = bottom_up_of(model)
+    if bottom_up.loaded if isinstance(bottom_up, TimmBackbone) else filled:
+        return
+    frozen = [name for name, parameter in bottom_up.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise UserError(
+            f"MODEL.WEIGHTS brought nothing for the bottom-up, but {len(frozen)} of its layers are frozen "
+            f"({', '.join(frozen[:3])}, ...): they would stay random; name backbone weights, or set "
+            "MODEL.BACKBONE.FREEZE_AT 0 and train the batch normalization"
+        )
+
+
+@ROI_HEADS_REGISTRY.register()
+class CanonicalROIHeads(StandardROIHeads):
+    """Detectron2's StandardROIHeads with ``MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE`` and ``CANONICAL_LEVEL``.
+
+    On small images every box is far below 224 pixels and would be pooled from ``p2``.  The weights have the same
+    names as those of StandardROIHeads.
+    """
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        parts: dict[str, Any] = super()._init_box_head(cfg, input_shape)
+        parts["box_pooler"].canonical_box_size = cfg.MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE
+        parts["box_pooler"].canonical_level = cfg.MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL
+        return parts
+
+
+def choose_roi_heads(cfg: CfgNode) -> None:
+    """Put :class:`CanonicalROIHeads` in place of StandardROIHeads where the canonical keys ask for it.
+
+    Raises:
+        UserError: they ask for it, and the config names RoI heads that don't read them.
+    """
+    box = cfg.MODEL.ROI_BOX_HEAD
+    if (box.CANONICAL_BOX_SIZE, box.CANONICAL_LEVEL) == (CANONICAL_BOX_SIZE, CANONICAL_LEVEL):
+        return
+    if cfg.MODEL.ROI_HEADS.NAME not in ("StandardROIHeads", "CanonicalROIHeads"):
+        raise UserError(
+            f"MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE and CANONICAL_LEVEL: {cfg.MODEL.ROI_HEADS.NAME} doesn't read "
+            "them; use StandardROIHeads, or leave them at 224 and 4"
+        )
+    cfg.MODEL.ROI_HEADS.NAME = "CanonicalROIHeads"
+
+
+def box_outputs(heads: Any, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What Detectron2's RoI heads, or this project's, say about boxes; see ``nst_det.detection.box_head.box_outputs``.
+
+    Args:
+        heads: Detectron2's StandardROIHeads or Res5ROIHeads, or a class of these.
+        maps: level -> (B, C, H, W), float32.
+        boxes: (N, 4) of each image, xyxy in pixels of the network's input.
+
+    Returns:
+        What enters the predictor (R, D) and the logits (R, K + 1), background last.
+    """
+    own = [Boxes(of_image) for of_image in boxes]
+    if isinstance(heads, Res5ROIHeads):
+        features = heads._shared_roi_transform([maps[name] for name in heads.in_features], own).mean(dim=(2, 3))
+    elif isinstance(heads, StandardROIHeads):
+        features = heads.box_head(heads.box_pooler([maps[name] for name in heads.box_in_features], own))
+    else:
+        return box_head.box_outputs(heads, maps, boxes)
+    logits, _ = heads.box_predictor(features)
+    return features.flatten(1), logits

@@ -1,0 +1,88 @@
+"""A step of the Detectron2 engine, run again from its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+from nst_det.detection.config import resolve_device
+from nst_det.detection.trainer import broken_in
+from nst_det.detectron2.api import student_of, transfer_of
+from nst_det.detectron2.config import add_config
+from nst_det.detectron2.hooks import seed_step
+from nst_det.detectron2.trainer import DistillTrainer, propose_together, reduce_backbones
+from nst_det.engine.config import merge_tree
+from nst_det.engine.device import amp_dtype, autocast
+from nst_det.engine.nan_guard import NotFinite, first_broken
+from nst_det.errors import UserError
+from nst_det.models.io import pickles_are_trusted
+
+
+def run_again(content: Mapping[str, Any]) -> tuple[dict[str, float], list[str], str]:
+    """Forward and backward of the step, by the model that Detectron2 builds from its config.
+
+    Args:
+        content: of the file, see :func:`nst_det.detection.trainer.step_content`.
+
+    Returns:
+        Losses by name, what is no number, and the first layer that made it, see
+        :func:`~nst_det.engine.nan_guard.first_broken`.
+
+    Raises:
+        UserError: the step needs more than boxes, or its teacher can't be built.
+    """
+    cfg = _config(content["config"])
+    model = DistillTrainer.build_model(cfg)
+    student, transfer = student_of(model), transfer_of(model)
+    student.load_state_dict(content["model"])
+    propose_together(student)
+    if transfer is not None:
+        transfer.load_state_dict(content["adapters"])
+        transfer.weights.update(content["weights"])
+    device = next(model.parameters()).device
+    dtype = amp_dtype("auto", device) if cfg.SOLVER.AMP.ENABLED else None
+    if dtype is not None and device.type == "cpu":
+        reduce_backbones(model, dtype)
+    model.train()
+    batch = [_item(item) for item in content["batch"]]
+    losses: dict[str, Tensor] = {}
+    broken: list[str] = []
+    seed_step(content["seed"], content["step"], content["rank"])
+    with EventStorage(content["step"]), first_broken(model) as found:
+        try:
+            with autocast(device, dtype if device.type == "cuda" else None):
+                losses = model(batch)
+            torch.stack(list(losses.values())).sum().backward()
+        except NotFinite as error:
+            broken = [str(error)]
+    values = {name: float(value.detach()) for name, value in losses.items()}
+    return values, broken or broken_in(model, values), found.name
+
+
+def _config(tree: dict[str, Any]) -> CfgNode:
+    cfg = get_cfg()
+    add_config(cfg)
+    merge_tree(cfg, tree, "the step's file")
+    if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError("a step with masks, keypoints or loaded proposals can't be run again: its file has boxes alone")
+    teacher = cfg.TRANSFER.TEACHER.CONFIG_FILE
+    if teacher.endswith(".py") and not pickles_are_trusted():
+        raise UserError(
+            f"{teacher}: the teacher's config is Python code; if you trust this step's file, --trust-pickle"
+        )
+    cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
+    # the weights are those in the file, and what may be opened for the teacher is not the file's to say
+    cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED, cfg.TRUST_PICKLE = "the step's", False, False
+    return cfg
+
+
+def _item(item: Mapping[str, Any]) -> dict[str, Any]:
+    instances = Instances(tuple(item["image"].shape[-2:]))
+    instances.gt_boxes, instances.gt_classes = Boxes(item["boxes"]), item["labels"]
+    return {**item, "instances": instances}

@@ -1,0 +1,237 @@
+"""One training or evaluation run of a config by Detectron2, started with Detectron2's arguments."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup, launch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from nst_det.detection.checkpoint import save_weights
+from nst_det.detection.pipeline import DETECTIONS_FILE, WEIGHTS_FILE, print_result
+from nst_det.detectron2.checkpoint import BackboneCheckpointer, numbered, step_of
+from nst_det.detectron2.config import VALIDATION, class_list, load_config, register_datasets, validation_config
+from nst_det.detectron2.trainer import DistillTrainer, inference_folder
+from nst_det.engine.checkpoint import would_resume
+from nst_det.engine.device import compute_line, gpu_errors_in_one_line, keep_freed_memory, set_float32_precision
+from nst_det.engine.distributed import start_processes, started_together, stop_processes
+from nst_det.engine.io import read_json, write_text
+from nst_det.engine.metrics import read_metrics
+from nst_det.engine.run_dir import RunFolder
+from nst_det.engine.signals import EXIT_RESUME, Preempted, preemptible
+from nst_det.errors import UserError
+from nst_det.losses import parse_method
+from nst_det.models.io import trusting_pickles
+
+log = logging.getLogger(__name__)
+RESULT_FILE = "result.json"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train or evaluate, in as many processes as asked, or as one of those that torchrun started.
+
+    Args:
+        args: ``config_file``, ``resume``, ``eval_only``, ``num_gpus`` (processes a machine; on a machine without a GPU
+            they share the CPU), ``num_machines``, ``machine_rank``, ``dist_url`` and ``opts`` (``KEY VALUE`` pairs).
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: an input can't be used, in whichever process it was found.
+        Preempted: a signal came, to this process or to one that it started.
+    """
+    # what can be wrong with the config is said here, before any process is started
+    cfg = load_config(args.config_file or None, args.opts or [])
+    if args.num_gpus > 1 and torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+        raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}")
+    if cfg.SOLVER.IMS_PER_BATCH % max(args.num_gpus * args.num_machines, 1):
+        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} can't be shared out to the processes evenly")
+    if started_together() > 1:
+        if args.num_gpus > 1 or args.num_machines > 1:
+            raise UserError("--num-gpus, --num-machines: torchrun has started the processes; leave these out")
+        start_processes(cfg.MODEL.DEVICE == "cpu")
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        run(args)
+        stop_processes()
+    elif args.num_gpus * args.num_machines > 1:
+        _launch(args)
+    else:
+        run(args)
+    return 0
+
+
+def _launch(args: argparse.Namespace) -> None:
+    try:
+        launch(
+            _run_and_exit,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ProcessRaisedException as error:
+        raise _from_process(error) from error
+    except ProcessExitedException as error:
+        if error.exit_code == EXIT_RESUME:
+            raise Preempted(signal.SIGTERM) from error
+        raise
+    except Preempted:
+        processes = multiprocessing.active_children()
+        try:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join()
+        finally:
+            # where a second signal came, which doesn't wait for the step
+            for process in processes:
+                process.kill()
+        raise
+
+
+def _run_and_exit(args: argparse.Namespace) -> None:
+    """What ``launch`` starts, which learns of a signal by the exit code alone."""
+    # Ctrl-C reaches the command's process group; the command passes it on, once
+    os.setpgrp()
+    try:
+        with preemptible():
+            run(args)
+    except Preempted:
+        sys.exit(EXIT_RESUME)
+
+
+def _from_process(error: ProcessRaisedException) -> Exception:
+    marker = f"{UserError.__module__}.{UserError.__name__}: "
+    for line in reversed(str(error).splitlines()):
+        if line.startswith(marker):
+            return UserError(line.removeprefix(marker))
+    return error
+
+
+def run(args: argparse.Namespace) -> None:
+    """What each process does.  The first one owns the run folder."""
+    keep_freed_memory()
+    cfg = load_config(args.config_file or None, args.opts or [])
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    if args.eval_only:
+        with trusting_pickles(cfg.TRUST_PICKLE), gpu_errors_in_one_line("lower INPUT.MIN_SIZE_TEST"):
+            evaluate(cfg, args)
+        return
+    smaller = "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, in another OUTPUT_DIR"
+    with ExitStack() as stack:
+        stack.enter_context(gpu_errors_in_one_line(smaller, lambda: would_resume([numbered(folder.path)], step_of)))
+        stack.enter_context(trusting_pickles(cfg.TRUST_PICKLE))
+        if comm.is_main_process():
+            stack.enter_context(folder.opened(cfg))
+        comm.synchronize()
+        if folder.done:
+            log.info("%s is done already", folder.path)
+        else:
+            default_setup(cfg, args)
+            set_float32_precision(cfg.FLOAT32_PRECISION, torch.device(cfg.MODEL.DEVICE))
+            share_log_file()
+            register_datasets(cfg)
+            train(cfg, folder, args.resume)
+        if comm.is_main_process():
+            print_result(folder.result(), cfg.OUTPUT_DIR)
+
+
+def share_log_file() -> None:
+    """What this project logs goes into Detectron2's ``log.txt`` too."""
+    own = logging.getLogger("nst_det")
+    own.setLevel(logging.INFO)
+    for handler in logging.getLogger("detectron2").handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream not in (sys.stdout, sys.stderr):
+            own.addHandler(handler)
+
+
+def train(cfg: CfgNode, folder: RunFolder, resume: bool) -> None:
+    """Train, evaluate and write the result."""
+    stopped = (folder.path / "last_checkpoint").exists()
+    if stopped and not resume:
+        log.info("%s: going on where it was stopped; remove the folder to begin again", folder.path)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=resume or stopped)
+    trainer.train()
+    if comm.is_main_process():
+        # the name and form that the torchvision engine gives it too
+        save_weights(folder.path / WEIGHTS_FILE, trainer.kept, class_list(cfg))
+        if cfg.DATASETS.TEST:
+            found = inference_folder(cfg, cfg.DATASETS.TEST[0]) / DETECTIONS_FILE
+            if found.exists():
+                write_text(folder.path / DETECTIONS_FILE, found.read_text(encoding="utf-8"))
+        folder.finish(run_result(cfg, trainer))
+
+
+def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Evaluate ``MODEL.WEIGHTS``, or with ``--resume`` what was trained in OUTPUT_DIR, on ``DATASETS.TEST``.
+
+    Everything is written to ``OUTPUT_DIR/inference``, so that a run's own files stay as they are.
+
+    Raises:
+        UserError: no weights, or weights that leave a part of the detector random.
+    """
+    weights = str(Path(cfg.OUTPUT_DIR) / WEIGHTS_FILE) if args.resume else cfg.MODEL.WEIGHTS
+    if not weights or not cfg.DATASETS.TEST:
+        raise UserError(
+            "--eval-only needs MODEL.WEIGHTS of a whole detector (or --resume, for the one that was trained in "
+            "OUTPUT_DIR) and DATASETS.TEST"
+        )
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = weights
+    # Detectron2's log and config go beside the figures, not over those of a run
+    beside = cfg.clone()
+    beside.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "inference")
+    default_setup(beside, args)
+    device = torch.device(cfg.MODEL.DEVICE)
+    set_float32_precision(cfg.FLOAT32_PRECISION, device)
+    log.info(compute_line(device, None, cfg.DATALOADER.NUM_WORKERS))
+    register_datasets(cfg)
+    model = build_model(cfg)
+    parts = [name for name, _ in model.named_children()]
+    BackboneCheckpointer(model, complete=parts).load(weights)
+    DistillTrainer.test(cfg, model)
+    for name in cfg.DATASETS.TEST:
+        path = inference_folder(cfg, name) / RESULT_FILE
+        if comm.is_main_process() and path.exists():
+            print_result(read_json(path), name)
+
+
+def run_result(cfg: CfgNode, trainer: DistillTrainer) -> dict[str, Any]:
+    """``result.json`` of a finished run: the fields that both engines write.
+
+    The AP values are those of the first of ``DATASETS.TEST``; without one, or with one that isn't ours, they are
+    missing.
+    """
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    rows = read_metrics(folder.metrics_path)
+    last = {key: value for key, value in rows[-1].items() if key not in ("step", "lr", "total_loss")} if rows else {}
+    summary = inference_folder(cfg, cfg.DATASETS.TEST[0]) / RESULT_FILE if cfg.DATASETS.TEST else None
+    validation = validation_config(cfg)
+    validated = {} if validation is None else read_json(inference_folder(validation, VALIDATION) / RESULT_FILE)
+    return {
+        **(read_json(summary) if summary is not None and summary.exists() else {}),
+        **({"validation": validated, "checkpoints": trainer.checkpoints} if validated else {}),
+        "seconds": round(trainer.seconds, 3),
+        "steps": trainer.max_iter,
+        "engine": "detectron2",
+        "params": sum(parameter.numel() for parameter in trainer.student.parameters()),
+        "seed": cfg.SEED,
+        "method": parse_method(cfg.TRANSFER.METHOD).word,
+        "weights": trainer.weights,
+        "losses": last,
+    }

@@ -1,0 +1,441 @@
+"""Detectron2's trainer around a student that learns from a teacher detector."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.layers import Conv2d
+from detectron2.modeling import build_model
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.structures import ImageList
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, TensorboardXWriter
+from torch import Tensor, nn
+
+from nst_det.detection.checkpoint import keep_best, settle
+from nst_det.detection.distiller import DistilledDetector, backbone_of
+from nst_det.detection.solver import is_backbone
+from nst_det.detection.trainer import broken_in, step_content
+from nst_det.detectron2.api import distill_from_config, student_of, transfer_of
+from nst_det.detectron2.checkpoint import BackboneCheckpointer
+from nst_det.detectron2.config import class_list, validation_config
+from nst_det.detectron2.data import BoundedMapper, SharedBatches, build_train_loader
+from nst_det.detectron2.evaluator import VocEvaluator
+from nst_det.detectron2.hooks import (
+    AfterBackwardHook,
+    Loop,
+    RollbackStep,
+    RunMetrics,
+    StepSeed,
+    StepSpeed,
+    StopWhenAsked,
+)
+from nst_det.detectron2.modeling import check_frozen_random
+from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line
+from nst_det.engine.distributed import wait_for_all
+from nst_det.engine.io import read_json
+from nst_det.engine.loader import end_workers_with_us
+from nst_det.engine.nan_guard import SKIP, Buffers, NonFinite, NotFinite, gradient_norm, raise_together
+from nst_det.engine.run_dir import RunFolder
+from nst_det.engine.seeds import seeded
+from nst_det.engine.signals import StopRequest, whole_steps
+from nst_det.errors import UserError
+from nst_det.models.averaged import AveragedWeights
+
+OPTIMIZERS = ("SGD", "ADAMW")
+log = logging.getLogger(__name__)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of ``SOLVER``; with the defaults of the extra keys it is Detectron2's own.
+
+    Args:
+        cfg: reads SOLVER.OPTIMIZER and BACKBONE_MULTIPLIER besides Detectron2's keys.
+        model: a detector, or the :class:`~nst_det.detection.distiller.DistilledDetector` around it.
+
+    Raises:
+        UserError: an optimizer that isn't known.
+    """
+    solver = cfg.SOLVER
+    kind = solver.OPTIMIZER.upper()
+    if kind not in OPTIMIZERS:
+        raise UserError(f"SOLVER.OPTIMIZER: '{solver.OPTIMIZER}' is not one of {', '.join(OPTIMIZERS)}")
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if is_backbone(name) else 1.0,
+    )
+    on_gpu = next(model.parameters()).is_cuda
+    way: dict[str, Any] = {"fused": on_gpu, "foreach": not on_gpu}
+    if kind == "ADAMW":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **way
+        )
+    else:
+        optimizer = torch.optim.SGD(
+            groups,
+            lr=solver.BASE_LR,
+            momentum=solver.MOMENTUM,
+            nesterov=solver.NESTEROV,
+            weight_decay=solver.WEIGHT_DECAY,
+            **way,
+        )
+    # Detectron2's "norm" clips every parameter by itself
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def reduce_backbones(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the backbones of student and teacher compute in lower precision on the CPU, and give float32 maps.
+
+    Detectron2's mixed precision needs a GPU.  On the CPU the heads stay in float32, because a box coordinate above
+    128 has steps of a whole pixel in bfloat16; the torchvision engine does the same.
+    """
+    for part in (student_of(model), *((model.teacher,) if isinstance(model, DistilledDetector) else ())):
+        part.backbone.forward = partial(_reduced, part.backbone.forward, dtype)
+
+
+def _reduced(forward: Callable[[Tensor], dict[str, Tensor]], dtype: torch.dtype, images: Tensor) -> dict[str, Tensor]:
+    with autocast(images.device, dtype):
+        maps = forward(images)
+    return {name: map_.float() for name, map_ in maps.items()}
+
+
+def propose_together(student: nn.Module) -> None:
+    """Let proposals that are not finite end the pass in all processes, named; in Detectron2 they end it in one."""
+    proposer = getattr(student, "proposal_generator", None)
+    if proposer is None:
+        return
+    forward = proposer.forward
+
+    def propose(images: ImageList, *args: Any, **kwargs: Any) -> Any:
+        if not proposer.training:
+            return forward(images, *args, **kwargs)
+        found, what = None, ""
+        try:
+            found = forward(images, *args, **kwargs)
+        except FloatingPointError as error:
+            what = f"the RPN's proposals ({' '.join(str(error).split())})"
+        raise_together(bool(what), images.tensor.device, what)
+        return found
+
+    proposer.forward = propose
+
+
+class DistillTrainer(Loop):
+    """Detectron2's DefaultTrainer; the model it trains is the student inside a ``DistilledDetector``.
+
+    Hooks, data parallelism, schedule, evaluation and events are Detectron2's.  What differs:
+
+    - the model in a checkpoint is the student alone; adapters of transfer terms stand with the optimizer's state
+    - batches and all random draws depend on the seed and the step, so that a run that goes on repeats the
+      undisturbed one (``SEED`` not negative)
+    - ``SOLVER.OPTIMIZER``, ``SOLVER.BACKBONE_MULTIPLIER`` and backbone files as ``MODEL.WEIGHTS``
+    - several processes and mixed precision work on the CPU too; mixed precision is bf16
+    - a loss or gradient that is no number is met as ``SOLVER.NON_FINITE`` says, in all processes alike
+    - with ``SOLVER.EMA_DECAY`` the average of the weights is evaluated, and is the model in a checkpoint; the weights
+      in training stand with the optimizer's state
+
+    Args:
+        cfg: from :func:`~nst_det.detectron2.config.load_config`, with its data sets registered.
+
+    Attributes:
+        student: the detector alone.
+        average: of its weights, where SOLVER.EMA_DECAY is set.
+        checkpoints: once done with a validation split, what :func:`~nst_det.detection.checkpoint.settle` says.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # DefaultTrainer makes all of this in its constructor, for a GPU in each process and with the wrapped model
+        # in the checkpoint, so its constructor is not called
+        TrainerBase.__init__(self)
+        self.stop = StopRequest()
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        self._whole, self.student = model, student_of(model)
+        decay = cfg.SOLVER.EMA_DECAY
+        # a copy of the student would have the teacher's hooks
+        self.average = AveragedWeights(self.student, decay, self.build_student(cfg)) if decay else None
+        self._device, mixed = next(model.parameters()).device, cfg.SOLVER.AMP.ENABLED
+        on_cpu = self._device.type == "cpu"
+        dtype = amp_dtype("auto", self._device) if mixed else None
+        log.info(compute_line(self._device, dtype, cfg.DATALOADER.NUM_WORKERS, mixed))
+        if dtype is not None and on_cpu:
+            for network in [model] if self.average is None else [model, self.average.network]:
+                reduce_backbones(network, dtype)
+        elif isinstance(model, DistilledDetector):
+            cast_frozen(backbone_of(model.teacher), dtype, (nn.Conv2d, nn.Linear, Conv2d))
+        parallel = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
+        if dtype is None or on_cpu:
+            self._trainer = SimpleTrainer(parallel, data_loader, optimizer)
+        else:
+            # bf16 has the range of float32, so that no loss needs a scale
+            unscaled = torch.amp.GradScaler(enabled=False)
+            self._trainer = AMPTrainer(parallel, data_loader, optimizer, grad_scaler=unscaled, precision=dtype)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = BackboneCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer.written = self.kept
+        self.non_finite = NonFinite(cfg.SOLVER.NON_FINITE, Path(cfg.OUTPUT_DIR))
+        self._buffers = Buffers(model)
+        self._seen: dict[str, Any] = {}
+        parallel.register_forward_pre_hook(self._see_batch)
+        parallel.register_forward_hook(self._see_losses)
+        self._trainer.register_hooks([AfterBackwardHook(self._check_finite)])
+        propose_together(self.student)
+        self._seconds_before, self._began = 0.0, time.monotonic()
+        self.checkpoints: dict[str, Any] = {}
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The student, in a ``DistilledDetector`` unless ``TRANSFER.METHOD`` is ``ce``."""
+        return distill_from_config(cls.build_student(cfg), cfg)
+
+    @classmethod
+    def build_student(cls, cfg: CfgNode) -> nn.Module:
+        """The detector, drawn under the seed, so that all methods of one seed begin with the same heads."""
+        with seeded(cfg.SEED, "init") if cfg.SEED >= 0 else nullcontext():
+            student: nn.Module = build_model(cfg)
+        return student
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See :mod:`nst_det.detectron2.trainer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """See :mod:`nst_det.detectron2.data`."""
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Detectron2's, with :class:`~nst_det.detectron2.data.BoundedMapper`."""
+        return end_workers_with_us(build_detection_test_loader(cfg, dataset_name, mapper=BoundedMapper(cfg, False)))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """Ours for data sets in ``DATASETS.VOC``; Detectron2's for what Detectron2 registers.
+
+        Raises:
+            UserError: no evaluator is known for this data set.
+        """
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if kind == "nst_voc":
+            return VocEvaluator(dataset_name, inference_folder(cfg, dataset_name))
+        if kind == "coco":
+            return COCOEvaluator(dataset_name, output_dir=str(inference_folder(cfg, dataset_name)))
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise UserError(f"DATASETS.TEST: no evaluator for '{dataset_name}'; name its folder in DATASETS.VOC")
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks after one that seeds each step; the writer of ``metrics.jsonl`` and checkpoints come last.
+
+        Where there is a validation split, evaluations during training are made there.
+        """
+        hooks: list[HookBase | None] = [StepSeed(self.cfg.SEED), *super().build_hooks()]
+        evaluate = self._validate if self.cfg.DATASETS.VAL_FRACTION else self._test
+        evaluation = EvalHook(self.cfg.TEST.EVAL_PERIOD, evaluate)
+        hooks = [evaluation if isinstance(hook, EvalHook) else hook for hook in hooks]
+        if comm.is_main_process():
+            # before the writers of Detectron2's events
+            hooks.insert(1, StepSpeed(self.cfg.SOLVER.IMS_PER_BATCH, self._device))
+            hooks.append(RunMetrics(RunFolder(self.cfg.OUTPUT_DIR), self.cfg.WANDB))
+        # last: what a checkpoint says is done has been evaluated and written down, so that no kill leaves a gap
+        saving = [hook for hook in hooks if isinstance(hook, PeriodicCheckpointer)]
+        return [*(hook for hook in hooks if hook not in saving), *saving, StopWhenAsked(self._device)]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's, without TensorBoard's where TENSORBOARD is False."""
+        writers: list[EventWriter] = super().build_writers()
+        return [one for one in writers if self.cfg.TENSORBOARD or not isinstance(one, TensorboardXWriter)]
+
+    def train(self) -> Any:
+        """As Detectron2's; SIGTERM and SIGINT end it after the step, saved.
+
+        Raises:
+            Preempted: one of them came.
+            UserError: a loss is no number; the line names losses, levels and images.
+        """
+        if self.non_finite.needs_first_checkpoint and not self.checkpointer.has_checkpoint():
+            self.iter = -1
+            self.save_step()
+        with whole_steps() as self.stop:
+            return super().train()
+
+    def run_step(self) -> None:
+        """As Detectron2's; where a loss or a gradient is no number, in any process, the optimizer never sees it.
+
+        Raises:
+            UserError: the policy of SOLVER.NON_FINITE is to stop; the line names losses, levels and images.
+            WentBack: it is to go back.
+        """
+        self._buffers.keep()
+        try:
+            super().run_step()
+        except NotFinite as error:
+            self._meet(str(error))
+        else:
+            if self.average is not None:
+                self.average.update()
+
+    @property
+    def kept(self) -> nn.Module:
+        """The detector that is evaluated and written: the average where there is one, else the student."""
+        return self.student if self.average is None else self.average.network
+
+    def save_step(self) -> None:
+        """Save a checkpoint of the step that was made last, by Detectron2's name."""
+        self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+
+    def _see_batch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._seen = {"batch": inputs[0], "losses": {}}
+
+    def _see_losses(self, _: nn.Module, __: Any, losses: Any) -> None:
+        if isinstance(losses, dict):
+            self._seen["losses"] = losses
+
+    def _check_finite(self) -> None:
+        total = sum(value.detach() for value in self._seen["losses"].values())
+        total += gradient_norm(list(self._whole.parameters()))
+        raise_together(not math.isfinite(total), self._device)
+
+    def _meet(self, what: str) -> None:
+        """Do as SOLVER.NON_FINITE says about a step whose pass ended in :class:`NotFinite`."""
+        losses = {name: float(value.detach()) for name, value in self._seen["losses"].items()}
+        broken = [what] if what else broken_in(self._whole, losses)
+        self._buffers.restore()
+        self.optimizer.zero_grad()
+        batch = self._seen["batch"]
+        content = step_content(self._whole, self.cfg, self.cfg.SEED, batch, losses)
+        images = [str(item.get("image_id", item.get("file_name", "?"))) for item in batch]
+        if self.non_finite.meet(self.iter, broken, images, content) == SKIP:
+            return
+        count, factor = self.non_finite.count, self.cfg.SOLVER.NON_FINITE.LR_FACTOR
+        self.resume_or_load(resume=True)
+        self.non_finite.gone_back(count)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+        self.scheduler.base_lrs = [rate * factor for rate in self.scheduler.base_lrs]
+        # the first process writes what the others still read
+        wait_for_all()
+        # kept at once, so that a kill doesn't bring the former rate back
+        self.save_step()
+        self._trainer._data_loader_iter_obj = None
+        self.iter = self.start_iter
+        raise RollbackStep
+
+    def _scores(self, cfg: CfgNode) -> dict[str, Any]:
+        # the student alone would still ask the teacher
+        return dict(self.test(cfg, self.model if self.average is None else self.kept))
+
+    def _test(self) -> dict[str, Any]:
+        self._last_eval_results = self._scores(self.cfg)
+        return self._last_eval_results
+
+    def _validate(self) -> dict[str, Any]:
+        """On the validation split; after the last step on ``DATASETS.TEST`` too, with the weights of TEST.SELECT."""
+        own = validation_config(self.cfg)
+        assert own is not None, "made a hook only where there is a validation split"
+        found = self._scores(own)
+        folder, done = Path(self.cfg.OUTPUT_DIR), min(self.iter + 1, self.max_iter)
+        last: dict[str, Any] = {"step": done}
+        if comm.is_main_process():
+            figures = read_json(inference_folder(own, own.DATASETS.TEST[0]) / "result.json")
+            last = keep_best(folder, self.kept, class_list(self.cfg), done, figures)
+            for name in ("map", "map_area"):
+                if last[name] is not None:
+                    self.storage.put_scalar(f"val/{name}", last[name], smoothing_hint=False)
+        if done == self.max_iter:
+            comm.synchronize()
+            self.checkpoints = settle(folder, self.kept, last, self.cfg.TEST.SELECT)
+            self._test()
+        return {f"validation/{name}": values for name, values in found.items()}
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; ``MODEL.WEIGHTS`` may be ``backbone://NAME``, and the loader begins at the right step.
+
+        Raises:
+            UserError: weights that don't fit, or layers that are frozen and random.
+        """
+        super().resume_or_load(resume)
+        if self.average is not None and not self.average.steps:
+            self.average.restart()
+        check_frozen_random(self.student, filled=bool(self.cfg.MODEL.WEIGHTS) or self.start_iter > 0)
+        places = getattr(self.data_loader, "batch_sampler", None)
+        if isinstance(places, SharedBatches):
+            places.start = self.start_iter
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this run, that before it was stopped included."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Transfer term to its weight, those that AUTO_WEIGHT chose among them."""
+        transfer = transfer_of(self._whole)
+        return {} if transfer is None else dict(transfer.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Detectron2's training state, with the adapters' parameters and the time it took."""
+        state: dict[str, Any] = super().state_dict()
+        state |= {"seconds": self.seconds, "non_finite": self.non_finite.state_dict()}
+        if self.average is not None:
+            state["averaged"] = {"trained": self.student.state_dict(), "steps": self.average.steps}
+        transfer = transfer_of(self._whole)
+        if transfer is not None and transfer.state_dict():
+            state["adapters"] = transfer.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`state_dict`.
+
+        Raises:
+            UserError: the checkpoint lacks the adapters of this run's terms, or one of the two has SOLVER.EMA_DECAY.
+        """
+        super().load_state_dict(state_dict)
+        self._seconds_before, self._began = float(state_dict.get("seconds", 0.0)), time.monotonic()
+        self.non_finite.load_state_dict(state_dict.get("non_finite", {}))
+        if ("averaged" in state_dict) != (self.average is not None):
+            raise UserError("SOLVER.EMA_DECAY: the checkpoint is of another run; set what it was trained with")
+        if self.average is not None:
+            # the checkpoint's model, which the student has by now
+            averaged = state_dict["averaged"]
+            self.average.load_state_dict({"network": self.student.state_dict(), "steps": averaged["steps"]})
+            self.student.load_state_dict(averaged["trained"])
+        transfer = transfer_of(self._whole)
+        if transfer is not None and transfer.state_dict():
+            if "adapters" not in state_dict:
+                raise UserError("the checkpoint holds no adapters for these transfer terms; it is of another run")
+            transfer.load_state_dict(state_dict["adapters"])
+
+
+def inference_folder(cfg: CfgNode, dataset_name: str) -> Path:
+    """Where the evaluation on one of ``DATASETS.TEST`` is written."""
+    folder = Path(cfg.OUTPUT_DIR) / "inference"
+    return folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder

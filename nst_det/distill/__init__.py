@@ -1,7 +1,0 @@
-"""Stage one: one teacher pass feeds every student."""
-
-import sys
-
-from nst_det.runtime.door import CallablePackage
-
-sys.modules[__name__].__class__ = CallablePackage

@@ -1,0 +1,222 @@
+"""The training loop of stage one: one batch and one teacher pass a step feed every student."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from nst_det.distillation.accuracy import Accuracy
+from nst_det.distillation.build import Network
+from nst_det.distillation.dataloader import Batch, Normalizer
+from nst_det.distillation.trainer import StudentTrainer
+from nst_det.engine.clock import Clock, Speed
+from nst_det.engine.distributed import asked_to_stop, is_main_process, stop_together, world_size
+from nst_det.engine.format import text_table
+from nst_det.engine.metrics import loss_note
+from nst_det.engine.progress import progress
+from nst_det.engine.signals import whole_steps
+from nst_det.losses import ModelOutputs, TransferLoss, pair_shapes
+from nst_det.losses import loss as shapes
+from nst_det.losses import loss_balance as balance
+from nst_det.models.build import probe_outputs
+
+log = logging.getLogger(__name__)
+SHOWN_LOSSES = 3
+# batches of the steps from the first to before the last
+Steps = Callable[[int, int], Iterator[Batch]]
+# what a teacher or its cache says about normalized images and the views that these are
+Teaching = Callable[[Tensor, Tensor | None], ModelOutputs]
+# normalized images, labels and what the teacher said about them
+Seen = tuple[Tensor, Tensor, ModelOutputs | None]
+# accuracy of the students by their words
+Measure = Callable[[Sequence[StudentTrainer]], dict[str, Accuracy]]
+
+
+def log_shapes(losses: Mapping[str, TransferLoss], student: Network, teacher: Network, size: int) -> None:
+    """A table of all pairs that the methods compare, for an image of ``size`` pixels; one line for each kind of pair.
+
+    Raises:
+        ValueError: an output that a term reads isn't there.
+    """
+    mine, my_strides = _probe(student, [name for loss in losses.values() for name in loss.student_levels], size)
+    theirs, their_strides = _probe(teacher, [name for loss in losses.values() for name in loss.teacher_levels], size)
+    lines = {
+        line.cells: None
+        for loss in losses.values()
+        for line in pair_shapes(loss, mine, theirs, my_strides, their_strides)
+    }
+    if lines:
+        log.info("compared at %d x %d pixels:\n%s", size, size, text_table(shapes.HEADINGS, lines))
+
+
+def _probe(network: Network, names: Sequence[str], size: int) -> tuple[ModelOutputs, dict[str, int]]:
+    levels = {name: info for name, info in network.levels.items() if name in names} if names else {}
+    return probe_outputs(network.model, levels, size), {name: info.stride for name, info in levels.items()}
+
+
+def warn_of_neighbors(students: Sequence[StudentTrainer], solver: CfgNode) -> None:
+    """Say where a term compares the images of a batch with each other, and the batch is computed in pieces."""
+    pieces = world_size() * solver.ACCUMULATE
+    words = [student.word for student in students if "lp" in student.transfer.pairs]
+    if pieces > 1 and words:
+        each = solver.IMS_PER_BATCH // pieces
+        log.warning(
+            "%s: lp finds a sample's neighbors among the %d images that are computed together", ", ".join(words), each
+        )
+
+
+def log_balance(students: Sequence[StudentTrainer]) -> None:
+    """A table of the terms of those students that have just been measured, and a warning for each one-sided term."""
+    found = {student.word: student.transfer.balance.lines for student in students if student.just_measured}
+    if found and is_main_process():
+        rows = [(word, *line.cells) for word, lines in found.items() for line in lines]
+        log.info("terms against the labels' loss:\n%s", text_table(("method", *balance.HEADINGS), rows))
+        for word, lines in found.items():
+            for line in lines:
+                if line.one_sided:
+                    log.warning("%s: %s", word, line.warning)
+
+
+def train_side_by_side(
+    students: Sequence[StudentTrainer],
+    teacher: Teaching | None,
+    steps: Steps,
+    normalize: Normalizer,
+    measure: Measure,
+    *,
+    last: int,
+    eval_period: int,
+    checkpoint_period: int,
+    log_period: int,
+    images: int,
+    title: str,
+    clock: Clock | None = None,
+) -> None:
+    """Bring every student to step ``last``.
+
+    The loop begins at the smallest step that any student is at; the others join when it reaches theirs, so that
+    a stop between two students' checkpoints costs nothing but the steps since.
+
+    Args:
+        students: unfinished ones, each started.
+        teacher: None where no method has a term.
+        steps: ``steps(first, last)`` gives the batches.
+        normalize: uint8 batches to what the networks take.
+        measure: accuracy of the students on the validation split.
+        last: steps in all.
+        eval_period: steps between evaluations; 0 evaluates at the end only.
+        checkpoint_period: steps between checkpoints.
+        log_period: steps between rows of metrics.
+        images: of a step, of all processes.
+        title: of the progress bar.
+        clock: takes the time of the parts.
+
+    Raises:
+        UserError: an image can't be read, or a loss is not finite.
+    """
+    clock = clock or Clock()
+    speed = Speed(images, normalize.device, clock)
+    with progress(title, last) as meter, whole_steps() as stop:
+        # once more from an earlier step, where a student went back to its last checkpoint
+        while (first := min((student.step for student in students), default=last)) < last:
+            batches = steps(first, last)
+            meter.start_at(first)
+            for step in range(first, last):
+                active = [student for student in students if student.step == step]
+                losses = one_step(active, teacher, batches, normalize, clock)
+                done, speed.steps = step + 1, speed.steps + 1
+                stayed = [student for student in active if student.step == done]
+                log_balance(stayed)
+                if done % log_period == 0 or done == last:
+                    how_fast = speed.read()
+                    for student in stayed:
+                        student.log(how_fast)
+                if done == last or (eval_period and done % eval_period == 0):
+                    with clock("evaluation"):
+                        for word, accuracy in measure(stayed).items():
+                            next(student for student in stayed if student.word == word).record(accuracy)
+                leaving = asked_to_stop(stop, normalize.device)
+                if done == last or done % checkpoint_period == 0 or leaving:
+                    with clock("checkpoints"):
+                        for student in stayed:
+                            student.save()
+                meter.step(dict(list(losses.items())[:SHOWN_LOSSES]), partial(_all_losses, active))
+                if leaving:
+                    stop_together(stop)
+                if len(stayed) < len(active):
+                    break
+
+
+def _all_losses(students: Sequence[StudentTrainer]) -> str:
+    return "; ".join(f"{student.word}: {loss_note(student.losses)}" for student in students)
+
+
+def one_step(
+    active: Sequence[StudentTrainer],
+    teacher: Teaching | None,
+    batches: Iterator[Batch],
+    normalize: Normalizer,
+    clock: Clock,
+) -> dict[str, float]:
+    """One batch, one teacher pass, one optimizer step of each active student.
+
+    A student whose loss or gradient is no number makes no step; see :meth:`StudentTrainer.meet`.
+
+    Returns:
+        Each student's loss, all terms together.
+
+    Raises:
+        UserError: an image can't be read, or a student is to stop where its loss is no number.
+    """
+    start = clock.total()
+    with clock("data"):
+        whole = next(batches)
+        parts = whole.split(active[0].solver.ACCUMULATE)
+    totals: dict[str, float] = {}
+    waiting: list[StudentTrainer] = []
+    seen: list[Seen] = []
+    for number, batch in enumerate(parts):
+        with clock("data"):
+            images = normalize(batch.images)
+            labels = batch.labels.to(images.device, non_blocking=True)
+        said = None
+        if teacher is not None and any(student.needs_teacher for student in active):
+            with clock("teacher"):
+                said = teacher(images, batch.rows)
+        seen.append((images, labels, said))
+        share = (clock.total() - start) / len(active)
+        for student in active:
+            start = clock.total()
+            with clock("students"):
+                student.forward_backward(images, labels, said if student.needs_teacher else None, number)
+            if number == len(parts) - 1:
+                waiting.append(student)
+            # on a CPU at once, while its gradients are in the cache; each reading of a GPU waits for it, so together
+            if waiting and (images.device.type == "cpu" or student is active[-1]):
+                with clock("optimizers"):
+                    totals |= _update(waiting, seen, parts)
+                waiting.clear()
+            student.seconds += share + clock.total() - start
+        start = clock.total()
+    return totals
+
+
+def _update(students: Sequence[StudentTrainer], seen: Sequence[Seen], parts: Sequence[Batch]) -> dict[str, float]:
+    """An optimizer step of those whose loss and gradient are numbers; each one's loss."""
+    totals = {}
+    health = torch.stack([student.health for student in students]).tolist()
+    for student, numbers in zip(students, health):
+        totals[student.word] = numbers[0]
+        if all(map(math.isfinite, numbers)):
+            student.update()
+            continue
+        part = student.broken_part
+        images, labels, said = seen[part]
+        student.meet(images, labels, said if student.needs_teacher else None, parts[part].names)
+    return totals

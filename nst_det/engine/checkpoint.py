@@ -1,0 +1,130 @@
+"""Checkpoints of a run: never half written, checked before they are believed, the last two kept."""
+
+from __future__ import annotations
+
+import logging
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nst_det.engine.io import atomic_path
+from nst_det.errors import UserError
+
+log = logging.getLogger(__name__)
+KEPT = 2
+
+
+def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any]) -> Path:
+    """Write ``folder/step-00000042.pt`` atomically and drop all but the newest :data:`KEPT`.
+
+    Args:
+        step: number of finished optimizer steps.
+        state: tensors, scalars, strings and containers of them (it is read back with ``weights_only=True``).
+    """
+    path = Path(folder) / f"step-{step:08d}.pt"
+    write_state(path, {"step": step, **state})
+    for old in checkpoints(folder)[:-KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def write_state(path: str | Path, state: dict[str, Any]) -> None:
+    """``torch.save``, atomically.
+
+    Raises:
+        UserError: it can't be written, such as on a full disk; what was there before stays.
+    """
+    # through a file of Python's: where the disk is full, torch's own writer forgets the reason
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(path for path in Path(folder).glob("step-*.pt") if re.fullmatch(r"step-\d{8,}\.pt", path.name))
+
+
+def step_of(path: Path) -> int:
+    """The finished steps of a checkpoint, by its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def would_resume(runs: Iterable[Sequence[Path]], step: Callable[[Path], int] = step_of) -> str:
+    """What the same command would go on from, for a message about why it ended.
+
+    Args:
+        runs: the checkpoints of each network that was in training, oldest first.
+        step: of a checkpoint.
+    """
+    newest = [next(filter(_is_intact, reversed(paths)), None) for paths in runs]
+    found = [path for path in newest if path is not None]
+    if not found or len(found) < len(newest):
+        return "there is no checkpoint yet, so that the same command begins this training again"
+    behind = min(found, key=step)
+    return f"the same command goes on from step {step(behind)}, {behind}"
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        check_intact(path)
+    except UserError:
+        return False
+    return True
+
+
+def load_latest_checkpoint(folder: str | Path) -> dict[str, Any] | None:
+    """The newest undamaged checkpoint, or None where there is none at all.
+
+    A damaged one is named in a warning and the one before it is taken.
+
+    Raises:
+        UserError: there are checkpoints, but every one is damaged.
+    """
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return load_checkpoint(path)
+        except UserError as error:
+            log.warning("%s; taking the one before it", error)
+    if paths:
+        raise UserError(f"{folder}: every checkpoint here is damaged; remove the folder to start this run again")
+    return None
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read one checkpoint onto the CPU; its checksums are compared first, and no code in it is executed.
+
+    Raises:
+        UserError: missing, damaged, or not a checkpoint.
+    """
+    path = Path(path)
+    check_intact(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's unpickler raises whatever it stumbles over
+        raise UserError(f"{path}: damaged checkpoint, or not one ({type(error).__name__}); remove it") from error
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise UserError(f"{path}: not a checkpoint of nst_det (it has no step); remove it")
+    return state
+
+
+def check_intact(path: str | Path) -> None:
+    """Compare the checksums in a file that torch wrote; none of it is unpickled.
+
+    Raises:
+        UserError: missing, or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such checkpoint") from error
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zlib.error) as error:
+        raise UserError(f"{path}: damaged checkpoint, or not one ({type(error).__name__}); remove it") from error
+    if damaged:
+        raise UserError(f"{path}: damaged checkpoint (checksum of {damaged} differs); remove it")

@@ -1,0 +1,215 @@
+"""What computes, in which precision, and what is said where a GPU fails."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import nn
+
+from nst_det.engine.run_dir import machine_name
+from nst_det.errors import UserError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
+_WORDS = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# how messages of CUDA, its libraries and NCCL begin; loader processes and threads put their own lines before
+_OF_GPU = re.compile(r"(CUDA|cuDNN|CUDNN|cuBLAS|CUBLAS|NCCL|HIP|No CUDA|Unexpected error from cuda)\b")
+# each loader process has memory of its own
+MOST_WORKERS = 8
+# <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 1 << 30
+
+
+def amp_dtype(precision: str, device: torch.device, key: str = "SOLVER.AMP") -> torch.dtype | None:
+    """The dtype of :func:`autocast` for a precision; None is float32.
+
+    ``auto`` is bf16 where the device is fast in it (NVIDIA's GPUs since Ampere, processors with AVX512-BF16), and
+    float32 everywhere else: also on older GPUs, whose fp16 has a smaller range and needs a loss scale.
+
+    Args:
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        device: which computes.
+        key: the config key that is named in the error.
+
+    Raises:
+        UserError: an unknown precision, or fp16 without a GPU.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"{key}: unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(device) else "fp32"
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError(f"{key}: fp16 needs a GPU; use bf16 or fp32")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def default_device() -> torch.device:
+    """The GPU of this process if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def core_count() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loader_workers(asked: int, on_cpu: bool) -> int:
+    """DATALOADER.NUM_WORKERS as it is in this run: of -1 none on a CPU, else one for each core of the run, up to 8.
+
+    A run of a comparison has the cores that its number of threads says; processes of torchrun's, which sets that to 1,
+    share those of their machine.
+
+    Args:
+        asked: the key's value.
+        on_cpu: whether the run computes there: its loader processes would take the cores that the training needs.
+    """
+    if asked >= 0 or on_cpu:
+        return max(asked, 0)
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = core_count() // together if together > 1 else min(core_count(), torch.get_num_threads())
+    return max(1, min(cores, MOST_WORKERS))
+
+
+def named_device(name: str, key: str = "--device") -> torch.device:
+    """The device that a user names (``cpu``, ``cuda``, ``cuda:1``); "" takes :func:`default_device`.
+
+    Raises:
+        UserError: no such device, or it is not here.
+    """
+    if not name:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{key}: '{name}' can't be used here ({reason}); leave it out, or name cpu or cuda") from error
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 are faster than in float32 on this device."""
+    if device.type == "cuda":
+        return bool(torch.cuda.get_device_properties(device).major >= 8)
+    supported: Callable[[], bool] | None = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and bool(supported and supported())
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """``torch.autocast`` in ``dtype``; None switches it off."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def cast_frozen(
+    model: nn.Module, dtype: torch.dtype | None, kinds: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
+) -> None:
+    """Cast weights that don't change as :func:`autocast` would cast them anew in each pass, to the same bits.
+
+    Autocast keeps only casts of weights that have a gradient.  Whatever else computes in float32 there, such as
+    normalization, stays as it is.
+
+    Args:
+        model: is called under autocast alone from here on.
+        dtype: of autocast; None changes nothing.
+        kinds: of layers whose own parameters enter one convolution or product as they are; subclasses may do otherwise
+            and are left to autocast.
+    """
+    for layer in model.modules() if dtype is not None else ():
+        if type(layer) in kinds:
+            for name, parameter in layer.named_parameters(recurse=False):
+                setattr(layer, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+
+
+def set_float32_precision(name: str, device: torch.device) -> None:
+    """FLOAT32_PRECISION: what float32 is on a GPU, in convolutions and matrix products alike; global, as torch has it.
+
+    ``highest`` is float32.  ``high`` and ``medium`` are TF32: factors are rounded to 11 bits (relative 5e-4), sums are
+    float32, and tensor cores multiply.  "" leaves torch as it is: by default convolutions are TF32, products float32.
+    On the CPU float32 is float32.
+
+    Raises:
+        UserError: another name.
+    """
+    if name not in FLOAT32_PRECISIONS:
+        known = ", ".join(FLOAT32_PRECISIONS[1:])
+        raise UserError(f"FLOAT32_PRECISION: unknown precision '{name}'; use one of {known}, or \"\"")
+    if name and device.type == "cuda":
+        # all releases of torch have these two; newer ones refuse a mixture of them and of ``fp32_precision``
+        torch.set_float32_matmul_precision(name)
+        torch.backends.cudnn.allow_tf32 = name != "highest"
+
+
+def compute_line(
+    device: torch.device, precision: torch.dtype | None, workers: int | None = None, mixed: bool = False
+) -> str:
+    """What a run computes with, for the first line of its log.
+
+    Args:
+        device: with :func:`set_float32_precision` done.
+        precision: of the forward pass; None is float32.
+        workers: processes that load images; None where nothing is loaded by a loader.
+        mixed: bf16 was wanted where the device is fast in it.
+    """
+    words = [f"forward pass in {_WORDS[precision]}"]
+    if mixed and precision is None:
+        words[0] += " (this device is not fast in bf16)"
+    if device.type == "cuda":
+        products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        kinds = {"convolutions": convolutions, "matrix products": products}
+        words += [f"float32 {kind} in {'TF32' if tf32 else 'float32'}" for kind, tf32 in kinds.items()]
+    if workers is not None:
+        words.append(f"{workers} loader workers")
+    return f"{device} ({machine_name(str(device))}): {', '.join(words)}"
+
+
+def is_gpu_error(error: BaseException) -> bool:
+    """Whether a GPU failed: its memory is full, or it is busy, lost or broken."""
+    kinds = (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError))
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and _OF_GPU.match(str(error)) is not None)
+
+
+@contextmanager
+def gpu_errors_in_one_line(smaller: str, resumes: Callable[[], str] | None = None) -> Iterator[None]:
+    """Let a GPU that fails within the block end the command in one line.
+
+    Args:
+        smaller: what takes less of its memory, such as "lower SOLVER.IMS_PER_BATCH".
+        resumes: says what the same command would go on from; asked only where a GPU failed.
+
+    Raises:
+        UserError: a GPU failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_gpu_error(error):
+            raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        line = next((line for line in lines if _OF_GPU.match(line)), lines[0])
+        said = ". ".join(line.split(". ")[:2]).rstrip(".")
+        remedy = "see nvidia-smi: free this GPU or reset it, or take another one by CUDA_VISIBLE_DEVICES"
+        if "out of memory" in said or "ALLOC_FAILED" in said:
+            remedy = f"free its memory (nvidia-smi shows who has it), or {smaller}"
+        raise UserError("; ".join([said, remedy, *([resumes()] if resumes else [])])) from error
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep up to 1 GiB of freed memory in place of handing each large tensor back to the kernel.
+
+    A training step frees and allocates the same tensors again and again; getting their pages anew from the kernel
+    takes a tenth of its time on a CPU.  Meant for the start of a command, since it concerns the whole process.
+
+    Returns:
+        Whether the C library took the setting; another one than glibc doesn't know it.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))

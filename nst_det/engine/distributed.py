@@ -1,0 +1,269 @@
+"""Several processes that train one run together, as torchrun starts them.
+
+Every process holds the same weights, optimizer state and running statistics, to the bit, after each step: gradients
+and statistics are averaged over all, everything else is drawn from (seed, step, image).  The first process alone owns
+the run folder; the others learn from it what stands there, so that no other machine needs the folder.
+
+Everything here may be called in a single process too, and then does nothing, or what it says for one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from nst_det.engine.device import gpu_errors_in_one_line
+from nst_det.engine.signals import StopRequest
+from nst_det.errors import UserError
+
+log = logging.getLogger(__name__)
+# while the first process writes, tests or draws a report, the others wait
+TIMEOUT = timedelta(hours=12)
+
+T = TypeVar("T")
+
+
+def started_together() -> int:
+    """How many processes torchrun started with this one, whether or not they have met yet; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_processes(on_cpu: bool) -> None:
+    """Let the processes that torchrun started meet, by NCCL on GPUs and by gloo on the CPU; each takes its own GPU.
+
+    Args:
+        on_cpu: compute on the CPU, whatever there is.
+
+    Raises:
+        UserError: more processes on this machine than it has GPUs, or one of these fails.
+    """
+    if started_together() == 1 or dist.is_initialized():
+        return
+    on_cpu = on_cpu or not torch.cuda.is_available()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not on_cpu and here > torch.cuda.device_count():
+        raise UserError(
+            f"torchrun started {here} processes here, but there are {torch.cuda.device_count()} GPUs; take as many as "
+            "there are GPUs"
+        )
+    with gpu_errors_in_one_line("take fewer processes"):
+        PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "nccl", timeout=TIMEOUT)
+
+
+def stop_processes() -> None:
+    """Part again, at the end of a command that ended well; a process that fails is ended by torchrun, with all."""
+    if dist.is_initialized() and started_together() > 1:
+        dist.barrier()
+        PartialState().destroy_process_group()
+        _host_group.cache_clear()
+
+
+def speaks_of_error() -> bool:
+    """Whether this process is the one that says why all of them end; of several that fail, the first to ask."""
+    if started_together() == 1:
+        return True
+    if not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        asked: int = dist.distributed_c10d._get_default_store().add("nst_det/speaks_of_error", 1)
+    except RuntimeError:
+        # the process that keeps the store is gone, and has spoken
+        return False
+    return asked == 1
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this process is, from 0; before they have met, which one it will be."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0")) if started_together() > 1 else 0
+
+
+def is_main_process() -> bool:
+    """Whether this process owns the run folder and does the talking."""
+    return rank() == 0
+
+
+@cache
+def _host_group() -> Any:
+    """The group in which Python objects travel; made when all processes first ask for it together.
+
+    NCCL would take a pickled checkpoint through the memory of every GPU.
+    """
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.get_backend() == "nccl" else None
+
+
+def broadcast_from_rank0(compute: Callable[[], T]) -> T:
+    """What ``compute`` gives in the first process, in all of them; the others don't call it.
+
+    Example:
+        >>> broadcast_from_rank0(lambda: "seed 7")
+        'seed 7'
+    """
+    if world_size() == 1:
+        return compute()
+    values: list[Any] = [compute() if is_main_process() else None]
+    dist.broadcast_object_list(values, src=0, group=_host_group())
+    found: T = values[0]
+    return found
+
+
+def gathered(value: T) -> list[T]:
+    """The value of every process, by rank, in all of them."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_host_group())
+    return values
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set anywhere; all processes must ask at the same place."""
+    if world_size() == 1:
+        return flag
+    found = torch.tensor(float(flag), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def asked_to_stop(request: StopRequest, device: torch.device) -> bool:
+    """Whether a signal came to any of the processes; each of them knows then which, and can obey it."""
+    signum = largest_of_processes([request.signum], device)[0]
+    if signum:
+        # one that came to this process meanwhile stays for the next step
+        request.signum = signum
+    return signum != 0
+
+
+def stop_together(request: StopRequest) -> None:
+    """Obey once all processes are here: as soon as one has ended the others are ended, and the first may be writing.
+
+    Raises:
+        Preempted: always.
+    """
+    wait_for_all()
+    request.obey()
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def mean_of_processes(values: Tensor) -> Tensor:
+    """The mean of a tensor (...,) over all processes, without gradient; it is changed in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def largest_of_processes(sizes: Sequence[int], device: torch.device) -> list[int]:
+    """The largest of each number over all processes."""
+    if world_size() == 1:
+        return list(sizes)
+    found = torch.tensor(list(sizes), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return list(map(int, found.tolist()))
+
+
+def copy_from_first(*modules: nn.Module) -> None:
+    """Parameters and buffers become those of the first process."""
+    if world_size() > 1:
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Floating point tensors of any shape (...,) become their mean over all processes, in one exchange, in place."""
+    tensors = list(tensors)
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.detach().copy_(mean.view(tensor.shape))
+
+
+def average_gradients(parameters: Iterable[Tensor], others: Iterable[Tensor] = ()) -> None:
+    """Gradients, and other floating point tensors, become their mean over all processes, in one exchange.
+
+    A parameter without a gradient in all processes keeps none; where only some have one, the others' is 0.
+
+    Args:
+        parameters: of any shape (...,), in the same order everywhere.
+        others: tensors of any shape (...,), such as running statistics; changed in place.
+    """
+    if world_size() == 1:
+        return
+    parameters = list(parameters)
+    # made on the host and sent in one piece
+    there = torch.tensor([float(item.grad is not None) for item in parameters], device=parameters[0].device)
+    gradients = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters]
+    average([there, *gradients, *others])
+    for item, mean, used in zip(parameters, gradients, there.tolist()):
+        item.grad = mean if used else None
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """The running means and variances (C,) that training changes: those of layers in training mode."""
+    found = []
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training and layer.running_mean is not None:
+            assert layer.running_var is not None
+            found += [layer.running_mean, layer.running_var]
+    return found
+
+
+def share_of(images: int, key: str, accumulate: int = 1) -> slice:
+    """The part of this process in a batch.
+
+    Args:
+        images: of a whole step, those of all processes.
+        key: of the config, for the error.
+        accumulate: parts into which each process cuts its share.
+
+    Raises:
+        UserError: the batch can't be cut into equal parts.
+    """
+    parts = world_size() * accumulate
+    if images % parts:
+        into = [f"{world_size()} processes"] * (world_size() > 1) + [f"{accumulate} parts each"] * (accumulate > 1)
+        raise UserError(f"{key}: {images} images a step can't be shared out to {' of '.join(into)}; use a multiple")
+    share = images // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def log_batch(images: int, accumulate: int, rate: float, what: str = "SOLVER") -> None:
+    """Say what a step is made of, and what the learning rate belongs to; silent for one process and one part."""
+    processes = world_size()
+    if processes * accumulate == 1 or not is_main_process():
+        return
+    each = images // (processes * accumulate)
+    parts = f"{processes} processes x {each} images" + (f" x {accumulate} parts" if accumulate > 1 else "")
+    log.info(
+        "%s = %d images a step (%s.IMS_PER_BATCH); BASE_LR %g, MAX_ITER and the schedule are for steps of %d images, "
+        "and stay as they are with any number of processes",
+        parts,
+        images,
+        what,
+        rate,
+        images,
+    )

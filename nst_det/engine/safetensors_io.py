@@ -1,0 +1,75 @@
+"""Tensors as ``.safetensors`` files that carry the checksum of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nst_det.engine.io import CHECKSUM_KEY, atomic_path
+from nst_det.errors import UserError
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+    """Write tensors and what is to be said of them, atomically, with the checksum of both.
+
+    Args:
+        path: the file.
+        tensors: name to tensor (...,) of any type, on any device.
+        about: the file's metadata.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    kept = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+    metadata = {"format": "pt", **(about or {})}
+    metadata[CHECKSUM_KEY] = _checksum(kept, metadata)
+    with atomic_path(path) as temporary:
+        save_file(kept, str(temporary), metadata=metadata)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU; one without a checksum, such as somebody else's, is taken as it is.
+
+    Returns:
+        Name to tensor (...,).
+
+    Raises:
+        UserError: damaged, or not a safetensors file.
+    """
+    metadata = read_metadata(path)
+    tensors = load_file(str(path))
+    recorded = metadata.pop(CHECKSUM_KEY, None)
+    if recorded is not None and recorded != _checksum(tensors, metadata):
+        raise UserError(
+            f"{path}: damaged (its content is not what was written: SHA-256 differs); get it again, or remove it and "
+            "write it again with the command that made it"
+        )
+    return tensors
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a ``.safetensors`` file says of itself; its tensors are not read, nor the checksum compared.
+
+    Raises:
+        UserError: damaged, or not a safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file ({error}); get it again") from error
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,64 @@
+"""The figures of one detector that ``result.json`` holds, the same for both engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nst_det.evaluation.boxes import Detections, GroundTruth
+from nst_det.evaluation.coco import SUMMARY, evaluate_coco
+from nst_det.evaluation.voc import VocResult, evaluate_voc
+
+# COCO's; the first is the one that VOC is quoted at
+THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
+# COCO's sizes: the area of a box in pixels of the image as it was annotated, up to and including
+SMALL, MEDIUM = 32**2, 96**2
+
+
+def summarize(found: Detections, truth: GroundTruth, coco: bool = True) -> tuple[VocResult, dict[str, Any]]:
+    """VOC AP at overlaps 0.5, 0.55 .. 0.95, and COCO's figures.
+
+    Args:
+        found: detections on images and of classes of ``truth``.
+        truth: the annotated objects.
+        coco: compute COCO's figures too, by pycocotools, which takes longer than all the rest.
+
+    Returns:
+        The VOC result, and for ``result.json``: ``map`` (mean of the 11-point AP at overlap 0.5), ``map_area``,
+        ``per_class`` and ``per_class_area`` (name to AP), ``map_by_iou`` (overlap to mean 11-point AP), ``coco`` (AP,
+        AP50, AP75, and APs, APm, APl of small, medium and large objects; {} where not asked for), ``objects`` (their
+        number by size); AP are 0..1, None where no object counts.
+
+    Raises:
+        ValueError: a detection on an image, or of a class, that the ground truth doesn't have.
+    """
+    voc = evaluate_voc(found, truth, THRESHOLDS)
+    at_half = voc.to_dict()
+    figures = {
+        "map": at_half["map"],
+        "map_area": at_half["map_area"],
+        "per_class": {name: numbers["ap11"] for name, numbers in at_half["per_class"].items()},
+        "per_class_area": {name: numbers["ap_area"] for name, numbers in at_half["per_class"].items()},
+        "map_by_iou": {str(threshold): voc.to_dict(threshold)["map"] for threshold in THRESHOLDS},
+        "coco": {},
+        "objects": objects_by_size(truth),
+    }
+    if coco:
+        summary = evaluate_coco(found, truth).to_dict()
+        figures["coco"] = {name: summary[name] for name in SUMMARY}
+    return voc, figures
+
+
+def objects_by_size(truth: GroundTruth) -> dict[str, int]:
+    """How many objects that aren't difficult are ``small``, ``medium`` and ``large`` by COCO's areas.
+
+    Example:
+        >>> import numpy as np
+        >>> box = np.array([[1.0, 1, 32, 32], [1, 1, 33, 32], [1, 1, 100, 100], [1, 1, 200, 200]])
+        >>> truth = GroundTruth(("a",), ("cat",), np.zeros(4, int), np.zeros(4, int), box, np.array([0, 0, 0, 1], bool))
+        >>> objects_by_size(truth)
+        {'small': 1, 'medium': 1, 'large': 1}
+    """
+    sides = truth.box[~truth.difficult, 2:] - truth.box[~truth.difficult, :2] + 1
+    area = sides.prod(axis=1)
+    small, large = int((area <= SMALL).sum()), int((area > MEDIUM).sum())
+    return {"small": small, "medium": len(area) - small - large, "large": large}

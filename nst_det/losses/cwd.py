@@ -1,0 +1,63 @@
+"""CWD: where each channel looks, as a distribution over positions (Shu et al. 2021, arXiv 2011.13256)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nst_det.losses.ops import Shared, aligned, channel_adapter, compute_now
+from nst_det.losses.registry import LayerPair, LossSpec, register_term
+
+
+def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, shared: Shared = compute_now) -> Tensor:
+    """``tau^2 / (B C) sum KL(softmax(t / tau) || softmax(s / tau))`` with the softmax over the positions of a channel.
+
+    Args:
+        student: map (B, C, H, W).
+        teacher: map (B, C, H', W'), the larger one is averaged down; no gradient goes there.
+        temperature: tau > 0.
+        shared: keeps the teacher's distributions for other students.
+
+    Returns:
+        A scalar >= 0; it doesn't change when a constant is added to a channel.
+
+    Raises:
+        ValueError: the channel counts differ.
+    """
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(f"cwd compares maps of one channel count, not {student.shape[1]} and {teacher.shape[1]}")
+    small, large = aligned(student, teacher, shared)
+    key = ("cwd", temperature, tuple(large.shape[2:]))
+    target = shared(key, lambda: F.log_softmax(large.flatten(2) / temperature, 2))
+    divergence = F.kl_div(F.log_softmax(small.flatten(2) / temperature, 2), target, reduction="sum", log_target=True)
+    return divergence * temperature**2 / (small.shape[0] * small.shape[1])
+
+
+class CWD(nn.Module):
+    """The term ``cwd``; a 1x1 convolution on the student where the channel counts differ."""
+
+    def __init__(self, pair: LayerPair, temperature: float = 1.0) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"cwd: temperature must be above 0, not {temperature}")
+        self.temperature = temperature
+        self.adapter = channel_adapter(pair.student_channels, pair.teacher_channels)
+
+    def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
+        """Maps (B, C_S, H, W) and (B, C_T, H', W') to a scalar."""
+        small, _ = aligned(student, teacher, shared)
+        return cwd_loss(self.adapter(small), teacher, self.temperature, shared)
+
+
+register_term(
+    LossSpec(
+        name="cwd",
+        level="maps",
+        weight=10.0,
+        source="mmrazor, Faster R-CNN on FPN p2..p6 (10 a level, tau 1)",
+        summary="where each channel looks",
+        build=CWD,
+        options={"temperature": 1.0},
+        needs_widths=True,
+    )
+)

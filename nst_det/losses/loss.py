@@ -1,0 +1,334 @@
+"""The sum of a method's terms, built for the levels and widths of one student and one teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nst_det.losses.loss_balance import GradientBalance
+from nst_det.losses.method import Method, parse_method
+from nst_det.losses.ops import common_size
+from nst_det.losses.outputs import ModelOutputs
+from nst_det.losses.registry import LayerPair, LossSpec, check_weight, get_term, terms
+
+Level = str | tuple[str, str]
+HEADINGS = ("term", "student", "teacher", "alignment")
+
+
+class TransferLoss(nn.Module):
+    """The weighted terms of one method, with their adapters (FitNet's regressor, VID's networks).
+
+    The adapters' parameters belong to the student's training: give ``parameters()`` to its optimizer and keep
+    ``state_dict()`` in its checkpoint; none of it is part of the student.
+
+    Attributes:
+        method: the method that it was built from.
+        weights: term to weight; may be changed between steps.
+        options: term to its options.
+        pairs: term to the pairs of places it compares; a term's value is the sum over its pairs.
+        kinds: term to the kinds of output that it reads from student and teacher.
+        balance: measures the terms in the first steps, and sets the weights that are chosen there.
+        parts: of the last forward pass, term to the value of each pair by its label, unweighted scalars.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        weights: Mapping[str, float],
+        pairs: Mapping[str, Sequence[LayerPair]],
+        options: Mapping[str, Mapping[str, Any]],
+        shares: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.method = method
+        self.weights = dict(weights)
+        self.options = {name: dict(options[name]) for name in pairs}
+        self.balance = GradientBalance(self.weights, shares or {})
+        self.pairs = {name: tuple(places) for name, places in pairs.items()}
+        self.terms = nn.ModuleDict(
+            {
+                name: nn.ModuleDict({pair.label: get_term(name).build(pair, **options[name]) for pair in places})
+                for name, places in self.pairs.items()
+            }
+        )
+        self.parts: dict[str, dict[str, Tensor]] = {}
+        self.kinds = {name: (get_term(name).student_kind, get_term(name).level) for name in self.pairs}
+
+    @property
+    def student_levels(self) -> tuple[str, ...]:
+        """The levels whose maps are read from the student."""
+        return self._levels(0)
+
+    @property
+    def teacher_levels(self) -> tuple[str, ...]:
+        """The levels whose maps are read from the teacher."""
+        return self._levels(1)
+
+    def reads(self, who: str) -> frozenset[str]:
+        """The kinds of output (``logits``, ``maps``, ``embedding``) read from ``student`` or ``teacher``."""
+        return frozenset(kinds[who == "teacher"] for kinds in self.kinds.values())
+
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> dict[str, Tensor]:
+        """Each term by name: its weight times its value, a scalar in float32 even under autocast.
+
+        Gradient goes to the student's outputs and the adapters, never to the teacher's.
+
+        Raises:
+            ValueError: an output that a term reads isn't there, or has a shape that can't be compared.
+        """
+        values: dict[str, Tensor] = {}
+        for name in self.pairs:
+            modules = cast(nn.ModuleDict, self.terms[name])
+            student_kind, teacher_kind = self.kinds[name]
+            parts = {}
+            for pair in self.pairs[name]:
+                reply = teacher.of(teacher_kind, pair.teacher)
+                shared = partial(_shared, teacher, (teacher_kind, pair.teacher))
+                with torch.autocast(reply.device.type, enabled=False):
+                    parts[pair.label] = modules[pair.label](student.of(student_kind, pair.student), reply, shared)
+            values[name] = self.weights[name] * torch.stack(list(parts.values())).sum()
+            self.parts[name] = {label: value.detach() for label, value in parts.items()}
+        return values
+
+    def module(self, term: str, pair: LayerPair) -> nn.Module:
+        """What compares one of a term's pairs."""
+        return cast(nn.ModuleDict, self.terms[term])[pair.label]
+
+    def extra_repr(self) -> str:
+        """The method and its weights."""
+        return f"{self.method.word}, weights={self.weights}"
+
+    def _levels(self, side: int) -> tuple[str, ...]:
+        found: dict[str, None] = {}
+        for name, places in self.pairs.items():
+            if self.kinds[name][side] == "maps":
+                found.update({(pair.student, pair.teacher)[side]: None for pair in places})
+        return tuple(found)
+
+
+def _shared(teacher: ModelOutputs, place: tuple[str, str], key: Hashable, compute: Any) -> Any:
+    return teacher.shared((place, key), compute)
+
+
+def build_transfer(
+    method: str | Method,
+    *,
+    levels: Sequence[Level] = (),
+    student_channels: Mapping[str, int] | None = None,
+    teacher_channels: Mapping[str, int] | None = None,
+    num_classes: int | None = None,
+    student_embedding: int | None = None,
+    teacher_embedding: int | None = None,
+    student_vectors: Collection[str] = (),
+    weights: Mapping[str, float] | None = None,
+    term_levels: Mapping[str, Sequence[Level]] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    auto_weight: Mapping[str, float] | None = None,
+) -> TransferLoss:
+    """The losses of ``method`` for one student and one teacher.
+
+    Args:
+        method: a word such as ``kd+nst-poly:50``, or a parsed one; ``ce`` gives no terms.
+        levels: where maps are compared: a level's name if both have it, ``(student's, teacher's)`` or
+            ``"student:teacher"`` where they differ.
+        student_channels: the student's levels and their channel counts.
+        teacher_channels: the teacher's.
+        num_classes: K of the logits.
+        student_embedding: length of the student's embedding, for terms that have parameters there.
+        teacher_embedding: the teacher's.
+        student_vectors: those of the student's levels that have no positions.
+        weights: term to weight, used where the word has none; the term's default comes last.
+        term_levels: term to its own levels instead of ``levels``; a student's level that stands in ``levels`` keeps
+            its partner there.
+        options: term to its options (``{"kd": {"temperature": 2.0}}``).
+        auto_weight: term to the share of the task's gradient norm at the student's backbone that its weight is to
+            give it (see ``GradientBalance``); goes before ``weights``, not before the word.
+            These four may name terms that this method lacks, so that one configuration serves several methods.
+
+    Returns:
+        The module; its adapters are drawn from torch's global generator on the CPU.
+
+    Raises:
+        ValueError: an unknown term, level or option, or a term without what it reads; one line, listing what there is.
+
+    Example:
+        >>> loss = build_transfer("nst-poly", levels=["res4"], student_channels={"res4": 8},
+        ...                       teacher_channels={"res4": 16})
+        >>> student = ModelOutputs(maps={"res4": torch.rand(2, 8, 7, 7)})
+        >>> teacher = ModelOutputs(maps={"res4": torch.rand(2, 16, 7, 7)})
+        >>> sorted(loss(student, teacher))
+        ['nst-poly']
+    """
+    method = parse_method(method)
+    weights, options, term_levels, wished = weights or {}, options or {}, term_levels or {}, auto_weight or {}
+    for name in (*weights, *options, *term_levels, *wished):
+        get_term(name)
+    channels = (student_channels or {}, teacher_channels or {})
+    partners = _level_pairs(levels, {})
+    widths = {
+        ("student", "logits"): num_classes,
+        ("teacher", "logits"): num_classes,
+        ("student", "embedding"): student_embedding,
+        ("teacher", "embedding"): teacher_embedding,
+    }
+    chosen: dict[str, float] = {}
+    shares: dict[str, float] = {}
+    pairs: dict[str, list[LayerPair]] = {}
+    for name, weight in method:
+        term = get_term(name)
+        in_config = check_weight(name, weights.get(name, term.weight))
+        chosen[name] = in_config if weight is None else weight
+        if weight is None and name in wished:
+            # until the first step is measured it has the weight that it would have had, but something to scale
+            shares[name], chosen[name] = _checked_share(name, wished[name]), in_config or 1.0
+        if term.level == "maps":
+            places = _level_pairs(term_levels[name], dict(partners)) if term_levels.get(name) else partners
+            pairs[name] = _map_pairs(term, places, *channels, student_vectors)
+        else:
+            pairs[name] = [_vector_pair(term, widths)]
+    checked = {name: _checked_options(get_term(name), options) for name in pairs}
+    return TransferLoss(method, chosen, pairs, checked, shares)
+
+
+def _checked_share(name: str, share: float) -> float:
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
+        raise ValueError(f"AUTO_WEIGHT: the share of '{name}' must be a finite number above 0, not {share!r}")
+    return float(share)
+
+
+def _level_pairs(levels: Iterable[Level], partners: Mapping[str, str]) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for level in levels:
+        if isinstance(level, str):
+            student, colon, teacher = (part.strip() for part in level.partition(":"))
+            pair = (student, teacher if colon else partners.get(student, student))
+        else:
+            pair = (str(level[0]), str(level[1]))
+        if pair in found:
+            raise ValueError(f"the level {level} is named twice")
+        found.append(pair)
+    return found
+
+
+def _map_pairs(
+    term: LossSpec,
+    places: Sequence[tuple[str, str]],
+    student: Mapping[str, int],
+    teacher: Mapping[str, int],
+    vectors: Collection[str],
+) -> list[LayerPair]:
+    if not term.vectors and vectors and set(student) <= set(vectors):
+        fitting = [other.name for other in terms().values() if other.vectors or other.student_kind != "maps"]
+        raise ValueError(
+            f"{term.name} compares maps, but the student has vectors only ({_listed(vectors)}); for it there are "
+            f"{_listed(fitting)}"
+        )
+    if not places:
+        raise ValueError(f"{term.name} compares maps, but no level is named; the student has {_listed(student)}")
+    for who, names, there in (
+        ("student", [p[0] for p in places], student),
+        ("teacher", [p[1] for p in places], teacher),
+    ):
+        for name in names:
+            if name not in there:
+                raise ValueError(f"{term.name}: the {who} has no level '{name}'; it has {_listed(there)}")
+    return [LayerPair(s, t, student[s], teacher[t], s in vectors) for s, t in places]
+
+
+def _vector_pair(term: LossSpec, widths: Mapping[tuple[str, str], int | None]) -> LayerPair:
+    student, teacher = widths["student", term.student_kind], widths["teacher", term.level]
+    if term.needs_widths and not (student and teacher):
+        missing = f"student's {term.student_kind}" if not student else f"teacher's {term.level}"
+        raise ValueError(f"{term.name} has parameters: the width of the {missing} must be given")
+    return LayerPair(term.student_kind, term.level, student or 0, teacher or 0)
+
+
+def _checked_options(term: LossSpec, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    given = dict(options.get(term.name) or {})
+    for key in given:
+        if key not in term.options:
+            raise ValueError(f"{term.name} has no option '{key}'; it has {_listed(term.options)}")
+    return {**term.options, **given}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """One line of a shape report.
+
+    Attributes:
+        term: the term's name.
+        student: the student's level or kind of output.
+        teacher: the teacher's.
+        student_shape: without the batch, (C, H, W) for maps.
+        teacher_shape: the same for the teacher.
+        student_stride: of a map, in pixels; None where it isn't known.
+        teacher_stride: the same for the teacher.
+        alignment: what is done about a difference, in words; ``none`` where sizes agree.
+    """
+
+    term: str
+    student: str
+    teacher: str
+    student_shape: tuple[int, ...]
+    teacher_shape: tuple[int, ...]
+    student_stride: int | None
+    teacher_stride: int | None
+    alignment: str
+
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """What stands under :data:`HEADINGS`."""
+        student = _place(self.student, self.student_shape, self.student_stride)
+        return self.term, student, _place(self.teacher, self.teacher_shape, self.teacher_stride), self.alignment
+
+
+def _place(name: str, shape: tuple[int, ...], stride: int | None) -> str:
+    size = " x ".join(map(str, shape))
+    return f"{name}: {size}" + (f", stride {stride}" if stride else "")
+
+
+def pair_shapes(
+    loss: TransferLoss,
+    student: ModelOutputs,
+    teacher: ModelOutputs,
+    student_strides: Mapping[str, int] | None = None,
+    teacher_strides: Mapping[str, int] | None = None,
+) -> list[PairShape]:
+    """Each pair that ``loss`` compares in these outputs.
+
+    Args:
+        loss: of one method.
+        student: what it said about some image.
+        teacher: what it said about the same image.
+        student_strides: level to stride, where it is known.
+        teacher_strides: the same for the teacher.
+
+    Raises:
+        ValueError: an output that a term reads isn't there.
+    """
+    lines = []
+    for name, pairs in loss.pairs.items():
+        student_kind, teacher_kind = loss.kinds[name]
+        for pair in pairs:
+            mine, theirs = student.of(student_kind, pair.student), teacher.of(teacher_kind, pair.teacher)
+            alignment, grid = "none", getattr(loss.module(name, pair), "grid", 0)
+            if grid:
+                alignment = f"student spread over, teacher averaged to {grid} x {grid}"
+            elif student_kind == "maps" and mine.shape[2:] != theirs.shape[2:]:
+                height, width = common_size(mine, theirs)
+                sides = [who for who, x in (("student", mine), ("teacher", theirs)) if x.shape[2:] != (height, width)]
+                alignment = f"{' and '.join(sides)} averaged down to {height} x {width}"
+            shapes = tuple(mine.shape[1:]), tuple(theirs.shape[1:])
+            strides = (student_strides or {}).get(pair.student), (teacher_strides or {}).get(pair.teacher)
+            lines.append(PairShape(name, pair.student, pair.teacher, *shapes, *strides, alignment))
+    return lines

@@ -1,0 +1,191 @@
+"""How hard each term pulls at the student's backbone, measured in the first steps, and weights chosen from that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# steps whose median decides a weight; without weights to choose, the first step is measured alone
+STEPS = 5
+# a term that pulls more than this many times as hard as the task, or as little, is worth a warning
+LIMIT = 10.0
+# in fp16 the gradient of a small loss would vanish; a power of two changes no other bit
+SCALE = 1024.0
+
+HEADINGS = ("term", "weight", "value", "gradient norm at the backbone", "/ task's", "wished")
+
+
+@dataclass(frozen=True)
+class TermBalance:
+    """One line of a balance report.
+
+    Attributes:
+        term: the term's name.
+        weight: on its value.
+        value: weighted, in the last step that was measured.
+        norm: L2 norm of its weighted gradient in the backbone's parameters, a median over the measured steps.
+        ratio: of this norm to that of the task's gradient, a median too; None where the task has no finite gradient.
+        share: what the ratio was to be by AUTO_WEIGHT; None where the weight was given.
+    """
+
+    term: str
+    weight: float
+    value: float
+    norm: float
+    ratio: float | None
+    share: float | None = None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What stands under :data:`HEADINGS`."""
+        wished = "" if self.share is None else f"{self.share:.3g}"
+        ratio = "?" if self.ratio is None else f"{self.ratio:.3g}"
+        return self.term, f"{self.weight:.4g}", f"{self.value:.4g}", f"{self.norm:.3g}", ratio, wished
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether term and task are more than 10:1 apart, in either direction."""
+        return self.weight > 0 and self.ratio is not None and not 1 / LIMIT <= self.ratio <= LIMIT
+
+    @property
+    def warning(self) -> str:
+        """One line on a term that is one-sided."""
+        ratio = self.ratio or 0.0
+        times = f"{ratio:.3g} times" if ratio > 1 or not ratio else f"1/{1 / ratio:.3g} of"
+        return (
+            f"the gradient of {self.term} at the student's backbone has {times} the task's norm; change its weight "
+            f"{self.weight:.4g}, or let TRANSFER.AUTO_WEIGHT choose it, for example {{{self.term}: 1.0}}"
+        )
+
+
+def gradient_norms(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each loss's gradient in all parameters together.
+
+    The graph stays, so that the losses can still go backward; no ``.grad`` is touched and nothing is drawn.
+
+    Args:
+        losses: scalars of one forward pass.
+        parameters: leaves that require a gradient; a loss needn't depend on all of them.
+
+    Returns:
+        (number of losses,), float32, 0 where a loss depends on none of the parameters, inf where it isn't finite.
+    """
+    norms = []
+    with torch.autocast(losses[0].device.type, enabled=False):
+        for loss in losses:
+            found: Sequence[Tensor | None] = ()
+            if loss.requires_grad:
+                found = torch.autograd.grad(loss * SCALE, parameters, retain_graph=True, allow_unused=True)
+            squares = [gradient.float().square().sum() for gradient in found if gradient is not None]
+            norms.append(torch.stack(squares).sum().sqrt() / SCALE if squares else loss.new_zeros(()).float())
+    return torch.nan_to_num(torch.stack(norms).detach(), nan=math.inf, posinf=math.inf)
+
+
+class GradientBalance(nn.Module):
+    """Measures the terms of one method against the task in the first steps, and sets the weights that are to be chosen.
+
+    A term with a share gets the weight at which its gradient in the backbone's parameters has that share of the task's
+    gradient norm: in each of the first :data:`STEPS` steps by the median of what was measured so far, then for good.
+    What was measured is in the state dict, so that a run that goes on has the same weights.
+
+    Several processes measure their own images and take the mean of the norms.
+
+    Args:
+        weights: term to weight; the entries of terms with a share are changed here.
+        shares: term to the wished ratio of gradient norms, term / task.
+
+    Attributes:
+        measured: steps so far.
+        lines: the report, once the last of these steps is measured.
+    """
+
+    norms: Tensor
+
+    def __init__(self, weights: dict[str, float], shares: Mapping[str, float]) -> None:
+        super().__init__()
+        self.weights, self.shares = weights, dict(shares)
+        self.measured = 0
+        self.lines: list[TermBalance] = []
+        # a row a step: the task's norm, then that of each term at weight 1; NaN is not measured
+        empty = torch.full((STEPS if shares else 1, 1 + len(weights)), math.nan)
+        self.register_buffer("norms", empty, persistent=bool(shares))
+        self.register_load_state_dict_post_hook(lambda module, _: module._go_on())
+
+    def wants(self, step: int) -> bool:
+        """Whether the step is to be measured: the first, or as many as it takes to choose weights; each step once.
+
+        Args:
+            step: steps done before it; one whose images are taken in parts is measured on the first part.
+        """
+        due = step >= self.measured if self.shares else step == 0
+        return bool(self.weights) and self.measured < len(self.norms) and due
+
+    def forward(self, task: Tensor, terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Measure one step.
+
+        Args:
+            task: the loss that the student has without a teacher, a scalar.
+            terms: what :class:`~nst_det.losses.TransferLoss` gave in this step.
+            parameters: the trainable ones of the student's backbone.
+
+        Returns:
+            The terms by the weights that hold now.
+
+        Raises:
+            ValueError: a weight is to be chosen for a term that has no gradient there.
+        """
+        before = dict(self.weights)
+        norms = _mean_of_processes(gradient_norms([task, *terms.values()], parameters))
+        scale = norms.new_tensor([1.0, *(before[name] or 1.0 for name in terms)])
+        self.norms[self.measured] = norms / scale
+        self.measured += 1
+        self._choose()
+        values = {
+            name: value * (self.weights[name] / before[name]) if name in self.shares else value
+            for name, value in terms.items()
+        }
+        if self.measured == len(self.norms):
+            self.lines = [self._line(name, float(value.detach())) for name, value in values.items()]
+        return values
+
+    def _go_on(self) -> None:
+        self.measured = int((~self.norms[:, 0].isnan()).sum())
+        self._choose()
+
+    def _choose(self) -> None:
+        for name, share in self.shares.items():
+            pulls = [pull for pull in self._pulls(name) if pull > 0]
+            if pulls:
+                self.weights[name] = share / median(pulls)
+            elif self.measured == len(self.norms):
+                raise ValueError(
+                    f"AUTO_WEIGHT: {name} or the task has no finite gradient at the student's backbone in the first "
+                    f"{self.measured} steps, so no weight gives it a share; give it a weight"
+                )
+
+    def _pulls(self, name: str) -> Iterator[float]:
+        """Term / task at weight 1, of each measured step in which the task has a finite gradient."""
+        column = 1 + list(self.weights).index(name)
+        for row in self.norms[: self.measured].tolist():
+            if 0 < row[0] < math.inf and row[column] < math.inf:
+                yield row[column] / row[0]
+
+    def _line(self, name: str, value: float) -> TermBalance:
+        weight, pulls = self.weights[name], list(self._pulls(name))
+        column = 1 + list(self.weights).index(name)
+        norm = weight * median(row[column] for row in self.norms.tolist())
+        return TermBalance(name, weight, value, norm, weight * median(pulls) if pulls else None, self.shares.get(name))
+
+
+def _mean_of_processes(norms: Tensor) -> Tensor:
+    distributed: Any = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(norms)
+        norms /= distributed.get_world_size()
+    return norms

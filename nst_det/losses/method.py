@@ -1,0 +1,84 @@
+"""The grammar of methods: ``ce``, ``kd``, ``nst-poly:50+kd:0.9``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nst_det.losses.registry import check_weight, get_term, terms
+
+LABELS_ONLY = "ce"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A sum of transfer terms, each with the weight that the word gives it.
+
+    Cross-entropy with the labels is the task and always there; the method ``ce`` is the one without any term.
+
+    Attributes:
+        weights: term to the weight in the word, None where the word has none; in the registry's order.
+    """
+
+    weights: tuple[tuple[str, float | None], ...] = ()
+
+    @property
+    def word(self) -> str:
+        """The canonical word: two methods are equal exactly if their words are."""
+        parts = (name if weight is None else f"{name}:{_shortest(weight)}" for name, weight in self.weights)
+        return "+".join(parts) or LABELS_ONLY
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its terms."""
+        return tuple(name for name, _ in self.weights)
+
+    def __iter__(self) -> Iterator[tuple[str, float | None]]:
+        return iter(self.weights)
+
+    def __str__(self) -> str:
+        return self.word
+
+
+def _shortest(weight: float) -> str:
+    # a plus sign would read as the next term
+    return repr(float(weight)).removesuffix(".0").replace("e+", "e")
+
+
+def parse_method(word: str | Method) -> Method:
+    """A method from its word.
+
+    Args:
+        word: term names joined by ``+``, each with ``:weight`` if it isn't to be the default; ``ce`` for none.
+
+    Returns:
+        The method, its terms in the registry's order whatever their order in the word.
+
+    Raises:
+        ValueError: an empty word, an unknown or repeated term, a weight that isn't a finite number >= 0.
+
+    Example:
+        >>> parse_method("nst-poly+kd:0.9").word
+        'kd:0.9+nst-poly'
+    """
+    if isinstance(word, Method):
+        return word
+    text = str(word).strip().lower()
+    if text == LABELS_ONLY:
+        return Method()
+    found: dict[str, float | None] = {}
+    for part in text.split("+"):
+        name, colon, number = (piece.strip() for piece in part.partition(":"))
+        if not name:
+            raise ValueError(f"method '{word}': a term is missing; write for example kd+nst-poly:50")
+        if name == LABELS_ONLY:
+            raise ValueError(f"method '{word}': ce (labels only) is in every method; leave it out of a sum")
+        try:
+            get_term(name)
+            weight = check_weight(name, number) if colon else None
+        except ValueError as error:
+            raise ValueError(f"method '{word}': {error}") from None
+        if name in found:
+            raise ValueError(f"method '{word}': the term '{name}' stands there twice")
+        found[name] = weight
+    return Method(tuple((name, found[name]) for name in terms() if name in found))

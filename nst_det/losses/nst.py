@@ -1,0 +1,168 @@
+"""NST: the distributions of the channels' maps agree (Huang, Wang 2017, arXiv 1707.01219).
+
+Each channel's map, divided by its L2 norm over the positions, is one sample.  The loss is the squared maximum mean
+discrepancy (MMD^2) between the C_T samples of the teacher and the C_S samples of the student, per image, with all
+three terms, so that it is >= 0 and 0 for equal sets:
+
+    MMD^2 = mean k(t_i, t_i') + mean k(s_j, s_j') - 2 mean k(t_i, s_j)
+
+Shapes: B batch, C channels, N = H*W positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nst_det.losses.mmd import KERNELS, mmd
+from nst_det.losses.ops import Shared, check_maps, common_size, compute_now, full_precision, pooled
+from nst_det.losses.registry import LayerPair, LossSpec, register_term
+
+
+def nst_loss(
+    student: Tensor,
+    teacher: Tensor,
+    kernel: str = "poly",
+    shared: Shared = compute_now,
+    limit: int | None = None,
+) -> Tensor:
+    """MMD^2 between the normalized channel maps of student and teacher, mean over the batch.
+
+    Args:
+        student: map (B, C_S, H, W).
+        teacher: map (B, C_T, H', W'); no gradient goes there.  The larger one is averaged down; C_T may differ.
+        kernel: ``linear`` x'y, ``poly`` (x'y)^2, or ``gaussian`` exp(-|x - y|^2 / (2 sigma^2)) with sigma^2 the mean
+            squared distance of all pairs of one image, a constant for the gradient.
+        shared: keeps what is the teacher's alone for other students and kernels.
+        limit: bytes for temporary tensors beside the gradient, as far as single images fit in; by default 2 MiB on
+            the CPU and 256 MiB elsewhere.
+
+    Returns:
+        A scalar >= 0, in float32 (float64 for float64 maps) whatever autocast says.
+
+    Raises:
+        ValueError: an unknown kernel, or shapes that aren't maps of one batch.
+
+    Example:
+        >>> maps = torch.rand(2, 8, 7, 7)
+        >>> bool(nst_loss(maps, maps) < 1e-6)
+        True
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"nst: kernel must be one of {', '.join(KERNELS)}, not '{kernel}'")
+    check_maps(student, teacher)
+    if torch.is_autocast_enabled(student.device.type):
+        with torch.autocast(student.device.type, enabled=False):
+            return nst_loss(student, teacher, kernel, shared, limit)
+    size = common_size(student, teacher)
+    shared = partial(_named, shared, size)
+    small = student if tuple(student.shape[2:]) == size else pooled(full_precision(student), size)
+    target = teacher.detach()
+    if tuple(teacher.shape[2:]) != size:
+        target = shared("pooled", lambda: pooled(full_precision(teacher.detach()), size))
+    wanted = small.requires_grad and torch.is_grad_enabled()
+    with torch.no_grad():
+        value, gradient, factor = mmd(small.detach().flatten(2), target.flatten(2), kernel, shared, wanted, limit)
+    if gradient is None or factor is None:
+        return value
+    gradient, factor = gradient.view(small.shape), factor[..., None, None]
+    if torch.compiler.is_compiling():
+        return _WithGradient.apply(small, value, gradient, factor)
+    return _WithGradientOnce.apply(small, target, (value, gradient, factor), kernel, shared, limit)
+
+
+def _named(shared: Shared, size: tuple[int, int], name: Hashable, compute: Callable[[], Any]) -> Any:
+    return shared(("nst", name, size), compute)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradient ``gradient * factor`` is known already; this form is the one that can be compiled."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, value: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient, factor)
+        ctx.dtype = maps.dtype
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient, factor = ctx.saved_tensors
+        return (gradient * (factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None
+
+
+class _WithGradientOnce(torch.autograd.Function):
+    """The same without a second tensor of the map's size: the first backward hands out the gradient's own memory.
+
+    Another backward through the same graph (``retain_graph``) computes the gradient again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        maps: Tensor,
+        target: Tensor,
+        ready: tuple[Tensor, Tensor, Tensor],
+        kernel: str,
+        shared: Shared,
+        limit: int | None,
+    ) -> Tensor:
+        ctx.save_for_backward(maps, target)
+        value, *ctx.ready = ready
+        ctx.arguments, ctx.dtype = (kernel, shared, True, limit), maps.dtype
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.ready is None:
+            # autograd refuses these after a backward that freed the graph
+            maps, target = ctx.saved_tensors
+            _, again, factor_BS = mmd(maps.flatten(2), target.flatten(2), *ctx.arguments)
+            ctx.ready = cast(Tensor, again).view_as(maps), cast(Tensor, factor_BS)[..., None, None]
+        (gradient, factor), ctx.ready = ctx.ready, None
+        return gradient.mul_((factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None, None, None
+
+
+class NST(nn.Module):
+    """The terms ``nst-linear``, ``nst-poly`` and ``nst-gaussian``."""
+
+    def __init__(self, pair: LayerPair, kernel: str, center: bool = False, relu: bool = False) -> None:
+        super().__init__()
+        self.kernel, self.center, self.relu = kernel, center, relu
+
+    def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
+        """Maps (B, C_S, H, W) and (B, C_T, H', W') to a scalar."""
+        if not (self.center or self.relu):
+            return nst_loss(student, teacher, self.kernel, shared)
+        key = ("center", self.center, "relu", self.relu)
+        prepared = shared(key, lambda: self._prepare(teacher.detach()))
+        return nst_loss(self._prepare(student), prepared, self.kernel, lambda k, compute: shared((key, k), compute))
+
+    def _prepare(self, maps: Tensor) -> Tensor:
+        maps = maps.relu() if self.relu else maps
+        return maps - maps.mean((2, 3), keepdim=True) if self.center else maps
+
+
+def _register(kernel: str, weight: float, source: str, summary: str) -> None:
+    register_term(
+        LossSpec(
+            name=f"nst-{kernel}",
+            level="maps",
+            weight=weight,
+            source=source,
+            summary=summary,
+            build=lambda pair, **options: NST(pair, kernel, **options),
+            options={"center": False, "relu": False},
+        )
+    )
+
+
+_register("linear", 50.0, "the NST paper's 5e1 (not verified)", "the mean of the normalized channel maps")
+_register("poly", 50.0, "the NST authors' code and RepDistiller (50)", "which positions are active together")
+_register("gaussian", 100.0, "the NST paper's 1e2 (not verified)", "the distribution of the normalized channel maps")

@@ -1,0 +1,72 @@
+"""What a network said about one batch: the only thing that a transfer loss sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class ModelOutputs:
+    """Logits, feature maps and embedding of one network for one batch.
+
+    A teacher's Outputs is made once per batch and handed to the losses of all students: what they need of it in
+    another form (normalized maps, Gram matrices, soft targets) is computed by the first that asks and kept here.
+
+    Attributes:
+        logits: (B, K), unnormalized class scores.
+        maps: level name to feature map (B, C, H, W).
+        embedding: (B, D), the pooled vector before the classifier.
+
+    Example:
+        >>> teacher = ModelOutputs(logits=torch.zeros(2, 10), maps={"res4": torch.rand(2, 8, 7, 7)})
+        >>> teacher.shared("mean", lambda: teacher.map("res4").mean()).ndim
+        0
+    """
+
+    logits: Tensor | None = None
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    embedding: Tensor | None = None
+    _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """The value kept under ``key``; the first call computes it, without gradient."""
+        if key not in self._memo:
+            with torch.no_grad():
+                self._memo[key] = compute()
+        return self._memo[key]
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        """Put ``value`` under ``key``, where :meth:`shared` finds it."""
+        self._memo[key] = value
+
+    def shared_so_far(self) -> dict[Hashable, Any]:
+        """All that was asked of :meth:`shared`, by key."""
+        return dict(self._memo)
+
+    def map(self, level: str) -> Tensor:
+        """The map (B, C, H, W) of a level.
+
+        Raises:
+            ValueError: the network gave no such level.
+        """
+        if level not in self.maps:
+            raise ValueError(f"no map '{level}' among the outputs; there are {', '.join(self.maps) or 'none'}")
+        return self.maps[level]
+
+    def of(self, kind: str, level: str | None = None) -> Tensor:
+        """The output of one kind: ``logits``, ``embedding``, or ``maps`` with a level.
+
+        Raises:
+            ValueError: it isn't there.
+        """
+        if kind == "maps":
+            return self.map(str(level))
+        value: Tensor | None = self.logits if kind == "logits" else self.embedding
+        if value is None:
+            raise ValueError(f"no {kind} among the outputs, but a transfer term reads them")
+        return value

@@ -1,0 +1,75 @@
+"""PKD: each channel is linearly related to the teacher's (Cao et al. 2022, arXiv 2207.02039)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nst_det.losses.ops import EPS, Shared, aligned, compute_now
+from nst_det.losses.registry import LayerPair, LossSpec, register_term
+
+
+def standardize(maps: Tensor) -> Tensor:
+    """Each channel with mean 0 and variance 1 over batch and positions: (B, C, H, W) to the same shape.
+
+    The variance is the unbiased one plus 1e-6, so that a constant channel gives zeros and a finite gradient.
+    """
+    variance, mean = _variance_and_mean(maps)
+    return (maps - mean) * (variance + EPS).rsqrt()
+
+
+def _variance_and_mean(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Unbiased variance and mean of each channel, (1, C, 1, 1)."""
+    mean = maps.mean((0, 2, 3), keepdim=True)
+    count = max(1, maps.numel() // maps.shape[1] - 1)
+    return (maps - mean).square().sum((0, 2, 3), keepdim=True) / count, mean
+
+
+def pkd_loss(student: Tensor, teacher: Tensor, shared: Shared = compute_now) -> Tensor:
+    """Half the mean squared difference of the standardized maps: 1 - Pearson's r, averaged over the channels.
+
+    Args:
+        student: map (B, C, H, W).
+        teacher: map (B, C, H', W'), the larger one is averaged down; no gradient goes there.
+        shared: keeps the teacher's standardized map for other students.
+
+    Returns:
+        A scalar in [0, 2]; it doesn't change under a positive scale and a shift of a channel.
+
+    Raises:
+        ValueError: the channel counts differ.
+    """
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(f"pkd compares channel by channel, but there are {student.shape[1]} and {teacher.shape[1]}")
+    small, large = aligned(student, teacher, shared)
+    target = shared(("pkd", tuple(large.shape[2:])), lambda: standardize(large))
+    return F.mse_loss(standardize(small), target) / 2
+
+
+class PKD(nn.Module):
+    """The term ``pkd``."""
+
+    def __init__(self, pair: LayerPair) -> None:
+        super().__init__()
+        if pair.student_channels != pair.teacher_channels:
+            raise ValueError(
+                f"pkd compares channel by channel, but {pair.label} has {pair.student_channels} in the student and "
+                f"{pair.teacher_channels} in the teacher; take FPN levels, or cwd, fitnet or nst-poly"
+            )
+
+    def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
+        """Maps (B, C, H, W) and (B, C, H', W') to a scalar."""
+        return pkd_loss(student, teacher, shared)
+
+
+register_term(
+    LossSpec(
+        name="pkd",
+        level="maps",
+        weight=6.0,
+        source="mmrazor, two-stage detectors on FPN p2..p5 (6 a level)",
+        summary="each channel up to scale and shift",
+        build=PKD,
+        needs_widths=True,
+    )
+)

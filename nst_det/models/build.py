@@ -1,0 +1,288 @@
+"""timm is the zoo: students and teachers by their timm names."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nst_det.losses import ModelOutputs
+from nst_det.models import inception_bn, small  # noqa: F401 (registers these networks in timm)
+
+# timm's arguments that load weights or read files: an architecture from a card must never reach them
+NOT_ARCHITECTURE = (
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "features_only",
+    "scriptable",
+    "exportable",
+    "no_jit",
+    "num_classes",
+)
+LARGEST_NUMBER = 1 << 16
+# the keys of Detectron2's MODEL.RESNETS.NORM that speak of batch normalization
+NORM_POLICIES = {"FrozenBN": "frozen", "BN": "train", "SyncBN": "sync"}
+# stride 4, 8, 16, 32
+LEVELS = ("res2", "res3", "res4", "res5")
+PROBE_SIZE = 64
+
+
+def create_model(arch: str, num_classes: int, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A timm model with a classifier of ``num_classes``.
+
+    Args:
+        arch: a timm name, also with a tag (``resnet18``, ``resnet18.a1_in1k``, ``nst_resnet10_w32``).
+        num_classes: classes of the classifier.
+        pretrained: take timm's published weights (they are downloaded on first use).
+        kwargs: architecture arguments of that timm model.
+
+    Raises:
+        ValueError: unknown architecture, arguments that it doesn't take, or no pretrained weights to be had.
+    """
+    check_arch(arch, kwargs)
+    if not 0 <= num_classes <= 1_000_000:
+        raise ValueError(f"{num_classes} classes asked of {arch}; use 1 to 1000000")
+    try:
+        return timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"{arch} doesn't take these arguments: {kwargs} ({error})") from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"no pretrained weights for {arch} could be had ({reason}); go online once, or name a weights file"
+        ) from error
+
+
+def check_arch(arch: str, arch_kwargs: Mapping[str, Any]) -> None:
+    """Refuse what isn't a plain timm name with plain arguments.
+
+    Raises:
+        ValueError: unknown name (the nearest known ones are listed), or an argument that isn't a small number, a
+            short text, or a short list of such.
+    """
+    base = arch.split(".")[0]
+    # the check also keeps out timm's "hf-hub:" and "local-dir:" names, which fetch and read files
+    if not timm.is_model(base) or ":" in arch or "/" in arch:
+        near = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"near it: {', '.join(near)}" if near else "timm.list_models() lists them"
+        raise ValueError(f"unknown architecture '{arch[:80]}'; {hint}")
+    for key, value in arch_kwargs.items():
+        if key in NOT_ARCHITECTURE:
+            raise ValueError(f"architecture argument '{key}' is not allowed; leave it out")
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(item, bool | int | float | str | None) or (
+                isinstance(item, int | float) and abs(item) > LARGEST_NUMBER
+            ):
+                raise ValueError(f"architecture argument '{key}' must be a number up to {LARGEST_NUMBER}, text or list")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable and frozen parameters; buffers don't count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def same_maps(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> float:
+    """The largest absolute difference between two sets of maps (B, C, H, W) by level; infinite if shapes differ."""
+    if first.keys() != second.keys() or any(first[key].shape != second[key].shape for key in first):
+        return float("inf")
+    return max((float((first[key] - second[key]).abs().max()) for key in first), default=0.0)
+
+
+def batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """All batch normalization layers by name, timm's with a built-in activation included."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm):
+            yield name, layer
+
+
+def freeze_batch_norm(layer: _BatchNorm) -> None:
+    """Fix statistics, scale and shift: the layer is affine from now on.
+
+    It stays the layer that it was, so that the names in its state dict don't change; whoever owns it must put
+    it back into evaluation mode after ``train()`` (:class:`~nst_det.models.bottomup.Bottomup` does).
+    """
+    layer.eval()
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class LevelInfo:
+    """Where a level is: its index in ``forward_intermediates``, its stride in pixels and its channels.
+
+    Stride 0 is a vector: a map (B, channels, 1, 1) without positions, such as a hidden layer of an MLP.
+    """
+
+    index: int
+    stride: int
+    channels: int
+
+
+def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
+    """The levels of a timm model: the last map of stride 4, 8, 16 and 32, as far as it has them.
+
+    A model with ``vector_levels`` gives its hidden vectors by these names instead, with stride 0.
+
+    A black image is sent through the model once, in evaluation mode and without gradients; the model is left
+    as it was.
+
+    Args:
+        model: a timm model with ``forward_intermediates``.
+
+    Raises:
+        ValueError: the model gives no intermediate maps, or none at these strides.
+
+    Example:
+        >>> import timm
+        >>> feature_levels(timm.create_model("resnet18"))["res3"]
+        LevelInfo(index=2, stride=8, channels=128)
+    """
+    name = type(model).__name__
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"{name} has no forward_intermediates, so its feature maps can't be read; use another model")
+    levels: dict[str, LevelInfo] = {}
+    if hasattr(model, "vector_levels"):
+        return {
+            vector: LevelInfo(index, 0, channels)
+            for index, (vector, (_, channels)) in enumerate(zip(model.vector_levels, _probe(model)))  # type: ignore[arg-type]
+        }
+    for index, (stride, channels) in enumerate(_probe(model)):
+        level = f"res{int(math.log2(stride))}"
+        if level in LEVELS:
+            levels[level] = LevelInfo(index, stride, channels)
+    if not levels:
+        raise ValueError(f"{name} has no feature map of stride 4, 8, 16 or 32; use another model")
+    return levels
+
+
+def take_levels(available: Mapping[str, LevelInfo], names: Sequence[str], arch: str) -> dict[str, LevelInfo]:
+    """The named levels, by stride.
+
+    Raises:
+        ValueError: a level that the model doesn't have; the line lists those that it has.
+    """
+    if not names:
+        raise ValueError(f"no levels asked of {arch}; it has {', '.join(available)}")
+    for name in names:
+        if name not in available:
+            raise ValueError(f"{arch} has no level '{name}'; it has {', '.join(available)}")
+        if not available[name].stride:
+            raise ValueError(f"{arch}: '{name}' is a vector, and a detector needs maps; use a convolutional network")
+    return {name: info for name, info in available.items() if name in names}
+
+
+def probe_image(model: nn.Module, size: int) -> Tensor:
+    """A black image (1, C, size, size) on the model's device."""
+    parameter = next(model.parameters())
+    channels = getattr(model, "in_chans", None) or getattr(model, "default_cfg", {}).get("input_size", (3,))[0]
+    return torch.zeros(1, channels, size, size, device=parameter.device, dtype=parameter.dtype)
+
+
+def probe_size(model: nn.Module) -> int:
+    """The side of a square image that the model takes: small where it may be, else the model's own."""
+    return _own_size(model) if _needs_own_size(model, PROBE_SIZE) else PROBE_SIZE
+
+
+def _own_size(model: nn.Module) -> int:
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", {})
+    return int(config.get("input_size", (3, 224, 224))[-1])
+
+
+def _needs_own_size(model: nn.Module, size: int) -> bool:
+    """Whether the model refuses a small image, or pads so little that its strides can't be read from one."""
+    try:
+        maps = _maps(model, size)
+    except (RuntimeError, AssertionError, ValueError):
+        return True
+    return any(stride_of(map_, size) * map_.shape[-1] != size for map_ in maps)
+
+
+def _maps(model: nn.Module, size: int) -> list[Tensor]:
+    with _evaluating(model), torch.no_grad():
+        maps: list[Tensor] = model.forward_intermediates(  # type: ignore[operator]
+            probe_image(model, size), intermediates_only=True
+        )
+    return maps
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; each module's own mode is put back after the block."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def stride_of(map_: Tensor, size: int) -> int:
+    """The stride of a map (B, C, H, W) of an image of ``size`` pixels: a power of two, the nearest one."""
+    stride: int = 2 ** round(math.log2(size / map_.shape[-1]))
+    return stride
+
+
+def _probe(model: nn.Module) -> list[tuple[int, int]]:
+    """(stride, channels) of every intermediate map."""
+    size = probe_size(model)
+    return [(stride_of(map_, size), map_.shape[1]) for map_ in _maps(model, size)]
+
+
+def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, LevelInfo]) -> ModelOutputs:
+    """Logits, maps and embedding of a classifier in one pass, equal to what ``model(images)`` computes.
+
+    Args:
+        model: a timm model with its classifier.
+        images: (B, 3, H, W), normalized.
+        levels: the maps to give, from :func:`feature_levels`; may be empty.
+
+    Returns:
+        logits (B, K), maps (B, C, H / stride, W / stride) by level, embedding (B, D): what enters the classifier.
+    """
+    indices = [info.index for info in levels.values()]
+    if indices:
+        features, maps = model.forward_intermediates(images, indices=indices)  # type: ignore[operator]
+    else:
+        features, maps = model.forward_features(images), []  # type: ignore[operator]
+    seen: list[Tensor] = []
+    classifier = model.get_classifier()  # type: ignore[operator]
+    # the head runs once: a second call for pre_logits would draw another dropout mask and move BN statistics twice
+    hook = classifier.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        logits = model.forward_head(features)  # type: ignore[operator]
+    finally:
+        hook.remove()
+    return ModelOutputs(logits=logits, maps=dict(zip(levels, maps)), embedding=seen[0].flatten(1) if seen else None)
+
+
+def probe_outputs(model: nn.Module, levels: Mapping[str, LevelInfo], size: int) -> ModelOutputs:
+    """What :func:`forward_outputs` gives for one black image of ``size`` pixels; the model is left as it was."""
+    with _evaluating(model), torch.no_grad():
+        return forward_outputs(model, probe_image(model, size), levels)
+
+
+def backbone_parameters(model: nn.Module) -> list[Tensor]:
+    """The trainable parameters of a classifier without those of its last layer, weight (K, D) and bias (K,)."""
+    last = {id(parameter) for parameter in model.get_classifier().parameters()}  # type: ignore[operator]
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in last]
+
+
+def embedding_width(model: nn.Module) -> int:
+    """D of the embedding that :func:`forward_outputs` gives; 0 if there is no classifier to enter."""
+    with _evaluating(model), torch.no_grad():
+        embedding = forward_outputs(model, probe_image(model, probe_size(model)), {}).embedding
+    return 0 if embedding is None else embedding.shape[1]

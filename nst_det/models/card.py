@@ -1,0 +1,155 @@
+"""The card of a backbone file: all that must be known to use the weights, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nst_det.errors import UserError
+from nst_det.models.build import check_arch
+
+CHANNEL_ORDERS = ("RGB", "BGR")
+INPUT_TOLERANCE = 1e-4
+
+
+@dataclass
+class Card:
+    """What stands in ``NAME.json``.
+
+    Attributes:
+        arch: timm name; with ``arch_kwargs`` and ``num_classes`` it builds the classifier.
+        classes: names of the classes in the order of the logits; empty if unknown.
+        levels: level -> {"stride", "channels"}.
+        input: {"channel_order", "mean", "std", "size"}; mean and std on the 0..1 scale, in that channel order.
+        method: the transfer method's word, ``ce`` for labels only, or where the weights come from.
+        weights: loss weights by term.
+        teacher: name, arch, top1 and weights' sha256 of the teacher, or empty.
+        data: name, fingerprint, images and classes of the training data.
+        top1: accuracy on the validation split, 0..1; None if not measured.
+        sha256: of the safetensors file; filled in when it is written.
+    """
+
+    arch: str
+    num_classes: int
+    arch_kwargs: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+    levels: dict[str, dict[str, int]] = field(default_factory=dict)
+    input: dict[str, Any] = field(default_factory=dict)
+    method: str = ""
+    weights: dict[str, float] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    top1: float | None = None
+    top5: float | None = None
+    seed: int | None = None
+    steps: int | None = None
+    params: int | None = None
+    date: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as JSON values."""
+        return asdict(self)
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "arch": str,
+    "num_classes": int,
+    "classes": list,
+    "method": str,
+    "date": str,
+    "sha256": str,
+    "top1": (int, float, type(None)),
+    "top5": (int, float, type(None)),
+    "seed": (int, type(None)),
+    "steps": (int, type(None)),
+    "params": (int, type(None)),
+}
+
+
+def input_contract(mean: Sequence[float], std: Sequence[float], order: str, size: int) -> dict[str, Any]:
+    """The ``input`` part of a card.
+
+    Args:
+        mean: per channel, 0..1, in ``order``.
+        std: as ``mean``.
+        order: ``RGB`` or ``BGR``.
+        size: side of the training images in pixels.
+    """
+    return {"channel_order": order, "mean": list(mean), "std": list(std), "size": size}
+
+
+def card_from_json(value: Any, source: str) -> Card:
+    """A card from what was read from a file, checked field by field.
+
+    Raises:
+        UserError: not a card; the line names file and field.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: not a backbone card (a mapping of fields is expected); write the backbone again")
+    known = {item.name for item in fields(Card)}
+    for name in ("arch", "num_classes", "input", "sha256"):
+        if name not in value:
+            raise UserError(f"{source}: field '{name}' is missing; write the backbone again")
+    for name, item in value.items():
+        wanted = _TYPES.get(name, dict)
+        if name in known and (not isinstance(item, wanted) or isinstance(item, bool)):
+            raise UserError(f"{source}: field '{name}' has the wrong type ({type(item).__name__})")
+    card = Card(**{name: item for name, item in value.items() if name in known})
+    _check_input(card.input, source)
+    try:
+        check_arch(card.arch, card.arch_kwargs)
+    except ValueError as error:
+        raise UserError(f"{source}: field 'arch': {error}") from error
+    if not 1 <= card.num_classes <= 1_000_000:
+        raise UserError(f"{source}: field 'num_classes' is {card.num_classes}, outside 1 to 1000000")
+    return card
+
+
+def _check_input(value: Mapping[str, Any], source: str) -> None:
+    if value.get("channel_order") not in CHANNEL_ORDERS:
+        raise UserError(f"{source}: field 'input.channel_order' must be RGB or BGR")
+    for name in ("mean", "std"):
+        numbers = value.get(name)
+        fits = isinstance(numbers, list) and len(numbers) == 3 and all(_is_number(number) for number in numbers)
+        if not fits:
+            raise UserError(f"{source}: field 'input.{name}' must be three numbers on the 0..1 scale")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def check_input_contract(card: Card, mean: Sequence[float], std: Sequence[float], order: str = "RGB") -> None:
+    """Refuse weights whose training saw pixels of another scale or channel order.
+
+    Args:
+        card: of the weights.
+        mean: per channel, what will be subtracted, 0..1, in ``order``.
+        std: per channel, what will be divided by, 0..1, in ``order``.
+        order: ``RGB`` or ``BGR``.
+
+    Raises:
+        UserError: one line with both sides.
+    """
+    theirs = card.input
+    flip = order != theirs["channel_order"]
+    for name, given in (("mean", list(mean)), ("std", list(std))):
+        wanted = theirs[name]
+        if len(given) != 3 or any(abs(mine - other) > INPUT_TOLERANCE for mine, other in zip(given, wanted)):
+            raise UserError(
+                f"the backbone was trained with {name} {_numbers(wanted)} in {theirs['channel_order']}, "
+                f"now {name} is {_numbers(given)} in {order}; set it to the backbone's"
+            )
+    if flip:
+        raise UserError(
+            f"the backbone was trained on {theirs['channel_order']} images, now they are {order}; "
+            f"set the input format to {theirs['channel_order']}"
+        )
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"

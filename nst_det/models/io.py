@@ -1,0 +1,355 @@
+"""Backbone files: ``NAME.safetensors`` with the whole classifier, ``NAME.json`` with its card."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nst_det.engine.checkpoint import check_intact
+from nst_det.engine.io import (
+    CHECKSUM_KEY,
+    atomic_path,
+    read_sealed_json,
+    remove_left_over,
+    sha256_of_file,
+    write_sealed_json,
+)
+from nst_det.engine.run_dir import package_versions
+from nst_det.engine.safetensors_io import read_tensors
+from nst_det.errors import UserError
+from nst_det.models.build import count_parameters, create_model, feature_levels
+from nst_det.models.card import Card, card_from_json
+from nst_det.models.registry import resolve
+
+SHOWN = 4
+# a counter that old files lack and frozen layers never read
+OPTIONAL_SUFFIX = "num_batches_tracked"
+log = logging.getLogger(__name__)
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+LARGEST_CARD = 16 << 20
+LARGEST_WEIGHTS = 16 << 30
+
+
+def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``state_dict`` into ``model``.
+
+    Nothing is copied unless all of it fits.
+
+    Args:
+        model: any module.
+        state_dict: a state dict with the names and shapes that the model has.
+        source: file or architecture, named in the error.
+
+    Raises:
+        ValueError: one line with the missing names, the unexpected names and the shapes that differ.
+    """
+    own = model.state_dict()
+    check_shapes({key: tuple(value.shape) for key, value in state_dict.items()}, own, source)
+    model.load_state_dict(dict(state_dict), strict=False)
+
+
+def check_shapes(given: Mapping[str, Sequence[int]], own: Mapping[str, Tensor], source: str) -> None:
+    """Compare names and shapes, as :func:`load_strict` does, before any weight is read.
+
+    Args:
+        given: shapes by name.
+        own: the model's state dict.
+        source: file or architecture, named in the error.
+
+    Raises:
+        ValueError: they differ.
+    """
+    missing = [key for key in own if key not in given and not key.endswith(OPTIONAL_SUFFIX)]
+    unexpected = [key for key in given if key not in own]
+    shapes = [
+        f"{key} {_size(given[key])} for {_size(own[key].shape)}"
+        for key in own
+        if key in given and tuple(given[key]) != tuple(own[key].shape)
+    ]
+    if missing or unexpected or shapes:
+        parts = [_shown("missing", missing), _shown("unexpected", unexpected), _shown("other shapes", shapes)]
+        raise ValueError(f"{source}: these weights don't fit the model: {'; '.join(part for part in parts if part)}")
+
+
+def _size(shape: Iterable[int]) -> str:
+    return "x".join(str(size) for size in shape) or "scalar"
+
+
+def _shown(what: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{len(names)} {what} ({', '.join(names[:SHOWN])}{more})"
+
+
+@contextmanager
+def trusting_pickles(trust: bool = True) -> Iterator[None]:
+    """Within the block any pickle is opened (TRUST_PICKLE, ``--trust-pickle``); False changes nothing."""
+    token = _trusted.set(trust or _trusted.get())
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+def pickles_are_trusted() -> bool:
+    """Whether this is within :func:`trusting_pickles`."""
+    return _trusted.get()
+
+
+def load_pickled(path: str | Path) -> Any:
+    """What is in a ``.pth``, ``.pt``, ``.pyth`` or ``.pkl`` file, tensors on the CPU.
+
+    Plain tensors, numbers, text and containers of them are read by ``torch.load(weights_only=True)``, which runs
+    nothing.  A pickle with anything else in it (Detectron2's ``.pkl`` files have NumPy arrays) is opened only where
+    pickles are trusted.
+
+    Raises:
+        UserError: no such file, damaged, no weights file at all, or a pickle that isn't trusted.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UserError(f"{path}: weights can't be read ({error.strerror}); correct the path") from error
+    zipped, pickled = start[:2] == b"PK", start[:1] == b"\x80"
+    if not zipped and not pickled:
+        raise UserError(f"{path}: not a weights file (neither torch's nor a pickle); get it again, or correct the path")
+    if zipped:
+        check_intact(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's unpickler raises whatever it stumbles over
+        if not _holds_pickle(path):
+            raise UserError(f"{path}: not a weights file of torch ({type(error).__name__}); get it again") from error
+        if not _trusted.get():
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise UserError(
+                f"{path}: not opened: it is a pickle that holds more than weights{f' ({found[1]})' if found else ''}, "
+                "and opening such a file runs whatever code its author put there; take weights as .safetensors, or if "
+                "you trust where it is from, add --trust-pickle (in a config: TRUST_PICKLE True)"
+            ) from error
+    return _open_trusted(path, zipped)
+
+
+def _holds_pickle(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return True
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("data.pkl") for name in archive.namelist())
+
+
+def _open_trusted(path: Path, zipped: bool) -> Any:
+    log.warning("%s: a pickle, opened because TRUST_PICKLE says so", path)
+    try:
+        if zipped:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        except Exception:  # not torch's; a plain pickle then, as in Detectron2's model zoo
+            with open(path, "rb") as file:
+                return pickle.load(file, encoding="latin1")
+    except Exception as error:  # a pickle raises whatever its author wants
+        raise UserError(f"{path}: damaged, or not a weights file ({type(error).__name__}); get it again") from error
+
+
+def as_tensors(value: Any) -> Any:
+    """NumPy arrays of a mapping as tensors; all else as it is.
+
+    Example:
+        >>> as_tensors({"a": np.zeros(2, np.float32)})
+        {'a': tensor([0., 0.])}
+    """
+    if not isinstance(value, Mapping):
+        return value
+    return {key: torch.from_numpy(item) if isinstance(item, np.ndarray) else item for key, item in value.items()}
+
+
+def save_backbone(path: str | Path, model: nn.Module, card: Card) -> Card:
+    """Write a classifier and its card, both atomically; the card goes last, so a file without one is unfinished.
+
+    Args:
+        path: ends in ``.safetensors``; the card stands beside it.
+        model: the whole timm classifier, head included.
+        card: levels, params, versions, date and sha256 are filled in where they are empty.
+
+    Returns:
+        The card as written.
+
+    Raises:
+        UserError: the folder can't be written or the disk is full.
+        ValueError: the path doesn't end in ``.safetensors``.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a backbone file ends in .safetensors")
+    tensors = {key: value.detach().to("cpu").contiguous() for key, value in model.state_dict().items()}
+    remove_left_over(path.parent)
+    card_path(path).unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        # one entry alone: safetensors writes several in any order, and equal backbones are equal files
+        save_file(tensors, str(temporary), metadata={"format": "pt"})
+    levels = {name: {"stride": info.stride, "channels": info.channels} for name, info in feature_levels(model).items()}
+    card = replace(
+        card,
+        levels=card.levels or levels,
+        params=card.params or count_parameters(model),
+        versions=card.versions or package_versions(),
+        date=card.date or datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        sha256=sha256_of_file(path),
+    )
+    write_sealed_json(card_path(path), card.to_json())
+    return card
+
+
+def card_path(path: str | Path) -> Path:
+    """The card's path of a backbone file."""
+    return Path(path).with_name(Path(path).name.removesuffix(".safetensors") + ".json")
+
+
+def load_card(path: str | Path) -> Card:
+    """Read and check the card beside a backbone file, or of ``backbone://NAME``.
+
+    A card without its checksum (``content_sha256``), by an earlier version or by hand, is read as well.
+
+    Raises:
+        UserError: missing, too large, not a card, or not as it was written.
+    """
+    path = resolve(path)
+    beside = card_path(path)
+    if not beside.exists():
+        if path.exists():
+            raise UserError(f"{path}: its card {beside.name} is missing; put it beside the weights")
+        raise UserError(f"{path}: no such backbone file; nst-det backbones lists those there are")
+    if beside.stat().st_size > LARGEST_CARD:
+        raise UserError(f"{beside}: {beside.stat().st_size} bytes is too large for a card")
+    remedy = f"get it again, or if you edited it, remove the field '{CHECKSUM_KEY}'"
+    return card_from_json(read_sealed_json(beside, remedy), str(beside))
+
+
+def load_backbone(path: str | Path) -> tuple[dict[str, Tensor], Card]:
+    """Read a backbone file; names, shapes and checksum are compared before a tensor is believed.
+
+    Args:
+        path: a ``.safetensors`` path or ``backbone://NAME``.
+
+    Returns:
+        The state dict of the whole classifier (on the CPU), and the card.
+
+    Raises:
+        UserError: no such file, damaged, not what its card says, or weights that don't fit the architecture.
+    """
+    path = resolve(path)
+    card = load_card(path)
+    if not path.exists():
+        raise UserError(f"{path}: its card is here, the weights are not; put them beside the card")
+    shapes = _header(path)
+    try:
+        with torch.device("meta"):
+            own = create_model(card.arch, card.num_classes, **card.arch_kwargs).state_dict()
+        check_shapes(shapes, own, str(path))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: {_without(str(error), str(path))}") from error
+    if sha256_of_file(path) != card.sha256:
+        raise UserError(f"{path}: the weights are not those of the card (sha256 differs); get both files again")
+    return load_file(str(path)), card
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    if path.stat().st_size > LARGEST_WEIGHTS:
+        raise UserError(f"{path}: {path.stat().st_size} bytes is too large for a backbone")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file ({error}); get it again") from error
+
+
+def load_plain(path: str | Path) -> dict[str, Tensor]:
+    """A bare state dict from somebody else's file, by an architecture that the user names.
+
+    ``.safetensors`` is read as such, all else by :func:`~nst_det.models.io.load_pickled`: nothing in the file
+    is executed.  torchvision's ResNet files fit timm's ResNets as they are.
+
+    Raises:
+        UserError: no such file, damaged, or not a state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file; correct the path")
+    if path.stat().st_size > LARGEST_WEIGHTS:
+        raise UserError(f"{path}: {path.stat().st_size} bytes is too large for weights; correct the path")
+    if path.suffix == ".safetensors":
+        _header(path)
+        return read_tensors(path)
+    value: Any = load_pickled(path)
+    for key in ("state_dict", "model"):
+        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
+            value = value[key]
+    value = as_tensors(value)
+    fits = isinstance(value, Mapping) and value
+    if not fits or not all(isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items()):
+        raise UserError(f"{path}: not a state dict (a mapping of names to tensors); name a file of weights")
+    return {key.removeprefix("module."): item for key, item in value.items()}
+
+
+def _without(text: str, prefix: str) -> str:
+    return text.removeprefix(f"{prefix}: ")
+
+
+def list_backbones(folders: Sequence[Path]) -> tuple[list[tuple[str, Card]], list[str]]:
+    """Names and cards of all backbones in ``folders``, and one line for each file that can't be used."""
+    found: dict[str, Card] = {}
+    faults = []
+    for folder in folders:
+        for path in sorted(folder.glob("*.safetensors")):
+            if path.stem in found:
+                continue
+            try:
+                found[path.stem] = load_card(path)
+            except UserError as error:
+                faults.append(str(error))
+    return sorted(found.items()), faults
+
+
+def backbones_table(entries: Sequence[tuple[str, Card]], title: str) -> Table:
+    """A rich table: name, architecture, method, accuracy, size, teacher, data, date."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("name", "arch", "method"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("top-1", "params"):
+        table.add_column(heading, justify="right")
+    for heading in ("teacher", "data", "date"):
+        table.add_column(heading, overflow="fold")
+    for name, card in entries:
+        top1 = "" if card.top1 is None else f"{100 * card.top1:.1f} %"
+        params = "" if card.params is None else f"{card.params / 1e6:.2f} M"
+        teacher, data = str(card.teacher.get("name", "")), str(card.data.get("name", ""))
+        # Text, not markup: names come from files
+        table.add_row(
+            *(_plain(text) for text in (name, card.arch, card.method, top1, params, teacher, data, card.date[:10]))
+        )
+    return table
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape("".join(character if character.isprintable() else "?" for character in text))

@@ -1,0 +1,101 @@
+"""``backbone://NAME``: backbone files found by name, in folders of the user's."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import IO, Any
+
+from iopath.common.file_io import PathHandler, PathManager
+
+from nst_det.errors import UserError
+
+PREFIX = "backbone://"
+VARIABLE = "NST_DET_BACKBONES"
+# a method's word with weights is part of a name: kd:0.9+nst-poly
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+:=,@-]{0,199}")
+
+
+def registry_folders() -> list[Path]:
+    """The folders of the registry; new files go into the first.
+
+    They are listed in ``$NST_DET_BACKBONES``, separated as in ``$PATH``; without it there is one,
+    ``~/.cache/nst_det/models``.
+    """
+    named = [Path(part).expanduser() for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
+    return named or [Path("~/.cache/nst_det/models").expanduser()]
+
+
+def check_name(name: str) -> str:
+    """``name`` itself if it can name a backbone.
+
+    Raises:
+        UserError: it has other characters than letters, digits and ``._+:=,@-``, or could lead to another folder.
+    """
+    if not NAME.fullmatch(name) or ".." in name:
+        raise UserError(
+            f"'{name[:80]}' can't name a backbone; use letters, digits and ._+:=,@- and start with a letter or digit"
+        )
+    return name
+
+
+def find_backbone(name: str) -> Path:
+    """The ``.safetensors`` file of a registered backbone; the first folder that has it wins.
+
+    Raises:
+        UserError: a name that can't be one, or that no folder has.
+    """
+    file = f"{check_name(name).removesuffix('.safetensors')}.safetensors"
+    folders = registry_folders()
+    for folder in folders:
+        if (folder / file).is_file():
+            return folder / file
+    where = ", ".join(str(folder) for folder in folders)
+    raise UserError(f"{PREFIX}{name}: not found in {where}; nst-det backbones lists those there are")
+
+
+def resolve(path: str | Path) -> Path:
+    """A path as it is, or the file behind ``backbone://NAME``."""
+    text = str(path)
+    # Path("backbone://x") has folded the slashes
+    for prefix in (PREFIX, "backbone:/"):
+        if text.startswith(prefix):
+            return find_backbone(text.removeprefix(prefix))
+    return Path(text).expanduser()
+
+
+class BackboneHandler(PathHandler):
+    """Resolves ``backbone://NAME`` for iopath, read only."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        return str(resolve(path))
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
+        if set(mode) & set("wax+"):
+            raise UserError(f"{path}: backbones are written by save_backbone, not through {PREFIX}")
+        return open(resolve(path), mode, buffering=buffering)
+
+    def _exists(self, path: str, **kwargs: Any) -> bool:
+        try:
+            return resolve(path).exists()
+        except UserError:
+            return False
+
+    def _isfile(self, path: str, **kwargs: Any) -> bool:
+        return self._exists(path)
+
+    def _isdir(self, path: str, **kwargs: Any) -> bool:
+        return False
+
+
+def register_handler(manager: PathManager) -> None:
+    """Teach another iopath manager ``backbone://``, such as Detectron2's."""
+    manager.register_handler(BackboneHandler(), allow_override=True)
+
+
+path_manager = PathManager()
+register_handler(path_manager)

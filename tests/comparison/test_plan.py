@@ -1,0 +1,209 @@
+from pathlib import Path
+
+import pytest
+
+from nst_det.comparison.config import core_count, load_comparison
+from nst_det.comparison.pipeline import run_config
+from nst_det.comparison.plan import Run, check_order, make_plan
+from nst_det.comparison.stages import check_transfer
+from nst_det.detection.torchvision import build_detector
+from nst_det.errors import UserError
+
+
+def test_the_runs_and_what_they_need(comparison):
+    needs = {run.name: run.needs for run in make_plan(comparison)}
+    assert needs == {
+        "teacher": (),
+        "distill/seed0": ("teacher",),
+        "distill/seed1": ("teacher",),
+        "detect/seed0/scratch": (),
+        "detect/seed0/ce": ("distill/seed0",),
+        "detect/seed0/kd": ("distill/seed0",),
+        "detect/seed0/kd+nst-poly": ("distill/seed0",),
+        "detect/seed1/scratch": (),
+        "detect/seed1/ce": ("distill/seed1",),
+        "detect/seed1/kd": ("distill/seed1",),
+        "detect/seed1/kd+nst-poly": ("distill/seed1",),
+    }
+
+
+def test_settings_of_each_kind(comparison):
+    runs = {run.name: run for run in make_plan(comparison)}
+    folder = comparison.folder
+    teacher = folder / "backbones" / "small-teacher.safetensors"
+    assert runs["teacher"].settings["METHODS"] == []
+    assert runs["distill/seed1"].settings == {
+        "NAME": "small",
+        "REGISTRY": str(folder / "backbones"),
+        "OUTPUT_DIR": str(folder / "distill" / "seed1"),
+        "SEED": 1,
+        "METHODS": ["ce", "kd", "kd+nst-poly"],
+        "TEACHER.WEIGHTS": str(teacher),
+    }
+    detector = runs["detect/seed1/kd+nst-poly"]
+    weights = folder / "backbones" / "small-kd+nst-poly-s1.safetensors"
+    assert detector.settings["MODEL.WEIGHTS"] == str(weights)
+    assert (detector.settings["SEED"], detector.settings["ENGINE"], detector.row, detector.seed) == (
+        1, "torchvision", "kd+nst-poly", 1,
+    )  # fmt: skip
+    assert runs["detect/seed0/scratch"].settings["MODEL.WEIGHTS"] == ""
+    assert runs["detect/seed0/scratch"].options == ("SOLVER.BACKBONE_MULTIPLIER", "0.5")
+    assert detector.options == ()
+    assert {name: run.threads for name, run in runs.items() if "seed0" in name or name == "teacher"} == {
+        "teacher": 2, "distill/seed0": 2, "detect/seed0/scratch": 1, "detect/seed0/ce": 1, "detect/seed0/kd": 1,
+        "detect/seed0/kd+nst-poly": 1,
+    }  # fmt: skip
+
+
+def test_a_teacher_of_ones_own_is_not_trained(config_file):
+    words = ["DISTILL.TEACHER.WEIGHTS", "backbone://big", "ROWS", "['teacher']", "DISTILL.TEACHER.ARCH", "resnet50"]
+    runs = {run.name: run for run in make_plan(load_comparison(config_file, overrides=words))}
+    assert "teacher" not in runs
+    assert runs["distill/seed0"].settings["TEACHER.WEIGHTS"] == "backbone://big"
+    row = runs["detect/seed1/teacher"]
+    assert row.needs == ()
+    assert (row.settings["MODEL.WEIGHTS"], row.settings["MODEL.TIMM.ARCH"]) == ("backbone://big", "resnet50")
+
+
+def test_rows_with_terms_of_stage_two_share_one_teacher_detector(config_file):
+    words = ["METHODS", "[kd, cwd@det:5, kd+pkd@det]"]
+    comparison = load_comparison(config_file, overrides=words)
+    runs = {run.name: run for run in make_plan(comparison)}
+    check_order(list(runs.values()))
+    assert comparison.students == ("ce", "kd")
+    assert runs["distill/seed1"].settings["METHODS"] == ["ce", "kd"]
+    teacher = runs["detect/seed0/teacher"]
+    assert (teacher.kind, teacher.row, teacher.needs) == ("teacher detector", None, ("teacher",))
+    assert teacher.settings["MODEL.TIMM.ARCH"] == comparison.distill.TEACHER.ARCH
+    assert [name for name in runs if name.endswith("/teacher")] == ["detect/seed0/teacher"]
+    for seed in (0, 1):
+        run = runs[f"detect/seed{seed}/kd+pkd@det"]
+        assert run.needs == (f"distill/seed{seed}", "detect/seed0/teacher")
+        config = run_config(comparison, run)
+        assert config.MODEL.WEIGHTS.endswith(f"small-kd-s{seed}.safetensors")
+        assert (config.TRANSFER.METHOD, config.TRANSFER.LEVELS) == ("pkd", ["p2", "p3", "p4", "p5"])
+        assert str(teacher.config_path(comparison.folder)) == config.TRANSFER.TEACHER.CONFIG_FILE
+        assert Path(config.TRANSFER.TEACHER.WEIGHTS).parent == teacher.folders[0]
+    only = run_config(comparison, runs["detect/seed1/cwd@det:5"])
+    assert only.TRANSFER.METHOD == "cwd:5"
+    assert only.MODEL.WEIGHTS.endswith("small-ce-s1.safetensors")
+    assert run_config(comparison, runs["detect/seed1/kd"]).TRANSFER.METHOD == "ce"
+
+
+def test_the_row_teacher_is_the_teacher_detector_too(config_file):
+    words = ["METHODS", "[cwd@det]", "ROWS", "[teacher]"]
+    runs = make_plan(load_comparison(config_file, overrides=words))
+    names = [run.name for run in runs]
+    assert len(names) == len(set(names))
+    teacher = next(run for run in runs if run.name == "detect/seed0/teacher")
+    assert (teacher.kind, teacher.row, teacher.seed) == ("detector", "teacher", 0)
+    assert "detect/seed1/teacher" in names
+
+
+def test_a_teacher_detector_of_ones_own_is_not_trained(config_file):
+    words = ["METHODS", "[cwd@det]", "DETECT.TRANSFER.TEACHER.CONFIG_FILE", "mine.yaml"]
+    words += ["DETECT.TRANSFER.TEACHER.WEIGHTS", "mine.safetensors", "DETECT.TRANSFER.LEVELS", "[p3]"]
+    comparison = load_comparison(config_file, overrides=words)
+    runs = {run.name: run for run in make_plan(comparison)}
+    assert not any(name.endswith("/teacher") for name in runs)
+    node = run_config(comparison, runs["detect/seed0/cwd@det"]).TRANSFER
+    assert (node.TEACHER.CONFIG_FILE, node.TEACHER.WEIGHTS, node.LEVELS) == ("mine.yaml", "mine.safetensors", ["p3"])
+
+
+def test_a_run_is_done_when_all_results_are_there(comparison):
+    run = next(run for run in make_plan(comparison) if run.name == "distill/seed0")
+    assert [path.parent.name for path in run.results] == ["ce", "kd", "kd+nst-poly"]
+    for path in run.results:
+        assert not run.done
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    assert run.done
+
+
+def test_an_order_that_never_ends_is_refused():
+    late = Run("b", "data", (), (), {})
+    early = Run("a", "data", ("b",), (), {})
+    check_order([late, early])
+    with pytest.raises(UserError, match="run a is named twice or stands before"):
+        check_order([early, late])
+
+
+def test_generated_data_comes_first_and_both_stages_read_it(config_file, tmp_path):
+    words = ["DATA.GENERATE", "{'classification_images': 40, 'contrast': 90.5}", "DATA.ROOT", str(tmp_path / "made")]
+    comparison = load_comparison(config_file, tmp_path / "out", words)
+    runs = {run.name: run for run in make_plan(comparison)}
+    assert runs["data"].command(comparison.folder) == [
+        "generate-data", "--output", str(tmp_path / "made"), "--workers", str(core_count()),
+        "--classification-images", "40", "--contrast", "90.5",
+    ]  # fmt: skip
+    assert runs["data"].results == (tmp_path / "made" / "settings.json",)
+    assert runs["teacher"].needs == runs["detect/seed0/scratch"].needs == ("data",)
+    assert runs["distill/seed0"].settings["DATA.ROOT"] == str(tmp_path / "made" / "shapes_cls")
+    settings = runs["detect/seed0/scratch"].settings
+    for name in ("own_train", "own_test"):
+        assert settings[f"DATASETS.VOC.{name}.ROOT"] == str(tmp_path / "made" / "shapes_voc")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{'pictures': 4}", r"DATA\.GENERATE: unknown setting pictures"),
+        ("{'detection_images': 0}", r"DATA\.GENERATE: detection_images is 0"),
+    ],
+)
+def test_settings_of_generated_data_are_checked_first(config_file, settings, message):
+    with pytest.raises(UserError, match=message):
+        load_comparison(config_file, overrides=["DATA.GENERATE", settings])
+
+
+def test_other_data_in_the_folder_is_refused(config_file, tmp_path):
+    (tmp_path / "settings.json").write_text('{"seed": 4}')
+    with pytest.raises(UserError, match="holds data made with seed 4, not 0"):
+        load_comparison(config_file, overrides=["DATA.GENERATE", "{'seed': 0}", "DATA.ROOT", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["demo", "bccd", "voc07_sample"])
+def test_the_comparisons_that_come_with_the_project(name, pytestconfig, tmp_path, monkeypatch):
+    monkeypatch.setenv("NST_DET_REAL_DATA", str(tmp_path))
+    comparison = load_comparison(pytestconfig.rootpath / "configs" / "compare" / f"{name}.yaml", tmp_path)
+    rows = ("scratch", "ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly")
+    if name == "demo":
+        rows += ("nst-linear", "nst-gaussian", "vid", "lp", "nst-poly@det", "cwd@det")
+    assert comparison.all_rows == rows
+    runs = {run.name: run for run in make_plan(comparison)}
+    # a teacher, the students of the only seed and the rows; the demo also makes its data, and a teacher detector
+    assert len(runs) == len(rows) + (4 if name == "demo" else 2)
+    check_transfer(comparison.distill, comparison.students, name)
+    scratch, ce = (run_config(comparison, runs[f"detect/seed0/{row}"]) for row in ("scratch", "ce"))
+    assert scratch.SOLVER.BACKBONE_MULTIPLIER == 1.0
+    assert ce.SOLVER.BACKBONE_MULTIPLIER < 1.0
+    assert comparison.detect.MODEL.TIMM.NORM == "BN"
+
+
+def test_a_row_without_fpn_starts_from_the_backbone_of_ce(comparison, config_file, tmp_path):
+    words = ["ROWS", "[no-fpn]", "DETECT.NO_FPN_OPTS", "[SOLVER.BASE_LR, 0.125]"]
+    bare = load_comparison(config_file, tmp_path / "out", words)
+    assert bare.all_rows == ("scratch", "ce", "kd", "kd+nst-poly", "no-fpn")
+    # the row can be added to a finished comparison
+    added = load_comparison(config_file, tmp_path / "out", words[:2])
+    assert added.claim == comparison.claim
+    run = {run.name: run for run in make_plan(bare)}["detect/seed1/no-fpn"]
+    assert run.needs == ("distill/seed1",)
+    config = run_config(bare, run)
+    assert str(tmp_path / "out" / "backbones" / "small-ce-s1.safetensors") == config.MODEL.WEIGHTS
+    assert config.MODEL.BACKBONE.NAME == "build_timm_backbone"
+    assert config.MODEL.RPN.IN_FEATURES == config.MODEL.ROI_HEADS.IN_FEATURES == ["res4"]
+    assert config.MODEL.ANCHOR_GENERATOR.SIZES == [[32, 64, 128, 256, 512]]
+    assert config.SOLVER.BASE_LR == 0.125
+    whole = config.clone()
+    whole.defrost()
+    whole.MODEL.WEIGHTS, whole.MODEL.ROI_HEADS.NUM_CLASSES = "", 2
+    backbone = build_detector(whole).backbone
+    assert {name: info.stride for name, info in backbone.output_shape().items()} == {"res4": 16}
+
+
+def test_fpn_that_is_not_there_cannot_be_taken_out(config_file, tmp_path):
+    words = ["ROWS", "[no-fpn]", "DETECT.MODEL.BACKBONE.NAME", "build_timm_backbone", "DETECT.MODEL.RPN.IN_FEATURES"]
+    words += ["[res4]", "DETECT.MODEL.ROI_HEADS.IN_FEATURES", "[res4]"]
+    with pytest.raises(UserError, match="ROWS: no-fpn: DETECT.MODEL.BACKBONE.NAME build_timm_backbone can't have"):
+        load_comparison(config_file, tmp_path / "out", words)

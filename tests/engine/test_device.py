@@ -1,0 +1,170 @@
+"""What is asked of the device of a run, float32 on a GPU, weights cast once, and what is said where a GPU fails."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from nst_det.engine import device as room
+from nst_det.engine.checkpoint import save_checkpoint, would_resume
+from nst_det.engine.device import (
+    amp_dtype,
+    autocast,
+    cast_frozen,
+    compute_line,
+    gpu_errors_in_one_line,
+    set_float32_precision,
+)
+from nst_det.errors import UserError
+from nst_det.models import create_model
+
+CPU, OLD, NEW = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """One from before Ampere, one from after; no call may ask for the GPU that happens to be the current one."""
+    majors = {OLD: 7, NEW: 9}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=majors[device]))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of {device}")
+
+
+@pytest.fixture
+def torch_settings():
+    """Puts back what FLOAT32_PRECISION changes."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_precision_is_that_of_the_device_which_computes(two_gpus, monkeypatch, fast):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast, raising=False)
+    found = [amp_dtype("auto", device) for device in (CPU, OLD, NEW)]
+    assert found == [torch.bfloat16 if fast else None, None, torch.bfloat16]
+    assert amp_dtype("fp16", OLD) == torch.float16
+    with pytest.raises(UserError, match="SOLVER.AMP: fp16 needs a GPU"):
+        amp_dtype("fp16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "products", "convolutions"),
+    [("highest", False, False), ("high", True, True), ("medium", True, True), ("", False, True)],
+)
+def test_float32_is_the_same_in_products_and_convolutions(torch_settings, name, products, convolutions):
+    set_float32_precision(name, NEW)
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (products, convolutions)
+    # what torch itself reads; where its two ways to say this were mixed it raises
+    if hasattr(torch.backends, "fp32_precision"):
+        assert (torch.backends.cudnn.conv.fp32_precision == "tf32") == convolutions
+
+
+def test_on_the_cpu_float32_is_float32(torch_settings):
+    before = torch.get_float32_matmul_precision()
+    set_float32_precision("medium", CPU)
+    assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(UserError, match="FLOAT32_PRECISION: .*'low'"):
+        set_float32_precision("low", CPU)
+
+
+class Standardized(nn.Conv2d):
+    """A convolution that computes with its weights before it convolves, in the precision that they have."""
+
+    def forward(self, x):
+        return self._conv_forward(x, (self.weight - self.weight.mean()) / self.weight.std(), None)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("arch", ["nst_resnet10_w32", "mobilenetv3_small_050"])
+def test_weights_cast_once_give_the_bits_of_autocast(arch, channels_last):
+    torch.manual_seed(0)
+    model = nn.Sequential(Standardized(3, 3, 3, padding=1), create_model(arch, 5)).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 64, 64)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    with autocast(CPU, torch.bfloat16):
+        expected = model(x)
+        cast_frozen(model, torch.bfloat16)
+        assert torch.equal(model(x), expected)
+    for layer in model.modules():
+        cast = type(layer) in (nn.Conv2d, nn.Linear)
+        assert {item.dtype for item in layer.parameters(recurse=False)} <= {torch.bfloat16 if cast else torch.float32}
+
+
+def test_without_reduced_precision_nothing_is_cast():
+    model = nn.Linear(2, 2)
+    cast_frozen(model, None)
+    assert model.weight.dtype == torch.float32
+
+
+def test_the_first_line_says_what_computes(two_gpus, torch_settings):
+    set_float32_precision("highest", OLD)
+    line = compute_line(OLD, None, 4, mixed=True)
+    assert line.startswith("cuda:0 (GPU of cuda:0): forward pass in float32 (this device is not fast in bf16), ")
+    assert line.endswith("4 loader workers")
+    assert (line.count("in float32"), line.count("TF32")) == (3, 0)
+    set_float32_precision("high", NEW)
+    line = compute_line(NEW, torch.bfloat16)
+    assert line.startswith("cuda:1 (GPU of cuda:1): forward pass in bf16, ")
+    assert (line.count("TF32"), "workers" in line) == (2, False)
+    assert compute_line(CPU, None, 0).endswith("): forward pass in float32, 0 loader workers")
+
+
+FULL = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which\n1 GiB is free."
+)
+WRAPPED = "Caught RuntimeError in pin memory thread.\nTraceback\nCUDA error: an illegal memory access\nx"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.cuda.OutOfMemoryError(FULL), "CUDA out of memory. Tried to allocate 20.00 GiB; free its memory"),
+        (RuntimeError("CUDA error: out of memory\nfor debugging"), "CUDA error: out of memory; free its memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "lower X"),
+        (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "CUDA_VISIBLE_DEVICES"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "CUDA_VISIBLE_DEVICES"),
+        (RuntimeError("No CUDA GPUs are available"), "CUDA_VISIBLE_DEVICES"),
+        (
+            getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError)(WRAPPED),
+            "CUDA error: an illegal memory access; see nvidia-smi",
+        ),
+    ],
+)
+def test_a_gpu_that_fails_is_one_line(error, said):
+    with pytest.raises(UserError) as ended, gpu_errors_in_one_line("lower X", lambda: "as before"):
+        raise error
+    line = str(ended.value)
+    assert said in line
+    assert line.endswith("; as before")
+    assert ended.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ: CUDA"), ValueError("CUDA"), UserError("CUDA error")])
+def test_what_is_no_fault_of_a_gpu_stays_what_it_is(error):
+    with pytest.raises(type(error)) as ended, gpu_errors_in_one_line("lower X"):
+        raise error
+    assert ended.value is error
+
+
+def test_a_device_that_cannot_be_used_is_named_with_the_reason(monkeypatch):
+    def busy(*_, **__):
+        raise RuntimeError("CUDA error: busy\nmore")
+
+    monkeypatch.setattr(room.torch, "empty", busy)
+    with pytest.raises(UserError, match=r"--device: 'cuda:1' .*CUDA error: busy\)"):
+        room.named_device("cuda:1")
+
+
+def test_what_a_run_would_resume_from(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    runs = [[save_checkpoint(first, step, {}) for step in (10, 20)], [save_checkpoint(second, 10, {})]]
+    assert would_resume(runs).endswith(f"step 10, {runs[1][0]}")
+    assert would_resume(runs[:1]).endswith(f"step 20, {runs[0][1]}")
+    runs[0][1].write_bytes(b"half")
+    assert would_resume(runs[:1]).endswith(f"step 10, {runs[0][0]}")
+    assert "no checkpoint" in would_resume([runs[0], []])
+    assert "no checkpoint" in would_resume([])

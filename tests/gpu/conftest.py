@@ -1,0 +1,215 @@
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nst_det.cli import main
+from nst_det.data.synthetic import CLASSIFICATION, GenerateSettings, generate_data
+from nst_det.distillation.config import load_distill_config
+from nst_det.distillation.pipeline import distill
+from nst_det.engine.metrics import read_metrics
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+STAGE_ONE: dict[str, Any] = {
+    "DATALOADER.NUM_WORKERS": 0,
+    "TEACHER.EXPECTED_TOP1": 0,
+    "TEACHER.SOLVER": {"MAX_ITER": 3, "BASE_LR": 0.001},
+    "TEST.EVAL_PERIOD": 0,
+    "SOLVER.BASE_LR": 0.001,
+    "SOLVER.MAX_ITER": 4,
+    "SOLVER.IMS_PER_BATCH": 16,
+    "CHECKPOINT_PERIOD": 2,
+    "LOG_PERIOD": 1,
+}
+STAGE_TWO: dict[str, Any] = {
+    "MODEL.FPN.OUT_CHANNELS": 32,
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.BASE_LR": 0.0005,
+    "SOLVER.WARMUP_ITERS": 0,
+    "SOLVER.MAX_ITER": 4,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.CHECKPOINT_PERIOD": 2,
+    "INPUT.MIN_SIZE_TRAIN": [96],
+    "INPUT.MIN_SIZE_TEST": 96,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu_device() -> str:
+    """``cuda``; with NST_DET_GPU_TESTS_ON_CPU=1 ``cpu``, which tries the tests themselves."""
+    if os.environ.get("NST_DET_GPU_TESTS_ON_CPU") == "1":
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU to be seen; run pytest -m gpu on a machine that has one")
+    return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _float32_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said to be float32 is that."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """A command logs to the standard error of its test, which is closed after it."""
+    yield
+    for name in (None, "nst_det", "detectron2", "fvcore"):
+        logger = logging.getLogger(name)
+        for handler in [item for item in logger.handlers if isinstance(item, logging.StreamHandler)]:
+            logger.removeHandler(handler)
+
+
+@contextmanager
+def computing_on(device: str) -> Iterator[None]:
+    """The block computes there: a GPU's memory is used in it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    yield
+    assert device == "cpu" or torch.cuda.max_memory_allocated() > before + 2**20
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Textured shapes: an image folder of 4 classes and a VOC folder of 3."""
+    settings = GenerateSettings(
+        classification_images=48,
+        classification_val_images=8,
+        classification_classes=4,
+        detection_images=12,
+        detection_test_images=4,
+        detection_classes=3,
+    )
+    return generate_data(tmp_path_factory.mktemp("generated") / "data", settings, workers=1)
+
+
+@pytest.fixture(autouse=True)
+def _named_data(generated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NST_DET_SHAPES", str(generated))
+
+
+def words_of(*layers: dict[str, Any]) -> list[str]:
+    merged = {key: value for layer in layers for key, value in layer.items()}
+    return [str(word) for pair in merged.items() for word in pair]
+
+
+@pytest.fixture(scope="session")
+def stage_one_config(generated: Path) -> Callable[..., Any]:
+    """``stage_one_config(folder, keys)``: the config of a few steps at 64 pixels."""
+
+    def config(folder: Path, keys: dict[str, Any] | None = None) -> Any:
+        places = {
+            "DATA.ROOT": generated / CLASSIFICATION,
+            "OUTPUT_DIR": folder,
+            "REGISTRY": folder / "backbones",
+        }
+        return load_distill_config(CONFIGS / "distill" / "shapes.yaml", words_of(STAGE_ONE, places, keys or {}))
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def stage_one(stage_one_config: Callable[..., Any], gpu_device: str) -> Callable[..., dict[str, Any]]:
+    """``stage_one(folder, keys, on=device)``: results of a run, and the metrics of each student under ``rows``."""
+
+    def run(folder: Path, keys: dict[str, Any] | None = None, on: str = "") -> dict[str, Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            if on == "cpu":
+                patch.setattr(torch.cuda, "is_available", lambda: False)
+            with computing_on(on or gpu_device):
+                results = distill(stage_one_config(folder, keys))
+        rows = {
+            word: read_metrics(folder / "students" / word / "metrics.jsonl") for word in results if word != "teacher"
+        }
+        return {**results, "rows": {word: [row for row in found if "lr" in row] for word, found in rows.items()}}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def backbones(stage_one: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A first run in bfloat16: a teacher, and students of several methods side by side."""
+    methods = ["ce", "kd+nst-poly", "fitnet+at", "nst-gaussian", "vid+lp"]
+    return stage_one(tmp_path_factory.mktemp("first"), {"METHODS": methods, "SOLVER.AMP": "bf16"})
+
+
+@pytest.fixture
+def from_teacher(backbones: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a float32 run with the first run's teacher."""
+    return {"TEACHER.WEIGHTS": backbones["teacher"]["backbone"], "METHODS": ["kd+nst-poly"], "SOLVER.AMP": "fp32"}
+
+
+@pytest.fixture(scope="session")
+def detector_words(generated: Path, gpu_device: str) -> Callable[..., list[str]]:
+    """``detector_words(folder, engine, keys)``: ``KEY VALUE`` pairs on top of :func:`detector_config`."""
+
+    def words(folder: Path, engine: str, keys: dict[str, Any] | None = None) -> list[str]:
+        places = {"ENGINE": engine, "OUTPUT_DIR": folder, "MODEL.DEVICE": gpu_device}
+        return words_of(STAGE_TWO, places, keys or {})
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def detector_config() -> Path:
+    """The demo's detector."""
+    return CONFIGS / "detect" / "shapes.yaml"
+
+
+@pytest.fixture(scope="session")
+def stage_two(
+    detector_words: Callable[..., list[str]], detector_config: Path, gpu_device: str
+) -> Callable[..., list[dict[str, Any]]]:
+    """``stage_two(folder, engine, keys, on=device)``: the metrics of a run of ``nst-det train-det``."""
+
+    def run(folder: Path, engine: str, keys: dict[str, Any] | None = None, on: str = "") -> list[dict[str, Any]]:
+        keys = {**(keys or {}), **({"MODEL.DEVICE": on} if on else {})}
+        words = ["--config-file", str(detector_config), *detector_words(folder, engine, keys)]
+        with computing_on(on or gpu_device), pytest.raises(SystemExit) as left:
+            main(["train-det", *words])
+        assert left.value.code == 0
+        return read_metrics(folder / "metrics.jsonl")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def detectors(
+    stage_two: Callable[..., Any], generated: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """``detectors(engine)``: the folder of a first run of plain training."""
+    made: dict[str, Path] = {}
+
+    def trained(engine: str) -> Path:
+        if engine not in made:
+            folder = tmp_path_factory.mktemp(engine) / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("NST_DET_SHAPES", str(generated))
+                stage_two(folder, engine)
+            made[engine] = folder
+        return made[engine]
+
+    return trained
+
+
+@pytest.fixture
+def taught(detectors: Callable[[str], Path], detector_config: Path, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """``taught(engine)``: keys of a student with ``nst-poly`` on two levels, from that first run's detector."""
+
+    def keys(engine: str) -> dict[str, Any]:
+        teacher = tmp_path / "teacher.yaml"
+        teacher.write_text(f"_BASE_: {detector_config}\nMODEL: {{FPN: {{OUT_CHANNELS: 32}}}}\n")
+        return {
+            "TRANSFER.METHOD": "nst-poly:1",
+            "TRANSFER.LEVELS": ["p3", "p4"],
+            "TRANSFER.TEACHER.CONFIG_FILE": teacher,
+            "TRANSFER.TEACHER.WEIGHTS": detectors(engine) / "model.safetensors",
+        }
+
+    return keys

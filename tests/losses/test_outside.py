@@ -1,0 +1,114 @@
+"""A method from outside the package, in the four steps that docs/methods.md shows."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from nst_det.losses import LossSpec, ModelOutputs, build_transfer, parse_method, register_term, terms, unregister_term
+from nst_det.losses.ops import aligned, unit
+
+
+# 1. the loss, a function on tensors
+def similarity_loss(student, teacher, shared):
+    small, large = aligned(student, teacher, shared)
+    target = shared(("similarity", large.shape[2:]), lambda: unit(large.flatten(1) @ large.flatten(1).T))
+    x = small.flatten(1)
+    return (unit(x @ x.T) - target).square().mean()
+
+
+# 2. the module that a pair of levels gets
+class Similarity(nn.Module):
+    def __init__(self, pair, scale=1.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, student, teacher, shared):
+        return self.scale * similarity_loss(student, teacher, shared)
+
+
+# 3. its entry in the registry
+SIMILARITY = LossSpec(
+    name="sp",
+    level="maps",
+    weight=3000.0,
+    source="RepDistiller (beta 3000)",
+    summary="which samples of the batch have similar maps",
+    build=Similarity,
+    options={"scale": 1.0},
+)
+
+
+@pytest.fixture
+def _registered():
+    register_term(SIMILARITY)
+    yield
+    unregister_term("sp")
+
+
+@pytest.mark.usefixtures("_registered")
+def test_a_method_from_outside_is_a_method_like_any_other():
+    # 4. its word, wherever a method is named
+    assert parse_method("sp:10+kd").word == "kd+sp:10"
+    loss = build_transfer(
+        "sp+nst-poly",
+        levels=["res3"],
+        student_channels={"res3": 3},
+        teacher_channels={"res3": 5},
+        options={"sp": {"scale": 0.5}},
+    )
+    student = ModelOutputs(maps={"res3": torch.randn(4, 3, 6, 6, requires_grad=True)})
+    teacher = ModelOutputs(maps={"res3": torch.randn(4, 5, 6, 6)})
+    values = loss(student, teacher)
+    x, y = (maps.detach().flatten(1) for maps in (student.maps["res3"], teacher.maps["res3"]))
+    difference = nn.functional.normalize(x @ x.T) - nn.functional.normalize(y @ y.T)
+    torch.testing.assert_close(values["sp"].detach(), 3000 * 0.5 * difference.square().mean())
+    values["sp"].backward()
+    assert student.maps["res3"].grad.abs().max() > 0
+
+
+@pytest.mark.usefixtures("_registered")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "registered already"),
+        ({"name": "ce"}, "can't name a term"),
+        ({"name": "Kd"}, "can't name a term"),
+        ({"name": "a+b"}, "can't name a term"),
+        ({"name": "rkd", "level": "map"}, "logits, maps, embedding"),
+        ({"name": "rkd", "weight": float("nan")}, "finite"),
+    ],
+)
+def test_a_term_that_cannot_be_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        register_term(LossSpec(**{**vars(SIMILARITY), **changes}))
+    assert list(terms()).count("sp") == 1
+    assert "rkd" not in terms()
+
+
+def test_what_was_unregistered_is_unknown():
+    with pytest.raises(ValueError, match="unknown term 'sp'"):
+        parse_method("sp")
+    with pytest.raises(ValueError, match="unknown term 'sp'"):
+        unregister_term("sp")
+
+
+def test_a_module_named_in_the_environment_adds_its_terms_to_every_command(tmp_path):
+    (tmp_path / "my_terms.py").write_text(
+        "from torch import nn\n"
+        "from nst_det.losses import Term, register_term\n"
+        "register_term(Term('sp', 'maps', 3000.0, 'RepDistiller (beta 3000)', 'similar samples', nn.Identity))\n"
+    )
+    environment = {**os.environ, "NST_DET_TERMS": "my_terms", "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "nst_det", "methods", "kd+sp"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "similar samples" in done.stdout
+    environment["NST_DET_TERMS"] = "no_such_terms"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "$NST_DET_TERMS: can't import 'no_such_terms'" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,157 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nst_det.models import Bottomup, create_model, feature_levels, forward_outputs
+from nst_det.models.build import batch_norms
+
+ARCHS = ["nst_resnet10_w32", "resnet18", "mobilenetv3_large_100", "efficientnet_b0", "convnext_atto", "resnetv2_50"]
+
+
+def classifier_and_bottomup(arch, levels=None, **kwargs):
+    model = create_model(arch, 5).eval()
+    with torch.no_grad():
+        # away from the identity, so that batch normalization matters
+        for _, layer in batch_norms(model):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+            layer.weight.uniform_(0.5, 2)
+    names = levels or list(feature_levels(model))
+    return model, Bottomup(arch, names, state_dict=model.state_dict(), num_classes=5, **kwargs)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_maps_are_the_classifiers_and_every_parameter_is_used(arch):
+    model, bottomup = classifier_and_bottomup(arch)
+    images = torch.randn(2, 3, 64, 64)
+    maps = bottomup.eval()(images)
+    wanted = forward_outputs(model, images, feature_levels(model)).maps
+    assert list(maps) == list(wanted) == list(bottomup.channels)
+    assert all(torch.equal(maps[name], wanted[name]) for name in wanted)
+    sum(m.sum() for m in maps.values()).backward()
+    assert [name for name, parameter in bottomup.named_parameters() if parameter.grad is None] == []
+
+
+def test_layers_above_the_highest_level_are_gone():
+    _, bottomup = classifier_and_bottomup("nst_resnet10_w32", ["res3", "res4"])
+    assert bottomup.channels == {"res3": 64, "res4": 128}
+    assert bottomup.strides == {"res3": 8, "res4": 16}
+    assert not any(key.startswith(("model.layer4", "model.fc")) for key in bottomup.state_dict())
+
+
+def test_frozen_batch_norm_keeps_names_and_equals_evaluation():
+    model, bottomup = classifier_and_bottomup("resnet18")
+    keys = list(bottomup.state_dict())
+    bottomup.set_norm("frozen")
+    bottomup.train()
+    images = torch.randn(4, 3, 64, 64)
+    before = copy.deepcopy(bottomup.state_dict())
+    maps = bottomup(images)
+    wanted = forward_outputs(model, images, feature_levels(model)).maps
+    assert all(torch.equal(maps[name], wanted[name]) for name in maps)
+    assert list(bottomup.state_dict()) == keys
+    assert all(torch.equal(before[key], value) for key, value in bottomup.state_dict().items())
+    norms = dict(batch_norms(bottomup))
+    assert norms
+    assert not any(p.requires_grad for layer in norms.values() for p in layer.parameters())
+    assert bottomup.model.conv1.weight.requires_grad
+
+
+def test_frozen_batch_norm_keeps_timms_built_in_activation():
+    model, bottomup = classifier_and_bottomup("efficientnet_b0")
+    bottomup.set_norm("frozen")
+    images = torch.randn(1, 3, 64, 64)
+    maps = bottomup.train()(images)
+    # drop path and dropout are off in the maps of this network's evaluation mode
+    wanted = forward_outputs(model, images, feature_levels(model)).maps
+    assert all(torch.equal(maps[name], wanted[name]) for name in maps)
+
+
+def test_sync_keeps_names_and_values():
+    _, bottomup = classifier_and_bottomup("resnet18")
+    before = copy.deepcopy(bottomup.state_dict())
+    bottomup.set_norm("sync")
+    assert all(isinstance(layer, nn.SyncBatchNorm) for _, layer in batch_norms(bottomup))
+    after = bottomup.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_unknown_norm_policy():
+    with pytest.raises(ValueError, match="unknown norm policy 'group'; use frozen, train or sync"):
+        classifier_and_bottomup("nst_resnet10_w32")[1].set_norm("group")
+
+
+@pytest.mark.parametrize(
+    ("at", "frozen"),
+    [
+        (0, set()),
+        (1, {"conv1", "bn1"}),
+        (2, {"conv1", "bn1", "layer1"}),
+        (4, {"conv1", "bn1", "layer1", "layer2", "layer3"}),
+        (5, {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}),
+    ],
+)
+def test_freezing_a_resnet_by_detectron2s_numbers(at, frozen):
+    _, bottomup = classifier_and_bottomup("resnet18")
+    bottomup.freeze(at)
+    bottomup.train()
+    found = {name.split(".")[1] for name, p in bottomup.named_parameters() if not p.requires_grad}
+    assert found == frozen
+    still = {name.split(".")[1] for name, layer in batch_norms(bottomup) if not layer.training}
+    assert still == frozen - {"conv1"}
+
+
+def test_freezing_finds_the_layers_of_a_network_without_stage_names():
+    _, bottomup = classifier_and_bottomup("mobilenetv3_large_100")
+    bottomup.freeze(2)
+    frozen = {name for name, p in bottomup.named_parameters() if not p.requires_grad}
+    maps = bottomup.eval()(torch.randn(1, 3, 64, 64))
+    for parameter in bottomup.parameters():
+        parameter.requires_grad_(True)
+    maps = bottomup(torch.randn(1, 3, 64, 64))
+    names, parameters = zip(*bottomup.named_parameters())
+    grads = torch.autograd.grad(maps["res2"].sum(), parameters, allow_unused=True)
+    assert frozen == {name for name, grad in zip(names, grads) if grad is not None}
+
+
+def test_a_stride_that_is_not_there_cant_be_frozen_at():
+    with pytest.raises(ValueError, match="convnext_atto has no map of stride 2, so it can't be frozen at 1"):
+        classifier_and_bottomup("convnext_atto")[1].freeze(1)
+
+
+def test_random_layers_are_not_frozen_unasked():
+    bottomup = Bottomup("nst_resnet10_w32")
+    with pytest.raises(ValueError, match="freezing at 2 would freeze layers with random weights: bn1.bias,"):
+        bottomup.freeze(2)
+    with pytest.raises(ValueError, match="freezing batch normalization would freeze layers with random weights"):
+        bottomup.set_norm("frozen")
+    assert all(parameter.requires_grad for parameter in bottomup.parameters())
+    bottomup.freeze(2, allow_random=True)
+    assert not bottomup.model.conv1.weight.requires_grad
+
+
+def test_weights_that_dont_fit_are_named_and_nothing_is_copied():
+    model, bottomup = classifier_and_bottomup("nst_resnet10_w32")
+    state = {key: torch.full_like(value, 3) for key, value in model.state_dict().items()}
+    before = copy.deepcopy(bottomup.state_dict())
+    cases = [
+        ({k: v for k, v in state.items() if k != "conv1.weight"}, r"f: .*1 missing \(conv1.weight\)"),
+        ({**state, "rpn.conv.weight": torch.zeros(1)}, r"1 unexpected \(rpn.conv.weight\)"),
+        ({**state, "conv1.weight": torch.zeros(2, 3, 7, 7)}, r"1 other shapes \(conv1.weight 2x3x7x7 for 32x3x3x3\)"),
+        ({f"module.{k}": v for k, v in state.items()}, "and [0-9]+ more"),
+    ]
+    for wrong, says in cases:
+        with pytest.raises(ValueError, match=says) as caught:
+            bottomup.load_classifier(wrong, "f")
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 700
+    after = bottomup.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_unknown_level_lists_those_there_are():
+    with pytest.raises(ValueError, match="nst_resnet10_w32 has no level 'p3'; it has res2, res3, res4, res5"):
+        Bottomup("nst_resnet10_w32", ["p3"])

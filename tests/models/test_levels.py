@@ -1,0 +1,105 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from nst_det.models import create_model, feature_levels, forward_outputs, take_levels
+from nst_det.models.build import LevelInfo, embedding_width
+
+# index, stride and channels as timm's own tables and the papers state them
+KNOWN = {
+    "resnet18": {"res2": (1, 4, 64), "res3": (2, 8, 128), "res4": (3, 16, 256), "res5": (4, 32, 512)},
+    "mobilenetv3_large_100": {"res2": (1, 4, 24), "res3": (2, 8, 40), "res4": (3, 16, 112), "res5": (4, 32, 960)},
+    "efficientnet_b0": {"res2": (1, 4, 24), "res3": (2, 8, 40), "res4": (3, 16, 112), "res5": (4, 32, 320)},
+    "convnext_atto": {"res2": (0, 4, 40), "res3": (1, 8, 80), "res4": (2, 16, 160), "res5": (3, 32, 320)},
+    # refuses other sizes than its own; twelve maps of one stride, of which the last counts
+    "vit_tiny_patch16_224": {"res4": (11, 16, 192)},
+    # convolutions without padding: 299 / 8 is 37, which stands for 32
+    "inception_v3": {"res2": (1, 4, 192), "res3": (2, 8, 288), "res4": (3, 16, 768), "res5": (4, 32, 2048)},
+    "nst_resnet10_w32": {"res2": (1, 4, 32), "res3": (2, 8, 64), "res4": (3, 16, 128), "res5": (4, 32, 256)},
+    "nst_resnet18_w48": {"res2": (1, 4, 48), "res3": (2, 8, 96), "res4": (3, 16, 192), "res5": (4, 32, 384)},
+}
+
+
+@pytest.mark.parametrize("arch", KNOWN)
+def test_levels_of_known_networks(arch):
+    model = timm.create_model(arch, num_classes=3) if arch in timm.list_models() else create_model(arch, 3)
+    assert feature_levels(model) == {name: LevelInfo(*values) for name, values in KNOWN[arch].items()}
+
+
+@pytest.mark.parametrize("arch", ["nst_resnet10_w32", "mobilenetv3_large_100", "convnext_atto"])
+def test_one_pass_gives_what_the_classifier_computes(arch):
+    model = create_model(arch, 7).eval()
+    images = torch.randn(2, 3, 64, 64)
+    levels = take_levels(feature_levels(model), ["res3", "res5"], arch)
+    with torch.no_grad():
+        outputs = forward_outputs(model, images, levels)
+        assert torch.equal(outputs.logits, model(images))
+        assert torch.equal(model.get_classifier()(outputs.embedding), outputs.logits)
+    assert {name: tuple(m.shape[1:]) for name, m in outputs.maps.items()} == {
+        name: (info.channels, 64 // info.stride, 64 // info.stride) for name, info in levels.items()
+    }
+    assert outputs.embedding.shape == (2, embedding_width(model))
+    assert not model.get_classifier()._forward_pre_hooks, "the tap must be gone"
+
+
+def test_without_levels_only_logits_and_embedding():
+    model = create_model("nst_resnet10_w32", 7).eval()
+    outputs = forward_outputs(model, torch.zeros(1, 3, 32, 32), {})
+    assert outputs.maps == {}
+    assert outputs.logits.shape == (1, 7)
+
+
+def test_measuring_changes_nothing():
+    model = create_model("nst_resnet10_w32", 5).train()
+    model.layer1.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    feature_levels(model)
+    embedding_width(model)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.training
+    assert not model.layer1.training
+
+
+def test_a_head_with_batch_norm_counts_a_training_step_once():
+    model = create_model("mobilenetv3_large_100", 5).train()
+    forward_outputs(model, torch.randn(2, 3, 32, 32), {})
+    counters = {int(value) for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
+    assert counters == {1}
+
+
+def test_unknown_level_is_named_with_those_there_are():
+    with pytest.raises(ValueError, match="vit_x has no level 'res2'; it has res4"):
+        take_levels({"res4": LevelInfo(0, 16, 8)}, ["res2"], "vit_x")
+
+
+def test_a_network_without_intermediates_is_refused():
+    with pytest.raises(ValueError, match="Linear has no forward_intermediates"):
+        feature_levels(nn.Linear(2, 2))
+
+
+def test_small_networks_have_the_stated_size():
+    sizes = {
+        arch: sum(p.numel() for p in create_model(arch, 12).parameters())
+        for arch in ("nst_resnet10_w32", "nst_resnet18_w48")
+    }
+    assert sizes == {"nst_resnet10_w32": 1229484, "nst_resnet18_w48": 6289212}
+
+
+@pytest.mark.parametrize(
+    ("arch", "kwargs", "says"),
+    [
+        ("resnet81", {}, "unknown architecture 'resnet81'; near it: "),
+        ("hf-hub:somebody/model", {}, "unknown architecture"),
+        ("local-dir:/tmp", {}, "unknown architecture"),
+        ("resnet18", {"checkpoint_path": "/tmp/x.pth"}, "'checkpoint_path' is not allowed"),
+        ("resnet18", {"pretrained_cfg": "x"}, "'pretrained_cfg' is not allowed"),
+        ("resnet18", {"stem_width": 10**9}, "'stem_width' must be a number up to"),
+        ("resnet18", {"block_args": {"a": 1}}, "'block_args' must be"),
+        ("resnet18", {"no_such": 1}, "resnet18 doesn't take these arguments"),
+        ("nst_resnet10_w32", {"no_such": 1}, "nst_resnet10_w32 doesn't take these arguments"),
+    ],
+)
+def test_what_is_no_architecture_is_refused(arch, kwargs, says):
+    with pytest.raises(ValueError, match=says):
+        create_model(arch, 3, **kwargs)
