@@ -43,9 +43,9 @@ WORKERS = {"SOLVER.MAX_ITER": 1, "DATALOADER.NUM_WORKERS": 2}
 STAGE_ONE_STEP = (("nst_det.distillation.loop:one_step", 2), ("nst_det.distillation.loop:one_step", 3))
 STAGE_ONE_EVALUATION = (
     ("nst_det.distillation.pipeline:measure", 1),
-    ("nst_det.distillation.trainer:Student.record", 1),
+    ("nst_det.distillation.trainer:StudentTrainer.record", 1),
 )
-STAGE_TWO_STEP = (("nst_det.detection.trainer:Training.step", 2), ("nst_det.detection.trainer:Training.step", 3))
+STAGE_TWO_STEP = (("nst_det.detection.trainer:Trainer.step", 2), ("nst_det.detection.trainer:Trainer.step", 3))
 STAGE_TWO_EVALUATION = (("nst_det.detection.pipeline:detect", 1), ("nst_det.detection.pipeline:score", 1))
 DETECTRON2_STEP = (
     ("nst_det.detectron2.trainer:DistillTrainer.run_step", 2),
@@ -69,6 +69,9 @@ def scenario(name: str, counted: tuple[Moment, ...] | None = None, device: str =
     pretended.questions.clear()
     counts, error = Counts(), ""
     switches = dict(zip(counted or (), (partial(count_in, counts), partial(count_in, None))))
+    for path, _ in switches:
+        # one that is gone ends all, and is named
+        pkgutil.resolve_name(path)
     count_in(counts if counted == ALL else None)
     try:
         with at_calls(switches):
@@ -307,7 +310,7 @@ def stage_two(folder: Folder) -> None:
         **folder.taught("+".join(terms()), "evaluated"),
     }
     with scenario("stage two, every term, resumed", device="cuda:1"):
-        with stopped_at(("nst_det.detection.trainer:Training.step", 2)):
+        with stopped_at(("nst_det.detection.trainer:Trainer.step", 2)):
             folder.detect("resumed", **every)
         folder.detect("resumed", **every)
     with scenario("stage two, replay"):
