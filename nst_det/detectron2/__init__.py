@@ -2,14 +2,13 @@
 
 Importing this package does not import Detectron2; the first use of one of its names does.  Files:
 
-- ``backbone``: timm bottom-ups in Detectron2's ``BACKBONE_REGISTRY``
-- ``heads``: RoI heads whose canonical box size can be set
+- ``modeling``: timm bottom-ups in Detectron2's ``BACKBONE_REGISTRY``, RoI heads whose canonical box size can be set
 - ``checkpoint``: backbone files and ``backbone://NAME`` in Detectron2's checkpointer
-- ``datasets``, ``loader``, ``evaluator``: VOC roots by name, batches that depend on seed and step alone, VOC AP
-- ``trainer``, ``loop``, ``forward``, ``teacher``, ``solver``: the trainer
+- ``data``, ``evaluator``: VOC roots by name, batches that depend on seed and step alone, VOC AP
+- ``train_net``, ``trainer``, ``hooks``: the command and the trainer
 - ``replay``: a step that gave something that is no number, again
-- ``library``: three lines for somebody's own Detectron2 project
-- ``names``, ``convert``, ``export``, ``parity``: the same weights elsewhere
+- ``api``: three lines for somebody's own Detectron2 project, and a teacher for them
+- ``resnet_key_map``, ``convert``, ``export``, ``parity``: the same weights elsewhere
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.ht
 # public name -> the file it lives in
 _HOMES = {
     "DistillTrainer": "trainer",
-    "TimmBackbone": "backbone",
+    "TimmBackbone": "modeling",
     "VocEvaluator": "evaluator",
     "add_config": "config",
-    "build_teacher": "teacher",
-    "distill": "library",
+    "build_teacher": "api",
+    "distill": "api",
     "load_config": "config",
-    "main": "command",
-    "register_voc": "datasets",
+    "main": "train_net",
+    "register_voc": "data",
     "run_again": "replay",
 }
 __all__ = list(_HOMES)
