@@ -151,7 +151,7 @@ def disk(output: Path) -> Finding:
 
 def cores() -> Finding:
     """Count the cores that this process may use."""
-    from nst_det.comparison.config import core_count
+    from nst_det.engine.device import core_count
 
     return Finding("CPU cores", OK, str(core_count()))
 
