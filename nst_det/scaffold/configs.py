@@ -1,4 +1,4 @@
-"""What fits a data set, from its annotations, and the three YAMLs of a project: whole, and depending on no other file."""
+"""What fits a data set, and the three YAMLs of a project: whole, and depending on no other file."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def fit_anchors(sizes: np.ndarray, names: np.ndarray) -> list[int]:
 
 
 def fit_detection(images: int, device: str) -> Schedule:
-    """Return the steps of stage two: six passes over the images on a CPU (150 to 600 steps), 24 on a GPU (500 to 9000)."""
+    """Return the steps of stage two: six passes on a CPU (150 to 600 steps), 24 on a GPU (500 to 9000)."""
     batch = min(PRESETS[device].batch if images >= 64 else 4, images)
     if device == "cpu":
         return Schedule(_between(6 * images / batch, 150, 600), batch)
