@@ -51,8 +51,11 @@ class Stopped(Preempted):
 
 
 class Launcher(Protocol):
-    """Starts runs, here or on a cluster; ``errors`` are what it raises in place of an outcome, ``hint`` is said where
-    a run's result is missing.
+    """Starts runs, here or on a cluster.
+
+    Attributes:
+        errors: what a future raises where a run was lost.
+        hint: more to say where a run's result is missing.
     """
 
     errors: tuple[type[Exception], ...]

@@ -94,21 +94,17 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
     if not comparison.generate:
         check_data_folders(comparison.distill, comparison.detect, comparison.name)
     configs = run_configs(comparison, runs)
-    check_rows(comparison, runs, configs)
+    # terms of stage two, once for each row that has some
+    teacher = configs.get(teacher_detector_name(comparison))
+    for run in runs:
+        if run.kind == DETECTOR and run.seed == comparison.seeds[0] and configs[run.name].TRANSFER.METHOD != BASELINE:
+            check_detector_losses(configs[run.name], teacher, f"{comparison.name}: row {run.row}")
     return configs
 
 
 def run_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNode]:
     """Return the checked config of each run but the data's, by name."""
     return {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
-
-
-def check_rows(comparison: Comparison, runs: Sequence[Run], configs: Mapping[str, CfgNode]) -> None:
-    """Look whether the terms of stage two can be built, once for each row that has some."""
-    teacher = configs.get(teacher_detector_name(comparison))
-    for run in runs:
-        if run.kind == DETECTOR and run.seed == comparison.seeds[0] and configs[run.name].TRANSFER.METHOD != BASELINE:
-            check_detector_losses(configs[run.name], teacher, f"{comparison.name}: row {run.row}")
 
 
 def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, Estimate] | None = None) -> Table:

@@ -14,7 +14,7 @@ folder is named by what it is, so that a method or seed added later finds the re
     DIR/distill/seed0/students/kd/         a student's run folder
     DIR/backbones/                         the backbone files of teacher and students
     DIR/detect/seed0/kd/                   a detector's run folder, with its evaluation
-    DIR/configs/, DIR/logs/                what each run was given, and what it said
+    DIR/configs/, DIR/logs/                what each run was given, and what it wrote
     DIR/report/                            the answer
 """
 
