@@ -56,8 +56,6 @@ def compare(
         RunFailed: a run ended with an error; the same call resumes from what is done.
         Stopped: a signal asked to stop.
     """
-    import nst_det.report
-
     runs = make_plan(comparison)
     configs = checked_configs(comparison, runs)
     machine = this_machine(jobs or comparison.jobs)
@@ -69,8 +67,7 @@ def compare(
             with connected(ray_address) as ray:
                 launch(runs, configs, folder, machine, RayLauncher(ray, runs, folder, command))
         results = build_results(comparison, runs, measure_costs(runs, configs, folder))
-        write_json(folder / "report" / "results.json", results)
-        nst_det.report.write_report(results, folder / "report", folder)
+        write_report(results, folder)
     return results
 
 
@@ -105,6 +102,15 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
 def run_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNode]:
     """Return the checked config of each run but the data's, by name."""
     return {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
+
+
+def write_report(results: dict[str, Any], folder: Path) -> None:
+    """``report/results.json`` and what the report room makes of it."""
+    import nst_det.report
+
+    report = folder / "report"
+    write_json(report / "results.json", results)
+    nst_det.report.write_report(results, report, folder)
 
 
 def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, Estimate] | None = None) -> Table:
@@ -146,23 +152,28 @@ def dry_run(comparison: Comparison, jobs: int = 0) -> None:
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """Return the answer as a table: fractions with three digits."""
-    rows = results["rows"]
-    several = any(len(row["seeds"]) > 1 for row in rows)
+    """The answer as a table: fractions with three digits."""
+    several = any(len(row["seeds"]) > 1 for row in results["rows"])
     title = f"VOC mAP at IoU 0.5, 11-point; engine {results['engine']}"
     caption = None if several else "One seed: there is no spread to judge differences by."
     table = Table(title=title, caption=caption)
-    for head in ("row", "mAP", "±", "area", "vs ce", "95 % interval", "top-1", "seconds", "verdict", "weights"):
-        if several or head not in ("±", "95 % interval"):
-            table.add_column(head, justify="left" if head in ("row", "verdict", "weights") else "right")
+    table.add_column("row")
+    heads = ["mAP", "area", "vs ce", "top-1", "seconds"]
+    heads = [*heads[:1], "±", *heads[1:3], "95 % interval", *heads[3:]] if several else heads
+    for head in heads:
+        table.add_column(head, justify="right")
+    table.add_column("verdict")
+    table.add_column("weights")
+    rows = results["rows"]
     following = {row["method"]: after["stage"] for row, after in itertools.pairwise(rows)}
     for row in rows:
-        std, interval, top1 = row["map_std"], row["delta_interval"], row["top1"]
-        spread = ["-" if std is None else f"{std:.3f}"] if several else []
-        between = ["-" if interval is None else f"{interval[0]:+.3f} .. {interval[1]:+.3f}"] if several else []
-        figures = [f"{row['map']:.3f}", *spread, f"{row['map_area']:.3f}", f"{row['delta_vs_ce']:+.3f}", *between]
-        figures += ["-" if top1 is None else f"{top1:.3f}", f"{row['seconds']:.0f}"]
-        table.add_row(row["method"], *figures, row["verdict"], row["weights"])
+        interval = row["delta_interval"]
+        spread = ["-" if row["map_std"] is None else f"{row['map_std']:.3f}"]
+        between = ["-" if interval is None else f"{interval[0]:+.3f} .. {interval[1]:+.3f}"]
+        top1 = "-" if row["top1"] is None else f"{row['top1']:.3f}"
+        cells = [f"{row['map']:.3f}", *(spread if several else []), f"{row['map_area']:.3f}"]
+        cells += [f"{row['delta_vs_ce']:+.3f}", *(between if several else []), top1, f"{row['seconds']:.0f}"]
+        table.add_row(row["method"], *cells, row["verdict"], row["weights"])
         if row["stage"] != following.get(row["method"], row["stage"]):
             table.add_section()
     return table
