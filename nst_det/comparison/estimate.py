@@ -141,6 +141,7 @@ def _try(run: Run, launcher: LocalLauncher, folder: Path) -> _Trial:
             time.sleep(POLL_SECONDS)
     except BaseException:
         process.signal(signal.SIGKILL)
+        process.outcome()
         raise
     code, output = process.outcome()
     if code or (run.folders and STEPS not in seen):
