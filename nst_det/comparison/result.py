@@ -12,7 +12,7 @@ from typing import Any
 
 from scipy import stats
 
-from nst_det.comparison.config import BASELINE, NO_FPN, SCRATCH, TEACHER, Comparison, parse_row, weights_from
+from nst_det.comparison.config import BASELINE, NO_FPN, SCRATCH, TEACHER, Comparison, weights_from
 from nst_det.comparison.plan import Run, backbone_name, detector_folder, student_folder, teacher_folder
 from nst_det.engine.io import read_json
 from nst_det.engine.run_dir import provenance
@@ -231,8 +231,14 @@ def _row(
     transfers = row not in (SCRATCH, BASELINE, NO_FPN, TEACHER)
     return {
         "method": row,
-        "stage": "detector" if transfers and parse_row(row).detector.names else "backbone" if transfers else "",
-        "weights": weights_from(row, comparison.tuned, comparison.distill.TRANSFER, comparison.detect.TRANSFER)
+        "stage": "detector"
+        if transfers and comparison.methods[row].detector.names
+        else "backbone"
+        if transfers
+        else "",
+        "weights": weights_from(
+            comparison.methods[row], comparison.tuned, comparison.distill.TRANSFER, comparison.detect.TRANSFER
+        )
         if transfers
         else "",
         "map": map_mean,
