@@ -19,6 +19,7 @@ from nst_det.engine.format import ReprMixin
 if TYPE_CHECKING:
     from torch import nn
 
+    from nst_det.comparison.result import ComparisonResult, RowResult
     from nst_det.evaluation.boxes import Detections, GroundTruth
     from nst_det.evaluation.voc import VocResult
     from nst_det.models import Card
@@ -31,17 +32,17 @@ class ComparisonAnswer(ReprMixin):
     """What a comparison found; shows itself as its table.
 
     Attributes:
-        results: as in ``report/results.json``, see :func:`nst_det.comparison.result.build_results`.
+        results: as in ``report/results.json``.
         folder: of the comparison.
     """
 
-    results: dict[str, Any] = field(repr=False)
+    results: ComparisonResult = field(repr=False)
     folder: Path
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[RowResult]:
         """One a method: ``method``, ``map`` (11-point, 0..1), ``delta_vs_ce``, ``verdict`` and more."""
-        return list(self.results["rows"])
+        return self.results.rows
 
     @property
     def report(self) -> Path:
@@ -97,7 +98,7 @@ def compare(
     Example:
         >>> import nst_det
         >>> answer = nst_det.compare("my_project/compare.yaml", {"METHODS": ["ce"], "SEEDS": [0]})
-        >>> [row["method"] for row in answer.rows]
+        >>> [row.method for row in answer.rows]
         ['scratch', 'ce']
         >>> answer.report.name
         'index.html'

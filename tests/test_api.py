@@ -106,14 +106,14 @@ def test_the_examples_run_and_the_results_show(tmp_path, monkeypatch, capsys):
 
     answer = nst_det.compare("my_project/compare.yaml", {"METHODS": ["ce"], "SEEDS": [0]})
     written = json.loads((answer.folder / "report" / "results.json").read_text())
-    assert [row["map"] for row in answer.rows] == [row["map"] for row in written["rows"]]
-    ce = next(row for row in answer.rows if row["method"] == "ce")
-    assert f">{ce['map']:.3f}<" in answer._repr_html_()
+    assert [row.map for row in answer.rows] == [row["map"] for row in written["rows"]]
+    ce = next(row for row in answer.rows if row.method == "ce")
+    assert f">{ce.map:.3f}<" in answer._repr_html_()
 
     # the command prints the same figures
     detections = "my_project/output/detect/seed0/ce/detections.json"
     result = nst_det.evaluate_voc(detections, "my_images", "nst_det_test")
-    assert result.map11[0] == pytest.approx(ce["map"], abs=1e-12)
+    assert result.map11[0] == pytest.approx(ce.map, abs=1e-12)
     assert f">{result.map11[0]:.4f}<" in result._repr_html_()
     with pytest.raises(SystemExit):
         main(["evaluate", "--detections", detections, "--voc-root", "my_images", "--split", "nst_det_test"])

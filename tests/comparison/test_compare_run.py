@@ -15,7 +15,7 @@ from nst_det.comparison.display import ProgressDisplay
 from nst_det.comparison.launch_local import LocalLauncher, Machine, RunFailed
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import Run, make_plan
-from nst_det.comparison.result import comparable
+from nst_det.comparison.result import ComparisonResult, comparable
 from nst_det.errors import UserError
 
 
@@ -50,8 +50,8 @@ def starts(folder):
 def test_a_comparison_is_done_once(comparison, fake_command, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     results = compare(comparison, jobs=4, command=fake_command)
-    assert [row["method"] for row in results["rows"]] == ["scratch", "ce", "kd", "kd+nst-poly"]
-    assert json.loads((comparison.folder / "report" / "results.json").read_text()) == results
+    assert [row.method for row in results.rows] == ["scratch", "ce", "kd", "kd+nst-poly"]
+    assert ComparisonResult.load(comparison.folder / "report" / "results.json") == results
     assert (comparison.folder / "logs" / "detect" / "seed0" / "kd.log").exists()
     again = compare(comparison, jobs=1, command=lambda *_: pytest.fail("a run that is done was started"))
     assert comparable(again) == comparable(results)
@@ -309,7 +309,7 @@ def test_killed_anywhere_and_started_again_gives_the_undisturbed_result(
     process.join(60)
     assert process.exitcode == 0
     results = json.loads((comparison.folder / "report" / "results.json").read_text())
-    assert comparable(results) == comparable(json.loads(json.dumps(undisturbed)))
+    assert comparable(results) == comparable(undisturbed)
     logs = list(comparison.folder.rglob("starts.log"))
     assert sum(len(starts(path.parent)) for path in logs) > len(logs)
 
