@@ -64,11 +64,11 @@ def test_methods_and_seeds_may_be_added_and_nothing_else_changed(comparison, con
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     few = ["METHODS", "['kd']", "SEEDS", "[0]"]
     first = compare(load_comparison(config_file, comparison.folder, few), 4, fake_command)
-    assert [row["verdict"] for row in first["rows"]] == ["single seed", "reference", "single seed"]
+    assert [row.verdict for row in first.rows] == ["single seed", "reference", "single seed"]
     more = compare(comparison, 4, fake_command)
     assert starts(comparison.folder / "distill" / "seed0" / "students" / "ce") == ["0 threads 2"]
     assert starts(comparison.folder / "detect" / "seed0" / "kd") == ["0 threads 1"]
-    assert more["rows"][2]["per_seed"]["0"] == first["rows"][2]["per_seed"]["0"]
+    assert more.rows[2].per_seed["0"] == first.rows[2].per_seed["0"]
     words = ["DISTILL.SOLVER.BASE_LR", "0.3"]
     with pytest.raises(UserError, match=r"holds a run with DISTILL\.SOLVER\.BASE_LR 0\.1, now it is 0\.3; name"):
         compare(load_comparison(config_file, comparison.folder, words), 4, fake_command)
@@ -96,7 +96,7 @@ def test_a_failing_run_stops_the_others_and_is_named(comparison, fake_command, m
     assert (stopped / "metrics.jsonl").read_bytes() == before
     monkeypatch.delenv("FAKE_FAILS")
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
-    assert len(compare(comparison, 3, fake_command)["rows"]) == 4
+    assert len(compare(comparison, 3, fake_command).rows) == 4
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ def test_the_page_says_the_result_and_names_both_aps(html):
 
 
 def test_where_latency_was_measured_is_said(html):
+    assert "teacher shapes-teacher with top-1 0.953" in html
     assert "Latency is the median of one image at a time on AMD EPYC, 2 threads, 120 × 160 pixels." in html
     assert "stage one 12.0 s, stage two 35.1 s" in html
 
