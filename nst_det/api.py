@@ -19,6 +19,7 @@ from nst_det.engine.format import ReprMixin
 if TYPE_CHECKING:
     from torch import nn
 
+    from nst_det.comparison.result import ComparisonResult, RowResult
     from nst_det.evaluation.boxes import Detections, GroundTruth
     from nst_det.evaluation.voc import VocResult
     from nst_det.models import Card
@@ -27,21 +28,21 @@ Settings = Mapping[str, Any] | Sequence[str]
 
 
 @dataclass(frozen=True)
-class ComparisonResult(ReprMixin):
+class CompareResult(ReprMixin):
     """What a comparison found; shows itself as its table.
 
     Attributes:
-        results: as in ``report/results.json``, see :func:`nst_det.comparison.result.build_results`.
+        results: as in ``report/results.json``.
         folder: of the comparison.
     """
 
-    results: dict[str, Any] = field(repr=False)
+    results: ComparisonResult = field(repr=False)
     folder: Path
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[RowResult]:
         """One a method: ``method``, ``map`` (11-point, 0..1), ``delta_vs_ce``, ``verdict`` and more."""
-        return list(self.results["rows"])
+        return self.results.rows
 
     @property
     def report(self) -> Path:
@@ -76,7 +77,7 @@ def compare(
     output: str | Path | None = None,
     jobs: int = 0,
     ray_address: str | None = None,
-) -> ComparisonResult:
+) -> CompareResult:
     """Run every method and seed through both stages, then write the report; resume what was stopped.
 
     ``nst-det compare`` does the same.  The runs are processes of their own.
@@ -97,7 +98,7 @@ def compare(
     Example:
         >>> import nst_det
         >>> result = nst_det.compare("my_project/compare.yaml", {"METHODS": ["ce"], "SEEDS": [0]})
-        >>> [row["method"] for row in result.rows]
+        >>> [row.method for row in result.rows]
         ['scratch', 'ce']
         >>> result.report.name
         'index.html'
@@ -107,7 +108,7 @@ def compare(
 
     _show_progress()
     comparison = load_comparison(config_file, output, key_values(settings))
-    return ComparisonResult(pipeline.compare(comparison, jobs, ray_address=ray_address), comparison.folder)
+    return CompareResult(pipeline.compare(comparison, jobs, ray_address=ray_address), comparison.folder)
 
 
 def distill(config_file: str | Path, settings: Settings = ()) -> DistillResult:

@@ -100,14 +100,14 @@ def test_the_examples_run_and_the_results_show(cli, tmp_path, monkeypatch, capsy
 
     result = nst_det.compare("my_project/compare.yaml", {"METHODS": ["ce"], "SEEDS": [0]})
     written = json.loads((result.folder / "report" / "results.json").read_text())
-    assert [row["map"] for row in result.rows] == [row["map"] for row in written["rows"]]
-    ce = next(row for row in result.rows if row["method"] == "ce")
-    assert f">{ce['map']:.3f}<" in result._repr_html_()
+    assert [row.map for row in result.rows] == [row["map"] for row in written["rows"]]
+    ce = next(row for row in result.rows if row.method == "ce")
+    assert f">{ce.map:.3f}<" in result._repr_html_()
 
     # the command prints the same figures
     detections = "my_project/output/detect/seed0/ce/detections.json"
     scores = nst_det.evaluate_voc(detections, "my_images", "nst_det_test")
-    assert scores.map11[0] == pytest.approx(ce["map"], abs=1e-12)
+    assert scores.map11[0] == pytest.approx(ce.map, abs=1e-12)
     assert f">{scores.map11[0]:.4f}<" in scores._repr_html_()
     cli("evaluate", "--detections", detections, "--voc-root", "my_images", "--split", "nst_det_test")
     assert f"{scores.map11[0]:.4f}" in capsys.readouterr().out

@@ -143,16 +143,14 @@ def _check_jobs(jobs: int) -> None:
 )
 def report(args: argparse.Namespace) -> None:
     """Make the tables and the page of a finished comparison again."""
-    from nst_det.engine.io import read_json
+    from nst_det.comparison.result import ComparisonResult
     from nst_det.report import write_report
 
     folder = Path(args.folder).expanduser()
     source = folder / "report" / "results.json"
     if not source.exists():
         raise UserError(f"{source}: no such file; finish this comparison with nst-det compare first")
-    results = read_json(source)
-    if not isinstance(results, dict):
-        raise UserError(f"{source}: not the results of a comparison; make it again with nst-det compare")
+    results = ComparisonResult.load(source)
     output = Path(args.output).expanduser() if args.output else folder / "report"
     write_report(results, output, folder)
     print(output / "index.html")

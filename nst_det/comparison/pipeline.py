@@ -6,11 +6,11 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fvcore.common.config import CfgNode
 from rich.table import Table
 
+from nst_det.comparison.collect import build_results
 from nst_det.comparison.config import BASELINE, Comparison, merge_stage
 from nst_det.comparison.cost import measure_costs
 from nst_det.comparison.display import ProgressDisplay, steps_done
@@ -27,10 +27,10 @@ from nst_det.comparison.plan import (
     teacher_detector_name,
     total_steps,
 )
-from nst_det.comparison.result import build_results
+from nst_det.comparison.result import ComparisonResult
 from nst_det.comparison.stages import check_data_folders, check_detector_losses, check_distill_losses
 from nst_det.engine.format import duration, print_table, size
-from nst_det.engine.io import write_json, write_text
+from nst_det.engine.io import write_text
 from nst_det.engine.run_dir import RunFolder
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 def compare(
     comparison: Comparison, jobs: int = 0, command: Command | None = None, ray_address: str | None = None
-) -> dict[str, Any]:
-    """Do what is not done yet, write the report, and return what is in ``report/results.json``.
+) -> ComparisonResult:
+    """Do what is not done yet, then write and print the report.
 
     Args:
         comparison: from :func:`~nst_det.comparison.config.load_comparison`.
@@ -100,12 +100,12 @@ def run_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNod
     return {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
 
 
-def write_report(results: dict[str, Any], folder: Path) -> None:
+def write_report(results: ComparisonResult, folder: Path) -> None:
     """``report/results.json`` and what the report room makes of it."""
     import nst_det.report
 
     report = folder / "report"
-    write_json(report / "results.json", results)
+    results.save(report / "results.json")
     nst_det.report.write_report(results, report, folder)
 
 
@@ -147,10 +147,10 @@ def dry_run(comparison: Comparison, jobs: int = 0) -> None:
         print(line)
 
 
-def results_table(results: dict[str, Any]) -> Table:
+def results_table(results: ComparisonResult) -> Table:
     """The answer as a table: fractions with three digits."""
-    several = any(len(row["seeds"]) > 1 for row in results["rows"])
-    title = f"VOC mAP at IoU 0.5, 11-point; engine {results['engine']}"
+    rows, several = results.rows, len(results.seeds) > 1
+    title = f"VOC mAP at IoU 0.5, 11-point; engine {results.engine}"
     caption = None if several else "One seed: there is no spread to judge differences by."
     table = Table(title=title, caption=caption)
     table.add_column("row")
@@ -160,16 +160,14 @@ def results_table(results: dict[str, Any]) -> Table:
         table.add_column(head, justify="right")
     table.add_column("verdict")
     table.add_column("weights")
-    rows = results["rows"]
-    following = {row["method"]: after["stage"] for row, after in itertools.pairwise(rows)}
-    for row in rows:
-        interval = row["delta_interval"]
-        spread = ["-" if row["map_std"] is None else f"{row['map_std']:.3f}"]
+    for row, after in itertools.zip_longest(rows, rows[1:]):
+        interval = row.delta_interval
+        spread = ["-" if row.map_std is None else f"{row.map_std:.3f}"]
         between = ["-" if interval is None else f"{interval[0]:+.3f} .. {interval[1]:+.3f}"]
-        top1 = "-" if row["top1"] is None else f"{row['top1']:.3f}"
-        cells = [f"{row['map']:.3f}", *(spread if several else []), f"{row['map_area']:.3f}"]
-        cells += [f"{row['delta_vs_ce']:+.3f}", *(between if several else []), top1, f"{row['seconds']:.0f}"]
-        table.add_row(row["method"], *cells, row["verdict"], row["weights"])
-        if row["stage"] != following.get(row["method"], row["stage"]):
-            table.add_section()
+        top1 = "-" if row.top1 is None else f"{row.top1:.3f}"
+        cells = [f"{row.map:.3f}", *(spread if several else []), f"{row.map_area:.3f}"]
+        cells += [f"{row.delta_vs_ce:+.3f}", *(between if several else []), top1, f"{row.seconds:.0f}"]
+        table.add_row(
+            row.method, *cells, row.verdict, row.weights, end_section=bool(after and after.stage != row.stage)
+        )
     return table

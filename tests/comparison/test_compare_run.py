@@ -15,7 +15,7 @@ from nst_det.comparison.display import ProgressDisplay
 from nst_det.comparison.launch_local import LocalLauncher, Machine, RunFailed, run_plan, this_machine
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import Run, make_plan
-from nst_det.comparison.result import comparable
+from nst_det.comparison.result import ComparisonResult, comparable
 from nst_det.errors import UserError
 
 
@@ -50,8 +50,8 @@ def starts(folder):
 def test_a_comparison_is_done_once(comparison, fake_command, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     results = compare(comparison, jobs=4, command=fake_command)
-    assert [row["method"] for row in results["rows"]] == ["scratch", "ce", "kd", "kd+nst-poly"]
-    assert json.loads((comparison.folder / "report" / "results.json").read_text()) == results
+    assert [row.method for row in results.rows] == ["scratch", "ce", "kd", "kd+nst-poly"]
+    assert ComparisonResult.load(comparison.folder / "report" / "results.json") == results
     assert (comparison.folder / "logs" / "detect" / "seed0" / "kd.log").exists()
     again = compare(comparison, jobs=1, command=lambda *_: pytest.fail("a run that is done was started"))
     assert comparable(again) == comparable(results)
@@ -64,11 +64,11 @@ def test_methods_and_seeds_may_be_added_and_nothing_else_changed(comparison, con
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     few = ["METHODS", "['kd']", "SEEDS", "[0]"]
     first = compare(load_comparison(config_file, comparison.folder, few), 4, fake_command)
-    assert [row["verdict"] for row in first["rows"]] == ["single seed", "reference", "single seed"]
+    assert [row.verdict for row in first.rows] == ["single seed", "reference", "single seed"]
     more = compare(comparison, 4, fake_command)
     assert starts(comparison.folder / "distill" / "seed0" / "students" / "ce") == ["0 threads 2"]
     assert starts(comparison.folder / "detect" / "seed0" / "kd") == ["0 threads 1"]
-    assert more["rows"][2]["per_seed"]["0"] == first["rows"][2]["per_seed"]["0"]
+    assert more.rows[2].per_seed["0"] == first.rows[2].per_seed["0"]
     words = ["DISTILL.SOLVER.BASE_LR", "0.3"]
     with pytest.raises(UserError, match=r"holds a run with DISTILL\.SOLVER\.BASE_LR 0\.1, now it is 0\.3; name"):
         compare(load_comparison(config_file, comparison.folder, words), 4, fake_command)
@@ -97,7 +97,7 @@ def test_a_failing_run_stops_the_others_and_is_named(comparison, fake_command, m
     assert (stopped / "metrics.jsonl").read_bytes() == before
     monkeypatch.delenv("FAKE_FAILS")
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
-    assert len(compare(comparison, 3, fake_command)["rows"]) == 4
+    assert len(compare(comparison, 3, fake_command).rows) == 4
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_killed_anywhere_and_started_again_gives_the_undisturbed_result(
     process.join(60)
     assert process.exitcode == 0
     results = json.loads((comparison.folder / "report" / "results.json").read_text())
-    assert comparable(results) == comparable(json.loads(json.dumps(undisturbed)))
+    assert comparable(results) == comparable(undisturbed)
     logs = list(comparison.folder.rglob("starts.log"))
     assert sum(len(starts(path.parent)) for path in logs) > len(logs)
 

@@ -1,7 +1,6 @@
 """The same plan on a Ray cluster of two nodes; ``make test-ray``."""
 
 import importlib.util
-import json
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from nst_det.comparison.launch_local import RunFailed
 from nst_det.comparison.launch_ray import RayLauncher, run_on_node
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import Run, make_plan
-from nst_det.comparison.result import comparable
+from nst_det.comparison.result import ComparisonResult, comparable
 
 FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
 needs_ray = pytest.mark.skipif(
@@ -74,7 +73,7 @@ def test_a_cluster_gives_the_same_results_also_when_a_node_dies(config_file, tmp
         killer.start()
     found = compare(there, command=fake, ray_address=made.address)
     assert comparable(found) == comparable(expected)
-    assert json.loads((there.folder / "report" / "results.json").read_text()) == found
+    assert ComparisonResult.load(there.folder / "report" / "results.json") == found
     if killed:
         killer.join()
         logs = [[(folder / "starts.log").read_text().splitlines() for folder in run.folders] for run in lost]
