@@ -1,8 +1,8 @@
 """The teacher cache: what the losses read of a teacher about every view of every image, as files.
 
 A folder with ``index.json`` and shards ``00000.safetensors``, ...  Each shard has the same rows of all pieces and is
-read through a memory map, so that a batch costs no more than its own rows.  A piece is an output of the teacher, or what a
-loss computes of it for all students (a Gram matrix, an attention map), as the loss's ``reads`` declares.
+read through a memory map, so that a batch costs no more than its own rows.  A piece is an output of the teacher, or
+what a loss computes of it for all students (a Gram matrix, an attention map), as the loss's ``reads`` declares.
 """
 
 from __future__ import annotations
