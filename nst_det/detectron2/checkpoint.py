@@ -17,8 +17,8 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from nst_det.detectron2.convert import batch_norm_eps, resnet_to_detectron2
 from nst_det.detectron2.modeling import bottom_up_of
-from nst_det.detectron2.resnet_key_map import resnet_to_detectron2
 from nst_det.engine.checkpoint import KEPT, check_intact, write_state
 from nst_det.engine.io import write_text
 from nst_det.errors import UserError
@@ -27,13 +27,11 @@ from nst_det.models import (
     Bottomup,
     Card,
     check_input_contract,
-    create_model,
     load_backbone,
     load_into,
     load_plain,
     resolve,
 )
-from nst_det.models.build import batch_norms
 from nst_det.models.io import card_path, check_shapes, load_pickled
 
 log = logging.getLogger(__name__)
@@ -194,7 +192,8 @@ def backbone_entries(model: nn.Module, path: str | Path) -> tuple[dict[str, Tens
         return {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()}, card
     if isinstance(bottom_up, ResNet):
         state_dict, card = load_backbone(path)
-        return _resnet_entries(model, prefix, bottom_up, resnet_to_detectron2(state_dict, _eps(card)), str(path)), card
+        given = resnet_to_detectron2(state_dict, batch_norm_eps(card.arch, card.arch_kwargs))
+        return _resnet_entries(model, prefix, bottom_up, given, str(path)), card
     raise UserError(
         f"{path}: a backbone file can't fill a {type(bottom_up).__name__}; use build_timm_fpn_backbone or "
         "build_resnet_fpn_backbone as MODEL.BACKBONE.NAME"
@@ -223,16 +222,6 @@ def _resnet_entries(
         if f"roi_heads.{name}" in model.state_dict():
             entries[f"roi_heads.{name}"] = given[name]
     return entries
-
-
-def _eps(card: Card) -> float:
-    """Epsilon of the batch normalization of the card's architecture."""
-    with torch.device("meta"):
-        model = create_model(card.arch, card.num_classes, **card.arch_kwargs)
-    found = {layer.eps for _, layer in batch_norms(model)}
-    if len(found) != 1:
-        raise UserError(f"{card.arch}: batch normalization of one epsilon is needed, it has {sorted(found) or 'none'}")
-    return float(found.pop())
 
 
 def check_contract(model: nn.Module, card: Card, source: str | Path) -> None:
@@ -270,7 +259,7 @@ class _Detectron2Handler(BackboneHandler):
             state_dict, card = load_backbone(path)
             entries = {f"model.{name}": value for name, value in state_dict.items()}
             try:
-                entries.update(resnet_to_detectron2(state_dict, _eps(card)))
+                entries.update(resnet_to_detectron2(state_dict, batch_norm_eps(card.arch, card.arch_kwargs)))
             except UserError:
                 log.debug("%s is not a plain ResNet, so it has timm's names only", path)
             folder = tempfile.TemporaryDirectory(prefix="nst_det_")

@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nst_det.detectron2.resnet_key_map import DETECTRON2_EPS, ResNetShape, resnet_shape, resnet_to_detectron2
+from nst_det.detectron2.convert import (
+    DETECTRON2_EPS,
+    ResNetShape,
+    batch_norm_eps,
+    resnet_shape,
+    resnet_to_detectron2,
+)
 from nst_det.engine.io import atomic_path, write_text
 from nst_det.errors import UserError
-from nst_det.models import Bottomup, create_model, load_backbone, load_plain
-from nst_det.models.build import batch_norms
+from nst_det.models import Bottomup, load_backbone, load_plain
 
 PARITY_LIMIT = 1e-4
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -56,7 +61,7 @@ def export_backbone(weights: str, output: str | Path, arch: str = "") -> Exporte
         raise UserError(f"--output {output}: the file must end in {' or '.join(SUFFIXES)}")
     state_dict, arch, arch_kwargs, pixels, origin = _read(weights, arch)
     shape = resnet_shape(state_dict)
-    entries = resnet_to_detectron2(state_dict, _eps(arch, arch_kwargs))
+    entries = resnet_to_detectron2(state_dict, batch_norm_eps(arch, arch_kwargs))
     config = output.with_suffix(".yaml")
     text = config_text(shape, pixels, output.name, origin)
     with atomic_path(output) as temporary:
@@ -83,18 +88,6 @@ def _read(weights: str, arch: str) -> tuple[dict[str, Tensor], str, dict[str, An
         )
     pixels = {"channel_order": "RGB", "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     return load_plain(weights), arch, {}, pixels, weights
-
-
-def _eps(arch: str, arch_kwargs: Mapping[str, Any]) -> float:
-    try:
-        with torch.device("meta"):
-            model = create_model(arch, 1, **arch_kwargs)
-    except ValueError as error:
-        raise UserError(f"--arch: {error}") from error
-    epsilons = {layer.eps for _, layer in batch_norms(model)}
-    if len(epsilons) != 1:
-        raise UserError(f"{arch}: its batch normalization has several epsilons, or none; Detectron2's ResNet has one")
-    return float(epsilons.pop())
 
 
 def _write(entries: Mapping[str, Tensor], path: Path, suffix: str) -> None:
