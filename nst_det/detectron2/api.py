@@ -83,11 +83,7 @@ def build_teacher(
 
 
 def teacher_classes(config_file: str, weights: str = "") -> list[str]:
-    """The names of a teacher's classes, as its config, its weights or its data set tell them; [] where none does.
-
-    Raises:
-        UserError: no such config, or not one.
-    """
+    """The names of a teacher's classes, as its config, its weights or its data set tell them; [] where none does."""
     path, _ = _find(config_file)
     if path.endswith(".py"):
         return []
@@ -248,11 +244,7 @@ def distill(
 
 
 def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
-    """The same from the ``TRANSFER`` node of a config; the student itself where ``METHOD`` is ``ce``.
-
-    Raises:
-        UserError: see :func:`distill`.
-    """
+    """The same from the ``TRANSFER`` node of a config; the student itself where ``METHOD`` is ``ce``."""
     node = cfg.TRANSFER
     if not distilled.wants_teacher(node):
         return student

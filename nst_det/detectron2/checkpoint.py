@@ -48,11 +48,6 @@ class BackboneCheckpointer(DetectionCheckpointer):
     input contract (channel order, mean, std) is compared with the model's.  A ``.safetensors`` file without a card
     is a whole detector of the torchvision engine, whose names are Detectron2's.  Other files go Detectron2's way.
 
-    Args:
-        model: a detector with a ``backbone``.
-        save_dir: where checkpoints are saved.
-        complete: prefixes of entries that must come from the file, whatever kind of file it is.
-
     Attributes:
         card: of the backbone file that was loaded last, or None.
         written: the network whose weights :meth:`save` writes; ``model``, or an average of its weights.
@@ -68,11 +63,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         self._source = ""
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As Detectron2's; ``path`` may be ``backbone://NAME``.
-
-        Raises:
-            UserError: no such file, weights that don't fit, or another input contract.
-        """
+        """As Detectron2's; ``path`` may be ``backbone://NAME``."""
         self.card, self._source = None, path
         if path.startswith(PREFIX):
             path = str(resolve(path))
@@ -109,9 +100,6 @@ class BackboneCheckpointer(DetectionCheckpointer):
         """As Detectron2's, but never half written: a full disk or a kill leaves the checkpoint before as it is.
 
         Of the numbered ones the newest are kept, as many as in the torchvision engine; Detectron2 keeps all.
-
-        Raises:
-            UserError: it can't be written.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -122,11 +110,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             old.unlink(missing_ok=True)
 
     def get_checkpoint_file(self) -> str:
-        """The newest checkpoint in the folder; a damaged one is named in a warning and the one before it taken.
-
-        Raises:
-            UserError: every one is damaged.
-        """
+        """The newest checkpoint in the folder; a damaged one is named in a warning and the one before it taken."""
         newest = Path(super().get_checkpoint_file())
         older = sorted((path for path in newest.parent.glob("model_*.pth") if path < newest), reverse=True)
         for path in (newest, *older):
@@ -177,15 +161,7 @@ def _part(name: str) -> str:
 
 
 def backbone_entries(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor], Card]:
-    """What a backbone file says about a detector: the part of its state dict below the neck, by its own names.
-
-    Args:
-        model: with a ``TimmBackbone`` or Detectron2's ResNet as its bottom-up.
-        path: a ``.safetensors`` path.
-
-    Raises:
-        UserError: the file can't be read, or doesn't fill the bottom-up whole.
-    """
+    """What a backbone file says about a detector: the part of its state dict below the neck, by its own names."""
     prefix, bottom_up = bottom_up_of(model)
     if isinstance(bottom_up, Bottomup):
         card = load_into(bottom_up, path)
@@ -225,11 +201,7 @@ def _resnet_entries(
 
 
 def check_contract(model: nn.Module, card: Card, source: str | Path) -> None:
-    """Compare the pixels that a detector sends to its backbone with those that the backbone was trained on.
-
-    Raises:
-        UserError: other mean, std or channel order; the line says what to set.
-    """
+    """Compare the pixels that a detector sends to its backbone with those that the backbone was trained on."""
     mean = [float(value) / 255 for value in model.pixel_mean.flatten()]  # type: ignore[operator]
     std = [float(value) / 255 for value in model.pixel_std.flatten()]  # type: ignore[operator]
     try:

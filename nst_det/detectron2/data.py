@@ -52,14 +52,6 @@ class SharedBatches:
 
     The batches are those of ``StepBatchSampler``, so they are the torchvision engine's too.
 
-    Args:
-        size: number of images.
-        batch: images of all processes in one step.
-        seed: of the run.
-        rank: of this process.
-        world: number of processes.
-        wide: for each image, whether it is wider than high; None mixes them.
-
     Attributes:
         start: the first step that an iterator gives; set it before the loader is used.
     """
@@ -89,13 +81,7 @@ class SharedBatches:
 
 
 class SeededImages(Dataset[Any]):
-    """Dataset dicts through a mapper whose random draws depend on (seed, step, place) alone.
-
-    Args:
-        dicts: Detectron2's dataset dicts, a list or anything with ``len`` and ``[]``.
-        mapper: Detectron2's ``DatasetMapper`` or anything that maps a dict to the model's input.
-        seed: of the run.
-    """
+    """Dataset dicts through a mapper whose random draws depend on (seed, step, place) alone."""
 
     def __init__(self, dicts: Any, mapper: Callable[[dict[str, Any]], Any], seed: int) -> None:
         self.dicts, self.mapper, self.seed = dicts, mapper, seed
@@ -128,22 +114,14 @@ class BoundedMapper(DatasetMapper):
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> Any:
-        """As :meth:`DatasetMapper.__call__`.
-
-        Raises:
-            UserError: an image that can't be used; the line names it.
-        """
+        """As :meth:`DatasetMapper.__call__`."""
         with named_image(dataset_dict["file_name"]):
             return super().__call__(dataset_dict)
 
 
 @contextmanager
 def named_image(name: str) -> Iterator[None]:
-    """Check the size of an image file before the block decodes it, and name the file in what goes wrong there.
-
-    Raises:
-        UserError: too large, not an image, damaged, or not of the size that its annotation says.
-    """
+    """Check the size of an image file before the block decodes it, and name the file in what goes wrong there."""
     # a path of Detectron2's own path manager may be elsewhere
     if Path(name).is_file():
         image_size(read_bytes(Path(name), MAX_IMAGE_BYTES, "image"), shown_path(name))

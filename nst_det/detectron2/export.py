@@ -45,17 +45,7 @@ class Exported:
 
 
 def export_backbone(weights: str, output: str | Path, arch: str = "") -> Exported:
-    """Write a torchvision/timm ResNet by Detectron2's names, and the config that goes with it.
-
-    Args:
-        weights: ``backbone://NAME``, a backbone file, or somebody's plain ResNet weights (then with ``arch``).
-        output: ends in ``.pkl`` or ``.pth``; the config is written beside it with ``.yaml``.
-        arch: timm name, for plain weights only.
-
-    Raises:
-        UserError: not a ResNet that Detectron2 can build, a file that can't be read or written, or a network that
-            computes other maps in Detectron2 (nothing is left behind then).
-    """
+    """Write a torchvision/timm ResNet by Detectron2's names, and the config that goes with it."""
     output = Path(output)
     if output.suffix not in SUFFIXES:
         raise UserError(f"--output {output}: the file must end in {' or '.join(SUFFIXES)}")
@@ -102,14 +92,7 @@ def _write(entries: Mapping[str, Tensor], path: Path, suffix: str) -> None:
 
 
 def config_text(shape: ResNetShape, pixels: Mapping[str, Any], weights: str, origin: str) -> str:
-    """The YAML for a plain Detectron2: a Faster R-CNN with FPN on these weights, without data and schedule.
-
-    Args:
-        shape: of the ResNet.
-        pixels: a card's input contract, mean and std on the 0..1 scale.
-        weights: the file's name, relative to where Detectron2 will be started.
-        origin: where the weights come from, for the comment.
-    """
+    """The YAML for a plain Detectron2: a Faster R-CNN with FPN on these weights, without data and schedule."""
     mean, std = (_numbers(255 * value for value in pixels[name]) for name in ("mean", "std"))
     return f"""\
 # Written by nst-det export from {origin}.

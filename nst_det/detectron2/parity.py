@@ -73,17 +73,7 @@ class Engines:
 
 
 def load_engines(config_file: str | Path, weights: str, overrides: Sequence[str] = (), classes: int = 0) -> Engines:
-    """Build both detectors from one YAML and fill both from one file.
-
-    Args:
-        config_file: honored by both engines.
-        weights: of a whole detector, by either engine.
-        overrides: ``KEY VALUE`` pairs.
-        classes: their number, where the config says 0 and the weights are to decide, leave it 0.
-
-    Raises:
-        UserError: a key that an engine can't honor, or weights that don't fit.
-    """
+    """Build both detectors from one YAML and fill both from one file."""
     overrides = [*overrides, "MODEL.WEIGHTS", weights, "MODEL.DEVICE", "cpu"]
     ours, theirs = load_detect_config(config_file, overrides), load_config(config_file, overrides)
     count = classes or theirs.MODEL.ROI_HEADS.NUM_CLASSES or _classes(weights)
@@ -109,11 +99,7 @@ def _classes(weights: str) -> int:
 
 @torch.no_grad()
 def compare(engines: Engines, images: Sequence[str | Path]) -> Parity:
-    """Run both engines on image files, each with its own reading and resizing, and compare.
-
-    Raises:
-        UserError: an image can't be read.
-    """
+    """Run both engines on image files, each with its own reading and resizing, and compare."""
     parity = Parity()
     for path in images:
         theirs, ours = _pixels_detectron2(engines, path), _pixels_torchvision(engines, path)
@@ -176,11 +162,7 @@ def _match(parity: Parity, theirs: Found, ours: Found, threshold: float) -> None
 
 
 class Pixels(nn.Module):
-    """Takes a batch as one tensor and gives plain tensors.
-
-    Args:
-        detector: a GeneralizedRCNN in evaluation mode.
-    """
+    """Takes a batch as one tensor and gives plain tensors."""
 
     def __init__(self, detector: Any) -> None:
         super().__init__()
@@ -193,16 +175,7 @@ class Pixels(nn.Module):
 
 
 def load_pixels(folder: Path, cfg: CfgNode, device: torch.device) -> tuple[Pixels, int]:
-    """The trained detector of a run, and the number of its parameters.
-
-    Args:
-        folder: a finished run's.
-        cfg: of the run.
-        device: where it computes.
-
-    Raises:
-        UserError: the run has no weights, or they don't fill the detector.
-    """
+    """The trained detector of a run, and the number of its parameters."""
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise UserError(f"{folder}: no {WEIGHTS_FILE} in it; finish this run by train-det first")
@@ -224,16 +197,7 @@ class _Holder(nn.Module):
 
 
 def plain_maps(config: Path, weights: Path, images: Tensor) -> dict[str, Tensor]:
-    """``res2`` .. ``res5`` of Detectron2's own ResNet, built and filled by Detectron2's own means.
-
-    Args:
-        config: an exported YAML.
-        weights: the exported file.
-        images: (B, 3, H, W), normalized.
-
-    Raises:
-        UserError: an entry of the bottom-up is missing in the weights.
-    """
+    """``res2`` .. ``res5`` of Detectron2's own ResNet, built and filled by Detectron2's own means."""
     cfg = get_cfg()
     cfg.merge_from_file(str(config))
     cfg.MODEL.DEVICE = "cpu"
