@@ -80,7 +80,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(PICKLES):
-            # Detectron2 opens these by itself; whether that is allowed, and if not why, is said here
+            # Detectron2 opens these by itself; this refuses pickles that aren't trusted
             load_pickled(filename)
         if not filename.endswith(SUFFIX):
             loaded: dict[str, Any] = super()._load_file(filename)
@@ -110,7 +110,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             old.unlink(missing_ok=True)
 
     def get_checkpoint_file(self) -> str:
-        """The newest checkpoint in the folder; a damaged one is named in a warning and the one before it taken."""
+        """Return the newest checkpoint in the folder; a damaged one costs a warning, and the one before it is taken."""
         newest = Path(super().get_checkpoint_file())
         older = sorted((path for path in newest.parent.glob("model_*.pth") if path < newest), reverse=True)
         for path in (newest, *older):
@@ -144,13 +144,18 @@ class BackboneCheckpointer(DetectionCheckpointer):
         )
 
 
+def load_whole(model: nn.Module, weights: str) -> None:
+    """Fill a whole detector; weights that leave a part of it random are refused."""
+    BackboneCheckpointer(model, complete=[name for name, _ in model.named_children()]).load(weights)
+
+
 def numbered(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run in its folder, oldest first, without that of its end."""
+    """Return the checkpoints of a run in its folder, oldest first, without that of its end."""
     return sorted(Path(folder).glob("model_*[0-9].pth"))
 
 
 def step_of(path: Path) -> int:
-    """The finished steps of one of them; Detectron2 numbers them by the last step."""
+    """Return the finished steps of one of them; Detectron2 numbers them by the last step."""
     return int(path.stem.removeprefix("model_")) + 1
 
 
@@ -161,7 +166,7 @@ def _part(name: str) -> str:
 
 
 def backbone_entries(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor], Card]:
-    """What a backbone file says about a detector: the part of its state dict below the neck, by its own names."""
+    """Return the part of a detector's state dict below the neck that a backbone file fills, by the detector's names."""
     prefix, bottom_up = bottom_up_of(model)
     if isinstance(bottom_up, Bottomup):
         card = load_into(bottom_up, path)
@@ -242,11 +247,4 @@ class _Detectron2Handler(BackboneHandler):
         return self._files[path]
 
 
-def register_paths() -> None:
-    """Teach Detectron2's path manager ``backbone://``; importing this module does it."""
-    PathManager.register_handler(_Detectron2Handler(), allow_override=True)
-
-
-register_paths()
-
-__all__ = ["BackboneCheckpointer", "backbone_entries", "check_contract", "register_paths"]
+PathManager.register_handler(_Detectron2Handler(), allow_override=True)

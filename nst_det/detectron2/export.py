@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,10 @@ SUFFIXES = (".pkl", ".pth")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how well it computes what it came from.
+    """What was written: the file for ``MODEL.WEIGHTS``, and the YAML with all keys that these weights need.
 
-    Attributes:
-        weights: the file for ``MODEL.WEIGHTS``.
-        config: the YAML with all keys that these weights need.
-        parity: largest absolute difference of ``res2`` .. ``res5`` between the network that was exported and
-            Detectron2's, on normalized images; None where Detectron2 is not installed.
+    ``parity`` is the largest absolute difference of ``res2`` .. ``res5`` between the network that was exported and
+    Detectron2's, on normalized images; None where Detectron2 is not installed.
     """
 
     weights: Path
@@ -45,7 +42,11 @@ class Exported:
 
 
 def export_backbone(weights: str, output: str | Path, arch: str = "") -> Exported:
-    """Write a torchvision/timm ResNet by Detectron2's names, and the config that goes with it."""
+    """Write a torchvision/timm ResNet by Detectron2's names, and the config that goes with it beside it.
+
+    ``weights`` is a backbone file, or somebody's plain ResNet weights, then with the timm name ``arch``.  A network
+    that computes other maps in Detectron2 is refused, and nothing is left behind.
+    """
     output = Path(output)
     if output.suffix not in SUFFIXES:
         raise UserError(f"--output {output}: the file must end in {' or '.join(SUFFIXES)}")
@@ -92,7 +93,7 @@ def _write(entries: Mapping[str, Tensor], path: Path, suffix: str) -> None:
 
 
 def config_text(shape: ResNetShape, pixels: Mapping[str, Any], weights: str, origin: str) -> str:
-    """The YAML for a plain Detectron2: a Faster R-CNN with FPN on these weights, without data and schedule."""
+    """Return the YAML for a plain Detectron2: a Faster R-CNN with FPN on these weights, without data and schedule."""
     mean, std = (_numbers(255 * value for value in pixels[name]) for name in ("mean", "std"))
     return f"""\
 # Written by nst-det export from {origin}.
@@ -162,7 +163,7 @@ def _measure(
         raise UserError(str(error)) from error
     from nst_det.detectron2.parity import plain_maps
 
-    images = noise_images()
+    images = torch.randn(2, 3, 160, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = bottomup(images)
     got = plain_maps(config, weights, images)
@@ -173,8 +174,3 @@ def _measure(
             "nothing was exported"
         )
     return parity
-
-
-def noise_images(sizes: Sequence[int] = (2, 3, 160, 224)) -> Tensor:
-    """Normalized images (B, 3, H, W) of seeded noise, the same every time; ``sizes`` are B, 3, H and W in pixels."""
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(0))

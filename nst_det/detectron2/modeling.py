@@ -73,6 +73,8 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     timm = cfg.MODEL.TIMM
     if input_shape.channels != 3:
         raise UserError(f"MODEL.PIXEL_MEAN: {input_shape.channels} channels, the timm backbones take 3")
+    if timm.NORM not in NORM_POLICIES:
+        raise UserError(f"MODEL.TIMM.NORM: '{timm.NORM}' is not one of {', '.join(NORM_POLICIES)}")
     # weights named in the config come after the model is built: the guard is for those that never come, and timm's
     # are not fetched for nothing
     weights_to_come = bool(cfg.MODEL.WEIGHTS)
@@ -80,18 +82,11 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         backbone = TimmBackbone(
             timm.ARCH, timm.OUT_FEATURES, dict(timm.KWARGS), pretrained=timm.PRETRAINED and not weights_to_come
         )
-        backbone.set_norm(norm_policy(timm.NORM), allow_random=weights_to_come)
+        backbone.set_norm(NORM_POLICIES[timm.NORM], allow_random=weights_to_come)
         backbone.freeze(cfg.MODEL.BACKBONE.FREEZE_AT, allow_random=weights_to_come)
     except ValueError as error:
         raise UserError(f"MODEL.TIMM: {error}") from error
     return backbone
-
-
-def norm_policy(norm: str) -> str:
-    """``frozen``, ``train`` or ``sync`` from Detectron2's word."""
-    if norm not in NORM_POLICIES:
-        raise UserError(f"MODEL.TIMM.NORM: '{norm}' is not one of {', '.join(NORM_POLICIES)}")
-    return NORM_POLICIES[norm]
 
 
 @BACKBONE_REGISTRY.register()
@@ -126,7 +121,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 
 def bottom_up_of(model: nn.Module) -> tuple[str, nn.Module]:
-    """The prefix and the module of a detector's bottom-up, below an FPN or alone."""
+    """Return the prefix and the module of a detector's bottom-up, below an FPN or alone."""
     backbone = model.backbone
     if isinstance(backbone, FPN):
         return "backbone.bottom_up.", backbone.bottom_up
@@ -134,7 +129,10 @@ def bottom_up_of(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def check_frozen_random(model: nn.Module, filled: bool = False) -> None:
-    """Refuse a detector that would be trained with frozen layers that no weights were ever loaded into."""
+    """Refuse a detector that would be trained with frozen layers that no weights were ever loaded into.
+
+    ``filled`` says whether any weights were named; a bottom-up of Detectron2's doesn't know it itself.
+    """
     _, bottom_up = bottom_up_of(model)
     if bottom_up.loaded if isinstance(bottom_up, TimmBackbone) else filled:
         return

@@ -252,7 +252,7 @@ class RoiHeads(nn.Module):
 
 
 def postprocess(found: Instances, seen: tuple[int, int], size: tuple[int, int]) -> Instances:
-    """Return detections, seen by the network at (height, width) ``seen``, in pixels of the original image of ``size``."""
+    """Return detections, which the network saw at (height, width) ``seen``, in pixels of an image of ``size``."""
     scale_y, scale_x = size[0] / seen[0], size[1] / seen[1]
     boxes = clip(found.boxes * found.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y]), size)
     kept = larger_than(boxes, 0)
