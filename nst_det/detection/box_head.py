@@ -1,4 +1,4 @@
-"""What two box heads say about the same boxes, for terms on logits and embeddings.
+"""Outputs of two box heads for the same boxes, for terms on logits and embeddings.
 
 The boxes are those that the student trains its box head on: proposals of its own, sampled as its config says.
 """
@@ -25,16 +25,12 @@ class Widths(NamedTuple):
 
 
 def reads_box_head(method: Method) -> bool:
-    """Whether a term of the method reads logits or embeddings."""
+    """Return whether a term of the method reads logits or embeddings."""
     return any(get_term(name).level != "maps" for name in method.names)
 
 
 def widths_of(detector: nn.Module, method: Method) -> Widths:
-    """The widths of a detector's box head.
-
-    Raises:
-        UserError: it has no single box head, or not one with a softmax over its classes.
-    """
+    """Return the widths of a detector's box head, which must be a single one with a softmax over its classes."""
     heads: Any = getattr(detector, "roi_heads", None)
     scores = getattr(getattr(heads, "box_predictor", None), "cls_score", None)
     if not isinstance(scores, nn.Linear) or _pooler(heads) is None:
@@ -52,26 +48,13 @@ def widths_of(detector: nn.Module, method: Method) -> Widths:
 
 
 def check_classes(transfer: TransferLoss, student: int, teacher: int) -> None:
-    """Refuse to compare logits one by one where there are not as many.
-
-    Args:
-        transfer: of the method.
-        student: number of the student's logits, the background's among them.
-        teacher: the same for the teacher.
-
-    Raises:
-        UserError: a term compares them, and the numbers differ.
-    """
+    """Refuse to compare logits one by one where there are not as many (the background's among them)."""
     if student != teacher:
         _refuse(transfer, f"the student has {student - 1} classes and the teacher {teacher - 1}")
 
 
 def check_class_names(transfer: TransferLoss, student: Sequence[str], teacher: Sequence[str]) -> None:
-    """Refuse to compare logits of different classes, where both lists are known (not empty).
-
-    Raises:
-        UserError: a term compares logits one by one, and the names or their order differ.
-    """
+    """Refuse to compare logits of different classes, where both lists are known (not empty)."""
     if student and teacher and list(student) != list(teacher):
         _refuse(transfer, f"the student's are {', '.join(student)}, the teacher's {', '.join(teacher)}")
 
@@ -95,42 +78,39 @@ class BoxHeadTap:
     def __init__(self, detector: nn.Module) -> None:
         heads: Any = detector.roi_heads
         self._boxes: list[Tensor] = []
-        self._said: tuple[Tensor, Tensor] | None = None
+        self._outputs: tuple[Tensor, Tensor] | None = None
         pooler = _pooler(heads)
         assert pooler is not None, "widths_of() looked for it"
         pooler.register_forward_pre_hook(self._keep_boxes)
-        heads.box_predictor.register_forward_hook(self._keep_said)
+        heads.box_predictor.register_forward_hook(self._keep_outputs)
 
     def _keep_boxes(self, pooler: nn.Module, inputs: tuple[Any, ...]) -> None:
         if pooler.training:
             # Detectron2's Boxes hold a tensor, this project's are tensors
             self._boxes = [getattr(boxes, "tensor", boxes).detach() for boxes in inputs[1]]
 
-    def _keep_said(self, predictor: nn.Module, inputs: tuple[Tensor, ...], outputs: Sequence[Tensor]) -> None:
+    def _keep_outputs(self, predictor: nn.Module, inputs: tuple[Tensor, ...], outputs: Sequence[Tensor]) -> None:
         if predictor.training:
-            self._said = inputs[0].flatten(1), outputs[0]
+            self._outputs = inputs[0].flatten(1), outputs[0]
 
     def forget(self) -> None:
-        """Let go of what was kept, such as that of a step that failed."""
-        self._boxes, self._said = [], None
+        """Drop what was kept, such as that of a step that failed."""
+        self._boxes, self._outputs = [], None
 
     def take(self, student: ModelOutputs) -> list[Tensor]:
-        """Put what the student's box head said in this step into its outputs.
+        """Add the box head's part of this step to the student's outputs.
 
         Returns:
             (N, 4) boxes of each image, xyxy in pixels of the network's input; their sum of N is R.
-
-        Raises:
-            RuntimeError: the student's forward didn't ask its box head.
         """
-        if self._said is None:
+        if self._outputs is None:
             raise RuntimeError("the student's forward didn't call its box head, so there is nothing to compare")
-        student.embedding, student.logits = self._said
+        student.embedding, student.logits = self._outputs
         return self._boxes
 
 
 def box_outputs(heads: Any, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """What RoI heads that know how to tell it say about boxes; the torchvision engine's do.
+    """Run RoI heads that have ``box_outputs`` on boxes; the torchvision engine's do.
 
     Args:
         heads: the RoI heads of a detector.
@@ -140,8 +120,8 @@ def box_outputs(heads: Any, maps: Mapping[str, Tensor], boxes: Sequence[Tensor])
     Returns:
         What enters the predictor (R, D) and the logits (R, K + 1), background last.
     """
-    said: tuple[Tensor, Tensor] = heads.box_outputs(maps, boxes)
-    return said
+    outputs: tuple[Tensor, Tensor] = heads.box_outputs(maps, boxes)
+    return outputs
 
 
 def _pooler(heads: Any) -> nn.Module | None:

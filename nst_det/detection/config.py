@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.detection.d2_defaults import DETECTRON2_ONLY, TAKEN_VALUES, add_honored_keys
-from nst_det.engine.config import expand_path, flat, load_config, parse_value, read_yaml, transfer_node
+from nst_det.detection.d2_defaults import DEFAULTS, DETECTRON2_ONLY, TAKEN_VALUES
+from nst_det.engine.config import expand_path, flat, key_values, load_config, parse_value, read_yaml, transfer_node
+from nst_det.engine.device import default_device, loader_workers
 from nst_det.engine.metrics import check_wandb
 from nst_det.engine.nan_guard import check_non_finite, non_finite_node
 from nst_det.errors import UserError
@@ -21,6 +23,20 @@ log = logging.getLogger(__name__)
 # of TEST.SELECT
 LAST, BEST = "last", "best"
 ENGINES = ("auto", "detectron2", "torchvision")
+# the least that is taken
+AT_LEAST = {
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.ACCUMULATE": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.WARMUP_ITERS": 0,
+    "TEST.EVAL_PERIOD": 0,
+    "TRANSFER.WARMUP_ITERS": 0,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 0,
+    "DATALOADER.NUM_WORKERS": -1,
+    "DATALOADER.CACHE_IMAGES_MB": 0,
+    "INPUT.MIN_SIZE_TEST": 0,
+}
 INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 
 
@@ -107,7 +123,7 @@ def add_nst_det_config(cfg: CfgNode) -> None:
 
 
 def detector_transfer_node() -> CfgNode:
-    """The ``TRANSFER`` keys of stage two: those of both stages, and the method and teacher of one detector."""
+    """Return the ``TRANSFER`` keys of stage two: those of both stages, and the method and teacher of one detector."""
     node = transfer_node()
     node.OPTIONS.kd = CfgNode({"temperature": 1.0})
     node.METHOD = "ce"
@@ -123,25 +139,18 @@ def _as_kind(node: CfgNode, kind: type[CfgNode]) -> CfgNode:
 
 
 def get_defaults() -> CfgNode:
-    """The torchvision engine's keys with their defaults, which are Detectron2's."""
-    cfg = CfgNode()
-    add_honored_keys(cfg)
+    """Return the torchvision engine's keys with their defaults, which are Detectron2's."""
+    cfg = CfgNode(DEFAULTS)
     add_nst_det_config(cfg)
     return cfg
 
 
 def load_detect_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
-    """The torchvision engine's config from a YAML file and ``KEY VALUE`` pairs, checked and frozen.
-
-    Raises:
-        UserError: a key is unknown, or this engine can't honor a key or its value.
-    """
+    """Return the torchvision engine's config of a YAML file and ``KEY VALUE`` pairs, checked and frozen."""
     source = str(file or "command line")
     if file is not None:
-        for key in _tree_keys(read_yaml(file)):
-            _refuse_detectron2_only(key, source)
-    for key in [word for word in overrides if word != "--"][::2]:
-        _refuse_detectron2_only(key, "command line")
+        _refuse_detectron2_only(_tree_keys(read_yaml(file)), source)
+    _refuse_detectron2_only((key for key, _ in key_values(overrides)), "command line")
     config = load_config(get_defaults(), file, overrides)
     check_config(config, source)
     return config
@@ -154,20 +163,17 @@ def _tree_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _tree_keys(value, f"{prefix}{key}.")
 
 
-def _refuse_detectron2_only(key: str, source: str) -> None:
-    if any(key == name or key.startswith(f"{name}.") for name in DETECTRON2_ONLY):
-        raise UserError(
-            f"{source}: the torchvision engine can't honor {key}; remove it, or install Detectron2 ({INSTALL_PAGE}) "
-            "and set ENGINE detectron2"
-        )
+def _refuse_detectron2_only(keys: Iterator[str], source: str) -> None:
+    for key in keys:
+        if any(key == name or key.startswith(f"{name}.") for name in DETECTRON2_ONLY):
+            raise UserError(
+                f"{source}: the torchvision engine can't honor {key}; remove it, or install Detectron2 "
+                f"({INSTALL_PAGE}) and set ENGINE detectron2"
+            )
 
 
 def check_config(config: CfgNode, source: str = "detection config") -> None:
-    """Refuse values that the torchvision engine can't honor.
-
-    Raises:
-        UserError: the line names key, value and the values that are taken.
-    """
+    """Refuse values that the torchvision engine can't honor."""
     values = flat(config)
     for key, taken in TAKEN_VALUES.items():
         value = list(values[key]) if isinstance(values[key], tuple) else values[key]
@@ -176,36 +182,28 @@ def check_config(config: CfgNode, source: str = "detection config") -> None:
                 f"{source}: the torchvision engine can't honor {key} {value!r}; set it to "
                 f"{' or '.join(repr(item) for item in taken)}, or use ENGINE detectron2"
             )
-    _check_levels(config, source)
-    _check_numbers(config, source)
-    check_select(config, source)
-    check_average(config, source)
-    check_wandb(config.WANDB, source)
-    check_non_finite(config.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", source)
+    for key, least in AT_LEAST.items():
+        if values[key] < least:
+            raise UserError(f"{source}: {key} is {values[key]}; it must be at least {least}")
+    _check_levels(config.MODEL, source)
+    if len(config.MODEL.PIXEL_MEAN) != 3 or len(config.MODEL.PIXEL_STD) != 3 or min(config.MODEL.PIXEL_STD) <= 0:
+        raise UserError(f"{source}: MODEL.PIXEL_MEAN and PIXEL_STD must be three numbers each, PIXEL_STD above 0")
+    sizes = config.INPUT.MIN_SIZE_TRAIN
+    if not sizes or (config.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2):
+        raise UserError(f"{source}: INPUT.MIN_SIZE_TRAIN must be a list of sizes, and two of them to sample a range")
+    check_added_keys(config, source)
 
 
-def check_select(config: CfgNode, source: str) -> None:
-    """Refuse a TEST.SELECT that can't be followed.
-
-    Raises:
-        UserError: an unknown word, or ``best`` without a validation split and a period.
-    """
-    if config.TEST.SELECT not in (LAST, BEST):
-        raise UserError(f"{source}: TEST.SELECT '{config.TEST.SELECT}' is not one of {LAST}, {BEST}")
-    if config.TEST.SELECT == BEST and not (config.DATASETS.VAL_FRACTION and config.TEST.EVAL_PERIOD):
+def check_added_keys(config: CfgNode, source: str) -> None:
+    """Refuse values of this project's keys that neither engine can follow."""
+    select, decay = config.TEST.SELECT, config.SOLVER.EMA_DECAY
+    if select not in (LAST, BEST):
+        raise UserError(f"{source}: TEST.SELECT '{select}' is not one of {LAST}, {BEST}")
+    if select == BEST and not (config.DATASETS.VAL_FRACTION and config.TEST.EVAL_PERIOD):
         raise UserError(
             f"{source}: TEST.SELECT best needs a validation split to choose by, and when to look at it; set "
             "DATASETS.VAL_FRACTION (such as 0.2) and TEST.EVAL_PERIOD, or SELECT last"
         )
-
-
-def check_average(config: CfgNode, source: str) -> None:
-    """Refuse a SOLVER.EMA_DECAY that can't be followed.
-
-    Raises:
-        UserError: out of range, or beside TEST.PRECISE_BN, which measures the weights in training.
-    """
-    decay = config.SOLVER.EMA_DECAY
     if not 0 <= decay < 1:
         raise UserError(
             f"{source}: SOLVER.EMA_DECAY is {decay}; set it to 0 for no average, or to a fraction below 1 such as 0.999"
@@ -215,20 +213,24 @@ def check_average(config: CfgNode, source: str) -> None:
             f"{source}: SOLVER.EMA_DECAY {decay}: TEST.PRECISE_BN measures the statistics of the weights in training, "
             "not of their average; set TEST.PRECISE_BN.ENABLED False, or SOLVER.EMA_DECAY 0"
         )
+    check_wandb(config.WANDB, source)
+    check_non_finite(config.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", source)
 
 
-def _check_levels(config: CfgNode, source: str) -> None:
-    model = config.MODEL
-    fpn = model.BACKBONE.NAME == "build_timm_fpn_backbone"
+def _check_levels(model: CfgNode, source: str) -> None:
     levels = set(model.TIMM.OUT_FEATURES)
-    if fpn:
+    readers = {
+        "MODEL.RPN.IN_FEATURES": model.RPN.IN_FEATURES,
+        "MODEL.ROI_HEADS.IN_FEATURES": model.ROI_HEADS.IN_FEATURES,
+    }
+    if model.BACKBONE.NAME == "build_timm_fpn_backbone":
         if not model.FPN.IN_FEATURES:
             raise UserError(f"{source}: MODEL.FPN.IN_FEATURES is empty; set it to [res2, res3, res4, res5]")
         _check_known(model.FPN.IN_FEATURES, levels, "MODEL.FPN.IN_FEATURES", source)
-        levels = {f"p{name[3:]}" for name in model.FPN.IN_FEATURES}
-        levels.add(f"p{max(int(name[1:]) for name in levels) + 1}")
-    _check_known(model.RPN.IN_FEATURES, levels, "MODEL.RPN.IN_FEATURES", source)
-    _check_known(model.ROI_HEADS.IN_FEATURES, levels, "MODEL.ROI_HEADS.IN_FEATURES", source)
+        numbers = [int(name[3:]) for name in model.FPN.IN_FEATURES]
+        levels = {f"p{number}" for number in [*numbers, max(numbers) + 1]}
+    for key, names in readers.items():
+        _check_known(names, levels, key, source)
     for key in ("SIZES", "ASPECT_RATIOS"):
         rows = model.ANCHOR_GENERATOR[key]
         if not rows or not all(isinstance(row, list | tuple) and row for row in rows):
@@ -241,49 +243,21 @@ def _check_levels(config: CfgNode, source: str) -> None:
 
 
 def _check_known(names: Sequence[str], known: set[str], key: str, source: str) -> None:
+    there_are = f"there are {', '.join(sorted(known))}"
     for name in names:
         if name not in known:
-            raise UserError(f"{source}: {key}: no level '{name}'; there are {', '.join(sorted(known))}")
+            raise UserError(f"{source}: {key}: no level '{name}'; {there_are}")
     if not names:
-        raise UserError(f"{source}: {key} is empty; there are {', '.join(sorted(known))}")
-
-
-def _check_numbers(config: CfgNode, source: str) -> None:
-    at_least = {
-        "SOLVER.MAX_ITER": 1,
-        "SOLVER.IMS_PER_BATCH": 1,
-        "SOLVER.ACCUMULATE": 1,
-        "SOLVER.CHECKPOINT_PERIOD": 1,
-        "SOLVER.WARMUP_ITERS": 0,
-        "TEST.EVAL_PERIOD": 0,
-        "TRANSFER.WARMUP_ITERS": 0,
-        "MODEL.ROI_HEADS.NUM_CLASSES": 0,
-        "DATALOADER.NUM_WORKERS": -1,
-        "DATALOADER.CACHE_IMAGES_MB": 0,
-        "INPUT.MIN_SIZE_TEST": 0,
-    }
-    values = flat(config)
-    for key, least in at_least.items():
-        if values[key] < least:
-            raise UserError(f"{source}: {key} is {values[key]}; it must be at least {least}")
-    if len(config.MODEL.PIXEL_MEAN) != 3 or len(config.MODEL.PIXEL_STD) != 3 or min(config.MODEL.PIXEL_STD) <= 0:
-        raise UserError(f"{source}: MODEL.PIXEL_MEAN and PIXEL_STD must be three numbers each, PIXEL_STD above 0")
-    sizes = config.INPUT.MIN_SIZE_TRAIN
-    if not sizes or (config.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2):
-        raise UserError(f"{source}: INPUT.MIN_SIZE_TRAIN must be a list of sizes, and two of them to sample a range")
+        raise UserError(f"{source}: {key} is empty; {there_are}")
 
 
 def engine_is_installed() -> bool:
-    """Whether Detectron2 is installed; nothing is imported."""
+    """Return whether Detectron2 is installed; nothing is imported."""
     return importlib.util.find_spec("detectron2") is not None
 
 
 def choose_engine(wanted: str, source: str = "command line") -> str:
-    """``detectron2`` or ``torchvision``; auto takes Detectron2 where it is installed, and says so.
-
-    Raises:
-        UserError: another word, or Detectron2 is asked for and not installed.
-    """
+    """Return ``detectron2`` or ``torchvision``; auto takes Detectron2 where it is installed, and says so."""
     if wanted not in ENGINES:
         raise UserError(f"{source}: ENGINE '{wanted}' is not one of {', '.join(ENGINES)}")
     if wanted == "torchvision":
@@ -300,24 +274,15 @@ def choose_engine(wanted: str, source: str = "command line") -> str:
 
 
 def wanted_engine(file: str | Path | None, overrides: Sequence[str]) -> str:
-    """The value of ENGINE in a YAML file with ``KEY VALUE`` pairs on top, before either engine's tree is chosen."""
-    words = [word for word in overrides if word != "--"]
-    given = [value for key, value in zip(words[::2], words[1::2]) if key == "ENGINE"]
-    if given:
-        return str(parse_value(given[-1]))
+    """Return ENGINE of a YAML file with ``KEY VALUE`` pairs on top, before either engine's tree is chosen."""
+    given = dict(key_values(overrides)).get("ENGINE")
+    if given is not None:
+        return str(parse_value(given))
     return str((read_yaml(file) if file is not None else {}).get("ENGINE", "auto"))
 
 
 def voc_roots(config: CfgNode, names: Sequence[str], key: str) -> list[tuple[Path, str]]:
-    """(root, split) of each data set named by DATASETS.TRAIN or TEST.
-
-    Args:
-        names: of entries of DATASETS.VOC.
-        key: where the names stand, for the error.
-
-    Raises:
-        UserError: a name that DATASETS.VOC doesn't have, an entry without ROOT or SPLIT, or an unset variable.
-    """
+    """Return (root, split) of each data set that ``key`` names; it must be an entry of DATASETS.VOC."""
     roots = []
     for name in names:
         entry = config.DATASETS.VOC.get(name)
@@ -331,32 +296,35 @@ def voc_roots(config: CfgNode, names: Sequence[str], key: str) -> list[tuple[Pat
     return roots
 
 
-def resolve_classes(config: CfgNode, classes: Sequence[str]) -> None:
-    """Set MODEL.ROI_HEADS.NUM_CLASSES where it is 0, and compare it with the data where it is not.
+@contextmanager
+def defrosted(config: CfgNode) -> Iterator[None]:
+    """Let the block change a config; it is frozen again afterwards if it was."""
+    frozen = config.is_frozen()
+    config.defrost()
+    try:
+        yield
+    finally:
+        if frozen:
+            config.freeze()
 
-    Raises:
-        UserError: the numbers differ.
-    """
+
+def resolve_classes(config: CfgNode, classes: Sequence[str]) -> None:
+    """Set MODEL.ROI_HEADS.NUM_CLASSES where it is 0, and compare it with the data where it is not."""
     stated = config.MODEL.ROI_HEADS.NUM_CLASSES
     if stated not in (0, len(classes)):
         raise UserError(
             f"MODEL.ROI_HEADS.NUM_CLASSES is {stated}, but the data has {len(classes)} classes "
             f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}); set it to {len(classes)}, or 0"
         )
-    frozen = config.is_frozen()
-    config.defrost()
-    config.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
-    if frozen:
-        config.freeze()
+    with defrosted(config):
+        config.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
 
 
 def resolve_device(name: str) -> str:
-    """MODEL.DEVICE as it can be used here: ``auto`` is the GPU where there is one, else the CPU.
+    """Return MODEL.DEVICE as it can be used here: ``auto`` is the GPU where there is one, else the CPU.
 
     The CPU also stands in for a GPU that is named, as in Detectron2's default, with a warning.
     """
-    from nst_det.engine.device import default_device
-
     here = default_device().type
     if name.startswith("cuda") and here == "cpu":
         log.warning("MODEL.DEVICE %s: no GPU here, taking the CPU", name)
@@ -366,11 +334,6 @@ def resolve_device(name: str) -> str:
 
 def resolve_machine(config: CfgNode) -> None:
     """Set MODEL.DEVICE and DATALOADER.NUM_WORKERS to what they are on this machine, for either engine."""
-    from nst_det.engine.device import loader_workers
-
-    frozen = config.is_frozen()
-    config.defrost()
-    config.MODEL.DEVICE = resolve_device(config.MODEL.DEVICE)
-    config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE == "cpu")
-    if frozen:
-        config.freeze()
+    with defrosted(config):
+        config.MODEL.DEVICE = resolve_device(config.MODEL.DEVICE)
+        config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE == "cpu")

@@ -1,10 +1,8 @@
-"""Detectron2's keys that the torchvision engine honors, with Detectron2's default values."""
+"""What the torchvision engine honors of Detectron2's config: keys, their defaults, and the values it takes."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from fvcore.common.config import CfgNode
 
 from nst_det.engine.device import FLOAT32_PRECISIONS
 
@@ -38,7 +36,7 @@ DETECTRON2_ONLY = (
     "TEST.PRECISE_BN.NUM_ITER",
 )
 
-# keys of which this engine takes some values only
+# of these keys the engine takes some values only
 TAKEN_VALUES: dict[str, tuple[Any, ...]] = {
     "VERSION": (2,),
     "VIS_PERIOD": (0,),
@@ -83,52 +81,33 @@ TAKEN_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def add_honored_keys(cfg: CfgNode) -> None:
-    """Fill an empty config with Detectron2's keys; their meaning is Detectron2's, documented there."""
-    cfg.VERSION = 2
-    cfg.OUTPUT_DIR = "./output"
-    cfg.SEED = -1
-    cfg.CUDNN_BENCHMARK = False
-    cfg.FLOAT32_PRECISION = ""
-    cfg.VIS_PERIOD = 0
-    _add_model(cfg)
-    _add_heads(cfg.MODEL)
-    _add_data(cfg)
-    _add_solver(cfg)
-    cfg.TEST = CfgNode()
-    cfg.TEST.EXPECTED_RESULTS = []
-    cfg.TEST.EVAL_PERIOD = 0
-    cfg.TEST.DETECTIONS_PER_IMAGE = 100
-    cfg.TEST.AUG = CfgNode({"ENABLED": False})
-    cfg.TEST.PRECISE_BN = CfgNode({"ENABLED": False})
-
-
-def _add_model(cfg: CfgNode) -> None:
-    cfg.MODEL = CfgNode()
-    cfg.MODEL.LOAD_PROPOSALS = False
-    cfg.MODEL.MASK_ON = False
-    cfg.MODEL.KEYPOINT_ON = False
-    cfg.MODEL.DEVICE = "cuda"
-    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
-    cfg.MODEL.WEIGHTS = ""
-    cfg.MODEL.PIXEL_MEAN = [103.530, 116.280, 123.675]
-    cfg.MODEL.PIXEL_STD = [1.0, 1.0, 1.0]
-    cfg.MODEL.BACKBONE = CfgNode({"NAME": "build_resnet_backbone", "FREEZE_AT": 2})
-    cfg.MODEL.FPN = CfgNode({"IN_FEATURES": [], "OUT_CHANNELS": 256, "NORM": "", "FUSE_TYPE": "sum"})
-    cfg.MODEL.PROPOSAL_GENERATOR = CfgNode({"NAME": "RPN", "MIN_SIZE": 0})
-    cfg.MODEL.ANCHOR_GENERATOR = CfgNode(
-        {
+# Detectron2's keys that this engine honors, with Detectron2's defaults; their meaning is documented there
+DEFAULTS: dict[str, Any] = {
+    "VERSION": 2,
+    "OUTPUT_DIR": "./output",
+    "SEED": -1,
+    "CUDNN_BENCHMARK": False,
+    "FLOAT32_PRECISION": "",
+    "VIS_PERIOD": 0,
+    "MODEL": {
+        "LOAD_PROPOSALS": False,
+        "MASK_ON": False,
+        "KEYPOINT_ON": False,
+        "DEVICE": "cuda",
+        "META_ARCHITECTURE": "GeneralizedRCNN",
+        "WEIGHTS": "",
+        "PIXEL_MEAN": [103.53, 116.28, 123.675],
+        "PIXEL_STD": [1.0, 1.0, 1.0],
+        "BACKBONE": {"NAME": "build_resnet_backbone", "FREEZE_AT": 2},
+        "FPN": {"IN_FEATURES": [], "OUT_CHANNELS": 256, "NORM": "", "FUSE_TYPE": "sum"},
+        "PROPOSAL_GENERATOR": {"NAME": "RPN", "MIN_SIZE": 0},
+        "ANCHOR_GENERATOR": {
             "NAME": "DefaultAnchorGenerator",
             "SIZES": [[32, 64, 128, 256, 512]],
             "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
             "OFFSET": 0.0,
-        }
-    )
-
-
-def _add_heads(model: CfgNode) -> None:
-    model.RPN = CfgNode(
-        {
+        },
+        "RPN": {
             "HEAD_NAME": "StandardRPNHead",
             "IN_FEATURES": ["res4"],
             "BOUNDARY_THRESH": -1,
@@ -147,10 +126,8 @@ def _add_heads(model: CfgNode) -> None:
             "POST_NMS_TOPK_TEST": 1000,
             "NMS_THRESH": 0.7,
             "CONV_DIMS": [-1],
-        }
-    )
-    model.ROI_HEADS = CfgNode(
-        {
+        },
+        "ROI_HEADS": {
             "NAME": "Res5ROIHeads",
             "NUM_CLASSES": 80,
             "IN_FEATURES": ["res4"],
@@ -161,10 +138,8 @@ def _add_heads(model: CfgNode) -> None:
             "SCORE_THRESH_TEST": 0.05,
             "NMS_THRESH_TEST": 0.5,
             "PROPOSAL_APPEND_GT": True,
-        }
-    )
-    model.ROI_BOX_HEAD = CfgNode(
-        {
+        },
+        "ROI_BOX_HEAD": {
             "NAME": "",
             "BBOX_REG_LOSS_TYPE": "smooth_l1",
             "BBOX_REG_LOSS_WEIGHT": 1.0,
@@ -182,57 +157,53 @@ def _add_heads(model: CfgNode) -> None:
             "TRAIN_ON_PRED_BOXES": False,
             "USE_FED_LOSS": False,
             "USE_SIGMOID_CE": False,
-        }
-    )
-
-
-def _add_data(cfg: CfgNode) -> None:
-    cfg.INPUT = CfgNode(
-        {
-            "MIN_SIZE_TRAIN": (800,),
-            "MIN_SIZE_TRAIN_SAMPLING": "choice",
-            "MAX_SIZE_TRAIN": 1333,
-            "MIN_SIZE_TEST": 800,
-            "MAX_SIZE_TEST": 1333,
-            "RANDOM_FLIP": "horizontal",
-            "CROP": {"ENABLED": False},
-            "FORMAT": "BGR",
-        }
-    )
-    cfg.DATASETS = CfgNode({"TRAIN": (), "TEST": ()})
-    cfg.DATALOADER = CfgNode(
-        {
-            "NUM_WORKERS": 4,
-            "ASPECT_RATIO_GROUPING": True,
-            "SAMPLER_TRAIN": "TrainingSampler",
-            "FILTER_EMPTY_ANNOTATIONS": True,
-        }
-    )
-
-
-def _add_solver(cfg: CfgNode) -> None:
-    cfg.SOLVER = CfgNode(
-        {
-            "LR_SCHEDULER_NAME": "WarmupMultiStepLR",
-            "MAX_ITER": 40000,
-            "BASE_LR": 0.001,
-            "BASE_LR_END": 0.0,
-            "MOMENTUM": 0.9,
-            "NESTEROV": False,
-            "WEIGHT_DECAY": 0.0001,
-            "WEIGHT_DECAY_NORM": 0.0,
-            "GAMMA": 0.1,
-            "STEPS": (30000,),
-            "WARMUP_FACTOR": 1.0 / 1000,
-            "WARMUP_ITERS": 1000,
-            "WARMUP_METHOD": "linear",
-            "RESCALE_INTERVAL": False,
-            "CHECKPOINT_PERIOD": 5000,
-            "IMS_PER_BATCH": 16,
-            "REFERENCE_WORLD_SIZE": 0,
-            "BIAS_LR_FACTOR": 1.0,
-            "WEIGHT_DECAY_BIAS": None,
-            "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "value", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
-            "AMP": {"ENABLED": False},
-        }
-    )
+        },
+    },
+    "INPUT": {
+        "MIN_SIZE_TRAIN": (800,),
+        "MIN_SIZE_TRAIN_SAMPLING": "choice",
+        "MAX_SIZE_TRAIN": 1333,
+        "MIN_SIZE_TEST": 800,
+        "MAX_SIZE_TEST": 1333,
+        "RANDOM_FLIP": "horizontal",
+        "CROP": {"ENABLED": False},
+        "FORMAT": "BGR",
+    },
+    "DATASETS": {"TRAIN": (), "TEST": ()},
+    "DATALOADER": {
+        "NUM_WORKERS": 4,
+        "ASPECT_RATIO_GROUPING": True,
+        "SAMPLER_TRAIN": "TrainingSampler",
+        "FILTER_EMPTY_ANNOTATIONS": True,
+    },
+    "SOLVER": {
+        "LR_SCHEDULER_NAME": "WarmupMultiStepLR",
+        "MAX_ITER": 40000,
+        "BASE_LR": 0.001,
+        "BASE_LR_END": 0.0,
+        "MOMENTUM": 0.9,
+        "NESTEROV": False,
+        "WEIGHT_DECAY": 0.0001,
+        "WEIGHT_DECAY_NORM": 0.0,
+        "GAMMA": 0.1,
+        "STEPS": (30000,),
+        "WARMUP_FACTOR": 0.001,
+        "WARMUP_ITERS": 1000,
+        "WARMUP_METHOD": "linear",
+        "RESCALE_INTERVAL": False,
+        "CHECKPOINT_PERIOD": 5000,
+        "IMS_PER_BATCH": 16,
+        "REFERENCE_WORLD_SIZE": 0,
+        "BIAS_LR_FACTOR": 1.0,
+        "WEIGHT_DECAY_BIAS": None,
+        "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "value", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
+        "AMP": {"ENABLED": False},
+    },
+    "TEST": {
+        "EXPECTED_RESULTS": [],
+        "EVAL_PERIOD": 0,
+        "DETECTIONS_PER_IMAGE": 100,
+        "AUG": {"ENABLED": False},
+        "PRECISE_BN": {"ENABLED": False},
+    },
+}

@@ -38,16 +38,9 @@ class SampleIndex(NamedTuple):
 class StepBatchSampler:
     """The batches of steps ``start``, ``start + 1``, ... without end.
 
-    Every epoch is a permutation of all images; a batch may span two epochs.  Where ``wide`` is given, wide and tall
-    images are not mixed in one batch: each kind waits until it fills one (Detectron2's aspect ratio grouping).
-
-    Args:
-        size: number of images.
-        batch: images a step.
-        seed: of the run.
-        start: the first step to give.
-        wide: for each image, whether it is wider than high; None mixes them.
-        share: which of a batch's places to give, those of one process; None gives all.
+    Every epoch is a permutation of all images; a batch may span two epochs.  Where ``wide`` says for each image whether
+    it is wider than high, wide and tall images are not mixed in one batch: each kind waits until it fills one
+    (Detectron2's aspect ratio grouping).  ``share`` takes some of a batch's places, those of one process.
 
     Example:
         >>> places = iter(StepBatchSampler(size=4, batch=2, seed=0))
@@ -93,14 +86,9 @@ class StepBatchSampler:
 
 
 def data_classes(config: CfgNode, *, known_only: bool = False) -> tuple[str, ...]:
-    """DATASETS.CLASSES, or the classes in the annotations of DATASETS.TRAIN (of TEST where there is none).
+    """Return DATASETS.CLASSES, or the classes in the annotations of DATASETS.TRAIN (of TEST where there is none).
 
-    Args:
-        config: reads DATASETS.
-        known_only: pass over data sets that DATASETS.VOC doesn't have: Detectron2 knows others.
-
-    Raises:
-        UserError: a data set that DATASETS.VOC doesn't have, or that can't be read.
+    ``known_only`` passes over data sets that DATASETS.VOC doesn't have: Detectron2 knows others.
     """
     if config.DATASETS.CLASSES:
         return tuple(config.DATASETS.CLASSES)
@@ -113,12 +101,7 @@ def data_classes(config: CfgNode, *, known_only: bool = False) -> tuple[str, ...
 
 
 def boxes_to_train(annotation: VocAnnotation, use_difficult: bool) -> np.ndarray:
-    """Which boxes of an image a detector learns from: (N,) bool; one that can't be used costs a warning.
-
-    Args:
-        annotation: of the image, with N objects.
-        use_difficult: keep those that are marked ``difficult``.
-    """
+    """Return which of N boxes a detector learns from, (N,) bool; one that can't be used costs a warning."""
     keep, dropped = usable_boxes(annotation)
     for line in dropped:
         log.warning("%s; left out", line)
@@ -126,15 +109,7 @@ def boxes_to_train(annotation: VocAnnotation, use_difficult: bool) -> np.ndarray
 
 
 def open_voc(config: CfgNode, key: str, classes: Sequence[str]) -> list[VocDataset]:
-    """The data sets of DATASETS.TRAIN or DATASETS.TEST.
-
-    Args:
-        key: ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
-        classes: names in the order of the labels.
-
-    Raises:
-        UserError: none is named, or one can't be read.
-    """
+    """Open the data sets of ``key``, DATASETS.TRAIN or DATASETS.TEST, with labels in the order of ``classes``."""
     names = config.DATASETS[key.split(".")[1]]
     if not names:
         raise UserError(f"{key} is empty; name data sets of DATASETS.VOC")
@@ -154,17 +129,7 @@ class Item:
 
 
 def list_items(sets: Sequence[VocDataset], use_difficult: bool, filter_empty: bool) -> list[Item]:
-    """All images of some data sets with the boxes to train on.
-
-    Boxes without area or wholly outside are left out, with a warning each.
-
-    Args:
-        use_difficult: keep objects that are marked ``difficult``.
-        filter_empty: leave out images without a box.
-
-    Raises:
-        UserError: a bad annotation, or nothing is left.
-    """
+    """Return all images of some data sets with the boxes to train on; ``filter_empty`` leaves out those without one."""
     items = []
     for data in sets:
         for id_ in data.ids:
@@ -185,12 +150,6 @@ class DetectionImages(Dataset[dict[str, Any]]):
     """Items by index, or in training by :class:`SampleIndex`, whose random draws depend on (seed, step, slot) alone.
 
     The draws are made as Detectron2's default augmentation makes them from the same seed.
-
-    Args:
-        items: the images.
-        config: reads INPUT and DATALOADER.CACHE_IMAGES_MB.
-        train: augment, and give boxes and labels.
-        seed: of the run.
     """
 
     def __init__(self, items: Sequence[Item], config: CfgNode, train: bool, seed: int = 0) -> None:
@@ -214,7 +173,7 @@ class DetectionImages(Dataset[dict[str, Any]]):
         return len(self.items)
 
     def shape(self, item: Item, size: int) -> tuple[int, int]:
-        """(height, width) of an item whose shortest edge becomes ``size``, but its longest at most MAX_SIZE."""
+        """Return (height, width) of an item whose shortest edge becomes ``size``, its longest at most MAX_SIZE."""
         return resized_shape(item.height, item.width, size, self.largest)
 
     def preload(self) -> None:
@@ -240,7 +199,7 @@ class DetectionImages(Dataset[dict[str, Any]]):
         if flipped:
             image = image[:, ::-1] if self.flip == "horizontal" else image[::-1]
         example: dict[str, Any] = {
-            "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            "image": _to_tensor(image),
             "height": item.height,
             "width": item.width,
             "image_id": item.id,
@@ -269,8 +228,20 @@ class DetectionImages(Dataset[dict[str, Any]]):
         return image[:, :, ::-1] if self.bgr else image
 
 
+def network_input(pixels: np.ndarray, config: CfgNode) -> torch.Tensor:
+    """Return (H, W, 3) uint8 RGB as a detector takes it at test time: (3, h, w), resized, in INPUT.FORMAT."""
+    height, width = pixels.shape[:2]
+    size = resized_shape(height, width, config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST)
+    # channels are turned before resizing, as in training
+    return _to_tensor(resize(pixels[:, :, ::-1] if config.INPUT.FORMAT == "BGR" else pixels, *size))
+
+
+def _to_tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
 def resized_shape(height: int, width: int, size: int, largest: int) -> tuple[int, int]:
-    """(height, width) after Detectron2's shortest-edge resize; size 0 leaves the image as it is.
+    """Return (height, width) after Detectron2's shortest-edge resize; size 0 leaves the image as it is.
 
     Example:
         >>> resized_shape(480, 640, size=240, largest=300)
@@ -287,7 +258,7 @@ def resized_shape(height: int, width: int, size: int, largest: int) -> tuple[int
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 to (height, width, 3) by PIL's bilinear filter, which averages where it shrinks."""
+    """Resize (H, W, 3) uint8 to (height, width, 3) by PIL's bilinear filter, which averages where it shrinks."""
     if image.shape[:2] == (height, width):
         return image
     resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR)
@@ -295,7 +266,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def flip_boxes(boxes: np.ndarray, height: int, width: int, direction: str) -> np.ndarray:
-    """(N, 4) xyxy boxes in an image of that size, mirrored ``horizontal``, ``vertical`` or not (``none``).
+    """Return (N, 4) xyxy boxes in an image of that size, mirrored ``horizontal``, ``vertical`` or not (``none``).
 
     Example:
         >>> flip_boxes(np.array([[1.0, 2.0, 3.0, 5.0]]), 10, 20, "horizontal")
@@ -312,11 +283,7 @@ def flip_boxes(boxes: np.ndarray, height: int, width: int, direction: str) -> np
 def training_batches(
     config: CfgNode, sets: Sequence[VocDataset], seed: int, start: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """The training batches of steps ``start``, ``start + 1``, ...; of several processes each gets its share.
-
-    Raises:
-        UserError: an image or annotation can't be used, there is nothing to train on, or a batch can't be shared out.
-    """
+    """Yield the training batches of steps ``start``, ``start + 1``, ...; of several processes each gets its share."""
     share = share_of(config.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH", config.SOLVER.ACCUMULATE)
     items = list_items(sets, config.DATASETS.USE_DIFFICULT, config.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     images = DetectionImages(items, config, train=True, seed=seed)
@@ -331,15 +298,10 @@ def training_batches(
 def evaluation_batches(
     config: CfgNode, data: VocDataset | JoinedVoc, largest: int = 8, share: slice | None = None
 ) -> Iterator[list[dict[str, Any]]]:
-    """All images of a split; those of equal size after resizing that follow each other share a batch.
+    """Yield all images of a split; those of equal size after resizing that follow each other share a batch.
 
-    Equal sizes need no padding to each other, so that an image's detections don't depend on its neighbors.
-
-    Args:
-        config: reads INPUT, DATALOADER.NUM_WORKERS and MODEL.DEVICE.
-        data: the split.
-        largest: images in a batch.
-        share: which of the batches to give, those of one process; None gives all.
+    Equal sizes need no padding to each other, so that an image's detections don't depend on its neighbors.  ``share``
+    says which of the batches to give, those of one process.
     """
     items = [
         Item(part, a.id, a.height, a.width, np.zeros((0, 4)), np.zeros(0, np.int64))
@@ -357,20 +319,9 @@ def evaluation_batches(
 
 
 def split_training(config: CfgNode, sets: Sequence[VocDataset]) -> tuple[list[VocDataset], JoinedVoc | None]:
-    """What is left to train on, and what DATASETS.VAL_FRACTION keeps to validate on.
+    """Return what is left of each of DATASETS.TRAIN, and what DATASETS.VAL_FRACTION keeps of all to validate on.
 
-    The same images whatever the engine, the method and the SEED.
-
-    Args:
-        config: reads DATASETS.VAL_FRACTION and VAL_SEED.
-        sets: the data sets of DATASETS.TRAIN, whole.
-
-    Returns:
-        One training set for each of ``sets``, and the validation split of all of them together; None where
-        VAL_FRACTION is 0.
-
-    Raises:
-        UserError: the fraction is out of range or leaves nothing on one side, or a bad annotation.
+    They are the same images whatever the engine, the method and the SEED.
     """
     fraction = config.DATASETS.VAL_FRACTION
     if not 0 <= fraction < 1:

@@ -34,21 +34,15 @@ SIDE = 256
 PREFIX = "loss_transfer_"
 
 
-def translate_pixels(
-    pixels: Tensor, student: nn.Module, teacher: nn.Module, sizes: Sequence[tuple[int, int]]
-) -> Tensor:
-    """Pixels normalized for the student as the teacher wants them; padding stays zero.
+def translate_pixels(pixels: Tensor, student: Any, teacher: Any, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Normalize (B, 3, H, W) pixels for the teacher that were normalized for the student; padding stays zero.
 
-    Args:
-        pixels: (B, 3, H, W).
-        student: has ``pixel_mean``, ``pixel_std`` and ``input_format``.
-        teacher: as ``student``.
-        sizes: (height, width) of each image without padding.
+    ``sizes`` are (height, width) of each image without padding.
     """
-    (mean, std), (new_mean, new_std) = (_normalization(module) for module in (student, teacher))
-    flip = _format(student) != _format(teacher)
-    raw = pixels * std + mean
-    changed = ((raw.flip(1) if flip else raw) - new_mean) / new_std
+    raw = pixels * student.pixel_std + student.pixel_mean
+    if _format(student) != _format(teacher):
+        raw = raw.flip(1)
+    changed = (raw - teacher.pixel_mean) / teacher.pixel_std
     out = torch.zeros_like(changed)
     for image, (height, width) in enumerate(sizes):
         out[image, :, :height, :width] = changed[image, :, :height, :width]
@@ -56,15 +50,13 @@ def translate_pixels(
 
 
 def take_same_pixels(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether both normalize alike, or one of them doesn't say how; on a GPU the answer takes two waits for it."""
-    if not all(hasattr(module, "pixel_mean") and hasattr(module, "pixel_std") for module in (student, teacher)):
+    """Return whether both normalize alike, or one of them doesn't say how; on a GPU the host waits for it twice."""
+    names = ("pixel_mean", "pixel_std")
+    if not all(hasattr(module, name) for module in (student, teacher) for name in names):
         return True
-    pairs = zip(_normalization(student), _normalization(teacher))
-    return _format(student) == _format(teacher) and all(torch.equal(*pair) for pair in pairs)
-
-
-def _normalization(detector: Any) -> tuple[Tensor, Tensor]:
-    return detector.pixel_mean, detector.pixel_std
+    return _format(student) == _format(teacher) and all(
+        torch.equal(getattr(student, name), getattr(teacher, name)) for name in names
+    )
 
 
 def _format(detector: Any) -> str:
@@ -72,7 +64,7 @@ def _format(detector: Any) -> str:
 
 
 def padded(pixels: Tensor, multiple: int) -> Tensor:
-    """Pixels (B, 3, H, W) with zeros right and below, so that H and W are multiples; below 2 nothing is padded."""
+    """Pad (B, 3, H, W) with zeros, right and below, so that H and W are multiples; below 2 nothing is padded."""
     height, width = pixels.shape[-2:]
     if multiple < 2 or (height % multiple == 0 and width % multiple == 0):
         return pixels
@@ -80,11 +72,7 @@ def padded(pixels: Tensor, multiple: int) -> Tensor:
 
 
 def backbone_of(detector: nn.Module) -> nn.Module:
-    """A detector's ``backbone``.
-
-    Raises:
-        UserError: it has none.
-    """
+    """Return a detector's ``backbone``."""
     backbone = getattr(detector, "backbone", None)
     if not isinstance(backbone, nn.Module):
         raise UserError(f"{type(detector).__name__} has no backbone module, so its feature maps can't be compared")
@@ -92,18 +80,18 @@ def backbone_of(detector: nn.Module) -> nn.Module:
 
 
 def below_fpn(backbone: nn.Module) -> nn.Module:
-    """What stands below a backbone's FPN; the backbone itself where it has none."""
+    """Return what is below a backbone's FPN; the backbone itself where it has none."""
     below: nn.Module = getattr(backbone, "bottom_up", backbone)
     return below
 
 
 def level_channels(backbone: nn.Module) -> dict[str, int]:
-    """Level -> channels of a detector's backbone: its own levels, and those of its ``bottom_up`` if it has one."""
+    """Return level -> channels of a detector's backbone and of its ``bottom_up``, if it has one."""
     return {name: channels for name, (channels, _) in _levels(backbone).items()}
 
 
 def level_strides(backbone: nn.Module) -> dict[str, int]:
-    """Level -> stride in pixels, as far as the backbone tells it, of the levels of :func:`level_channels`."""
+    """Return level -> stride in pixels, as far as the backbone tells it, of the levels of :func:`level_channels`."""
     return {name: stride for name, (_, stride) in _levels(backbone).items() if stride is not None}
 
 
@@ -119,13 +107,7 @@ def _levels(backbone: nn.Module) -> dict[str, tuple[int, int | None]]:
 
 
 def feature_maps(backbone: nn.Module, pixels: Tensor, wanted: Iterable[str]) -> dict[str, Tensor]:
-    """Level -> map (B, C, H, W), those below an FPN among them; an FPN that isn't wanted is not computed.
-
-    Args:
-        backbone: gives a dict of maps, and so does its ``bottom_up`` if it has one.
-        pixels: (B, 3, H, W), normalized and padded.
-        wanted: levels.
-    """
+    """Return level -> map (B, C, H, W), those below an FPN among them; an FPN that isn't wanted is not computed."""
     below = below_fpn(backbone)
     if below is not backbone and set(wanted) <= set(level_channels(below)):
         return dict(below(pixels))
@@ -138,11 +120,7 @@ def feature_maps(backbone: nn.Module, pixels: Tensor, wanted: Iterable[str]) -> 
 
 
 def log_shapes(model: DistilledDetector) -> None:
-    """A table of all pairs that the method compares, for a black image of :data:`SIDE` pixels; modes are put back.
-
-    Args:
-        model: on its device; student and teacher are asked once, in evaluation mode.
-    """
+    """Log a table of all pairs that the method compares, for a black image of :data:`SIDE` pixels."""
     if not is_main_process():
         return
     ours, theirs = backbone_of(model.student), backbone_of(model.teacher)
@@ -173,14 +151,14 @@ def _probe(backbone: nn.Module, levels: Sequence[str], side: int) -> ModelOutput
 
 
 def _side(backbone: Any) -> int:
-    """The side in pixels that a backbone asks for (Detectron2's ViT does), or :data:`SIDE` made divisible."""
+    """Return the side in pixels that a backbone asks for (Detectron2's ViT does), or :data:`SIDE` made divisible."""
     multiple = max(int(getattr(backbone, "size_divisibility", 0) or 0), 1)
     wanted = (getattr(backbone, "padding_constraints", None) or {}).get("square_size", 0)
     return int(wanted) or -(-SIDE // multiple) * multiple
 
 
 def log_balance(lines: Sequence[TermBalance]) -> None:
-    """A table of the terms against the detector's own losses, and a warning for each one-sided term."""
+    """Log a table of the terms against the detector's own losses, and a warning for each one-sided term."""
     if not is_main_process():
         return
     rows = [line.cells for line in lines]
@@ -195,8 +173,8 @@ class DistilledDetector(nn.Module):
 
     It listens to the student's ``backbone``: the pixels that enter and the maps (level -> map) that leave.  The
     teacher's backbone sees the same pixels, normalized its own way, in the same autocast state.  For terms on logits or
-    embeddings it listens to the student's box head too: the boxes that it is trained on, and what it says about them;
-    the teacher's box head is asked about the same boxes.  No other part of the teacher is used.  The weighted terms
+    embeddings it listens to the student's box head too: the boxes that it is trained on, and its outputs for them; the
+    teacher's box head is run on the same boxes.  No other part of the teacher is used.  The weighted terms
     join the student's loss dict, so that any trainer that sums such a dict can train it.
 
     In the first step, or the first few where AUTO_WEIGHT chooses weights, the terms' gradients in the backbone are
@@ -216,10 +194,10 @@ class DistilledDetector(nn.Module):
         teacher: a trained detector; it is frozen here.
         transfer: from :func:`~nst_det.losses.build_transfer` with levels of both backbones.
         warmup_iters: the weights rise linearly from 0 over that many training steps.
-        box_outputs: asks the teacher's RoI heads, where they aren't the torchvision engine's.
+        box_outputs: runs the teacher's RoI heads, where they aren't the torchvision engine's.
 
     Attributes:
-        iteration: training steps done; set it when a run goes on.
+        iteration: training steps done; set it when a run resumes.
         box_widths: of the student's and the teacher's box head; empty if no term reads these.
 
     Example:
@@ -277,7 +255,7 @@ class DistilledDetector(nn.Module):
         return self._teacher[0]
 
     def forward(self, batched_inputs: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
-        """In training the student's losses and a ``loss_transfer_<term>`` a term; otherwise what the student says.
+        """Return the student's losses and a ``loss_transfer_<term>`` a term in training, else the student's output.
 
         Raises:
             RuntimeError: the student's forward doesn't call ``student.backbone``.
@@ -315,9 +293,11 @@ class DistilledDetector(nn.Module):
         if not (balance.wants(self.iteration) and torch.is_grad_enabled()):
             return terms
         parameters = [item for item in backbone_of(self.student).parameters() if item.requires_grad]
-        if not parameters and balance.shares:
-            raise UserError("TRANSFER.AUTO_WEIGHT: the student's backbone is frozen, so no term has a gradient there")
         if not parameters:
+            if balance.shares:
+                raise UserError(
+                    "TRANSFER.AUTO_WEIGHT: the student's backbone is frozen, so no term has a gradient there"
+                )
             return terms
         try:
             terms = balance(torch.stack(list(losses.values())).sum(), terms, parameters)
@@ -328,7 +308,7 @@ class DistilledDetector(nn.Module):
         return terms
 
     @property
-    def _listens(self) -> bool:
+    def _is_training(self) -> bool:
         # the student alone may be put into evaluation mode
         return self.training and self.student.training
 
@@ -337,12 +317,12 @@ class DistilledDetector(nn.Module):
         return take_same_pixels(self.student, self.teacher)
 
     def _run_teacher(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self._listens:
+        if self._is_training:
             with torch.no_grad():
                 self._teacher_maps = self._teacher_forward(inputs[0].detach())
 
     def _keep_maps(self, _: nn.Module, __: Any, maps: Mapping[str, Tensor]) -> None:
-        if self._listens:
+        if self._is_training:
             self._student_maps.update(maps)
 
     def _teacher_forward(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -354,11 +334,6 @@ class DistilledDetector(nn.Module):
             # a box head stands on the whole of it
             return feature_maps(backbone, pixels, level_channels(backbone))
         return feature_maps(backbone, pixels, self.transfer.teacher_levels)
-
-    def train(self, mode: bool = True) -> DistilledDetector:
-        """As ``nn.Module.train``; the teacher stays in evaluation mode."""
-        super().train(mode)
-        return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The student's, by the student's names."""
@@ -384,7 +359,7 @@ def distill(
         student: a detector with a ``backbone``.
         teacher: another, trained.
         node: TRANSFER: METHOD, LEVELS, WEIGHTS, TERM_LEVELS, OPTIONS, AUTO_WEIGHT, WARMUP_ITERS.
-        box_outputs: asks the teacher's RoI heads, where they aren't the torchvision engine's.
+        box_outputs: runs the teacher's RoI heads, where they aren't the torchvision engine's.
 
     Raises:
         UserError: METHOD can't be built from what these two give, the line names what there is.
@@ -417,11 +392,7 @@ def distill(
 
 
 def wants_teacher(node: CfgNode) -> bool:
-    """Whether TRANSFER asks for a teacher detector; ``ce`` doesn't.
-
-    Raises:
-        UserError: METHOD is no method's word, or there is no teacher to learn from.
-    """
+    """Return whether TRANSFER asks for a teacher detector; ``ce`` doesn't."""
     try:
         terms = parse_method(node.METHOD).names
     except ValueError as error:

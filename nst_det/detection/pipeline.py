@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import sys
@@ -40,12 +39,13 @@ from nst_det.engine.distributed import (
     start_processes,
     world_size,
 )
-from nst_det.engine.io import read_json, write_json, write_text
+from nst_det.engine.io import read_json, write_json
 from nst_det.engine.progress import progress
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed, seeded
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections, GroundTruth
+from nst_det.evaluation.io import write_detections
 from nst_det.evaluation.metrics import summarize
 from nst_det.losses import parse_method
 from nst_det.models import count_parameters
@@ -86,12 +86,6 @@ def detect(detector: Detector, batches: Iterable[list[dict[str, Any]]], data: Vo
 def share_of_batches() -> slice:
     """The evaluation batches of this process: batch k is process k's, modulo their number."""
     return slice(rank(), None, world_size())
-
-
-def write_detections(path: str | Path, found: Detections) -> None:
-    """Write detections as JSON in COCO's results style, one a line, atomically; ``nst-det evaluate`` reads them."""
-    lines = ",\n".join(json.dumps(record, allow_nan=False) for record in found.to_json())
-    write_text(path, f"[\n{lines}\n]\n")
 
 
 def score(found: Detections, data: VocDataset | JoinedVoc) -> dict[str, Any]:

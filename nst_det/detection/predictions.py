@@ -5,17 +5,18 @@ from __future__ import annotations
 import colorsys
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from nst_det.data.annotation import VocAnnotation, VocObject, voc_xml
-from nst_det.detection.pipeline import write_detections
 from nst_det.engine.io import atomic_path, write_text
 from nst_det.evaluation.boxes import Detections
+from nst_det.evaluation.io import write_detections
 
 FORMATS = ("images", "json", "voc", "csv")
 CSV_COLUMNS = ("image_id", "file", "category", "score", "xmin", "ymin", "xmax", "ymax")
@@ -48,21 +49,20 @@ class Prediction:
     image: np.ndarray = field(repr=False, compare=False)
 
     def of_labels(self, kept: Iterable[int]) -> Prediction:
-        """The detections of some labels alone."""
+        """Return the detections of some labels alone."""
         keep = np.isin(self.labels, list(kept))
-        parts = self.boxes[keep], self.labels[keep], self.scores[keep]
-        return Prediction(self.id, self.file, self.width, self.height, *parts, self.image)
+        return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], scores=self.scores[keep])
 
 
 def palette(count: int) -> list[tuple[int, int, int]]:
-    """``count`` RGB colors, neighbors far apart in hue."""
+    """Return ``count`` RGB colors, neighbors far apart in hue."""
     golden = 0.618033988749895
     colors = [colorsys.hsv_to_rgb(index * golden % 1.0, 0.75, 0.95) for index in range(count)]
     return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colors]
 
 
 def draw(prediction: Prediction, classes: Sequence[str]) -> np.ndarray:
-    """The image with boxes, class names and scores on it, (H, W, 3) uint8, RGB; the worst scores lie lowest."""
+    """Return the image with boxes, class names and scores on it, (H, W, 3) uint8, RGB; the worst scores lie lowest."""
     canvas = np.ascontiguousarray(prediction.image).copy()
     colors = palette(len(classes))
     thickness = max(1, round(min(canvas.shape[:2]) / 240))
@@ -93,7 +93,7 @@ def write_picture(folder: Path, prediction: Prediction, classes: Sequence[str]) 
 
 
 def voc_annotation(prediction: Prediction, classes: Sequence[str]) -> str:
-    """The detections as VOC XML: 1-based inclusive boxes with all their digits, and ``<score>`` in each object.
+    """Return the detections as VOC XML: 1-based inclusive boxes with all their digits, and ``<score>`` in each object.
 
     :func:`nst_det.data.annotation.read_annotation` reads back the very same boxes.
     """
@@ -103,13 +103,8 @@ def voc_annotation(prediction: Prediction, classes: Sequence[str]) -> str:
     return voc_xml(annotation, Path(prediction.file).name, scores=prediction.scores.tolist(), digits="")
 
 
-def to_detections(predictions: Iterable[Prediction], classes: Sequence[str]) -> Detections:
-    """Detections of many images as flat arrays."""
-    return Detections.from_images(((p.id, p.boxes, p.labels, p.scores) for p in predictions), classes)
-
-
 def to_csv(predictions: Iterable[Prediction], classes: Sequence[str]) -> str:
-    """A line a detection with the columns of :data:`CSV_COLUMNS`; boxes are 0-based continuous pixels."""
+    """Return a line a detection with the columns of :data:`CSV_COLUMNS`; boxes are 0-based continuous pixels."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -124,11 +119,6 @@ class PredictionWriter:
 
     ``images`` gives ``images/ID.jpg``, ``json`` ``detections.json``, ``csv`` ``detections.csv``, and ``voc`` the
     folder ``voc`` with ``Annotations/ID.xml`` and the list ``ImageSets/Main/predicted.txt``.
-
-    Args:
-        folder: made where it is missing.
-        formats: of :data:`FORMATS`.
-        classes: the detector's.
     """
 
     def __init__(self, folder: str | Path, formats: Iterable[str], classes: Sequence[str]) -> None:
@@ -136,27 +126,18 @@ class PredictionWriter:
         self._kept: list[Prediction] = []
 
     def add(self, prediction: Prediction) -> None:
-        """Write what concerns one image alone, and remember its detections.
-
-        Raises:
-            UserError: the folder can't be written.
-        """
+        """Write what concerns one image alone, and remember its detections."""
         if "images" in self.formats:
             write_picture(self.folder / "images", prediction, self.classes)
         if "voc" in self.formats:
             path = self.folder / "voc" / "Annotations" / f"{prediction.id}.xml"
             write_text(path, voc_annotation(prediction, self.classes))
         # without its pixels: there may be a million images
-        parts = prediction.boxes, prediction.labels, prediction.scores, np.zeros((0, 0, 3), np.uint8)
-        self._kept.append(Prediction(prediction.id, prediction.file, prediction.width, prediction.height, *parts))
+        self._kept.append(replace(prediction, image=np.zeros((0, 0, 3), np.uint8)))
 
     def finish(self) -> dict[str, int]:
-        """Write the files on all images.
-
-        Returns:
-            Detections by class, the most frequent first.
-        """
-        found = to_detections(self._kept, self.classes)
+        """Write the files on all images; return the number of detections by class, the most frequent first."""
+        found = Detections.from_images(((p.id, p.boxes, p.labels, p.scores) for p in self._kept), self.classes)
         if "json" in self.formats:
             write_detections(self.folder / "detections.json", found)
         if "csv" in self.formats:
@@ -164,5 +145,5 @@ class PredictionWriter:
         if "voc" in self.formats:
             names = "".join(f"{p.id}\n" for p in self._kept)
             write_text(self.folder / "voc" / "ImageSets" / "Main" / f"{VOC_SPLIT}.txt", names)
-        counts = np.bincount(found.label, minlength=len(self.classes)).tolist()
-        return dict(sorted(((n, c) for n, c in zip(self.classes, counts) if c), key=lambda pair: -pair[1]))
+        counts = Counter(self.classes[label] for label in found.label.tolist())
+        return dict(counts.most_common())

@@ -4,22 +4,20 @@ Importing this package does not import Detectron2; the first use of one of its n
 
 - ``modeling``: timm bottom-ups in Detectron2's ``BACKBONE_REGISTRY``, RoI heads whose canonical box size can be set
 - ``checkpoint``: backbone files and ``backbone://NAME`` in Detectron2's checkpointer
-- ``data``, ``evaluator``: VOC roots by name, batches that depend on seed and step alone, VOC AP
-- ``train_net``, ``trainer``, ``hooks``: the command and the trainer
-- ``replay``: a step that gave something that is no number, again
-- ``api``: three lines for somebody's own Detectron2 project, and a teacher for them
-- ``resnet_key_map``, ``convert``, ``export``, ``parity``: the same weights elsewhere
+- ``config``, ``data``, ``evaluator``: VOC roots by name, batches that depend on seed and step alone, VOC AP
+- ``trainer``, ``hooks``, ``train_net``, ``replay``: the trainer, its command, and a non-finite step run again
+- ``api``: three lines for somebody's own Detectron2 project
+- ``convert``, ``export``, ``parity``: the same weights elsewhere
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
+from nst_det.detection.config import INSTALL_PAGE
+from nst_det.detection.config import engine_is_installed as is_available
 from nst_det.errors import UserError
-
-INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 
 # public name -> the file it lives in
 _HOMES = {
@@ -34,20 +32,11 @@ _HOMES = {
     "register_voc": "data",
     "run_again": "replay",
 }
-__all__ = list(_HOMES)
-
-
-def is_available() -> bool:
-    """Whether Detectron2 is installed; nothing is imported."""
-    return importlib.util.find_spec("detectron2") is not None
+__all__ = [*_HOMES, "INSTALL_PAGE", "is_available", "require"]
 
 
 def require() -> None:
-    """Import Detectron2.
-
-    Raises:
-        UserError: it is not installed, or its build doesn't fit the installed PyTorch.
-    """
+    """Import Detectron2; the error says that it is not installed, or that its build doesn't fit this PyTorch."""
     if not is_available():
         raise UserError(
             f"Detectron2 is not installed; see {INSTALL_PAGE}, or set ENGINE torchvision, which needs none of it"

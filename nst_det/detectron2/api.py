@@ -83,11 +83,7 @@ def build_teacher(
 
 
 def teacher_classes(config_file: str, weights: str = "") -> list[str]:
-    """The names of a teacher's classes, as its config, its weights or its data set tell them; [] where none does.
-
-    Raises:
-        UserError: no such config, or not one.
-    """
+    """Return a teacher's classes, as its config, its weights or its data set tell them; [] where none does."""
     path, _ = _find(config_file)
     if path.endswith(".py"):
         return []
@@ -117,7 +113,7 @@ def _check_levels(levels: Sequence[str], source: str, box_head: bool) -> None:
 
 
 def _find(config_file: str) -> tuple[str, bool]:
-    """The config's path, and whether it is one of the model zoo's."""
+    """Return the config's path, and whether it is one of the model zoo's."""
     path = Path(config_file).expanduser()
     if path.is_file():
         return str(path), False
@@ -248,11 +244,7 @@ def distill(
 
 
 def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
-    """The same from the ``TRANSFER`` node of a config; the student itself where ``METHOD`` is ``ce``.
-
-    Raises:
-        UserError: see :func:`distill`.
-    """
+    """Do the same by the ``TRANSFER`` node of a config; the student itself where ``METHOD`` is ``ce``."""
     node = cfg.TRANSFER
     if not distilled.wants_teacher(node):
         return student
@@ -288,7 +280,7 @@ def _wrap(student: nn.Module, teacher: nn.Module, node: CfgNode, seed: int) -> D
 
 
 def _follow_iteration(model: nn.Module, _: Any) -> None:
-    # a run that goes on doesn't warm up again, whoever's trainer it is
+    # a run that resumes doesn't warm up again, whoever's trainer it is
     if model.training and has_event_storage():
         model.iteration = get_event_storage().iter
 
@@ -298,10 +290,10 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    """The student in a :class:`DistilledDetector`; any other model itself."""
+    """Return the student in a :class:`DistilledDetector`; any other model itself."""
     return model.student if isinstance(model, DistilledDetector) else model
 
 
 def transfer_of(model: nn.Module) -> TransferLoss | None:
-    """The transfer terms of a :class:`DistilledDetector`; None for any other model."""
+    """Return the transfer terms of a :class:`DistilledDetector`; None for any other model."""
     return model.transfer if isinstance(model, DistilledDetector) else None

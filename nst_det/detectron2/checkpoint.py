@@ -17,8 +17,8 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from nst_det.detectron2.convert import batch_norm_eps, resnet_to_detectron2
 from nst_det.detectron2.modeling import bottom_up_of
-from nst_det.detectron2.resnet_key_map import resnet_to_detectron2
 from nst_det.engine.checkpoint import KEPT, check_intact, write_state
 from nst_det.engine.io import write_text
 from nst_det.errors import UserError
@@ -27,13 +27,11 @@ from nst_det.models import (
     Bottomup,
     Card,
     check_input_contract,
-    create_model,
     load_backbone,
     load_into,
     load_plain,
     resolve,
 )
-from nst_det.models.build import batch_norms
 from nst_det.models.io import card_path, check_shapes, load_pickled
 
 log = logging.getLogger(__name__)
@@ -50,11 +48,6 @@ class BackboneCheckpointer(DetectionCheckpointer):
     input contract (channel order, mean, std) is compared with the model's.  A ``.safetensors`` file without a card
     is a whole detector of the torchvision engine, whose names are Detectron2's.  Other files go Detectron2's way.
 
-    Args:
-        model: a detector with a ``backbone``.
-        save_dir: where checkpoints are saved.
-        complete: prefixes of entries that must come from the file, whatever kind of file it is.
-
     Attributes:
         card: of the backbone file that was loaded last, or None.
         written: the network whose weights :meth:`save` writes; ``model``, or an average of its weights.
@@ -70,11 +63,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         self._source = ""
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As Detectron2's; ``path`` may be ``backbone://NAME``.
-
-        Raises:
-            UserError: no such file, weights that don't fit, or another input contract.
-        """
+        """As Detectron2's; ``path`` may be ``backbone://NAME``."""
         self.card, self._source = None, path
         if path.startswith(PREFIX):
             path = str(resolve(path))
@@ -91,7 +80,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(PICKLES):
-            # Detectron2 opens these by itself; whether that is allowed, and if not why, is said here
+            # Detectron2 opens these by itself; this refuses pickles that aren't trusted
             load_pickled(filename)
         if not filename.endswith(SUFFIX):
             loaded: dict[str, Any] = super()._load_file(filename)
@@ -111,9 +100,6 @@ class BackboneCheckpointer(DetectionCheckpointer):
         """As Detectron2's, but never half written: a full disk or a kill leaves the checkpoint before as it is.
 
         Of the numbered ones the newest are kept, as many as in the torchvision engine; Detectron2 keeps all.
-
-        Raises:
-            UserError: it can't be written.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -124,11 +110,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             old.unlink(missing_ok=True)
 
     def get_checkpoint_file(self) -> str:
-        """The newest checkpoint in the folder; a damaged one is named in a warning and the one before it taken.
-
-        Raises:
-            UserError: every one is damaged.
-        """
+        """Return the newest checkpoint in the folder; a damaged one costs a warning, and the one before it is taken."""
         newest = Path(super().get_checkpoint_file())
         older = sorted((path for path in newest.parent.glob("model_*.pth") if path < newest), reverse=True)
         for path in (newest, *older):
@@ -162,13 +144,18 @@ class BackboneCheckpointer(DetectionCheckpointer):
         )
 
 
+def load_whole(model: nn.Module, weights: str) -> None:
+    """Fill a whole detector; weights that leave a part of it random are refused."""
+    BackboneCheckpointer(model, complete=[name for name, _ in model.named_children()]).load(weights)
+
+
 def numbered(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run in its folder, oldest first, without that of its end."""
+    """Return the checkpoints of a run in its folder, oldest first, without that of its end."""
     return sorted(Path(folder).glob("model_*[0-9].pth"))
 
 
 def step_of(path: Path) -> int:
-    """The finished steps of one of them; Detectron2 numbers them by the last step."""
+    """Return the finished steps of one of them; Detectron2 numbers them by the last step."""
     return int(path.stem.removeprefix("model_")) + 1
 
 
@@ -179,22 +166,15 @@ def _part(name: str) -> str:
 
 
 def backbone_entries(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor], Card]:
-    """What a backbone file says about a detector: the part of its state dict below the neck, by its own names.
-
-    Args:
-        model: with a ``TimmBackbone`` or Detectron2's ResNet as its bottom-up.
-        path: a ``.safetensors`` path.
-
-    Raises:
-        UserError: the file can't be read, or doesn't fill the bottom-up whole.
-    """
+    """Return the part of a detector's state dict below the neck that a backbone file fills, by the detector's names."""
     prefix, bottom_up = bottom_up_of(model)
     if isinstance(bottom_up, Bottomup):
         card = load_into(bottom_up, path)
         return {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()}, card
     if isinstance(bottom_up, ResNet):
         state_dict, card = load_backbone(path)
-        return _resnet_entries(model, prefix, bottom_up, resnet_to_detectron2(state_dict, _eps(card)), str(path)), card
+        given = resnet_to_detectron2(state_dict, batch_norm_eps(card.arch, card.arch_kwargs))
+        return _resnet_entries(model, prefix, bottom_up, given, str(path)), card
     raise UserError(
         f"{path}: a backbone file can't fill a {type(bottom_up).__name__}; use build_timm_fpn_backbone or "
         "build_resnet_fpn_backbone as MODEL.BACKBONE.NAME"
@@ -225,22 +205,8 @@ def _resnet_entries(
     return entries
 
 
-def _eps(card: Card) -> float:
-    """Epsilon of the batch normalization of the card's architecture."""
-    with torch.device("meta"):
-        model = create_model(card.arch, card.num_classes, **card.arch_kwargs)
-    found = {layer.eps for _, layer in batch_norms(model)}
-    if len(found) != 1:
-        raise UserError(f"{card.arch}: batch normalization of one epsilon is needed, it has {sorted(found) or 'none'}")
-    return float(found.pop())
-
-
 def check_contract(model: nn.Module, card: Card, source: str | Path) -> None:
-    """Compare the pixels that a detector sends to its backbone with those that the backbone was trained on.
-
-    Raises:
-        UserError: other mean, std or channel order; the line says what to set.
-    """
+    """Compare the pixels that a detector sends to its backbone with those that the backbone was trained on."""
     mean = [float(value) / 255 for value in model.pixel_mean.flatten()]  # type: ignore[operator]
     std = [float(value) / 255 for value in model.pixel_std.flatten()]  # type: ignore[operator]
     try:
@@ -270,7 +236,7 @@ class _Detectron2Handler(BackboneHandler):
             state_dict, card = load_backbone(path)
             entries = {f"model.{name}": value for name, value in state_dict.items()}
             try:
-                entries.update(resnet_to_detectron2(state_dict, _eps(card)))
+                entries.update(resnet_to_detectron2(state_dict, batch_norm_eps(card.arch, card.arch_kwargs)))
             except UserError:
                 log.debug("%s is not a plain ResNet, so it has timm's names only", path)
             folder = tempfile.TemporaryDirectory(prefix="nst_det_")
@@ -281,11 +247,4 @@ class _Detectron2Handler(BackboneHandler):
         return self._files[path]
 
 
-def register_paths() -> None:
-    """Teach Detectron2's path manager ``backbone://``; importing this module does it."""
-    PathManager.register_handler(_Detectron2Handler(), allow_override=True)
-
-
-register_paths()
-
-__all__ = ["BackboneCheckpointer", "backbone_entries", "check_contract", "register_paths"]
+PathManager.register_handler(_Detectron2Handler(), allow_override=True)

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from fvcore.common.config import CfgNode as FvcoreNode
 
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import (
     add_nst_det_config,
-    check_average,
-    check_select,
+    check_added_keys,
+    defrosted,
     resolve_classes,
     resolve_machine,
     voc_roots,
@@ -23,9 +22,7 @@ from nst_det.detection.data import data_classes, split_training
 from nst_det.detectron2 import modeling as backbone  # noqa: F401 (they fill Detectron2's registries)
 from nst_det.detectron2.data import register_images, register_voc
 from nst_det.detectron2.modeling import choose_roi_heads
-from nst_det.engine import config as runtime
-from nst_det.engine.metrics import check_wandb
-from nst_det.engine.nan_guard import check_non_finite
+from nst_det.engine.config import load_config as read_config
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,22 +35,10 @@ def add_config(cfg: CfgNode) -> None:
     add_nst_det_config(cfg)
     # its trainer always has
     cfg.TENSORBOARD = True
-    _as_detectron2_nodes(cfg)
-
-
-def _as_detectron2_nodes(node: CfgNode) -> None:
-    # ``merge_from_file`` merges nodes of one class only, and the class adds nothing to the values
-    for key, value in list(node.items()):
-        if isinstance(value, FvcoreNode):
-            own = CfgNode(new_allowed=value.is_new_allowed())
-            for name, item in value.items():
-                own[name] = item
-            _as_detectron2_nodes(own)
-            node[key] = own
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
-    """Detectron2's config from a YAML file (with ``_BASE_``) and ``KEY VALUE`` pairs, frozen.
+    """Return Detectron2's config of a YAML file (with ``_BASE_``) and ``KEY VALUE`` pairs, frozen.
 
     ``MODEL.DEVICE`` and ``DATALOADER.NUM_WORKERS`` become what they are on this machine, and the RoI heads those that
     read the canonical keys where these differ from Detectron2's constants.
@@ -63,20 +48,17 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
     """
     defaults = get_cfg()
     add_config(defaults)
-    cfg = runtime.load_config(defaults, file, overrides)
-    cfg.defrost()
-    resolve_machine(cfg)
-    choose_roi_heads(cfg)
-    cfg.freeze()
+    cfg = read_config(defaults, file, overrides)
+    with defrosted(cfg):
+        resolve_machine(cfg)
+        choose_roi_heads(cfg)
+    source = str(file or "command line")
     if cfg.SOLVER.ACCUMULATE != 1:
         raise UserError(
-            f"{file or 'command line'}: SOLVER.ACCUMULATE: Detectron2's trainer doesn't take a step's images in parts; "
-            "set it to 1, or ENGINE torchvision"
+            f"{source}: SOLVER.ACCUMULATE: Detectron2's trainer doesn't take a step's images in parts; set it to 1, or "
+            "ENGINE torchvision"
         )
-    check_select(cfg, str(file or "command line"))
-    check_average(cfg, str(file or "command line"))
-    check_wandb(cfg.WANDB, str(file or "command line"))
-    check_non_finite(cfg.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", str(file or "command line"))
+    check_added_keys(cfg, source)
     return cfg
 
 
@@ -86,9 +68,6 @@ def register_datasets(cfg: CfgNode) -> None:
     All of them get the same classes: ``DATASETS.CLASSES``, or those in the annotations of the training sets.  Names
     that aren't in ``DATASETS.VOC`` must be known to Detectron2.  With ``DATASETS.VAL_FRACTION``, the training sets
     are registered without the images that are kept to validate on, and these as :data:`VALIDATION`.
-
-    Raises:
-        UserError: a data set that nobody knows, a bad folder, or a number of classes that isn't the data's.
     """
     names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
     ours = [name for name in names if name in cfg.DATASETS.VOC]
@@ -126,7 +105,7 @@ def _register_validation(cfg: CfgNode, opened: Mapping[str, VocDataset]) -> None
 
 
 def validation_config(cfg: CfgNode) -> CfgNode | None:
-    """A config that evaluates on the validation split, into ``OUTPUT_DIR/validation``; None where there is none."""
+    """Return a config that evaluates the validation split, into ``OUTPUT_DIR/validation``; None where there is none."""
     if not cfg.DATASETS.VAL_FRACTION:
         return None
     own = cfg.clone()
@@ -138,7 +117,6 @@ def validation_config(cfg: CfgNode) -> CfgNode | None:
 
 
 def class_list(cfg: CfgNode) -> list[str]:
-    """The classes that the data sets of a config are registered with; [] where they have none."""
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        return list(MetadataCatalog.get(name).get("thing_classes", []))
-    return []
+    """Return the classes that the data sets of a config are registered with; [] where they have none."""
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    return list(MetadataCatalog.get(names[0]).get("thing_classes", [])) if names else []

@@ -2,7 +2,7 @@
 
 Detectron2's own loader is an endless stream: what it gives after a restart depends on how often it was started,
 and two processes see other batches than one.  Here the batch of step k is known without the k before it having
-been drawn, so that a run that goes on sees what the undisturbed run saw, all methods of one seed see the same
+been drawn, so that a run that resumes sees what the undisturbed run saw, all methods of one seed see the same
 images with the same augmentation, and several processes share out the very batch that one process would see.
 """
 
@@ -14,7 +14,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from detectron2.data import (
 from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
 from detectron2.data.transforms import AugInput
 from detectron2.structures import BoxMode
-from detectron2.utils import comm
 from torch.utils.data import Dataset
 
 from nst_det.data.images import MAX_IMAGE_BYTES, image_size
@@ -40,6 +38,7 @@ from nst_det.data.safe_io import read_bytes, shown_path
 from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detection.data import SampleIndex, StepBatchSampler, boxes_to_train
+from nst_det.engine.distributed import share_of
 from nst_det.engine.loader import end_workers_with_us, load
 from nst_det.engine.seeds import derive_seed
 from nst_det.errors import UserError
@@ -47,55 +46,8 @@ from nst_det.errors import UserError
 log = logging.getLogger(__name__)
 
 
-class SharedBatches:
-    """The part of one process in the batches of steps ``start``, ``start + 1``, ...
-
-    The batches are those of ``StepBatchSampler``, so they are the torchvision engine's too.
-
-    Args:
-        size: number of images.
-        batch: images of all processes in one step.
-        seed: of the run.
-        rank: of this process.
-        world: number of processes.
-        wide: for each image, whether it is wider than high; None mixes them.
-
-    Attributes:
-        start: the first step that an iterator gives; set it before the loader is used.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        wide: Sequence[bool] | None = None,
-    ) -> None:
-        if batch < 1 or batch % world:
-            raise UserError(
-                f"SOLVER.IMS_PER_BATCH: {batch} images a step can't be shared out to {world} processes; "
-                "use a multiple of their number"
-            )
-        share = batch // world
-        self._mine = slice(rank * share, (rank + 1) * share)
-        self._batches = partial(StepBatchSampler, size, batch, seed, wide=wide)
-        self.start = 0
-
-    def __iter__(self) -> Iterator[list[SampleIndex]]:
-        for places in self._batches(start=self.start):
-            yield places[self._mine]
-
-
 class SeededImages(Dataset[Any]):
-    """Dataset dicts through a mapper whose random draws depend on (seed, step, place) alone.
-
-    Args:
-        dicts: Detectron2's dataset dicts, a list or anything with ``len`` and ``[]``.
-        mapper: Detectron2's ``DatasetMapper`` or anything that maps a dict to the model's input.
-        seed: of the run.
-    """
+    """Dataset dicts through a mapper whose random draws depend on (seed, step, place) alone."""
 
     def __init__(self, dicts: Any, mapper: Callable[[dict[str, Any]], Any], seed: int) -> None:
         self.dicts, self.mapper, self.seed = dicts, mapper, seed
@@ -128,22 +80,14 @@ class BoundedMapper(DatasetMapper):
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> Any:
-        """As :meth:`DatasetMapper.__call__`.
-
-        Raises:
-            UserError: an image that can't be used; the line names it.
-        """
+        """As :meth:`DatasetMapper.__call__`."""
         with named_image(dataset_dict["file_name"]):
             return super().__call__(dataset_dict)
 
 
 @contextmanager
 def named_image(name: str) -> Iterator[None]:
-    """Check the size of an image file before the block decodes it, and name the file in what goes wrong there.
-
-    Raises:
-        UserError: too large, not an image, damaged, or not of the size that its annotation says.
-    """
+    """Check the size of an image file before the block decodes it, and name the file in what goes wrong there."""
     # a path of Detectron2's own path manager may be elsewhere
     if Path(name).is_file():
         image_size(read_bytes(Path(name), MAX_IMAGE_BYTES, "image"), shown_path(name))
@@ -194,17 +138,10 @@ def choose_mapper(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> DatasetMappe
 
 @dataclass
 class TrainingBatches:
-    """The training loader: each iterator begins at the step ``batch_sampler.start``.
-
-    Attributes:
-        images: by their places.
-        batch_sampler: which of them make a batch.
-        workers: processes that work ahead.
-        device: of the model.
-    """
+    """The training loader: each iterator begins at the step ``batch_sampler.start``."""
 
     images: SeededImages
-    batch_sampler: SharedBatches
+    batch_sampler: StepBatchSampler
     workers: int
     device: str
 
@@ -213,14 +150,14 @@ class TrainingBatches:
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """A training loader from Detectron2's keys; its ``batch_sampler.start`` says at which step it begins.
+    """Return a training loader by Detectron2's keys; its ``batch_sampler.start`` says at which step it begins.
 
     A negative ``SEED`` and samplers other than TrainingSampler leave the order to Detectron2's own loader; a run
-    that goes on then doesn't see the images that the undisturbed run saw, and a warning says so.
+    that resumes then doesn't see the images that the undisturbed run saw, and a warning says so.
     """
     if cfg.SEED < 0 or cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         log.warning(
-            "SEED %d, DATALOADER.SAMPLER_TRAIN %s: batches come from Detectron2's own loader, so a run that goes on "
+            "SEED %d, DATALOADER.SAMPLER_TRAIN %s: batches come from Detectron2's own loader, so a run that resumes "
             "sees other images than an undisturbed one",
             cfg.SEED,
             cfg.DATALOADER.SAMPLER_TRAIN,
@@ -234,7 +171,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
     wide = [item["width"] > item["height"] for item in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
-    places = SharedBatches(len(dicts), cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, comm.get_rank(), comm.get_world_size(), wide)
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    places = StepBatchSampler(len(dicts), batch, cfg.SEED, wide=wide, share=share_of(batch, "SOLVER.IMS_PER_BATCH"))
     # serialized once, so that loader processes share the memory
     images = SeededImages(DatasetFromList(dicts, copy=False), mapper or choose_mapper(cfg, dicts), cfg.SEED)
     return TrainingBatches(images, places, cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.DEVICE)
@@ -281,7 +219,7 @@ def register_images(name: str, data: VocDataset | JoinedVoc, use_difficult: bool
 
 
 def voc_dicts(data: VocDataset, use_difficult: bool = True) -> list[dict[str, Any]]:
-    """A split as Detectron2's dataset dicts.
+    """Return a split as Detectron2's dataset dicts.
 
     Boxes are 0-based continuous (xmin - 1, ymin - 1, xmax, ymax); those without area are left out, with a warning.
     """

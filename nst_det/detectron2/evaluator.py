@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,10 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from nst_det.engine.io import write_json, write_text
+from nst_det.engine.io import write_json
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections, GroundTruth
+from nst_det.evaluation.io import write_detections
 from nst_det.evaluation.metrics import THRESHOLDS, summarize
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class VocEvaluator(DatasetEvaluator):
         coco = figures["coco"]
         if self.output_dir:
             write_json(Path(self.output_dir) / "result.json", figures)
-            write_records(Path(self.output_dir) / "detections.json", detections.to_json())
+            write_detections(Path(self.output_dir) / "detections.json", detections)
         by_class = {f"AP50-{name}": value for name, value in zip(result.classes, result.ap11[0].tolist())}
         voc = {
             "AP": float(result.map11.mean()),
@@ -86,8 +86,3 @@ class VocEvaluator(DatasetEvaluator):
 
 def _percent(values: Mapping[str, float | None]) -> dict[str, float]:
     return {name: float("nan") if value is None else 100 * value for name, value in values.items()}
-
-
-def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """JSON, a line each: readable, and a third of the size of indented JSON."""
-    write_text(path, "[\n" + ",\n".join(json.dumps(record, allow_nan=False) for record in records) + "\n]\n")

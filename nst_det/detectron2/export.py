@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nst_det.detectron2.resnet_key_map import DETECTRON2_EPS, ResNetShape, resnet_shape, resnet_to_detectron2
+from nst_det.detectron2.convert import (
+    DETECTRON2_EPS,
+    ResNetShape,
+    batch_norm_eps,
+    resnet_shape,
+    resnet_to_detectron2,
+)
 from nst_det.engine.io import atomic_path, write_text
 from nst_det.errors import UserError
-from nst_det.models import Bottomup, create_model, load_backbone, load_plain
-from nst_det.models.build import batch_norms
+from nst_det.models import Bottomup, load_backbone, load_plain
 
 PARITY_LIMIT = 1e-4
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -25,13 +30,10 @@ SUFFIXES = (".pkl", ".pth")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how well it computes what it came from.
+    """What was written: the file for ``MODEL.WEIGHTS``, and the YAML with all keys that these weights need.
 
-    Attributes:
-        weights: the file for ``MODEL.WEIGHTS``.
-        config: the YAML with all keys that these weights need.
-        parity: largest absolute difference of ``res2`` .. ``res5`` between the network that was exported and
-            Detectron2's, on normalized images; None where Detectron2 is not installed.
+    ``parity`` is the largest absolute difference of ``res2`` .. ``res5`` between the network that was exported and
+    Detectron2's, on normalized images; None where Detectron2 is not installed.
     """
 
     weights: Path
@@ -40,23 +42,17 @@ class Exported:
 
 
 def export_backbone(weights: str, output: str | Path, arch: str = "") -> Exported:
-    """Write a torchvision/timm ResNet by Detectron2's names, and the config that goes with it.
+    """Write a torchvision/timm ResNet by Detectron2's names, and the config that goes with it beside it.
 
-    Args:
-        weights: ``backbone://NAME``, a backbone file, or somebody's plain ResNet weights (then with ``arch``).
-        output: ends in ``.pkl`` or ``.pth``; the config is written beside it with ``.yaml``.
-        arch: timm name, for plain weights only.
-
-    Raises:
-        UserError: not a ResNet that Detectron2 can build, a file that can't be read or written, or a network that
-            computes other maps in Detectron2 (nothing is left behind then).
+    ``weights`` is a backbone file, or somebody's plain ResNet weights, then with the timm name ``arch``.  A network
+    that computes other maps in Detectron2 is refused, and nothing is left behind.
     """
     output = Path(output)
     if output.suffix not in SUFFIXES:
         raise UserError(f"--output {output}: the file must end in {' or '.join(SUFFIXES)}")
     state_dict, arch, arch_kwargs, pixels, origin = _read(weights, arch)
     shape = resnet_shape(state_dict)
-    entries = resnet_to_detectron2(state_dict, _eps(arch, arch_kwargs))
+    entries = resnet_to_detectron2(state_dict, batch_norm_eps(arch, arch_kwargs))
     config = output.with_suffix(".yaml")
     text = config_text(shape, pixels, output.name, origin)
     with atomic_path(output) as temporary:
@@ -85,18 +81,6 @@ def _read(weights: str, arch: str) -> tuple[dict[str, Tensor], str, dict[str, An
     return load_plain(weights), arch, {}, pixels, weights
 
 
-def _eps(arch: str, arch_kwargs: Mapping[str, Any]) -> float:
-    try:
-        with torch.device("meta"):
-            model = create_model(arch, 1, **arch_kwargs)
-    except ValueError as error:
-        raise UserError(f"--arch: {error}") from error
-    epsilons = {layer.eps for _, layer in batch_norms(model)}
-    if len(epsilons) != 1:
-        raise UserError(f"{arch}: its batch normalization has several epsilons, or none; Detectron2's ResNet has one")
-    return float(epsilons.pop())
-
-
 def _write(entries: Mapping[str, Tensor], path: Path, suffix: str) -> None:
     # with matching by the ends of names the same file fits a ResNet alone and under an FPN
     content: dict[str, Any] = {"model": dict(entries), "__author__": "nst_det", "matching_heuristics": True}
@@ -109,14 +93,7 @@ def _write(entries: Mapping[str, Tensor], path: Path, suffix: str) -> None:
 
 
 def config_text(shape: ResNetShape, pixels: Mapping[str, Any], weights: str, origin: str) -> str:
-    """The YAML for a plain Detectron2: a Faster R-CNN with FPN on these weights, without data and schedule.
-
-    Args:
-        shape: of the ResNet.
-        pixels: a card's input contract, mean and std on the 0..1 scale.
-        weights: the file's name, relative to where Detectron2 will be started.
-        origin: where the weights come from, for the comment.
-    """
+    """Return the YAML for a plain Detectron2: a Faster R-CNN with FPN on these weights, without data and schedule."""
     mean, std = (_numbers(255 * value for value in pixels[name]) for name in ("mean", "std"))
     return f"""\
 # Written by nst-det export from {origin}.
@@ -186,7 +163,7 @@ def _measure(
         raise UserError(str(error)) from error
     from nst_det.detectron2.parity import plain_maps
 
-    images = noise_images()
+    images = torch.randn(2, 3, 160, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = bottomup(images)
     got = plain_maps(config, weights, images)
@@ -197,8 +174,3 @@ def _measure(
             "nothing was exported"
         )
     return parity
-
-
-def noise_images(sizes: Sequence[int] = (2, 3, 160, 224)) -> Tensor:
-    """Normalized images (B, 3, H, W) of seeded noise, the same every time; ``sizes`` are B, 3, H and W in pixels."""
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(0))

@@ -73,6 +73,8 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     timm = cfg.MODEL.TIMM
     if input_shape.channels != 3:
         raise UserError(f"MODEL.PIXEL_MEAN: {input_shape.channels} channels, the timm backbones take 3")
+    if timm.NORM not in NORM_POLICIES:
+        raise UserError(f"MODEL.TIMM.NORM: '{timm.NORM}' is not one of {', '.join(NORM_POLICIES)}")
     # weights named in the config come after the model is built: the guard is for those that never come, and timm's
     # are not fetched for nothing
     weights_to_come = bool(cfg.MODEL.WEIGHTS)
@@ -80,22 +82,11 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         backbone = TimmBackbone(
             timm.ARCH, timm.OUT_FEATURES, dict(timm.KWARGS), pretrained=timm.PRETRAINED and not weights_to_come
         )
-        backbone.set_norm(norm_policy(timm.NORM), allow_random=weights_to_come)
+        backbone.set_norm(NORM_POLICIES[timm.NORM], allow_random=weights_to_come)
         backbone.freeze(cfg.MODEL.BACKBONE.FREEZE_AT, allow_random=weights_to_come)
     except ValueError as error:
         raise UserError(f"MODEL.TIMM: {error}") from error
     return backbone
-
-
-def norm_policy(norm: str) -> str:
-    """``frozen``, ``train`` or ``sync`` from Detectron2's word.
-
-    Raises:
-        UserError: another word.
-    """
-    if norm not in NORM_POLICIES:
-        raise UserError(f"MODEL.TIMM.NORM: '{norm}' is not one of {', '.join(NORM_POLICIES)}")
-    return NORM_POLICIES[norm]
 
 
 @BACKBONE_REGISTRY.register()
@@ -130,7 +121,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 
 def bottom_up_of(model: nn.Module) -> tuple[str, nn.Module]:
-    """The prefix and the module of a detector's bottom-up, below an FPN or alone."""
+    """Return the prefix and the module of a detector's bottom-up, below an FPN or alone."""
     backbone = model.backbone
     if isinstance(backbone, FPN):
         return "backbone.bottom_up.", backbone.bottom_up
@@ -140,12 +131,7 @@ def bottom_up_of(model: nn.Module) -> tuple[str, nn.Module]:
 def check_frozen_random(model: nn.Module, filled: bool = False) -> None:
     """Refuse a detector that would be trained with frozen layers that no weights were ever loaded into.
 
-    Args:
-        model: after its weights were loaded.
-        filled: whether any weights were named; a bottom-up of Detectron2's doesn't know it itself.
-
-    Raises:
-        UserError: layers are frozen and random.
+    ``filled`` says whether any weights were named; a bottom-up of Detectron2's doesn't know it itself.
     """
     _, bottom_up = bottom_up_of(model)
     if bottom_up.loaded if isinstance(bottom_up, TimmBackbone) else filled:
@@ -176,11 +162,7 @@ class CanonicalROIHeads(StandardROIHeads):
 
 
 def choose_roi_heads(cfg: CfgNode) -> None:
-    """Put :class:`CanonicalROIHeads` in place of StandardROIHeads where the canonical keys ask for it.
-
-    Raises:
-        UserError: they ask for it, and the config names RoI heads that don't read them.
-    """
+    """Put :class:`CanonicalROIHeads` in place of StandardROIHeads where the canonical keys ask for it."""
     box = cfg.MODEL.ROI_BOX_HEAD
     if (box.CANONICAL_BOX_SIZE, box.CANONICAL_LEVEL) == (CANONICAL_BOX_SIZE, CANONICAL_LEVEL):
         return
@@ -193,16 +175,7 @@ def choose_roi_heads(cfg: CfgNode) -> None:
 
 
 def box_outputs(heads: Any, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """What Detectron2's RoI heads, or this project's, say about boxes; see ``nst_det.detection.box_head.box_outputs``.
-
-    Args:
-        heads: Detectron2's StandardROIHeads or Res5ROIHeads, or a class of these.
-        maps: level -> (B, C, H, W), float32.
-        boxes: (N, 4) of each image, xyxy in pixels of the network's input.
-
-    Returns:
-        What enters the predictor (R, D) and the logits (R, K + 1), background last.
-    """
+    """Run Detectron2's RoI heads, or this project's, on boxes; see ``nst_det.detection.box_head.box_outputs``."""
     own = [Boxes(of_image) for of_image in boxes]
     if isinstance(heads, Res5ROIHeads):
         features = heads._shared_roi_transform([maps[name] for name in heads.in_features], own).mean(dim=(2, 3))

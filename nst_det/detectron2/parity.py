@@ -14,21 +14,22 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.modeling import build_backbone, build_model
+from fvcore.common.config import CfgNode as FvcoreNode
 from torch import Tensor, nn
 
 from nst_det.data.images import read_image
 from nst_det.detection.checkpoint import load_weights, saved_classes
 from nst_det.detection.config import load_detect_config, resolve_classes
-from nst_det.detection.data import resize, resized_shape
+from nst_det.detection.data import network_input
 from nst_det.detection.pipeline import WEIGHTS_FILE
 from nst_det.detection.torchvision import Detector, build_detector
-from nst_det.detectron2.checkpoint import BackboneCheckpointer
+from nst_det.detection.torchvision.roi_heads import Instances
+from nst_det.detectron2.checkpoint import load_whole
 from nst_det.detectron2.config import load_config
 from nst_det.errors import UserError
+from nst_det.models import count_parameters, load_plain
 
 FEATURE_LIMIT, BOX_LIMIT, SCORE_LIMIT = 1e-4, 0.05, 1e-3
-# boxes (N, 4) xyxy in pixels of the image, scores (N,), labels (N,)
-Found = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -62,147 +63,98 @@ class Parity:
 
 @dataclass
 class Engines:
-    """The same weights in both engines, in evaluation mode on the CPU."""
+    """The same weights in both engines, in evaluation mode on the CPU, and the torchvision engine's config."""
 
     detectron2: nn.Module
     torchvision: Detector
-    threshold: float
-    min_size: int
-    max_size: int
-    order: str
+    config: FvcoreNode
 
 
-def load_engines(config_file: str | Path, weights: str, overrides: Sequence[str] = (), classes: int = 0) -> Engines:
-    """Build both detectors from one YAML and fill both from one file.
-
-    Args:
-        config_file: honored by both engines.
-        weights: of a whole detector, by either engine.
-        overrides: ``KEY VALUE`` pairs.
-        classes: their number, where the config says 0 and the weights are to decide, leave it 0.
-
-    Raises:
-        UserError: a key that an engine can't honor, or weights that don't fit.
-    """
+def load_engines(config_file: str | Path, weights: str, overrides: Sequence[str] = ()) -> Engines:
+    """Build both detectors from one YAML, and fill both from one file, which may tell NUM_CLASSES too."""
     overrides = [*overrides, "MODEL.WEIGHTS", weights, "MODEL.DEVICE", "cpu"]
     ours, theirs = load_detect_config(config_file, overrides), load_config(config_file, overrides)
-    count = classes or theirs.MODEL.ROI_HEADS.NUM_CLASSES or _classes(weights)
-    for config in (ours, theirs):
-        resolve_classes(config, [str(index) for index in range(count)])
-    detector = build_detector(ours).eval()
-    if load_weights(detector, ours) != "detector":
-        raise UserError(f"--weights {weights}: the weights of a whole detector are needed")
-    model = build_model(theirs).eval()
-    BackboneCheckpointer(model, complete=[name for name, _ in model.named_children()]).load(weights)
-    sizes = (theirs.INPUT.MIN_SIZE_TEST, theirs.INPUT.MAX_SIZE_TEST)
-    return Engines(model, detector, theirs.MODEL.ROI_HEADS.SCORE_THRESH_TEST, *sizes, theirs.INPUT.FORMAT)
-
-
-def _classes(weights: str) -> int:
-    from nst_det.models import load_plain
-
     scores = load_plain(weights).get("roi_heads.box_predictor.cls_score.bias")
     if scores is None:
         raise UserError(f"--weights {weights}: the weights of a whole detector are needed")
-    return len(scores) - 1
+    count = theirs.MODEL.ROI_HEADS.NUM_CLASSES or len(scores) - 1
+    for config in (ours, theirs):
+        resolve_classes(config, [str(index) for index in range(count)])
+    detector, model = build_detector(ours).eval(), build_model(theirs).eval()
+    load_weights(detector, ours)
+    load_whole(model, weights)
+    return Engines(model, detector, ours)
 
 
 @torch.no_grad()
 def compare(engines: Engines, images: Sequence[str | Path]) -> Parity:
-    """Run both engines on image files, each with its own reading and resizing, and compare.
-
-    Raises:
-        UserError: an image can't be read.
-    """
+    """Run both engines on image files, each with its own reading and resizing, and compare."""
     parity = Parity()
     for path in images:
-        theirs, ours = _pixels_detectron2(engines, path), _pixels_torchvision(engines, path)
-        height, width = read_image(Path(path)).shape[:2]
+        pixels = read_image(Path(path))
+        given = {"height": pixels.shape[0], "width": pixels.shape[1]}
+        theirs, ours = _pixels_of_detectron2(path, engines.config.INPUT), network_input(pixels, engines.config)
         parity.images += 1
         parity.pixels = max(parity.pixels, float((theirs.float() - ours.float()).abs().max()))
-        given = {"height": height, "width": width}
         their_maps, their_found = _run_detectron2(engines.detectron2, {"image": theirs, **given})
         our_maps, our_found = _run_torchvision(engines.torchvision, {"image": ours, **given})
         for level, map_ in their_maps.items():
             difference = float((map_ - our_maps[level]).abs().max())
             parity.features[level] = max(parity.features.get(level, 0.0), difference)
-        _match(parity, their_found, our_found, engines.threshold)
+        match(parity, their_found, our_found, engines.config.MODEL.ROI_HEADS.SCORE_THRESH_TEST)
     return parity
 
 
-def _pixels_detectron2(engines: Engines, path: str | Path) -> Tensor:
-    image = detection_utils.read_image(str(path), format=engines.order)
-    short = engines.min_size
-    image = T.ResizeShortestEdge([short, short], engines.max_size).get_transform(image).apply_image(image)
+def _pixels_of_detectron2(path: str | Path, given: FvcoreNode) -> Tensor:
+    image = detection_utils.read_image(str(path), format=given.FORMAT)
+    resize = T.ResizeShortestEdge([given.MIN_SIZE_TEST, given.MIN_SIZE_TEST], given.MAX_SIZE_TEST)
+    image = resize.get_transform(image).apply_image(image)
     return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def _pixels_torchvision(engines: Engines, path: str | Path) -> Tensor:
-    image = read_image(Path(path))
-    image = image[:, :, ::-1] if engines.order == "BGR" else image
-    height, width = image.shape[:2]
-    shape = resized_shape(height, width, engines.min_size, engines.max_size)
-    return torch.as_tensor(np.ascontiguousarray(resize(image, *shape).transpose(2, 0, 1)))
-
-
-def _run_detectron2(model: nn.Module, item: dict[str, object]) -> tuple[dict[str, Tensor], Found]:
-    maps = model.backbone(model.preprocess_image([item]).tensor)  # type: ignore[operator]
+def _run_detectron2(model: Any, item: dict[str, Any]) -> tuple[dict[str, Tensor], Instances]:
+    maps = model.backbone(model.preprocess_image([item]).tensor)
     found = model([item])[0]["instances"]
-    return maps, (found.pred_boxes.tensor, found.scores, found.pred_classes)
+    return maps, Instances(found.pred_boxes.tensor, found.scores, found.pred_classes)
 
 
-def _run_torchvision(detector: Detector, item: dict[str, object]) -> tuple[dict[str, Tensor], Found]:
-    maps = detector.backbone(detector.preprocess([item["image"]])[0])  # type: ignore[list-item]
-    found = detector([item])[0]
-    return maps, (found["boxes"], found["scores"], found["labels"])
+def _run_torchvision(detector: Detector, item: dict[str, Any]) -> tuple[dict[str, Tensor], Instances]:
+    maps = detector.backbone(detector.preprocess([item["image"]])[0])
+    return maps, Instances(**detector([item])[0])
 
 
-def _match(parity: Parity, theirs: Found, ours: Found, threshold: float) -> None:
+def match(parity: Parity, theirs: Instances, ours: Instances, threshold: float) -> None:
     """Pair each of their detections with the nearest of ours of the same class that is still free."""
-    boxes, scores, labels = theirs
-    free = torch.ones(len(ours[0]), dtype=torch.bool)
-    parity.detections += len(boxes)
-    for box, score, label in zip(boxes, scores, labels):
-        distance = (ours[0] - box).abs().amax(dim=1) if len(free) else ours[1]
-        distance = torch.where(free & (ours[2] == label), distance, torch.inf)
+    free = torch.ones(len(ours.boxes), dtype=torch.bool)
+    parity.detections += len(theirs.boxes)
+    for box, score, label in zip(*theirs):
+        distance = (ours.boxes - box).abs().amax(dim=1)
+        distance = torch.where(free & (ours.labels == label), distance, torch.inf)
         best = int(distance.argmin()) if len(free) else -1
-        if best < 0 or not torch.isfinite(distance[best]) or distance[best] > 1:
+        if best < 0 or not distance[best] <= 1:
             parity.unmatched += int(score > threshold + SCORE_LIMIT)
             continue
         free[best] = False
         parity.box = max(parity.box, float(distance[best]))
-        parity.score = max(parity.score, float((ours[1][best] - score).abs()))
-    parity.unmatched += int((free & (ours[1] > threshold + SCORE_LIMIT)).sum())
+        parity.score = max(parity.score, float((ours.scores[best] - score).abs()))
+    parity.unmatched += int((free & (ours.scores > threshold + SCORE_LIMIT)).sum())
 
 
 class Pixels(nn.Module):
-    """Takes a batch as one tensor and gives plain tensors.
-
-    Args:
-        detector: a GeneralizedRCNN in evaluation mode.
-    """
+    """A GeneralizedRCNN in evaluation mode that takes a batch as one tensor and gives plain tensors."""
 
     def __init__(self, detector: Any) -> None:
         super().__init__()
         self.detector: Any = detector
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W), 0..255, to boxes, scores and labels, image after image."""
+        """Return boxes, scores and labels, image after image, of (B, 3, H, W) pixels 0..255."""
         found = self.detector.inference([{"image": image} for image in images], do_postprocess=False)
         return tuple(part for item in found for part in (item.pred_boxes.tensor, item.scores, item.pred_classes))
 
 
 def load_pixels(folder: Path, cfg: CfgNode, device: torch.device) -> tuple[Pixels, int]:
-    """The trained detector of a run, and the number of its parameters.
-
-    Args:
-        folder: a finished run's.
-        cfg: of the run.
-        device: where it computes.
-
-    Raises:
-        UserError: the run has no weights, or they don't fill the detector.
-    """
+    """Return the trained detector of a run, and the number of its parameters."""
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise UserError(f"{folder}: no {WEIGHTS_FILE} in it; finish this run by train-det first")
@@ -211,8 +163,8 @@ def load_pixels(folder: Path, cfg: CfgNode, device: torch.device) -> tuple[Pixel
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.MODEL.TIMM.PRETRAINED = str(weights), str(device), False
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(saved_classes(weights)) or cfg.MODEL.ROI_HEADS.NUM_CLASSES
     model = build_model(cfg)
-    BackboneCheckpointer(model, complete=[name for name, _ in model.named_children()]).load(str(weights))
-    return Pixels(model.eval()), sum(parameter.numel() for parameter in model.parameters())
+    load_whole(model, str(weights))
+    return Pixels(model.eval()), count_parameters(model)
 
 
 class _Holder(nn.Module):
@@ -224,16 +176,7 @@ class _Holder(nn.Module):
 
 
 def plain_maps(config: Path, weights: Path, images: Tensor) -> dict[str, Tensor]:
-    """``res2`` .. ``res5`` of Detectron2's own ResNet, built and filled by Detectron2's own means.
-
-    Args:
-        config: an exported YAML.
-        weights: the exported file.
-        images: (B, 3, H, W), normalized.
-
-    Raises:
-        UserError: an entry of the bottom-up is missing in the weights.
-    """
+    """Return ``res2`` .. ``res5`` of Detectron2's own ResNet, built and filled by Detectron2's own means."""
     cfg = get_cfg()
     cfg.merge_from_file(str(config))
     cfg.MODEL.DEVICE = "cpu"

@@ -28,13 +28,14 @@ from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import Tensor, nn
 
 from nst_det.detection.checkpoint import keep_best, settle
+from nst_det.detection.data import StepBatchSampler
 from nst_det.detection.distiller import DistilledDetector, backbone_of
 from nst_det.detection.solver import is_backbone
 from nst_det.detection.trainer import broken_in, step_content
 from nst_det.detectron2.api import distill_from_config, student_of, transfer_of
 from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import class_list, validation_config
-from nst_det.detectron2.data import BoundedMapper, SharedBatches, build_train_loader
+from nst_det.detectron2.data import BoundedMapper, build_train_loader
 from nst_det.detectron2.evaluator import VocEvaluator
 from nst_det.detectron2.hooks import (
     AfterBackwardHook,
@@ -387,7 +388,7 @@ class DistillTrainer(Loop):
             self.average.restart()
         check_frozen_random(self.student, filled=bool(self.cfg.MODEL.WEIGHTS) or self.start_iter > 0)
         places = getattr(self.data_loader, "batch_sampler", None)
-        if isinstance(places, SharedBatches):
+        if isinstance(places, StepBatchSampler):
             places.start = self.start_iter
 
     @property

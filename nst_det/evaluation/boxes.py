@@ -7,37 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-
-class ObjectLike(Protocol):
-    """What is needed of an annotated object; ``nst_det.data.annotation.VocObject`` has it."""
-
-    @property
-    def name(self) -> str:
-        """Class name."""
-
-    @property
-    def box(self) -> tuple[float, float, float, float]:
-        """1-based inclusive."""
-
-    @property
-    def difficult(self) -> bool:
-        """Counts neither way."""
-
-
-class AnnotationLike(Protocol):
-    """What is needed of an image's annotation; ``nst_det.data.annotation.VocAnnotation`` has it."""
-
-    @property
-    def id(self) -> str:
-        """The image's id."""
-
-    @property
-    def objects(self) -> Sequence[ObjectLike]:
-        """The objects on it."""
+from nst_det.data.annotation import VocAnnotation
 
 
 @dataclass(frozen=True)
@@ -61,31 +35,31 @@ class GroundTruth:
     difficult: np.ndarray
 
     @staticmethod
-    def from_annotations(annotations: Iterable[AnnotationLike], classes: Sequence[str]) -> GroundTruth:
+    def from_annotations(annotations: Iterable[VocAnnotation], classes: Sequence[str]) -> GroundTruth:
         """Flatten annotations; objects of other classes than ``classes`` are left out.
 
         Raises:
             ValueError: an image comes twice.
         """
         label_of = {name: label for label, name in enumerate(classes)}
-        ids, images, labels, boxes, difficult = [], [], [], [], []
+        ids: list[str] = []
+        rows = []
         for index, annotation in enumerate(annotations):
             ids.append(annotation.id)
-            for item in annotation.objects:
-                if item.name in label_of:
-                    images.append(index)
-                    labels.append(label_of[item.name])
-                    boxes.append(item.box)
-                    difficult.append(item.difficult)
+            rows += [
+                (index, label_of[item.name], item.box, item.difficult)
+                for item in annotation.objects
+                if item.name in label_of
+            ]
         if len(set(ids)) != len(ids):
             raise ValueError("an image comes twice in the ground truth")
         return GroundTruth(
             tuple(ids),
             tuple(classes),
-            np.array(images, dtype=np.int64),
-            np.array(labels, dtype=np.int64),
-            np.array(boxes, dtype=np.float64).reshape(-1, 4),
-            np.array(difficult, dtype=bool),
+            np.array([row[0] for row in rows], dtype=np.int64),
+            np.array([row[1] for row in rows], dtype=np.int64),
+            np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4),
+            np.array([row[3] for row in rows], dtype=bool),
         )
 
 
@@ -123,7 +97,7 @@ class Detections:
     def from_images(
         images: Iterable[tuple[str, np.ndarray, np.ndarray, np.ndarray]], classes: Sequence[str]
     ) -> Detections:
-        """From what a detector gives.
+        """Join what a detector found on each image.
 
         Args:
             images: (id, boxes (n, 4) xyxy 0-based continuous, labels (n,), scores (n,)) of each image.
@@ -134,22 +108,21 @@ class Detections:
             >>> Detections.from_images(found, ["cat"]).box
             array([[ 1.,  1., 10., 20.]])
         """
-        ids: list[str] = []
-        boxes: list[np.ndarray] = [np.zeros((0, 4))]
-        labels: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-        scores: list[np.ndarray] = [np.zeros(0)]
-        for id_, box, label, score in images:
-            ids += [id_] * len(score)
-            boxes.append(np.add(np.asarray(box, dtype=np.float64).reshape(-1, 4), (1, 1, 0, 0)))
-            labels.append(np.asarray(label, dtype=np.int64))
-            scores.append(np.asarray(score, dtype=np.float64))
-        return Detections(ids, tuple(classes), np.concatenate(labels), np.concatenate(boxes), np.concatenate(scores))
+        found = list(images)
+        ids = [id_ for id_, _, _, scores in found for _ in range(len(scores))]
+        boxes = [np.asarray(boxes, dtype=np.float64).reshape(-1, 4) for _, boxes, _, _ in found]
+        labels = [np.asarray(labels, dtype=np.int64) for _, _, labels, _ in found]
+        scores = [np.asarray(scores, dtype=np.float64) for _, _, _, scores in found]
+        return Detections(
+            ids,
+            tuple(classes),
+            np.concatenate([np.zeros(0, np.int64), *labels]),
+            np.add(np.concatenate([np.zeros((0, 4)), *boxes]), (1, 1, 0, 0)),
+            np.concatenate([np.zeros(0), *scores]),
+        )
 
     def to_json(self) -> list[dict[str, Any]]:
-        """COCO's results style: image_id and category by name, bbox (x, y, width, height) 0-based, score.
-
-        :func:`nst_det.evaluation.io.detections_from_json` reads it back.
-        """
+        """Return COCO's results style: image_id and category by name, bbox (x, y, width, height) 0-based, score."""
         corner = self.box - (1, 1, 0, 0)
         sizes = corner[:, 2:] - corner[:, :2]
         xywh = np.concatenate([corner[:, :2], sizes], axis=1).tolist()

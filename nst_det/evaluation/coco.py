@@ -29,7 +29,7 @@ class CocoResult:
     per_class: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary, and ``per_class``, for JSON; NaN as None."""
+        """Return the summary and ``per_class`` for JSON; NaN as None."""
         return {**_plain(self.summary), "per_class": _plain(self.per_class)}
 
 
@@ -38,7 +38,7 @@ def _plain(figures: dict[str, float]) -> dict[str, float | None]:
 
 
 def evaluate_coco(detections: Detections, truth: GroundTruth) -> CocoResult:
-    """COCO AP with at most 100 detections an image.
+    """Return COCO AP with at most 100 detections an image.
 
     A ``difficult`` object becomes a crowd (``iscrowd`` 1), as converters of VOC to COCO write it: it is no positive,
     and detections on it count neither way (overlap with a crowd is measured over the detection's own area).  Boxes
@@ -47,18 +47,18 @@ def evaluate_coco(detections: Detections, truth: GroundTruth) -> CocoResult:
     Raises:
         ValueError: a detection on an image, or of a class, that the ground truth doesn't have.
     """
-    image_of = {id_: index for index, id_ in enumerate(truth.image_ids, 1)}
-    label_of = {name: label for label, name in enumerate(truth.classes, 1)}
+    image_of = {id_: number for number, id_ in enumerate(truth.image_ids, 1)}
+    label_of = {name: number for number, name in enumerate(truth.classes, 1)}
+    results = _results(detections, image_of, label_of)
     with contextlib.redirect_stdout(io.StringIO()):
         gold = COCO()
         gold.dataset = {
             "info": {},
-            "images": [{"id": index} for index in image_of.values()],
-            "categories": [{"id": label, "name": name} for name, label in label_of.items()],
+            "images": [{"id": number} for number in image_of.values()],
+            "categories": [{"id": number, "name": name} for name, number in label_of.items()],
             "annotations": _annotations(truth),
         }
         gold.createIndex()
-        results = _results(detections, image_of, label_of)
         found = gold.loadRes(results) if results else _nothing(gold)
         evaluation = COCOeval(gold, found, "bbox")
         evaluation.evaluate()
@@ -66,7 +66,7 @@ def evaluate_coco(detections: Detections, truth: GroundTruth) -> CocoResult:
         evaluation.summarize()
     # thresholds, recalls, classes, areas (0: all), detections an image (-1: 100)
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    per_class = {name: _mean(precision[:, :, label - 1]) for name, label in label_of.items()}
+    per_class = {name: _mean(precision[:, :, number - 1]) for name, number in label_of.items()}
     figures = [np.nan if value < 0 else float(value) for value in evaluation.stats[:6]]
     return CocoResult(dict(zip(SUMMARY, figures)), per_class)
 
@@ -76,12 +76,13 @@ def _mean(precision: np.ndarray) -> float:
     return float(counted.mean()) if counted.size else np.nan
 
 
-def _xywh(box: np.ndarray) -> np.ndarray:
-    return np.concatenate([box[:, :2] - 1, box[:, 2:] - box[:, :2] + 1], axis=1)
+def _xywh(box: np.ndarray) -> list[list[float]]:
+    xywh: list[list[float]] = np.concatenate([box[:, :2] - 1, box[:, 2:] - box[:, :2] + 1], axis=1).tolist()
+    return xywh
 
 
 def _annotations(truth: GroundTruth) -> list[dict[str, Any]]:
-    rows = zip(truth.image.tolist(), truth.label.tolist(), _xywh(truth.box).tolist(), truth.difficult.tolist())
+    rows = zip(truth.image.tolist(), truth.label.tolist(), _xywh(truth.box), truth.difficult.tolist())
     return [
         {
             "id": number,
@@ -96,16 +97,12 @@ def _annotations(truth: GroundTruth) -> list[dict[str, Any]]:
 
 
 def _results(detections: Detections, image_of: dict[str, int], label_of: dict[str, int]) -> list[dict[str, Any]]:
-    rows = zip(detections.image_id, detections.label.tolist(), _xywh(detections.box).tolist(), detections.score)
+    names = [detections.classes[label] for label in detections.label.tolist()]
+    rows = zip(detections.image_id, names, _xywh(detections.box), detections.score.tolist())
     try:
         return [
-            {
-                "image_id": image_of[id_],
-                "category_id": label_of[detections.classes[label]],
-                "bbox": bbox,
-                "score": float(score),
-            }
-            for id_, label, bbox, score in rows
+            {"image_id": image_of[id_], "category_id": label_of[name], "bbox": bbox, "score": score}
+            for id_, name, bbox, score in rows
         ]
     except KeyError as error:
         raise ValueError(

@@ -15,21 +15,12 @@ SMALL, MEDIUM = 32**2, 96**2
 
 
 def summarize(found: Detections, truth: GroundTruth, coco: bool = True) -> tuple[VocResult, dict[str, Any]]:
-    """VOC AP at overlaps 0.5, 0.55 .. 0.95, and COCO's figures.
+    """Return VOC AP at overlaps 0.5, 0.55 .. 0.95, and what ``result.json`` holds of it.
 
-    Args:
-        found: detections on images and of classes of ``truth``.
-        truth: the annotated objects.
-        coco: compute COCO's figures too, by pycocotools, which takes longer than all the rest.
-
-    Returns:
-        The VOC result, and for ``result.json``: ``map`` (mean of the 11-point AP at overlap 0.5), ``map_area``,
-        ``per_class`` and ``per_class_area`` (name to AP), ``map_by_iou`` (overlap to mean 11-point AP), ``coco`` (AP,
-        AP50, AP75, and APs, APm, APl of small, medium and large objects; {} where not asked for), ``objects`` (their
-        number by size); AP are 0..1, None where no object counts.
-
-    Raises:
-        ValueError: a detection on an image, or of a class, that the ground truth doesn't have.
+    That is ``map`` (mean of the 11-point AP at overlap 0.5), ``map_area``, ``per_class`` and ``per_class_area`` (name
+    to AP), ``map_by_iou`` (overlap to mean 11-point AP), ``coco`` (AP, AP50, AP75, and APs, APm, APl of small, medium
+    and large objects; {} where ``coco`` is False, since pycocotools takes longer than all the rest), and ``objects``
+    (their number by size).  AP are 0..1, None where no object counts.
     """
     voc = evaluate_voc(found, truth, THRESHOLDS)
     at_half = voc.to_dict()
@@ -49,7 +40,7 @@ def summarize(found: Detections, truth: GroundTruth, coco: bool = True) -> tuple
 
 
 def objects_by_size(truth: GroundTruth) -> dict[str, int]:
-    """How many objects that aren't difficult are ``small``, ``medium`` and ``large`` by COCO's areas.
+    """Count the objects that aren't difficult and are ``small``, ``medium`` and ``large`` by COCO's areas.
 
     Example:
         >>> import numpy as np

@@ -30,7 +30,6 @@ from nst_det.evaluation.boxes import Detections, GroundTruth
 
 # the devkit's 0:0.1:1, whose fourth value is 0.30000000000000004: recall 66/220 is not at that point yet
 ELEVEN_POINTS = np.arange(11) * 0.1
-METRICS = ("ap11", "ap_area")
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,6 @@ class VocResult(ReprMixin):
         """(T,) mean of the area AP over the classes that have one."""
         return self._mean(self.ap_area)
 
-    def __rich__(self) -> Table:
-
-        return voc_table(self)
-
     def _mean(self, ap: np.ndarray) -> np.ndarray:
         counted = self.positives > 0
         return ap[:, counted].mean(axis=1) if counted.any() else np.full(len(self.thresholds), np.nan)
@@ -113,17 +108,33 @@ class VocResult(ReprMixin):
             },
         }
 
+    def __rich__(self) -> Table:
+        table = Table(title=f"VOC AP at IoU {self.thresholds[0]:g}")
+        table.add_column("class")
+        for column in ("AP 11-point", "AP area", "objects", "difficult", "detections"):
+            table.add_column(column, justify="right")
+        counts = zip(self.positives.tolist(), self.difficult.tolist(), self.detections.tolist())
+        for k, (name, numbers) in enumerate(zip(self.classes, counts)):
+            table.add_row(escape(name), _cell(self.ap11[0, k]), _cell(self.ap_area[0, k]), *map(str, numbers))
+        table.add_section()
+        totals = (self.positives.sum(), self.difficult.sum(), self.detections.sum())
+        table.add_row("mean", _cell(self.map11[0]), _cell(self.map_area[0]), *map(str, totals), style="bold")
+        without = int((self.positives == 0).sum())
+        if without:
+            table.caption = f"{without} of {len(self.classes)} classes have no object that counts, and no AP"
+        return table
+
+
+def _cell(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.4f}"
+
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def evaluate_voc(
-    detections: Detections,
-    truth: GroundTruth,
-    iou: float | Sequence[float] = 0.5,
-) -> VocResult:
-    """AP of every class of the ground truth.
+def evaluate_voc(detections: Detections, truth: GroundTruth, iou: float | Sequence[float] = 0.5) -> VocResult:
+    """Return AP of every class of the ground truth.
 
     Args:
         detections: on images of ``truth`` and of classes of ``truth``, in any order of classes.
@@ -260,26 +271,3 @@ def _average_precision(curve: Curve, positives: int) -> tuple[float, float]:
     eleven = best[np.searchsorted(curve.recall, ELEVEN_POINTS, side="left")].sum() / 11
     steps = np.diff(curve.recall, prepend=0.0)
     return float(eleven), float(steps @ best[:-1])
-
-
-def voc_table(result: VocResult, threshold: float | None = None) -> Table:
-    """AP of each class and the means, at one of the result's overlap thresholds (None: the first)."""
-    t = 0 if threshold is None else result.thresholds.index(threshold)
-    table = Table(title=f"VOC AP at IoU {result.thresholds[t]:g}")
-    table.add_column("class")
-    for column in ("AP 11-point", "AP area", "objects", "difficult", "detections"):
-        table.add_column(column, justify="right")
-    counts = zip(result.positives.tolist(), result.difficult.tolist(), result.detections.tolist())
-    for k, (name, numbers) in enumerate(zip(result.classes, counts)):
-        table.add_row(escape(name), _cell(result.ap11[t, k]), _cell(result.ap_area[t, k]), *map(str, numbers))
-    table.add_section()
-    totals = (result.positives.sum(), result.difficult.sum(), result.detections.sum())
-    table.add_row("mean", _cell(result.map11[t]), _cell(result.map_area[t]), *map(str, totals), style="bold")
-    without = int((result.positives == 0).sum())
-    if without:
-        table.caption = f"{without} of {len(result.classes)} classes have no object that counts, and no AP"
-    return table
-
-
-def _cell(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:.4f}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from nst_det.detection.predict import find_sources, read_sources
+from nst_det.detection.predict import find_sources, is_video, read_sources
 from nst_det.errors import UserError
 from nst_det.losses import nst_loss
 from nst_det.losses.mmd import KERNELS
@@ -110,7 +110,7 @@ def read_squares(paths: Sequence[str], size: int) -> tuple[list[str], Tensor]:
         I names, and (I, 3, size, size) uint8, RGB.
     """
     sources = find_sources(paths)
-    if len(sources) > MOST_IMAGES or any(source.is_video for source in sources):
+    if len(sources) > MOST_IMAGES or any(map(is_video, sources)):
         raise UserError(f"--image: {len(sources)} files; name at most {MOST_IMAGES}, and no video")
     names, squares = [], []
     for name, _, pixels in read_sources(sources):

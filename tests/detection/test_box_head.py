@@ -135,11 +135,11 @@ def test_in_evaluation_nothing_is_kept_and_the_teacher_is_not_asked(talkative, t
     with torch.no_grad():
         model.eval()(batch)
     assert called == []
-    assert model._tap._said is None
+    assert model._tap._outputs is None
     model.train()
     step(model, batch)
     assert called == [True]
-    assert model._tap._said is None
+    assert model._tap._outputs is None
     assert model._tap._boxes == []
 
 

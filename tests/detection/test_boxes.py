@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nst_det.detection.torchvision.box_coder import (
     Anchors,
-    Boxes,
+    Box2BoxTransform,
     cell_anchors,
     clip,
     larger_than,
@@ -15,7 +15,7 @@ from nst_det.detection.torchvision.box_coder import (
     sample,
     smooth_l1_sum,
 )
-from nst_det.detection.torchvision.roi_heads import Pooler, to_image
+from nst_det.detection.torchvision.roi_heads import Instances, Pooler, postprocess
 
 
 def test_cell_anchors_are_not_rounded():
@@ -47,7 +47,7 @@ def test_levels_need_equally_many_anchors():
 
 
 def test_box_coding_by_hand():
-    coder = Boxes((10.0, 10.0, 5.0, 5.0))
+    coder = Box2BoxTransform((10.0, 10.0, 5.0, 5.0))
     box, target = torch.tensor([[10.0, 20.0, 30.0, 60.0]]), torch.tensor([[15.0, 20.0, 25.0, 100.0]])
     deltas = coder.encode_single(target, box)
     # center stays at x = 20, moves from y = 40 to 60: half the height; width halves, height doubles
@@ -56,13 +56,13 @@ def test_box_coding_by_hand():
 
 
 def test_decoding_limits_growth():
-    coder = Boxes((1.0, 1.0, 1.0, 1.0))
+    coder = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
     (x0, _, x1, _) = coder.decode_rows(torch.tensor([[0.0, 0, 100, 0]]), torch.tensor([[0.0, 0, 16, 16]]))[0].tolist()
     assert x1 - x0 == pytest.approx(1000)
 
 
 def test_decode_rows_takes_a_batch_and_several_classes():
-    coder = Boxes((1.0, 1.0, 1.0, 1.0))
+    coder = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
     boxes = torch.tensor([[[0.0, 0, 4, 4], [0, 0, 8, 8]]])
     deltas = torch.tensor([[[0.0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0]]])
     decoded = coder.decode_rows(deltas, boxes)
@@ -138,8 +138,8 @@ def test_pooling_reads_what_a_linear_map_says():
     assert pooled[0, 0, 0].tolist() == pytest.approx([3.5, 7.5])
 
 
-def test_to_image_scales_clips_and_drops_empty_boxes():
-    found = (torch.tensor([[0.0, 0, 10, 5], [10, 0, 12, 5]]), torch.tensor([0.9, 0.8]), torch.tensor([1, 0]))
-    boxes, scores, labels = to_image(found, seen=(5, 10), size=(10, 30))
+def test_postprocess_scales_clips_and_drops_empty_boxes():
+    found = Instances(torch.tensor([[0.0, 0, 10, 5], [10, 0, 12, 5]]), torch.tensor([0.9, 0.8]), torch.tensor([1, 0]))
+    boxes, scores, labels = postprocess(found, seen=(5, 10), size=(10, 30))
     assert boxes.tolist() == [[0, 0, 30, 10]]
     assert (scores.tolist(), labels.tolist()) == (pytest.approx([0.9]), [1])

@@ -1,3 +1,4 @@
+import itertools
 import signal
 import subprocess
 import sys
@@ -69,6 +70,16 @@ def test_batches_are_a_function_of_seed_and_step():
     assert steps(0, 5, 3) == steps(0, 0, 8)[5:]
     assert steps(0, 0, 3) != steps(1, 0, 3)
     assert [place.step for place in steps(0, 5, 1)[0]] == [5, 5, 5]
+
+
+def test_a_late_start_and_the_shares_of_processes_are_those_of_the_whole():
+    def take(count, **how):
+        wide = [True, False, True, True, False, False, True, False, True, False]
+        return list(itertools.islice(StepBatchSampler(10, 4, seed=3, wide=wide, **how), count))
+
+    assert take(9, start=11) == take(20)[11:]
+    parts = [take(6, share=slice(2 * rank, 2 * rank + 2)) for rank in range(2)]
+    assert [one + two for one, two in zip(*parts)] == take(6)
 
 
 def test_wide_and_tall_images_are_not_mixed():

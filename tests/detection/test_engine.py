@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nst_det.detection.torchvision import build_detector
-from nst_det.detection.torchvision.box_coder import Boxes
+from nst_det.detection.torchvision.box_coder import Box2BoxTransform
 from nst_det.detection.torchvision.roi_heads import BoxHead, BoxPredictor, Pooler, RoiHeads, RoiSettings
 from nst_det.errors import UserError
 
@@ -200,7 +200,7 @@ def roi_heads(**changes):
         "detections": 10,
     }  # fmt: skip
     head = BoxHead(1, 2, [], [3])
-    coder = Boxes((10.0, 10.0, 5.0, 5.0))
+    coder = Box2BoxTransform((10.0, 10.0, 5.0, 5.0))
     return RoiHeads(Pooler([4], 2, 1), head, BoxPredictor(3, 2), coder, RoiSettings(**{**settings, **changes}))
 
 

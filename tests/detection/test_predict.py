@@ -12,12 +12,12 @@ from nst_det.cli import main
 from nst_det.data.voc import VocDataset
 from nst_det.detection.checkpoint import save_weights
 from nst_det.detection.data import evaluation_batches
-from nst_det.detection.pipeline import detect, write_detections
+from nst_det.detection.pipeline import detect
 from nst_det.detection.predict import find_sources, load_run, predict, read_sources
 from nst_det.detection.predictions import Prediction, draw, voc_annotation
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
-from nst_det.evaluation.io import read_detections
+from nst_det.evaluation.io import read_detections, write_detections
 
 THRESHOLD = 0.15
 
@@ -181,13 +181,6 @@ def test_drawing_marks_the_box_and_nothing_else():
         assert (drawn[row, column] != 7).any()
     for row, column in ((70, 70), (70, 39), (70, 100), (90, 60), (110, 60)):
         assert (drawn[row, column] == 7).all()
-
-
-def test_config_json_stands_in_for_the_yaml(trained):
-    run, _ = trained
-    whole = load_run(run)[1]
-    (run / "config.yaml").unlink()
-    assert load_run(run)[1] == whole
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,25 @@
+"""Names of weights; that they are Detectron2's is checked against Detectron2 in test_detectron2_export."""
+
+import re
+
 import pytest
 import torch
+from torchvision.models import resnet18, resnet50, resnext50_32x4d
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from nst_det.cli import main
-from nst_det.detectron2.convert import convert, detect_form
+from nst_det.detectron2.convert import (
+    RESNET,
+    convert,
+    detect_form,
+    renamed,
+    resnet_from_detectron2,
+    resnet_shape,
+    resnet_to_detectron2,
+)
 from nst_det.errors import UserError
+from nst_det.models import create_model
 
 
 def torchvision_detector():
@@ -47,6 +61,13 @@ def test_a_resnet_takes_detectron2s_names_and_back():
     assert all(torch.equal(again[name], ours[name]) for name in ours)
 
 
+def test_names_of_torchvision_before_0_13_are_read():
+    new = torchvision_detector().state_dict()
+    old = {re.sub(r"(_blocks\.\d|head\.conv)(\.0)+\.(weight|bias)$", r"\1.\3", name): new[name] for name in new}
+    assert old.keys() != new.keys()
+    assert convert(old, "timm").keys() == convert(new, "timm").keys()
+
+
 def test_what_has_no_place_is_refused():
     state = torchvision_detector().state_dict()
     with pytest.raises(UserError, match="mask_head"):
@@ -61,18 +82,60 @@ def test_what_has_no_place_is_refused():
 def test_the_command_writes_and_says_what(tmp_path, capsys):
     torch.save(torchvision_detector().state_dict(), tmp_path / "in.pth")
     with pytest.raises(SystemExit) as left:
-        main(
-            [
-                "convert",
-                "--weights",
-                str(tmp_path / "in.pth"),
-                "--to",
-                "detectron2",
-                "--output",
-                str(tmp_path / "out.pth"),
-            ]
-        )
+        main(f"convert --weights {tmp_path}/in.pth --to detectron2 --output {tmp_path}/out.pth".split())
     assert left.value.code == 0
     assert "from torchvision to detectron2" in capsys.readouterr().out
     written = torch.load(tmp_path / "out.pth")["model"]
     assert "backbone.bottom_up.stem.conv1.weight" in written
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("conv1.weight", "stem.conv1.weight"),
+        ("bn1.running_mean", "stem.conv1.norm.running_mean"),
+        ("layer1.0.conv2.weight", "res2.0.conv2.weight"),
+        ("layer4.2.bn3.bias", "res5.2.conv3.norm.bias"),
+        ("layer2.0.downsample.0.weight", "res3.0.shortcut.weight"),
+        ("layer2.0.downsample.1.weight", "res3.0.shortcut.norm.weight"),
+    ],
+)
+def test_a_name_goes_to_detectron2s_and_back(name, target):
+    assert renamed(name, RESNET) == target
+    assert renamed(target, RESNET, back=True) == name
+
+
+def test_other_networks_are_refused_by_name():
+    with pytest.raises(UserError, match="blocks\\.0\\.conv"):
+        resnet_to_detectron2({"blocks.0.conv.weight": torch.zeros(1)})
+    with pytest.raises(UserError, match="not a plain ResNet"):
+        resnet_shape(create_model("mobilenetv3_small_050", 3).state_dict())
+    with pytest.raises(UserError, match="can't be built"):
+        resnet_shape(create_model("nst_resnet10_w32", 3).state_dict())
+
+
+def test_a_deep_stem_is_refused():
+    with pytest.raises(UserError, match="build_timm_fpn_backbone"):
+        resnet_shape(create_model("resnet50d", 3).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [(resnet18, (18, 1, 64, 64)), (resnet50, (50, 1, 64, 256)), (resnext50_32x4d, (50, 32, 4, 256))],
+)
+def test_the_shape_is_read_off_the_weights(build, expected):
+    shape = resnet_shape(build(num_classes=2).state_dict())
+    assert (shape.depth, shape.groups, shape.width_per_group, shape.res2_channels) == expected
+
+
+def test_there_and_back_is_the_same_network():
+    state = {key: value for key, value in resnet18(num_classes=2).state_dict().items() if not key.startswith("fc.")}
+    again = resnet_from_detectron2(resnet_to_detectron2(state))
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+
+
+def test_another_epsilon_goes_into_the_variance():
+    state = {"bn1.running_var": torch.tensor([0.5, 2.0])}
+    moved = resnet_to_detectron2(state, eps=1e-3)["stem.conv1.norm.running_var"]
+    torch.testing.assert_close(moved + 1e-5, state["bn1.running_var"] + 1e-3)

@@ -17,35 +17,11 @@ pytestmark = pytest.mark.detectron2
 
 from detectron2.structures import Instances  # noqa: E402
 
-from nst_det.detection.data import SampleIndex, StepBatchSampler  # noqa: E402
+from nst_det.detection.data import SampleIndex  # noqa: E402
 from nst_det.detectron2.config import load_config, register_datasets  # noqa: E402
-from nst_det.detectron2.data import SeededImages, SharedBatches, build_train_loader  # noqa: E402
+from nst_det.detectron2.data import SeededImages, build_train_loader  # noqa: E402
 from nst_det.detectron2.trainer import DistillTrainer  # noqa: E402
 from nst_det.errors import UserError  # noqa: E402
-
-
-def take(batches, count, start=0):
-    batches.start = start
-    return list(itertools.islice(iter(batches), count))
-
-
-@pytest.mark.parametrize("wide", [None, [True, False, True, True, False, False, True, False, True, False]])
-def test_a_late_start_goes_on_with_the_same_batches(wide):
-    whole = take(SharedBatches(10, 2, seed=3, wide=wide), 20)
-    assert take(SharedBatches(10, 2, seed=3, wide=wide), 9, start=11) == whole[11:]
-    assert take(SharedBatches(10, 2, seed=4, wide=wide), 20) != whole
-
-
-def test_processes_share_out_one_batch():
-    whole = take(SharedBatches(10, 4, seed=0), 6)
-    parts = [take(SharedBatches(10, 4, seed=0, rank=rank, world=2), 6) for rank in range(2)]
-    assert [one + two for one, two in zip(*parts)] == whole
-    assert whole == take(StepBatchSampler(10, 4, seed=0), 6)
-
-
-def test_a_batch_that_cannot_be_shared_out_is_refused():
-    with pytest.raises(UserError, match="IMS_PER_BATCH"):
-        SharedBatches(10, 3, seed=0, world=2)
 
 
 def test_augmentation_depends_on_seed_step_and_place_alone():

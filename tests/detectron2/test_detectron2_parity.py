@@ -26,9 +26,10 @@ from nst_det.detection.pipeline import (  # noqa: E402
     train_detector,
 )
 from nst_det.detection.torchvision import build_detector  # noqa: E402
-from nst_det.detectron2 import DistillTrainer, parity  # noqa: E402
+from nst_det.detection.torchvision.roi_heads import Instances  # noqa: E402
+from nst_det.detectron2 import DistillTrainer  # noqa: E402
 from nst_det.detectron2.config import load_config, register_datasets  # noqa: E402
-from nst_det.detectron2.parity import Parity, compare, load_engines  # noqa: E402
+from nst_det.detectron2.parity import Parity, compare, load_engines, match  # noqa: E402
 from nst_det.engine.io import read_json  # noqa: E402
 
 QUICK = str(Path(__file__).resolve().parents[2] / "configs" / "detect" / "quick" / "bccd_base.yaml")
@@ -95,26 +96,21 @@ def test_one_training_step_has_the_same_losses_and_gradients(tiny_yaml, opts):
 
 
 def test_what_parity_counts():
-    boxes, scores, labels = (
-        torch.tensor([[0.0, 0, 10, 10], [5, 5, 20, 20]]),
-        torch.tensor([0.9, 0.5]),
-        torch.tensor([0, 1]),
-    )
-    same = Parity()
-    parity._match(same, (boxes, scores, labels), (boxes.flip(0), scores.flip(0), labels.flip(0)), 0.1)
+    def count(theirs, ours):
+        found = Parity()
+        match(found, Instances(*theirs), Instances(*ours), threshold=0.1)
+        return found
+
+    boxes, scores, labels = torch.tensor([[0.0, 0, 10, 10], [5, 5, 20, 20]]), torch.tensor([0.9, 0.5]), torch.arange(2)
+    same = count((boxes, scores, labels), (boxes.flip(0), scores.flip(0), labels.flip(0)))
     assert (same.unmatched, same.box, same.score, same.detections) == (0, 0.0, 0.0, 2)
     assert same.passed
-    moved = Parity()
-    parity._match(moved, (boxes, scores, labels), (boxes + 0.04, scores + 0.002, labels), 0.1)
+    moved = count((boxes, scores, labels), (boxes + 0.04, scores + 0.002, labels))
     assert moved.box == pytest.approx(0.04, abs=1e-5)
     assert not moved.passed
-    other = Parity()
-    parity._match(other, (boxes, scores, labels), (boxes, scores, 1 - labels), 0.1)
-    assert other.unmatched == 4
+    assert count((boxes, scores, labels), (boxes, scores, 1 - labels)).unmatched == 4
     # one at the threshold may be on one engine alone
-    edge = Parity()
-    parity._match(edge, (boxes[:1], torch.tensor([0.1004]), labels[:1]), (boxes[:0], scores[:0], labels[:0]), 0.1)
-    assert edge.passed
+    assert count((boxes[:1], torch.tensor([0.1004]), labels[:1]), (boxes[:0], scores[:0], labels[:0])).passed
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +155,8 @@ def test_the_same_map_on_real_images(trained, tmp_path):
     engines = load_engines(QUICK, weights, opts)
     theirs = DistillTrainer.test(cfg, engines.detectron2)
     data = MetadataCatalog.get("bccd_test").voc
-    ours = score(detect(engines.torchvision, evaluation_batches(load_detect_config(QUICK, opts), data), data), data)
+    alone = load_detect_config(QUICK, [*opts, "DATALOADER.NUM_WORKERS", "0"])
+    ours = score(detect(engines.torchvision, evaluation_batches(alone, data), data), data)
     assert ours["map"] > 0.05
     assert theirs["voc"]["AP50"] == pytest.approx(100 * ours["map"], abs=1e-2)
     assert read_json(tmp_path / "inference" / "result.json")["coco"]["AP"] == pytest.approx(

@@ -44,12 +44,6 @@ class Fpn(nn.Module):
 
     Images must be padded to a multiple of ``size_divisibility``, so that every map is exactly twice the next.
 
-    Args:
-        bottom_up: gives the levels.
-        in_features: consecutive levels of it, the largest map first.
-        channels: of every output.
-        average: halve the sum of a lateral map and the one from above.
-
     Example:
         >>> fpn = Fpn(Bottomup("nst_resnet10_w32"), ["res2", "res3", "res4", "res5"], channels=16)
         >>> list(fpn.output_shape())
@@ -98,14 +92,7 @@ class Fpn(nn.Module):
 
 
 def build_backbone(config: CfgNode, seed: int) -> BackboneOnly | Fpn:
-    """The backbone of MODEL.BACKBONE and MODEL.TIMM, nothing frozen yet.
-
-    Args:
-        seed: of random weights; those of the pyramid are drawn apart from the bottom-up's.
-
-    Raises:
-        UserError: timm doesn't know the architecture, or it lacks a level.
-    """
+    """The backbone of MODEL.BACKBONE and MODEL.TIMM, nothing frozen yet."""
     timm, fpn = config.MODEL.TIMM, config.MODEL.FPN
     with_fpn = config.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone"
     try:

@@ -14,17 +14,11 @@ from torchvision.ops import box_iou
 # of the matcher: an anchor or proposal that is trained on neither as object nor as background
 IGNORED = -1
 # what the random choices for each image of a batch are drawn from
-Draws = Sequence[torch.Generator | None]
+Generators = Sequence[torch.Generator | None]
 
 
 class Anchors(nn.Module):
     """Anchors of every cell of every level.
-
-    Args:
-        sizes: square roots of the anchors' areas in pixels, a list a level, or one list for all.
-        aspect_ratios: height / width, as ``sizes``.
-        strides: pixels between two cells, one a level.
-        offset: where the first cell's anchors are centered, in strides.
 
     Example:
         >>> anchors = Anchors([[32]], [[1.0]], [16])
@@ -77,8 +71,8 @@ def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tens
     return torch.tensor(rows, dtype=torch.float32)
 
 
-class Boxes(BoxCoder):
-    """torchvision's box coder for boxes and deltas without the image in between."""
+class Box2BoxTransform(BoxCoder):
+    """Detectron2's coding of boxes as deltas, by torchvision's coder."""
 
     def decode_rows(self, deltas: Tensor, boxes: Tensor) -> Tensor:
         """(N, ..., K * 4) deltas applied to (N, ..., 4) boxes in pixels, of the same leading shape."""

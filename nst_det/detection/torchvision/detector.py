@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from nst_det.detection.torchvision.backbone import BackboneOnly, Fpn, build_backbone
-from nst_det.detection.torchvision.roi_heads import RoiHeads, build_roi_heads, to_image
+from nst_det.detection.torchvision.roi_heads import RoiHeads, build_roi_heads, postprocess
 from nst_det.detection.torchvision.rpn import Rpn, build_rpn
 from nst_det.engine.device import autocast
 from nst_det.engine.distributed import largest_of_processes
@@ -22,14 +22,6 @@ from nst_det.models import NORM_POLICIES
 
 class Detector(nn.Module):
     """Detectron2's GeneralizedRCNN, made of torchvision's operators.
-
-    Args:
-        backbone: pixels to maps by level.
-        proposal_generator: maps to proposals.
-        roi_heads: proposals to detections.
-        pixel_mean: per channel, 0..255, in ``input_format``.
-        pixel_std: as ``pixel_mean``.
-        input_format: ``RGB`` or ``BGR``: the channel order of the images.
 
     Attributes:
         pixel_mean: (3, 1, 1), 0..255; not saved with the weights.
@@ -81,36 +73,32 @@ class Detector(nn.Module):
             ``boxes`` (N, 4) xyxy in pixels of the original image, ``scores`` (N,), ``labels`` (N,), best first.
         """
         images, sizes = self.preprocess([item["image"] for item in batch])
-        draws = self._draws(batch, images.device)
+        generators = self._generators(batch, images.device)
         with autocast(images.device, self.amp if self.training else None):
             maps = self.backbone(images)
         maps = {name: map_.float() for name, map_ in maps.items()}
         if self.training:
             boxes = [item["boxes"].to(images.device, torch.float32) for item in batch]
             labels = [item["labels"].to(images.device) for item in batch]
-            proposals, losses = self.proposal_generator(maps, sizes, boxes, draws)
-            _, own = self.roi_heads(maps, proposals, sizes, list(zip(boxes, labels)), draws)
+            proposals, losses = self.proposal_generator(maps, sizes, boxes, generators)
+            _, own = self.roi_heads(maps, proposals, sizes, list(zip(boxes, labels)), generators)
             return {**own, **losses}
         proposals, _ = self.proposal_generator(maps, sizes)
         found, _ = self.roi_heads(maps, proposals, sizes)
         results = []
         for item, seen, image_found in zip(batch, sizes, found):
             size = (item.get("height", seen[0]), item.get("width", seen[1]))
-            results.append(dict(zip(("boxes", "scores", "labels"), to_image(image_found, seen, size))))
+            results.append(postprocess(image_found, seen, size)._asdict())
         return results
 
     @staticmethod
-    def _draws(batch: Sequence[dict[str, Any]], device: torch.device) -> list[torch.Generator]:
+    def _generators(batch: Sequence[dict[str, Any]], device: torch.device) -> list[torch.Generator]:
         if not all("seed" in item for item in batch):
             return []
         return [torch.Generator(device).manual_seed(int(item["seed"])) for item in batch]
 
     def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Normalize images and pad them with zeros, right and below, to one size: in training that of all processes.
-
-        Returns:
-            (B, 3, H, W), and (height, width) of each image without padding.
-        """
+        """Normalize images and pad them with zeros, right and below, to one size: in training that of all processes."""
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         multiple = max(self.backbone.size_divisibility, 1)
         largest = [max(side) for side in zip(*sizes)]
@@ -127,11 +115,7 @@ class Detector(nn.Module):
         return torch.stack(padded), sizes
 
     def freeze(self, at: int, norm: str, allow_random: bool = False) -> None:
-        """Freeze what MODEL.BACKBONE.FREEZE_AT and MODEL.TIMM.NORM say.
-
-        Raises:
-            UserError: layers would be frozen that have random weights.
-        """
+        """Freeze what MODEL.BACKBONE.FREEZE_AT and MODEL.TIMM.NORM say."""
         bottom_up = self.backbone.bottom_up
         try:
             bottom_up.set_norm(NORM_POLICIES[norm], allow_random)
@@ -149,9 +133,6 @@ def build_detector(config: CfgNode, seed: int = 0) -> Detector:
 
     The parts are drawn under seeds of their own, so that detectors of one seed begin with the same heads, whatever
     their backbones are.
-
-    Raises:
-        UserError: the config asks for what can't be built.
     """
     if config.MODEL.ROI_HEADS.NUM_CLASSES < 1:
         raise UserError("MODEL.ROI_HEADS.NUM_CLASSES is 0: the number of classes isn't known without the data")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,17 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, roi_align
 
 from nst_det.detection.torchvision.backbone import Shape
-from nst_det.detection.torchvision.box_coder import Boxes, Draws, clip, larger_than, match, sample
+from nst_det.detection.torchvision.box_coder import Box2BoxTransform, Generators, clip, larger_than, match, sample
 from nst_det.engine.distributed import mean_of_processes, world_size
 from nst_det.errors import UserError
 
-# boxes (N, 4) xyxy in pixels of the network's input, scores (N,), labels (N,) from 0
-Found = tuple[Tensor, Tensor, Tensor]
+
+class Instances(NamedTuple):
+    """Detections on an image: boxes (N, 4) xyxy in its pixels, scores (N,), labels (N,) from 0; the best first."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
 
 
 class Pooler(nn.Module):
@@ -50,13 +56,13 @@ class Pooler(nn.Module):
         self.lowest, self.highest = (stride.bit_length() - 1 for stride in (self.strides[0], self.strides[-1]))
 
     def levels(self, boxes: Tensor) -> Tensor:
-        """(N,) index into ``strides`` for (N, 4) boxes."""
+        """Return (N,) index into ``strides`` for (N, 4) boxes."""
         side = torch.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
         level = torch.floor(self.canonical_level + torch.log2(side / self.canonical_size + 1e-8))
         return level.clamp(self.lowest, self.highest).long() - self.lowest
 
     def forward(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """Maps (B, C, H, W) a level and (N, 4) boxes an image to (sum of N, C, resolution, resolution)."""
+        """Pool maps (B, C, H, W) a level and (N, 4) boxes an image to (sum of N, C, resolution, resolution)."""
         rois = torch.cat([F.pad(found, (1, 0), value=float(image)) for image, found in enumerate(boxes)])
         if len(self.strides) == 1:
             return self._pool(maps[0], rois, self.strides[0])
@@ -75,14 +81,7 @@ class Pooler(nn.Module):
 class BoxHead(nn.Sequential):
     """Convolutions (``conv1`` ..), then fully connected layers (``fc1`` ..), each followed by ReLU.
 
-    Args:
-        channels: of the pooled map.
-        resolution: its side.
-        convs: channels of the convolutions.
-        fcs: widths of the fully connected layers.
-
-    Attributes:
-        width: of what comes out, flattened.
+    ``width`` is that of what comes out, flattened.
     """
 
     def __init__(self, channels: int, resolution: int, convs: Sequence[int], fcs: Sequence[int]) -> None:
@@ -104,13 +103,7 @@ class BoxHead(nn.Sequential):
 
 
 class BoxPredictor(nn.Module):
-    """Logits of the classes and of the background, which is last, and box deltas of each class.
-
-    Args:
-        width: of the input.
-        classes: without background.
-        agnostic: one box for all classes.
-    """
+    """Logits of the classes and of the background, which is last, and box deltas of each class."""
 
     def __init__(self, width: int, classes: int, agnostic: bool = False) -> None:
         super().__init__()
@@ -147,7 +140,7 @@ class RoiHeads(nn.Module):
     """Detections, or in training the losses ``loss_cls`` and ``loss_box_reg``."""
 
     def __init__(
-        self, pooler: Pooler, head: BoxHead, predictor: BoxPredictor, coder: Boxes, settings: RoiSettings
+        self, pooler: Pooler, head: BoxHead, predictor: BoxPredictor, coder: Box2BoxTransform, settings: RoiSettings
     ) -> None:
         super().__init__()
         self.box_pooler, self.box_head, self.box_predictor = pooler, head, predictor
@@ -159,8 +152,8 @@ class RoiHeads(nn.Module):
         proposals: list[Tensor],
         sizes: Sequence[tuple[int, int]],
         truth: Sequence[tuple[Tensor, Tensor]] | None = None,
-        draws: Draws = (),
-    ) -> tuple[list[Found], dict[str, Tensor]]:
+        generators: Generators = (),
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
         """Classify and refine proposals.
 
         Args:
@@ -168,7 +161,7 @@ class RoiHeads(nn.Module):
             proposals: (N, 4) of each image.
             sizes: (height, width) of each image without padding.
             truth: (M, 4) boxes and (M,) labels of each image's objects; given in training.
-            draws: what chooses the proposals of each image; where it is empty, torch's own generator does.
+            generators: what chooses the proposals of each image; where it is empty, torch's own generator does.
 
         Returns:
             The detections of each image (none in training), and the losses (none in inference).
@@ -177,8 +170,8 @@ class RoiHeads(nn.Module):
         if truth is None:
             logits, deltas = self._predict(levels, proposals)
             return self._detect(logits, deltas, proposals, sizes), {}
-        sources = draws or (None,) * len(proposals)
-        chosen = [self._sample(found, *objects, draw) for found, objects, draw in zip(proposals, truth, sources)]
+        given = zip(proposals, truth, generators or itertools.repeat(None))
+        chosen = [self._sample(found, *objects, generator) for found, objects, generator in given]
         logits, deltas = self._predict(levels, [rois for rois, _, _ in chosen])
         boxes, targets, labels = (torch.cat(parts) for parts in zip(*chosen))
         return [], self._losses(logits, deltas, boxes, targets, labels)
@@ -203,7 +196,7 @@ class RoiHeads(nn.Module):
 
     @torch.no_grad()
     def _sample(
-        self, proposals: Tensor, boxes: Tensor, labels: Tensor, draw: torch.Generator | None = None
+        self, proposals: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(R, 4) proposals to train on, (R, 4) their objects' boxes, (R,) labels."""
         settings = self.settings
@@ -213,7 +206,7 @@ class RoiHeads(nn.Module):
         label = torch.full_like(index, settings.classes)
         if len(boxes):
             label = torch.where(kind == 1, labels[index], label)
-        positive, negative = sample(label, settings.classes, settings.batch_size, settings.positive_fraction, draw)
+        positive, negative = sample(label, settings.classes, settings.batch_size, settings.positive_fraction, generator)
         chosen = torch.cat((positive, negative))
         # background has no object; its own box stands in and is never read
         targets = boxes[index[chosen]] if len(boxes) else proposals[chosen]
@@ -238,13 +231,13 @@ class RoiHeads(nn.Module):
 
     def _detect(
         self, logits: Tensor, deltas: Tensor, proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[Found]:
+    ) -> list[Instances]:
         counts = [len(found) for found in proposals]
         boxes = self.coder.decode_rows(deltas, torch.cat(list(proposals)))
         scores = F.softmax(logits, dim=1)
         return [self._detect_image(*parts) for parts in zip(boxes.split(counts), scores.split(counts), sizes)]
 
-    def _detect_image(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Found:
+    def _detect_image(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Instances:
         settings = self.settings
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
         boxes, scores = boxes[finite], scores[finite, :-1]
@@ -255,30 +248,19 @@ class RoiHeads(nn.Module):
         best = batched_nms(chosen, confidence, labels, settings.nms_threshold)
         if settings.detections >= 0:
             best = best[: settings.detections]
-        return chosen[best], confidence[best], labels[best]
+        return Instances(chosen[best], confidence[best], labels[best])
 
 
-def to_image(found: Found, seen: tuple[int, int], size: tuple[int, int]) -> Found:
-    """Detections in pixels of the original image.
-
-    Args:
-        found: in pixels of the network's input.
-        seen: (height, width) of that input without padding.
-        size: (height, width) of the original image.
-    """
-    boxes, scores, labels = found
+def postprocess(found: Instances, seen: tuple[int, int], size: tuple[int, int]) -> Instances:
+    """Return detections, which the network saw at (height, width) ``seen``, in pixels of an image of ``size``."""
     scale_y, scale_x = size[0] / seen[0], size[1] / seen[1]
-    boxes = clip(boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y]), size)
+    boxes = clip(found.boxes * found.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y]), size)
     kept = larger_than(boxes, 0)
-    return boxes[kept], scores[kept], labels[kept]
+    return Instances(boxes[kept], found.scores[kept], found.labels[kept])
 
 
 def build_roi_heads(config: CfgNode, shapes: dict[str, Shape]) -> RoiHeads:
-    """The RoI heads of MODEL.ROI_HEADS and MODEL.ROI_BOX_HEAD on levels of the given shapes.
-
-    Raises:
-        UserError: the levels can't be read by one head.
-    """
+    """Return the RoI heads of MODEL.ROI_HEADS and MODEL.ROI_BOX_HEAD on levels of the given shapes."""
     roi, box = config.MODEL.ROI_HEADS, config.MODEL.ROI_BOX_HEAD
     levels = [shapes[name] for name in roi.IN_FEATURES]
     strides = [level.stride for level in levels]
@@ -311,4 +293,4 @@ def build_roi_heads(config: CfgNode, shapes: dict[str, Shape]) -> RoiHeads:
         detections=config.TEST.DETECTIONS_PER_IMAGE,
     )
     predictor = BoxPredictor(head.width, roi.NUM_CLASSES, box.CLS_AGNOSTIC_BBOX_REG)
-    return RoiHeads(pooler, head, predictor, Boxes(tuple(box.BBOX_REG_WEIGHTS)), settings)
+    return RoiHeads(pooler, head, predictor, Box2BoxTransform(tuple(box.BBOX_REG_WEIGHTS)), settings)

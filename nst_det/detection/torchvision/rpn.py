@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,19 +14,22 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from nst_det.detection.torchvision.backbone import Shape
-from nst_det.detection.torchvision.box_coder import IGNORED, Anchors, Boxes, Draws, clip, larger_than, match, sample
+from nst_det.detection.torchvision.box_coder import (
+    IGNORED,
+    Anchors,
+    Box2BoxTransform,
+    Generators,
+    clip,
+    larger_than,
+    match,
+    sample,
+)
 from nst_det.engine.nan_guard import raise_together
 from nst_det.errors import UserError
 
 
 class RpnHead(nn.Module):
-    """A hidden convolution, or several, then objectness and box deltas of each anchor; shared by all levels.
-
-    Args:
-        channels: of the maps.
-        anchors: per cell.
-        hidden: channels of the hidden convolutions; -1 keeps the number.
-    """
+    """A hidden convolution, or several, then objectness and box deltas of each anchor; shared by all levels."""
 
     def __init__(self, channels: int, anchors: int, hidden: Sequence[int]) -> None:
         super().__init__()
@@ -34,11 +38,8 @@ class RpnHead(nn.Module):
             sizes.append(sizes[-1] if size == -1 else size)
         convs = [nn.Conv2d(before, after, 3, padding=1) for before, after in itertools.pairwise(sizes)]
         # one alone has no number in its name
-        named = {f"conv{index}": conv for index, conv in enumerate(convs)}
-        self.conv = convs[0] if len(convs) == 1 else nn.Sequential()
-        if isinstance(self.conv, nn.Sequential):
-            for name, conv in named.items():
-                self.conv.add_module(name, conv)
+        numbered: OrderedDict[str, nn.Module] = OrderedDict((f"conv{index}", conv) for index, conv in enumerate(convs))
+        self.conv = convs[0] if len(convs) == 1 else nn.Sequential(numbered)
         self.objectness_logits = nn.Conv2d(sizes[-1], anchors, 1)
         self.anchor_deltas = nn.Conv2d(sizes[-1], anchors * 4, 1)
         for layer in self.modules():
@@ -47,7 +48,7 @@ class RpnHead(nn.Module):
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Maps (B, C, H, W) to logits (B, H * W * A) and deltas (B, H * W * A, 4), level by level."""
+        """Return logits (B, H * W * A) and deltas (B, H * W * A, 4) of maps (B, C, H, W), level by level."""
         logits, deltas = [], []
         for map_ in maps:
             hidden = map_
@@ -78,15 +79,9 @@ class RpnSettings:
 
 
 class Rpn(nn.Module):
-    """Proposals, and in training the losses ``loss_rpn_cls`` and ``loss_rpn_loc``.
+    """Proposals, and in training the losses ``loss_rpn_cls`` and ``loss_rpn_loc``."""
 
-    Args:
-        head: predicts for each anchor.
-        anchors: of the levels in ``settings.in_features``.
-        coder: turns deltas into boxes.
-    """
-
-    def __init__(self, head: RpnHead, anchors: Anchors, coder: Boxes, settings: RpnSettings) -> None:
+    def __init__(self, head: RpnHead, anchors: Anchors, coder: Box2BoxTransform, settings: RpnSettings) -> None:
         super().__init__()
         self.rpn_head, self.anchors, self.coder, self.settings = head, anchors, coder, settings
 
@@ -95,7 +90,7 @@ class Rpn(nn.Module):
         maps: dict[str, Tensor],
         sizes: Sequence[tuple[int, int]],
         truth: Sequence[Tensor] | None = None,
-        draws: Draws = (),
+        generators: Generators = (),
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Propose boxes.
 
@@ -103,7 +98,7 @@ class Rpn(nn.Module):
             maps: level -> (B, C, H, W), float32.
             sizes: (height, width) of each image without padding.
             truth: (M, 4) boxes of each image's objects; given in training.
-            draws: what chooses the anchors of each image; where it is empty, torch's own generator does.
+            generators: what chooses the anchors of each image; where it is empty, torch's own generator does.
 
         Returns:
             (N, 4) proposals of each image, best first, and the losses.
@@ -114,7 +109,7 @@ class Rpn(nn.Module):
         levels = [maps[name] for name in self.settings.in_features]
         anchors = self.anchors(levels)
         logits, deltas = self.rpn_head(levels)
-        losses = {} if truth is None else self._losses(anchors, logits, deltas, sizes, truth, draws)
+        losses = {} if truth is None else self._losses(anchors, logits, deltas, sizes, truth, generators)
         with torch.no_grad():
             return self._propose(anchors, logits, deltas, sizes), losses
 
@@ -125,18 +120,18 @@ class Rpn(nn.Module):
         deltas: list[Tensor],
         sizes: Sequence[tuple[int, int]],
         truth: Sequence[Tensor],
-        draws: Draws = (),
+        generators: Generators = (),
     ) -> dict[str, Tensor]:
         settings, all_anchors = self.settings, torch.cat(anchors)
         all_logits, all_deltas = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
         scores, labels = [], []
         distance = all_logits.new_zeros(())
-        sources = draws or (None,) * len(sizes)
-        for image, (boxes, size, draw) in enumerate(zip(truth, sizes, sources)):
+        given = zip(truth, sizes, generators or itertools.repeat(None))
+        for image, (boxes, size, generator) in enumerate(given):
             index, label = match(boxes, all_anchors, settings.thresholds, (0, IGNORED, 1), low_quality=True)
             if settings.boundary >= 0:
                 label[~_inside(all_anchors, size, settings.boundary)] = IGNORED
-            positive, negative = sample(label, 0, settings.batch_size, settings.positive_fraction, draw)
+            positive, negative = sample(label, 0, settings.batch_size, settings.positive_fraction, generator)
             scores.append(all_logits[image, torch.cat((positive, negative))])
             labels.append(torch.cat((torch.ones_like(positive), torch.zeros_like(negative))))
             targets = boxes[index[positive]]
@@ -193,11 +188,7 @@ def _inside(boxes: Tensor, size: tuple[int, int], margin: float) -> Tensor:
 
 
 def build_rpn(config: CfgNode, shapes: dict[str, Shape]) -> Rpn:
-    """The proposal network of MODEL.RPN on levels of the given shapes.
-
-    Raises:
-        UserError: the levels, or the anchors on them, can't be read by one head.
-    """
+    """Return the proposal network of MODEL.RPN on levels of the given shapes."""
     rpn, generator = config.MODEL.RPN, config.MODEL.ANCHOR_GENERATOR
     levels = [shapes[name] for name in rpn.IN_FEATURES]
     if len({level.channels for level in levels}) != 1:
@@ -225,4 +216,4 @@ def build_rpn(config: CfgNode, shapes: dict[str, Shape]) -> Rpn:
         loc_weight=rpn.LOSS_WEIGHT * rpn.BBOX_REG_LOSS_WEIGHT,
     )
     head = RpnHead(levels[0].channels, anchors.per_cell, rpn.CONV_DIMS)
-    return Rpn(head, anchors, Boxes(tuple(rpn.BBOX_REG_WEIGHTS)), settings)
+    return Rpn(head, anchors, Box2BoxTransform(tuple(rpn.BBOX_REG_WEIGHTS)), settings)
