@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from nst_det.engine.device import gpu_errors_in_one_line
@@ -56,14 +55,16 @@ def start_processes(on_cpu: bool) -> None:
             "there are GPUs"
         )
     with gpu_errors_in_one_line("take fewer processes"):
-        PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "nccl", timeout=TIMEOUT)
+        if not on_cpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo" if on_cpu else "nccl", timeout=TIMEOUT)
 
 
 def stop_processes() -> None:
     """Part again, at the end of a command that ended well; a process that fails is ended by torchrun, with all."""
     if dist.is_initialized() and started_together() > 1:
         dist.barrier()
-        PartialState().destroy_process_group()
+        dist.destroy_process_group()
         _host_group.cache_clear()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -16,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from fvcore.common.config import CfgNode
 
 from nst_det.engine.config import flat, plain
@@ -119,22 +119,21 @@ class RunFolder:
         Raises:
             UserError: another process writes here, or the folder holds a run with another config.
         """
+        lock = FileLock(self.path / ".lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"{self.path}: another process is writing this run; wait for it or name another folder"
+            ) from error
         except OSError as error:
             raise UserError(f"{self.path}: can't be written ({error.strerror}); name another folder") from error
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"{self.path}: another process is writing this run; wait for it or name another folder"
-                ) from error
             self._claim(config)
             yield self
         finally:
-            os.close(lock)
+            lock.release()
 
     def _claim(self, config: CfgNode | dict[str, Any]) -> None:
         for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
