@@ -20,16 +20,16 @@ def run(args: argparse.Namespace) -> int:
     from nst_det.comparison.pipeline import print_table
     from nst_det.detection.trainer import KIND as DETECT
     from nst_det.engine.device import gpu_errors_in_one_line
-    from nst_det.engine.nan_guard import read_step
+    from nst_det.engine.nan_guard import read_step, replay
     from nst_det.models.io import trusting_pickles
 
     content = read_step(args.file)
     if content["kind"] == DETECT:
-        from nst_det.detection.replay import replay
+        from nst_det.detection.replay import rebuild
     else:
-        from nst_det.distillation.replay import replay
+        from nst_det.distillation.replay import rebuild
     with trusting_pickles(args.trust_pickle), gpu_errors_in_one_line("hide the GPU: CUDA_VISIBLE_DEVICES=''"):
-        found = replay(content, args.file)
+        found = replay(content, args.file, rebuild)
     print_table(found)
     print("\n".join(found.lines))
     return 0 if found.same else 1

@@ -25,15 +25,15 @@ INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.ht
 # public name -> the file it lives in
 _HOMES = {
     "DistillTrainer": "trainer",
-    "TimmBackbone": "backbone",
+    "TimmBackbone": "modeling",
     "VocEvaluator": "evaluator",
     "add_config": "config",
-    "build_teacher": "teacher",
-    "distill": "library",
+    "build_teacher": "api",
+    "distill": "api",
     "load_config": "config",
-    "main": "command",
-    "register_voc": "datasets",
-    "run_again": "replay",
+    "main": "train_net",
+    "rebuild": "replay",
+    "register_voc": "data",
 }
 __all__ = list(_HOMES)
 

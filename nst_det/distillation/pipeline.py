@@ -100,7 +100,7 @@ def finish(student: StudentTrainer, network: Network, data: StageOneData, path: 
     assert accuracy is not None, "a student is evaluated before it is finished"
     card = card_of(network, data, method=student.word, weights=dict(student.transfer.weights), **fields)
     card.top1, card.top5, card.steps = accuracy.top1, accuracy.top5, student.step
-    card = save_backbone(path, student.kept, card)
+    card = save_backbone(path, student.eval_model, card)
     result = {
         "method": student.word,
         "weights": card.weights,
@@ -372,7 +372,7 @@ class StageOne:
                 teacher,
                 self.data.train_steps(augment, solver.IMS_PER_BATCH, views, solver.ACCUMULATE),
                 self.normalize,
-                lambda active: self._measure({student.word: student.kept for student in active}, solver),
+                lambda active: self._measure({student.word: student.eval_model for student in active}, solver),
                 last=solver.MAX_ITER,
                 eval_period=config.TEST.EVAL_PERIOD,
                 checkpoint_period=config.CHECKPOINT_PERIOD,

@@ -94,7 +94,7 @@ def test_a_run_that_goes_on(engine, stage_two, taught, tmp_path, stops_after_sav
             devices.update(value.device.type for value in state.values() if torch.is_tensor(value) and value.dim())
 
     if engine == "torchvision":
-        with stops_after_saving(train, 2), pytest.raises(AssertionError, match="2 == 0"):
+        with stops_after_saving(2), pytest.raises(AssertionError, match="2 == 0"):
             stage_two(tmp_path / "stopped", engine, keys)
         resume = train.Training.resume
 
