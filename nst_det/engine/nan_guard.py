@@ -37,21 +37,13 @@ _FIELDS = {"kind": str, "method": str, "seed": int, "not_finite": list, "images"
 
 
 class NotFinite(UserError):
-    """Found in a pass; the message says what is no number, and is empty where the losses or another process tell."""
+    """A pass is not finite; the message says what, and is empty where the losses or another process tell."""
 
 
 def raise_together(failed: bool, device: torch.device, what: str = "") -> None:
-    """End the pass in all processes if it failed in one of them.
+    """Raise :class:`NotFinite` in all processes if a pass failed in one; its message is ``what`` where it failed.
 
-    All must come here, also those in which it didn't: one that ended alone would leave the others waiting for it.
-
-    Args:
-        failed: whether something is no number in this process.
-        device: of the exchange.
-        what: is no number, where it isn't a loss or a gradient.
-
-    Raises:
-        NotFinite: in all processes; the message is ``what`` in those that failed.
+    All must come here: one that ended alone would leave the others waiting for it.
     """
     if any_process(failed, device):
         raise NotFinite(what if failed else "")
@@ -60,18 +52,14 @@ def raise_together(failed: bool, device: torch.device, what: str = "") -> None:
 def non_finite_node() -> CfgNode:
     """SOLVER.NON_FINITE.
 
-    POLICY is ``stop``, ``skip`` (the step is passed over, the schedule goes on) or ``back`` (to the last checkpoint,
-    with the learning rate times LR_FACTOR from there on).  LIMIT is how often that may happen in one run.
+    POLICY is ``stop``, ``skip`` (the step is skipped, the schedule continues) or ``back`` (roll back to the last
+    checkpoint, with the learning rate times LR_FACTOR from there on).  LIMIT is how often that may happen in one run.
     """
     return CfgNode({"POLICY": STOP, "LIMIT": 3, "LR_FACTOR": 0.5})
 
 
 def check_non_finite(node: CfgNode, key: str, source: str = "config") -> None:
-    """Refuse values that can't be followed.
-
-    Raises:
-        UserError: the line names the key.
-    """
+    """Refuse values out of range."""
     if node.POLICY not in POLICIES:
         raise UserError(f"{source}: {key}.POLICY '{node.POLICY}' is not one of {', '.join(POLICIES)}")
     if node.LIMIT < 1:
@@ -207,12 +195,7 @@ class NonFiniteGuard:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Some names on one line: the first few, and how many there are.
-
-    Example:
-        >>> listed("abcdefghijk")
-        'a, b, c, d, e, f, g, h, ... (11 in all)'
-    """
+    """Return the first few names on one line, and how many there are."""
     all_names = [str(name) for name in names]
     more = f", ... ({len(all_names)} in all)" if len(all_names) > SHOWN else ""
     return ", ".join(all_names[:SHOWN]) + more
@@ -223,13 +206,10 @@ class Replayed(ReprMixin):
     """One step, again; shows itself as a table of its loss terms.
 
     Attributes:
-        who: stage, method and step.
         recorded: loss term to its value in the run; empty where the pass ended before.
         terms: loss term to its value now.
-        broken: what is no number now.
-        was_broken: what was none in the run.
-        images: ids of the batch.
-        first: the first layer that made something that is no number of what was finite, or "".
+        broken: what is not finite now; ``was_broken`` what was not in the run.
+        first: the first layer whose output was not finite though its inputs were, or "".
     """
 
     who: str
@@ -309,22 +289,16 @@ def replay(content: dict[str, Any], path: str | Path, rebuild: Callable[[dict[st
     return Replayed(who, dict(content["terms"]), terms, broken, list(content["not_finite"]), images, found.name)
 
 
+@dataclass
 class FirstBroken:
     """The first layer whose output is not finite though all its inputs are; "" if there is none."""
 
-    def __init__(self) -> None:
-        self.name = ""
+    name: str = ""
 
 
 @contextmanager
 def first_broken(model: nn.Module) -> Iterator[FirstBroken]:
-    """Watch the layers of a model within the block.
-
-    Example:
-        >>> with first_broken(nn.Sequential(nn.ReLU(), nn.LogSoftmax(1))) as found:
-        ...     found.name
-        ''
-    """
+    """Watch the layers of a model within the block."""
     found = FirstBroken()
 
     def look(name: str) -> Any:
