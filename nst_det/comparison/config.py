@@ -13,8 +13,9 @@ from fvcore.common.config import CfgNode
 from nst_det.comparison.stages import DETECT, DISTILL, STAGES, Stage, check_generated, check_hand_over, resolve_engine
 from nst_det.engine.config import expand_path, flat, key_values, load_config, merge_overrides, plain, read_yaml
 from nst_det.engine.device import core_count
+from nst_det.engine.fingerprint import RESUME, concerns
 from nst_det.engine.io import read_json
-from nst_det.engine.run_dir import FREE_KEYS, RunFolder
+from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.losses import LABELS_ONLY, Method, parse_method
 
@@ -403,7 +404,7 @@ def _prefixed(stage: Stage, config: CfgNode) -> dict[str, Any]:
     return {
         f"{stage.prefix}.{key}": value
         for key, value in plain(flat(config)).items()
-        if key not in FREE_KEYS and key not in stage.run_keys
+        if concerns(key, RESUME) and key not in stage.run_keys
     }
 
 

@@ -19,25 +19,12 @@ from filelock import FileLock, Timeout
 from fvcore.common.config import CfgNode
 
 from nst_det.engine.config import flat, plain
+from nst_det.engine.fingerprint import RESUME, concerns
 from nst_det.engine.io import read_json, remove_left_over, write_json, write_text
 from nst_det.engine.metrics import read_metrics, speed_of
 from nst_det.errors import UserError
 
 PACKAGES = ("nst_det", "torch", "torchvision", "timm", "detectron2", "numpy", "opencv-python-headless")
-# keys that may differ between two calls of one run: they change where, how fast and what is shown, not what is computed
-FREE_KEYS = (
-    "OUTPUT_DIR",
-    "MODEL.DEVICE",
-    "DATALOADER.NUM_WORKERS",
-    "DATALOADER.CACHE_IMAGES_MB",
-    "VIS_PERIOD",
-    "TENSORBOARD",
-    "WANDB",
-    "SOLVER.NON_FINITE.POLICY",
-    "SOLVER.NON_FINITE.LIMIT",
-    "SOLVER.NON_FINITE.LR_FACTOR",
-    "TRUST_PICKLE",
-)
 
 
 def provenance() -> dict[str, Any]:
@@ -178,11 +165,11 @@ class RunFolder:
 
 def _is_free(key: str) -> bool:
     # a comparison's claim holds the keys of both stages
-    return key.removeprefix("DISTILL.").removeprefix("DETECT.") in FREE_KEYS
+    return not concerns(key.removeprefix("DISTILL.").removeprefix("DETECT."), RESUME)
 
 
 def config_hash(config: CfgNode | dict[str, Any]) -> str:
-    """Twelve hexadecimal digits that name a resolved config; :data:`FREE_KEYS` don't count."""
+    """Twelve hexadecimal digits that name a resolved config; keys that may differ when a run resumes don't count."""
     values = plain(flat(config) if isinstance(config, CfgNode) else config)
-    text = json.dumps({key: value for key, value in values.items() if key not in FREE_KEYS}, sort_keys=True)
+    text = json.dumps({key: value for key, value in values.items() if concerns(key, RESUME)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
