@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
         UserError: an input can't be used, in whichever process it was found.
         Preempted: a signal came, to this process or to one that it started.
     """
-    # what can be wrong with the config is said here, before any process is started
+    # what can be wrong with the config is reported here, before any process is started
     cfg = load_config(args.config_file or None, args.opts or [])
     if args.num_gpus > 1 and torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}")

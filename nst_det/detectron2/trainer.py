@@ -136,11 +136,11 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
     Hooks, data parallelism, schedule, evaluation and events are Detectron2's.  What differs:
 
     - the model in a checkpoint is the student alone; adapters of transfer terms stand with the optimizer's state
-    - batches and all random draws depend on the seed and the step, so that a run that goes on repeats the
+    - batches and all random draws depend on the seed and the step, so that a resumed run repeats the
       undisturbed one (``SEED`` not negative)
     - ``SOLVER.OPTIMIZER``, ``SOLVER.BACKBONE_MULTIPLIER`` and backbone files as ``MODEL.WEIGHTS``
     - several processes and mixed precision work on the CPU too; mixed precision is bf16
-    - a loss or gradient that is no number is met as ``SOLVER.NON_FINITE`` says, in all processes alike
+    - a loss or gradient that is not finite is handled as ``SOLVER.NON_FINITE`` says, in all processes alike
     - with ``SOLVER.EMA_DECAY`` the average of the weights is evaluated, and is the model in a checkpoint; the weights
       in training stand with the optimizer's state
 

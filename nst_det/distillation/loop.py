@@ -39,7 +39,7 @@ SHOWN_LOSSES = 3
 Steps = Callable[[int, int], Iterator[Batch]]
 # what a teacher or its cache says about normalized images and the views that these are
 Teaching = Callable[[Tensor, Tensor | None], ModelOutputs]
-# normalized images, labels and what the teacher said about them
+# normalized images, labels and the teacher's outputs
 Seen = tuple[Tensor, Tensor, ModelOutputs | None]
 # accuracy of the students by their words
 Measure = Callable[[Sequence[StudentTrainer]], dict[str, Accuracy]]
@@ -225,7 +225,7 @@ def one_step(
         Each student's loss, all terms together.
 
     Raises:
-        UserError: an image can't be read, or a student is to stop where its loss is no number.
+        UserError: an image can't be read, or a student is to stop where its loss is not finite.
     """
     start = clock.total()
     with clock("data"):
@@ -238,16 +238,16 @@ def one_step(
         with clock("data"):
             images = normalize(batch.images)
             labels = batch.labels.to(images.device, non_blocking=True)
-        said = None
+        outputs = None
         if teacher is not None and any(student.needs_teacher for student in active):
             with clock("teacher"):
-                said = teacher(images, batch.rows)
-        seen.append((images, labels, said))
+                outputs = teacher(images, batch.rows)
+        seen.append((images, labels, outputs))
         share = (clock.total() - start) / len(active)
         for student in active:
             start = clock.total()
             with clock("students"):
-                student.forward_backward(images, labels, said if student.needs_teacher else None, number)
+                student.forward_backward(images, labels, outputs if student.needs_teacher else None, number)
             if number == len(parts) - 1:
                 waiting.append(student)
             # on a CPU at once, while its gradients are in the cache; each reading of a GPU waits for it, so together
@@ -270,6 +270,6 @@ def _update(students: Sequence[StudentTrainer], seen: Sequence[Seen], parts: Seq
             student.update()
             continue
         part = student.broken_part
-        images, labels, said = seen[part]
-        student.handle_nonfinite(images, labels, said if student.needs_teacher else None, parts[part].names)
+        images, labels, outputs = seen[part]
+        student.handle_nonfinite(images, labels, outputs if student.needs_teacher else None, parts[part].names)
     return totals

@@ -61,7 +61,7 @@ def mean(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def step_content(
     student: StudentTrainer, images: Tensor, labels: Tensor, teacher: ModelOutputs | None
 ) -> dict[str, Any]:
-    """All that the step depends on: weights, pixels and what the teacher said, so that neither data nor teacher are
+    """All that the step depends on: weights, pixels and the teacher's outputs, so that neither data nor teacher are
     needed again.
 
     Args:
@@ -116,7 +116,7 @@ def outputs_from(content: dict[str, Any], device: torch.device) -> ModelOutputs:
 
 
 def broken_outputs(teacher: ModelOutputs | None) -> list[str]:
-    """What of a teacher's outputs is no number, each named."""
+    """Name what of a teacher's outputs is not finite."""
     if teacher is None:
         return []
     named = {"logits": teacher.logits, "embedding": teacher.embedding}
@@ -247,7 +247,7 @@ class StudentTrainer(OptimizedState):
         Args:
             images: (B, 3, H, W), normalized.
             labels: (B,).
-            teacher: what the teacher said about ``images``; None where the method has no terms.
+            teacher: its outputs for ``images``; None where the method has no terms.
             part: of this process's images of the step, from 0.
 
         Raises:
@@ -303,7 +303,7 @@ class StudentTrainer(OptimizedState):
 
     @property
     def broken_part(self) -> int:
-        """The first part of the last step, in this process, whose loss or gradient is no number; else the last."""
+        """The first part of the last step, in this process, whose loss or gradient is not finite; else the last."""
         finite = [bool(torch.stack([*one.terms.values(), one.norm]).isfinite().all()) for one in self._passes]
         return finite.index(False) if False in finite else len(finite) - 1
 

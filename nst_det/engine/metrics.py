@@ -40,7 +40,7 @@ class WandbRun:
     """One run folder as one run at Weights & Biases: its config and the scalars of each step.
 
     Where it is sent is decided by wandb's own environment (``WANDB_MODE=offline`` keeps it on this machine,
-    ``WANDB_ENTITY`` names the team).  A run that goes on after a stop goes on there too; steps that it has already are
+    ``WANDB_ENTITY`` names the team).  A run that resumes after a stop resumes there too; steps that it has already are
     not sent again.
 
     Args:
@@ -100,7 +100,7 @@ def loss_note(row: Mapping[str, Any], most: int | None = None) -> str:
 class MetricsWriter:
     """Append one JSON object a step to ``metrics.jsonl``; each loss term keeps its own name.
 
-    A run that goes on at step k first drops the lines from step k on, so that the file of a run that was
+    A run that resumes at step k first drops the lines from step k on, so that the file of a run that was
     stopped ends equal to an undisturbed run's, but for its speed.
 
     Args:
