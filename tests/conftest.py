@@ -73,11 +73,13 @@ def _join_group(rank: int, world: int, port: int, work: Callable[..., object], a
 
 @pytest.fixture
 def stops_after_saving(monkeypatch):
-    """``with stops_after_saving(module, step):`` every run ends where the module has written that checkpoint."""
+    """``with stops_after_saving(step):`` every run ends where it has written that checkpoint."""
+
+    from nst_det.engine import train_state
 
     @contextmanager
-    def stopped(module, step):
-        save = module.save_checkpoint
+    def stopped(step):
+        save = train_state.save_checkpoint
 
         def save_and_stop(folder, done, state):
             save(folder, done, state)
@@ -85,7 +87,7 @@ def stops_after_saving(monkeypatch):
                 raise UserError("stopped")
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "save_checkpoint", save_and_stop)
+            patch.setattr(train_state, "save_checkpoint", save_and_stop)
             yield
 
     return stopped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from nst_det.cli.command import JOBS, TRUST_PICKLE, argument, command, config_values, flag, with_trust
 from nst_det.errors import UserError
@@ -163,19 +164,30 @@ def report(args: argparse.Namespace) -> None:
 )
 def replay(args: argparse.Namespace) -> int:
     """Run a step with a non-finite loss or gradient again, from the file that training left."""
-    from nst_det.detection.trainer import KIND as DETECT
     from nst_det.engine.device import gpu_errors_in_one_line
     from nst_det.engine.format import print_table
-    from nst_det.engine.nan_guard import read_step
+    from nst_det.engine.nan_guard import read_step, replay
     from nst_det.models.io import trusting_pickles
 
     content = read_step(args.file)
-    if content["kind"] == DETECT:
-        from nst_det.detection.replay import replay
-    else:
-        from nst_det.distillation.replay import replay
     with trusting_pickles(args.trust_pickle), gpu_errors_in_one_line("hide the GPU: CUDA_VISIBLE_DEVICES=''"):
-        found = replay(content, args.file)
+        found = replay(content, args.file, rebuild_step)
     print_table(found)
     print("\n".join(found.lines))
     return 0 if found.same else 1
+
+
+def rebuild_step(content: dict[str, Any]) -> Any:
+    """Return the model of a dumped step and a call that makes the step, by the engine that it was made with."""
+    from nst_det.detection.trainer import KIND as DETECT
+
+    if content["kind"] != DETECT:
+        from nst_det.distillation.replay import rebuild
+    elif content["config"]["ENGINE"] == "torchvision":
+        from nst_det.detection.replay import rebuild
+    else:
+        from nst_det import detectron2
+
+        detectron2.require()
+        rebuild = detectron2.rebuild
+    return rebuild(content)

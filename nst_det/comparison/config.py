@@ -22,8 +22,9 @@ from nst_det.comparison.stages import (
 )
 from nst_det.engine.config import expand_path, flat, key_values, load_config, merge_overrides, plain, read_yaml
 from nst_det.engine.device import core_count
+from nst_det.engine.fingerprint import RESUME, concerns
 from nst_det.engine.io import read_json
-from nst_det.engine.run_dir import FREE_KEYS, RunFolder
+from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.losses import LABELS_ONLY, Method, parse_method
 from nst_det.models.registry import check_name
@@ -270,7 +271,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     claim |= {"ENGINE": engine, "THREADS": threads, **claimed_opts}
     for stage, node in ((DISTILL, distill), (DETECT, detect)):
         of_all_runs = {key: value for key, value in plain(flat(node)).items() if key not in stage.run_keys}
-        claim |= {f"{stage.prefix}.{key}": value for key, value in of_all_runs.items() if key not in FREE_KEYS}
+        claim |= {f"{stage.prefix}.{key}": value for key, value in of_all_runs.items() if concerns(key, RESUME)}
     return Comparison(
         name=config.NAME,
         folder=folder,

@@ -26,7 +26,8 @@ from nst_det.detection.config import load_detect_config, resolve_classes, resolv
 from nst_det.detection.data import data_classes, evaluation_batches, open_voc, split_training, training_batches
 from nst_det.detection.distiller import DistilledDetector, distill, level_channels, log_shapes, wants_teacher
 from nst_det.detection.torchvision import Detector, build_detector
-from nst_det.detection.trainer import train
+from nst_det.detection.trainer import Trainer, train
+from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.checkpoint import checkpoints, would_resume
 from nst_det.engine.config import expand_path
 from nst_det.engine.device import amp_dtype, cast_frozen, compute_line, gpu_errors_in_one_line, set_float32_precision
@@ -40,6 +41,7 @@ from nst_det.engine.distributed import (
     world_size,
 )
 from nst_det.engine.io import read_json, write_json
+from nst_det.engine.metrics import last_losses
 from nst_det.engine.progress import progress
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed, seeded
@@ -49,7 +51,6 @@ from nst_det.evaluation.io import write_detections
 from nst_det.evaluation.metrics import summarize
 from nst_det.losses import parse_method
 from nst_det.models import count_parameters
-from nst_det.models.averaged import AveragedWeights
 from nst_det.models.io import trusting_pickles
 
 # image id, boxes (N, 4), labels (N,), scores (N,)
@@ -148,7 +149,8 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
             prefix = "" if validation is None else "val/"
             return {f"{prefix}{name}": found[name] for name in ("map", "map_area") if found.get(name) is not None}
 
-        trained = train(model, config, seed, folder, batches_from, evaluate, average)
+        trainer = Trainer(model, config, seed, folder, batches_from, average)
+        train(trainer, folder, evaluate)
         validated: dict[str, Any] = {}
         if validation is not None:
             found = _evaluate(kept, config, validation)
@@ -165,18 +167,17 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
             save_weights(folder.path / WEIGHTS_FILE, kept, classes)
         result = {
             **_evaluate(kept, config, data, folder.path / DETECTIONS_FILE),
-            "seconds": trained.seconds,
+            "seconds": trainer.state.seconds,
             "steps": config.SOLVER.MAX_ITER,
             "engine": "torchvision",
             "params": count_parameters(student),
             "seed": seed,
             "method": parse_method(config.TRANSFER.METHOD).word,
             "weights": dict(model.transfer.weights) if isinstance(model, DistilledDetector) else {},
-            "losses": trained.losses,
             **validated,
         }
         if is_main_process():
-            folder.finish(result)
+            folder.finish(result | {"losses": last_losses(folder.metrics_path)})
         return broadcast_from_rank0(folder.result)
 
 

@@ -1,13 +1,11 @@
-"""The training loop of the torchvision engine, on one page."""
+"""One step of the torchvision engine, and the hooks around it."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,47 +17,35 @@ from torch.nn.parallel import DistributedDataParallel
 from nst_det.detection.distiller import DistilledDetector
 from nst_det.detection.solver import build_optimizer, clip_gradients, lr_schedule, set_learning_rate
 from nst_det.detection.torchvision import Detector
-from nst_det.engine.checkpoint import load_latest_checkpoint, save_checkpoint
-from nst_det.engine.clock import SPEED_PERIOD, Clock, Speed
+from nst_det.engine import distributed
+from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.config import plain
-from nst_det.engine.device import is_gpu_error
-from nst_det.engine.distributed import (
-    asked_to_stop,
-    average,
-    average_gradients,
-    broadcast_from_rank0,
-    is_main_process,
-    log_batch,
-    rank,
-    running_statistics,
-    stop_together,
-    world_size,
-)
-from nst_det.engine.metrics import MetricsWriter, NoMetrics, loss_note
-from nst_det.engine.nan_guard import SKIP, Buffers, NonFinite, NotFinite, broken_values, gradient_norm
-from nst_det.engine.progress import progress
+from nst_det.engine.distributed import average_gradients, log_batch, rank, running_statistics, world_size
+from nst_det.engine.metrics import loss_note
+from nst_det.engine.nan_guard import NonFiniteGuard, NotFinite, broken_values, gradient_norm
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything
-from nst_det.engine.signals import whole_steps
-from nst_det.errors import UserError
-from nst_det.models.averaged import AveragedWeights
+from nst_det.engine.train_state import OptimizedState
+from nst_det.engine.trainer import (
+    EvalHook,
+    MetricsHook,
+    PeriodicCheckpointer,
+    ProgressHook,
+    RollbackStep,
+    SpeedHook,
+    StopWhenAsked,
+    TrainLoop,
+    WallTime,
+)
 
 KIND = "stage two"
-log = logging.getLogger(__name__)
 Batch = list[dict[str, Any]]
 
 
 def broken_in(model: nn.Module, losses: Mapping[str, float]) -> list[str]:
-    """What of the last pass is no number in this process: losses, those of maps with their levels, else gradients.
-
-    Args:
-        model: after its backward pass; gradients that several processes have averaged tell nothing of this one.
-        losses: this process's, by name.
-    """
+    """Name what of the last pass is not finite in this process; see :func:`~nst_det.engine.nan_guard.broken_values`."""
     parts = model.transfer.parts if isinstance(model, DistilledDetector) else {}
-    alone = world_size() == 1
-    gradients = {name: item.grad for name, item in model.named_parameters() if alone and item.grad is not None}
-    return broken_values(losses, parts, gradients)
+    return broken_values(losses, parts, model.named_parameters())
 
 
 def step_content(
@@ -98,82 +84,6 @@ def _plain_item(item: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in values.items()}
 
 
-@dataclass
-class TrainResult:
-    """What is left when the last step is done: wall time of all calls together, and the last step's losses."""
-
-    seconds: float = 0.0
-    losses: dict[str, float] = field(default_factory=dict)
-
-
-def train(
-    model: Detector | DistilledDetector,
-    config: CfgNode,
-    seed: int,
-    folder: RunFolder,
-    batches_from: Callable[[int], Iterable[Batch]],
-    evaluate: Callable[[int], dict[str, float]],
-    average: AveragedWeights | None = None,
-) -> TrainResult:
-    """Train until SOLVER.MAX_ITER, from the last checkpoint in the folder if there is one.
-
-    Step k draws from (seed, k) alone, so that on the CPU a run that goes on ends with the bits of an undisturbed one.
-
-    Args:
-        model: gives a dict of losses for a batch, and has the state dict to save; adapters are in its ``transfer``.
-        config: reads SOLVER, TEST.EVAL_PERIOD, TENSORBOARD and WANDB.
-        seed: of the run.
-        folder: for checkpoints and metrics.
-        batches_from: the batches from a step on, without end.
-        evaluate: called every TEST.EVAL_PERIOD steps with the steps done; its numbers join the metrics.
-        average: of the student's weights; brought along, saved and taken up again.
-
-    In several processes every one holds the same bits after each step; the first one writes.
-
-    Raises:
-        UserError: a loss is not finite, or the checkpoint is of another model.
-    """
-    last, test = config.SOLVER.MAX_ITER, config.TEST
-    training = Trainer(model, config, seed, folder, average)
-    training.resume()
-    log_batch(config.SOLVER.IMS_PER_BATCH, config.SOLVER.ACCUMULATE, config.SOLVER.BASE_LR)
-    board = folder.path / "tensorboard" if config.TENSORBOARD else None
-    model.train()
-    clock = Clock()
-    speed = Speed(config.SOLVER.IMS_PER_BATCH, training.device, clock)
-    with progress(folder.path.name, last) as meter, whole_steps() as stop:
-        # once more from an earlier step, where it went back to its last checkpoint
-        while training.done < last:
-            start = training.done
-            batches = iter(batches_from(start))
-            meter.start_at(start)
-            writer = (
-                MetricsWriter(folder.metrics_path, start, board, config.WANDB) if is_main_process() else NoMetrics()
-            )
-            with writer as metrics:
-                for done in range(start + 1, last + 1):
-                    with clock("data"):
-                        batch = next(batches)
-                    with clock("step"):
-                        row = training.step(batch)
-                    speed.steps += 1
-                    if training.done < done:
-                        break
-                    if test.EVAL_PERIOD and done % test.EVAL_PERIOD == 0 and done < last:
-                        row |= evaluate(done)
-                        model.train()
-                    if done % SPEED_PERIOD == 0 or done == last:
-                        row |= speed.read()
-                    metrics.write(done - 1, row)
-                    meter.step({"loss": row["total_loss"]}, partial(loss_note, row))
-                    leaving = asked_to_stop(stop, training.device)
-                    if done % config.SOLVER.CHECKPOINT_PERIOD == 0 or done == last or leaving:
-                        training.save()
-                    if leaving:
-                        stop_together(stop)
-    return training.trained
-
-
 def data_parallel(model: nn.Module) -> nn.Module:
     """The model in a module whose backward pass averages the gradients of all processes, or where none can, itself."""
     on_cpu = next(model.parameters()).device.type == "cpu"
@@ -189,20 +99,18 @@ def data_parallel(model: nn.Module) -> nn.Module:
     )
 
 
-class Trainer:
-    """A model with its optimizer: one step after the other, saved and taken up again.
+class Trainer(TrainLoop):
+    """The torchvision engine's: one detector, whose steps are made in :meth:`run_step`.
+
+    In several processes every one holds the same bits after each step.
 
     Args:
-        model: as :func:`train` has it; so are the others.
-        config: SOLVER is read here, all of it goes into the file of a step that failed.
+        model: gives a dict of losses for a batch, and has the state dict to save; adapters are in its ``transfer``.
+        config: SOLVER is read here, all of it goes into the dump of a step that failed.
         seed: of the run.
         folder: for checkpoints.
+        batches_from: the batches from a step on, without end.
         average: of the student's weights.
-
-    Attributes:
-        done: finished steps.
-        trained: what is known of them.
-        device: the model's.
     """
 
     def __init__(
@@ -211,53 +119,56 @@ class Trainer:
         config: CfgNode,
         seed: int,
         folder: RunFolder,
+        batches_from: Callable[[int], Iterable[Batch]],
         average: AveragedWeights | None = None,
     ) -> None:
-        self.model, self.config, self.seed, self.folder, self.average = model, config, seed, folder, average
-        self.solver = config.SOLVER
-        self.done, self.trained = 0, TrainResult()
-        self.optimizer, self.schedule = build_optimizer(model, self.solver), lr_schedule(self.solver)
-        self.non_finite = NonFinite(self.solver.NON_FINITE, folder.path)
-        self._parameters = [item for group in self.optimizer.param_groups for item in group["params"]]
-        self._buffers = Buffers(model)
+        super().__init__()
+        self.model, self.config, self.seed, self.batches_from = model, config, seed, batches_from
+        self.solver, self.max_iter = config.SOLVER, config.SOLVER.MAX_ITER
+        self.schedule = lr_schedule(self.solver)
         self.device = next(model.parameters()).device
+        self.losses: dict[str, float] = {}
+        transfer = model.transfer if isinstance(model, DistilledDetector) else None
+        guard = NonFiniteGuard(self.solver.NON_FINITE, folder.path, model)
+        self.state = OptimizedState(model, transfer, guard, average, build_optimizer(model, self.solver), folder)
         self._parallel = data_parallel(model)
-        self._began = time.monotonic()
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """Make the next step; the numbers of its row in the metrics.
+    def before_train(self) -> None:
+        """Begin at ``iter``."""
+        self.model.train()
+        self._batches = iter(self.batches_from(self.iter))
+        super().before_train()
 
-        One whose loss or gradient is no number isn't made: SOLVER.NON_FINITE passes over it or goes back, which
-        :attr:`done` shows.
-
-        Raises:
-            UserError: the policy is to stop; the line names losses, levels and images.
-        """
-        factor = self.schedule(self.done / self.solver.MAX_ITER) * self.non_finite.rate
-        set_learning_rate(self.optimizer, factor)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._buffers.keep()
-        losses: dict[str, float] = {}
+    def run_step(self) -> None:
+        """Make the next step; one whose loss or gradient is not finite is handled as SOLVER.NON_FINITE says."""
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self._data_seconds = time.perf_counter() - start
+        state = self.state
+        factor = self.schedule(self.iter / self.max_iter) * state.guard.rate
+        set_learning_rate(state.optimizer, factor)
+        state.guard.keep_buffers()
+        self.losses, broken = {}, None
         try:
             own = self.backward(batch)
             values = {name: value.clone() for name, value in own.items()}
-            average([*values.values(), *running_statistics(self.model)])
-            losses = {name: float(value) for name, value in values.items()}
-            norm = gradient_norm(self._parameters)
-            sound = all(map(math.isfinite, losses.values())) and bool(norm.isfinite())
-            broken = [] if sound else broken_in(self.model, {name: float(value) for name, value in own.items()})
+            distributed.average([*values.values(), *running_statistics(self.model)])
+            self.losses = {name: float(value) for name, value in values.items()}
+            norm = gradient_norm(state.parameters)
+            if not (all(map(math.isfinite, self.losses.values())) and norm.isfinite()):
+                broken = broken_in(self.model, {name: float(value) for name, value in own.items()})
         except NotFinite as error:
-            sound, broken = False, [str(error)] if str(error) else []
-        if not sound:
-            self._meet(broken, batch, losses)
+            broken = [str(error)] if str(error) else []
+        if broken is None:
+            state.optimizer_step(lambda: clip_gradients(state.parameters, self.solver.CLIP_GRADIENTS))
         else:
-            clip_gradients(self._parameters, self.solver.CLIP_GRADIENTS)
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update()
-            self.trained.losses = losses
-            self.done += 1
-        return {**losses, "total_loss": sum(losses.values()), "lr": self.solver.BASE_LR * factor}
+            content = partial(step_content, self.model, self.config, self.seed, batch, self.losses)
+            state.skip_or_roll_back(broken, [str(item["image_id"]) for item in batch], content)
+        if state.step <= self.iter:
+            self.iter = state.step
+            raise RollbackStep
+        total = sum(self.losses.values())
+        self.put_scalars(**self.losses, total_loss=total, lr=self.solver.BASE_LR * factor)
 
     def backward(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of all processes' images, in SOLVER.ACCUMULATE parts; this one's losses, scalars."""
@@ -266,9 +177,9 @@ class Trainer:
         for part in range(parts):
             # dropout and the like; the choice of anchors and proposals is seeded by image
             piece = rank() * parts + part
-            seed_everything(self.seed, "step", self.done, *([piece] if piece else []))
+            seed_everything(self.seed, "step", self.iter, *([piece] if piece else []))
             if isinstance(self.model, DistilledDetector):
-                self.model.iteration = self.done
+                self.model.iteration = self.iter
             waits = isinstance(parallel, DistributedDataParallel) and part < parts - 1
             with parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 losses: dict[str, Tensor] = parallel(batch[part * size : (part + 1) * size])
@@ -276,67 +187,44 @@ class Trainer:
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / parts
         if parallel is self.model:
-            average_gradients(self._parameters)
+            average_gradients(self.state.parameters)
         return totals
 
-    def _meet(self, broken: list[str], batch: Batch, losses: dict[str, float]) -> None:
-        self._buffers.restore()
-        self.optimizer.zero_grad(set_to_none=True)
-        content = step_content(self.model, self.config, self.seed, batch, losses)
-        images = [str(item["image_id"]) for item in batch]
-        if self.non_finite.meet(self.done, broken, images, content) == SKIP:
-            self.done += 1
-            return
-        count = self.non_finite.count
-        self.resume()
-        self.non_finite.gone_back(count)
-        # kept at once, so that a kill doesn't bring the former rate back
-        self.save()
+    def save_step(self) -> None:
+        """Save the step that was just made."""
+        self.state.save()
 
-    def save(self) -> None:
-        """Write a checkpoint of all that the next step depends on; every process has the same, the first one writes."""
-        if not is_main_process():
-            return
-        adapters = self.model.transfer.state_dict() if isinstance(self.model, DistilledDetector) else {}
-        self.trained.seconds = time.monotonic() - self._began
-        state: dict[str, Any] = {
-            "model": self.model.state_dict(),
-            "adapters": dict(adapters),
-            "optimizer": self.optimizer.state_dict(),
-            "seconds": self.trained.seconds,
-            "losses": self.trained.losses,
-            "non_finite": self.non_finite.state_dict(),
-        }
-        if self.average is not None:
-            state["average"] = self.average.state_dict()
-        save_checkpoint(self.folder.checkpoints, self.done, state)
 
-    def resume(self) -> None:
-        """Take up the newest checkpoint, if there is one.
+def train(trainer: Trainer, folder: RunFolder, evaluate: Callable[[int], dict[str, float]]) -> None:
+    """Train until SOLVER.MAX_ITER, from the last checkpoint in the folder if there is one.
 
-        Raises:
-            UserError: it is of another run.
-        """
-        state = broadcast_from_rank0(lambda: load_latest_checkpoint(self.folder.checkpoints))
-        if state is None:
-            if self.non_finite.needs_first_checkpoint:
-                self.save()
-            return
-        try:
-            self.model.load_state_dict(state["model"])
-            if isinstance(self.model, DistilledDetector):
-                self.model.transfer.load_state_dict(state["adapters"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
-            self.non_finite.load_state_dict(state.get("non_finite", {}))
-            self.trained = TrainResult(float(state["seconds"]), dict(state["losses"]))
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            if is_gpu_error(error):
-                raise
-            raise UserError(
-                f"{self.folder.checkpoints}: this checkpoint is not one of this run ({type(error).__name__}: {error}); "
-                "name another OUTPUT_DIR or remove this one"
-            ) from error
-        self.done, self._began = int(state["step"]), time.monotonic() - self.trained.seconds
-        log.info("%s: going on at step %d", self.folder.path, self.done)
+    Args:
+        trainer: as built.
+        folder: for metrics.
+        evaluate: called every TEST.EVAL_PERIOD steps with the steps done; its numbers join the metrics.
+    """
+    config, solver = trainer.config, trainer.solver
+
+    def evaluate_step() -> None:
+        trainer.put_scalars(**evaluate(trainer.iter + 1))
+        trainer.model.train()
+
+    trainer.state.resume()
+    trainer.start_iter = trainer.state.step
+    log_batch(solver.IMS_PER_BATCH, solver.ACCUMULATE, solver.BASE_LR)
+    trainer.register_hooks(
+        [
+            SpeedHook(solver.IMS_PER_BATCH, trainer.device),
+            EvalHook(config.TEST.EVAL_PERIOD, evaluate_step),
+            MetricsHook(folder, config.TENSORBOARD, config.WANDB),
+            ProgressHook(
+                folder.path.name,
+                lambda: {"loss": trainer.scalars["total_loss"]},
+                lambda: loss_note(trainer.scalars),
+            ),
+            WallTime(trainer.state),
+            PeriodicCheckpointer(solver.CHECKPOINT_PERIOD),
+            StopWhenAsked(trainer.device),
+        ]
+    )
+    trainer.train()

@@ -29,8 +29,8 @@ _HOMES = {
     "distill": "api",
     "load_config": "config",
     "main": "train_net",
+    "rebuild": "replay",
     "register_voc": "data",
-    "run_again": "replay",
 }
 __all__ = [*_HOMES, "INSTALL_PAGE", "is_available", "require"]
 

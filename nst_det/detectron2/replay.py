@@ -9,30 +9,22 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from torch import Tensor
 
 from nst_det.detection.config import resolve_device
 from nst_det.detection.trainer import broken_in
 from nst_det.detectron2.api import student_of, transfer_of
 from nst_det.detectron2.config import add_config
-from nst_det.detectron2.hooks import seed_step
 from nst_det.detectron2.trainer import DistillTrainer, propose_together, reduce_backbones
 from nst_det.engine.config import merge_tree
 from nst_det.engine.device import amp_dtype, autocast
-from nst_det.engine.nan_guard import NotFinite, first_broken
+from nst_det.engine.nan_guard import Step
+from nst_det.engine.seeds import seed_everything
 from nst_det.errors import UserError
 from nst_det.models.io import pickles_are_trusted
 
 
-def run_again(content: Mapping[str, Any]) -> tuple[dict[str, float], list[str], str]:
-    """Forward and backward of the step, by the model that Detectron2 builds from its config.
-
-    Args:
-        content: of the file, see :func:`nst_det.detection.trainer.step_content`.
-
-    Returns:
-        Losses by name, what is no number, and the first layer that made it, see
-        :func:`~nst_det.engine.nan_guard.first_broken`.
+def rebuild(content: Mapping[str, Any]) -> Step:
+    """The model that Detectron2 builds from a dumped step's config, and a call that makes the step.
 
     Raises:
         UserError: the step needs more than boxes, or its teacher can't be built.
@@ -51,18 +43,19 @@ def run_again(content: Mapping[str, Any]) -> tuple[dict[str, float], list[str], 
         reduce_backbones(model, dtype)
     model.train()
     batch = [_item(item) for item in content["batch"]]
-    losses: dict[str, Tensor] = {}
-    broken: list[str] = []
-    seed_step(content["seed"], content["step"], content["rank"])
-    with EventStorage(content["step"]), first_broken(model) as found:
-        try:
+    seed, step, rank = content["seed"], content["step"], content["rank"]
+
+    def run_step() -> tuple[dict[str, float], list[str]]:
+        if seed >= 0:
+            seed_everything(seed, "step", step, rank)
+        with EventStorage(step):
             with autocast(device, dtype if device.type == "cuda" else None):
                 losses = model(batch)
             torch.stack(list(losses.values())).sum().backward()
-        except NotFinite as error:
-            broken = [str(error)]
-    values = {name: float(value.detach()) for name, value in losses.items()}
-    return values, broken or broken_in(model, values), found.name
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        return values, broken_in(model, values)
+
+    return model, run_step
 
 
 def _config(tree: dict[str, Any]) -> CfgNode:

@@ -28,7 +28,7 @@ from nst_det.engine.checkpoint import would_resume
 from nst_det.engine.device import compute_line, gpu_errors_in_one_line, keep_freed_memory, set_float32_precision
 from nst_det.engine.distributed import start_processes, started_together, stop_processes
 from nst_det.engine.io import read_json, write_text
-from nst_det.engine.metrics import read_metrics
+from nst_det.engine.metrics import last_losses
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.signals import EXIT_RESUME, Preempted, preemptible
 from nst_det.errors import UserError
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
         UserError: an input can't be used, in whichever process it was found.
         Preempted: a signal came, to this process or to one that it started.
     """
-    # what can be wrong with the config is said here, before any process is started
+    # what can be wrong with the config is reported here, before any process is started
     cfg = load_config(args.config_file or None, args.opts or [])
     if args.num_gpus > 1 and torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}")
@@ -163,13 +163,13 @@ def train(cfg: CfgNode, folder: RunFolder, resume: bool) -> None:
     """Train, evaluate and write the result."""
     stopped = (folder.path / "last_checkpoint").exists()
     if stopped and not resume:
-        log.info("%s: going on where it was stopped; remove the folder to begin again", folder.path)
+        log.info("%s: resumes where it was stopped; remove the folder to begin again", folder.path)
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=resume or stopped)
     trainer.train()
     if comm.is_main_process():
         # the name and form that the torchvision engine gives it too
-        save_weights(folder.path / WEIGHTS_FILE, trainer.kept, class_list(cfg))
+        save_weights(folder.path / WEIGHTS_FILE, trainer.state.eval_model, class_list(cfg))
         if cfg.DATASETS.TEST:
             found = inference_folder(cfg, cfg.DATASETS.TEST[0]) / DETECTIONS_FILE
             if found.exists():
@@ -218,20 +218,18 @@ def run_result(cfg: CfgNode, trainer: DistillTrainer) -> dict[str, Any]:
     missing.
     """
     folder = RunFolder(cfg.OUTPUT_DIR)
-    rows = read_metrics(folder.metrics_path)
-    last = {key: value for key, value in rows[-1].items() if key not in ("step", "lr", "total_loss")} if rows else {}
     summary = inference_folder(cfg, cfg.DATASETS.TEST[0]) / RESULT_FILE if cfg.DATASETS.TEST else None
     validation = validation_config(cfg)
     validated = {} if validation is None else read_json(inference_folder(validation, VALIDATION) / RESULT_FILE)
     return {
         **(read_json(summary) if summary is not None and summary.exists() else {}),
         **({"validation": validated, "checkpoints": trainer.checkpoints} if validated else {}),
-        "seconds": round(trainer.seconds, 3),
+        "seconds": round(trainer.state.seconds, 3),
         "steps": trainer.max_iter,
         "engine": "detectron2",
         "params": sum(parameter.numel() for parameter in trainer.student.parameters()),
         "seed": cfg.SEED,
         "method": parse_method(cfg.TRANSFER.METHOD).word,
         "weights": trainer.weights,
-        "losses": last,
+        "losses": last_losses(folder.metrics_path),
     }

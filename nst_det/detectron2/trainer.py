@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,16 +14,14 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
-from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator, verify_results
 from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.structures import ImageList
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, TensorboardXWriter
+from detectron2.utils.events import EventStorage, EventWriter, TensorboardXWriter
 from torch import Tensor, nn
 
 from nst_det.detection.checkpoint import keep_best, settle
@@ -37,26 +34,19 @@ from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import class_list, validation_config
 from nst_det.detectron2.data import BoundedMapper, build_train_loader
 from nst_det.detectron2.evaluator import VocEvaluator
-from nst_det.detectron2.hooks import (
-    AfterBackwardHook,
-    Loop,
-    RollbackStep,
-    RunMetrics,
-    StepSeed,
-    StepSpeed,
-    StopWhenAsked,
-)
+from nst_det.detectron2.hooks import AfterBackwardHook, EvalHook, is_curve
 from nst_det.detectron2.modeling import check_frozen_random
+from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line
 from nst_det.engine.distributed import wait_for_all
 from nst_det.engine.io import read_json
 from nst_det.engine.loader import end_workers_with_us
-from nst_det.engine.nan_guard import SKIP, Buffers, NonFinite, NotFinite, gradient_norm, raise_together
+from nst_det.engine.nan_guard import SKIP, NonFiniteGuard, NotFinite, gradient_norm, raise_together
 from nst_det.engine.run_dir import RunFolder
-from nst_det.engine.seeds import seeded
-from nst_det.engine.signals import StopRequest, whole_steps
+from nst_det.engine.seeds import seed_everything, seeded
+from nst_det.engine.train_state import TrainState
+from nst_det.engine.trainer import MetricsHook, RollbackStep, SpeedHook, StopWhenAsked, TrainLoop, WallTime
 from nst_det.errors import UserError
-from nst_det.models.averaged import AveragedWeights
 
 OPTIMIZERS = ("SGD", "ADAMW")
 log = logging.getLogger(__name__)
@@ -141,17 +131,17 @@ def propose_together(student: nn.Module) -> None:
     proposer.forward = propose
 
 
-class DistillTrainer(Loop):
+class DistillTrainer(TrainLoop, DefaultTrainer):
     """Detectron2's DefaultTrainer; the model it trains is the student inside a ``DistilledDetector``.
 
     Hooks, data parallelism, schedule, evaluation and events are Detectron2's.  What differs:
 
     - the model in a checkpoint is the student alone; adapters of transfer terms stand with the optimizer's state
-    - batches and all random draws depend on the seed and the step, so that a run that goes on repeats the
+    - batches and all random draws depend on the seed and the step, so that a resumed run repeats the
       undisturbed one (``SEED`` not negative)
     - ``SOLVER.OPTIMIZER``, ``SOLVER.BACKBONE_MULTIPLIER`` and backbone files as ``MODEL.WEIGHTS``
     - several processes and mixed precision work on the CPU too; mixed precision is bf16
-    - a loss or gradient that is no number is met as ``SOLVER.NON_FINITE`` says, in all processes alike
+    - a loss or gradient that is not finite is handled as ``SOLVER.NON_FINITE`` says, in all processes alike
     - with ``SOLVER.EMA_DECAY`` the average of the weights is evaluated, and is the model in a checkpoint; the weights
       in training stand with the optimizer's state
 
@@ -160,15 +150,14 @@ class DistillTrainer(Loop):
 
     Attributes:
         student: the detector alone.
-        average: of its weights, where SOLVER.EMA_DECAY is set.
+        state: what is saved of it beside what Detectron2 saves.
         checkpoints: once done with a validation split, what :func:`~nst_det.detection.checkpoint.settle` says.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer makes all of this in its constructor, for a GPU in each process and with the wrapped model
         # in the checkpoint, so its constructor is not called
-        TrainerBase.__init__(self)
-        self.stop = StopRequest()
+        TrainLoop.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -176,13 +165,15 @@ class DistillTrainer(Loop):
         self._whole, self.student = model, student_of(model)
         decay = cfg.SOLVER.EMA_DECAY
         # a copy of the student would have the teacher's hooks
-        self.average = AveragedWeights(self.student, decay, self.build_student(cfg)) if decay else None
+        average = AveragedWeights(self.student, decay, self.build_student(cfg)) if decay else None
+        guard = NonFiniteGuard(cfg.SOLVER.NON_FINITE, Path(cfg.OUTPUT_DIR), model)
+        self.state = TrainState(self.student, transfer_of(model), guard, average)
         self._device, mixed = next(model.parameters()).device, cfg.SOLVER.AMP.ENABLED
         on_cpu = self._device.type == "cpu"
         dtype = amp_dtype("auto", self._device) if mixed else None
         log.info(compute_line(self._device, dtype, cfg.DATALOADER.NUM_WORKERS, mixed))
         if dtype is not None and on_cpu:
-            for network in [model] if self.average is None else [model, self.average.network]:
+            for network in [model] if average is None else [model, average.network]:
                 reduce_backbones(network, dtype)
         elif isinstance(model, DistilledDetector):
             cast_frozen(backbone_of(model.teacher), dtype, (nn.Conv2d, nn.Linear, Conv2d))
@@ -195,17 +186,13 @@ class DistillTrainer(Loop):
             self._trainer = AMPTrainer(parallel, data_loader, optimizer, grad_scaler=unscaled, precision=dtype)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.checkpointer.written = self.kept
-        self.non_finite = NonFinite(cfg.SOLVER.NON_FINITE, Path(cfg.OUTPUT_DIR))
-        self._buffers = Buffers(model)
+        self.checkpointer.written = self.state.eval_model
         self._seen: dict[str, Any] = {}
         parallel.register_forward_pre_hook(self._see_batch)
         parallel.register_forward_hook(self._see_losses)
         self._trainer.register_hooks([AfterBackwardHook(self._check_finite)])
         propose_together(self.student)
-        self._seconds_before, self._began = 0.0, time.monotonic()
         self.checkpoints: dict[str, Any] = {}
-        self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
@@ -253,22 +240,25 @@ class DistillTrainer(Loop):
             return PascalVOCDetectionEvaluator(dataset_name)
         raise UserError(f"DATASETS.TEST: no evaluator for '{dataset_name}'; name its folder in DATASETS.VOC")
 
-    def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks after one that seeds each step; the writer of ``metrics.jsonl`` and checkpoints come last.
+    def build_hooks(self) -> list[Any]:
+        """Detectron2's hooks, and those that all trainers share; the writers of metrics and checkpoints come last.
 
         Where there is a validation split, evaluations during training are made there.
         """
-        hooks: list[HookBase | None] = [StepSeed(self.cfg.SEED), *super().build_hooks()]
-        evaluate = self._validate if self.cfg.DATASETS.VAL_FRACTION else self._test
-        evaluation = EvalHook(self.cfg.TEST.EVAL_PERIOD, evaluate)
-        hooks = [evaluation if isinstance(hook, EvalHook) else hook for hook in hooks]
-        if comm.is_main_process():
+        cfg = self.cfg
+        evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, self._validate if cfg.DATASETS.VAL_FRACTION else self._test)
+        own = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks() if hook]
+        saving = [hook for hook in own if isinstance(hook, hooks.PeriodicCheckpointer)]
+        return [
             # before the writers of Detectron2's events
-            hooks.insert(1, StepSpeed(self.cfg.SOLVER.IMS_PER_BATCH, self._device))
-            hooks.append(RunMetrics(RunFolder(self.cfg.OUTPUT_DIR), self.cfg.WANDB))
-        # last: what a checkpoint says is done has been evaluated and written down, so that no kill leaves a gap
-        saving = [hook for hook in hooks if isinstance(hook, PeriodicCheckpointer)]
-        return [*(hook for hook in hooks if hook not in saving), *saving, StopWhenAsked(self._device)]
+            SpeedHook(cfg.SOLVER.IMS_PER_BATCH, self._device),
+            *(hook for hook in own if hook not in saving),
+            MetricsHook(RunFolder(cfg.OUTPUT_DIR), wandb=cfg.WANDB),
+            WallTime(self.state),
+            # behind all that writes about a step, so that no kill leaves a gap
+            *saving,
+            StopWhenAsked(self._device),
+        ]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's, without TensorBoard's where TENSORBOARD is False."""
@@ -280,34 +270,60 @@ class DistillTrainer(Loop):
 
         Raises:
             Preempted: one of them came.
-            UserError: a loss is no number; the line names losses, levels and images.
+            UserError: a loss is not finite; the line names losses, levels and images.
         """
-        if self.non_finite.needs_first_checkpoint and not self.checkpointer.has_checkpoint():
+        if self.state.guard.needs_first_checkpoint and not self.checkpointer.has_checkpoint():
             self.iter = -1
             self.save_step()
-        with whole_steps() as self.stop:
-            return super().train()
+        with EventStorage(self.start_iter) as self.storage:
+            super().train()
+        if not (self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process()):
+            return None
+        verify_results(self.cfg, self._last_eval_results)
+        return self._last_eval_results
+
+    def before_step(self) -> None:
+        """Number the events of the step."""
+        self.storage.iter = self.iter
+        super().before_step()
+
+    def after_train(self) -> None:
+        """Number the events that come last."""
+        self.storage.iter = self.iter
+        super().after_train()
 
     def run_step(self) -> None:
-        """As Detectron2's; where a loss or a gradient is no number, in any process, the optimizer never sees it.
+        """As Detectron2's; where a loss or a gradient is not finite, in any process, the optimizer never sees it.
 
-        Raises:
-            UserError: the policy of SOLVER.NON_FINITE is to stop; the line names losses, levels and images.
-            WentBack: it is to go back.
+        A negative SEED leaves chance to chance.
         """
-        self._buffers.keep()
+        if self.cfg.SEED >= 0:
+            seed_everything(self.cfg.SEED, "step", self.iter, comm.get_rank())
+        self.state.guard.keep_buffers()
         try:
-            super().run_step()
+            DefaultTrainer.run_step(self)
         except NotFinite as error:
-            self._meet(str(error))
+            self._handle_nonfinite(str(error))
         else:
-            if self.average is not None:
-                self.average.update()
+            if self.state.average is not None:
+                self.state.average.update()
 
     @property
-    def kept(self) -> nn.Module:
-        """The detector that is evaluated and written: the average where there is one, else the student."""
-        return self.student if self.average is None else self.average.network
+    def scalars(self) -> Mapping[str, float]:
+        """Losses, learning rate, validation and speed of this step among Detectron2's events."""
+        latest = self.storage.latest().items()
+        return {key: value for key, (value, at) in latest if at == self.iter and is_curve(key)}
+
+    def put_scalars(self, **values: float) -> None:
+        """Add to Detectron2's events."""
+        self.storage.put_scalars(smoothing_hint=False, **values)
+
+    @property
+    def data_seconds(self) -> float:
+        """What Detectron2 measured; the main process alone knows how long all wait for data."""
+        seconds, at = self.storage.latest().get("data_time", (0.0, -1))
+        # a step that was skipped has no events
+        return seconds if at == self.iter else 0.0
 
     def save_step(self) -> None:
         """Save a checkpoint of the step that was made last, by Detectron2's name."""
@@ -325,34 +341,33 @@ class DistillTrainer(Loop):
         total += gradient_norm(list(self._whole.parameters()))
         raise_together(not math.isfinite(total), self._device)
 
-    def _meet(self, what: str) -> None:
+    def _handle_nonfinite(self, what: str) -> None:
         """Do as SOLVER.NON_FINITE says about a step whose pass ended in :class:`NotFinite`."""
         losses = {name: float(value.detach()) for name, value in self._seen["losses"].items()}
         broken = [what] if what else broken_in(self._whole, losses)
-        self._buffers.restore()
         self.optimizer.zero_grad()
         batch = self._seen["batch"]
-        content = step_content(self._whole, self.cfg, self.cfg.SEED, batch, losses)
+        content = partial(step_content, self._whole, self.cfg, self.cfg.SEED, batch, losses)
         images = [str(item.get("image_id", item.get("file_name", "?"))) for item in batch]
-        if self.non_finite.meet(self.iter, broken, images, content) == SKIP:
+        if self.state.guard.handle(self.iter, broken, images, content) == SKIP:
             return
-        count, factor = self.non_finite.count, self.cfg.SOLVER.NON_FINITE.LR_FACTOR
-        self.resume_or_load(resume=True)
-        self.non_finite.gone_back(count)
-        for group in self.optimizer.param_groups:
-            group["lr"] *= factor
-        self.scheduler.base_lrs = [rate * factor for rate in self.scheduler.base_lrs]
-        # the first process writes what the others still read
-        wait_for_all()
-        # kept at once, so that a kill doesn't bring the former rate back
-        self.save_step()
+        self.state.guard.roll_back(self._load_last, self.save_step)
         self._trainer._data_loader_iter_obj = None
         self.iter = self.start_iter
         raise RollbackStep
 
+    def _load_last(self) -> None:
+        self.resume_or_load(resume=True)
+        factor = self.cfg.SOLVER.NON_FINITE.LR_FACTOR
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+        self.scheduler.base_lrs = [rate * factor for rate in self.scheduler.base_lrs]
+        # the main process will write what the others still read
+        wait_for_all()
+
     def _scores(self, cfg: CfgNode) -> dict[str, Any]:
         # the student alone would still ask the teacher
-        return dict(self.test(cfg, self.model if self.average is None else self.kept))
+        return dict(self.test(cfg, self.model if self.state.average is None else self.state.eval_model))
 
     def _test(self) -> dict[str, Any]:
         self._last_eval_results = self._scores(self.cfg)
@@ -367,13 +382,13 @@ class DistillTrainer(Loop):
         last: dict[str, Any] = {"step": done}
         if comm.is_main_process():
             figures = read_json(inference_folder(own, own.DATASETS.TEST[0]) / "result.json")
-            last = keep_best(folder, self.kept, class_list(self.cfg), done, figures)
+            last = keep_best(folder, self.state.eval_model, class_list(self.cfg), done, figures)
             for name in ("map", "map_area"):
                 if last[name] is not None:
-                    self.storage.put_scalar(f"val/{name}", last[name], smoothing_hint=False)
+                    self.put_scalars(**{f"val/{name}": last[name]})
         if done == self.max_iter:
             comm.synchronize()
-            self.checkpoints = settle(folder, self.kept, last, self.cfg.TEST.SELECT)
+            self.checkpoints = settle(folder, self.state.eval_model, last, self.cfg.TEST.SELECT)
             self._test()
         return {f"validation/{name}": values for name, values in found.items()}
 
@@ -384,17 +399,12 @@ class DistillTrainer(Loop):
             UserError: weights that don't fit, or layers that are frozen and random.
         """
         super().resume_or_load(resume)
-        if self.average is not None and not self.average.steps:
-            self.average.restart()
+        if self.state.average is not None and not self.state.average.steps:
+            self.state.average.restart()
         check_frozen_random(self.student, filled=bool(self.cfg.MODEL.WEIGHTS) or self.start_iter > 0)
         places = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(places, StepBatchSampler):
             places.start = self.start_iter
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of this run, that before it was stopped included."""
-        return self._seconds_before + time.monotonic() - self._began
 
     @property
     def weights(self) -> dict[str, float]:
@@ -403,37 +413,13 @@ class DistillTrainer(Loop):
         return {} if transfer is None else dict(transfer.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """Detectron2's training state, with the adapters' parameters and the time it took."""
-        state: dict[str, Any] = super().state_dict()
-        state |= {"seconds": self.seconds, "non_finite": self.non_finite.state_dict()}
-        if self.average is not None:
-            state["averaged"] = {"trained": self.student.state_dict(), "steps": self.average.steps}
-        transfer = transfer_of(self._whole)
-        if transfer is not None and transfer.state_dict():
-            state["adapters"] = transfer.state_dict()
-        return state
+        """Detectron2's training state and ours."""
+        return {**super().state_dict(), **self.state.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`state_dict`.
-
-        Raises:
-            UserError: the checkpoint lacks the adapters of this run's terms, or one of the two has SOLVER.EMA_DECAY.
-        """
+        """See :meth:`state_dict`."""
+        self.state.load_state_dict(state_dict)
         super().load_state_dict(state_dict)
-        self._seconds_before, self._began = float(state_dict.get("seconds", 0.0)), time.monotonic()
-        self.non_finite.load_state_dict(state_dict.get("non_finite", {}))
-        if ("averaged" in state_dict) != (self.average is not None):
-            raise UserError("SOLVER.EMA_DECAY: the checkpoint is of another run; set what it was trained with")
-        if self.average is not None:
-            # the checkpoint's model, which the student has by now
-            averaged = state_dict["averaged"]
-            self.average.load_state_dict({"network": self.student.state_dict(), "steps": averaged["steps"]})
-            self.student.load_state_dict(averaged["trained"])
-        transfer = transfer_of(self._whole)
-        if transfer is not None and transfer.state_dict():
-            if "adapters" not in state_dict:
-                raise UserError("the checkpoint holds no adapters for these transfer terms; it is of another run")
-            transfer.load_state_dict(state_dict["adapters"])
 
 
 def inference_folder(cfg: CfgNode, dataset_name: str) -> Path:

@@ -152,7 +152,7 @@ def _solver() -> CfgNode:
     # validated and written, running statistics averaged too; it begins as the first step's weights, and the decay
     # rises to this value: 1 - t ** (-2 / 3) after t steps.  One pass over the weights a step
     node.EMA_DECAY = 0.0
-    # a loss or gradient that is no number: stop, skip the step, or go back to the last checkpoint
+    # a loss or gradient that is not finite: stop, skip the step, or roll back to the last checkpoint
     node.NON_FINITE = non_finite_node()
     # auto | fp32 | bf16 | fp16; auto is bf16 where the device is fast in it (NVIDIA's GPUs since Ampere, processors
     # with AVX512-BF16), else float32; the log's first line says which

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 
 import torch
 from fvcore.common.config import CfgNode
@@ -15,12 +14,20 @@ from nst_det.distillation.accuracy import Accuracy
 from nst_det.distillation.build import Network
 from nst_det.distillation.dataloader import Batch, Normalizer
 from nst_det.distillation.trainer import StudentTrainer
-from nst_det.engine.clock import Clock, Speed
-from nst_det.engine.distributed import asked_to_stop, is_main_process, stop_together, world_size
+from nst_det.engine.clock import Clock
+from nst_det.engine.distributed import is_main_process, world_size
 from nst_det.engine.format import text_table
 from nst_det.engine.metrics import loss_note
-from nst_det.engine.progress import progress
-from nst_det.engine.signals import whole_steps
+from nst_det.engine.trainer import (
+    EvalHook,
+    Hook,
+    PeriodicCheckpointer,
+    ProgressHook,
+    RollbackStep,
+    SpeedHook,
+    StopWhenAsked,
+    TrainLoop,
+)
 from nst_det.losses import ModelOutputs, TransferLoss, pair_shapes
 from nst_det.losses import loss as shapes
 from nst_det.losses import loss_balance as balance
@@ -32,7 +39,7 @@ SHOWN_LOSSES = 3
 Steps = Callable[[int, int], Iterator[Batch]]
 # what a teacher or its cache says about normalized images and the views that these are
 Teaching = Callable[[Tensor, Tensor | None], ModelOutputs]
-# normalized images, labels and what the teacher said about them
+# normalized images, labels and the teacher's outputs
 Seen = tuple[Tensor, Tensor, ModelOutputs | None]
 # accuracy of the students by their words
 Measure = Callable[[Sequence[StudentTrainer]], dict[str, Accuracy]]
@@ -83,6 +90,73 @@ def log_balance(students: Sequence[StudentTrainer]) -> None:
                     log.warning("%s: %s", word, line.warning)
 
 
+class StageOneTrainer(TrainLoop):
+    """All students side by side; see :func:`train_side_by_side`.
+
+    The loop begins at the smallest step that any student is at; the others join when it reaches theirs, so that
+    a stop between two students' checkpoints costs nothing but the steps since.
+
+    Attributes:
+        stayed: students that made this step, or skipped it; not those that were rolled back in it.
+    """
+
+    def __init__(
+        self,
+        students: Sequence[StudentTrainer],
+        teacher: Teaching | None,
+        steps: Steps,
+        normalize: Normalizer,
+        max_iter: int,
+    ) -> None:
+        super().__init__()
+        self.students, self.teacher, self.steps, self.normalize = students, teacher, steps, normalize
+        self.max_iter, self.start_iter = max_iter, self._first()
+        self.active: list[StudentTrainer] = []
+        self.stayed: list[StudentTrainer] = []
+        self.losses: dict[str, float] = {}
+        self.clock = Clock()
+
+    def _first(self) -> int:
+        return min((student.step for student in self.students), default=self.max_iter)
+
+    def before_train(self) -> None:
+        """Begin at ``iter``."""
+        self._batches = self.steps(self.iter, self.max_iter)
+        super().before_train()
+
+    def run_step(self) -> None:
+        """One batch, one teacher pass, one optimizer step of each student that is at this step."""
+        waited = self.clock.seconds["data"]
+        self.active = [student for student in self.students if student.step == self.iter]
+        self.losses = one_step(self.active, self.teacher, self._batches, self.normalize, self.clock)
+        self._data_seconds = self.clock.seconds["data"] - waited
+        self.stayed = [student for student in self.active if student.step == self.iter + 1]
+        log_balance(self.stayed)
+        if len(self.stayed) < len(self.active):
+            # the others have made the step
+            self.after_step()
+            self.iter = self._first()
+            raise RollbackStep
+
+    def save_step(self) -> None:
+        """Save each student that made this step."""
+        for student in self.stayed:
+            student.save()
+
+
+class StudentMetrics(Hook):
+    """Writes a row of each student's metrics every ``period`` steps."""
+
+    def __init__(self, period: int) -> None:
+        self.period = period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self.period == 0 or done == self.trainer.max_iter:
+            for student in self.trainer.stayed:
+                student.log(self.trainer.scalars)
+
+
 def train_side_by_side(
     students: Sequence[StudentTrainer],
     teacher: Teaching | None,
@@ -96,12 +170,8 @@ def train_side_by_side(
     log_period: int,
     images: int,
     title: str,
-    clock: Clock | None = None,
 ) -> None:
     """Bring every student to step ``last``.
-
-    The loop begins at the smallest step that any student is at; the others join when it reaches theirs, so that
-    a stop between two students' checkpoints costs nothing but the steps since.
 
     Args:
         students: unfinished ones, each started.
@@ -115,46 +185,29 @@ def train_side_by_side(
         log_period: steps between rows of metrics.
         images: of a step, of all processes.
         title: of the progress bar.
-        clock: takes the time of the parts.
-
-    Raises:
-        UserError: an image can't be read, or a loss is not finite.
     """
-    clock = clock or Clock()
-    speed = Speed(images, normalize.device, clock)
-    with progress(title, last) as meter, whole_steps() as stop:
-        # once more from an earlier step, where a student went back to its last checkpoint
-        while (first := min((student.step for student in students), default=last)) < last:
-            batches = steps(first, last)
-            meter.start_at(first)
-            for step in range(first, last):
-                active = [student for student in students if student.step == step]
-                losses = one_step(active, teacher, batches, normalize, clock)
-                done, speed.steps = step + 1, speed.steps + 1
-                stayed = [student for student in active if student.step == done]
-                log_balance(stayed)
-                if done % log_period == 0 or done == last:
-                    how_fast = speed.read()
-                    for student in stayed:
-                        student.log(how_fast)
-                if done == last or (eval_period and done % eval_period == 0):
-                    with clock("evaluation"):
-                        for word, accuracy in measure(stayed).items():
-                            next(student for student in stayed if student.word == word).record(accuracy)
-                leaving = asked_to_stop(stop, normalize.device)
-                if done == last or done % checkpoint_period == 0 or leaving:
-                    with clock("checkpoints"):
-                        for student in stayed:
-                            student.save()
-                meter.step(dict(list(losses.items())[:SHOWN_LOSSES]), partial(_all_losses, active))
-                if leaving:
-                    stop_together(stop)
-                if len(stayed) < len(active):
-                    break
+    trainer = StageOneTrainer(students, teacher, steps, normalize, last)
 
+    def evaluate() -> None:
+        found = measure(trainer.stayed)
+        for student in trainer.stayed:
+            student.record(found[student.word])
 
-def _all_losses(students: Sequence[StudentTrainer]) -> str:
-    return "; ".join(f"{student.word}: {loss_note(student.losses)}" for student in students)
+    trainer.register_hooks(
+        [
+            SpeedHook(images, normalize.device, log_period),
+            StudentMetrics(log_period),
+            EvalHook(eval_period, evaluate, last=True),
+            PeriodicCheckpointer(checkpoint_period),
+            ProgressHook(
+                title,
+                lambda: dict(list(trainer.losses.items())[:SHOWN_LOSSES]),
+                lambda: "; ".join(f"{student.word}: {loss_note(student.losses)}" for student in trainer.active),
+            ),
+            StopWhenAsked(normalize.device),
+        ]
+    )
+    trainer.train()
 
 
 def one_step(
@@ -166,13 +219,13 @@ def one_step(
 ) -> dict[str, float]:
     """One batch, one teacher pass, one optimizer step of each active student.
 
-    A student whose loss or gradient is no number makes no step; see :meth:`StudentTrainer.meet`.
+    A student whose loss or gradient is not finite makes no step; see :meth:`StudentTrainer.handle_nonfinite`.
 
     Returns:
         Each student's loss, all terms together.
 
     Raises:
-        UserError: an image can't be read, or a student is to stop where its loss is no number.
+        UserError: an image can't be read, or a student is to stop where its loss is not finite.
     """
     start = clock.total()
     with clock("data"):
@@ -185,16 +238,16 @@ def one_step(
         with clock("data"):
             images = normalize(batch.images)
             labels = batch.labels.to(images.device, non_blocking=True)
-        said = None
+        outputs = None
         if teacher is not None and any(student.needs_teacher for student in active):
             with clock("teacher"):
-                said = teacher(images, batch.rows)
-        seen.append((images, labels, said))
+                outputs = teacher(images, batch.rows)
+        seen.append((images, labels, outputs))
         share = (clock.total() - start) / len(active)
         for student in active:
             start = clock.total()
             with clock("students"):
-                student.forward_backward(images, labels, said if student.needs_teacher else None, number)
+                student.forward_backward(images, labels, outputs if student.needs_teacher else None, number)
             if number == len(parts) - 1:
                 waiting.append(student)
             # on a CPU at once, while its gradients are in the cache; each reading of a GPU waits for it, so together
@@ -210,13 +263,13 @@ def one_step(
 def _update(students: Sequence[StudentTrainer], seen: Sequence[Seen], parts: Sequence[Batch]) -> dict[str, float]:
     """An optimizer step of those whose loss and gradient are numbers; each one's loss."""
     totals = {}
-    health = torch.stack([student.health for student in students]).tolist()
-    for student, numbers in zip(students, health):
+    found = torch.stack([student.loss_and_norm for student in students]).tolist()
+    for student, numbers in zip(students, found):
         totals[student.word] = numbers[0]
         if all(map(math.isfinite, numbers)):
             student.update()
             continue
         part = student.broken_part
-        images, labels, said = seen[part]
-        student.meet(images, labels, said if student.needs_teacher else None, parts[part].names)
+        images, labels, outputs = seen[part]
+        student.handle_nonfinite(images, labels, outputs if student.needs_teacher else None, parts[part].names)
     return totals

@@ -100,7 +100,7 @@ def finish(student: StudentTrainer, network: Network, data: StageOneData, path: 
     assert accuracy is not None, "a student is evaluated before it is finished"
     card = card_of(network, data, method=student.word, weights=dict(student.transfer.weights), **fields)
     card.top1, card.top5, card.steps = accuracy.top1, accuracy.top5, student.step
-    card = save_backbone(path, student.kept, card)
+    card = save_backbone(path, student.eval_model, card)
     result = {
         "method": student.word,
         "weights": card.weights,
@@ -125,7 +125,7 @@ def finish(student: StudentTrainer, network: Network, data: StageOneData, path: 
 def distill(config: CfgNode) -> dict[str, dict[str, Any]]:
     """Train the teacher, if it must be, and the students of all methods side by side.
 
-    What is done already in OUTPUT_DIR is not done again; what was stopped goes on from its newest checkpoint, to
+    What is done already in OUTPUT_DIR is not done again; what was stopped resumes from its newest checkpoint, to
     the same bits on a CPU.  Under torchrun the processes share out every batch, and the first one alone reads and
     writes OUTPUT_DIR and the registry.
 
@@ -310,7 +310,7 @@ class StageOne:
     def _teaching(
         self, network: Network, student: Network, losses: Mapping[str, TransferLoss], sha256: str
     ) -> Teaching:
-        """The teacher, or where CACHE.DIR is set, what it said about every view."""
+        """The teacher, or where CACHE.DIR is set, its cached outputs for every view."""
         precision = amp_dtype(self.config.SOLVER.AMP, self.device)
         reads = {level for loss in losses.values() for level in loss.teacher_levels}
         teacher = Teacher(copy_of(network, self.device), reads, precision)
@@ -321,7 +321,7 @@ class StageOne:
         computed = str(precision or torch.float32).removeprefix("torch.")
         claim = cache_claim(self.config, self.data.fingerprint, sha256, arch, computed)
         writer = CacheWriter(self.config, views, teacher, copy_of(student, self.device), losses, claim)
-        # the first process writes what isn't there; the others find all of it
+        # the main process writes what isn't there; the others find all of it
         cache = writer.open() if is_main_process() else None
         wait_for_all()
         return cache or writer.open()
@@ -372,7 +372,7 @@ class StageOne:
                 teacher,
                 self.data.train_steps(augment, solver.IMS_PER_BATCH, views, solver.ACCUMULATE),
                 self.normalize,
-                lambda active: self._measure({student.word: student.kept for student in active}, solver),
+                lambda active: self._measure({student.word: student.eval_model for student in active}, solver),
                 last=solver.MAX_ITER,
                 eval_period=config.TEST.EVAL_PERIOD,
                 checkpoint_period=config.CHECKPOINT_PERIOD,

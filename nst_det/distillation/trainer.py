@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
@@ -15,25 +16,18 @@ from nst_det.distillation.accuracy import Accuracy
 from nst_det.distillation.build import by_positions
 from nst_det.distillation.cache import is_stand_in
 from nst_det.distillation.solver import build_optimizer, clip_gradients, lr_factor
-from nst_det.engine.checkpoint import load_latest_checkpoint, save_checkpoint
+from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.config import plain
-from nst_det.engine.device import autocast, is_gpu_error
-from nst_det.engine.distributed import (
-    average_gradients,
-    broadcast_from_rank0,
-    is_main_process,
-    rank,
-    running_statistics,
-    world_size,
-)
-from nst_det.engine.metrics import MetricsWriter, NoMetrics
-from nst_det.engine.nan_guard import SKIP, Buffers, NonFinite, broken_values, gradient_norm
+from nst_det.engine.device import autocast
+from nst_det.engine.distributed import average_gradients, is_main_process, rank, running_statistics
+from nst_det.engine.metrics import MetricsWriter
+from nst_det.engine.nan_guard import NonFiniteGuard, broken_values, gradient_norm
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed
+from nst_det.engine.train_state import OptimizedState
 from nst_det.errors import UserError
 from nst_det.losses import ModelOutputs, TransferLoss
 from nst_det.models import LevelInfo, forward_outputs
-from nst_det.models.averaged import AveragedWeights
 from nst_det.models.build import backbone_parameters
 
 KIND = "stage one"
@@ -67,7 +61,7 @@ def mean(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def step_content(
     student: StudentTrainer, images: Tensor, labels: Tensor, teacher: ModelOutputs | None
 ) -> dict[str, Any]:
-    """All that the step depends on: weights, pixels and what the teacher said, so that neither data nor teacher are
+    """All that the step depends on: weights, pixels and the teacher's outputs, so that neither data nor teacher are
     needed again.
 
     Args:
@@ -122,7 +116,7 @@ def outputs_from(content: dict[str, Any], device: torch.device) -> ModelOutputs:
 
 
 def broken_outputs(teacher: ModelOutputs | None) -> list[str]:
-    """What of a teacher's outputs is no number, each named."""
+    """Name what of a teacher's outputs is not finite."""
     if teacher is None:
         return []
     named = {"logits": teacher.logits, "embedding": teacher.embedding}
@@ -148,7 +142,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-class StudentTrainer:
+class StudentTrainer(OptimizedState):
     """A classifier that learns from labels and, by its method, from a teacher.
 
     What it computes at a step depends on its own state, the batch and the step, never on the students beside it:
@@ -167,8 +161,7 @@ class StudentTrainer:
         about: ``arch``, ``num_classes`` and ``arch_kwargs`` of the model, and ``float32_precision``, for a replay.
 
     Attributes:
-        step: finished optimizer steps.
-        average: of the weights, where SOLVER.EMA_DECAY is set.
+        seconds: its own share of the time.
         terms: values of the last step's loss terms, by name; :attr:`total` is their sum.
         by_level: values of the terms on maps at each pair of levels, before their weights; of NST the squared MMD.
     """
@@ -186,38 +179,33 @@ class StudentTrainer:
         warmup: int = 0,
         about: Mapping[str, Any] | None = None,
     ) -> None:
-        self.word, self.model, self.transfer = word, model, transfer
+        optimizer = build_optimizer([model, transfer], solver)
+        device = next(model.parameters()).device
+        super().__init__(
+            model,
+            transfer,
+            NonFiniteGuard(solver.NON_FINITE, folder.path, model, word),
+            AveragedWeights(model, solver.EMA_DECAY) if solver.EMA_DECAY else None,
+            optimizer,
+            folder,
+            torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        )
+        self.word, self.transfer, self.device = word, transfer, device
         self.levels = {name: levels[name] for name in transfer.student_levels}
         self.needs_teacher = bool(transfer.pairs)
-        self.solver, self.seed, self.folder, self.precision, self.warmup = solver, seed, folder, precision, warmup
-        self.device = next(model.parameters()).device
+        self.solver, self.seed, self.precision, self.warmup = solver, seed, precision, warmup
         self.about = dict(about or {})
-        self.step = 0
-        self.seconds = 0.0
         self.accuracy: Accuracy | None = None
-        self.best = Accuracy(0.0, 0.0)
-        self.best_step = 0
+        self.best, self.best_step = Accuracy(0.0, 0.0), 0
         self.terms: dict[str, Tensor] = {}
         self.by_level: dict[str, Tensor] = {}
-        self.total = torch.zeros(())
+        self.total = self._norm = torch.zeros(())
         self._passes: list[Pass] = []
-        self._optimizer = build_optimizer([model, transfer], solver)
-        self._parameters = [item for group in self._optimizer.param_groups for item in group["params"]]
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self._metrics: MetricsWriter | None = None
         self._trackers: tuple[bool, str] = (False, "")
-        self.average = AveragedWeights(model, solver.EMA_DECAY) if solver.EMA_DECAY else None
-        self.non_finite = NonFinite(solver.NON_FINITE, folder.path, word)
-        self._buffers = Buffers(model)
-        self._norm = torch.zeros(())
 
     @property
-    def kept(self) -> nn.Module:
-        """The network that is evaluated and written: the average where there is one, else the one in training."""
-        return self.model if self.average is None else self.average.network
-
-    @property
-    def health(self) -> Tensor:
+    def loss_and_norm(self) -> Tensor:
         """(2,): the loss of the pass that was just made, and the norm of its gradient; finite in a sound step."""
         return torch.stack([self.total, self._norm])
 
@@ -234,28 +222,16 @@ class StudentTrainer:
         return bool(balance.lines) and self.step == balance.measured
 
     def start(self, tensorboard: bool, wandb: str = "") -> None:
-        """Load the newest checkpoint, if there is one, and open the metrics.
-
-        Args:
-            tensorboard: write TensorBoard events too.
-            wandb: a project at Weights & Biases, or "".
-
-        Raises:
-            UserError: the checkpoint is of another run.
-        """
-        state = broadcast_from_rank0(lambda: load_latest_checkpoint(self.folder.checkpoints))
-        if state is not None:
-            self._load(state)
-        elif self.non_finite.needs_first_checkpoint:
-            self.save()
+        """Resume from the newest checkpoint, if there is one, and open the metrics."""
+        self.resume()
         self._trackers = tensorboard, wandb
         self._open_metrics()
 
     def _open_metrics(self) -> None:
         tensorboard, wandb = self._trackers
         board = self.folder.path / "tensorboard" if tensorboard else None
-        writes = is_main_process()
-        self._metrics = MetricsWriter(self.folder.metrics_path, self.step, board, wandb) if writes else NoMetrics()
+        if is_main_process():
+            self._metrics = MetricsWriter(self.folder.metrics_path, self.step, board, wandb)
 
     def close(self) -> None:
         """Close the metrics."""
@@ -271,7 +247,7 @@ class StudentTrainer:
         Args:
             images: (B, 3, H, W), normalized.
             labels: (B,).
-            teacher: what the teacher said about ``images``; None where the method has no terms.
+            teacher: its outputs for ``images``; None where the method has no terms.
             part: of this process's images of the step, from 0.
 
         Raises:
@@ -283,7 +259,7 @@ class StudentTrainer:
         torch.manual_seed(derive_seed(self.seed, "forward", self.step, *([piece] if piece else [])))
         self.model.train()
         if part == 0:
-            self._buffers.keep()
+            self.guard.keep_buffers()
             self._passes = []
         with autocast(self.device, self.precision):
             outputs = forward_outputs(self.model, images, self.levels)
@@ -298,9 +274,9 @@ class StudentTrainer:
             weighted = self._balanced(terms["ce"], self.transfer(outputs, teacher))
             terms |= {name: rise * value for name, value in weighted.items()}
         total = torch.stack(list(terms.values())).sum()
-        self._scaler.scale(total / parts).backward()
+        self.scaler.scale(total / parts).backward()
         # its gradient is wanted alone only to tell the parts from each other
-        norm = gradient_norm(self._parameters) if parts > 1 and not self._scaler.is_enabled() else total.detach()
+        norm = gradient_norm(self.parameters) if parts > 1 and not self.scaler.is_enabled() else total.detach()
         values = {name: value.detach() for name, value in terms.items()}
         self._passes.append(Pass(values, {} if teacher is None else dict(self.transfer.parts), norm))
         if part == parts - 1:
@@ -320,14 +296,14 @@ class StudentTrainer:
         self.terms = mean([one.terms for one in self._passes])
         self.by_level = mean([self._by_level(one.places) for one in self._passes])
         statistics = [*running_statistics(self.model), *running_statistics(self.transfer)]
-        average_gradients(self._parameters, [*self.terms.values(), *self.by_level.values(), *statistics])
+        average_gradients(self.parameters, [*self.terms.values(), *self.by_level.values(), *statistics])
         self.total = torch.stack(list(self.terms.values())).sum()
         # infinite gradients are an everyday matter of fp16's scaler, which passes over such steps by itself
-        self._norm = self.total if self._scaler.is_enabled() else gradient_norm(self._parameters)
+        self._norm = self.total if self.scaler.is_enabled() else gradient_norm(self.parameters)
 
     @property
     def broken_part(self) -> int:
-        """The first part of the last step, in this process, whose loss or gradient is no number; else the last."""
+        """The first part of the last step, in this process, whose loss or gradient is not finite; else the last."""
         finite = [bool(torch.stack([*one.terms.values(), one.norm]).isfinite().all()) for one in self._passes]
         return finite.index(False) if False in finite else len(finite) - 1
 
@@ -346,68 +322,41 @@ class StudentTrainer:
             raise UserError(f"{self.word}: TRANSFER.{error}") from error
 
     def update(self) -> None:
-        """One optimizer step with the gradients that are there."""
+        """Make one optimizer step with the gradients that are there."""
         rate = self._rate(self.step)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        scale = self._scaler.get_scale() if self.average is not None else 0.0
-        self._scaler.unscale_(self._optimizer)
-        clip_gradients(self._parameters, self.solver.CLIP_GRADIENTS, None if self._scaler.is_enabled() else self._norm)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        # a scaler that found infinite gradients has passed over the step and lowered its scale
-        if self.average is not None and self._scaler.get_scale() >= scale:
-            self.average.update()
-        self._optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        norm = None if self.scaler.is_enabled() else self._norm
+        self.optimizer_step(lambda: clip_gradients(self.parameters, self.solver.CLIP_GRADIENTS, norm))
 
     def _rate(self, step: int) -> float:
-        return float(self.solver.BASE_LR * lr_factor(step, self.solver) * self.non_finite.rate)
+        return float(self.solver.BASE_LR * lr_factor(step, self.solver) * self.guard.rate)
 
-    def meet(self, images: Tensor, labels: Tensor, teacher: ModelOutputs | None, names: Sequence[str]) -> None:
-        """The pass that was just made gave something that is no number: no step is made, SOLVER.NON_FINITE decides.
+    def handle_nonfinite(
+        self, images: Tensor, labels: Tensor, teacher: ModelOutputs | None, names: Sequence[str]
+    ) -> None:
+        """The pass that was just made is not finite: no step is made, SOLVER.NON_FINITE decides.
 
         Args:
             images: as :meth:`forward_backward` had them; labels and teacher too.
             labels: (B,).
-            teacher: what it said, or None.
+            teacher: its outputs, or None.
             names: of the B images.
-
-        Raises:
-            UserError: the policy is to stop, or has had its limit; the line names terms, levels and images.
         """
-        named = [*self.model.named_parameters(), *self.transfer.named_parameters()]
-        alone = world_size() == 1
-        gradients = {name: value.grad for name, value in named if value.grad is not None and alone}
         one = self.pass_of(self.broken_part)
-        broken = [*broken_values(one.values, one.places, gradients), *broken_outputs(teacher)]
-        self._buffers.restore()
-        self._optimizer.zero_grad(set_to_none=True)
-        content = step_content(self, images, labels, teacher)
-        if self.non_finite.meet(self.step, broken, names, content) == SKIP:
-            self.step += 1
-        else:
-            self._go_back()
+        named = itertools.chain(self.model.named_parameters(), self.transfer.named_parameters())
+        broken = [*broken_values(one.values, one.places, named), *broken_outputs(teacher)]
+        step = self.step
+        self.skip_or_roll_back(broken, names, lambda: step_content(self, images, labels, teacher))
+        if self.step <= step:
+            self.close()
+            self._open_metrics()
 
-    def _go_back(self) -> None:
-        count = self.non_finite.count
-        state = broadcast_from_rank0(lambda: load_latest_checkpoint(self.folder.checkpoints))
-        if state is None:
-            raise UserError(
-                f"{self.folder.checkpoints}: no checkpoint to go back to; set SOLVER.NON_FINITE.POLICY stop"
-            )
-        self._load(state)
-        self.non_finite.gone_back(count)
-        # kept at once, so that a kill doesn't bring the former rate back
-        self.save()
-        self.close()
-        self._open_metrics()
-
-    def log(self, more: Mapping[str, float] | None = None) -> None:
-        """Write the terms of the step that was just done, each by its name, and what else is to stand in their row."""
+    def log(self, more: Mapping[str, float]) -> None:
+        """Write the terms of the step that was just done, each by its name, and what else is to be in their row."""
         levels = {f"level/{name}": float(value) for name, value in self.by_level.items()}
         last = self.step - 1
-        self._write(last, {**self.losses, **levels, "lr": self._rate(last), **(more or {})})
+        self._write(last, {**self.losses, **levels, "lr": self._rate(last), **more})
 
     def record(self, accuracy: Accuracy) -> None:
         """Take note of the accuracy after the step that was just done."""
@@ -417,47 +366,18 @@ class StudentTrainer:
         self._write(self.step - 1, {"val/top1": accuracy.top1, "val/top5": accuracy.top5})
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        assert self._metrics is not None, "start() opens the metrics"
-        self._metrics.write(step, values)
+        if self._metrics is not None:
+            self._metrics.write(step, values)
 
-    def save(self) -> None:
-        """Write a checkpoint of all that the next step depends on; every process has the same, the first one writes."""
-        if not is_main_process():
-            return
-        state: dict[str, Any] = {
-            "model": self.model.state_dict(),
-            "transfer": self.transfer.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
-            "seconds": self.seconds,
-            "accuracy": asdict(self.accuracy) if self.accuracy else None,
-            "best": asdict(self.best),
-            "best_step": self.best_step,
-            "non_finite": self.non_finite.state_dict(),
-        }
-        if self.average is not None:
-            state["average"] = self.average.state_dict()
-        save_checkpoint(self.folder.checkpoints, self.step, state)
+    def state_dict(self) -> dict[str, Any]:
+        accuracy = None if self.accuracy is None else asdict(self.accuracy)
+        found = {"accuracy": accuracy, "best": asdict(self.best), "best_step": self.best_step}
+        return {**super().state_dict(), **found}
 
-    def _load(self, state: dict[str, Any]) -> None:
-        try:
-            self.model.load_state_dict(state["model"])
-            self.transfer.load_state_dict(state["transfer"])
-            self._optimizer.load_state_dict(state["optimizer"])
-            self._scaler.load_state_dict(state["scaler"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
-            self.best, self.best_step = Accuracy(**state["best"]), state["best_step"]
-            self.non_finite.load_state_dict(state.get("non_finite", {}))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if is_gpu_error(error):
-                raise
-            reason = str(error).split("\n")[0]
-            raise UserError(
-                f"{self.folder.checkpoints}: the checkpoint is of another network ({reason}); remove this folder"
-            ) from error
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
+        self.best, self.best_step = Accuracy(**state["best"]), state["best_step"]
 
 
 def _tap(maps: Tensor) -> Tensor:

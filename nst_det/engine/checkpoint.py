@@ -17,6 +17,9 @@ from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
 KEPT = 2
+# of checkpoints: {"schema", "model", "trainer": {name: state}, "iteration": the last step that was made, from 0}, where
+# Detectron2's checkpointer has the same but the schema, which is in "trainer" too; and of the dumps of nan_guard
+SCHEMA = 2
 
 
 def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any]) -> Path:
@@ -27,10 +30,17 @@ def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any]) -> Pat
         state: tensors, scalars, strings and containers of them (it is read back with ``weights_only=True``).
     """
     path = Path(folder) / f"step-{step:08d}.pt"
-    write_state(path, {"step": step, **state})
+    write_state(path, {"schema": SCHEMA, "iteration": step - 1, **state})
     for old in checkpoints(folder)[:-KEPT]:
         old.unlink(missing_ok=True)
     return path
+
+
+def check_schema(state: Any, source: str | Path) -> None:
+    """Refuse what another version wrote."""
+    found = state.get("schema") if isinstance(state, dict) else None
+    if found != SCHEMA:
+        raise UserError(f"{source}: of schema {found}, this version reads {SCHEMA}; remove it to start again")
 
 
 def write_state(path: str | Path, state: dict[str, Any]) -> None:
@@ -88,9 +98,12 @@ def load_latest_checkpoint(folder: str | Path) -> dict[str, Any] | None:
     paths = checkpoints(folder)
     for path in reversed(paths):
         try:
-            return load_checkpoint(path)
+            state = load_checkpoint(path)
         except UserError as error:
             log.warning("%s; taking the one before it", error)
+            continue
+        check_schema(state, path)
+        return state
     if paths:
         raise UserError(f"{folder}: every checkpoint here is damaged; remove the folder to start this run again")
     return None
@@ -108,8 +121,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler raises whatever it stumbles over
         raise UserError(f"{path}: damaged checkpoint, or not one ({type(error).__name__}); remove it") from error
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise UserError(f"{path}: not a checkpoint of nst_det (it has no step); remove it")
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not a checkpoint of nst_det; remove it")
     return state
 
 

@@ -1,10 +1,10 @@
 """Several processes that train one run together, as torchrun starts them.
 
 Every process holds the same weights, optimizer state and running statistics, to the bit, after each step: gradients
-and statistics are averaged over all, everything else is drawn from (seed, step, image).  The first process alone owns
-the run folder; the others learn from it what stands there, so that no other machine needs the folder.
+and statistics are averaged over all, everything else is drawn from (seed, step, image).  The main process alone owns
+the run folder; the others are sent what they need of it, so that no other machine needs the folder.
 
-Everything here may be called in a single process too, and then does nothing, or what it says for one.
+Everything here may be called in a single process too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from nst_det.engine.device import gpu_errors_in_one_line
@@ -26,7 +25,7 @@ from nst_det.engine.signals import StopRequest
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
-# while the first process writes, tests or draws a report, the others wait
+# while the main process writes, evaluates or draws a report, the others wait
 TIMEOUT = timedelta(hours=12)
 
 T = TypeVar("T")
@@ -38,14 +37,7 @@ def started_together() -> int:
 
 
 def start_processes(on_cpu: bool) -> None:
-    """Let the processes that torchrun started meet, by NCCL on GPUs and by gloo on the CPU; each takes its own GPU.
-
-    Args:
-        on_cpu: compute on the CPU, whatever there is.
-
-    Raises:
-        UserError: more processes on this machine than it has GPUs, or one of these fails.
-    """
+    """Let the processes that torchrun started meet, by NCCL on GPUs and by gloo on the CPU; each takes its own GPU."""
     if started_together() == 1 or dist.is_initialized():
         return
     on_cpu = on_cpu or not torch.cuda.is_available()
@@ -56,19 +48,21 @@ def start_processes(on_cpu: bool) -> None:
             "there are GPUs"
         )
     with gpu_errors_in_one_line("take fewer processes"):
-        PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "nccl", timeout=TIMEOUT)
+        if not on_cpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo" if on_cpu else "nccl", timeout=TIMEOUT)
 
 
 def stop_processes() -> None:
     """Part again, at the end of a command that ended well; a process that fails is ended by torchrun, with all."""
     if dist.is_initialized() and started_together() > 1:
         dist.barrier()
-        PartialState().destroy_process_group()
+        dist.destroy_process_group()
         _host_group.cache_clear()
 
 
 def speaks_of_error() -> bool:
-    """Whether this process is the one that says why all of them end; of several that fail, the first to ask."""
+    """Whether this process reports why all of them end; of several that fail, the first to ask."""
     if started_together() == 1:
         return True
     if not dist.is_initialized():
@@ -76,7 +70,7 @@ def speaks_of_error() -> bool:
     try:
         asked: int = dist.distributed_c10d._get_default_store().add("nst_det/speaks_of_error", 1)
     except RuntimeError:
-        # the process that keeps the store is gone, and has spoken
+        # rank 0, which keeps the store, exited after reporting the error
         return False
     return asked == 1
 
@@ -94,7 +88,7 @@ def rank() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process owns the run folder and does the talking."""
+    """Whether this process is rank 0, which owns the run folder and logs."""
     return rank() == 0
 
 
@@ -108,12 +102,7 @@ def _host_group() -> Any:
 
 
 def broadcast_from_rank0(compute: Callable[[], T]) -> T:
-    """What ``compute`` gives in the first process, in all of them; the others don't call it.
-
-    Example:
-        >>> broadcast_from_rank0(lambda: "seed 7")
-        'seed 7'
-    """
+    """Return what ``compute`` gives in the main process, in all of them; the others don't call it."""
     if world_size() == 1:
         return compute()
     values: list[Any] = [compute() if is_main_process() else None]
@@ -149,16 +138,6 @@ def asked_to_stop(request: StopRequest, device: torch.device) -> bool:
     return signum != 0
 
 
-def stop_together(request: StopRequest) -> None:
-    """Obey once all processes are here: as soon as one has ended the others are ended, and the first may be writing.
-
-    Raises:
-        Preempted: always.
-    """
-    wait_for_all()
-    request.obey()
-
-
 def wait_for_all() -> None:
     """Return when every process has come here."""
     if world_size() > 1:
@@ -183,7 +162,7 @@ def largest_of_processes(sizes: Sequence[int], device: torch.device) -> list[int
 
 
 def copy_from_first(*modules: nn.Module) -> None:
-    """Parameters and buffers become those of the first process."""
+    """Parameters and buffers become those of the main process."""
     if world_size() > 1:
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
@@ -206,10 +185,6 @@ def average_gradients(parameters: Iterable[Tensor], others: Iterable[Tensor] = (
     """Gradients, and other floating point tensors, become their mean over all processes, in one exchange.
 
     A parameter without a gradient in all processes keeps none; where only some have one, the others' is 0.
-
-    Args:
-        parameters: of any shape (...,), in the same order everywhere.
-        others: tensors of any shape (...,), such as running statistics; changed in place.
     """
     if world_size() == 1:
         return
@@ -233,15 +208,10 @@ def running_statistics(module: nn.Module) -> list[Tensor]:
 
 
 def share_of(images: int, key: str, accumulate: int = 1) -> slice:
-    """The part of this process in a batch.
-
-    Args:
-        images: of a whole step, those of all processes.
-        key: of the config, for the error.
-        accumulate: parts into which each process cuts its share.
+    """Return the part of this process in a batch of ``images``, which it cuts into ``accumulate`` parts.
 
     Raises:
-        UserError: the batch can't be cut into equal parts.
+        UserError: the batch can't be cut into equal parts; the line names ``key``.
     """
     parts = world_size() * accumulate
     if images % parts:
@@ -251,7 +221,7 @@ def share_of(images: int, key: str, accumulate: int = 1) -> slice:
     return slice(rank() * share, (rank() + 1) * share)
 
 
-def log_batch(images: int, accumulate: int, rate: float, what: str = "SOLVER") -> None:
+def log_batch(images: int, accumulate: int, rate: float) -> None:
     """Say what a step is made of, and what the learning rate belongs to; silent for one process and one part."""
     processes = world_size()
     if processes * accumulate == 1 or not is_main_process():
@@ -259,11 +229,10 @@ def log_batch(images: int, accumulate: int, rate: float, what: str = "SOLVER") -
     each = images // (processes * accumulate)
     parts = f"{processes} processes x {each} images" + (f" x {accumulate} parts" if accumulate > 1 else "")
     log.info(
-        "%s = %d images a step (%s.IMS_PER_BATCH); BASE_LR %g, MAX_ITER and the schedule are for steps of %d images, "
-        "and stay as they are with any number of processes",
+        "%s = %d images a step (SOLVER.IMS_PER_BATCH); BASE_LR %g, MAX_ITER and the schedule are for steps of %d "
+        "images, and stay as they are with any number of processes",
         parts,
         images,
-        what,
         rate,
         images,
     )

@@ -40,7 +40,7 @@ class WandbRun:
     """One run folder as one run at Weights & Biases: its config and the scalars of each step.
 
     Where it is sent is decided by wandb's own environment (``WANDB_MODE=offline`` keeps it on this machine,
-    ``WANDB_ENTITY`` names the team).  A run that goes on after a stop goes on there too; steps that it has already are
+    ``WANDB_ENTITY`` names the team).  A run that resumes after a stop resumes there too; steps that it has already are
     not sent again.
 
     Args:
@@ -100,7 +100,7 @@ def loss_note(row: Mapping[str, Any], most: int | None = None) -> str:
 class MetricsWriter:
     """Append one JSON object a step to ``metrics.jsonl``; each loss term keeps its own name.
 
-    A run that goes on at step k first drops the lines from step k on, so that the file of a run that was
+    A run that resumes at step k first drops the lines from step k on, so that the file of a run that was
     stopped ends equal to an undisturbed run's, but for its speed.
 
     Args:
@@ -163,19 +163,6 @@ class MetricsWriter:
         self.close()
 
 
-class NoMetrics(MetricsWriter):
-    """In place of a writer in the processes that own no run folder."""
-
-    def __init__(self) -> None:
-        pass
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
 def read_metrics(path: str | Path, speed: bool = False) -> list[dict[str, Any]]:
     """All rows of a ``metrics.jsonl``; a last line cut off by a kill is left out.
 
@@ -219,3 +206,12 @@ def speed_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             if key.startswith(SPEED):
                 found.setdefault(key.removeprefix(SPEED), []).append(value)
     return {name: max(values) if name == "gpu_memory_gib" else median(values) for name, values in found.items()}
+
+
+def last_losses(path: str | Path) -> dict[str, float]:
+    """Return the loss terms of the last step that was made, by their names in a ``metrics.jsonl``."""
+    for row in reversed(read_metrics(path) if Path(path).exists() else []):
+        losses = {key: value for key, value in row.items() if "loss" in key and key not in TOTALS}
+        if losses and None not in losses.values():
+            return losses
+    return {}

@@ -1,8 +1,9 @@
-"""A loss or a gradient that is no number: found before the optimizer takes it, named, kept for a replay, and met.
+"""A loss or a gradient that is not finite: found before the optimizer takes it, named, dumped and handled.
 
-A training loop asks :func:`broken_values` after each backward pass.  Where it names something, the step is not made:
-what the forward pass changed is put back, the batch is written to ``nonfinite/step-00000042.pt`` in the run folder
-(``nst-det replay`` runs that step again), and the policy of SOLVER.NON_FINITE decides.
+A trainer asks for the loss and the norm of all gradients after each backward pass.  Where one is not finite the step is
+not made: the :class:`NonFiniteGuard` puts back what the forward pass changed, writes the batch and all that the step
+depends on to ``nonfinite/step-00000042.pt`` in the run folder, and does as SOLVER.NON_FINITE says.  ``nst-det replay``
+runs that step again (:func:`replay`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from nst_det.engine.checkpoint import load_checkpoint, write_state
-from nst_det.engine.distributed import any_process, gathered, rank
+from nst_det.engine.checkpoint import SCHEMA, check_schema, load_checkpoint, write_state
+from nst_det.engine.device import is_gpu_error
+from nst_det.engine.distributed import any_process, gathered, rank, world_size
 from nst_det.engine.format import ReprMixin
 from nst_det.errors import UserError
 
@@ -35,21 +37,13 @@ _FIELDS = {"kind": str, "method": str, "seed": int, "not_finite": list, "images"
 
 
 class NotFinite(UserError):
-    """Found in a pass; the message says what is no number, and is empty where the losses or another process tell."""
+    """A pass is not finite; the message says what, and is empty where the losses or another process tell."""
 
 
 def raise_together(failed: bool, device: torch.device, what: str = "") -> None:
-    """End the pass in all processes if it failed in one of them.
+    """Raise :class:`NotFinite` in all processes if a pass failed in one; its message is ``what`` where it failed.
 
-    All must come here, also those in which it didn't: one that ended alone would leave the others waiting for it.
-
-    Args:
-        failed: whether something is no number in this process.
-        device: of the exchange.
-        what: is no number, where it isn't a loss or a gradient.
-
-    Raises:
-        NotFinite: in all processes; the message is ``what`` in those that failed.
+    All must come here: one that ended alone would leave the others waiting for it.
     """
     if any_process(failed, device):
         raise NotFinite(what if failed else "")
@@ -58,18 +52,14 @@ def raise_together(failed: bool, device: torch.device, what: str = "") -> None:
 def non_finite_node() -> CfgNode:
     """SOLVER.NON_FINITE.
 
-    POLICY is ``stop``, ``skip`` (the step is passed over, the schedule goes on) or ``back`` (to the last checkpoint,
-    with the learning rate times LR_FACTOR from there on).  LIMIT is how often that may happen in one run.
+    POLICY is ``stop``, ``skip`` (the step is skipped, the schedule continues) or ``back`` (roll back to the last
+    checkpoint, with the learning rate times LR_FACTOR from there on).  LIMIT is how often that may happen in one run.
     """
     return CfgNode({"POLICY": STOP, "LIMIT": 3, "LR_FACTOR": 0.5})
 
 
 def check_non_finite(node: CfgNode, key: str, source: str = "config") -> None:
-    """Refuse values that can't be followed.
-
-    Raises:
-        UserError: the line names the key.
-    """
+    """Refuse values out of range."""
     if node.POLICY not in POLICIES:
         raise UserError(f"{source}: {key}.POLICY '{node.POLICY}' is not one of {', '.join(POLICIES)}")
     if node.LIMIT < 1:
@@ -79,33 +69,33 @@ def check_non_finite(node: CfgNode, key: str, source: str = "config") -> None:
 
 
 def broken_values(
-    terms: Mapping[str, float], parts: Mapping[str, Mapping[str, Tensor]], gradients: Mapping[str, Tensor]
+    terms: Mapping[str, float],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    parameters: Iterable[tuple[str, Tensor]] = (),
 ) -> list[str]:
-    """What is no number in a step: loss terms, those of maps with their levels; where all are, gradients.
+    """Name what is not finite in a pass of this process: loss terms, those of maps with their levels; else gradients.
 
-    Args:
-        terms: name to value.
-        parts: transfer term to the values (scalars) of its places, see ``TransferLoss.parts``.
-        gradients: parameter to gradient (...,); looked at only where all terms are finite.
+    ``parts`` are the values of transfer terms at each place, see ``TransferLoss.parts``.
 
     Example:
         >>> nan = torch.tensor(math.nan)
-        >>> broken_values({"ce": 1.0, "at": math.nan}, {"at": {"res3": torch.ones(()), "res4": nan}}, {})
+        >>> broken_values({"ce": 1.0, "at": math.nan}, {"at": {"res3": torch.ones(()), "res4": nan}})
         ['at (res4)']
     """
     found = []
     for name, value in terms.items():
         if not math.isfinite(value):
-            places = [place for place, part in _parts_of(name, parts).items() if not bool(part.isfinite())]
+            # stage two writes loss_transfer_at for the term at
+            places = [
+                place
+                for place, part in parts.get(name.removeprefix("loss_transfer_"), {}).items()
+                if not bool(part.isfinite())
+            ]
             found.append(f"{name} ({', '.join(places)})" if places else name)
-    if found:
+    if found or world_size() > 1:
+        # gradients that several processes have averaged tell nothing of this one
         return found
-    return [f"the gradient of {name}" for name, value in gradients.items() if not bool(value.isfinite().all())]
-
-
-def _parts_of(name: str, parts: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    # stage two writes loss_transfer_at for the term at
-    return next((value for term, value in parts.items() if name in (term, f"loss_transfer_{term}")), {})
+    return [f"the gradient of {name}" for name, value in parameters if not _finite(value.grad)]
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
@@ -114,44 +104,28 @@ def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     return nn.utils.get_total_norm(gradients, foreach=True)
 
 
-class Buffers:
-    """What a forward pass changes in a network (running statistics), to be put back where the step is not made."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        self._modules = modules
-        self._kept: list[tuple[Tensor, Tensor]] = []
-
-    def keep(self) -> None:
-        """Remember them as they are."""
-        self._kept = [(own, own.clone()) for module in self._modules if module.training for own in module.buffers()]
-
-    def restore(self) -> None:
-        """Put them back."""
-        with torch.no_grad():
-            for own, kept in self._kept:
-                own.copy_(kept)
-
-
-class NonFinite:
-    """How one network meets values that are no numbers, and how often it has.
+class NonFiniteGuard:
+    """How one network meets non-finite steps, and how often it has.
 
     Args:
         node: SOLVER.NON_FINITE.
         folder: of the run.
+        model: what a forward pass changes in it (running statistics) is put back where the step is not made.
         who: named in messages, such as the student's method.
 
     Attributes:
-        count: steps passed over, or times gone back.
-        rate: on the learning rate; less than 1 after going back.
+        count: steps skipped, or times rolled back.
+        rate: on the learning rate; less than 1 after rolling back.
     """
 
-    def __init__(self, node: CfgNode, folder: Path, who: str = "") -> None:
-        self.node, self.folder, self.who = node, folder, who
+    def __init__(self, node: CfgNode, folder: Path, model: nn.Module, who: str = "") -> None:
+        self.node, self.folder, self.model, self.who = node, folder, model, f"{who}: " if who else ""
         self.count, self.rate = 0, 1.0
+        self._kept: list[tuple[Tensor, Tensor]] = []
 
     @property
     def needs_first_checkpoint(self) -> bool:
-        """Whether a checkpoint before the first step is needed, to go back to."""
+        """Whether a checkpoint before the first step is needed, to roll back to."""
         return bool(self.node.POLICY == BACK)
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,59 +134,68 @@ class NonFinite:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`state_dict`."""
-        self.count, self.rate = int(state.get("count", 0)), float(state.get("rate", 1.0))
+        self.count, self.rate = int(state["count"]), float(state["rate"])
 
-    def meet(self, step: int, names: Sequence[str], images: Sequence[str], content: Mapping[str, Any]) -> str:
-        """Write what a replay needs, then say ``skip`` or ``back``.
+    def keep_buffers(self) -> None:
+        """Remember them as they are before a step."""
+        self._kept = [(own, own.clone()) for own in self.model.buffers()] if self.model.training else []
+
+    def handle(
+        self, step: int, names: Sequence[str], images: Sequence[str], content: Callable[[], Mapping[str, Any]]
+    ) -> str:
+        """Put buffers back and dump the step; then return the policy, ``skip`` or ``back``, or stop.
 
         Of several processes, all come here; the first one in which something was found writes.
 
         Args:
             step: in which it was found.
-            names: of what is no number in this process.
+            names: of what is not finite in this process.
             images: ids of its batch.
-            content: of the file, tensors and plain values; step, names and ids are added.
+            content: of the dump; step, names and ids are added.
 
         Raises:
             UserError: the policy is to stop, or LIMIT is reached; names, ids and file are in the line.
         """
+        with torch.no_grad():
+            for own, kept in self._kept:
+                own.copy_(kept)
         path = self.folder / "nonfinite" / f"step-{step:08d}.pt"
         everywhere = gathered((list(names), list(images)))
-        # where only the mean of all gradients is none, each may be at fault
+        # where only the mean of all gradients is not finite, each process may be at fault
         found_in = [number for number, (broken, _) in enumerate(everywhere) if broken] or list(range(len(everywhere)))
         names = list(dict.fromkeys(itertools.chain.from_iterable(everywhere[number][0] for number in found_in)))
         names = names or [NORM]
         images = list(itertools.chain.from_iterable(everywhere[number][1] for number in found_in))
         if rank() == found_in[0]:
-            write_state(path, {**content, "step": step, "not_finite": names, "images": images})
-        who = f"{self.who}: " if self.who else ""
-        found = f"{who}not finite at step {step}: {listed(names)}; images {listed(images)}"
-        kept = f"nst-det replay {path} runs this step again"
-        if self.node.POLICY == STOP or self.count >= self.node.LIMIT:
-            already = f" (after {self.count} times {self.node.POLICY}, SOLVER.NON_FINITE.LIMIT)" if self.count else ""
+            write_state(path, {"schema": SCHEMA, **content(), "step": step, "not_finite": names, "images": images})
+        found = f"{self.who}not finite at step {step}: {listed(names)}; images {listed(images)}"
+        kept_in = f"nst-det replay {path} runs this step again"
+        policy = str(self.node.POLICY)
+        if policy == STOP or self.count >= self.node.LIMIT:
+            already = f" (after {self.count} times {policy}, SOLVER.NON_FINITE.LIMIT)" if self.count else ""
             raise UserError(
-                f"{found}{already}; {kept}; lower SOLVER.BASE_LR or the term's weight, set SOLVER.CLIP_GRADIENTS, or "
-                "SOLVER.NON_FINITE.POLICY skip or back"
+                f"{found}{already}; {kept_in}; lower SOLVER.BASE_LR or the term's weight, set SOLVER.CLIP_GRADIENTS, "
+                "or SOLVER.NON_FINITE.POLICY skip or back"
             )
         self.count += 1
-        what = "this step is passed over" if self.node.POLICY == SKIP else "going back to the last checkpoint"
-        log.warning("%s; %s (%d of %d); %s", found, what, self.count, self.node.LIMIT, kept)
-        return str(self.node.POLICY)
+        what = "this step is skipped" if policy == SKIP else "rolling back to the last checkpoint"
+        log.warning("%s; %s (%d of %d); %s", found, what, self.count, self.node.LIMIT, kept_in)
+        return policy
 
-    def gone_back(self, count: int) -> None:
-        """The last checkpoint is loaded, with its own count and rate: ``count`` holds, and the rate is lowered."""
+    def roll_back(self, load: Callable[[], None], save: Callable[[], None]) -> None:
+        """Load the last checkpoint and lower the learning rate from there on."""
+        count = self.count
+        load()
+        # the checkpoint has its own count
         self.count = count
         self.rate *= self.node.LR_FACTOR
-        log.warning("%slearning rate times %g from here on", f"{self.who}: " if self.who else "", self.rate)
+        # saved at once, so that a kill doesn't bring the former rate back
+        save()
+        log.warning("%slearning rate times %g from here on", self.who, self.rate)
 
 
 def listed(names: Iterable[str]) -> str:
-    """Some names on one line: the first few, and how many there are.
-
-    Example:
-        >>> listed("abcdefghijk")
-        'a, b, c, d, e, f, g, h, ... (11 in all)'
-    """
+    """Return the first few names on one line, and how many there are."""
     all_names = [str(name) for name in names]
     more = f", ... ({len(all_names)} in all)" if len(all_names) > SHOWN else ""
     return ", ".join(all_names[:SHOWN]) + more
@@ -223,13 +206,10 @@ class Replayed(ReprMixin):
     """One step, again; shows itself as a table of its loss terms.
 
     Attributes:
-        who: stage, method and step.
         recorded: loss term to its value in the run; empty where the pass ended before.
         terms: loss term to its value now.
-        broken: what is no number now.
-        was_broken: what was none in the run.
-        images: ids of the batch.
-        first: the first layer that made something that is no number of what was finite, or "".
+        broken: what is not finite now; ``was_broken`` what was not in the run.
+        first: the first layer whose output was not finite though its inputs were, or "".
     """
 
     who: str
@@ -268,34 +248,57 @@ def _number(value: float | None) -> str:
 
 
 def read_step(path: str | Path) -> dict[str, Any]:
-    """The content of a file that a training loop wrote into ``nonfinite/``; no code in it is executed.
+    """Read the dump of a step; no code in it is executed.
 
     Raises:
         UserError: missing, damaged, or not one.
     """
     content = load_checkpoint(path)
+    check_schema(content, path)
     for name, kind in _FIELDS.items():
         if not isinstance(content.get(name), kind):
             raise UserError(f"{path}: not a step to run again ('{name}' is missing); name a file in a run's nonfinite/")
     return content
 
 
+# what a dump is made into: the network to watch, and a call that makes the pass: loss terms, what is not finite
+Step = tuple[nn.Module, Callable[[], tuple[dict[str, float], list[str]]]]
+
+
+def replay(content: dict[str, Any], path: str | Path, rebuild: Callable[[dict[str, Any]], Step]) -> Replayed:
+    """Run forward and backward of a dumped step again and find the first layer that was not finite.
+
+    Raises:
+        UserError: the dump is not whole, or what it needs is no longer there.
+    """
+    try:
+        model, run_step = rebuild(content)
+        terms: dict[str, float] = {}
+        with first_broken(model) as found:
+            try:
+                terms, broken = run_step()
+            except NotFinite as error:
+                broken = [str(error)]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        if is_gpu_error(error):
+            raise
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: can't be run again ({reason}); use the version that wrote it") from error
+    who = f"{content['kind']}, {content['method']}, step {content['step']}"
+    images = [str(name) for name in content["images"]]
+    return Replayed(who, dict(content["terms"]), terms, broken, list(content["not_finite"]), images, found.name)
+
+
+@dataclass
 class FirstBroken:
     """The first layer whose output is not finite though all its inputs are; "" if there is none."""
 
-    def __init__(self) -> None:
-        self.name = ""
+    name: str = ""
 
 
 @contextmanager
 def first_broken(model: nn.Module) -> Iterator[FirstBroken]:
-    """Watch the layers of a model within the block.
-
-    Example:
-        >>> with first_broken(nn.Sequential(nn.ReLU(), nn.LogSoftmax(1))) as found:
-        ...     found.name
-        ''
-    """
+    """Watch the layers of a model within the block."""
     found = FirstBroken()
 
     def look(name: str) -> Any:
@@ -320,6 +323,7 @@ def first_broken(model: nn.Module) -> Iterator[FirstBroken]:
 
 
 def _finite(value: Any) -> bool:
+    """Whether all floating point numbers in a nest of tensors are finite."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value).all())
     if isinstance(value, Mapping):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -16,28 +15,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from fvcore.common.config import CfgNode
 
 from nst_det.engine.config import flat, plain
+from nst_det.engine.fingerprint import RESUME, concerns
 from nst_det.engine.io import read_json, remove_left_over, write_json, write_text
 from nst_det.engine.metrics import read_metrics, speed_of
 from nst_det.errors import UserError
 
 PACKAGES = ("nst_det", "torch", "torchvision", "timm", "detectron2", "numpy", "opencv-python-headless")
-# keys that may differ between two calls of one run: they change where, how fast and what is shown, not what is computed
-FREE_KEYS = (
-    "OUTPUT_DIR",
-    "MODEL.DEVICE",
-    "DATALOADER.NUM_WORKERS",
-    "DATALOADER.CACHE_IMAGES_MB",
-    "VIS_PERIOD",
-    "TENSORBOARD",
-    "WANDB",
-    "SOLVER.NON_FINITE.POLICY",
-    "SOLVER.NON_FINITE.LIMIT",
-    "SOLVER.NON_FINITE.LR_FACTOR",
-    "TRUST_PICKLE",
-)
 
 
 def provenance() -> dict[str, Any]:
@@ -119,22 +106,21 @@ class RunFolder:
         Raises:
             UserError: another process writes here, or the folder holds a run with another config.
         """
+        lock = FileLock(self.path / ".lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"{self.path}: another process is writing this run; wait for it or name another folder"
+            ) from error
         except OSError as error:
             raise UserError(f"{self.path}: can't be written ({error.strerror}); name another folder") from error
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"{self.path}: another process is writing this run; wait for it or name another folder"
-                ) from error
             self._claim(config)
             yield self
         finally:
-            os.close(lock)
+            lock.release()
 
     def _claim(self, config: CfgNode | dict[str, Any]) -> None:
         for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
@@ -179,11 +165,11 @@ class RunFolder:
 
 def _is_free(key: str) -> bool:
     # a comparison's claim holds the keys of both stages
-    return key.removeprefix("DISTILL.").removeprefix("DETECT.") in FREE_KEYS
+    return not concerns(key.removeprefix("DISTILL.").removeprefix("DETECT."), RESUME)
 
 
 def config_hash(config: CfgNode | dict[str, Any]) -> str:
-    """Twelve hexadecimal digits that name a resolved config; :data:`FREE_KEYS` don't count."""
+    """Twelve hexadecimal digits that name a resolved config; keys that may differ when a run resumes don't count."""
     values = plain(flat(config) if isinstance(config, CfgNode) else config)
-    text = json.dumps({key: value for key, value in values.items() if key not in FREE_KEYS}, sort_keys=True)
+    text = json.dumps({key: value for key, value in values.items() if concerns(key, RESUME)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,7 +1,7 @@
 """Randomness that depends on what is done, not on what was done before.
 
 Every random draw in training is made under a seed derived from (run seed, purpose, step).  Two consequences
-carry the project: a run that goes on at step k draws what the undisturbed run drew there, with no random
+carry the project: a run that resumes at step k draws what the undisturbed run drew there, with no random
 state to save; and all methods of one seed see the same batches, the same augmentation and the same head
 initialization, so that they are compared in pairs.
 """

@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT as a scheduler means them: finish the step, save it, and say that this can go on.
 
-A training command that was stopped so exits with :data:`EXIT_RESUME`; the same command goes on, on the CPU to the
-same bits.  A second signal doesn't wait for the step: then the run goes on from the checkpoint before.
+A training command that was stopped so exits with :data:`EXIT_RESUME`; the same command resumes it, on the CPU to the
+same bits.  A second signal doesn't wait for the step: then the run resumes from the checkpoint before.
 """
 
 from __future__ import annotations

@@ -26,16 +26,16 @@ def taught(taught):
 @pytest.fixture
 def trained(monkeypatch):
     """Step -> the weights in training after it, where the optimizer made it."""
-    states, step = {}, module.Trainer.step
+    states, step = {}, module.Trainer.run_step
 
-    def recorded(self, batch):
-        steps = self.average.steps if self.average else 0
-        row = step(self, batch)
-        if not self.average or self.average.steps > steps:
-            states[self.done] = {name: value.clone() for name, value in self.model.state_dict().items()}
-        return row
+    def recorded(self):
+        average = self.state.average
+        steps = average.steps if average else 0
+        step(self)
+        if not average or average.steps > steps:
+            states[self.state.step] = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    monkeypatch.setattr(module.Trainer, "step", recorded)
+    monkeypatch.setattr(module.Trainer, "run_step", recorded)
     return states
 
 
@@ -69,9 +69,10 @@ def test_the_average_is_evaluated_chosen_and_written(
         assert all(torch.equal(written[name], value) for name, value in evaluated[1].items())
     # the checkpoint has both, of the last step
     state = load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[-1])
-    assert state["average"]["steps"] == 6
-    assert all(torch.equal(state["average"]["network"][name], value) for name, value in evaluated[2].items())
-    assert all(torch.equal(state["model"][name], value) for name, value in trained[6].items())
+    averaged = state["trainer"]["averaged"]
+    assert averaged["steps"] == 6
+    assert all(torch.equal(state["model"][name], value) for name, value in evaluated[2].items())
+    assert all(torch.equal(averaged["trained"][name], value) for name, value in trained[6].items())
 
 
 def test_training_is_as_without(on_shapes, tmp_path, taught, trained):
@@ -82,20 +83,21 @@ def test_training_is_as_without(on_shapes, tmp_path, taught, trained):
     assert all(torch.equal(written[name], value) for name, value in last.items())
     assert read_metrics(tmp_path / "with" / "metrics.jsonl") == read_metrics(tmp_path / "without" / "metrics.jsonl")
     state = load_checkpoint(checkpoints(tmp_path / "without" / "checkpoints")[-1])
-    assert set(state) == {"step", "model", "adapters", "optimizer", "seconds", "losses", "non_finite"}
+    assert "averaged" not in state["trainer"]
 
 
 def test_a_run_that_goes_on_ends_with_the_same_bits(on_shapes, tmp_path, taught, stops_after_saving):
     train_detector(on_shapes("one", taught))
-    with stops_after_saving(module, 3), pytest.raises(UserError, match="stopped"):
+    with stops_after_saving(3), pytest.raises(UserError, match="stopped"):
         train_detector(on_shapes("two", taught))
     train_detector(on_shapes("two", taught))
     one, two = (load_checkpoint(checkpoints(tmp_path / name / "checkpoints")[-1]) for name in ("one", "two"))
-    assert one["average"]["steps"] == two["average"]["steps"] == 6
-    for first, second in ((one["model"], two["model"]), (one["average"]["network"], two["average"]["network"])):
-        assert all(torch.equal(second[name], value) for name, value in first.items())
+    first, second = (state["trainer"]["averaged"] for state in (one, two))
+    assert first["steps"] == second["steps"] == 6
+    assert all(torch.equal(second["trained"][name], value) for name, value in first["trained"].items())
     written = load_file(tmp_path / "two" / "model.safetensors")
-    assert all(torch.equal(written[name], value) for name, value in one["average"]["network"].items())
+    for state in (two["model"], written):
+        assert all(torch.equal(state[name], value) for name, value in one["model"].items())
 
 
 @pytest.mark.parametrize("policy", ["skip", "back"])
@@ -104,8 +106,8 @@ def test_a_step_that_failed_is_not_in_it(on_shapes, tmp_path, trained, averaged_
 
     def failing(self, batch):
         found = backward(self, batch)
-        if self.done in left:
-            left.remove(self.done)
+        if self.iter in left:
+            left.remove(self.iter)
             raise NotFinite("the test's step")
         return found
 

@@ -33,7 +33,7 @@ def poisoned(monkeypatch):
         backward, left = module.Trainer.backward, {"times": times}
 
         def poisoned_backward(self, batch):
-            if self.done == 4 and left["times"] > 0:
+            if self.iter == 4 and left["times"] > 0:
                 left["times"] -= 1
                 terms = self.model.transfer.terms["fitnet"]
                 with torch.no_grad():
@@ -109,14 +109,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(on_shapes, tmp_path, monkey
     config = on_shapes("run", changes)
     (tmp_path / "run.yaml").write_text(config.dump())
     command = ["train-det", "--config-file", str(tmp_path / "run.yaml")]
-    step = module.Trainer.step
+    step = module.Trainer.run_step
 
-    def signalled(self, batch):
-        if self.done == 2:
+    def signalled(self):
+        if self.iter == 2:
             os.kill(os.getpid(), signum)
-        return step(self, batch)
+        step(self)
 
-    monkeypatch.setattr(module.Trainer, "step", signalled)
+    monkeypatch.setattr(module.Trainer, "run_step", signalled)
     with pytest.raises(SystemExit) as left:
         main(command)
     assert left.value.code == 75

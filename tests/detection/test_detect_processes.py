@@ -18,13 +18,13 @@ from nst_det.detection.data import data_classes
 from nst_det.detection.pipeline import train_detector
 from nst_det.detection.torchvision import build_detector
 from nst_det.detection.torchvision.rpn import RpnHead
+from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.checkpoint import checkpoints
 from nst_det.engine.distributed import rank
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.nan_guard import read_step
 from nst_det.engine.signals import Preempted
 from nst_det.errors import UserError
-from nst_det.models.averaged import AveragedWeights
 
 # batch normalization over both processes; images of several sizes, so that a batch is padded
 CHANGES = {
@@ -97,7 +97,7 @@ def test_two_processes_go_on_with_the_same_bits(on_shapes, tmp_path, in_processe
     (undisturbed, kept), (_, other) = in_processes(trained, on_shapes("one", changes))
     assert kept
     assert all(torch.equal(other[name], value) for name, value in kept.items())
-    with stops_after_saving(module, 3):
+    with stops_after_saving(3):
         (stopped,) = in_processes(train_detector, on_shapes("two", changes))
         assert str(stopped) == "stopped"
     assert not (tmp_path / "two" / "result.json").exists()
@@ -164,14 +164,14 @@ def stopped(config):
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(on_shapes, tmp_path, in_processes, monkeypatch):
-    step = module.Trainer.step
+    step = module.Trainer.run_step
 
-    def signalled(self, batch):
-        if self.done == 2 and rank() == 1:
+    def signalled(self):
+        if self.iter == 2 and rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch)
+        step(self)
 
-    monkeypatch.setattr(module.Trainer, "step", signalled)
+    monkeypatch.setattr(module.Trainer, "run_step", signalled)
     config = on_shapes("run", {"SOLVER.CHECKPOINT_PERIOD": 100, "DATASETS.TEST": []})
     assert in_processes(stopped, config) == [signal.SIGTERM, signal.SIGTERM]
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000003.pt"]

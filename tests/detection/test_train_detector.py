@@ -7,11 +7,11 @@ from safetensors.torch import load_file
 
 from nst_det.cli import main
 from nst_det.detection import pipeline as stage
-from nst_det.detection import trainer as module
 from nst_det.detection.checkpoint import save_weights
 from nst_det.detection.data import data_classes
 from nst_det.detection.pipeline import evaluate_detector, train_detector
 from nst_det.detection.torchvision import build_detector
+from nst_det.engine import train_state
 from nst_det.engine.metrics import read_metrics
 from nst_det.errors import UserError
 from nst_det.losses.loss_balance import GradientBalance
@@ -28,15 +28,15 @@ def stop_after(monkeypatch):
     """Make the next training end abruptly, as a kill would, after some checkpoint."""
 
     def arrange(step):
-        save = module.save_checkpoint
+        save = train_state.save_checkpoint
 
         def save_and_stop(folder, at, state):
             save(folder, at, state)
             if at == step:
                 raise Stopped
 
-        monkeypatch.setattr(module, "save_checkpoint", save_and_stop)
-        return lambda: monkeypatch.setattr(module, "save_checkpoint", save)
+        monkeypatch.setattr(train_state, "save_checkpoint", save_and_stop)
+        return lambda: monkeypatch.setattr(train_state, "save_checkpoint", save)
 
     return arrange
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from nst_det import detectron2 as engine
-from nst_det.detection.replay import replay
+from nst_det.cli.training import rebuild_step
 from nst_det.detectron2.export import export_backbone
 from nst_det.errors import UserError
 
@@ -38,10 +38,8 @@ def test_asking_for_it_gives_the_address_of_its_installation_page(absent):
 
 
 def test_a_step_of_its_own_needs_it(absent):
-    with pytest.raises(
-        UserError, match="^step.pt: a step of Detectron2's, which is not installed; see https://detectron2"
-    ):
-        replay({"config": {"ENGINE": "detectron2"}}, "step.pt")
+    with pytest.raises(UserError, match="detectron2.readthedocs.io/en/latest/tutorials/install.html"):
+        rebuild_step({"kind": "stage two", "config": {"ENGINE": "detectron2"}})
 
 
 def test_export_works_without_it_and_says_that_parity_was_not_measured(absent, tmp_path):

@@ -29,9 +29,9 @@ def trained(monkeypatch):
     states, run_step = {}, DistillTrainer.run_step
 
     def recorded(self):
-        before = self.average.steps
+        before = self.state.average.steps
         run_step(self)
-        if self.average.steps > before:
+        if self.state.average.steps > before:
             states[self.iter + 1] = {name: value.clone() for name, value in self.student.state_dict().items()}
 
     monkeypatch.setattr(DistillTrainer, "run_step", recorded)
@@ -129,8 +129,8 @@ def test_before_the_first_step_it_is_what_was_loaded(tiny_yaml, tmp_path):
     register_datasets(cfg)
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=False)
-    found = trainer.kept.state_dict()
-    assert trainer.kept is not trainer.student
+    found = trainer.state.eval_model.state_dict()
+    assert trainer.state.eval_model is not trainer.student
     assert all(torch.equal(found[name], value) for name, value in trainer.student.state_dict().items())
 
 

@@ -22,10 +22,10 @@ from detectron2.modeling.proposal_generator.rpn import StandardRPNHead  # noqa: 
 from detectron2.utils import comm  # noqa: E402
 from detectron2.utils.events import get_event_storage  # noqa: E402
 
-from nst_det.detection.replay import replay  # noqa: E402
 from nst_det.detectron2 import DistillTrainer  # noqa: E402
+from nst_det.detectron2.replay import rebuild  # noqa: E402
 from nst_det.engine.metrics import read_metrics  # noqa: E402
-from nst_det.engine.nan_guard import read_step  # noqa: E402
+from nst_det.engine.nan_guard import read_step, replay  # noqa: E402
 
 RPN = ("loss_rpn_cls", "loss_rpn_loc")
 
@@ -124,11 +124,11 @@ def test_a_step_of_the_second_process_runs_again(together, tmp_path, monkeypatch
     file = tmp_path / "run" / "nonfinite" / "step-00000002.pt"
     content = read_step(file)
     assert (content["rank"], content["not_finite"]) == (1, ["loss_box_reg"])
-    again = replay(content, file)
+    again = replay(content, file, rebuild)
     assert (again.broken, again.first) == (["loss_box_reg"], "roi_heads.box_predictor.bbox_pred")
     # what this process drew, and not the first one
     assert [again.terms[name] for name in RPN] == [content["terms"][name] for name in RPN]
-    other = replay({**content, "rank": 0}, file)
+    other = replay({**content, "rank": 0}, file, rebuild)
     assert [other.terms[name] for name in RPN] != [content["terms"][name] for name in RPN]
 
 

@@ -45,7 +45,7 @@ STAGE_ONE_EVALUATION = (
     ("nst_det.distillation.pipeline:measure", 1),
     ("nst_det.distillation.trainer:StudentTrainer.record", 1),
 )
-STAGE_TWO_STEP = (("nst_det.detection.trainer:Trainer.step", 2), ("nst_det.detection.trainer:Trainer.step", 3))
+STAGE_TWO_STEP = (("nst_det.detection.trainer:Trainer.run_step", 2), ("nst_det.detection.trainer:Trainer.run_step", 3))
 STAGE_TWO_EVALUATION = (("nst_det.detection.pipeline:detect", 1), ("nst_det.detection.pipeline:score", 1))
 DETECTRON2_STEP = (
     ("nst_det.detectron2.trainer:DistillTrainer.run_step", 2),
@@ -310,7 +310,7 @@ def stage_two(folder: Folder) -> None:
         **folder.taught("+".join(terms()), "evaluated"),
     }
     with scenario("stage two, every term, resumed", device="cuda:1"):
-        with stopped_at(("nst_det.detection.trainer:Trainer.step", 2)):
+        with stopped_at(("nst_det.detection.trainer:Trainer.run_step", 2)):
             folder.detect("resumed", **every)
         folder.detect("resumed", **every)
     with scenario("stage two, replay"):

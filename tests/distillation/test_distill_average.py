@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from nst_det.distillation import pipeline as stage
-from nst_det.distillation import trainer as module
 from nst_det.distillation.build import build_losses, copy_of, initial_student
 from nst_det.distillation.config import load_distill_config
 from nst_det.distillation.pipeline import distill, parse_methods
 from nst_det.distillation.trainer import StudentTrainer
+from nst_det.engine import train_state
 from nst_det.engine.checkpoint import checkpoints, load_checkpoint
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.run_dir import RunFolder
@@ -86,12 +86,12 @@ def test_the_average_is_measured_and_written_and_training_is_as_without(
         assert load_card(results[word]["backbone"]).config["SOLVER"]["EMA_DECAY"] == DECAY
 
     with_average = {word: dict(states) for word, states in trained.items()}
-    saved, save = [], module.save_checkpoint
-    monkeypatch.setattr(module, "save_checkpoint", lambda *words: (saved.append(words[2]), save(*words))[1])
+    saved, save = [], train_state.save_checkpoint
+    monkeypatch.setattr(train_state, "save_checkpoint", lambda *words: (saved.append(words[2]), save(*words))[1])
     keys = {"SOLVER.EMA_DECAY": 0.0, "TEACHER.WEIGHTS": results["teacher"]["backbone"]}
     plain = distill(config(images, tmp_path / "without", **keys))
     assert saved
-    assert not any("average" in state for state in saved)
+    assert not any("averaged" in state["trainer"] for state in saved)
     for word in METHODS:
         last, written = with_average[word][STEPS], load_file(plain[word]["backbone"])
         assert all(torch.equal(written[name], value) for name, value in last.items())
@@ -104,7 +104,7 @@ def test_the_average_is_measured_and_written_and_training_is_as_without(
 def test_a_run_that_goes_on_ends_with_the_same_bits(images, tmp_path, trained, stops_after_saving):
     results = distill(config(images, tmp_path / "one"))
     undisturbed = {word: states.pop(STEPS) for word, states in trained.items()}
-    with stops_after_saving(module, 4), pytest.raises(UserError, match="stopped"):
+    with stops_after_saving(4), pytest.raises(UserError, match="stopped"):
         distill(config(images, tmp_path / "two"))
     others = distill(config(images, tmp_path / "two"))
     for word in ("teacher", *METHODS):
@@ -124,11 +124,11 @@ def test_a_step_that_failed_is_not_in_it(images, tmp_path, trained, averaged_in_
             self._norm = torch.tensor(math.inf)
 
     def saved(folder, step, state):
-        kept[step] = state["average"]["steps"]
+        kept[step] = state["trainer"]["averaged"]["steps"]
         return save(folder, step, state)
 
-    save = module.save_checkpoint
-    monkeypatch.setattr(module, "save_checkpoint", saved)
+    save = train_state.save_checkpoint
+    monkeypatch.setattr(train_state, "save_checkpoint", saved)
     monkeypatch.setattr(StudentTrainer, "forward_backward", infinite)
     keys = {"METHODS": ["ce"], "SOLVER.NON_FINITE": {"POLICY": policy}, "CHECKPOINT_PERIOD": 2}
     result = distill(config(images, tmp_path, **keys))["ce"]
@@ -147,7 +147,7 @@ def test_a_step_that_the_gradient_scaler_passed_over_is_not_in_it(images, tmp_pa
         "ce", copy_of(network, torch.device("cpu")), network.levels, loss, made.SOLVER, 0, RunFolder(tmp_path)
     )
     # fp16 is for GPUs, its scaler works here too
-    student._scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    student.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     images_, labels = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
     averages = []
     for broken in (False, True, False):
@@ -155,11 +155,11 @@ def test_a_step_that_the_gradient_scaler_passed_over_is_not_in_it(images, tmp_pa
         if broken:
             next(student.model.parameters()).grad[0] = math.inf
         student.update()
-        averages.append((student.average.steps, next(student.kept.parameters()).clone()))
+        averages.append((student.average.steps, next(student.eval_model.parameters()).clone()))
     assert [steps for steps, _ in averages] == [1, 1, 2]
     assert torch.equal(averages[0][1], averages[1][1])
     assert not torch.equal(averages[1][1], averages[2][1])
-    assert student._scaler.get_scale() == 2.0
+    assert student.scaler.get_scale() == 2.0
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
@@ -170,9 +170,9 @@ def test_what_is_no_decay_is_refused(images, tmp_path, decay):
 
 def test_it_can_not_be_switched_on_in_the_middle(images, tmp_path, stops_after_saving):
     keys = {"METHODS": ["ce"], "SOLVER.EMA_DECAY": 0.0}
-    with stops_after_saving(module, 2), pytest.raises(UserError, match="stopped"):
+    with stops_after_saving(2), pytest.raises(UserError, match="stopped"):
         distill(config(images, tmp_path, **keys))
     (checkpoint,) = checkpoints(tmp_path / "students" / "ce" / "checkpoints")
-    assert "average" not in load_checkpoint(checkpoint)
+    assert "averaged" not in load_checkpoint(checkpoint)["trainer"]
     with pytest.raises(UserError, match=r"holds a run with SOLVER.EMA_DECAY 0.0, now it is 0.6"):
         distill(config(images, tmp_path, **{**keys, "SOLVER.EMA_DECAY": DECAY}))

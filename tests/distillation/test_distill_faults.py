@@ -111,7 +111,7 @@ def test_the_first_one_stops_before_the_optimizer_and_can_be_run_again(images, t
     assert math.isnan(content["terms"]["at"])
     assert all(bool(value.isfinite().all()) for value in content["model"].values())
     # the checkpoint before is whole, and the same file says the same again, without data and teacher
-    assert load_checkpoint(checkpoints(folder / "checkpoints")[-1])["step"] == 4
+    assert load_checkpoint(checkpoints(folder / "checkpoints")[-1])["iteration"] == 3
     said = replayed(file, capsys)
     assert "the same as in the run" in said
     assert "at (res4), nst-poly (res4), the teacher's map res4" in said
@@ -178,7 +178,7 @@ def test_a_step_that_is_skipped_leaves_the_network_as_it_was(images, tmp_path, p
     with caplog.at_level(logging.WARNING):
         results = run(images, tmp_path, **poisoned(times=1), **{"SOLVER.NON_FINITE": {"POLICY": "skip"}})
     word = "at:1+nst-poly:10"
-    assert "this step is passed over (1 of 3)" in caplog.text
+    assert "this step is skipped (1 of 3)" in caplog.text
     assert (word, 6) not in states
     assert ("ce", 6) in states
     row = read_metrics(tmp_path / "students" / word / "metrics.jsonl")[5]
@@ -188,14 +188,14 @@ def test_a_step_that_is_skipped_leaves_the_network_as_it_was(images, tmp_path, p
 
 def test_what_a_forward_pass_changes_is_put_back(images, tmp_path, poisoned, monkeypatch):
     found = {}
-    meet = StudentTrainer.meet
+    meet = StudentTrainer.handle_nonfinite
 
     def met(self, *args):
         found["before"] = {name: value.clone() for name, value in self.model.state_dict().items()}
         meet(self, *args)
         found["after"] = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    monkeypatch.setattr(StudentTrainer, "meet", met)
+    monkeypatch.setattr(StudentTrainer, "handle_nonfinite", met)
     run(images, tmp_path, **poisoned(times=1), **{"SOLVER.NON_FINITE": {"POLICY": "skip"}})
     counted = [name for name in found["after"] if name.endswith("num_batches_tracked")]
     assert counted

@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nst_det.distillation import trainer as module
 from nst_det.distillation.config import load_distill_config
 from nst_det.distillation.dataloader import TrainingBatches
 from nst_det.distillation.pipeline import StageOne, distill
@@ -56,7 +55,7 @@ def distilled(made):
     kept, close = {}, StudentTrainer.close
 
     def closing(self):
-        kept[self.word] = self.kept.state_dict()
+        kept[self.word] = self.eval_model.state_dict()
         close(self)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +69,7 @@ def test_two_processes_go_on_with_the_same_bits(images, tmp_path, in_processes, 
     keys = {"SOLVER": solver, "CHECKPOINT_PERIOD": 2, "METHODS": ["kd"]}
     (undisturbed, kept), (_, other) = in_processes(distilled, config(images, tmp_path / "one", **keys))
     assert all(torch.equal(other["kd"][name], value) for name, value in kept["kd"].items())
-    with stops_after_saving(module, 4):
+    with stops_after_saving(4):
         (stopped,) = in_processes(distill, config(images, tmp_path / "two", **keys))
         assert str(stopped) == "stopped"
     gone_on = in_processes(distill, config(images, tmp_path / "two", **keys))[0]

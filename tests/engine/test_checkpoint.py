@@ -13,7 +13,7 @@ def test_round_trip_keeps_the_newest_two(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002.pt", "step-00000030.pt"]
     state = load_latest_checkpoint(tmp_path)
     assert state is not None
-    assert (state["step"], state["w"].tolist(), state["note"]) == (30, [30.0, 30.0, 30.0], "x")
+    assert (state["iteration"], state["w"].tolist(), state["note"]) == (29, [30.0, 30.0, 30.0], "x")
 
 
 def test_no_checkpoint_is_none(tmp_path):
@@ -33,7 +33,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_taken(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         state = load_latest_checkpoint(tmp_path)
     assert state is not None
-    assert state["step"] == 1
+    assert state["iteration"] == 0
     assert "step-00000002.pt: damaged checkpoint" in caplog.text
 
 
@@ -59,7 +59,14 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_file_without_step_is_not_a_checkpoint(tmp_path):
-    torch.save({"w": 1}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="it has no step"):
+def test_what_another_version_wrote_is_refused_in_one_line(tmp_path):
+    path = save_checkpoint(tmp_path, 3, {})
+    torch.save({"step": 3, "model": {}}, path)
+    with pytest.raises(UserError, match=rf"^{path}: .*remove it"):
+        load_latest_checkpoint(tmp_path)
+
+
+def test_a_file_of_something_else_is_not_a_checkpoint(tmp_path):
+    torch.save([1], tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: not a checkpoint"):
         load_checkpoint(tmp_path / "a.pt")

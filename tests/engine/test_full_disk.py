@@ -56,7 +56,7 @@ def test_the_checkpoint_before_is_the_newest(full, tmp_path):
     save_checkpoint(tmp_path, 1, {"weight": torch.ones(3)})
     with pytest.raises(UserError, match=r"step-00000002\.pt: can't be written \(File too large\)"):
         save_checkpoint(tmp_path, 2, BIG)
-    assert load_latest_checkpoint(tmp_path)["step"] == 1
+    assert load_latest_checkpoint(tmp_path)["iteration"] == 1 - 1
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001.pt"]
     assert len(list(tmp_path.iterdir())) == 1
 

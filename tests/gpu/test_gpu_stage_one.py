@@ -10,9 +10,9 @@ from nst_det.distillation import pipeline as stage
 from nst_det.distillation import trainer as student
 from nst_det.distillation.build import Teacher
 from nst_det.distillation.dataloader import StageOneData
-from nst_det.distillation.replay import replay
+from nst_det.distillation.replay import rebuild
 from nst_det.engine.checkpoint import load_latest_checkpoint
-from nst_det.engine.nan_guard import read_step
+from nst_det.engine.nan_guard import read_step, replay
 from nst_det.errors import UserError
 from nst_det.models import load_backbone
 
@@ -78,7 +78,7 @@ def test_training_with_workers_crops_and_jitter(stage_one, from_teacher, tmp_pat
 
 def test_a_run_that_goes_on(stage_one, from_teacher, tmp_path, stops_after_saving, monkeypatch, gpu_device):
     whole = stage_one(tmp_path / "whole", from_teacher)["rows"][METHOD]
-    with stops_after_saving(student, 2), pytest.raises(UserError, match="stopped"):
+    with stops_after_saving(2), pytest.raises(UserError, match="stopped"):
         stage_one(tmp_path / "stopped", from_teacher)
     devices = set()
     start = student.StudentTrainer.start
@@ -118,6 +118,6 @@ def test_a_step_that_is_no_number_is_run_again(stage_one, from_teacher, tmp_path
     with pytest.raises(UserError, match="not finite at step 0"):
         stage_one(tmp_path, from_teacher)
     (file,) = Path(tmp_path).rglob("step-*.pt")
-    found = replay(read_step(file), file)
+    found = replay(read_step(file), file, rebuild)
     assert found.same
     assert found.terms["ce"] == pytest.approx(found.recorded["ce"], rel=1e-4)

@@ -10,6 +10,7 @@ from nst_det.detection import trainer as train
 from nst_det.detection.config import load_detect_config
 from nst_det.detection.data import data_classes, open_voc, training_batches
 from nst_det.engine.io import read_json
+from nst_det.engine.train_state import OptimizedState
 from nst_det.errors import UserError
 
 pytestmark = pytest.mark.gpu
@@ -94,15 +95,15 @@ def test_a_run_that_goes_on(engine, stage_two, taught, tmp_path, stops_after_sav
             devices.update(value.device.type for value in state.values() if torch.is_tensor(value) and value.dim())
 
     if engine == "torchvision":
-        with stops_after_saving(train, 2), pytest.raises(AssertionError, match="2 == 0"):
+        with stops_after_saving(2), pytest.raises(AssertionError, match="2 == 0"):
             stage_two(tmp_path / "stopped", engine, keys)
-        resume = train.Training.resume
+        resume = OptimizedState.resume
 
         def resumed(self):
             resume(self)
             note(self.optimizer)
 
-        monkeypatch.setattr(train.Training, "resume", resumed)
+        monkeypatch.setattr(OptimizedState, "resume", resumed)
     else:
         from nst_det.detectron2 import DistillTrainer
 

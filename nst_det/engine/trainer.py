@@ -1,0 +1,286 @@
+"""The training loop of both stages and of both detection engines, and the hooks around its steps."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from nst_det.engine.clock import GIB
+from nst_det.engine.distributed import asked_to_stop, is_main_process, wait_for_all
+from nst_det.engine.metrics import MetricsWriter
+from nst_det.engine.progress import Meter, progress
+from nst_det.engine.run_dir import RunFolder
+from nst_det.engine.signals import StopRequest, whole_steps
+from nst_det.engine.train_state import TrainState
+
+# steps between two readings of the speed where no key says it; Detectron2 writes its own figures as often
+SPEED_PERIOD = 20
+
+
+class RollbackStep(Exception):
+    """The step was not made; the trainer's ``iter`` is an earlier one, whose state is loaded."""
+
+
+class Hook:
+    """Does something around the steps of a trainer; the names are those of Detectron2's ``HookBase``."""
+
+    trainer: Any
+
+    def before_train(self) -> None:
+        """Begin at ``trainer.iter``; called again after a step that was rolled back."""
+
+    def before_step(self) -> None:
+        """Called before each step."""
+
+    def after_step(self) -> None:
+        """Called after each step that was made or skipped."""
+
+    def after_train(self) -> None:
+        """Called at the end, also after an error."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {}
+
+
+class TrainLoop:
+    """Steps ``start_iter`` to ``max_iter``; a trainer adds ``run_step`` and the hooks.
+
+    The names are Detectron2's, so that its hooks work here and these hooks work in its trainer.  Step k draws from
+    (seed, k) alone, so that on the CPU a resumed run ends with the bits of an undisturbed one.
+
+    Attributes:
+        iter: the step, from 0.
+        scalars: of this step, by their names in the metrics.
+        data_seconds: that this step waited for its batch.
+        stop: the signal that came, if any.
+    """
+
+    def __init__(self) -> None:
+        self.iter = self.start_iter = self.max_iter = 0
+        self.stop = StopRequest()
+        self._hooks: list[Any] = []
+        self._scalars: dict[str, float] = {}
+        self._data_seconds = 0.0
+
+    def register_hooks(self, hooks: Sequence[Any]) -> None:
+        """Add hooks, called in this order."""
+        for hook in hooks:
+            # a trainer and its hooks would keep each other alive
+            hook.trainer = weakref.proxy(self)
+        self._hooks.extend(hooks)
+
+    def train(self) -> Any:
+        """Run all steps; SIGTERM and SIGINT end it after a step, saved."""
+        self.iter = self.start_iter
+        with whole_steps() as self.stop:
+            try:
+                self.before_train()
+                while self.iter < self.max_iter:
+                    self.before_step()
+                    try:
+                        self.run_step()
+                    except RollbackStep:
+                        self.before_train()
+                        continue
+                    self.after_step()
+                    self.iter += 1
+            finally:
+                self.after_train()
+
+    def run_step(self) -> None:
+        """Make step ``iter``.
+
+        Raises:
+            RollbackStep: it was not made, and ``iter`` is an earlier one now.
+        """
+        raise NotImplementedError
+
+    def save_step(self) -> None:
+        """Save a checkpoint after step ``iter``."""
+        raise NotImplementedError
+
+    @property
+    def scalars(self) -> Mapping[str, float]:
+        """What this step has for the metrics."""
+        return self._scalars
+
+    def put_scalars(self, **values: float) -> None:
+        """Add to :attr:`scalars`."""
+        self._scalars |= values
+
+    @property
+    def data_seconds(self) -> float:
+        """Seconds that this step waited for its batch."""
+        return self._data_seconds
+
+    def before_train(self) -> None:
+        """Call the hooks."""
+        for hook in self._hooks:
+            hook.before_train()
+
+    def before_step(self) -> None:
+        """Call the hooks."""
+        self._scalars = {}
+        for hook in self._hooks:
+            hook.before_step()
+
+    def after_step(self) -> None:
+        """Call the hooks."""
+        for hook in self._hooks:
+            hook.after_step()
+
+    def after_train(self) -> None:
+        """Call the hooks."""
+        for hook in self._hooks:
+            hook.after_train()
+
+
+class SpeedHook(Hook):
+    """How fast the steps are, every ``period`` steps; the first of the hooks, as the others' time doesn't count.
+
+    Adds ``speed/images_per_second``; ``speed/data_wait``, the share of the time that steps waited for data, 0..1; on a
+    GPU, which is never waited for, ``speed/gpu_memory_gib``, the most that was allocated at a time.
+
+    Args:
+        images: of a step, of all processes.
+        device: that computes; the peak of its memory is taken from now on.
+    """
+
+    def __init__(self, images: int, device: torch.device, period: int = SPEED_PERIOD) -> None:
+        self.images, self.device, self.period = images, device, period
+        self._steps, self._spent, self._waited, self._began = 0, 0.0, 0.0, 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def before_step(self) -> None:
+        self._began = time.perf_counter()
+
+    def after_step(self) -> None:
+        self._spent += time.perf_counter() - self._began
+        self._waited += self.trainer.data_seconds
+        self._steps += 1
+        done = self.trainer.iter + 1
+        if done % self.period and done != self.trainer.max_iter:
+            return
+        row = {
+            "speed/images_per_second": self.images * self._steps / self._spent,
+            "speed/data_wait": self._waited / self._spent,
+        }
+        if self.device.type == "cuda":
+            row["speed/gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB
+        self.trainer.put_scalars(**row)
+        self._steps, self._spent, self._waited = 0, 0.0, 0.0
+
+
+class WallTime(Hook):
+    """Counts the seconds of a :class:`~nst_det.engine.train_state.TrainState`, as its checkpoints have them."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.state, self._counted = state, 0.0
+
+    def before_train(self) -> None:
+        self._counted = time.monotonic()
+
+    def after_step(self) -> None:
+        now = time.monotonic()
+        self.state.seconds, self._counted = self.state.seconds + now - self._counted, now
+
+
+class EvalHook(Hook):
+    """Calls ``evaluate`` every ``period`` steps (0 for never), and after the last step only where ``last`` says so."""
+
+    def __init__(self, period: int, evaluate: Callable[[], None], last: bool = False) -> None:
+        self.period, self.evaluate, self.last = period, evaluate, last
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self.last if done == self.trainer.max_iter else self.period and done % self.period == 0:
+            self.evaluate()
+
+
+class MetricsHook(Hook):
+    """Writes the scalars of each step to ``metrics.jsonl`` of the run folder; the main process alone."""
+
+    def __init__(self, folder: RunFolder, tensorboard: bool = False, wandb: str = "") -> None:
+        self.folder, self.board, self.wandb = folder, folder.path / "tensorboard" if tensorboard else None, wandb
+        self._writer: MetricsWriter | None = None
+
+    def before_train(self) -> None:
+        self.after_train()
+        if is_main_process():
+            # drops the rows of steps that will be repeated
+            self._writer = MetricsWriter(self.folder.metrics_path, self.trainer.iter, self.board, self.wandb)
+
+    def after_step(self) -> None:
+        if self._writer is not None:
+            self._writer.write(self.trainer.iter, self.trainer.scalars)
+
+    def after_train(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class ProgressHook(Hook):
+    """Shows how far it is.
+
+    Args:
+        title: of the bar.
+        losses: of the step, shown beside a bar.
+        note: what a plain line says; asked only where one is written.
+    """
+
+    def __init__(self, title: str, losses: Callable[[], Mapping[str, float]], note: Callable[[], str]) -> None:
+        self.title, self.losses, self.note = title, losses, note
+        self._shown: AbstractContextManager[Meter] | None = None
+
+    def before_train(self) -> None:
+        if self._shown is None:
+            self._shown = progress(self.title, self.trainer.max_iter)
+            self._meter = self._shown.__enter__()
+        self._meter.start_at(self.trainer.iter)
+
+    def after_step(self) -> None:
+        self._meter.step(self.losses(), self.note)
+
+    def after_train(self) -> None:
+        if self._shown is not None:
+            self._shown.__exit__(None, None, None)
+
+
+class PeriodicCheckpointer(Hook):
+    """Saves every ``period`` steps and after the last; behind all that writes about a step.
+
+    What a checkpoint says is done has been evaluated and written down by then, so that no kill leaves a gap.
+    """
+
+    def __init__(self, period: int) -> None:
+        self.period = period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self.period == 0 or done == self.trainer.max_iter:
+            self.trainer.save_step()
+
+
+class StopWhenAsked(Hook):
+    """Saves and ends where a signal came to any of the processes; the last of the hooks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.leaving = device, False
+
+    def after_step(self) -> None:
+        if asked_to_stop(self.trainer.stop, self.device):
+            self.trainer.save_step()
+            self.leaving = True
+            self.trainer.stop.obey()
+
+    def after_train(self) -> None:
+        if self.leaving:
+            # as soon as one process has ended the others are ended, and the first may still be writing
+            wait_for_all()
