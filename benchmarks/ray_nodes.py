@@ -19,7 +19,7 @@ from nst_det.comparison.config import load_comparison
 from nst_det.comparison.display import steps_done
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import make_plan
-from nst_det.comparison.result import comparable
+from nst_det.comparison.result import ComparisonResult, comparable
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "compare" / "demo.yaml"
 SMALL = {
@@ -42,7 +42,7 @@ def main() -> None:
     output = parser.parse_args().output.resolve()
     # the data once for all three
     words = [str(word) for pair in (SMALL | {"DATA.ROOT": output / "data"}).items() for word in pair]
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, ComparisonResult] = {}
     for name in ("here", "ray", "killed"):
         comparison = load_comparison(DEMO, output / name, words)
         began = time.monotonic()
@@ -50,14 +50,14 @@ def main() -> None:
             results[name] = compare(comparison, jobs=2)
         else:
             results[name] = on_two_nodes(comparison, kill=name == "killed")
-        rows = ", ".join(f"{row['method']} {row['map']:.4f}" for row in results[name]["rows"])
+        rows = ", ".join(f"{row.method} {row.map:.4f}" for row in results[name].rows)
         print(f"{name}: {rows} ({time.monotonic() - began:.0f} s)", flush=True)
     for name in ("ray", "killed"):
         same = comparable(results[name]) == comparable(results["here"])
         print(f"{name}: the same numbers as here: {'yes' if same else 'NO'}")
 
 
-def on_two_nodes(comparison: Any, kill: bool) -> dict[str, Any]:
+def on_two_nodes(comparison: Any, kill: bool) -> ComparisonResult:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = cluster.add_node(num_cpus=1)
     if kill:

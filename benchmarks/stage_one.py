@@ -32,11 +32,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nst_det.distillation.build import Teacher, build_losses, copy_of, initial_student, initial_teacher
-from nst_det.distillation.cache import CacheWriter
+from nst_det.distillation.cache import CacheWriter, total_bytes
 from nst_det.distillation.config import get_defaults
 from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData
 from nst_det.distillation.loop import Teaching, one_step
-from nst_det.distillation.needs import total_bytes
 from nst_det.distillation.pipeline import parse_methods
 from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.clock import Clock

@@ -1,6 +1,6 @@
 """Transfer knowledge from a big network to a small detector, and measure which way of doing it helps."""
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,10 +12,8 @@ __all__ = ["compare", "distill", "evaluate_voc", "load_backbone"]
 
 def __getattr__(name: str) -> Any:
     # not before they are used: torch takes seconds to import
-    if name in ("compare", "distill"):
-        return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
-        return getattr(importlib.import_module(f"{__name__}.api"), name)
+        return getattr(import_module("nst_det.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

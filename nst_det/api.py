@@ -19,6 +19,7 @@ from nst_det.engine.format import ReprMixin
 if TYPE_CHECKING:
     from torch import nn
 
+    from nst_det.comparison.result import ComparisonResult, RowResult
     from nst_det.evaluation.boxes import Detections, GroundTruth
     from nst_det.evaluation.voc import VocResult
     from nst_det.models import Card
@@ -27,21 +28,21 @@ Settings = Mapping[str, Any] | Sequence[str]
 
 
 @dataclass(frozen=True)
-class ComparisonAnswer(ReprMixin):
+class CompareResult(ReprMixin):
     """What a comparison found; shows itself as its table.
 
     Attributes:
-        results: as in ``report/results.json``, see :func:`nst_det.comparison.result.build_results`.
+        results: as in ``report/results.json``.
         folder: of the comparison.
     """
 
-    results: dict[str, Any] = field(repr=False)
+    results: ComparisonResult = field(repr=False)
     folder: Path
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[RowResult]:
         """One a method: ``method``, ``map`` (11-point, 0..1), ``delta_vs_ce``, ``verdict`` and more."""
-        return list(self.results["rows"])
+        return self.results.rows
 
     @property
     def report(self) -> Path:
@@ -54,7 +55,7 @@ class ComparisonAnswer(ReprMixin):
         return results_table(self.results)
 
 
-class DistillAnswer(ReprMixin, dict[str, dict[str, Any]]):
+class DistillResult(ReprMixin, dict[str, dict[str, Any]]):
     """``result.json`` by method, and of the teacher under ``teacher``; shows itself as a table.
 
     Attributes:
@@ -76,48 +77,48 @@ def compare(
     output: str | Path | None = None,
     jobs: int = 0,
     ray_address: str | None = None,
-) -> ComparisonAnswer:
-    """Every method and seed through both stages, then the report; goes on where it was stopped.
+) -> CompareResult:
+    """Run every method and seed through both stages, then write the report; resume what was stopped.
 
     ``nst-det compare`` does the same.  The runs are processes of their own.
 
     Args:
         config_file: YAML of the comparison.
-        settings: keys with other values, ``{"SEEDS": [0, 1], "DETECT.SOLVER.MAX_ITER": 300}``, or the words of the
-            command line.
+        settings: keys with other values, ``{"SEEDS": [0, 1], "DETECT.SOLVER.MAX_ITER": 300}``, or KEY VALUE pairs as
+            on the command line.
         output: the folder of the comparison, in place of OUTPUT_DIR.
         jobs: runs side by side; 0 takes as many as there are cores or GPUs.
         ray_address: of a Ray cluster that does the runs, "" for one on this machine; None does them here.
 
     Raises:
         UserError: the input of the comparison, or of one of its stages, can't be used.
-        RunFailed: a run ended with an error; the same call goes on from what is done.
-        Stopped: it was interrupted; the same call goes on from what is done.
+        RunFailed: a run ended with an error; the same call resumes from what is done.
+        Stopped: it was interrupted; the same call resumes from what is done.
 
     Example:
         >>> import nst_det
-        >>> answer = nst_det.compare("my_project/compare.yaml", {"METHODS": ["ce"], "SEEDS": [0]})
-        >>> [row["method"] for row in answer.rows]
+        >>> result = nst_det.compare("my_project/compare.yaml", {"METHODS": ["ce"], "SEEDS": [0]})
+        >>> [row.method for row in result.rows]
         ['scratch', 'ce']
-        >>> answer.report.name
+        >>> result.report.name
         'index.html'
     """
+    from nst_det.comparison import pipeline
     from nst_det.comparison.config import load_comparison
-    from nst_det.comparison.pipeline import compare as run
 
     _show_progress()
-    comparison = load_comparison(config_file, output, words(settings))
-    return ComparisonAnswer(run(comparison, jobs, ray_address=ray_address), comparison.folder)
+    comparison = load_comparison(config_file, output, key_values(settings))
+    return CompareResult(pipeline.compare(comparison, jobs, ray_address=ray_address), comparison.folder)
 
 
-def distill(config_file: str | Path, settings: Settings = ()) -> DistillAnswer:
-    """Stage one: the teacher, and a backbone file for each method; ``nst-det distill`` does the same.
+def distill(config_file: str | Path, settings: Settings = ()) -> DistillResult:
+    """Stage one: train the teacher, and a backbone file for each method; ``nst-det distill`` does the same.
 
     It runs in this process.  What is done already in OUTPUT_DIR is not done again.
 
     Args:
         config_file: YAML of stage one.
-        settings: keys with other values, ``{"METHODS": ["ce", "kd"]}``, or the words of the command line.
+        settings: keys with other values, ``{"METHODS": ["ce", "kd"]}``, or KEY VALUE pairs as on the command line.
 
     Returns:
         By method: ``top1`` and ``top5`` on the validation split (0..1), ``seconds``, ``steps``, ``params``, and
@@ -128,24 +129,24 @@ def distill(config_file: str | Path, settings: Settings = ()) -> DistillAnswer:
 
     Example:
         >>> import nst_det
-        >>> answer = nst_det.distill("my_project/distill.yaml", {"METHODS": ["kd+nst-poly"]})
-        >>> list(answer)
+        >>> result = nst_det.distill("my_project/distill.yaml", {"METHODS": ["kd+nst-poly"]})
+        >>> list(result)
         ['teacher', 'kd+nst-poly']
-        >>> 0 <= answer["kd+nst-poly"]["top1"] <= 1
+        >>> 0 <= result["kd+nst-poly"]["top1"] <= 1
         True
     """
+    from nst_det.distillation import pipeline
     from nst_det.distillation.config import load_distill_config
-    from nst_det.distillation.pipeline import distill as run
 
     _show_progress()
-    config = load_distill_config(config_file, words(settings))
-    answer = DistillAnswer(run(config))
-    answer.folder = config.OUTPUT_DIR
-    return answer
+    config = load_distill_config(config_file, key_values(settings))
+    result = DistillResult(pipeline.distill(config))
+    result.folder = config.OUTPUT_DIR
+    return result
 
 
 def load_backbone(weights: str | Path) -> tuple[nn.Module, Card]:
-    """A distilled network, whole, in evaluation mode on the CPU, and its card.
+    """Load a distilled network, whole, in evaluation mode on the CPU, and its card.
 
     It is a timm model: ``model(images)`` gives logits (B, classes), ``model.forward_intermediates(images)`` maps.
     Images are (B, 3, H, W), normalized as ``card.input`` says.  :func:`nst_det.models.bottomup_from_file` gives
@@ -178,7 +179,7 @@ def evaluate_voc(
     iou: float | Sequence[float] = 0.5,
     coco_names: str | Path | None = None,
 ) -> VocResult:
-    """VOC AP of anyone's detections, equal to the devkit's; ``nst-det evaluate`` does the same.
+    """Compute VOC AP of anyone's detections, equal to the devkit's; ``nst-det evaluate`` does the same.
 
     Args:
         detections: a folder with ``comp4_det_SPLIT_CLASS.txt``, a ``detections.json``, or COCO results.
@@ -198,26 +199,19 @@ def evaluate_voc(
         >>> result.classes == tuple(sorted(result.classes)), result.map11.shape
         (True, (2,))
     """
-    from nst_det.evaluation.voc import evaluate_voc as score
+    from nst_det.evaluation import voc
 
-    return score(*read_voc(detections, voc_root, split, classes, coco_names), check_overlaps(iou))
+    return voc.evaluate_voc(*read_voc(detections, voc_root, split, classes, coco_names), overlap_thresholds(iou))
 
 
 def read_voc(
     detections: str | Path,
     voc_root: str | Path,
-    split: str = "test",
-    classes: Sequence[str] | None = None,
-    coco_names: str | Path | None = None,
+    split: str,
+    classes: Sequence[str] | None,
+    coco_names: str | Path | None,
 ) -> tuple[Detections, GroundTruth]:
-    """Detections and the ground truth that they are measured against; arguments as :func:`evaluate_voc`.
-
-    Returns:
-        N detections and M objects, as flat arrays: boxes (N, 4) and (M, 4), 1-based inclusive pixels.
-
-    Raises:
-        UserError: files, or a line or entry in them, that can't be used.
-    """
+    """Return detections and the ground truth that they are measured against."""
     from nst_det.data.voc import VocDataset
     from nst_det.evaluation.boxes import GroundTruth
     from nst_det.evaluation.io import read_coco_names, read_detections
@@ -228,12 +222,8 @@ def read_voc(
     return read_detections(detections, data.ids, data.classes, split, names), truth
 
 
-def check_overlaps(iou: float | Sequence[float]) -> list[float]:
-    """Overlap thresholds as a list.
-
-    Raises:
-        UserError: one is not above 0 and at most 1.
-    """
+def overlap_thresholds(iou: float | Sequence[float]) -> list[float]:
+    """Return ``iou`` as a list, checked: each is above 0 and at most 1."""
     from nst_det.errors import UserError
 
     values = [float(iou)] if isinstance(iou, int | float) else [float(value) for value in iou]
@@ -242,22 +232,19 @@ def check_overlaps(iou: float | Sequence[float]) -> list[float]:
     return values
 
 
-def words(settings: Settings) -> list[str]:
-    """Settings as KEY VALUE words of the command line.
-
-    Raises:
-        UserError: a value that can't be written in a config.
+def key_values(settings: Settings) -> list[str]:
+    """Return settings as KEY VALUE pairs of the command line.
 
     Example:
-        >>> words({"SEEDS": [0, 1], "NAME": "mine", "DETECT.SOLVER.BASE_LR": 1e-3})
+        >>> key_values({"SEEDS": [0, 1], "NAME": "mine", "DETECT.SOLVER.BASE_LR": 1e-3})
         ['SEEDS', '[0, 1]', 'NAME', 'mine', 'DETECT.SOLVER.BASE_LR', '0.001']
     """
     if not isinstance(settings, Mapping):
         return list(settings)
-    return [word for key, value in settings.items() for word in (key, _text(key, value))]
+    return [text for key, value in settings.items() for text in (key, _as_text(key, value))]
 
 
-def _text(key: str, value: Any) -> str:
+def _as_text(key: str, value: Any) -> str:
     from nst_det.engine.config import parse_value
     from nst_det.errors import UserError
 
@@ -269,8 +256,8 @@ def _text(key: str, value: Any) -> str:
 
 
 def _show_progress() -> None:
-    """Start logging, unless the caller has configured it."""
     from nst_det.engine.progress import start_logging
 
+    # unless the caller has configured logging
     if not logging.getLogger().handlers:
         start_logging()

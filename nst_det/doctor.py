@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+
+import psutil
 
 DETECTRON2_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 OK, WARNING, FAULT = "ok", "warning", "FAULT"
@@ -19,6 +20,7 @@ GIB = 1 << 30
 ENOUGH_MEMORY = 4 * GIB
 ENOUGH_DISK = 5 * GIB
 IMPORT_SECONDS = 120
+TORCH_PIN = re.compile(r"torch\s*\(?==\s*([^\s;)]+)")
 
 
 @dataclass(frozen=True)
@@ -45,151 +47,117 @@ def examine(data: Sequence[Path] = (), output: Path = Path()) -> list[Finding]:
         data: folders of data sets to check.
         output: where runs would be written.
     """
-    looks: list[Callable[[], Finding]] = [
-        _python,
-        _torch,
-        _torchvision,
-        _timm,
-        _accelerator,
-        _detectron2,
-        _cores,
-        _memory,
-        lambda: _disk(output),
-        _registry,
+    found = [
+        Finding("Python", OK, ".".join(map(str, sys.version_info[:3]))),
+        package("torch"),
+        torchvision(),
+        package("timm"),
+        detectron2(),
+        memory(),
+        disk(output),
     ]
-    return [look() for look in looks] + [_data_set(path) for path in data]
+    # the rest of this package needs torch
+    if any(finding.what == "torch" and finding.state == OK for finding in found):
+        found += [accelerator(), cores(), backbones(), *map(data_set, data)]
+    return found
 
 
-def _python() -> Finding:
-    return Finding("Python", OK, ".".join(map(str, sys.version_info[:3])))
-
-
-def _version(package: str) -> str | None:
+def version(name: str) -> str | None:
+    """Return the installed version of a package; nothing is imported."""
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         return None
 
 
-def _import_error(module: str) -> str | None:
-    """The last line of what importing a module says when it fails; in a process of its own, for it may crash."""
+def import_error(module: str) -> str | None:
+    """Return the last line of what a failing import prints; in a process of its own, for it may crash."""
     try:
-        answer = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=IMPORT_SECONDS
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {IMPORT_SECONDS} s"
-    if answer.returncode == 0:
+    if done.returncode == 0:
         return None
-    lines = answer.stderr.strip().splitlines()
-    return lines[-1] if lines else f"exit code {answer.returncode}"
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
 
 
-def _torch() -> Finding:
-    version = _version("torch")
-    if version is None:
-        return Finding("torch", FAULT, "not installed", "pip install torch torchvision")
-    error = _import_error("torch")
+def package(name: str) -> Finding:
+    """Look whether a package is installed and can be imported."""
+    installed = version(name)
+    if installed is None:
+        return Finding(name, FAULT, "not installed", f"pip install {name}")
+    error = import_error(name)
     if error:
-        return Finding("torch", FAULT, f"{version} can't be imported: {error}", "pip install --force-reinstall torch")
-    return Finding("torch", OK, version)
+        return Finding(name, FAULT, f"{installed} can't be imported: {error}", f"pip install --force-reinstall {name}")
+    return Finding(name, OK, installed)
 
 
-def wanted_torch(requirements: Sequence[str]) -> str | None:
-    """The torch version that an installed torchvision pins.
-
-    Example:
-        >>> wanted_torch(["numpy", "torch==2.14.1", "pillow>=5"])
-        '2.14.1'
-    """
-    for requirement in requirements:
-        pinned = re.match(r"torch\s*\(?==\s*([^\s;)]+)", requirement)
-        if pinned:
-            return pinned[1]
-    return None
-
-
-def _torchvision() -> Finding:
-    version, torch = _version("torchvision"), _version("torch")
-    if version is None:
-        return Finding("torchvision", FAULT, "not installed", "pip install torchvision")
-    wanted = wanted_torch(importlib.metadata.requires("torchvision") or [])
+def torchvision() -> Finding:
+    """Look whether torchvision was built for the torch that is installed; it pins it to the patch."""
+    installed, torch = version("torchvision"), version("torch")
+    requirements = metadata.requires("torchvision") or [] if installed else []
+    wanted = next((pin[1] for pin in map(TORCH_PIN.match, requirements) if pin), None)
     if wanted and torch and torch.split("+")[0] != wanted.split("+")[0]:
-        remedy = f"pip install torch=={wanted} torchvision=={version}"
-        return Finding("torchvision", FAULT, f"{version} was built for torch {wanted}, not {torch}", remedy)
-    error = _import_error("torchvision.ops")
-    if error:
-        remedy = "pip install --force-reinstall torchvision"
-        return Finding("torchvision", FAULT, f"{version} can't be imported: {error}", remedy)
-    return Finding("torchvision", OK, f"{version}, built for torch {wanted or torch}")
+        remedy = f"pip install torch=={wanted} torchvision=={installed}"
+        return Finding("torchvision", FAULT, f"{installed} was built for torch {wanted}, not {torch}", remedy)
+    return package("torchvision")
 
 
-def _timm() -> Finding:
-    version = _version("timm")
-    if version is None:
-        return Finding("timm", FAULT, "not installed", "pip install timm")
-    return Finding("timm", OK, version)
+def accelerator() -> Finding:
+    """Look whether torch sees the GPU that the machine has."""
+    import torch
 
-
-def _accelerator() -> Finding:
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        return Finding("accelerator", FAULT, f"unknown: torch can't be imported ({error})", "mend torch first")
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         return Finding("accelerator", OK, f"{names}; CUDA {torch.version.cuda}")
     if shutil.which("nvidia-smi"):
-        return Finding(
-            "accelerator",
-            WARNING,
-            f"nvidia-smi is here, but torch (CUDA {torch.version.cuda}) sees no GPU",
-            "install a torch built for this driver: https://pytorch.org/get-started/locally",
-        )
+        found = f"nvidia-smi is here, but torch (CUDA {torch.version.cuda}) sees no GPU"
+        remedy = "install a torch built for this driver: https://pytorch.org/get-started/locally"
+        return Finding("accelerator", WARNING, found, remedy)
     return Finding("accelerator", OK, "none; runs go on the CPU")
 
 
-def _detectron2() -> Finding:
+def detectron2() -> Finding:
+    """Look whether Detectron2, which may be absent, fits the torch that is installed."""
     if importlib.util.find_spec("detectron2") is None:
-        return Finding(
-            "Detectron2", OK, f"not installed; ENGINE torchvision does without. To install: {DETECTRON2_PAGE}"
-        )
-    error = _import_error("detectron2._C")
+        found = f"not installed; ENGINE torchvision does without. To install: {DETECTRON2_PAGE}"
+        return Finding("Detectron2", OK, found)
+    error = import_error("detectron2._C")
     if error:
-        return Finding(
-            "Detectron2",
-            FAULT,
-            f"its compiled part can't be imported: {error}",
-            f"build it again with the torch that is installed now: {DETECTRON2_PAGE}",
-        )
-    return Finding("Detectron2", OK, f"{_version('detectron2')}, fits torch {_version('torch')}")
+        remedy = f"build it again with the torch that is installed now: {DETECTRON2_PAGE}"
+        return Finding("Detectron2", FAULT, f"its compiled part can't be imported: {error}", remedy)
+    return Finding("Detectron2", OK, f"{version('detectron2')}, fits torch {version('torch')}")
 
 
-def _cores() -> Finding:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Finding("CPU cores", OK, str(count))
+def memory() -> Finding:
+    """Look at the memory of the machine."""
+    total = psutil.virtual_memory().total
+    remedy = "run with --jobs 1; the demo needs about 1 GiB a job" if total < ENOUGH_MEMORY else ""
+    return Finding("memory", WARNING if remedy else OK, f"{total / GIB:.1f} GiB", remedy)
 
 
-def _memory() -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = f"{total / GIB:.1f} GiB"
-    if total < ENOUGH_MEMORY:
-        return Finding("memory", WARNING, found, "run with --jobs 1; the demo needs about 1 GiB a job")
-    return Finding("memory", OK, found)
-
-
-def _disk(output: Path) -> Finding:
+def disk(output: Path) -> Finding:
+    """Look at the room where ``output`` is, or would be."""
     folder = output.resolve()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    found = f"{free / GIB:.1f} GiB free at {folder}"
-    if free < ENOUGH_DISK:
-        return Finding("disk", WARNING, found, "free some space or name another output folder by --output")
-    return Finding("disk", OK, found)
+    remedy = "free some space or name another output folder by --output" if free < ENOUGH_DISK else ""
+    return Finding("disk", WARNING if remedy else OK, f"{free / GIB:.1f} GiB free at {folder}", remedy)
 
 
-def _registry() -> Finding:
+def cores() -> Finding:
+    """Count the cores that this process may use."""
+    from nst_det.engine.device import core_count
+
+    return Finding("CPU cores", OK, str(core_count()))
+
+
+def backbones() -> Finding:
+    """Count the backbones in the registry."""
     from nst_det.models.registry import registry_folders
 
     folders = registry_folders()
@@ -197,10 +165,10 @@ def _registry() -> Finding:
     return Finding("backbones", OK, f"{count} in {', '.join(map(str, folders))}")
 
 
-def _data_set(path: Path) -> Finding:
+def data_set(path: Path) -> Finding:
+    """Check a data set."""
     from nst_det.data.check import check_data
 
     report = check_data(path)
-    if report.problems:
-        return Finding(f"data {path}", WARNING, report.summary(), f"nst-det check-data {path} lists them")
-    return Finding(f"data {path}", OK, report.summary())
+    remedy = f"nst-det check-data {path} lists them" if report.problems else ""
+    return Finding(f"data {path}", WARNING if remedy else OK, report.summary(), remedy)

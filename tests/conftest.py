@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nst_det.cli import main
 from nst_det.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,18 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; name its folder by NST_DET_REAL_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., int]:
+    """``cli("evaluate", "--split", "test")``: runs ``nst-det`` in this process and gives its exit code."""
+
+    def run(*typed: object) -> int:
+        with pytest.raises(SystemExit) as left:
+            main(list(map(str, typed)))
+        return left.value.code
+
+    return run
 
 
 def _join_group(rank: int, world: int, port: int, work: Callable[..., object], args: tuple, sink) -> None:

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from nst_det.comparison.config import load_comparison
-from nst_det.comparison.pipeline import run_config
-from nst_det.comparison.plan import DATA, check_order, make_plan
-from nst_det.comparison.stages import check_transfer
+from nst_det.comparison.plan import DATA, make_plan, run_config
+from nst_det.comparison.stages import check_distill_losses
 from nst_det.detection.config import load_detect_config, voc_roots
 from nst_det.detection.torchvision import build_detector
 from nst_det.distillation.config import load_distill_config
@@ -73,8 +72,10 @@ def test_detect(file):
 def test_compare(file, tmp_path):
     comparison = load_comparison(file, output=tmp_path / "out", overrides=TORCHVISION)
     runs = make_plan(comparison)
-    check_order(runs)
+    before = set()
     for run in runs:
+        assert before.issuperset(run.needs), run.name
+        before.add(run.name)
         if run.kind != DATA:
             run_config(comparison, run)
 
@@ -98,7 +99,7 @@ def test_files_that_are_named_exist_and_variables_are_known(file):
 def test_the_papers_students_can_be_built(tmp_path):
     file = CONFIGS / "compare" / "paper_imagenet.yaml"
     comparison = load_comparison(file, output=tmp_path / "out", overrides=TORCHVISION)
-    check_transfer(comparison.distill, comparison.methods, "paper")
+    check_distill_losses(comparison.distill, comparison.methods, "paper")
     distill, model = comparison.distill, comparison.detect.MODEL
     assert (distill.TEACHER.ARCH, distill.STUDENT.ARCH) == ("resnet101.tv_in1k", "inception_bn")
     assert dict(distill.STUDENT.ARCH_KWARGS) == dict(model.TIMM.KWARGS) == {"stride16_tap": "4b"}

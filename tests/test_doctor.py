@@ -2,39 +2,24 @@ import importlib.metadata
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from nst_det import doctor
-from nst_det.doctor import FAULT, OK, WARNING, examine, wanted_torch
-
-
-def found(findings, what):
-    (finding,) = [finding for finding in findings if finding.what == what]
-    return finding
+from nst_det.doctor import FAULT, OK, WARNING
 
 
 def test_this_machine_is_fit_for_the_tests():
-    findings = examine()
-    assert [finding for finding in findings if finding.state == FAULT] == []
-    assert found(findings, "torch").found == importlib.metadata.version("torch")
+    findings = {finding.what: finding for finding in doctor.examine()}
+    assert [finding for finding in findings.values() if finding.state == FAULT] == []
+    for name in ("torch", "torchvision", "timm"):
+        assert findings[name].found == importlib.metadata.version(name)
 
 
-@pytest.mark.parametrize(
-    ("requirements", "version"),
-    [
-        (["numpy", "torch (==2.4.0)"], "2.4.0"),
-        (["torch==2.14.1; python_version > '3'"], "2.14.1"),
-        (["torchx==1"], None),
-    ],
-)
-def test_wanted_torch(requirements, version):
-    assert wanted_torch(requirements) == version
-
-
-def test_a_torchvision_of_another_torch_is_a_fault_with_the_command_that_mends_it(monkeypatch):
-    versions = {"torch": "2.14.1+cu130", "torchvision": "0.19.0"}
-    monkeypatch.setattr(doctor, "_version", versions.get)
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ["torch==2.4.0"])
-    finding = doctor._torchvision()
+@pytest.mark.parametrize("pin", ["torch==2.4.0", "torch (==2.4.0)", "torch==2.4.0; python_version > '3'"])
+def test_a_torchvision_of_another_torch_is_a_fault_with_the_command_that_mends_it(monkeypatch, pin):
+    monkeypatch.setattr(doctor, "version", {"torch": "2.14.1+cu130", "torchvision": "0.19.0"}.get)
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["torchx==1", "numpy", pin])
+    finding = doctor.torchvision()
     assert finding.state == FAULT
     assert finding.found == "0.19.0 was built for torch 2.4.0, not 2.14.1+cu130"
     assert finding.remedy == "pip install torch==2.4.0 torchvision==0.19.0"
@@ -44,51 +29,45 @@ def test_a_module_that_crashes_is_a_finding_not_a_crash(tmp_path, monkeypatch):
     (tmp_path / "broken_module.py").write_text("import os; os.abort()")
     (tmp_path / "failing_module.py").write_text("raise ImportError('undefined symbol: x')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert doctor._import_error("broken_module") == "exit code -6"
-    assert doctor._import_error("failing_module") == "ImportError: undefined symbol: x"
-    assert doctor._import_error("sys") is None
+    assert doctor.import_error("broken_module") == "exit code -6"
+    assert doctor.import_error("failing_module") == "ImportError: undefined symbol: x"
+    assert doctor.import_error("sys") is None
 
 
-def test_missing_packages_are_named(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda name: None)
-    for look in (doctor._torch, doctor._torchvision, doctor._timm):
-        finding = look()
-        assert (finding.state, finding.found) == (FAULT, "not installed")
-        assert finding.remedy.startswith("pip install ")
+def test_missing_packages_are_named(cli, monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda name: None)
+    findings = {finding.what: finding for finding in doctor.examine()}
+    for name in ("torch", "torchvision", "timm"):
+        assert findings[name] == doctor.Finding(name, FAULT, "not installed", f"pip install {name}")
+    assert "backbones" not in findings
+    assert cli("doctor") == 2
 
 
 def test_little_memory_and_disk_are_warnings(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor.os, "sysconf", lambda name: 1 << 15)
-    assert doctor._memory().state == WARNING
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: SimpleNamespace(total=1 << 30))
+    assert doctor.memory().state == WARNING
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 30))
-    finding = doctor._disk(tmp_path / "not" / "yet")
+    finding = doctor.disk(tmp_path / "not" / "yet")
     assert (finding.state, finding.found) == (WARNING, f"1.0 GiB free at {tmp_path}")
 
 
 @pytest.mark.parametrize(
-    ("spec", "error", "state", "said"),
-    [
-        (None, None, OK, "ENGINE torchvision does without"),
-        (object(), None, OK, "fits torch"),
-        (object(), "undefined symbol: x", FAULT, "can't be imported: undefined symbol: x"),
-    ],
+    ("spec", "error", "state"), [(None, None, OK), (object(), None, OK), (object(), "undefined symbol: x", FAULT)]
 )
-def test_detectron2_missing_working_and_broken(monkeypatch, spec, error, state, said):
+def test_detectron2_missing_working_and_broken(monkeypatch, spec, error, state):
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setattr(doctor, "_import_error", lambda module: error)
-    finding = doctor._detectron2()
+    monkeypatch.setattr(doctor, "import_error", lambda module: error)
+    finding = doctor.detectron2()
     assert finding.state == state
-    assert said in finding.found
+    assert (error or "") in finding.found
     assert (doctor.DETECTRON2_PAGE in finding.found + finding.remedy) == (spec is None or error is not None)
 
 
 def test_a_data_set_is_checked_and_its_faults_point_to_the_list(tmp_path):
-    from PIL import Image
-
     for name in ("a", "b"):
         (tmp_path / "train" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "1.png")
-    assert found(doctor.examine([tmp_path]), f"data {tmp_path}").state == OK
+    assert doctor.data_set(tmp_path).state == OK
     (tmp_path / "train" / "a" / "2.png").write_bytes(b"no image")
-    finding = doctor._data_set(tmp_path)
+    finding = doctor.data_set(tmp_path)
     assert (finding.state, finding.remedy) == (WARNING, f"nst-det check-data {tmp_path} lists them")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fvcore.common.config import CfgNode
 
 from nst_det.comparison.config import BASELINE
 from nst_det.comparison.plan import DETECTOR, Run
+from nst_det.comparison.result import Cost, Latency, from_json
 from nst_det.engine.config import flat, plain
 from nst_det.engine.io import read_json, write_json
 from nst_det.engine.run_dir import config_hash
@@ -24,30 +26,22 @@ _FREE = ("MODEL.WEIGHTS", "MODEL.TIMM.PRETRAINED", "MODEL.BACKBONE.FREEZE_AT")
 
 
 def architecture(config: CfgNode) -> str:
-    """Twelve digits that are equal for two detectors that compute the same: MODEL and the size of test images."""
+    """Return twelve digits, equal for detectors that compute the same: MODEL and the size of test images decide."""
     values = plain(flat(config))
     decides = ("MODEL.", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "TEST.DETECTIONS_PER_IMAGE")
     return config_hash({key: value for key, value in values.items() if key.startswith(decides) and key not in _FREE})
 
 
-def measure_costs(runs: Sequence[Run], configs: Mapping[str, CfgNode], folder: Path) -> dict[str, dict[str, Any]]:
-    """The cost of each row's detector, by row; rows of one architecture share one measurement.
+def measure_costs(runs: Sequence[Run], configs: Mapping[str, CfgNode], folder: Path) -> dict[str, Cost]:
+    """Return the cost of each row's detector, by row; rows of one architecture share one measurement.
 
     What is measured is a trained detector (of the row ``ce`` where it has the architecture, else of the first row),
-    with batch 1, on an image of noise of the size that its config tests at; :data:`COST_FILE` keeps it.
-
-    Args:
-        runs: the plan, all done.
-        configs: the config of each run, by its name.
-        folder: of the comparison.
-
-    Returns:
-        For each row ``run`` (what was measured), ``parameters``, ``macs``, ``flops``, ``size`` (height, width),
-        ``device``, ``threads``, ``machine`` and ``latency`` (``median``, ``p10``, ``p90`` in seconds).  A row whose
-        detector can't be built again is left out, with a warning.
+    with batch 1, on an image of noise of the size that its config tests at; :data:`COST_FILE` keeps it.  A row whose
+    detector can't be built again is left out, with a warning.
     """
     path = folder / COST_FILE
-    known: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+    remedy = "remove the file to measure again"
+    known: dict[str, Cost] = from_json(dict[str, Cost], read_json(path), str(path), remedy) if path.exists() else {}
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.kind == DETECTOR:
@@ -60,11 +54,11 @@ def measure_costs(runs: Sequence[Run], configs: Mapping[str, CfgNode], folder: P
             except UserError as error:
                 log.warning("no latency of %s: %s", chosen.name, error)
                 continue
-            write_json(path, known)
+            write_json(path, {name: asdict(cost) for name, cost in known.items()})
     return {str(run.row): known[name] for name, group in groups.items() if name in known for run in group}
 
 
-def _measure(run: Run, config: CfgNode) -> dict[str, Any]:
+def _measure(run: Run, config: CfgNode) -> Cost:
     import torch
 
     from nst_det.benchmark import benchmark, photo_size
@@ -76,32 +70,28 @@ def _measure(run: Run, config: CfgNode) -> dict[str, Any]:
     log.info("%s: measuring its cost", run.name)
     size = photo_size(config)
     with gpu_errors_in_one_line("compare again, which measures what is missing"):
-        detector, parameters = _load(run.folders[0], config, device)
-        figures = benchmark(detector, size, [1], REPEATS, device, parameters)
+        figures = benchmark(_load(run.folders[0], config, device), size, [1], REPEATS, device)
     latency = figures["latency"][0]
-    return {
-        "run": run.name,
-        "parameters": parameters,
-        "macs": figures["macs"],
-        "flops": figures["flops"],
-        "size": list(size),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "machine": machine_name(str(device)),
-        "latency": {name: latency[name] for name in ("median", "p10", "p90")},
-    }
+    return Cost(
+        run=run.name,
+        parameters=figures["parameters"],
+        macs=figures["macs"],
+        flops=figures["flops"],
+        size=(size[0], size[1]),
+        device=str(device),
+        threads=torch.get_num_threads(),
+        machine=machine_name(str(device)),
+        latency=Latency(latency["median"], latency["p10"], latency["p90"]),
+    )
 
 
-def _load(folder: Path, config: CfgNode, device: Any) -> tuple[Any, int]:
-    """The trained detector of a run as a network on pixels, and its parameters."""
-    from nst_det.models import count_parameters
-
+def _load(folder: Path, config: CfgNode, device: Any) -> Any:
+    """Return the trained detector of a run as a network on pixels."""
     if config.ENGINE == "detectron2":
         from nst_det.detectron2.parity import load_pixels
 
-        return load_pixels(folder, config, device)
-    from nst_det.benchmark import Pixels
+        return load_pixels(folder, config, device)[0]
+    from nst_det.benchmark import Traceable
     from nst_det.detection.predict import load_run
 
-    detector, _, _ = load_run(folder, device)
-    return Pixels(detector), count_parameters(detector)
+    return Traceable(load_run(folder, device)[0])

@@ -24,7 +24,7 @@ NOTE_TERMS = 4
 
 
 def last_metrics(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a ``metrics.jsonl``, without reading the rest; None where there is none."""
+    """Return the last whole line of a ``metrics.jsonl``, without reading the rest; None where there is none."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - TAIL_BYTES))
@@ -42,7 +42,7 @@ def last_metrics(path: Path) -> dict[str, Any] | None:
 
 
 def steps_done(run: Run) -> tuple[int, dict[str, Any]]:
-    """Steps that a run has done, read from its run folders, and the last metrics.
+    """Return the steps that a run has done, read from its run folders, and the last metrics.
 
     Of several folders (the students of stage one) the one that is furthest behind counts; done ones don't.
     """
@@ -53,7 +53,7 @@ def steps_done(run: Run) -> tuple[int, dict[str, Any]]:
 
 
 class ProgressDisplay:
-    """Is told what happens and shows it; made for the time of one call by ``with View(...) as view``.
+    """Is told what happens and shows it, within ``with ProgressDisplay(...) as display``.
 
     Args:
         runs: the whole plan.
@@ -69,7 +69,9 @@ class ProgressDisplay:
     ) -> None:
         self._runs, self._total, self._share = list(runs), dict(total_steps), share
         self._done = {run.name for run in runs if run.done}
+        # of the running ones: when this call started it, and the steps it had then
         self._begin: dict[str, tuple[float, int]] = {}
+        # by kind: what whole runs took
         self._seconds: dict[str, list[float]] = {}
         self._last = 0.0
         self._bar: Progress | None = None
@@ -86,9 +88,8 @@ class ProgressDisplay:
             )
             self._bar = Progress(*columns, console=console, refresh_per_second=4)
             self._bar.start()
-            self._tasks[""] = self._bar.add_task(
-                "[bold]runs", total=len(self._runs), completed=len(self._done), note=""
-            )
+            done, total = len(self._done), len(self._runs)
+            self._tasks[""] = self._bar.add_task("[bold]runs", total=total, completed=done, note="")
         elif self._done:
             log.info("%d of %d runs are done already", len(self._done), len(self._runs))
         return self
@@ -98,17 +99,17 @@ class ProgressDisplay:
             self._bar.stop()
 
     def started(self, run: Run) -> None:
-        """A run was started (or goes on)."""
+        """Show that a run was started (or resumes)."""
         steps, _ = steps_done(run)
         self._begin[run.name] = (time.monotonic(), steps)
         if self._bar is not None:
-            total = self._total.get(run.kind) or None
-            self._tasks[run.name] = self._bar.add_task(run.name, total=total or 1, completed=steps, note="")
+            total = self._total.get(run.kind) or 1
+            self._tasks[run.name] = self._bar.add_task(run.name, total=total, completed=steps, note="")
         else:
             log.info("%s: starts%s", run.name, f" again at step {steps}" if steps else "")
 
     def finished(self, run: Run) -> None:
-        """A run is done."""
+        """Show that a run is done."""
         begin, first = self._begin.pop(run.name)
         seconds = time.monotonic() - begin
         self._done.add(run.name)
@@ -121,28 +122,31 @@ class ProgressDisplay:
         log.info("%s: done in %.0f s (%d of %d runs)", run.name, seconds, len(self._done), len(self._runs))
 
     def update(self, running: Sequence[Run]) -> None:
-        """Show how far the running ones are."""
+        """Show how far the running ones are, where the last time is long enough ago."""
         now = time.monotonic()
         if now - self._last < (REFRESH_SECONDS if self._bar is not None else PLAIN_SECONDS):
             return
         first, self._last = self._last == 0.0, now
         states = {run.name: steps_done(run) for run in running}
-        eta = self._eta(running, {name: steps for name, (steps, _) in states.items()})
-        left = "" if eta is None else f"ETA {duration(eta)}"
+        left = self.seconds_left(running, {name: steps for name, (steps, _) in states.items()})
+        eta = "" if left is None else f"ETA {duration(left)}"
         if self._bar is not None:
-            self._bar.update(self._tasks[""], completed=len(self._done), note=left)
+            self._bar.update(self._tasks[""], completed=len(self._done), note=eta)
             for name, (steps, metrics) in states.items():
                 self._bar.update(self._tasks[name], completed=steps, note=loss_note(metrics, NOTE_TERMS))
         elif running and not first:
-            parts = [self._line(run, *states[run.name]) for run in running]
-            log.info("%d/%d runs done; %s  %s", len(self._done), len(self._runs), ", ".join(parts), left)
+            parts = []
+            for run in running:
+                steps, metrics = states[run.name]
+                note = loss_note(metrics)
+                parts.append(f"{run.name} {steps}/{self._total.get(run.kind) or '?'}{f' ({note})' if note else ''}")
+            log.info("%d/%d runs done; %s  %s", len(self._done), len(self._runs), ", ".join(parts), eta)
 
-    def _line(self, run: Run, steps: int, metrics: Mapping[str, Any]) -> str:
-        note = loss_note(metrics)
-        return f"{run.name} {steps}/{self._total.get(run.kind) or '?'}{f' ({note})' if note else ''}"
+    def seconds_left(self, running: Sequence[Run], steps: Mapping[str, int]) -> float | None:
+        """Return the seconds until all is done, from runs of the same kind; None while a kind has not been seen yet.
 
-    def _eta(self, running: Sequence[Run], steps: Mapping[str, int]) -> float | None:
-        """Seconds until all is done, from runs of the same kind; None while a kind has not been seen yet."""
+        ``steps`` are those that each running one has done.
+        """
         now = time.monotonic()
         left = {run.name: 1.0 for run in self._runs if run.name not in self._done}
         guesses = {kind: sum(values) / len(values) for kind, values in self._seconds.items()}
@@ -153,10 +157,7 @@ class ProgressDisplay:
                 left[run.name] = max(0.0, 1 - steps[run.name] / total)
                 if steps[run.name] > first:
                     guesses.setdefault(run.kind, (now - begin) * total / (steps[run.name] - first))
-        work = 0.0
-        for run in self._runs:
-            if run.name in left:
-                if run.kind not in guesses:
-                    return None
-                work += left[run.name] * guesses[run.kind] * self._share(run)
-        return work
+        todo = [run for run in self._runs if run.name in left]
+        if not all(run.kind in guesses for run in todo):
+            return None
+        return sum(left[run.name] * guesses[run.kind] * self._share(run) for run in todo)

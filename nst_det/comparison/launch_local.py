@@ -9,17 +9,19 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import Protocol
 
 from nst_det.comparison.display import ProgressDisplay
 from nst_det.comparison.plan import Run
 from nst_det.engine.device import core_count
-from nst_det.engine.signals import EXIT_RESUME, Preempted
+from nst_det.engine.signals import EXIT_RESUME, SIGNALS, Preempted
+from nst_det.errors import RunFailed
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
@@ -30,21 +32,112 @@ EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 Command = Callable[[Run, Path], list[str]]
-
-
-class RunFailed(Exception):
-    """A run ended with an error; ``code`` is what the comparison should exit with.
-
-    2: its input can't be used; 75: somebody stopped the run, it goes on where it was; 1: all else.
-    """
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
+# exit code, and what the process wrote
+Outcome = tuple[int, str]
 
 
 class Stopped(Preempted):
     """The comparison was asked by a signal to stop; its runs have saved what they did."""
+
+
+class Launcher(Protocol):
+    """Starts runs, here or on a cluster.
+
+    Attributes:
+        errors: what a future raises where a run was lost.
+        hint: more to say where a run's result is missing.
+    """
+
+    errors: tuple[type[Exception], ...]
+    hint: str
+
+    def fitting(self, ready: Sequence[Run], running: Collection[Run]) -> list[Run]:
+        """Return which of the runs that may start can start now."""
+
+    def submit(self, run: Run) -> Future[Outcome]:
+        """Start a run."""
+
+    def stop(self) -> None:
+        """End all that still runs, and wait until it has ended."""
+
+
+def run_plan(runs: Sequence[Run], folder: Path, launcher: Launcher, display: ProgressDisplay) -> None:
+    """Do all runs that are not done, each as soon as what it needs is done and the launcher has room.
+
+    How many run at once changes when a run happens, never what it computes.
+
+    Raises:
+        RunFailed: one of them ended with an error; the others were stopped.
+        Stopped: SIGTERM or SIGINT came; all were stopped.
+    """
+    todo = {run.name: run for run in runs if not run.done}
+    order = TopologicalSorter({name: [need for need in run.needs if need in todo] for name, run in todo.items()})
+    order.prepare()
+    ready: set[str] = set()
+    running: dict[Future[Outcome], Run] = {}
+    with stop_signals_raise():
+        try:
+            while order.is_active():
+                ready.update(order.get_ready())
+                in_order = [run for name, run in todo.items() if name in ready]
+                for run in launcher.fitting(in_order, running.values()):
+                    ready.remove(run.name)
+                    running[launcher.submit(run)] = run
+                    display.started(run)
+                for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
+                    run = running.pop(future)
+                    try:
+                        code, output = future.result()
+                    except launcher.errors as error:
+                        reason = str(error).strip().splitlines()[0]
+                        raise RunFailed(f"run {run.name} was lost again and again: {reason}", EXIT_FAILED) from error
+                    _check_outcome(run, code, output, log_path(run, folder), launcher.hint)
+                    order.done(run.name)
+                    display.finished(run)
+                display.update(list(running.values()))
+        finally:
+            launcher.stop()
+
+
+def log_path(run: Run, folder: Path) -> Path:
+    """Return where a run's output is kept."""
+    return folder / "logs" / f"{run.name}.log"
+
+
+def _check_outcome(run: Run, code: int, output: str, log: Path, hint: str) -> None:
+    if code == 0:
+        for path in run.results:
+            if not path.exists():
+                raise RunFailed(f"run {run.name} ended without writing {path}{hint} (log: {log})", EXIT_FAILED)
+        return
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line.removeprefix("nst-det: ") for line in lines if line.startswith("nst-det: ")]
+    reason = (errors or lines or ["it wrote nothing"])[-1]
+    if code < 0:
+        name = signal.Signals(-code).name
+        reason = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    exit_code = code if code in (EXIT_BAD_INPUT, EXIT_RESUME) else EXIT_FAILED
+    raise RunFailed(f"run {run.name} failed: {reason} (log: {log})", exit_code)
+
+
+@contextlib.contextmanager
+def stop_signals_raise() -> Iterator[None]:
+    """Within the block SIGTERM and SIGINT raise :class:`Stopped`, once; later ones are ignored while all stops."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise Stopped(signum)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -62,24 +155,36 @@ class Machine:
     gpu_jobs: int = 0
 
     def on_gpu(self, run: Run) -> bool:
-        """Whether a run gets a GPU."""
+        """Return whether a run gets a GPU."""
         return run.wants_gpu and bool(self.gpus)
 
     def room(self, run: Run) -> int:
-        """The room on the device of a run."""
+        """Return the room on the device of a run."""
         return self.gpu_jobs if self.on_gpu(run) else self.jobs
 
     def weight(self, run: Run) -> int:
-        """How much of that room a run takes: on a CPU one for each of its threads."""
+        """Return how much of that room a run takes: on a CPU one for each of its threads."""
         return 1 if self.on_gpu(run) else max(1, min(run.threads, self.jobs))
 
-    def environment(self, run: Run, gpu: str = "") -> dict[str, str]:
-        """What a run's process gets for its environment; ``gpu`` is its GPU, where it has one."""
-        return environment_of(max(1, self.jobs // self.gpu_jobs) if gpu else run.threads, gpu)
+    def fitting(self, ready: Sequence[Run], running: Collection[Run]) -> list[Run]:
+        """Return which of the runs that may start fit beside the running ones.
+
+        One that waits for room is not overtaken, so that the long runs which all others wait for never starve.
+        """
+        used = {True: 0, False: 0}
+        for run in running:
+            used[self.on_gpu(run)] += self.weight(run)
+        fits = []
+        for run in ready:
+            # counted also where it does not fit, so that no later run slips in before it
+            used[self.on_gpu(run)] += self.weight(run)
+            if used[self.on_gpu(run)] <= self.room(run):
+                fits.append(run)
+        return fits
 
 
 def this_machine(jobs: int = 0) -> Machine:
-    """This machine; ``jobs`` runs side by side, on its GPUs if there are some; 0 takes one a GPU, or one a core."""
+    """Return this machine; ``jobs`` runs side by side, on its GPUs if there are some; 0 is one a GPU, or one a core."""
     import torch
 
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -88,195 +193,92 @@ def this_machine(jobs: int = 0) -> Machine:
     return Machine(core_count(), gpus, jobs or len(gpus)) if gpus else Machine(jobs or core_count())
 
 
+class Process:
+    """A command that appends to ``log``, with this process's environment but for threads and GPU ("" for none)."""
+
+    def __init__(self, command: Sequence[str], log: Path, threads: int, gpu: str = "") -> None:
+        self.gpu, self._log = gpu, log
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": gpu}
+        environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as file:
+            self._begin = file.tell()
+            # a session of its own: Ctrl-C reaches the comparison alone, which then stops its runs in order
+            self._popen = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        self.pid = self._popen.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._popen.poll() is None
+
+    def outcome(self) -> Outcome:
+        """Wait until it ends; return its exit code (below 0 for a signal) and what it wrote."""
+        code = self._popen.wait()
+        with open(self._log, "rb") as file:
+            file.seek(self._begin)
+            return code, file.read().decode("utf-8", "replace")
+
+    def signal(self, number: int) -> None:
+        """Send a signal to it and the processes that it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+
 def stage_command(run: Run, folder: Path) -> list[str]:
-    """The command line of a run of the comparison in ``folder``."""
-    return [sys.executable, "-m", "nst_det.comparison.worker", str(os.getpid()), *run.command(folder)]
-
-
-@dataclass
-class _Process:
-    run: Run
-    popen: subprocess.Popen[bytes]
-    log: Path
-    offset: int
-    gpu: str
-    file: IO[bytes] = field(repr=False)
+    """Return the command line of a run of the comparison in ``folder``."""
+    return [sys.executable, "-m", "nst_det", "--end-with-parent", str(os.getpid()), *run.command(folder)]
 
 
 class LocalLauncher:
-    """Starts the runs of a plan as soon as what they need is done and the machine has room.
-
-    Runs start in the order of the plan: one that waits for room is not overtaken, so that the long runs which
-    all others wait for never starve.  How many run at once changes when a run happens, never what it computes.
+    """Runs processes on this machine.
 
     Args:
-        runs: the plan.
-        folder: of the comparison; holds ``configs/`` (written before) and ``logs/``.
+        folder: of the comparison.
         machine: what may be used.
-        view: is told what starts, runs and ends.
-        command: gives the command line of a run.
+        command: gives the command line of a run, in place of this package's own.
     """
 
-    def __init__(
-        self, runs: Sequence[Run], folder: Path, machine: Machine, view: ProgressDisplay, command: Command | None = None
-    ) -> None:
-        self._runs, self._folder, self._machine, self._view = list(runs), folder, machine, view
-        self._command = command or stage_command
-        self._processes: list[_Process] = []
+    errors: tuple[type[Exception], ...] = ()
+    hint = ""
 
-    def run_all(self) -> None:
-        """Do all runs that are not done.
+    def __init__(self, folder: Path, machine: Machine, command: Command | None = None) -> None:
+        self._folder, self._machine, self._command = folder, machine, command or stage_command
+        self._running: dict[Future[Outcome], tuple[Run, Process]] = {}
+        # one thread waits for each process
+        self._pool = ThreadPoolExecutor(machine.jobs + machine.gpu_jobs)
+        self.fitting = machine.fitting
 
-        Raises:
-            RunFailed: one of them ended with an error; the others were stopped.
-            Stopped: SIGTERM or SIGINT came; all were stopped.
-        """
-        done = {run.name for run in self._runs if run.done}
-        waiting = [run for run in self._runs if run.name not in done]
-        with signals_raise():
-            try:
-                while waiting or self._processes:
-                    self._start_what_fits(waiting, done)
-                    done |= self._collect()
-                    self._view.update([process.run for process in self._processes])
-                    time.sleep(POLL_SECONDS)
-            finally:
-                self._stop_all()
+    def start(self, run: Run) -> Process:
+        """Start the process of a run, on the GPU with the fewest runs if it gets one."""
+        machine, gpu, threads = self._machine, "", run.threads
+        if machine.on_gpu(run):
+            busy = [process.gpu for _, process in self._running.values() if process.running]
+            gpu, threads = min(machine.gpus, key=busy.count), max(1, machine.jobs // machine.gpu_jobs)
+        return Process(self._command(run, self._folder), log_path(run, self._folder), threads, gpu)
 
-    def _start_what_fits(self, waiting: list[Run], done: set[str]) -> None:
-        machine = self._machine
-        used = {True: 0, False: 0}
-        for process in self._processes:
-            used[machine.on_gpu(process.run)] += machine.weight(process.run)
-        for run in [run for run in waiting if done.issuperset(run.needs)]:
-            device = machine.on_gpu(run)
-            # also where it does not fit, so that no later run slips in before it
-            used[device] += machine.weight(run)
-            if used[device] <= machine.room(run):
-                waiting.remove(run)
-                self._start(run)
+    def submit(self, run: Run) -> Future[Outcome]:
+        """Start a run; the future is its outcome."""
+        # by this thread, not one of the pool: the process ends when the thread that started it does
+        process = self.start(run)
+        future = self._pool.submit(process.outcome)
+        self._running[future] = run, process
+        return future
 
-    def _start(self, run: Run) -> None:
-        path = self._folder / "logs" / f"{run.name}.log"
-        gpu = self._free_gpu() if self._machine.on_gpu(run) else ""
-        environment = self._machine.environment(run, gpu)
-        popen, file, offset = start_process(self._command(run, self._folder), path, environment)
-        self._processes.append(_Process(run, popen, path, offset, gpu, file))
-        self._view.started(run)
-
-    def _free_gpu(self) -> str:
-        """The GPU with the fewest runs on it."""
-        busy = [process.gpu for process in self._processes]
-        return min(self._machine.gpus, key=busy.count)
-
-    def _collect(self) -> set[str]:
-        """Take out the processes that ended; the names of their runs."""
-        ended = [process for process in self._processes if process.popen.poll() is not None]
-        for process in ended:
-            self._processes.remove(process)
-            process.file.close()
-            if process.popen.returncode != 0:
-                raise _failure(process)
-            if not process.run.done:
-                missing = next(path for path in process.run.results if not path.exists())
-                raise RunFailed(
-                    f"run {process.run.name} ended without writing {missing}; see {process.log}", EXIT_FAILED
-                )
-            self._view.finished(process.run)
-        return {process.run.name for process in ended}
-
-    def _stop_all(self) -> None:
+    def stop(self) -> None:
         """Ask all processes to end, and kill those that don't within :data:`STOP_SECONDS`."""
-        for process in self._processes:
-            _signal_group(process.popen, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
-        for process in self._processes:
-            try:
-                process.popen.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                log.warning("run %s did not stop when asked; it is killed", process.run.name)
-                _signal_group(process.popen, signal.SIGKILL)
-                process.popen.wait()
-            process.file.close()
-        self._processes.clear()
-
-
-def start_process(
-    command: list[str], log: Path, environment: dict[str, str]
-) -> tuple[subprocess.Popen[bytes], IO[bytes], int]:
-    """A command that appends to ``log``: its process, the log, to be closed when it has ended, and where it begins."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    file = open(log, "ab")  # noqa: SIM115 (closed when the process is collected)
-    offset = file.tell()
-    # a session of its own: Ctrl-C reaches the comparison alone, which then stops its runs in order
-    popen = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=file,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,
-    )
-    return popen, file, offset
-
-
-def said_since(log: Path, offset: int) -> str:
-    """What a log holds from ``offset`` bytes on."""
-    with open(log, "rb") as file:
-        file.seek(offset)
-        return file.read().decode("utf-8", "replace")
-
-
-def environment_of(threads: int, gpu: str = "") -> dict[str, str]:
-    """This process's environment with the threads of a run and its GPU; without one it sees none."""
-    extra = {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": gpu}
-    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), **extra}
-
-
-def _failure(process: _Process) -> RunFailed:
-    text = said_since(process.log, process.offset)
-    return failure_of(process.run, process.popen.returncode, text, process.log)
-
-
-def failure_of(run: Run, code: int, text: str, log: Path) -> RunFailed:
-    """The error of a run that ended with an exit code other than 0.
-
-    Args:
-        run: of the plan.
-        code: its exit code; below 0 for a signal.
-        text: what it said.
-        log: where all of that stands.
-    """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line.removeprefix("nst-det: ") for line in lines if line.startswith("nst-det: ")]
-    reason = said[-1] if said else lines[-1] if lines else "it said nothing"
-    if code < 0:
-        name = signal.Signals(-code).name
-        reason = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    message = f"run {run.name} failed: {reason} (log: {log})"
-    return RunFailed(message, code if code in (EXIT_BAD_INPUT, EXIT_RESUME) else EXIT_FAILED)
-
-
-def _signal_group(popen: subprocess.Popen[bytes], signum: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(popen.pid, signum)
-
-
-@contextlib.contextmanager
-def signals_raise() -> Iterator[None]:
-    """Within the block SIGTERM and SIGINT raise :class:`Stopped`, once; later ones are ignored while all stops."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        raise Stopped(signum)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for _, process in self._running.values():
+            if process.running:
+                process.signal(signal.SIGTERM)
+        for future in wait(self._running, STOP_SECONDS).not_done:
+            run, process = self._running[future]
+            log.warning("run %s did not stop when asked; it is killed", run.name)
+            process.signal(signal.SIGKILL)
+        self._pool.shutdown()

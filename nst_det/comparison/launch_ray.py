@@ -1,8 +1,8 @@
-"""The runs of a plan on a Ray cluster: each one a task with its cores or GPU; a lost one goes on on another node.
+"""The runs of a plan on a Ray cluster: each one a task with its cores or GPU; a lost one resumes on another node.
 
 All nodes see the comparison's folder, the data and this installation under the same paths (shared storage).  A task is
 the same command as here, so that its run folder, its log and its numbers are too; a node that dies takes its processes
-along, Ray gives the task to another node, and the run goes on from its last checkpoint there.
+along, Ray gives the task to another node, and the run resumes from its last checkpoint there.
 """
 
 from __future__ import annotations
@@ -11,38 +11,23 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from nst_det.comparison.display import ProgressDisplay
-from nst_det.comparison.launch_local import (
-    EXIT_FAILED,
-    Command,
-    Machine,
-    RunFailed,
-    environment_of,
-    failure_of,
-    said_since,
-    signals_raise,
-    stage_command,
-    start_process,
-)
+from nst_det.comparison.launch_local import POLL_SECONDS, Command, Outcome, Process, log_path, stage_command
 from nst_det.comparison.plan import Run
 from nst_det.engine.signals import EXIT_RESUME
 from nst_det.errors import UserError
 
-POLL_SECONDS = 0.2
 # how often a run is begun again whose node or process was lost, not one that ended with an error
 RETRIES = 10
+STOP_SECONDS = 30.0
 
 
 def require_ray() -> Any:
-    """The module.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Return the module; where it isn't installed, say so in one line."""
     try:
         import ray
     except ImportError as error:
@@ -54,11 +39,7 @@ def require_ray() -> Any:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """A connection to the cluster at ``address``; "" finds or starts one on this machine.
-
-    Raises:
-        UserError: Ray is not installed, or no cluster answers.
-    """
+    """Connect to the cluster at ``address``; "" finds or starts one on this machine."""
     ray = require_ray()
     if ray.is_initialized():
         yield ray
@@ -81,140 +62,89 @@ class Interrupted(Exception):
 
 
 class RayLauncher:
-    """What :class:`~nst_det.comparison.launch_local.LocalLauncher` does, by tasks of Ray's.
+    """Runs tasks of Ray's; how many at once is the cluster's matter.
 
     Args:
-        runs: the plan.
-        folder: of the comparison, on storage that all nodes share.
-        machine: says which runs get a GPU; how many run at once is the cluster's matter.
-        view: is told what starts, runs and ends.
-        command: gives the words of a run after the interpreter's; None for this package's own.
         ray: the connected module.
+        runs: the plan; every run must fit a node.
+        folder: of the comparison, on storage that all nodes share.
+        command: gives the command line of a run, in place of this package's own.
     """
 
-    def __init__(
-        self,
-        runs: Sequence[Run],
-        folder: Path,
-        machine: Machine,
-        view: ProgressDisplay,
-        ray: Any,
-        command: Command | None = None,
-    ) -> None:
-        self._runs, self._folder, self._machine, self._view = list(runs), folder.resolve(), machine, view
-        self._ray, self._command = ray, command
-        self._running: dict[Any, Run] = {}
+    def __init__(self, ray: Any, runs: Sequence[Run], folder: Path, command: Command | None = None) -> None:
+        self._ray, self._folder, self._command = ray, folder.resolve(), command
+        self._tasks: list[Any] = []
+        self.errors: tuple[type[Exception], ...] = (ray.exceptions.RayError,)
+        self.hint = f" where this process sees it; is {self._folder} on storage that all nodes share?"
+        largest = max((node.get("CPU", 0) for node in self._nodes()), default=0)
+        for run in runs:
+            if not run.done and largest < self.needs(run)["num_cpus"]:
+                raise UserError(
+                    f"--launcher ray: run {run.name} takes {run.threads} cores, and the largest node has "
+                    f"{largest:g}; lower THREADS"
+                )
 
-    def run_all(self) -> None:
-        """Do all runs that are not done.
+    def _nodes(self) -> list[dict[str, float]]:
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
-        Raises:
-            RunFailed: one of them ended with an error; the others were stopped.
-            Stopped: SIGTERM or SIGINT came; all were stopped.
-            UserError: no node of the cluster is large enough for a run.
-        """
-        done = {run.name for run in self._runs if run.done}
-        waiting = [run for run in self._runs if run.name not in done]
-        for run in waiting:
-            self._check_room(run)
-        with signals_raise():
-            try:
-                while waiting or self._running:
-                    for run in [run for run in waiting if done.issuperset(run.needs)]:
-                        waiting.remove(run)
-                        self._running[self._start(run)] = run
-                        self._view.started(run)
-                    done |= self._collect()
-                    self._view.update(list(self._running.values()))
-            finally:
-                for task in self._running:
-                    self._ray.cancel(task, force=False)
-                self._wait_for_the_cancelled()
-
-    def _needs(self, run: Run) -> dict[str, float]:
-        if self._gpu_threads(run):
-            return {"num_cpus": 1, "num_gpus": 1}
-        return {"num_cpus": run.threads, "num_gpus": 0}
-
-    def _gpu_threads(self, run: Run) -> int:
-        """Cores for each GPU, on the node that has the fewest; 0 where the run gets no GPU."""
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        shares = [int(node.get("CPU", 1) // node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1]
+    def gpu_threads(self, run: Run) -> int:
+        """Return the cores for each GPU on the node that has the fewest; 0 where the run gets no GPU."""
+        shares = [int(node.get("CPU", 1) // node["GPU"]) for node in self._nodes() if node.get("GPU", 0) >= 1]
         return max(1, min(shares)) if run.wants_gpu and shares else 0
 
-    def _check_room(self, run: Run) -> None:
-        cores = [node["Resources"].get("CPU", 0) for node in self._ray.nodes() if node["Alive"]]
-        if max(cores, default=0) < self._needs(run)["num_cpus"]:
-            raise UserError(
-                f"--launcher ray: run {run.name} takes {run.threads} cores, and the largest node has "
-                f"{max(cores, default=0):g}; lower THREADS"
-            )
+    def needs(self, run: Run) -> dict[str, float]:
+        """Return what a run's task takes of its node."""
+        on_gpu = self.gpu_threads(run) > 0
+        return {"num_cpus": 1 if on_gpu else run.threads, "num_gpus": int(on_gpu)}
 
-    def _start(self, run: Run) -> Any:
-        words = self._command(run, self._folder) if self._command else None
+    def fitting(self, ready: Sequence[Run], running: Collection[Run]) -> list[Run]:
+        """Return all: the cluster keeps those that have to wait."""
+        return list(ready)
+
+    def submit(self, run: Run) -> Future[Outcome]:
+        """Hand a run to the cluster; the future is its outcome."""
+        command = self._command(run, self._folder) if self._command else None
         # lost with its node or worker it is given to another; one that ends with an error gives that as its answer
         retried = {"max_retries": RETRIES, "retry_exceptions": [Interrupted]}
-        task = self._ray.remote(**self._needs(run), **retried, name=run.name)(carry_out)
-        return task.remote(run, str(self._folder), words, self._gpu_threads(run))
+        remote = self._ray.remote(**self.needs(run), **retried, name=run.name)(run_on_node)
+        task = remote.remote(run, str(self._folder), command, self.gpu_threads(run))
+        self._tasks.append(task)
+        future: Future[Outcome] = task.future()
+        return future
 
-    def _collect(self) -> set[str]:
-        ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=POLL_SECONDS)
-        ended = set()
-        for task in ready:
-            run = self._running.pop(task)
-            try:
-                code, said = self._ray.get(task)
-            except self._ray.exceptions.RayError as error:
-                reason = str(error).strip().splitlines()[0]
-                raise RunFailed(f"run {run.name} was lost {RETRIES} times: {reason}", EXIT_FAILED) from error
-            log = self._folder / "logs" / f"{run.name}.log"
-            if code:
-                raise failure_of(run, code, said, log)
-            if not run.done:
-                missing = next(path for path in run.results if not path.exists())
-                raise RunFailed(
-                    f"run {run.name} ended without writing {missing} where this process sees it; is {self._folder} on "
-                    f"storage that all nodes share? (log: {log})",
-                    EXIT_FAILED,
-                )
-            self._view.finished(run)
-            ended.add(run.name)
-        return ended
-
-    def _wait_for_the_cancelled(self) -> None:
-        if self._running:
-            self._ray.wait(list(self._running), num_returns=len(self._running), timeout=30)
-        self._running.clear()
+    def stop(self) -> None:
+        """Cancel what still runs, and wait until it has ended."""
+        if not self._tasks:
+            return
+        _, running = self._ray.wait(self._tasks, num_returns=len(self._tasks), timeout=0)
+        for task in running:
+            self._ray.cancel(task, force=False)
+        if running:
+            self._ray.wait(running, num_returns=len(running), timeout=STOP_SECONDS)
 
 
-def carry_out(run: Run, folder: str, words: list[str] | None, gpu_threads: int = 0) -> tuple[int, str]:
-    """One run, in a process of its own on the node that Ray chose; its exit code and the end of what it said.
+def run_on_node(run: Run, folder: str, command: list[str] | None, gpu_threads: int = 0) -> Outcome:
+    """Do a run in a process of its own on the node that Ray chose; return its exit code and the end of its output.
 
-    Args:
-        run: of the plan.
-        folder: of the comparison.
-        words: the command line; None for this package's own.
-        gpu_threads: its threads on the GPU that Ray gave it; 0 where it gets none.
+    ``gpu_threads`` are its threads on the GPU that Ray gave it; 0 where it gets none.
 
     Raises:
-        Interrupted: somebody stopped it; it goes on where it was.
+        Interrupted: somebody stopped it; it resumes where it was.
     """
     if run.done:
         return 0, ""
-    log = Path(folder) / "logs" / f"{run.name}.log"
-    command = words or stage_command(run, Path(folder))
     # Ray names a task's GPU here, but hides none from a task without one
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpu_threads else ""
-    process, file, offset = start_process(command, log, environment_of(gpu_threads or run.threads, gpu))
-    with file:
-        try:
-            # short waits: Ray cancels by an exception that comes between them
-            while process.poll() is None:
-                time.sleep(POLL_SECONDS)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-    if process.returncode == EXIT_RESUME:
+    command = command or stage_command(run, Path(folder))
+    process = Process(command, log_path(run, Path(folder)), gpu_threads or run.threads, gpu)
+    try:
+        # short waits: Ray cancels by an exception that comes between them
+        while process.running:
+            time.sleep(POLL_SECONDS)
+    finally:
+        if process.running:
+            process.signal(signal.SIGTERM)
+        code, output = process.outcome()
+    if code == EXIT_RESUME:
         raise Interrupted(f"{run.name} was stopped")
-    return process.returncode, said_since(log, offset)[-8192:]
+    return code, output[-8192:]

@@ -4,52 +4,41 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fvcore.common.config import CfgNode
-from rich.console import Console
 from rich.table import Table
 
+from nst_det.comparison.collect import build_results
 from nst_det.comparison.config import BASELINE, Comparison, merge_stage
 from nst_det.comparison.cost import measure_costs
 from nst_det.comparison.display import ProgressDisplay, steps_done
 from nst_det.comparison.estimate import STEPS, Estimate, cells, estimate, gpu_shortage, total, wall_seconds
-from nst_det.comparison.launch_local import Command, LocalLauncher, this_machine
+from nst_det.comparison.launch_local import Command, Launcher, LocalLauncher, Machine, run_plan, this_machine
 from nst_det.comparison.launch_ray import RayLauncher, connected
 from nst_det.comparison.plan import (
     DATA,
     DETECTOR,
     STUDENTS,
-    TEACHER_DETECTOR,
     Run,
-    check_order,
     make_plan,
+    run_config,
     teacher_detector_name,
-)
-from nst_det.comparison.result import build_results
-from nst_det.comparison.stages import (
-    DETECT,
-    DISTILL,
-    check_data_folders,
-    check_detector_transfer,
-    check_transfer,
     total_steps,
 )
-from nst_det.engine.format import ReprMixin, duration, size
-from nst_det.engine.io import write_json, write_text
+from nst_det.comparison.result import ComparisonResult
+from nst_det.comparison.stages import check_data_folders, check_detector_losses, check_distill_losses
+from nst_det.engine.format import duration, print_table, size
+from nst_det.engine.io import write_text
 from nst_det.engine.run_dir import RunFolder
 
 log = logging.getLogger(__name__)
-# of a table that goes to a file or pipe
-PLAIN_WIDTH = 140
 
 
 def compare(
     comparison: Comparison, jobs: int = 0, command: Command | None = None, ray_address: str | None = None
-) -> dict[str, Any]:
+) -> ComparisonResult:
     """Do what is not done yet, then write and print the report.
 
     Args:
@@ -58,12 +47,9 @@ def compare(
         command: gives the command line of a run, in place of this package's own.
         ray_address: of the Ray cluster that does the runs, "" for one on this machine; None does them here.
 
-    Returns:
-        The results, as written to ``report/results.json``.
-
     Raises:
         UserError: the input of the comparison, or of one of its stages, can't be used.
-        RunFailed: a run ended with an error; the same call goes on from what is done.
+        RunFailed: a run ended with an error; the same call resumes from what is done.
         Stopped: a signal asked to stop.
     """
     runs = make_plan(comparison)
@@ -71,88 +57,60 @@ def compare(
     machine = this_machine(jobs or comparison.jobs)
     folder = comparison.folder
     with RunFolder(folder).opened(comparison.claim):
-        for run in runs:
-            if run.name in configs:
-                write_text(run.config_path(folder), configs[run.name].dump())
-        steps = {run.kind: total_steps(run.kind, configs[run.name]) for run in runs if run.name in configs}
-        with ProgressDisplay(runs, steps, lambda run: machine.weight(run) / machine.room(run)) as view:
-            if ray_address is None:
-                LocalLauncher(runs, folder, machine, view, command).run_all()
-            else:
-                with connected(ray_address) as ray:
-                    RayLauncher(runs, folder, machine, view, ray, command).run_all()
+        if ray_address is None:
+            launch(runs, configs, folder, machine, LocalLauncher(folder, machine, command))
+        else:
+            with connected(ray_address) as ray:
+                launch(runs, configs, folder, machine, RayLauncher(ray, runs, folder, command))
         results = build_results(comparison, runs, measure_costs(runs, configs, folder))
         write_report(results, folder)
     return results
 
 
-def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNode]:
-    """The config of each run of a plan but the data's, by name; all that can be checked before a start is.
+def launch(
+    runs: Sequence[Run], configs: Mapping[str, CfgNode], folder: Path, machine: Machine, launcher: Launcher
+) -> None:
+    """Write the configs of the runs and do those that are not done."""
+    for run in runs:
+        if run.name in configs:
+            write_text(run.config_path(folder), configs[run.name].dump())
+    steps = {run.kind: total_steps(run, configs[run.name]) for run in runs if run.name in configs}
+    with ProgressDisplay(runs, steps, lambda run: machine.weight(run) / machine.room(run)) as display:
+        run_plan(runs, folder, launcher, display)
 
-    Raises:
-        UserError: the input of the comparison, or of one of its stages, can't be used.
-    """
-    check_order(runs)
+
+def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNode]:
+    """Return the config of each run of a plan but the data's, by name; what can be checked before a start is."""
     students = next(run for run in runs if run.kind == STUDENTS)
     distill = merge_stage(comparison.distill, students.options, f"run {students.name}")
-    check_transfer(distill, comparison.students, comparison.name)
+    check_distill_losses(distill, comparison.students, comparison.name)
     if not comparison.generate:
         check_data_folders(comparison.distill, comparison.detect, comparison.name)
-    configs = {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
-    check_taught(comparison, runs, configs)
+    configs = run_configs(comparison, runs)
+    # terms of stage two, once for each row that has some
+    teacher = configs.get(teacher_detector_name(comparison))
+    for run in runs:
+        if run.kind == DETECTOR and run.seed == comparison.seeds[0] and configs[run.name].TRANSFER.METHOD != BASELINE:
+            check_detector_losses(configs[run.name], teacher, f"{comparison.name}: row {run.row}")
     return configs
 
 
-def check_taught(comparison: Comparison, runs: Sequence[Run], configs: Mapping[str, CfgNode]) -> None:
-    """Look whether the terms of stage two can be built, once for each row that has some.
-
-    Raises:
-        UserError: one can't; the line names the row.
-    """
-    teacher = next((configs[run.name] for run in runs if run.name == teacher_detector_name(comparison)), None)
-    for run in runs:
-        if run.kind == DETECTOR and run.seed == comparison.seeds[0] and configs[run.name].TRANSFER.METHOD != BASELINE:
-            check_detector_transfer(configs[run.name], teacher, f"{comparison.name}: row {run.row}")
+def run_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNode]:
+    """Return the checked config of each run but the data's, by name."""
+    return {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
 
 
-def write_report(results: dict[str, Any], folder: Path) -> None:
+def write_report(results: ComparisonResult, folder: Path) -> None:
     """``report/results.json`` and what the report room makes of it."""
     import nst_det.report
 
     report = folder / "report"
-    write_json(report / "results.json", results)
+    results.save(report / "results.json")
     nst_det.report.write_report(results, report, folder)
 
 
-def run_config(comparison: Comparison, run: Run) -> CfgNode:
-    """The whole config of one run, checked by its stage.
-
-    Raises:
-        UserError: the stage can't use it.
-    """
-    detects = run.kind in (DETECTOR, TEACHER_DETECTOR)
-    stage, base = (DETECT, comparison.detect) if detects else (DISTILL, comparison.distill)
-    config = _with_settings(merge_stage(base, run.options, f"row {run.row}" if run.row else f"run {run.name}"), run)
-    stage.check(config, comparison.engine, f"run {run.name}")
-    return config
-
-
-def _with_settings(config: CfgNode, run: Run) -> CfgNode:
-    config = config.clone()
-    config.defrost()
-    for key, value in run.settings.items():
-        *path, last = key.split(".")
-        node = config
-        for part in path:
-            node = node[part]
-        assert last in node, key
-        node[last] = value
-    config.freeze()
-    return config
-
-
 def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, Estimate] | None = None) -> Table:
-    """The runs, what is done of them already, and what they take by ``found``, where that is known."""
+    """Return the runs, what is done of them already, and what they take by ``found``, where that is known."""
     done = sum(run.done for run in runs)
     table = Table(caption=f"{len(runs)} runs, {done} done, {len(runs) - done} to do")
     on_gpu = found and any(one.gpu_memory for one in found.values())
@@ -160,27 +118,23 @@ def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, 
     for name in ("run", "state", "steps", "threads", *measured, "needs"):
         table.add_column(name, justify="left" if name in ("run", "state", "needs") else "right")
     for run in runs:
-        steps = 0 if run.kind == DATA else total_steps(run.kind, run_config(comparison, run))
+        steps = 0 if run.kind == DATA else total_steps(run, run_config(comparison, run))
         made, _ = steps_done(run)
-        state = "done" if run.done else f"stopped at {made}" if run.started and made else "to do"
+        state = "done" if run.done else f"stopped at {made}" if made else "to do"
         takes = cells(found[run.name])[: len(measured)] if found and not run.done else ("-",) * len(measured)
         table.add_row(run.name, state, str(steps or "-"), str(run.threads), *takes, ", ".join(run.needs) or "-")
     return table
 
 
 def dry_run(comparison: Comparison, jobs: int = 0) -> None:
-    """Print the plan at once, then what it takes, measured on a few steps of each kind of run; nothing is left behind.
-
-    Raises:
-        UserError: the input of the comparison, or of one of its stages, can't be used.
-    """
+    """Print the plan at once, then what it takes, measured on a few steps of each kind of run."""
     runs = make_plan(comparison)
     print_table(plan_table(comparison, runs))
     if all(run.done for run in runs):
         return
-    configs = checked_configs(comparison, runs)
+    checked_configs(comparison, runs)
     machine = this_machine(jobs or comparison.jobs)
-    found = estimate(comparison, runs, configs, machine)
+    found = estimate(comparison, runs, machine)
     all_runs, wall = total(found, runs), wall_seconds(runs, found, machine)
     table = plan_table(comparison, runs, found)
     beside = f"{machine.gpu_jobs} on GPUs" if machine.gpus else f"{machine.jobs} threads"
@@ -193,10 +147,10 @@ def dry_run(comparison: Comparison, jobs: int = 0) -> None:
         print(line)
 
 
-def results_table(results: dict[str, Any]) -> Table:
+def results_table(results: ComparisonResult) -> Table:
     """The answer as a table: fractions with three digits."""
-    several = any(len(row["seeds"]) > 1 for row in results["rows"])
-    title = f"VOC mAP at IoU 0.5, 11-point; engine {results['engine']}"
+    rows, several = results.rows, len(results.seeds) > 1
+    title = f"VOC mAP at IoU 0.5, 11-point; engine {results.engine}"
     caption = None if several else "One seed: there is no spread to judge differences by."
     table = Table(title=title, caption=caption)
     table.add_column("row")
@@ -206,24 +160,14 @@ def results_table(results: dict[str, Any]) -> Table:
         table.add_column(head, justify="right")
     table.add_column("verdict")
     table.add_column("weights")
-    rows = results["rows"]
-    following = {row["method"]: after["stage"] for row, after in itertools.pairwise(rows)}
-    for row in rows:
-        interval = row["delta_interval"]
-        spread = ["-" if row["map_std"] is None else f"{row['map_std']:.3f}"]
+    for row, after in itertools.zip_longest(rows, rows[1:]):
+        interval = row.delta_interval
+        spread = ["-" if row.map_std is None else f"{row.map_std:.3f}"]
         between = ["-" if interval is None else f"{interval[0]:+.3f} .. {interval[1]:+.3f}"]
-        top1 = "-" if row["top1"] is None else f"{row['top1']:.3f}"
-        cells = [f"{row['map']:.3f}", *(spread if several else []), f"{row['map_area']:.3f}"]
-        cells += [f"{row['delta_vs_ce']:+.3f}", *(between if several else []), top1, f"{row['seconds']:.0f}"]
-        table.add_row(row["method"], *cells, row["verdict"], row["weights"])
-        if row["stage"] != following.get(row["method"], row["stage"]):
-            table.add_section()
+        top1 = "-" if row.top1 is None else f"{row.top1:.3f}"
+        cells = [f"{row.map:.3f}", *(spread if several else []), f"{row.map_area:.3f}"]
+        cells += [f"{row.delta_vs_ce:+.3f}", *(between if several else []), top1, f"{row.seconds:.0f}"]
+        table.add_row(
+            row.method, *cells, row.verdict, row.weights, end_section=bool(after and after.stage != row.stage)
+        )
     return table
-
-
-def print_table(table: Table | ReprMixin) -> None:
-    """Print to standard output, unbroken where that is no terminal."""
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=PLAIN_WIDTH)
-    console.print(table)

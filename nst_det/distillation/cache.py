@@ -1,23 +1,27 @@
 """The teacher cache: what the losses read of a teacher about every view of every image, as files.
 
-A folder with ``index.json`` and shards ``00000.safetensors``, ...  Each shard has the same rows of all pieces (see
-:mod:`nst_det.distillation.needs`) and is read through a memory map, so that a batch costs no more than its own rows.
+A folder with ``index.json`` and shards ``00000.safetensors``, ...  Each shard has the same rows of all pieces and is
+read through a memory map, so that a batch costs no more than its own rows.  A piece is an output of the teacher, or
+what a loss computes of it for all students (a Gram matrix, an attention map), as the loss's ``reads`` declares.
 """
 
 from __future__ import annotations
 
-import fcntl
+import ast
+import copy
 import logging
+import math
 import os
 import shutil
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from filelock import FileLock, Timeout
 from fvcore.common.config import CfgNode
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,40 +30,215 @@ from torch import Tensor, nn
 from nst_det.distillation.augment import Views
 from nst_det.distillation.build import Teacher, for_losses
 from nst_det.distillation.dataloader import Normalizer, ViewBatches
-from nst_det.distillation.needs import IMAGES, Piece, Trial, assemble, differing, total_bytes, what_to_keep
 from nst_det.engine.config import expand_path
 from nst_det.engine.format import size
 from nst_det.engine.io import atomic_path, read_sealed_json, sha256_of_file, write_sealed_json
 from nst_det.engine.loader import load
 from nst_det.engine.progress import progress
+from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
 from nst_det.losses import ModelOutputs, TransferLoss
+from nst_det.losses.ops import full_precision
+from nst_det.losses.registry import KINDS, OUTPUT
 
 log = logging.getLogger(__name__)
 INDEX = "index.json"
-VERSION = 1
+VERSION = 2
 GIB = 1 << 30
 SHARD_BYTES = 256 << 20
 MOST_SHARDS = 512
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+# images on which the losses are tried; in two parts, so that what is of the batch and not of an image shows itself
+IMAGES = 4
+# beside an output, what is computed of it is kept if it takes at most this part of its bytes
+SMALL = 1 / 16
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of one image on the teacher's side.
+
+    Attributes:
+        kind: ``logits``, ``maps`` or ``embedding``.
+        place: the level, or the kind again.
+        key: the Python literal under which losses share what they compute of the output; "" for the output itself.
+        shape: without the batch.
+        dtype: in which it is kept, such as ``float32``.
+        kept: False for an output that losses read only through what they compute of it.
+    """
+
+    kind: str
+    place: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    kept: bool = True
+
+    @property
+    def name(self) -> str:
+        """``res4``, or ``res4 ('nst-gram', (14, 14))`` for what is computed of it."""
+        return f"{self.place} {self.key}" if self.key else self.place
+
+    @property
+    def shared_key(self) -> Hashable:
+        """Where :class:`ModelOutputs` keeps what losses share."""
+        return (self.kind, self.place), ast.literal_eval(self.key)
+
+    @property
+    def bytes(self) -> int:
+        """Of one image; 0 if it isn't kept."""
+        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize if self.kept else 0
+
+
+# kind and place of an output
+Source = tuple[str, str]
+# an output, whether losses read all of it, and what they read that is computed of it
+Read = tuple[Piece, bool, list[Piece]]
+
+
+def total_bytes(pieces: Iterable[Piece]) -> int:
+    """Of one image."""
+    return sum(piece.bytes for piece in pieces)
+
+
+def assemble(pieces: Sequence[Piece], values: Mapping[str, Tensor], count: int, device: torch.device) -> ModelOutputs:
+    """The teacher's outputs for ``count`` images as losses read them, NaN where nothing is kept."""
+    raw = ModelOutputs()
+    moved = {name: value.to(device, non_blocking=True) for name, value in values.items()}
+    for piece in pieces:
+        if piece.kept and not piece.key:
+            _put(raw, piece, moved[piece.name])
+    outputs = for_losses(raw)
+    for piece in pieces:
+        if piece.key:
+            value = moved[piece.name]
+            outputs.keep(piece.shared_key, full_precision(value) if value.is_floating_point() else value)
+        elif not piece.kept:
+            # one number, whatever the shape
+            _put(outputs, piece, torch.full((), math.nan, device=device).expand(count, *piece.shape))
+    return outputs
+
+
+def is_stand_in(value: Tensor) -> bool:
+    """Whether :func:`assemble` put one NaN, seen as (B, ...), where nothing is kept since no loss reads it."""
+    return value.dim() > 0 and value.numel() > 1 and not any(value.stride())
+
+
+def _put(outputs: ModelOutputs, piece: Piece, value: Tensor) -> None:
+    if piece.kind == "maps":
+        outputs.maps[piece.place] = value
+    else:
+        setattr(outputs, piece.kind, value)
+
+
+class Trial:
+    """Copies of all losses, tried on some images: what they share, and whether they read no more than they declare."""
+
+    def __init__(self, losses: Mapping[str, TransferLoss], student: ModelOutputs, device: torch.device) -> None:
+        self.losses = [copy.deepcopy(loss).to(device) for loss in losses.values() if loss.pairs]
+        self.student, self.device = student, device
+        self.reads: dict[Source, set[str]] = {}
+        for loss in self.losses:
+            for name, pairs in loss.pairs.items():
+                for pair in pairs:
+                    declared = getattr(loss.module(name, pair), "reads", (OUTPUT,))
+                    self.reads.setdefault((loss.kinds[name][1], pair.teacher), set()).update(declared)
+
+    def share(self, teacher: ModelOutputs) -> dict[tuple[Source, Hashable], Any]:
+        """What the losses compute of the teacher's outputs for any number of images, and share."""
+        rows = torch.arange(len(teacher.of(*next(iter(self.reads)))), device=self.device) % IMAGES
+        with torch.no_grad(), seeded("trial"):
+            for loss in self.losses:
+                loss(self.student.images(rows), teacher)
+        return cast(dict[tuple[Source, Hashable], Any], teacher.shared_so_far())
+
+    def read(self, raw: ModelOutputs) -> list[Read]:
+        """What the losses read of each output of the trial's images."""
+        whole, found = for_losses(raw), []
+        shared = self.share(whole)
+        for (kind, place), reads in self.reads.items():
+            all_of_it, computed = OUTPUT in reads, []
+            storage = whole.of(kind, place).untyped_storage().data_ptr()
+            for (source, key), value in shared.items():
+                if source == (kind, place) and (key[0] if isinstance(key, tuple) else key) in reads:
+                    if _can_be_kept(key, value) and value.untyped_storage().data_ptr() != storage:
+                        computed.append(Piece(kind, place, repr(key), tuple(value.shape[1:]), _dtype(value)))
+                    else:
+                        all_of_it = True
+            output = raw.of(kind, place)
+            found.append((Piece(kind, place, "", tuple(output.shape[1:]), _dtype(output)), all_of_it, computed))
+        return found
+
+    def values(self, raw: ModelOutputs, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+        """What is kept of the teacher's outputs for some images."""
+        shared: Mapping[Any, Tensor] = self.share(for_losses(raw))
+        return {
+            piece.name: shared[piece.shared_key] if piece.key else raw.of(piece.kind, piece.place)
+            for piece in pieces
+            if piece.kept
+        }
+
+    def check(self, raw: ModelOutputs, pieces: Sequence[Piece]) -> None:
+        """Compare the losses and their gradients with what they are where nothing else of the teacher is there."""
+        parts = [self.values(raw.images(rows), pieces) for rows in (slice(0, 2), slice(2, IMAGES))]
+        kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        expected = self._results(for_losses(raw))
+        for name, found in self._results(assemble(pieces, kept, IMAGES, self.device)).items():
+            if not all(torch.allclose(a, b, 1e-3, 1e-7, equal_nan=True) for a, b in zip(expected[name], found)):
+                raise UserError(
+                    f"CACHE.DIR: the term {name} reads more of a teacher than its class declares in `reads`; declare "
+                    "it there, or leave `reads` out and all of the output is kept"
+                )
+
+    def _results(self, teacher: ModelOutputs) -> dict[str, list[Tensor]]:
+        """By term its value, a scalar, and the gradients in the student's outputs and the adapters."""
+        found: dict[str, list[Tensor]] = {}
+        for loss in self.losses:
+            student = self.student.images(torch.arange(IMAGES, device=self.device))
+            leaves = [*(value.requires_grad_() for value in student.tensors()), *loss.parameters()]
+            # mgd draws a mask
+            with seeded("trial"), torch.enable_grad():
+                values = loss(student, teacher)
+            for name, value in values.items():
+                gradients = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
+                found.setdefault(name, []).extend([value.detach(), *(part for part in gradients if part is not None)])
+        return found
+
+
+def _can_be_kept(key: Hashable, value: Any) -> bool:
+    """Whether it is a tensor with a row an image, under a key that can be written to a file."""
+    try:
+        return isinstance(value, Tensor) and len(value) == IMAGES and bool(ast.literal_eval(repr(key)) == key)
+    except (TypeError, ValueError, SyntaxError):
+        return False
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def what_to_keep(read: Sequence[Read]) -> list[Piece]:
+    """The pieces that take the fewest bytes."""
+    chosen: list[Piece] = []
+    for output, all_of_it, computed in read:
+        if all_of_it or total_bytes(computed) >= output.bytes:
+            chosen += [output, *(piece for piece in computed if piece.bytes <= SMALL * output.bytes)]
+        else:
+            chosen += [replace(output, kept=False), *computed]
+    return chosen
 
 
 @dataclass
 class Index:
-    """What stands in ``index.json``.
+    """What stands in ``index.json``; a row is a view of an image."""
 
-    Attributes:
-        claim: the keys that the outputs depend on.
-        pieces: what is kept for each row.
-        rows: views of all images.
-        shard_rows: rows of a shard; the last one may have fewer.
-        shards: the finished ones, number to SHA-256 of the file.
-    """
-
+    # the keys that the outputs depend on
     claim: dict[str, Any]
     pieces: list[Piece]
     rows: int
+    # the last shard may have fewer
     shard_rows: int
+    # the finished ones and the SHA-256 of their files
     shards: dict[int, str] = field(default_factory=dict)
     version: int = VERSION
 
@@ -72,22 +251,14 @@ class Index:
         """The rows of a shard."""
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
 
-    def save(self, folder: Path) -> None:
-        """Write it, atomically."""
-        write_sealed_json(folder / INDEX, asdict(self))
-
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """Where a shard stands."""
+    """Return the path of a shard."""
     return folder / f"{shard:05d}.safetensors"
 
 
 def read_index(folder: Path) -> Index | None:
-    """The index of a cache; None where there is none yet.
-
-    Raises:
-        UserError: it is damaged, or of another version.
-    """
+    """Read the index of a cache; None where there is none yet."""
     path = folder / INDEX
     if not path.exists():
         return None
@@ -104,102 +275,51 @@ def read_index(folder: Path) -> Index | None:
 
 def _piece(shape: Sequence[int], **values: Any) -> Piece:
     piece = Piece(**values, shape=tuple(map(int, shape)))
-    if piece.kind not in ("logits", "maps", "embedding") or not isinstance(getattr(torch, piece.dtype), torch.dtype):
+    if piece.kind not in KINDS or not isinstance(getattr(torch, piece.dtype), torch.dtype):
         raise ValueError(f"{piece.kind} in {piece.dtype}")
     if piece.key:
         hash(piece.shared_key)
     return piece
 
 
-def check_claim(index: Index, claim: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a cache that speaks of something else.
-
-    Raises:
-        UserError: the line names every key that differs.
-    """
-    stale = [
-        f"{key} {index.claim.get(key)!r}, now {claim.get(key)!r}"
-        for key in sorted({*index.claim, *claim})
-        if index.claim.get(key) != claim.get(key)
-    ]
-    if stale:
-        raise UserError(
-            f"{folder}: this teacher cache was written with {'; '.join(stale)}; name another CACHE.DIR or "
-            "remove this one"
-        )
-
-
-def check_shards(index: Index, folder: Path, shards: Sequence[int]) -> None:
-    """Compare the checksums of shards.
-
-    Raises:
-        UserError: one is damaged; the line names its file.
-    """
-
-    def intact(shard: int) -> bool:
-        return sha256_of_file(shard_path(folder, shard)) == index.shards[shard]
-
-    # hashing leaves Python's lock, so two threads are twice as fast
-    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
-        for shard, fits in zip(shards, pool.map(intact, shards)):
-            if not fits:
-                raise UserError(
-                    f"{shard_path(folder, shard)}: damaged (its SHA-256 is not the one in {INDEX}); remove this file, "
-                    "and the next run writes it again"
-                )
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a cache while it is written; another process waits.
-
-    Raises:
-        UserError: the folder can't be written.
-    """
+    """Hold a cache while it is written; another process waits."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s: waiting for another process that writes this teacher cache", folder)
+            lock.acquire()
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}); name another CACHE.DIR") from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("%s: waiting for another process that writes this teacher cache", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(lock)
+        lock.release()
 
 
 class TeacherCache:
-    """A finished cache in the teacher's place.
-
-    Args:
-        folder: where it stands.
-        index: all of its shards are written and intact.
-        device: of the outputs.
-
-    Raises:
-        UserError: a shard can't be read.
-    """
+    """A finished cache in the teacher's place."""
 
     def __init__(self, folder: Path, index: Index, device: torch.device) -> None:
         self.index, self.device = index, device
-        self._kept = [piece for piece in index.pieces if piece.kept]
+        self._kept = [piece.name for piece in index.pieces if piece.kept]
         self._shards = [self._mapped(shard_path(folder, shard)) for shard in range(index.count)]
 
     def _mapped(self, path: Path) -> dict[str, Tensor]:
         try:
             with safe_open(str(path), framework="pt") as file:
-                return {piece.name: file.get_tensor(piece.name) for piece in self._kept}
+                return {name: file.get_tensor(name) for name in self._kept}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged ({error}); remove this file, and the next run writes it again") from error
 
     def __call__(self, images: Tensor, rows: Tensor | None) -> ModelOutputs:
-        """What the teacher said about views ``rows`` (B,); ``images``, which show them, are not looked at."""
+        """The teacher's outputs for views ``rows`` (B,); ``images``, which show them, are not looked at."""
         assert rows is not None, "batches of views come with their rows"
-        values = {piece.name: self._gather(piece.name, rows) for piece in self._kept}
+        values = {name: self._gather(name, rows) for name in self._kept}
         return assemble(self.index.pieces, values, len(rows), self.device)
 
     def _gather(self, name: str, rows: Tensor) -> Tensor:
@@ -213,16 +333,7 @@ class TeacherCache:
 
 
 class CacheWriter:
-    """Opens the cache of a run, and writes what of it isn't there yet.
-
-    Args:
-        config: the whole config; CACHE.DIR is set.
-        views: of the students' images.
-        teacher: asked where the cache has no answer.
-        student: as all students start, on the teacher's device.
-        losses: of all methods.
-        claim: the keys that the teacher's outputs depend on.
-    """
+    """Opens the cache of a run, and writes what of it isn't there yet."""
 
     def __init__(
         self,
@@ -236,27 +347,27 @@ class CacheWriter:
         self.config, self.views, self.teacher, self.claim = config, views, teacher, dict(claim)
         self.folder = Path(expand_path(config.CACHE.DIR, "CACHE.DIR"))
         self.normalize = Normalizer(config.DATA.MEAN, config.DATA.STD, teacher.device)
-        self._images = self.normalize(views.images(torch.arange(IMAGES) % len(views)))
-        reads = {level for loss in losses.values() for level in loss.student_levels}
-        self.trial = Trial(losses, Teacher(student, reads, teacher.precision)(self._images), teacher.device)
+        images = self.normalize(views.images(torch.arange(IMAGES) % len(views)))
+        levels = {level for loss in losses.values() for level in loss.student_levels}
+        outputs = Teacher(student, levels, teacher.precision)(images)
+        self.trial, self.raw = Trial(losses, outputs, teacher.device), teacher.raw(images)
 
     def open(self) -> TeacherCache:
-        """The finished cache.
-
-        Raises:
-            UserError: it is of something else, lacks what a method reads, is damaged, or is larger than allowed.
-        """
+        """Return the finished cache."""
+        read = self.trial.read(self.raw)
+        pieces = what_to_keep(read)
+        self.trial.check(self.raw, pieces)
         with locked(self.folder):
             index = read_index(self.folder)
             if index is None:
-                index = self._new_index()
+                index = self._new_index(pieces)
                 self._allow(index)
-                index.save(self.folder)
-            check_claim(index, self.claim, self.folder)
+                write_sealed_json(self.folder / INDEX, asdict(index))
+            self._check_claim(index)
             there = [shard for shard in index.shards if shard_path(self.folder, shard).exists()]
             missing = [shard for shard in range(index.count) if shard not in there]
-            self._check_needs(index, bool(missing))
-            check_shards(index, self.folder, there)
+            self._check_pieces(index, read, bool(missing))
+            self._check_shards(index, there)
             if missing:
                 self._write(index, missing)
         if self.config.CACHE.DTYPE != "auto":
@@ -267,18 +378,18 @@ class CacheWriter:
             )
         return TeacherCache(self.folder, index, self.teacher.device)
 
-    def _new_index(self) -> Index:
-        pieces = [self._rounded(piece) for piece in what_to_keep(self.trial, self.teacher.raw(self._images))]
+    def _new_index(self, pieces: Sequence[Piece]) -> Index:
+        dtype = DTYPES.get(self.config.CACHE.DTYPE)
+        # a single number for an image stays as it is
+        rounded = [
+            replace(piece, dtype=dtype) if dtype and piece.shape and piece.dtype == "float32" else piece
+            for piece in pieces
+        ]
         batch, rows = self.config.SOLVER.IMS_PER_BATCH, len(self.views)
-        each = max(total_bytes(pieces), 1)
+        each = max(total_bytes(rounded), 1)
         wanted = max(SHARD_BYTES, each * rows // MOST_SHARDS)
         # whole batches: the teacher is asked in batches of the size that students see
-        return Index(self.claim, pieces, rows, max(wanted // (each * batch), 1) * batch)
-
-    def _rounded(self, piece: Piece) -> Piece:
-        """The piece as CACHE.DTYPE wants it; a single number for an image stays as it is."""
-        dtype = DTYPES.get(self.config.CACHE.DTYPE)
-        return replace(piece, dtype=dtype) if dtype and piece.shape and piece.dtype == "float32" else piece
+        return Index(self.claim, rounded, rows, max(wanted // (each * batch), 1) * batch)
 
     def _allow(self, index: Index) -> None:
         """Say how large the cache will be, and refuse one that is too large."""
@@ -303,31 +414,53 @@ class CacheWriter:
                 f"CACHE.DIR: {self.folder}: {takes}, but {size(free)} are free; name another folder, or {remedy}"
             )
 
-    def _check_needs(self, index: Index, unfinished: bool) -> None:
-        """Try the losses with what the cache keeps."""
-        raw = self.teacher.raw(self._images)
-        whole = for_losses(raw)
-        expected = self.trial.results(whole)
-        shared, kept = whole.shared_so_far(), [piece for piece in index.pieces if piece.kept]
-        has = f"it has {', '.join(piece.name for piece in kept)}; name another CACHE.DIR or remove this one"
-        outputs = {(piece.kind, piece.place) for piece in index.pieces}
-        unknown = [place for kind, place in self.trial.sources if (kind, place) not in outputs]
-        if unknown:
+    def _check_claim(self, index: Index) -> None:
+        """Refuse a cache of another teacher or other data; the line names every key that differs."""
+        stale = [
+            f"{key} {index.claim.get(key)!r}, now {self.claim.get(key)!r}"
+            for key in sorted({*index.claim, *self.claim})
+            if index.claim.get(key) != self.claim.get(key)
+        ]
+        if stale:
             raise UserError(
-                f"{self.folder}: this teacher cache has no {', '.join(unknown)}, but METHODS read it; {has}"
+                f"{self.folder}: this teacher cache was written with {'; '.join(stale)}; name another CACHE.DIR or "
+                "remove this one"
             )
-        found = {piece.name: _value(piece, raw, shared) for piece in kept}
-        values = {name: value for name, value in found.items() if value is not None}
-        underived = [name for name in found if name not in values]
-        if underived and unfinished:
-            raise UserError(
-                f"{self.folder}: this teacher cache is unfinished, and only other METHODS derive its "
-                f"{', '.join(underived)}; finish it with them, or remove it"
-            )
-        pieces = [piece for piece in index.pieces if not piece.kept or piece.name in values]
-        lacking = differing(expected, self.trial.results(assemble(pieces, values, IMAGES, self.trial.device)))
+
+    def _check_pieces(self, index: Index, read: Sequence[Read], unfinished: bool) -> None:
+        """Refuse a cache without what the losses read."""
+        kept = {piece.name: piece for piece in index.pieces if piece.kept}
+        places, lacking = {piece.place for piece in index.pieces}, list[str]()
+        for output, all_of_it, computed in read:
+            if output.name not in kept:
+                needed = [output] if all_of_it or output.place not in places else computed
+                lacking += [piece.name for piece in needed if piece.name not in kept]
         if lacking:
-            raise UserError(f"{self.folder}: this teacher cache has not all that {', '.join(lacking)} reads; {has}")
+            raise UserError(
+                f"{self.folder}: this teacher cache has no {', '.join(lacking)}, but METHODS read it; it has "
+                f"{', '.join(kept)}; name another CACHE.DIR or remove this one"
+            )
+        if unfinished:
+            shared = self.trial.share(for_losses(self.raw))
+            others = [name for name, piece in kept.items() if piece.key and piece.shared_key not in shared]
+            if others:
+                raise UserError(
+                    f"{self.folder}: this teacher cache is unfinished, and only other METHODS compute its "
+                    f"{', '.join(others)}; finish it with them, or remove it"
+                )
+
+    def _check_shards(self, index: Index, shards: Sequence[int]) -> None:
+        def intact(shard: int) -> bool:
+            return sha256_of_file(shard_path(self.folder, shard)) == index.shards[shard]
+
+        # hashing leaves Python's lock, so two threads are twice as fast
+        with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
+            for shard, fits in zip(shards, pool.map(intact, shards)):
+                if not fits:
+                    raise UserError(
+                        f"{shard_path(self.folder, shard)}: damaged (its SHA-256 is not the one in {INDEX}); remove "
+                        "this file, and the next run writes it again"
+                    )
 
     def _write(self, index: Index, missing: list[int]) -> None:
         batch = self.config.SOLVER.IMS_PER_BATCH
@@ -345,26 +478,15 @@ class CacheWriter:
                 with atomic_path(path) as temporary:
                     save_file(tensors, str(temporary))
                 index.shards[shard] = sha256_of_file(path)
-                index.save(self.folder)
+                write_sealed_json(self.folder / INDEX, asdict(index))
 
-    def _ask(self, images: Tensor, pieces: list[Piece]) -> dict[str, Tensor]:
-        raw = self.teacher.raw(self.normalize(images))
-        whole = for_losses(raw)
-        self.trial.fill(whole)
-        shared, found = whole.shared_so_far(), {}
+    def _ask(self, images: Tensor, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+        values = self.trial.values(self.teacher.raw(self.normalize(images)), pieces)
         for piece in pieces:
             if piece.kept:
-                value = _value(piece, raw, shared)
-                assert value is not None, "what the losses derive is known since the trial"
+                value = values[piece.name]
                 stored = value.to("cpu", getattr(torch, piece.dtype)).contiguous()
                 if stored.dtype == torch.float16 and value.dtype != torch.float16 and not stored.isfinite().all():
                     raise UserError(f"CACHE.DTYPE: {piece.name} has values too large for fp16; take bf16 or auto")
-                found[piece.name] = stored
-        return found
-
-
-def _value(piece: Piece, raw: ModelOutputs, shared: Mapping[Hashable, Any]) -> Tensor | None:
-    """The piece's tensor; None where no loss derived it."""
-    if not piece.key:
-        return raw.of(piece.kind, piece.place)
-    return shared.get(piece.shared_key)
+                values[piece.name] = stored
+        return values

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from nst_det.distillation.accuracy import Accuracy
 from nst_det.distillation.build import by_positions
-from nst_det.distillation.needs import is_stand_in
+from nst_det.distillation.cache import is_stand_in
 from nst_det.distillation.solver import build_optimizer, clip_gradients, lr_factor
 from nst_det.engine.checkpoint import load_latest_checkpoint, save_checkpoint
 from nst_det.engine.config import plain

@@ -19,7 +19,7 @@ FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
 _WORDS = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # how messages of CUDA, its libraries and NCCL begin; loader processes and threads put their own lines before
 _OF_GPU = re.compile(r"(CUDA|cuDNN|CUDNN|cuBLAS|CUBLAS|NCCL|HIP|No CUDA|Unexpected error from cuda)\b")
-# more loader processes than this wait for each other
+# each loader process has memory of its own
 MOST_WORKERS = 8
 # <malloc.h>
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

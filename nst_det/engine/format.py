@@ -1,8 +1,9 @@
-"""Times and sizes in words, and the size of a folder."""
+"""Times and sizes in words, the size of a folder, and tables."""
 
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -72,6 +73,18 @@ class ReprMixin:
 
     def _repr_html_(self) -> str:
         return table_html(self.__rich__())
+
+
+# of a table that goes to a file or pipe: no cell is broken
+PLAIN_WIDTH = 160
+
+
+def print_table(table: Table | ReprMixin) -> None:
+    """Print to standard output, as wide as the terminal, or as the table needs where that is none."""
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console.width = max(console.width, PLAIN_WIDTH)
+    console.print(table)
 
 
 def table_html(table: Table) -> str:

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
-from torchvision.ops import nms
 
 from nst_det.detection.data import open_voc, resize, resized_shape
 from nst_det.detection.predict import find_sources, load_run, read_sources
 from nst_det.detection.torchvision import Detector
-from nst_det.detection.torchvision.box_coder import larger_than
 from nst_det.engine.io import atomic_path, write_text
 from nst_det.errors import UserError
+from nst_det.export import Exported
+from nst_det.export.graph import DetectorGraph
 from nst_det.export.modelcard import detector_card
-from nst_det.export.parity import Difference, difference
 
 INPUT_NAME = "image"
 OUTPUT_NAMES = ("boxes", "scores", "labels")
@@ -37,149 +35,19 @@ MOST_IMAGES = 20
 TRACED_SIZE = (224, 288)
 # RoiAlign with half a pixel taken off is in 16 and later, and every runtime of the last years has 18
 OPSET = 18
-# (3, H, W) uint8 to boxes, scores, labels
-Run = Callable[[np.ndarray], Sequence[np.ndarray]]
+# boxes in pixels, scores 0..1
+BOX_LIMIT = 0.01
+SCORE_LIMIT = 1e-4
 
-
-class DetectorGraph(nn.Module):
-    """Inference on one image of any size.
-
-    Args:
-        detector: put into evaluation mode and shared, not copied.
-
-    Example:
-        >>> from nst_det.detection.config import get_defaults
-        >>> from nst_det.detection.torchvision import build_detector
-        >>> config = get_defaults()
-        >>> config.MODEL.BACKBONE.NAME, config.MODEL.TIMM.ARCH = "build_timm_backbone", "nst_resnet10_w32"
-        >>> config.MODEL.ROI_HEADS.NUM_CLASSES, config.MODEL.ROI_BOX_HEAD.NUM_FC = 3, 1
-        >>> boxes, scores, labels = DetectorGraph(build_detector(config))(torch.zeros(3, 64, 80, dtype=torch.uint8))
-        >>> boxes.shape[1]
-        4
-    """
-
-    def __init__(self, detector: Detector) -> None:
-        super().__init__()
-        self.detector = detector.eval()
-        self.multiple = max(detector.backbone.size_divisibility, 1)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Detect.
-
-        Args:
-            image: (3, H, W) uint8, RGB, resized as INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST say.
-
-        Returns:
-            boxes (N, 4) float32 xyxy in pixels of ``image``, scores (N,) float32 0..1, labels (N,) int64 from 0, the
-            best first.
-        """
-        size = image.shape[1], image.shape[2]
-        maps = self.detector.backbone(self._normalized(image))
-        proposals, valid = self._propose(maps, size)
-        return self._detect(maps, proposals, valid, size)
-
-    def _normalized(self, image: Tensor) -> Tensor:
-        detector = self.detector
-        pixels = image.flip(0) if detector.input_format == "BGR" else image
-        pixels = (pixels - detector.pixel_mean) / detector.pixel_std
-        below, right = (-image.shape[1]) % self.multiple, (-image.shape[2]) % self.multiple
-        return F.pad(pixels, (0, right, 0, below))[None]
-
-    def _propose(self, maps: dict[str, Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(P, 4) proposals, best first, and (P,) whether there is one in this row."""
-        rpn = self.detector.proposal_generator
-        settings = rpn.settings
-        levels = [maps[name] for name in settings.in_features]
-        boxes, scores = [], []
-        for anchors, logits, deltas in zip(rpn.anchors(levels), *rpn.rpn_head(levels)):
-            count = settings.pre_nms[1]
-            best, index = first(F.pad(logits[0], (0, count), value=-torch.inf), count)
-            rows, places = (F.pad(x, (0, 0, 0, count))[index] for x in (deltas[0], anchors))
-            found = clip(rpn.coder.decode_rows(rows, places), size)
-            usable = torch.isfinite(found).all(1) & larger_than(found, settings.min_size)
-            best = torch.where(usable, best, -torch.inf)
-            kept = torch.zeros_like(usable).index_fill(0, suppressed(found, best, settings.nms_threshold), True)
-            boxes.append(found)
-            scores.append(torch.where(kept, best, -torch.inf))
-        all_scores, all_boxes = torch.cat(scores), torch.cat(boxes)
-        best, index = first(all_scores, min(settings.post_nms[1], len(levels) * settings.pre_nms[1]))
-        valid = torch.isfinite(best)
-        return torch.where(valid[:, None], all_boxes[index], 0.0), valid
-
-    def _detect(
-        self, maps: dict[str, Tensor], proposals: Tensor, valid: Tensor, size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self.detector.roi_heads
-        settings = heads.settings
-        features = heads.box_pooler([maps[name] for name in settings.in_features], [proposals])
-        logits, deltas = heads.box_predictor(heads.box_head(features))
-        boxes = heads.coder.decode_rows(deltas, proposals).unflatten(1, (-1, 4))
-        probabilities = F.softmax(logits, dim=1)
-        usable = valid & torch.isfinite(boxes).all(2).all(1) & torch.isfinite(probabilities).all(1)
-        candidates = (probabilities[:, :-1] > settings.score_threshold) & usable[:, None]
-        rows, labels = torch.nonzero(candidates).unbind(1)
-        found = clip(boxes[rows, labels if boxes.shape[1] > 1 else 0], size)
-        scores = probabilities[rows, labels]
-        best = suppressed(apart(found, labels, size), scores, settings.nms_threshold)
-        if settings.detections >= 0:
-            best = best[: settings.detections]
-        found, scores, labels = found[best], scores[best], labels[best]
-        some = larger_than(found, 0)
-        return found[some], scores[some], labels[some]
-
-
-def first(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest of (N,) scores in falling order, and their indices; equal ones by index."""
-    best, index = scores.sort(descending=True, stable=True)
-    return best[:count], index[:count]
-
-
-def suppressed(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Indices (M,) of the boxes (N, 4) that non-maximum suppression keeps, best score (N,) first.
-
-    One of two boxes goes where their overlap (IoU, 0..1) is above ``threshold``.
-
-    Two boxes of score -inf, which touch nothing, go through it as well: torchvision tells ``torch.export`` that at
-    least two boxes are kept, and the exported program would refuse an image with fewer.
-    """
-    more = boxes.new_tensor([[-4.0, -4.0, -3.0, -3.0], [-2.0, -2.0, -1.0, -1.0]])
-    kept = nms(torch.cat((boxes, more)), F.pad(scores, (0, 2), value=-torch.inf), threshold)
-    return kept[kept < boxes.shape[0]]
-
-
-def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, 4) xyxy boxes cut off at an image of (height, width), which may be symbols."""
-    x, y = boxes[:, 0::2].clamp(0, size[1]), boxes[:, 1::2].clamp(0, size[0])
-    return torch.stack((x[:, 0], y[:, 0], x[:, 1], y[:, 1]), dim=1)
-
-
-def apart(boxes: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes inside an image of (height, width) moved so that those of different labels never overlap."""
-    return boxes + (labels * (max(size) + 1))[:, None]
-
-
-@dataclass(frozen=True)
-class ExportedDetector:
-    """What was written, and how far its detections are from PyTorch's.
-
-    Attributes:
-        file: the detector.
-        card: its model card.
-        difference: of its detections from those of the same graph in PyTorch; the detector itself gives the same
-            within the same limits, except where there are ``ties``.
-        ties: images on which anchors have exactly equal scores.  Which of them is taken first is open in the detector
-            and fixed in the graph, so that the two may differ there.
-    """
-
-    file: Path
-    card: Path
-    difference: Difference
-    ties: int
+# boxes (N, 4), scores (N,), labels (N,), best first
+Detections = Sequence[np.ndarray]
+# (3, H, W) uint8 RGB to detections
+Detect = Callable[[np.ndarray], Detections]
 
 
 def export_detector(
     run_folder: str | Path, output: str | Path, form: str, images: Sequence[str | Path] = ()
-) -> ExportedDetector:
+) -> Exported:
     """Write the detector of a finished run as one file, compare it with PyTorch, and write its model card beside it.
 
     The graph takes ``image``, (3, H, W) uint8 RGB of any H and W, already resized as the run's INPUT.MIN_SIZE_TEST and
@@ -202,7 +70,7 @@ def export_detector(
     if form == "onnx":
         require_onnx()
     detector, config, classes = load_run(run_folder)
-    inputs = list(check_images(config, classes, images))
+    inputs = list(read_images(config, classes, images))
     about = {
         "classes": list(classes),
         "input": "uint8 RGB (3, height, width)",
@@ -210,34 +78,33 @@ def export_detector(
         "max_size": config.INPUT.MAX_SIZE_TEST,
         "score_threshold": config.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
     }
-    own = _difference(_detector_run(detector), _graph_run(detector), inputs, config)
+    limits = config.MODEL.ROI_HEADS.SCORE_THRESH_TEST, config.TEST.DETECTIONS_PER_IMAGE
+    graph = _in_torch(DetectorGraph(detector))
+    # which of anchors with equal scores is taken first is open in the detector and fixed in the graph
     ties = sum(bool(equal_scores(detector, image)) for image in inputs)
     if not ties:
-        own.check(str(output))
+        compare_detections(_in_torch(lambda image: _detect(detector, image)), graph, inputs, *limits).check(output)
     with atomic_path(output) as temporary, _quiet():
         program = trace(detector)
         if form == "onnx":
             _write_onnx(program, temporary, about)
-            run = _onnx_run(temporary)
+            written = _load_onnx(temporary)
         else:
             extra = {"nst_det.json": json.dumps(about, ensure_ascii=False)}
             # by its own name torch.export would refuse a file that doesn't end in .pt2
             with open(temporary, "wb") as file:
                 torch.export.save(program, file, extra_files=extra)
-            run = _program_run(temporary)
-        found = _difference(_graph_run(detector), run, inputs, config)
-        found.check(str(output))
+            written = _load_program(temporary)
+        found = compare_detections(graph, written, inputs, *limits)
+        found.check(output)
     card = output.with_suffix(".md")
-    write_text(card, detector_card(run_folder, config, classes, output.name, form, found))
-    return ExportedDetector(output, card, found, ties)
+    write_text(card, detector_card(run_folder, config, classes, output.name, form, found.line()))
+    note = f"; on {ties} of them anchors have equal scores, whose order PyTorch leaves open" if ties else ""
+    return Exported({"detector": output, "card": card}, found.line() + note)
 
 
 def require_onnx() -> None:
-    """Refuse where the libraries of the extra ``export`` are missing.
-
-    Raises:
-        UserError: it names the extra.
-    """
+    """Raise UserError where the libraries of the extra ``export`` are missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -247,7 +114,7 @@ def require_onnx() -> None:
 
 
 def trace(detector: Detector) -> ExportedProgram:
-    """The graph of a detector on the CPU, for images of any size.
+    """Return the graph of a detector on the CPU, for images of any size.
 
     ``torch.export`` itself holds it to images whose sides are longer than the largest stride (64 pixels with FPN): it
     takes a map of one row for another program.  ONNX has no such limit.
@@ -273,7 +140,7 @@ def _write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> 
             input_names=[INPUT_NAME],
             output_names=list(OUTPUT_NAMES),
             opset_version=OPSET,
-            custom_translation_table={torch.ops.aten.sort.stable: _falling_order},
+            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
             dynamo=True,
             verbose=False,
         )
@@ -291,24 +158,26 @@ def _write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> 
     onnx.save(proto, str(path))
 
 
-def _falling_order(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-    """``aten::sort.stable`` of (N,) values in ONNX, whose TopK takes the lower index first among equal ones."""
+def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """Return ``aten::sort.stable`` of (N,) values in ONNX, whose TopK takes the lower index first among equal ones."""
     from onnxscript import opset18 as op
 
     return op.TopK(values, op.Shape(values), axis=dim, largest=int(descending), sorted=1)
 
 
-def _onnx_run(path: Path) -> Run:
+def _load_onnx(path: Path) -> Detect:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda image: session.run(list(OUTPUT_NAMES), {INPUT_NAME: image})
 
 
-def _program_run(path: Path) -> Run:
+def _load_program(path: Path) -> Detect:
     with open(path, "rb") as file:
-        module = torch.export.load(file).module()
+        return _in_torch(torch.export.load(file).module())
 
+
+def _in_torch(module: Callable[[Tensor], Iterable[Tensor]]) -> Detect:
     def run(image: np.ndarray) -> list[np.ndarray]:
         with torch.no_grad():
             return [value.numpy() for value in module(torch.from_numpy(image))]
@@ -316,8 +185,14 @@ def _program_run(path: Path) -> Run:
     return run
 
 
+def _detect(detector: Detector, image: Tensor) -> list[Tensor]:
+    pixels = image.flip(0) if detector.input_format == "BGR" else image
+    found: dict[str, Tensor] = detector([{"image": pixels}])[0]
+    return [found[name] for name in OUTPUT_NAMES]
+
+
 def equal_scores(detector: Detector, image: np.ndarray) -> int:
-    """How many anchors, of those that become proposals of an image (3, H, W) RGB, have the score of another one."""
+    """Count the anchors, of those that become proposals of an image (3, H, W) RGB, that share their score."""
     pixels = torch.from_numpy(image[::-1].copy() if detector.input_format == "BGR" else image)
     rpn = detector.proposal_generator
     with torch.no_grad():
@@ -328,42 +203,10 @@ def equal_scores(detector: Detector, image: np.ndarray) -> int:
     return sum(len(row) - len(row.unique()) for row in best)
 
 
-def _difference(first: Run, second: Run, images: Sequence[np.ndarray], config: CfgNode) -> Difference:
-    return difference(first, second, images, config.MODEL.ROI_HEADS.SCORE_THRESH_TEST, config.TEST.DETECTIONS_PER_IMAGE)
+def read_images(config: CfgNode, classes: Sequence[str], named: Sequence[str | Path]) -> Iterator[np.ndarray]:
+    """Yield at most :data:`MOST_IMAGES` images (3, H, W) uint8 RGB, resized as at evaluation.
 
-
-def _graph_run(detector: Detector) -> Run:
-    graph = DetectorGraph(detector)
-
-    def run(image: np.ndarray) -> list[np.ndarray]:
-        with torch.no_grad():
-            return [value.numpy() for value in graph(torch.from_numpy(image))]
-
-    return run
-
-
-def _detector_run(detector: Detector) -> Run:
-    def run(image: np.ndarray) -> list[np.ndarray]:
-        pixels = torch.from_numpy(image)
-        if detector.input_format == "BGR":
-            pixels = pixels.flip(0)
-        with torch.no_grad():
-            found: dict[str, Tensor] = detector([{"image": pixels}])[0]
-        return [found[name].numpy() for name in OUTPUT_NAMES]
-
-    return run
-
-
-def check_images(config: CfgNode, classes: Sequence[str], named: Sequence[str | Path]) -> Iterator[np.ndarray]:
-    """At most :data:`MOST_IMAGES` images (3, H, W) uint8 RGB, resized as at evaluation.
-
-    Args:
-        config: of the run.
-        classes: of the run.
-        named: files and folders; empty takes the first of the run's DATASETS.TEST.
-
-    Raises:
-        UserError: none can be read.
+    They are those ``named``, files and folders; without any, the first of the run's DATASETS.TEST.
     """
     if not named:
         try:
@@ -380,15 +223,88 @@ def check_images(config: CfgNode, classes: Sequence[str], named: Sequence[str | 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporters' remarks on each other's interfaces; an error is raised all the same."""
-    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            for kind in (FutureWarning, DeprecationWarning, UserWarning):
-                warnings.simplefilter("ignore", kind)
+            warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+        logging.disable(before)
+
+
+@dataclass
+class Difference:
+    """How far two detectors' detections are apart on some images."""
+
+    images: int = 0
+    # with a partner at the other detector, and the largest differences among partners: in pixels, and in score
+    detections: int = 0
+    boxes: float = 0.0
+    scores: float = 0.0
+    # without a partner within both limits
+    alone: int = 0
+    # without a partner too, but as near to the score threshold as the limit or, on an image with as many detections as
+    # there may be, to the last one's score: either detector may be right
+    borderline: int = 0
+
+    def check(self, output: Path) -> None:
+        """Raise UserError if a detection has no partner within :data:`BOX_LIMIT` and :data:`SCORE_LIMIT`."""
+        if self.alone:
+            raise UserError(
+                f"{output}: on {self.images} images {self.alone} detections differ from PyTorch's by more than "
+                f"{BOX_LIMIT:g} px or {SCORE_LIMIT:g} in score, so nothing was exported"
+            )
+
+    def line(self) -> str:
+        """Return one line for people."""
+        border = f", {self.borderline} on the edge of the score threshold" if self.borderline else ""
+        return (
+            f"{self.images} images, {self.detections} detections: boxes within {self.boxes:.1e} px (limit "
+            f"{BOX_LIMIT:g}), scores within {self.scores:.1e} (limit {SCORE_LIMIT:g}){border}"
+        )
+
+
+def compare_detections(
+    first: Detect, second: Detect, images: Iterable[np.ndarray], threshold: float = 0.0, most: int = -1
+) -> Difference:
+    """Run both on the same images (3, H, W).
+
+    ``threshold`` is the least score of a detection, 0..1; ``most`` how many an image may have, -1 for any number.
+    """
+    total = Difference()
+    for image in images:
+        mine, theirs = first(image), second(image)
+        pairs, rest = partners(mine, theirs)
+        for row, other in pairs:
+            total.boxes = max(total.boxes, float(np.abs(mine[0][row] - theirs[0][other]).max()))
+            total.scores = max(total.scores, float(abs(mine[1][row] - theirs[1][other])))
+        full = len(mine[1]) == len(theirs[1]) == most
+        edges = [threshold, *(float(side[1].min()) for side in (mine, theirs) if full)]
+        near = sum(min(abs(score - edge) for edge in edges) <= SCORE_LIMIT for score in rest)
+        total.images += 1
+        total.detections += len(pairs)
+        total.alone += len(rest) - near
+        total.borderline += near
+    return total
+
+
+def partners(mine: Detections, theirs: Detections) -> tuple[list[tuple[int, int]], list[float]]:
+    """Pair detections of one label whose boxes and scores are within the limits.
+
+    Returns:
+        (row of mine, row of theirs), and the scores of those of either side that have no partner.
+    """
+    free = np.ones(len(theirs[1]), dtype=bool)
+    pairs: list[tuple[int, int]] = []
+    alone: list[float] = []
+    for row, (box, score, label) in enumerate(zip(*mine)):
+        far = np.abs(theirs[0] - box).max(axis=1, initial=0.0)
+        fits = free & (theirs[2] == label) & (far <= BOX_LIMIT) & (np.abs(theirs[1] - score) <= SCORE_LIMIT)
+        if fits.any():
+            other = int(np.where(fits, far, np.inf).argmin())
+            free[other] = False
+            pairs.append((row, other))
+        else:
+            alone.append(float(score))
+    return pairs, alone + theirs[1][free].tolist()

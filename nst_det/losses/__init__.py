@@ -1,9 +1,10 @@
 """Transfer losses: what a teacher hands to a student, as functions on tensors and as the terms of a method."""
 
-from nst_det.losses.kd import kd_loss
 from nst_det.losses.outputs import ModelOutputs
 from nst_det.losses.registry import LayerPair, LossSpec, get_term, register_term, terms, unregister_term
 
+# each of these registers its terms; their order is the order of a method's canonical form
+from nst_det.losses.kd import kd_loss  # isort: skip
 from nst_det.losses.fitnet import hint_loss  # isort: skip
 from nst_det.losses.at import at_loss  # isort: skip
 from nst_det.losses.nst import nst_loss  # isort: skip
@@ -15,12 +16,6 @@ from nst_det.losses.mgd import generation_loss  # isort: skip
 from nst_det.losses.loss import PairShape, TransferLoss, build_transfer, pair_shapes
 from nst_det.losses.loss_balance import TermBalance, gradient_norms
 from nst_det.losses.method import LABELS_ONLY, Method, parse_method
-
-# isort: split
-# each of these registers its terms; their order is the order of a method's canonical word
-
-
-# isort: split
 
 __all__ = [
     "LABELS_ONLY",

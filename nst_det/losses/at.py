@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nst_det.losses.ops import Shared, aligned, compute_now, unit
+from nst_det.losses.ops import Shared, at_size, check_maps, common_size, compute_now, teacher_at, unit
 from nst_det.losses.registry import LayerPair, LossSpec, register_term
 
 # On a sum of fourth powers of activations, so it must be far smaller than on a sum of squares; the gradient at zero
@@ -31,13 +31,16 @@ def at_loss(student: Tensor, teacher: Tensor, power: float = 2.0, shared: Shared
     Returns:
         A scalar in [0, 4 / (H*W)]; it doesn't change when a map is scaled.
     """
-    small, target = aligned(student, teacher, shared)
-    wanted = shared(("attention", power, tuple(target.shape[2:])), lambda: attention(target, power))
-    return F.mse_loss(attention(small, power), wanted)
+    check_maps(student, teacher)
+    size = common_size(student, teacher)
+    wanted = shared(("attention", power, size), lambda: attention(teacher_at(size, teacher, shared), power))
+    return F.mse_loss(attention(at_size(student, size), power), wanted)
 
 
 class AT(nn.Module):
     """The term ``at``."""
+
+    reads = ("attention",)
 
     def __init__(self, pair: LayerPair, power: float = 2.0) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nst_det.losses.ops import Shared, aligned, channel_adapter, compute_now
+from nst_det.losses.ops import Shared, at_size, channel_adapter, check_maps, common_size, compute_now, teacher_at
 from nst_det.losses.registry import LayerPair, LossSpec, register_term
 
 
@@ -26,15 +26,21 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, shared:
     """
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(f"cwd compares maps of one channel count, not {student.shape[1]} and {teacher.shape[1]}")
-    small, large = aligned(student, teacher, shared)
-    key = ("cwd", temperature, tuple(large.shape[2:]))
-    target = shared(key, lambda: F.log_softmax(large.flatten(2) / temperature, 2))
-    divergence = F.kl_div(F.log_softmax(small.flatten(2) / temperature, 2), target, reduction="sum", log_target=True)
-    return divergence * temperature**2 / (small.shape[0] * small.shape[1])
+    check_maps(student, teacher)
+    size = common_size(student, teacher)
+
+    def log_distribution(maps: Tensor) -> Tensor:
+        return F.log_softmax(maps.flatten(2) / temperature, 2)
+
+    target = shared(("cwd", temperature, size), lambda: log_distribution(teacher_at(size, teacher, shared)))
+    divergence = F.kl_div(log_distribution(at_size(student, size)), target, reduction="sum", log_target=True)
+    return divergence * temperature**2 / (student.shape[0] * student.shape[1])
 
 
 class CWD(nn.Module):
     """The term ``cwd``; a 1x1 convolution on the student where the channel counts differ."""
+
+    reads = ("cwd",)
 
     def __init__(self, pair: LayerPair, temperature: float = 1.0) -> None:
         super().__init__()
@@ -45,7 +51,8 @@ class CWD(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
         """Maps (B, C_S, H, W) and (B, C_T, H', W') to a scalar."""
-        small, _ = aligned(student, teacher, shared)
+        check_maps(student, teacher)
+        small = at_size(student, common_size(student, teacher))
         return cwd_loss(self.adapter(small), teacher, self.temperature, shared)
 
 

@@ -29,6 +29,8 @@ class FitNet(nn.Module):
     The regressor of a vector spreads it over a grid of positions.
     """
 
+    reads = ("aligned",)
+
     def __init__(self, pair: LayerPair, regressor: str = "conv", grid: int = 4) -> None:
         super().__init__()
         if regressor not in REGRESSORS:

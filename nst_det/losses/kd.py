@@ -35,6 +35,8 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0, shared: 
 class KD(nn.Module):
     """The term ``kd``."""
 
+    reads = ("kd",)
+
     def __init__(self, pair: LayerPair, temperature: float = 4.0) -> None:
         super().__init__()
         if temperature <= 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nst_det.losses.ops import Shared, compute_now, full_precision
-from nst_det.losses.registry import LayerPair, LossSpec, register_term
+from nst_det.losses.registry import OUTPUT, LayerPair, LossSpec, register_term
 
 NEIGHBORS_SIGMA = "neighbors"
 SMALLEST_VARIANCE = 1e-12
@@ -67,6 +67,9 @@ def lp_loss(
 
 class LP(nn.Module):
     """The term ``lp``."""
+
+    # neighbors are found among the batch, so no image has them by itself
+    reads = (OUTPUT,)
 
     def __init__(self, pair: LayerPair, k: int = 5, sigma: float | str = NEIGHBORS_SIGMA) -> None:
         super().__init__()

@@ -63,12 +63,14 @@ class TransferLoss(nn.Module):
     @property
     def student_levels(self) -> tuple[str, ...]:
         """The levels whose maps are read from the student."""
-        return self._levels(0)
+        read = [pair.student for name, pairs in self.pairs.items() if self.kinds[name][0] == "maps" for pair in pairs]
+        return tuple(dict.fromkeys(read))
 
     @property
     def teacher_levels(self) -> tuple[str, ...]:
         """The levels whose maps are read from the teacher."""
-        return self._levels(1)
+        read = [pair.teacher for name, pairs in self.pairs.items() if self.kinds[name][1] == "maps" for pair in pairs]
+        return tuple(dict.fromkeys(read))
 
     def reads(self, who: str) -> frozenset[str]:
         """The kinds of output (``logits``, ``maps``, ``embedding``) read from ``student`` or ``teacher``."""
@@ -103,13 +105,6 @@ class TransferLoss(nn.Module):
     def extra_repr(self) -> str:
         """The method and its weights."""
         return f"{self.method.word}, weights={self.weights}"
-
-    def _levels(self, side: int) -> tuple[str, ...]:
-        found: dict[str, None] = {}
-        for name, places in self.pairs.items():
-            if self.kinds[name][side] == "maps":
-                found.update({(pair.student, pair.teacher)[side]: None for pair in places})
-        return tuple(found)
 
 
 def _shared(teacher: ModelOutputs, place: tuple[str, str], key: Hashable, compute: Any) -> Any:
@@ -231,10 +226,7 @@ def _map_pairs(
         )
     if not places:
         raise ValueError(f"{term.name} compares maps, but no level is named; the student has {_listed(student)}")
-    for who, names, there in (
-        ("student", [p[0] for p in places], student),
-        ("teacher", [p[1] for p in places], teacher),
-    ):
+    for who, there, names in zip(("student", "teacher"), (student, teacher), zip(*places)):
         for name in names:
             if name not in there:
                 raise ValueError(f"{term.name}: the {who} has no level '{name}'; it has {_listed(there)}")
@@ -288,13 +280,12 @@ class PairShape:
     @property
     def cells(self) -> tuple[str, str, str, str]:
         """What stands under :data:`HEADINGS`."""
-        student = _place(self.student, self.student_shape, self.student_stride)
-        return self.term, student, _place(self.teacher, self.teacher_shape, self.teacher_stride), self.alignment
 
+        def place(name: str, shape: tuple[int, ...], stride: int | None) -> str:
+            return f"{name}: {' x '.join(map(str, shape))}" + (f", stride {stride}" if stride else "")
 
-def _place(name: str, shape: tuple[int, ...], stride: int | None) -> str:
-    size = " x ".join(map(str, shape))
-    return f"{name}: {size}" + (f", stride {stride}" if stride else "")
+        student = place(self.student, self.student_shape, self.student_stride)
+        return self.term, student, place(self.teacher, self.teacher_shape, self.teacher_stride), self.alignment
 
 
 def pair_shapes(
@@ -308,8 +299,8 @@ def pair_shapes(
 
     Args:
         loss: of one method.
-        student: what it said about some image.
-        teacher: what it said about the same image.
+        student: its outputs for some image.
+        teacher: its outputs for the same image.
         student_strides: level to stride, where it is known.
         teacher_strides: the same for the teacher.
 

@@ -1,14 +1,14 @@
-"""How hard each term pulls at the student's backbone, measured in the first steps, and weights chosen from that."""
+"""The gradient norm of each term at the student's backbone, measured in the first steps, and weights chosen from it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 # steps whose median decides a weight; without weights to choose, the first step is measured alone
@@ -92,9 +92,8 @@ class GradientBalance(nn.Module):
 
     A term with a share gets the weight at which its gradient in the backbone's parameters has that share of the task's
     gradient norm: in each of the first :data:`STEPS` steps by the median of what was measured so far, then for good.
-    What was measured is in the state dict, so that a run that goes on has the same weights.
-
-    Several processes measure their own images and take the mean of the norms.
+    What was measured is in the state dict, so that a resumed run has the same weights.  Several processes measure
+    their own images and take the mean of the norms.
 
     Args:
         weights: term to weight; the entries of terms with a share are changed here.
@@ -115,14 +114,10 @@ class GradientBalance(nn.Module):
         # a row a step: the task's norm, then that of each term at weight 1; NaN is not measured
         empty = torch.full((STEPS if shares else 1, 1 + len(weights)), math.nan)
         self.register_buffer("norms", empty, persistent=bool(shares))
-        self.register_load_state_dict_post_hook(lambda module, _: module._go_on())
+        self.register_load_state_dict_post_hook(lambda module, _: module._resume())
 
     def wants(self, step: int) -> bool:
-        """Whether the step is to be measured: the first, or as many as it takes to choose weights; each step once.
-
-        Args:
-            step: steps done before it; one whose images are taken in parts is measured on the first part.
-        """
+        """Return whether a step is measured: the first, or as many as it takes to choose weights; each once."""
         due = step >= self.measured if self.shares else step == 0
         return bool(self.weights) and self.measured < len(self.norms) and due
 
@@ -141,7 +136,10 @@ class GradientBalance(nn.Module):
             ValueError: a weight is to be chosen for a term that has no gradient there.
         """
         before = dict(self.weights)
-        norms = _mean_of_processes(gradient_norms([task, *terms.values()], parameters))
+        norms = gradient_norms([task, *terms.values()], parameters)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(norms)
+            norms /= dist.get_world_size()
         scale = norms.new_tensor([1.0, *(before[name] or 1.0 for name in terms)])
         self.norms[self.measured] = norms / scale
         self.measured += 1
@@ -154,38 +152,32 @@ class GradientBalance(nn.Module):
             self.lines = [self._line(name, float(value.detach())) for name, value in values.items()]
         return values
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         self.measured = int((~self.norms[:, 0].isnan()).sum())
         self._choose()
 
     def _choose(self) -> None:
         for name, share in self.shares.items():
-            pulls = [pull for pull in self._pulls(name) if pull > 0]
-            if pulls:
-                self.weights[name] = share / median(pulls)
+            ratios = [ratio for ratio in self._ratios(name) if ratio > 0]
+            if ratios:
+                self.weights[name] = share / median(ratios)
             elif self.measured == len(self.norms):
                 raise ValueError(
                     f"AUTO_WEIGHT: {name} or the task has no finite gradient at the student's backbone in the first "
                     f"{self.measured} steps, so no weight gives it a share; give it a weight"
                 )
 
-    def _pulls(self, name: str) -> Iterator[float]:
-        """Term / task at weight 1, of each measured step in which the task has a finite gradient."""
+    def _norms(self, name: str) -> list[tuple[float, float]]:
+        """Return the norms of task and term, at weight 1, of each measured step."""
         column = 1 + list(self.weights).index(name)
-        for row in self.norms[: self.measured].tolist():
-            if 0 < row[0] < math.inf and row[column] < math.inf:
-                yield row[column] / row[0]
+        return [(row[0], row[column]) for row in self.norms[: self.measured].tolist()]
+
+    def _ratios(self, name: str) -> list[float]:
+        """Return term / task of each step in which both are finite."""
+        return [term / task for task, term in self._norms(name) if 0 < task < math.inf and term < math.inf]
 
     def _line(self, name: str, value: float) -> TermBalance:
-        weight, pulls = self.weights[name], list(self._pulls(name))
-        column = 1 + list(self.weights).index(name)
-        norm = weight * median(row[column] for row in self.norms.tolist())
-        return TermBalance(name, weight, value, norm, weight * median(pulls) if pulls else None, self.shares.get(name))
-
-
-def _mean_of_processes(norms: Tensor) -> Tensor:
-    distributed: Any = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(norms)
-        norms /= distributed.get_world_size()
-    return norms
+        weight, ratios = self.weights[name], self._ratios(name)
+        norm = weight * median(term for _, term in self._norms(name))
+        ratio = weight * median(ratios) if ratios else None
+        return TermBalance(name, weight, value, norm, ratio, self.shares.get(name))

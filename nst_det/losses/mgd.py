@@ -20,6 +20,8 @@ class MGD(nn.Module):
     The mask is drawn from torch's global generator of the maps' device, in training mode only.
     """
 
+    reads = ("aligned",)
+
     def __init__(self, pair: LayerPair, masked: float = 0.45) -> None:
         super().__init__()
         if not 0 <= masked < 1:

@@ -43,7 +43,8 @@ SMALLEST_BANDWIDTH = 1e-3
 
 def mmd(
     student_BSN: Tensor,
-    teacher_BTN: Tensor,
+    t: int,
+    teacher_BTN: Callable[[], Tensor],
     kernel: str,
     shared: Shared,
     with_gradient: bool,
@@ -53,7 +54,8 @@ def mmd(
 
     Args:
         student_BSN: raw maps of any floating type; computed in float32 (float64 stays).
-        teacher_BTN: raw maps at the same positions.
+        t: T.
+        teacher_BTN: gives raw maps at the same positions; asked where ``shared`` hasn't what is computed of them.
         kernel: one of ``KERNELS``.
         shared: keeps the teacher's part.
         with_gradient: whether the gradient is wanted.
@@ -63,18 +65,18 @@ def mmd(
         A scalar >= 0; a tensor like the student's maps; (B, S), by which each channel of it is still to be
         multiplied (the caller multiplies by the outer gradient anyway).  The last two are None if not wanted.
     """
-    s, (batch, t, n) = student_BSN.shape[1], teacher_BTN.shape
+    batch, s, n = student_BSN.shape
     on_cpu = student_BSN.device.type == "cpu"
     if limit is None:
         # torch.compile unrolls the loop over chunks, so these should be few there
         limit = CPU_LIMIT if on_cpu and not torch.compiler.is_compiling() else DEVICE_LIMIT
     step, floats = _plan(kernel, s, t, n, min(ROWS, t) if on_cpu else t)
-    per_teacher = _teacher_side(step, teacher_BTN, shared, limit)
+    per_teacher = _teacher_side(step, teacher_BTN, shared, limit // max(1, 4 * t * n))
     # fp16 can't hold a gradient that no loss scaler has scaled yet
     keep = torch.float32 if student_BSN.dtype == torch.float16 else student_BSN.dtype
     gradient = torch.empty_like(student_BSN, dtype=keep) if with_gradient else None
     values, factors = [], []
-    for s_bSN, out, *of_teacher in _chunks(floats * 4, limit, student_BSN, gradient, *per_teacher):
+    for s_bSN, out, *of_teacher in _chunks(limit // max(1, 4 * floats), student_BSN, gradient, *per_teacher):
         s_bSN = full_precision(s_bSN)
         exact = out if out is None or out.dtype == s_bSN.dtype else torch.empty_like(s_bSN)
         value_b, factor_bS, constant = step(s_bSN, *of_teacher, exact)
@@ -106,31 +108,32 @@ def _plan(kernel: str, s: int, t: int, n: int, rows: int) -> tuple[Step, int]:
     return _gaussian_by_scaled_maps, 3 * (s + t) * n + s * (s + t) + rows * t
 
 
-def _teacher_side(step: Step, maps_BTN: Tensor, shared: Shared, limit: int) -> tuple[Tensor, ...]:
-    """What ``step`` takes of the teacher, each of it computed once a batch."""
+def _teacher_side(step: Step, teacher: Callable[[], Tensor], shared: Shared, images: int) -> tuple[Tensor, ...]:
+    """What ``step`` takes of the teacher, each of it computed once a batch, some images at a time."""
 
-    t, n = maps_BTN.shape[1:]
+    def once(name: str, compute: Callable[..., Tensor], *more: Tensor) -> Tensor:
+        def all_images() -> Tensor:
+            return _joined([compute(*map(full_precision, chunk)) for chunk in _chunks(images, teacher(), *more)])
 
-    def once(name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        chunks = _chunks(4 * t * n, limit, *inputs)
-        return shared(name, lambda: _joined([compute(*map(full_precision, chunk)) for chunk in chunks]))
+        found: Tensor = shared(name, all_images)
+        return found
 
     if step is _poly_by_positions:
-        return (once("gram", _gram_over_positions, maps_BTN),)
+        return (once("gram", _gram_over_positions),)
     if step is _linear:
-        return (once("mean", _mean_of_normalized, maps_BTN),)
-    scale_BT = once("scale", _inverse_norm, maps_BTN)
+        return (once("mean", _mean_of_normalized),)
+    maps_BTN, scale_BT = shared("maps", teacher), once("scale", _inverse_norm)
     if step is _poly_by_channels:
-        return maps_BTN, scale_BT, once("poly", _mean_square_product, maps_BTN, scale_BT)
-    mean_B1N = once("mean", _mean_of_normalized, maps_BTN, scale_BT)
+        return maps_BTN, scale_BT, once("poly", _mean_square_product, scale_BT)
+    mean_B1N = once("mean", _mean_of_normalized, scale_BT)
     if step is _gaussian_by_scaled_products:
-        return maps_BTN, scale_BT, mean_B1N, once("products", _products, maps_BTN, scale_BT)
+        return maps_BTN, scale_BT, mean_B1N, once("products", _products, scale_BT)
     return maps_BTN, scale_BT, mean_B1N
 
 
-def _chunks(bytes_per_image: int, limit: int, *of_batch: Any) -> Iterable[tuple[Any, ...]]:
-    """The tensors (or None in their place) a few images at a time."""
-    count = max(1, limit // max(1, bytes_per_image))
+def _chunks(count: int, *of_batch: Any) -> Iterable[tuple[Any, ...]]:
+    """The tensors (or None in their place) ``count`` images at a time, but at least one."""
+    count = max(1, count)
     if count >= len(of_batch[0]):
         return [of_batch]
     return zip(*(repeat(None) if x is None else x.split(count) for x in of_batch))

@@ -11,7 +11,7 @@ Shapes: B batch, C channels, N = H*W positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nst_det.losses.mmd import KERNELS, mmd
-from nst_det.losses.ops import Shared, check_maps, common_size, compute_now, full_precision, pooled
+from nst_det.losses.ops import Shared, at_size, check_maps, common_size, compute_now, teacher_at
 from nst_det.losses.registry import LayerPair, LossSpec, register_term
 
 
@@ -60,24 +60,27 @@ def nst_loss(
         with torch.autocast(student.device.type, enabled=False):
             return nst_loss(student, teacher, kernel, shared, limit)
     size = common_size(student, teacher)
-    shared = partial(_named, shared, size)
-    small = student if tuple(student.shape[2:]) == size else pooled(full_precision(student), size)
-    target = teacher.detach()
-    if tuple(teacher.shape[2:]) != size:
-        target = shared("pooled", lambda: pooled(full_precision(teacher.detach()), size))
+    # maps of the right size are taken in their own precision, which is widened a few images at a time
+    small = student if tuple(student.shape[2:]) == size else at_size(student, size)
+
+    def target() -> Tensor:
+        maps = teacher.detach() if tuple(teacher.shape[2:]) == size else teacher_at(size, teacher, shared)
+        return maps.flatten(2)
+
     wanted = small.requires_grad and torch.is_grad_enabled()
+    arguments = (teacher.shape[1], target, kernel, partial(_named, shared, size))
     with torch.no_grad():
-        value, gradient, factor = mmd(small.detach().flatten(2), target.flatten(2), kernel, shared, wanted, limit)
+        value, gradient, factor = mmd(small.detach().flatten(2), *arguments, wanted, limit)
     if gradient is None or factor is None:
         return value
     gradient, factor = gradient.view(small.shape), factor[..., None, None]
     if torch.compiler.is_compiling():
         return _WithGradient.apply(small, value, gradient, factor)
-    return _WithGradientOnce.apply(small, target, (value, gradient, factor), kernel, shared, limit)
+    return _WithGradientOnce.apply(small, (value, gradient, factor), arguments, limit)
 
 
-def _named(shared: Shared, size: tuple[int, int], name: Hashable, compute: Callable[[], Any]) -> Any:
-    return shared(("nst", name, size), compute)
+def _named(shared: Shared, size: tuple[int, int], name: str, compute: Callable[[], Any]) -> Any:
+    return shared((f"nst-{name}", size), compute)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -106,15 +109,13 @@ class _WithGradientOnce(torch.autograd.Function):
     def forward(
         ctx: Any,
         maps: Tensor,
-        target: Tensor,
         ready: tuple[Tensor, Tensor, Tensor],
-        kernel: str,
-        shared: Shared,
+        arguments: tuple[Any, ...],
         limit: int | None,
     ) -> Tensor:
-        ctx.save_for_backward(maps, target)
+        ctx.save_for_backward(maps)
         value, *ctx.ready = ready
-        ctx.arguments, ctx.dtype = (kernel, shared, True, limit), maps.dtype
+        ctx.arguments, ctx.dtype = (*arguments, True, limit), maps.dtype
         return value
 
     @staticmethod
@@ -122,15 +123,18 @@ class _WithGradientOnce(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.ready is None:
             # autograd refuses these after a backward that freed the graph
-            maps, target = ctx.saved_tensors
-            _, again, factor_BS = mmd(maps.flatten(2), target.flatten(2), *ctx.arguments)
+            (maps,) = ctx.saved_tensors
+            _, again, factor_BS = mmd(maps.flatten(2), *ctx.arguments)
             ctx.ready = cast(Tensor, again).view_as(maps), cast(Tensor, factor_BS)[..., None, None]
         (gradient, factor), ctx.ready = ctx.ready, None
-        return gradient.mul_((factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None, None, None
+        return gradient.mul_((factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None
 
 
 class NST(nn.Module):
     """The terms ``nst-linear``, ``nst-poly`` and ``nst-gaussian``."""
+
+    # which of them depends on kernel and shapes; "nst-maps" are the teacher's maps themselves
+    reads = ("nst-mean", "nst-gram", "nst-maps", "nst-scale", "nst-poly", "nst-products")
 
     def __init__(self, pair: LayerPair, kernel: str, center: bool = False, relu: bool = False) -> None:
         super().__init__()
@@ -140,9 +144,13 @@ class NST(nn.Module):
         """Maps (B, C_S, H, W) and (B, C_T, H', W') to a scalar."""
         if not (self.center or self.relu):
             return nst_loss(student, teacher, self.kernel, shared)
-        key = ("center", self.center, "relu", self.relu)
-        prepared = shared(key, lambda: self._prepare(teacher.detach()))
-        return nst_loss(self._prepare(student), prepared, self.kernel, lambda k, compute: shared((key, k), compute))
+        prepared = ("center", self.center, "relu", self.relu)
+
+        def shared_so(key: Any, compute: Callable[[], Any]) -> Any:
+            return shared((*key, *prepared), compute)
+
+        maps = shared_so(("nst-prepared",), lambda: self._prepare(teacher.detach()))
+        return nst_loss(self._prepare(student), maps, self.kernel, shared_so)
 
     def _prepare(self, maps: Tensor) -> Tensor:
         maps = maps.relu() if self.relu else maps

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# how a loss asks for a teacher-side quantity that other losses of the batch may need as well (Outputs.shared)
+# How a loss asks for what it computes of the teacher's output, so that it is computed once for all students
+# (ModelOutputs.shared).  A key is a tuple that begins with a name, which the loss's class lists in ``reads``.
 Shared = Callable[[Hashable, Callable[[], Any]], Any]
 
 # Added to a sum of squares before the root.  A dead channel (all zeros) then has the value 0 and a gradient of at
@@ -51,18 +52,28 @@ def pooled(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x if tuple(x.shape[2:]) == tuple(size) else F.adaptive_avg_pool2d(x, size)
 
 
+def at_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (B, C, H, W) in full precision, averaged down to ``size`` (height, width)."""
+    return pooled(full_precision(maps), size)
+
+
+def teacher_at(size: tuple[int, int], teacher: Tensor, shared: Shared) -> Tensor:
+    """The teacher's maps (B, C, H, W) at ``size`` (height, width), detached, made once for all that ask."""
+    maps: Tensor = shared(("aligned", size), lambda: at_size(teacher.detach(), size))
+    return maps
+
+
 def aligned(student: Tensor, teacher: Tensor, shared: Shared = compute_now) -> tuple[Tensor, Tensor]:
     """Both maps (B, C, H, W) in full precision at their common size, with the C that each has.
 
-    The teacher's is made once for all that ask, and detached.
+    A loss that reads the teacher's side of it declares ``reads = ("aligned",)``.
 
     Raises:
         ValueError: the shapes aren't maps of one batch.
     """
     check_maps(student, teacher)
     size = common_size(student, teacher)
-    aligned_teacher = shared(("aligned", size), lambda: pooled(full_precision(teacher.detach()), size))
-    return pooled(full_precision(student), size), aligned_teacher
+    return at_size(student, size), teacher_at(size, teacher, shared)
 
 
 def spread(before: int, after: int, grid: int, bias: bool) -> nn.Module:
@@ -97,8 +108,7 @@ def gridded(student: Tensor, teacher: Tensor, grid: int, shared: Shared) -> tupl
     if not grid:
         return aligned(student, teacher, shared)
     check_maps(student, teacher)
-    size = (grid, grid)
-    return full_precision(student), shared(("aligned", size), lambda: pooled(full_precision(teacher.detach()), size))
+    return full_precision(student), teacher_at((grid, grid), teacher, shared)
 
 
 def unit(x: Tensor, dim: int | tuple[int, ...] = -1, eps: float = EPS) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a network said about one batch: the only thing that a transfer loss sees of it."""
+"""The outputs of a network for one batch: all that a transfer loss sees of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 class ModelOutputs:
     """Logits, feature maps and embedding of one network for one batch.
 
-    A teacher's Outputs is made once per batch and handed to the losses of all students: what they need of it in
+    A teacher's are made once per batch and handed to the losses of all students: what they need of it in
     another form (normalized maps, Gram matrices, soft targets) is computed by the first that asks and kept here.
 
     Attributes:
@@ -47,6 +47,18 @@ class ModelOutputs:
     def shared_so_far(self) -> dict[Hashable, Any]:
         """All that was asked of :meth:`shared`, by key."""
         return dict(self._memo)
+
+    def images(self, rows: Any) -> ModelOutputs:
+        """The outputs for some images (a slice, or indices), without what losses share."""
+        return ModelOutputs(
+            None if self.logits is None else self.logits[rows],
+            {level: value[rows] for level, value in self.maps.items()},
+            None if self.embedding is None else self.embedding[rows],
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All outputs there are."""
+        return [value for value in (self.logits, *self.maps.values(), self.embedding) if value is not None]
 
     def map(self, level: str) -> Tensor:
         """The map (B, C, H, W) of a level.

@@ -49,6 +49,9 @@ def pkd_loss(student: Tensor, teacher: Tensor, shared: Shared = compute_now) -> 
 class PKD(nn.Module):
     """The term ``pkd``."""
 
+    # what is standardized over the batch no image has by itself
+    reads = ("aligned",)
+
     def __init__(self, pair: LayerPair) -> None:
         super().__init__()
         if pair.student_channels != pair.teacher_channels:

@@ -17,6 +17,8 @@ from typing import Any
 from torch import nn
 
 KINDS = ("logits", "maps", "embedding")
+# in a loss's ``reads``: the teacher's output itself
+OUTPUT = "output"
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 # modules that register terms from outside, separated by commas; imported when terms are first looked up
 VARIABLE = "NST_DET_TERMS"
@@ -59,6 +61,9 @@ class LossSpec:
         source: where the default weight comes from.
         summary: what is handed over, in a few words.
         build: ``build(pair, **options)`` gives a module; ``module(student, teacher, shared)`` gives a scalar.
+            Its class may declare ``reads``: what it reads of the teacher's output, ``"output"`` for all of it, or the
+            names (first entries of the keys) under which it asks ``shared`` for what each image has by itself, such
+            as ``("attention",)``.  A teacher cache keeps these alone; without a declaration it keeps the output.
         options: the names it takes and their defaults.
         student_level: the student's kind of output where it isn't ``level``.
         needs_widths: the module has parameters shaped by the pair's channels, so these must be known.

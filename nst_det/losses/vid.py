@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.ops import Shared, checked_grid, full_precision, gridded, spread
-from nst_det.losses.registry import LayerPair, LossSpec, register_term
+from nst_det.losses.registry import OUTPUT, LayerPair, LossSpec, register_term
 
 NETWORKS = ("repdistiller", "bn", "linear")
 # keeps the variance away from zero whatever its parameter does
@@ -87,6 +87,8 @@ def mean_network(kind: str, student: int, teacher: int, grid: int = 0) -> nn.Mod
 class VID(nn.Module):
     """The term ``vid``, for maps; a student's vector predicts a grid of positions."""
 
+    reads = ("aligned",)
+
     def __init__(self, pair: LayerPair, network: str = "repdistiller", variance: float = 5.0, grid: int = 4) -> None:
         super().__init__()
         self.grid = checked_grid("vid", pair.vector, grid)
@@ -101,6 +103,8 @@ class VID(nn.Module):
 
 class VIDLogits(nn.Module):
     """The term ``vid-logits``: a linear mean from the student's embedding to the teacher's logits."""
+
+    reads = (OUTPUT,)
 
     def __init__(self, pair: LayerPair, variance: float = 5.0) -> None:
         super().__init__()

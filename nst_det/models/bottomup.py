@@ -18,7 +18,6 @@ from nst_det.models.build import (
     create_model,
     feature_levels,
     forward_outputs,
-    freeze_batch_norm,
     probe_image,
     probe_size,
     same_maps,
@@ -26,10 +25,8 @@ from nst_det.models.build import (
     take_levels,
 )
 from nst_det.models.card import Card
-from nst_det.models.io import load_backbone, load_strict
+from nst_det.models.io import first_names, load_backbone, load_strict
 from nst_det.models.sync_norm import sync_batch_norm
-
-SHOWN_NAMES = 4
 
 
 class Bottomup(nn.Module):
@@ -153,16 +150,16 @@ class Bottomup(nn.Module):
         return self
 
     def _fix(self, name: str, layer: _BatchNorm) -> None:
-        freeze_batch_norm(layer)
+        """Make the layer affine; it stays the layer that it was, so that the names in its state dict don't change."""
+        layer.eval().requires_grad_(False)
         self._fixed.add(name)
 
     def _guard(self, layers: Iterable[str], allow_random: bool, what: str, remedy: str) -> None:
         names = sorted(layers)
         if not self.loaded and names and not allow_random:
-            more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
             raise ValueError(
-                f"{what} would freeze layers with random weights: {', '.join(names[:SHOWN_NAMES])}{more}; "
-                f"load a backbone first, or {remedy}"
+                f"{what} would freeze layers with random weights: {first_names(names)}; load a backbone first, "
+                f"or {remedy}"
             )
 
     def _names_below(self, at: int) -> list[str]:
@@ -217,7 +214,10 @@ def classifier_from_file(path: str | Path) -> tuple[nn.Module, Card]:
         UserError: as :func:`load_backbone`.
     """
     state_dict, card = load_backbone(path)
-    classifier = create_model(card.arch, card.num_classes, **card.arch_kwargs)
+    try:
+        classifier = create_model(card.arch, card.num_classes, **card.arch_kwargs)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     load_strict(classifier, state_dict, str(path))
     return classifier.eval(), card
 

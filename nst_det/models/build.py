@@ -67,12 +67,7 @@ def create_model(arch: str, num_classes: int, pretrained: bool = False, **kwargs
 
 
 def check_arch(arch: str, arch_kwargs: Mapping[str, Any]) -> None:
-    """Refuse what isn't a plain timm name with plain arguments.
-
-    Raises:
-        ValueError: unknown name (the nearest known ones are listed), or an argument that isn't a small number, a
-            short text, or a short list of such.
-    """
+    """Refuse what isn't a plain timm name with plain arguments: numbers, text and lists of such."""
     base = arch.split(".")[0]
     # the check also keeps out timm's "hf-hub:" and "local-dir:" names, which fetch and read files
     if not timm.is_model(base) or ":" in arch or "/" in arch:
@@ -95,28 +90,17 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def same_maps(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> float:
-    """The largest absolute difference between two sets of maps (B, C, H, W) by level; infinite if shapes differ."""
+    """Return the largest absolute difference between maps by level; infinite if shapes differ."""
     if first.keys() != second.keys() or any(first[key].shape != second[key].shape for key in first):
         return float("inf")
     return max((float((first[key] - second[key]).abs().max()) for key in first), default=0.0)
 
 
 def batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    """All batch normalization layers by name, timm's with a built-in activation included."""
+    """Yield all batch normalization layers by name, timm's with a built-in activation included."""
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm):
             yield name, layer
-
-
-def freeze_batch_norm(layer: _BatchNorm) -> None:
-    """Fix statistics, scale and shift: the layer is affine from now on.
-
-    It stays the layer that it was, so that the names in its state dict don't change; whoever owns it must put
-    it back into evaluation mode after ``train()`` (:class:`~nst_det.models.bottomup.Bottomup` does).
-    """
-    layer.eval()
-    for parameter in layer.parameters():
-        parameter.requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -153,16 +137,17 @@ def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
     name = type(model).__name__
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(f"{name} has no forward_intermediates, so its feature maps can't be read; use another model")
-    levels: dict[str, LevelInfo] = {}
+    size = probe_size(model)
+    maps = _maps(model, size)
     if hasattr(model, "vector_levels"):
-        return {
-            vector: LevelInfo(index, 0, channels)
-            for index, (vector, (_, channels)) in enumerate(zip(model.vector_levels, _probe(model)))  # type: ignore[arg-type]
-        }
-    for index, (stride, channels) in enumerate(_probe(model)):
+        names: Sequence[str] = model.vector_levels  # type: ignore[assignment]
+        return {vector: LevelInfo(index, 0, maps[index].shape[1]) for index, vector in enumerate(names)}
+    levels: dict[str, LevelInfo] = {}
+    for index, map_ in enumerate(maps):
+        stride = stride_of(map_, size)
         level = f"res{int(math.log2(stride))}"
         if level in LEVELS:
-            levels[level] = LevelInfo(index, stride, channels)
+            levels[level] = LevelInfo(index, stride, map_.shape[1])
     if not levels:
         raise ValueError(f"{name} has no feature map of stride 4, 8, 16 or 32; use another model")
     return levels
@@ -192,22 +177,15 @@ def probe_image(model: nn.Module, size: int) -> Tensor:
 
 
 def probe_size(model: nn.Module) -> int:
-    """The side of a square image that the model takes: small where it may be, else the model's own."""
-    return _own_size(model) if _needs_own_size(model, PROBE_SIZE) else PROBE_SIZE
-
-
-def _own_size(model: nn.Module) -> int:
+    """Return the side of a square image that the model takes: small where it may be, else the model's own."""
+    try:
+        if all(stride_of(map_, PROBE_SIZE) * map_.shape[-1] == PROBE_SIZE for map_ in _maps(model, PROBE_SIZE)):
+            return PROBE_SIZE
+    except (RuntimeError, AssertionError, ValueError):
+        pass  # it takes its own size alone
+    # it may also pad so little that strides can't be read from a small image
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", {})
     return int(config.get("input_size", (3, 224, 224))[-1])
-
-
-def _needs_own_size(model: nn.Module, size: int) -> bool:
-    """Whether the model refuses a small image, or pads so little that its strides can't be read from one."""
-    try:
-        maps = _maps(model, size)
-    except (RuntimeError, AssertionError, ValueError):
-        return True
-    return any(stride_of(map_, size) * map_.shape[-1] != size for map_ in maps)
 
 
 def _maps(model: nn.Module, size: int) -> list[Tensor]:
@@ -231,15 +209,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def stride_of(map_: Tensor, size: int) -> int:
-    """The stride of a map (B, C, H, W) of an image of ``size`` pixels: a power of two, the nearest one."""
+    """Return the stride of a map (B, C, H, W) of an image of ``size`` pixels: a power of two, the nearest one."""
     stride: int = 2 ** round(math.log2(size / map_.shape[-1]))
     return stride
-
-
-def _probe(model: nn.Module) -> list[tuple[int, int]]:
-    """(stride, channels) of every intermediate map."""
-    size = probe_size(model)
-    return [(stride_of(map_, size), map_.shape[1]) for map_ in _maps(model, size)]
 
 
 def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, LevelInfo]) -> ModelOutputs:
@@ -282,7 +254,6 @@ def backbone_parameters(model: nn.Module) -> list[Tensor]:
 
 
 def embedding_width(model: nn.Module) -> int:
-    """D of the embedding that :func:`forward_outputs` gives; 0 if there is no classifier to enter."""
-    with _evaluating(model), torch.no_grad():
-        embedding = forward_outputs(model, probe_image(model, probe_size(model)), {}).embedding
+    """Return D of the embedding that :func:`forward_outputs` gives; 0 if there is no classifier to enter."""
+    embedding = probe_outputs(model, {}, probe_size(model)).embedding
     return 0 if embedding is None else embedding.shape[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -83,40 +83,34 @@ def input_contract(mean: Sequence[float], std: Sequence[float], order: str, size
 
 
 def card_from_json(value: Any, source: str) -> Card:
-    """A card from what was read from a file, checked field by field.
+    """Return a card from what was read from a file, checked field by field; an error names file and field."""
 
-    Raises:
-        UserError: not a card; the line names file and field.
-    """
+    def refuse(name: str, why: Any) -> UserError:
+        return UserError(f"{source}: field '{name}' {why}")
+
     if not isinstance(value, dict):
         raise UserError(f"{source}: not a backbone card (a mapping of fields is expected); write the backbone again")
     known = {item.name for item in fields(Card)}
     for name in ("arch", "num_classes", "input", "sha256"):
         if name not in value:
-            raise UserError(f"{source}: field '{name}' is missing; write the backbone again")
+            raise refuse(name, "is missing; write the backbone again")
     for name, item in value.items():
-        wanted = _TYPES.get(name, dict)
-        if name in known and (not isinstance(item, wanted) or isinstance(item, bool)):
-            raise UserError(f"{source}: field '{name}' has the wrong type ({type(item).__name__})")
+        if name in known and (not isinstance(item, _TYPES.get(name, dict)) or isinstance(item, bool)):
+            raise refuse(name, f"has the wrong type ({type(item).__name__})")
     card = Card(**{name: item for name, item in value.items() if name in known})
-    _check_input(card.input, source)
+    if card.input.get("channel_order") not in CHANNEL_ORDERS:
+        raise refuse("input.channel_order", "must be RGB or BGR")
+    for name in ("mean", "std"):
+        numbers = card.input.get(name)
+        if not isinstance(numbers, list) or len(numbers) != 3 or not all(map(_is_number, numbers)):
+            raise refuse(f"input.{name}", "must be three numbers on the 0..1 scale")
     try:
         check_arch(card.arch, card.arch_kwargs)
     except ValueError as error:
         raise UserError(f"{source}: field 'arch': {error}") from error
     if not 1 <= card.num_classes <= 1_000_000:
-        raise UserError(f"{source}: field 'num_classes' is {card.num_classes}, outside 1 to 1000000")
+        raise refuse("num_classes", f"is {card.num_classes}, outside 1 to 1000000")
     return card
-
-
-def _check_input(value: Mapping[str, Any], source: str) -> None:
-    if value.get("channel_order") not in CHANNEL_ORDERS:
-        raise UserError(f"{source}: field 'input.channel_order' must be RGB or BGR")
-    for name in ("mean", "std"):
-        numbers = value.get(name)
-        fits = isinstance(numbers, list) and len(numbers) == 3 and all(_is_number(number) for number in numbers)
-        if not fits:
-            raise UserError(f"{source}: field 'input.{name}' must be three numbers on the 0..1 scale")
 
 
 def _is_number(value: Any) -> bool:
@@ -135,21 +129,20 @@ def check_input_contract(card: Card, mean: Sequence[float], std: Sequence[float]
     Raises:
         UserError: one line with both sides.
     """
-    theirs = card.input
-    flip = order != theirs["channel_order"]
-    for name, given in (("mean", list(mean)), ("std", list(std))):
-        wanted = theirs[name]
+    trained_order = card.input["channel_order"]
+
+    def shown(values: Sequence[float]) -> str:
+        return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
+
+    for name, given in (("mean", mean), ("std", std)):
+        wanted = card.input[name]
         if len(given) != 3 or any(abs(mine - other) > INPUT_TOLERANCE for mine, other in zip(given, wanted)):
             raise UserError(
-                f"the backbone was trained with {name} {_numbers(wanted)} in {theirs['channel_order']}, "
-                f"now {name} is {_numbers(given)} in {order}; set it to the backbone's"
+                f"the backbone was trained with {name} {shown(wanted)} in {trained_order}, "
+                f"now {name} is {shown(given)} in {order}; set it to the backbone's"
             )
-    if flip:
+    if order != trained_order:
         raise UserError(
-            f"the backbone was trained on {theirs['channel_order']} images, now they are {order}; "
-            f"set the input format to {theirs['channel_order']}"
+            f"the backbone was trained on {trained_order} images, now they are {order}; "
+            f"set the input format to {trained_order}"
         )
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"

@@ -12,6 +12,7 @@ pixels in place of 56 and 28.  From 3c on the sizes agree.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,23 +34,17 @@ STRIDE16_TAPS = ("4a", "4b", "4c", "4d")
 
 @dataclass(frozen=True)
 class Widths:
-    """Output channels of the convolutions of one block; a block without ``single`` and ``project`` halves the map.
+    """Output channels of the convolutions of one block; a block without ``single`` and ``project`` halves the map."""
 
-    Attributes:
-        reduce: 1 x 1 before the 3 x 3.
-        conv: the 3 x 3.
-        double_reduce: 1 x 1 before the two 3 x 3 in a row.
-        double: both of those.
-        single: the 1 x 1 alone.
-        pool: ``avg`` or ``max``, of 3 x 3.
-        project: 1 x 1 after the pool; 0 hands the pooled input on.
-    """
-
+    # 1 x 1, then 3 x 3
     reduce: int
     conv: int
+    # 1 x 1, then two of 3 x 3
     double_reduce: int
     double: int
+    # the 1 x 1 alone
     single: int = 0
+    # avg or max of 3 x 3, then 1 x 1; 0 hands the pooled input on
     pool: str = "max"
     project: int = 0
 
@@ -76,15 +71,6 @@ def _conv(channels: int, out: int, size: int = 1, stride: int = 1, act: bool = T
     return ConvNormAct(channels, out, size, stride, padding=size // 2, apply_act=act, norm_kwargs={"eps": EPS})
 
 
-class Stem(nn.Sequential):
-    """The 1 x 1 and the 3 x 3 convolution behind the first pool; gives the map before its ReLU."""
-
-    def __init__(self, channels: int, out: int) -> None:
-        super().__init__()
-        self.reduce = _conv(channels, channels)
-        self.conv = _conv(channels, out, 3, act=False)
-
-
 class Inception(nn.Module):
     """Three or four branches side by side, concatenated; gives the map before its ReLU.
 
@@ -98,23 +84,15 @@ class Inception(nn.Module):
         branches = []
         if widths.single:
             branches.append(nn.Sequential(_conv(channels, widths.single, act=False)))
-        branches.append(
-            nn.Sequential(
-                _conv(channels, widths.reduce),
-                _conv(widths.reduce, widths.conv, 3, stride, act=False),
-            )
+        one = (_conv(channels, widths.reduce), _conv(widths.reduce, widths.conv, 3, stride, act=False))
+        two = (
+            _conv(channels, widths.double_reduce),
+            _conv(widths.double_reduce, widths.double, 3),
+            _conv(widths.double, widths.double, 3, stride, act=False),
         )
-        branches.append(
-            nn.Sequential(
-                _conv(channels, widths.double_reduce),
-                _conv(widths.double_reduce, widths.double, 3),
-                _conv(widths.double, widths.double, 3, stride, act=False),
-            )
-        )
-        pool = nn.AvgPool2d if widths.pool == "avg" else nn.MaxPool2d
-        branches.append(nn.Sequential(pool(3, stride, 1)))
-        if widths.project:
-            branches[-1].append(_conv(channels, widths.project, act=False))
+        pool = (nn.AvgPool2d if widths.pool == "avg" else nn.MaxPool2d)(3, stride, 1)
+        project = [_conv(channels, widths.project, act=False)] if widths.project else []
+        branches += [nn.Sequential(*one), nn.Sequential(*two), nn.Sequential(pool, *project)]
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,7 +151,8 @@ class InceptionBN(nn.Module):
 
         channels = STEM_CHANNELS["conv1"]
         self.blocks = nn.ModuleDict({"conv1": _conv(in_chans, channels, 7, 2, act=False)})
-        self.blocks["conv2"] = Stem(channels, STEM_CHANNELS["conv2"])
+        second = {"reduce": _conv(channels, channels), "conv": _conv(channels, STEM_CHANNELS["conv2"], 3, act=False)}
+        self.blocks["conv2"] = nn.Sequential(OrderedDict(second))
         widths = dict(STEM_CHANNELS)
         channels = widths["conv2"]
         for name, row in BLOCKS.items():
@@ -182,8 +161,8 @@ class InceptionBN(nn.Module):
         self.pool = nn.MaxPool2d(3, 2, 1)
         self.act = nn.ReLU()
         self.feature_info = [
-            {"num_chs": widths[name], "reduction": 2 ** (index + 1), "module": f"blocks.{name}"}
-            for index, name in enumerate(self.taps)
+            {"num_chs": widths[name], "reduction": 2**power, "module": f"blocks.{name}"}
+            for power, name in enumerate(self.taps, start=1)
         ]
         self.num_features = self.head_hidden_size = channels
         self.global_pool, self.fc = create_classifier(channels, num_classes, pool_type=global_pool)
@@ -211,19 +190,7 @@ class InceptionBN(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The final map and intermediate ones, by timm's conventions.
-
-        Args:
-            x: images (B, in_chans, H, W).
-            indices: which of the five maps: the last n for a number, all for None.
-            norm: without effect, since no norm follows the last block.
-            stop_early: compute nothing behind the last map that is asked for.
-            output_fmt: ``NCHW``.
-            intermediates_only: leave out the final map.
-
-        Returns:
-            The final map (after its ReLU) and the intermediate ones, or these alone.
-        """
+        """The final map (B, 1024, H / 32, W / 32) after its ReLU and intermediate ones, by timm's conventions."""
         assert output_fmt == "NCHW", "Output shape must be NCHW."
         take, last = feature_take_indices(len(self.taps), indices)
         wanted = {self.taps[index] for index in take}
@@ -239,16 +206,7 @@ class InceptionBN(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the named intermediate maps don't need.
-
-        Args:
-            indices: which of the five maps stay, as in :meth:`forward_intermediates`.
-            prune_norm: without effect, since no norm follows the last block.
-            prune_head: remove the classifier; it goes anyway if the last block goes.
-
-        Returns:
-            The indices that stay.
-        """
+        """Remove what the named intermediate maps don't need, by timm's conventions; return the indices that stay."""
         take, last = feature_take_indices(len(self.taps), indices)
         names = list(self.blocks)
         for name in names[names.index(self.taps[last]) + 1 :]:

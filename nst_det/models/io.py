@@ -6,7 +6,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -47,9 +48,7 @@ LARGEST_WEIGHTS = 16 << 30
 
 
 def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Copy ``state_dict`` into ``model``.
-
-    Nothing is copied unless all of it fits.
+    """Copy ``state_dict`` into ``model``; nothing is copied unless all of it fits.
 
     Args:
         model: any module.
@@ -65,42 +64,33 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
 
 
 def check_shapes(given: Mapping[str, Sequence[int]], own: Mapping[str, Tensor], source: str) -> None:
-    """Compare names and shapes, as :func:`load_strict` does, before any weight is read.
+    """Compare names and shapes with a model's own, as :func:`load_strict` does, before any weight is read."""
 
-    Args:
-        given: shapes by name.
-        own: the model's state dict.
-        source: file or architecture, named in the error.
+    def size(shape: Sequence[int]) -> str:
+        return "x".join(map(str, shape)) or "scalar"
 
-    Raises:
-        ValueError: they differ.
-    """
-    missing = [key for key in own if key not in given and not key.endswith(OPTIONAL_SUFFIX)]
-    unexpected = [key for key in given if key not in own]
-    shapes = [
-        f"{key} {_size(given[key])} for {_size(own[key].shape)}"
-        for key in own
-        if key in given and tuple(given[key]) != tuple(own[key].shape)
-    ]
-    if missing or unexpected or shapes:
-        parts = [_shown("missing", missing), _shown("unexpected", unexpected), _shown("other shapes", shapes)]
-        raise ValueError(f"{source}: these weights don't fit the model: {'; '.join(part for part in parts if part)}")
+    faults = {
+        "missing": [key for key in own if key not in given and not key.endswith(OPTIONAL_SUFFIX)],
+        "unexpected": [key for key in given if key not in own],
+        "other shapes": [
+            f"{key} {size(given[key])} for {size(own[key].shape)}"
+            for key in own
+            if key in given and tuple(given[key]) != tuple(own[key].shape)
+        ],
+    }
+    parts = [f"{len(names)} {what} ({first_names(names)})" for what, names in faults.items() if names]
+    if parts:
+        raise ValueError(f"{source}: these weights don't fit the model: {'; '.join(parts)}")
 
 
-def _size(shape: Iterable[int]) -> str:
-    return "x".join(str(size) for size in shape) or "scalar"
-
-
-def _shown(what: str, names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{len(names)} {what} ({', '.join(names[:SHOWN])}{more})"
+def first_names(names: Sequence[str]) -> str:
+    """Return the first few names, and how many there are beyond."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 @contextmanager
 def trusting_pickles(trust: bool = True) -> Iterator[None]:
-    """Within the block any pickle is opened (TRUST_PICKLE, ``--trust-pickle``); False changes nothing."""
+    """Open any pickle within the block (TRUST_PICKLE, ``--trust-pickle``); False changes nothing."""
     token = _trusted.set(trust or _trusted.get())
     try:
         yield
@@ -109,19 +99,16 @@ def trusting_pickles(trust: bool = True) -> Iterator[None]:
 
 
 def pickles_are_trusted() -> bool:
-    """Whether this is within :func:`trusting_pickles`."""
+    """Return whether this is within :func:`trusting_pickles`."""
     return _trusted.get()
 
 
 def load_pickled(path: str | Path) -> Any:
-    """What is in a ``.pth``, ``.pt``, ``.pyth`` or ``.pkl`` file, tensors on the CPU.
+    """Read a ``.pth``, ``.pt``, ``.pyth`` or ``.pkl`` file, tensors on the CPU.
 
     Plain tensors, numbers, text and containers of them are read by ``torch.load(weights_only=True)``, which runs
     nothing.  A pickle with anything else in it (Detectron2's ``.pkl`` files have NumPy arrays) is opened only where
     pickles are trusted.
-
-    Raises:
-        UserError: no such file, damaged, no weights file at all, or a pickle that isn't trusted.
     """
     path = Path(path)
     try:
@@ -170,18 +157,6 @@ def _open_trusted(path: Path, zipped: bool) -> Any:
         raise UserError(f"{path}: damaged, or not a weights file ({type(error).__name__}); get it again") from error
 
 
-def as_tensors(value: Any) -> Any:
-    """NumPy arrays of a mapping as tensors; all else as it is.
-
-    Example:
-        >>> as_tensors({"a": np.zeros(2, np.float32)})
-        {'a': tensor([0., 0.])}
-    """
-    if not isinstance(value, Mapping):
-        return value
-    return {key: torch.from_numpy(item) if isinstance(item, np.ndarray) else item for key, item in value.items()}
-
-
 def save_backbone(path: str | Path, model: nn.Module, card: Card) -> Card:
     """Write a classifier and its card, both atomically; the card goes last, so a file without one is unfinished.
 
@@ -220,14 +195,14 @@ def save_backbone(path: str | Path, model: nn.Module, card: Card) -> Card:
 
 
 def card_path(path: str | Path) -> Path:
-    """The card's path of a backbone file."""
+    """Return the card's path of a backbone file."""
     return Path(path).with_name(Path(path).name.removesuffix(".safetensors") + ".json")
 
 
 def load_card(path: str | Path) -> Card:
     """Read and check the card beside a backbone file, or of ``backbone://NAME``.
 
-    A card without its checksum (``content_sha256``), by an earlier version or by hand, is read as well.
+    A card without its checksum (``content_sha256``), written by hand, is read as well.
 
     Raises:
         UserError: missing, too large, not a card, or not as it was written.
@@ -266,7 +241,7 @@ def load_backbone(path: str | Path) -> tuple[dict[str, Tensor], Card]:
             own = create_model(card.arch, card.num_classes, **card.arch_kwargs).state_dict()
         check_shapes(shapes, own, str(path))
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: {_without(str(error), str(path))}") from error
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     if sha256_of_file(path) != card.sha256:
         raise UserError(f"{path}: the weights are not those of the card (sha256 differs); get both files again")
     return load_file(str(path)), card
@@ -303,19 +278,18 @@ def load_plain(path: str | Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
-    value = as_tensors(value)
-    fits = isinstance(value, Mapping) and value
-    if not fits or not all(isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items()):
+    tensors = {}
+    for key, item in value.items() if isinstance(value, Mapping) else ():
+        item = torch.from_numpy(item) if isinstance(item, np.ndarray) else item
+        if isinstance(key, str) and isinstance(item, Tensor):
+            tensors[key.removeprefix("module.")] = item
+    if not tensors or len(tensors) < len(value):
         raise UserError(f"{path}: not a state dict (a mapping of names to tensors); name a file of weights")
-    return {key.removeprefix("module."): item for key, item in value.items()}
-
-
-def _without(text: str, prefix: str) -> str:
-    return text.removeprefix(f"{prefix}: ")
+    return tensors
 
 
 def list_backbones(folders: Sequence[Path]) -> tuple[list[tuple[str, Card]], list[str]]:
-    """Names and cards of all backbones in ``folders``, and one line for each file that can't be used."""
+    """Return names and cards of all backbones in ``folders``, and one line for each file that can't be used."""
     found: dict[str, Card] = {}
     faults = []
     for folder in folders:
@@ -330,26 +304,16 @@ def list_backbones(folders: Sequence[Path]) -> tuple[list[tuple[str, Card]], lis
 
 
 def backbones_table(entries: Sequence[tuple[str, Card]], title: str) -> Table:
-    """A rich table: name, architecture, method, accuracy, size, teacher, data, date."""
+    """Return a table of name, architecture, method, accuracy, size, teacher, data and date."""
     table = Table(title=title, title_justify="left")
-    for heading in ("name", "arch", "method"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("top-1", "params"):
-        table.add_column(heading, justify="right")
-    for heading in ("teacher", "data", "date"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("name", "arch", "method", "top-1", "params", "teacher", "data", "date"):
+        right = heading in ("top-1", "params")
+        table.add_column(heading, justify="right" if right else "left", overflow="ellipsis" if right else "fold")
     for name, card in entries:
         top1 = "" if card.top1 is None else f"{100 * card.top1:.1f} %"
         params = "" if card.params is None else f"{card.params / 1e6:.2f} M"
         teacher, data = str(card.teacher.get("name", "")), str(card.data.get("name", ""))
-        # Text, not markup: names come from files
-        table.add_row(
-            *(_plain(text) for text in (name, card.arch, card.method, top1, params, teacher, data, card.date[:10]))
-        )
+        cells = (name, card.arch, card.method, top1, params, teacher, data, card.date[:10])
+        # not markup: names come from files
+        table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in cells))
     return table
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape("".join(character if character.isprintable() else "?" for character in text))

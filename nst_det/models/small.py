@@ -76,33 +76,30 @@ def _default_cfg() -> dict[str, Any]:
     }
 
 
-def _build(layers: tuple[int, int, int, int], width: int, pretrained: bool, kwargs: dict[str, Any]) -> ResNet:
+def _architecture(pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what of timm's arguments is the network's."""
     if pretrained:
-        raise ValueError("the small networks have no pretrained weights; train them by stage one")
-    own = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "scriptable")
-    model = SmallStemResNet(layers, width, **{key: value for key, value in kwargs.items() if key not in own})
+        raise ValueError("the small networks and the MLPs have no pretrained weights; train them by stage one")
+    others = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "scriptable")
+    return {key: value for key, value in kwargs.items() if key not in others}
+
+
+def _resnet(layers: tuple[int, int, int, int], width: int, pretrained: bool, kwargs: dict[str, Any]) -> ResNet:
+    model = SmallStemResNet(layers, width, **_architecture(pretrained, kwargs))
     model.default_cfg = model.pretrained_cfg = _default_cfg()
     return model
 
 
 @register_model
 def nst_resnet10_w32(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Student: one basic block a stage, 32 to 256 channels, 1.2 million parameters.
-
-    Raises:
-        ValueError: ``pretrained``, since no weights of it are published.
-    """
-    return _build((1, 1, 1, 1), 32, pretrained, kwargs)
+    """Student: one basic block a stage, 32 to 256 channels, 1.2 million parameters."""
+    return _resnet((1, 1, 1, 1), 32, pretrained, kwargs)
 
 
 @register_model
 def nst_resnet18_w48(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Teacher: two basic blocks a stage, 48 to 384 channels, 6.3 million parameters.
-
-    Raises:
-        ValueError: ``pretrained``, since no weights of it are published.
-    """
-    return _build((2, 2, 2, 2), 48, pretrained, kwargs)
+    """Teacher: two basic blocks a stage, 48 to 384 channels, 6.3 million parameters."""
+    return _resnet((2, 2, 2, 2), 48, pretrained, kwargs)
 
 
 class MLP(nn.Module):
@@ -159,21 +156,10 @@ class MLP(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The hidden vectors as maps (B, width, 1, 1), as timm's models give theirs.
-
-        Args:
-            x: images (B, in_chans, H, W).
-            indices: of the hidden layers; a number takes that many of the last ones, None all.
-            norm: there is no other norm than the layers' own.
-            stop_early: go no further than the last index.
-            output_fmt: NCHW.
-            intermediates_only: leave out the last hidden vector (B, width).
-
-        Returns:
-            The last hidden vector and the list of maps, or the list alone.
+        """The last hidden vector (B, width) and the hidden vectors as maps (B, width, 1, 1), by timm's conventions.
 
         Raises:
-            ValueError: another format.
+            ValueError: another format than NCHW.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"an MLP gives its hidden vectors as NCHW, not {output_fmt}")
@@ -206,11 +192,8 @@ class MLP(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _build_mlp(width: int, pretrained: bool, kwargs: dict[str, Any]) -> MLP:
-    if pretrained:
-        raise ValueError("the MLPs have no pretrained weights; train them by stage one")
-    own = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "scriptable")
-    model = MLP(width, **{key: value for key, value in kwargs.items() if key not in own})
+def _mlp(width: int, pretrained: bool, kwargs: dict[str, Any]) -> MLP:
+    model = MLP(width, **_architecture(pretrained, kwargs))
     config = {"url": "", "num_classes": 1000, "input_size": (3, model.img_size, model.img_size), "classifier": "head"}
     model.default_cfg = model.pretrained_cfg = config  # type: ignore[assignment]
     return model
@@ -218,29 +201,17 @@ def _build_mlp(width: int, pretrained: bool, kwargs: dict[str, Any]) -> MLP:
 
 @register_model
 def nst_mlp_w1024(pretrained: bool = False, **kwargs: Any) -> MLP:
-    """Three hidden layers of 1024 units on 32 x 32 pixels, 6.3 million parameters with 1000 classes.
-
-    Raises:
-        ValueError: ``pretrained``, since no weights of it are published.
-    """
-    return _build_mlp(1024, pretrained, kwargs)
+    """Three hidden layers of 1024 units on 32 x 32 pixels, 6.3 million parameters with 1000 classes."""
+    return _mlp(1024, pretrained, kwargs)
 
 
 @register_model
 def nst_mlp_w2048(pretrained: bool = False, **kwargs: Any) -> MLP:
-    """Three hidden layers of 2048 units on 32 x 32 pixels, 16.7 million parameters with 1000 classes.
-
-    Raises:
-        ValueError: ``pretrained``, since no weights of it are published.
-    """
-    return _build_mlp(2048, pretrained, kwargs)
+    """Three hidden layers of 2048 units on 32 x 32 pixels, 16.7 million parameters with 1000 classes."""
+    return _mlp(2048, pretrained, kwargs)
 
 
 @register_model
 def nst_mlp_w4096(pretrained: bool = False, **kwargs: Any) -> MLP:
-    """Three hidden layers of 4096 units on 32 x 32 pixels, 50.3 million parameters with 1000 classes.
-
-    Raises:
-        ValueError: ``pretrained``, since no weights of it are published.
-    """
-    return _build_mlp(4096, pretrained, kwargs)
+    """Three hidden layers of 4096 units on 32 x 32 pixels, 50.3 million parameters with 1000 classes."""
+    return _mlp(4096, pretrained, kwargs)

@@ -6,36 +6,35 @@ file) from what ``nst-det compare`` put into ``results.json`` and from the run f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nst_det.comparison.result import ComparisonResult
 
 __all__ = ["write_report"]
 
 
-def write_report(results: Mapping[str, Any], folder: str | Path, runs: str | Path) -> None:
+def write_report(results: ComparisonResult, folder: str | Path, runs: str | Path) -> None:
     """Write the report of a comparison; equal input gives equal bytes.
 
     Run folders that are gone cost the report its curves or sample images, never its numbers.
 
     Args:
-        results: the content of ``results.json``; AP, mAP and top-1 as fractions 0..1.
+        results: what was found, see :class:`~nst_det.comparison.result.ComparisonResult`.
         folder: where the files go.
         runs: the folder of the comparison; run folders in ``results`` are relative to it.
 
     Raises:
-        UserError: a field of ``results`` is missing or wrong, or ``folder`` can't be written.
+        UserError: ``folder`` can't be written.
     """
     from nst_det.engine.io import write_text
     from nst_det.report.page import render_page
-    from nst_det.report.schema import read_results
     from nst_det.report.summary import conclusion
     from nst_det.report.tables import csv_table, latex_table, markdown_table
 
-    folder = Path(folder)
-    read = read_results(results, Path(runs), str(folder / "results.json"))
-    sentence = conclusion(read)
-    write_text(folder / "results.csv", csv_table(read))
-    write_text(folder / "table.md", markdown_table(read, sentence))
-    write_text(folder / "table.tex", latex_table(read, sentence))
-    write_text(folder / "index.html", render_page(read))
+    folder, sentence = Path(folder), conclusion(results)
+    write_text(folder / "results.csv", csv_table(results))
+    write_text(folder / "table.md", markdown_table(results, sentence))
+    write_text(folder / "table.tex", latex_table(results, sentence))
+    write_text(folder / "index.html", render_page(results, Path(runs)))

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nst_det.comparison.result import BASELINE, ComparisonResult
+from nst_det.data.annotation import VocAnnotation
 from nst_det.data.voc import VocDataset
 from nst_det.engine.config import expand_path
 from nst_det.engine.io import read_json
 from nst_det.errors import UserError
-from nst_det.report.schema import BASELINE, Results, Row
+from nst_det.evaluation.boxes import Detections
+from nst_det.evaluation.io import detections_from_json
 
 log = logging.getLogger(__name__)
 SCORE_THRESHOLD = 0.5
@@ -27,65 +30,34 @@ LONGEST_SIDE = 400
 # panels beside the ground truth: the baseline, the leading row, the one after it
 FIRST_PANELS = 3
 FOUND, MISSED, FALSE, TRUE, DIFFICULT = "found", "missed", "false", "true", "difficult"
-Detections = Mapping[str, Sequence[tuple[str, float, NDArray[np.float64]]]]  # image -> (class, score, xyxy)
+# class, score, xyxy in 0-based continuous pixels; the best score first
+Found = Sequence[tuple[str, float, NDArray[Any]]]
 
 
-@dataclass(frozen=True)
-class Truth:
-    """One test image.
-
-    ``boxes`` are (N, 4) xyxy in 0-based continuous pixels, ``labels`` N class names, ``difficult`` N flags.
-    """
-
-    image_id: str
-    path: Path
-    boxes: NDArray[np.float64]
-    labels: tuple[str, ...]
-    difficult: NDArray[np.bool_]
-
-
-def read_truth(config_file: Path) -> list[Truth]:
-    """All test images of a run, in the order of the split.
-
-    Args:
-        config_file: a run's ``config.json`` (dotted keys); DATASETS.TEST names entries of DATASETS.VOC.
+def open_test(run: Path, classes: Sequence[str]) -> list[VocDataset]:
+    """Return the data sets that a run was tested on; its ``config.json`` names them.
 
     Raises:
         UserError: the config or the data can't be read any more.
     """
-    truth = []
-    # classes given, so that they are not looked for in the annotations: only names are used here
-    for data in open_test(config_file, ("any",)):
-        for id_ in data.ids:
-            found = data.annotation(id_)
-            boxes = found.boxes.astype(np.float64)
-            truth.append(Truth(id_, data.image_path(id_), boxes, found.names, found.difficult))
-    return truth
-
-
-def open_test(config_file: Path, classes: Sequence[str]) -> list[VocDataset]:
-    """The data sets that a run was tested on.
-
-    Args:
-        config_file: as :func:`read_truth` takes it.
-        classes: class names in the order of their labels.
-
-    Raises:
-        UserError: the config or the data can't be read any more.
-    """
-    config = read_json(config_file)
-    names = _value(config, "DATASETS.TEST", config_file)
+    config = read_json(run / "config.json")
     opened = []
-    for name in [names] if isinstance(names, str) else names:
-        root, split = (_value(config, f"DATASETS.VOC.{name}.{field}", config_file) for field in ("ROOT", "SPLIT"))
+    for name in _value(config, "DATASETS.TEST", run):
+        root, split = (_value(config, f"DATASETS.VOC.{name}.{field}", run) for field in ("ROOT", "SPLIT"))
         opened.append(VocDataset(expand_path(root, f"DATASETS.VOC.{name}.ROOT"), split, classes))
     return opened
 
 
-def _value(config: Any, key: str, file: Path) -> Any:
+def _value(config: Any, key: str, run: Path) -> Any:
     if not isinstance(config, dict) or not config.get(key):
-        raise UserError(f"{file}: {key} is missing; the report can't find the test images")
+        raise UserError(f"{run / 'config.json'}: {key} is missing; the report can't find the test images")
     return config[key]
+
+
+def read_found(run: Path, image_ids: Sequence[str], classes: Sequence[str]) -> Detections:
+    """Return what the detector of a run found on its test images."""
+    path = run / "detections.json"
+    return detections_from_json(read_json(path), image_ids, classes, str(path))
 
 
 @dataclass(frozen=True)
@@ -132,90 +104,70 @@ class Samples:
 
     samples: tuple[Sample, ...] = ()
     leader: str = ""
-    seed: int = 0
+    seed: str = ""
     images: int = 0
     reason: str = ""
 
 
-def choose_samples(results: Results, count: int = IMAGES) -> Samples:
-    """The ``count`` images on which the leading row misses most, with every row's detections on them.
+def choose_samples(results: ComparisonResult, runs: Path, count: int = IMAGES) -> Samples:
+    """Choose the ``count`` images on which the leading row misses most, with every row's detections on them.
 
     Detections are those of the first seed with a score of at least :data:`SCORE_THRESHOLD`; one finds an object
     by the rule of PASCAL VOC (same class, IoU >= 0.5 in whole pixels, each object once, difficult ones don't count).
     """
     leader = results.leader
-    run = leader.runs[0] if leader is not None and leader.runs else None
-    if leader is None or run is None or run.run is None:
-        return Samples(reason="the results name no run folders")
+    assert leader is not None, "every comparison has the row ce"
+    seed = min(leader.per_seed, key=int)
+    folders = {row.method: runs / row.per_seed[seed].run for row in results.rows if seed in row.per_seed}
     try:
-        truth = read_truth(run.run / "config.json")
+        truth = [
+            (annotation, data.image_path(annotation.id))
+            for data in open_test(folders[leader.method], results.classes)
+            for annotation in data.annotations()
+        ]
+        ids = [annotation.id for annotation, _ in truth]
         by_row = {
-            row.method: detections for row in results.rows if (detections := _detections(row, run.seed)) is not None
+            method: _by_image(read_found(folder, ids, results.classes))
+            for method, folder in folders.items()
+            if (folder / "detections.json").exists()
         }
     except (UserError, OSError) as error:
         log.warning("no sample images in the report: %s", error)
         return Samples(reason="the test images or the detections can't be read any more")
     if leader.method not in by_row:
         return Samples(reason=f"{leader.method} has no detections.json")
-    ranked = sorted(truth, key=lambda image: _badness(image, by_row[leader.method]))
-    first = _first_rows(results, by_row)
+    ranked = sorted(truth, key=lambda image: _badness(image[0], by_row[leader.method]))
+    best = sorted(results.methods, key=lambda row: -row.map)
+    first = [name for name in (BASELINE, *(row.method for row in best)) if name in by_row][:FIRST_PANELS]
     samples: list[Sample] = []
-    for image in ranked:
-        if len(samples) == count:
-            break
-        sample = _sample(image, by_row, first)
-        if sample is not None:
-            samples.append(sample)
+    for annotation, path in ranked:
+        if len(samples) < count and (picture := _picture(path)) is not None:
+            samples.append(_sample(annotation, picture, by_row, first))
     reason = "" if samples else "none of the test images can be read any more"
-    return Samples(tuple(samples), leader.method, run.seed, len(truth), reason)
+    return Samples(tuple(samples), leader.method, seed, len(truth), reason)
 
 
-def _first_rows(results: Results, by_row: Mapping[str, Detections]) -> list[str]:
-    """The baseline, then the transfer methods from the highest mAP down."""
-    best = sorted((row for row in results.rows if row.is_method), key=lambda row: -row.map)
-    return [name for name in (BASELINE, *(row.method for row in best)) if name in by_row][:FIRST_PANELS]
-
-
-def _badness(image: Truth, detections: Detections) -> tuple[int, int, str]:
-    found, false = match(image, detections.get(image.image_id, ()))
-    missed = int(np.sum(~found & ~image.difficult))
-    return -missed, -sum(kind == FALSE for kind in false), image.image_id
-
-
-def _detections(row: Row, seed: int) -> dict[str, list[tuple[str, float, NDArray[np.float64]]]] | None:
-    """Detections above the threshold by image, the best score first; None where the row has no such seed."""
-    folder = next((run.run for run in row.runs if run.seed == seed), None)
-    if folder is None or not (folder / "detections.json").exists():
-        return None
-    path = folder / "detections.json"
-    by_image: dict[str, list[tuple[str, float, NDArray[np.float64]]]] = {}
-    try:
-        for entry in read_json(path):
-            if entry["score"] >= SCORE_THRESHOLD:
-                x, y, width, height = (float(value) for value in entry["bbox"])
-                box = np.array([x, y, x + width, y + height])
-                by_image.setdefault(str(entry["image_id"]), []).append((str(entry["category"]), entry["score"], box))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a list of detections ({error}); evaluate this run again") from error
-    for found in by_image.values():
-        found.sort(key=lambda detection: -detection[1])
+def _by_image(found: Detections) -> dict[str, list[tuple[str, float, NDArray[Any]]]]:
+    by_image: dict[str, list[tuple[str, float, NDArray[Any]]]] = {}
+    for index in np.argsort(-found.score, kind="stable"):
+        if (score := float(found.score[index])) >= SCORE_THRESHOLD:
+            one = (found.classes[found.label[index]], score, found.box[index] - (1, 1, 0, 0))
+            by_image.setdefault(found.image_id[index], []).append(one)
     return by_image
 
 
-def match(
-    image: Truth, detections: Sequence[tuple[str, float, NDArray[np.float64]]]
-) -> tuple[NDArray[np.bool_], list[str]]:
-    """Which objects are found, and for each detection whether it is ``found``, ``false`` or on a ``difficult`` object.
+def _badness(image: VocAnnotation, detections: Mapping[str, Found]) -> tuple[int, int, str]:
+    found, kinds = match(image, detections.get(image.id, ()))
+    return -int(np.sum(~found & ~image.difficult)), -kinds.count(FALSE), image.id
 
-    Args:
-        image: the ground truth.
-        detections: (class, score, xyxy box in 0-based continuous pixels), the best score first.
-    """
-    found = np.zeros(len(image.labels), dtype=bool)
+
+def match(image: VocAnnotation, detections: Found) -> tuple[NDArray[np.bool_], list[str]]:
+    """Return which objects are found, and whether each detection is ``found``, ``false`` or on a ``difficult`` one."""
+    found = np.zeros(len(image.names), dtype=bool)
+    same_class = {label: np.array([name == label for name in image.names]) for label, _, _ in detections}
     kinds = []
     for label, _, box in detections:
-        same = np.array([other == label for other in image.labels], dtype=bool)
-        overlaps = np.where(same, _iou(box, image.boxes), -1.0) if len(same) else np.zeros(0)
+        overlaps = np.where(same_class[label], _iou(box, image.boxes), -1.0) if len(found) else np.zeros(0)
         best = int(np.argmax(overlaps)) if len(overlaps) else -1
         if best < 0 or overlaps[best] < IOU_THRESHOLD:
             kinds.append(FALSE)
@@ -227,56 +179,47 @@ def match(
     return found, kinds
 
 
-def _iou(box: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """IoU of one box with many; continuous edges, which equals the +1 convention on inclusive pixels."""
+def _iou(box: NDArray[Any], boxes: NDArray[Any]) -> NDArray[np.float64]:
+    """Return IoU of one box with many; continuous edges, which equals the +1 convention on inclusive pixels."""
     sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
     inner = np.prod(np.clip(sides, 0, None), axis=1)
     outer = np.prod(box[2:] - box[:2]) + np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) - inner
     return inner / np.maximum(outer, 1e-9)
 
 
-def _sample(image: Truth, by_row: Mapping[str, Detections], first: Sequence[str]) -> Sample | None:
-    picture = _picture(image.path)
-    if picture is None:
-        return None
+def _sample(
+    image: VocAnnotation,
+    picture: tuple[str, int, int, float],
+    by_row: Mapping[str, Mapping[str, Found]],
+    first: list[str],
+) -> Sample:
     data, width, height, scale = picture
     truth = [
         _box(box, scale, label, DIFFICULT if hard else TRUE)
-        for box, label, hard in zip(image.boxes, image.labels, image.difficult)
+        for box, label, hard in zip(image.boxes, image.names, image.difficult)
     ]
-    panels = {
-        method: _panel(method, image, detections.get(image.image_id, ()), scale)
-        for method, detections in by_row.items()
-    }
+    panels = {method: _panel(method, image, found.get(image.id, ()), scale) for method, found in by_row.items()}
     more = tuple(panel for method, panel in panels.items() if method not in first)
     objects = int(np.sum(~image.difficult))
-    return Sample(
-        image.image_id,
-        data,
-        width,
-        height,
-        objects,
-        Panel("ground truth", tuple(truth)),
-        tuple(panels[method] for method in first),
-        more,
-    )
+    shown = tuple(panels[method] for method in first)
+    return Sample(image.id, data, width, height, objects, Panel("ground truth", tuple(truth)), shown, more)
 
 
-def _panel(method: str, image: Truth, detections: Sequence[tuple[str, float, Any]], scale: float) -> Panel:
+def _panel(method: str, image: VocAnnotation, detections: Found, scale: float) -> Panel:
     found, kinds = match(image, detections)
-    missed = [index for index in range(len(found)) if not found[index] and not image.difficult[index]]
-    boxes = [_box(image.boxes[index], scale, image.labels[index], MISSED) for index in missed]
+    missed = np.flatnonzero(~found & ~image.difficult)
+    boxes = [_box(image.boxes[index], scale, image.names[index], MISSED) for index in missed]
     boxes += [_box(box, scale, label, kind, score) for (label, score, box), kind in zip(detections, kinds)]
-    return Panel(method, tuple(boxes), int(found.sum()), len(missed), sum(kind == FALSE for kind in kinds))
+    return Panel(method, tuple(boxes), int(found.sum()), len(missed), kinds.count(FALSE))
 
 
-def _box(box: NDArray[np.float64], scale: float, label: str, kind: str, score: float | None = None) -> Box:
+def _box(box: NDArray[Any], scale: float, label: str, kind: str, score: float | None = None) -> Box:
     x, y, right, bottom = (round(float(value) * scale, 1) for value in box)
     return Box(x, y, round(right - x, 1), round(bottom - y, 1), label, kind, score)
 
 
 def _picture(path: Path) -> tuple[str, int, int, float] | None:
-    """A small JPEG of an image as a data URI, its size and its scale; None where it can't be read."""
+    """Return a small JPEG of an image as a data URI, its size and its scale; None where it can't be read."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -286,9 +229,7 @@ def _picture(path: Path) -> tuple[str, int, int, float] | None:
         log.warning("%s: left out of the report (%s)", path, type(error).__name__)
         return None
     scale = min(1.0, LONGEST_SIDE / max(rgb.size))
-    if scale < 1:
-        size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
-        rgb = rgb.resize(size, Image.Resampling.LANCZOS)
+    rgb.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     rgb.save(out, "JPEG", quality=82)
     data = f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

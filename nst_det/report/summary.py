@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
+from nst_det.comparison.result import BASELINE, ComparisonResult, RowResult
+from nst_det.comparison.statistics import BETTER, NOISE, SINGLE, WORSE
 from nst_det.engine.metrics import TOTALS
-from nst_det.report.curves import Curve, Curves, Training
-from nst_det.report.schema import BASELINE, BETTER, LOWER_MARK, NO_FPN, NOISE, SINGLE, WORSE, Results, Row
+from nst_det.report.curves import Curves, Training
 from nst_det.report.tables import fraction, interval_text, signed
 
 QUESTION = "Which transfer method gives the better detector?"
@@ -31,95 +32,85 @@ PAPER_ERROR = {
 TRANSFER = "loss_transfer_"
 
 
-def conclusion(results: Results) -> str:
-    """The result in one or two sentences, made from the verdicts alone.
+def conclusion(results: ComparisonResult) -> str:
+    """Return the result in one or two sentences, made from the verdicts alone.
 
     With a single seed it says that there is no spread to judge by and names no winner.
     """
-    methods = [row for row in results.rows if row.is_method]
-    leader = results.leader
+    methods, leader = results.methods, results.leader
     if not methods or leader is None:
         return "No transfer method was compared: there is nothing to tell apart yet."
-    if results.row(BASELINE) is None:
-        return f"{leader.method} has the highest mAP ({fraction(leader.map)}), but there is no row ce to compare with."
     if all(row.verdict == SINGLE for row in methods):
         return (
             f"With one seed there is no spread to judge by: {leader.method} has the highest mAP "
-            f"({fraction(leader.map)}, {signed(leader.delta)} against ce), "
+            f"({fraction(leader.map)}, {signed(leader.delta_vs_ce)} against ce), "
             "but another seed may order the rows otherwise."
         )
-    better, worse, noise = (_ordered(methods, verdict) for verdict in (BETTER, WORSE, NOISE))
-    seeds = f"Over {len(results.seeds)} seeds"
+    ordered = sorted(methods, key=lambda row: -row.delta_vs_ce)
+    better, worse, noise = ([row for row in ordered if row.verdict == verdict] for verdict in (BETTER, WORSE, NOISE))
+    text = f"Over {len(results.seeds)} seeds, "
     if better:
         best = better[0]
-        interval = f" (95 % interval {interval_text(best).strip('[]').replace(', ', ' to ')})" if best.interval else ""
-        gain = f"{signed(best.delta)} mAP{interval}"
-        text = f"{seeds}, {_names(better)} {_verb(better, 'beats', 'beat')} ce (labels only)"
+        interval = f" (95 % interval {interval_text(best).strip('[]').replace(', ', ' to ')})"
+        gain = f"{signed(best.delta_vs_ce)} mAP{interval if best.delta_interval else ''}"
+        text += f"{_names(better)} {'beat' if len(better) > 1 else 'beats'} ce (labels only)"
         text += f". The largest gain is that of {best.method}: {gain}." if len(better) > 1 else f": {gain}."
-    elif noise:
-        text = f"{seeds}, no transfer method can be told to beat ce (labels only)."
     else:
-        text = f"{seeds}, no transfer method beats ce (labels only)."
+        text += f"no transfer method {'can be told to beat' if noise else 'beats'} ce (labels only)."
     if noise:
         which = f"{len(noise)} of the {len(methods)} methods" if len(noise) > MOST_NAMES else _names(noise)
         everyone = len(noise) == len(methods) > 1
         text += " Every difference lies" if everyone else f" For {which}, the difference lies"
         text += " within the noise."
-    if worse:
-        text += f" Worse than ce: {_names(worse)}."
-    return text
+    return text + (f" Worse than ce: {_names(worse)}." if worse else "")
 
 
-def caveats(results: Results) -> list[str]:
-    """What a careful reader should know before quoting the result; short sentences, the weightiest first."""
+def caveats(results: ComparisonResult) -> list[str]:
+    """Return what a careful reader should know before quoting the result; short sentences, the weightiest first."""
     notes = []
-    corrected = [row for row in results.rows if row.is_method and row.verdict in (BETTER, WORSE) and row.p_holm]
-    lost = [row for row in corrected if row.p_holm is not None and row.p_holm >= 0.05]
-    if lost:
+    told = [row for row in results.methods if row.verdict in (BETTER, WORSE)]
+    if lost := [row for row in told if row.p_holm is not None and row.p_holm >= 0.05]:
         notes.append(
             f"Each interval stands for its row alone. With Holm's correction for the number of rows, "
             f"{_names(lost)} would no longer count as told from ce (p ≥ 0.05)."
         )
     notes += [note for note in (not_above(results), unequal_weights(results)) if note]
-    scratch, baseline = results.row(LOWER_MARK), results.row(BASELINE)
+    scratch, baseline, bare = (results.row(method) for method in ("scratch", BASELINE, "no-fpn"))
     if scratch and baseline:
-        gain = baseline.map - scratch.map
+        gain = signed(baseline.map - scratch.map)
         notes.append(
-            f"Stage one itself: a backbone trained with labels only (ce) gives {signed(gain)} mAP against a random one."
+            f"Stage one itself: a backbone trained with labels only (ce) gives {gain} mAP against a random one."
         )
-    bare = results.row(NO_FPN)
-    if bare and baseline and bare.delta is not None:
-        interval = "" if bare.interval is None else f" {interval_text(bare)}"
+    if bare:
         notes.append(
             f"FPN itself: without it the detector on the backbone of ce has mAP {fraction(bare.map)}, "
-            f"{signed(bare.delta)}{interval} against ce with it."
+            f"{f'{signed(bare.delta_vs_ce)} {interval_text(bare)}'.strip()} against ce with it."
         )
     single = [row for row in results.rows if row.verdict == SINGLE]
     if single and len(results.seeds) > 1:
         notes.append(f"Only one seed is shared with ce by {_names(single)}: no spread to judge by.")
     if len(results.seeds) == 2:
         notes.append("Two seeds give very wide intervals; three or more tell differences apart far better.")
-    if sum(row.is_method and row.interval is not None for row in results.rows) > 1:
+    if sum(row.delta_interval is not None for row in results.methods) > 1:
         notes.append("Intervals compare a method with ce, not two methods with each other.")
     return notes
 
 
-def not_above(results: Results) -> str | None:
-    """Which methods have no higher mAP than ce, and by how much; None where there is nothing to compare."""
-    methods = [row for row in results.rows if row.is_method and row.delta is not None]
-    if not methods or results.row(BASELINE) is None:
+def not_above(results: ComparisonResult) -> str | None:
+    """Return which methods have no higher mAP than ce, and by how much; None where there is nothing to compare."""
+    if not results.methods:
         return None
-    below = sorted((row for row in methods if (row.delta or 0.0) <= 0), key=lambda row: row.delta or 0.0)
+    below = sorted((row for row in results.methods if row.delta_vs_ce <= 0), key=lambda row: row.delta_vs_ce)
     if not below:
         return "Each method's row has a higher mAP than ce."
-    return f"Not above ce: {_listed([f'{row.method} ({signed(row.delta)})' for row in below])}."
+    return f"Not above ce: {_listed([f'{row.method} ({signed(row.delta_vs_ce)})' for row in below])}."
 
 
-def unequal_weights(results: Results) -> str | None:
-    """Whether the methods' weights were found on unequal terms; None where all are alike or nothing is known."""
+def unequal_weights(results: ComparisonResult) -> str | None:
+    """Return whether the methods' weights were found on unequal terms; None where all are alike or nothing is known."""
     by_source: dict[str, list[str]] = {}
-    for row in results.rows:
-        if row.is_method and row.weights:
+    for row in results.methods:
+        if row.weights:
             by_source.setdefault(row.weights, []).append(row.method)
     if len(by_source) < 2:
         return None
@@ -130,11 +121,7 @@ def unequal_weights(results: Results) -> str | None:
     )
 
 
-def _ordered(rows: list[Row], verdict: str) -> list[Row]:
-    return sorted((row for row in rows if row.verdict == verdict), key=lambda row: -(row.delta or 0.0))
-
-
-def _names(rows: list[Row]) -> str:
+def _names(rows: list[RowResult]) -> str:
     return _listed([row.method for row in rows])
 
 
@@ -142,23 +129,11 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _verb(rows: list[Row], one: str, many: str) -> str:
-    return one if len(rows) == 1 else many
-
-
 @dataclass(frozen=True)
 class PaperLine:
-    """One row beside the paper's; all numbers are fractions, None where the paper or the comparison has none.
+    """One row beside the paper's, as fractions: mAP on VOC 2007 test (table 4), top-1 on ImageNet (table 3).
 
-    Attributes:
-        method: its word.
-        paper_map: mAP on VOC 2007 test (table 4).
-        map: mAP here.
-        paper: the paper's difference in mAP to its baseline; None for the baseline.
-        here: the same here.
-        paper_top1: top-1 accuracy on ImageNet (table 3).
-        top1: top-1 accuracy of stage one here.
-        says: what the two differences say together.
+    ``paper`` and ``here`` are the differences in mAP to the baseline, ``direction`` says how they agree.
     """
 
     method: str
@@ -168,16 +143,16 @@ class PaperLine:
     here: float | None
     paper_top1: float
     top1: float | None
-    says: str
+    direction: str
 
 
-def against_paper(results: Results) -> list[PaperLine]:
-    """Each row that the paper has, with the paper's numbers: does the difference to the baseline point the same way?
+def against_paper(results: ComparisonResult) -> list[PaperLine]:
+    """Return each row that the paper has, with the paper's numbers; [] where no method of the paper was compared.
 
     In the paper every method beats the baseline, with one number each and no spread; so a row contradicts it
-    only where the row is told to be worse than ce.  Empty where no method of the paper was compared.
+    only where the row is told to be worse than ce.
     """
-    words = {
+    directions = {
         BETTER: "agrees",
         WORSE: "contradicts the paper",
         NOISE: "can't be told",
@@ -186,26 +161,25 @@ def against_paper(results: Results) -> list[PaperLine]:
     lines = []
     for row in results.rows:
         if row.method in PAPER_ERROR:
-            paper_map = PAPER[row.method] / 100 if row.method in PAPER else None
-            told = row.is_method and paper_map is not None
-            lines.append(
-                PaperLine(
-                    method=row.method,
-                    paper_map=paper_map,
-                    map=row.map,
-                    paper=(PAPER[row.method] - PAPER[BASELINE]) / 100 if told else None,
-                    here=row.delta if row.is_method else None,
-                    paper_top1=1 - PAPER_ERROR[row.method] / 100,
-                    top1=row.top1,
-                    says=words[row.verdict] if told else "the baseline" if row.method == BASELINE else "not in table 4",
-                )
+            told = row.is_method and row.method in PAPER
+            missing = "the baseline" if row.method == BASELINE else "not in table 4"
+            line = PaperLine(
+                method=row.method,
+                paper_map=PAPER[row.method] / 100 if row.method in PAPER else None,
+                map=row.map,
+                paper=(PAPER[row.method] - PAPER[BASELINE]) / 100 if told else None,
+                here=row.delta_vs_ce if row.is_method else None,
+                paper_top1=1 - PAPER_ERROR[row.method] / 100,
+                top1=row.top1,
+                direction=directions[row.verdict] if told else missing,
             )
+            lines.append(line)
     return lines if any(line.method != BASELINE for line in lines) else []
 
 
-def paper_order(results: Results) -> str | None:
-    """Whether the rows are in the paper's order by mAP; None with fewer than two of its methods."""
-    rows = [row for row in results.rows if row.is_method and row.method in PAPER]
+def paper_order(results: ComparisonResult) -> str | None:
+    """Return whether the rows are in the paper's order by mAP; None with fewer than two of its methods."""
+    rows = [row for row in results.methods if row.method in PAPER]
     if len(rows) < 2:
         return None
     here = [row.method for row in sorted(rows, key=lambda row: (-row.map, row.method))]
@@ -218,15 +192,7 @@ def paper_order(results: Results) -> str | None:
 
 @dataclass(frozen=True)
 class CheckpointLine:
-    """A row's checkpoints on the validation split; mAP are means over seeds, 0..1.
-
-    Attributes:
-        method: its word.
-        best: mAP of the best checkpoint.
-        steps: of the best checkpoint, one a seed.
-        last: mAP of the last one.
-        tested: which of them was tested, ``best`` or ``last``.
-    """
+    """A row's best and last checkpoint on the validation split: mAP are means over seeds, steps those of the best."""
 
     method: str
     best: float
@@ -235,15 +201,16 @@ class CheckpointLine:
     tested: str
 
 
-def checkpoint_lines(results: Results) -> list[CheckpointLine]:
-    """Best and last checkpoint of each row that was looked at on a validation split."""
+def checkpoint_lines(results: ComparisonResult) -> list[CheckpointLine]:
+    """Return best and last checkpoint of each row that was looked at on a validation split."""
     lines = []
     for row in results.rows:
-        known = [run.checkpoints for run in row.runs if run.checkpoints is not None]
-        if known:
-            best, last = (fmean(getattr(one, name).map for one in known) for name in ("best", "last"))
-            steps = tuple(one.best.step for one in known)
-            lines.append(CheckpointLine(row.method, best, steps, last, known[0].tested))
+        known = [(one.best.map, one.last.map, one) for seed in row.per_seed.values() if (one := seed.checkpoints)]
+        found = [(best, last, one) for best, last, one in known if best is not None and last is not None]
+        if found:
+            best, last = (fmean(values[at] for values in found) for at in (0, 1))  # type: ignore[misc]
+            steps = tuple(one.best.step for _, _, one in found)
+            lines.append(CheckpointLine(row.method, best, steps, last, found[0][2].tested))
     return lines
 
 
@@ -261,7 +228,7 @@ class TermShare:
 
 
 def term_shares(training: Training) -> list[TermShare]:
-    """The terms of all methods that have a term beside the task's own loss; means over seeds.
+    """Return the terms of all methods that have a term beside the task's own loss; means over seeds.
 
     In stage two the detector's own losses are one line, because they are what the transfer terms work against.
     """
@@ -269,26 +236,27 @@ def term_shares(training: Training) -> list[TermShare]:
     for method, terms in _by_method(training.distill_losses).items():
         lines += _shares("one", method, terms)
     for method, terms in _by_method(training.detect_losses).items():
-        taught = {name.removeprefix(TRANSFER): curve for name, curve in terms.items() if name.startswith(TRANSFER)}
-        own = [curve for name, curve in terms.items() if not name.startswith(TRANSFER)]
-        lines += _shares("two", method, taught, own)
+        taught = {name.removeprefix(TRANSFER): ends for name, ends in terms.items() if name.startswith(TRANSFER)}
+        own = [ends for name, ends in terms.items() if not name.startswith(TRANSFER)]
+        if taught and own:
+            sums = (sum(first for first, _ in own), sum(last for _, last in own))
+            lines += _shares("two", method, {"the detector's own": sums, **taught})
+        else:
+            lines += _shares("two", method, taught)
     return lines
 
 
-def _by_method(curves: Curves) -> dict[str, dict[str, Curve]]:
-    methods: dict[str, dict[str, Curve]] = {}
+def _by_method(curves: Curves) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return the first and last value of each term, by method; sums of terms are left out."""
+    methods: dict[str, dict[str, tuple[float, float]]] = {}
     for name, by_method in curves.items():
-        if name.removeprefix("loss/") not in TOTALS:
+        if (name := name.removeprefix("loss/")) not in TOTALS:
             for method, curve in by_method.items():
-                methods.setdefault(method, {})[name.removeprefix("loss/")] = curve
+                methods.setdefault(method, {})[name] = (float(curve.mean[0]), float(curve.mean[-1]))
     return methods
 
 
-def _shares(stage: str, method: str, terms: Mapping[str, Curve], own: list[Curve] | None = None) -> list[TermShare]:
-    ends = {name: (float(curve.mean[0]), float(curve.mean[-1])) for name, curve in terms.items()}
-    if own and ends:
-        sums = [sum(float(curve.mean[at]) for curve in own) for at in (0, -1)]
-        ends = {"the detector's own": (sums[0], sums[1]), **ends}
+def _shares(stage: str, method: str, ends: Mapping[str, tuple[float, float]]) -> list[TermShare]:
     if len(ends) < 2:
         return []
     first, last = (sum(value[at] for value in ends.values()) or 1.0 for at in (0, 1))

@@ -4,96 +4,61 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from nst_det.report.schema import BETTER, NOISE, REFERENCE, SINGLE, WORSE, Results, Row
+from nst_det.comparison.result import ComparisonResult, RowResult
+from nst_det.comparison.statistics import BETTER, NOISE, REFERENCE, SINGLE, WORSE
 
 MISSING = "–"
 MARKS = {BETTER: "better", WORSE: "worse", NOISE: "within noise", SINGLE: "one seed", REFERENCE: "reference"}
-# where a row learns from a teacher
-TRANSFER = {"backbone": "backbone", "detector": "detector", "": MISSING}
-# of the training of each stage
-SPEEDS = ("images_per_second", "data_wait", "gpu_memory_gib")
-COLUMNS = (
-    "method",
-    "stage",
-    "weights",
-    "map_11point",
-    "map_std",
-    "map_area",
-    "delta_vs_ce",
-    "delta_low",
-    "delta_high",
-    "verdict",
-    "p_holm",
-    "top1",
-    "params",
-    "macs",
-    "flops",
-    "latency_seconds",
-    "seconds",
-    "seconds_backbone",
-    "seconds_detector",
-    *(f"{name}_backbone" for name in SPEEDS),
-    *(f"{name}_detector" for name in SPEEDS),
-    "coco_ap",
-    "coco_ap_small",
-    "coco_ap_medium",
-    "coco_ap_large",
-    "seeds",
-)
 
 
 def fraction(value: float | None, digits: int = 3) -> str:
-    """A fraction 0..1 with fixed digits, or a dash.
+    """Return a fraction 0..1 with fixed digits, or a dash.
 
     Example:
         >>> fraction(0.84146), fraction(None)
         ('0.841', '–')
     """
-    return MISSING if value is None or value != value else f"{value:.{digits}f}"
+    return MISSING if value is None else f"{value:.{digits}f}"
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """A difference with its sign (a true minus), or a dash.
+    """Return a difference with its sign (a true minus), or a dash.
 
     Example:
         >>> signed(0.3424), signed(-0.02), signed(0.0)
         ('+0.342', '−0.020', '0.000')
     """
-    if value is None or value != value:
+    if value is None:
         return MISSING
-    text = f"{abs(value):.{digits}f}"
-    if float(text) == 0:
-        return text
-    return ("+" if value > 0 else "−") + text
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text if float(text.replace("−", "-")) else text[1:]
 
 
-def interval_text(row: Row) -> str:
-    """``[+0.100, +0.200]``, or nothing where there is no interval."""
-    return "" if row.interval is None else f"[{signed(row.interval[0])}, {signed(row.interval[1])}]"
+def interval_text(row: RowResult) -> str:
+    """Return ``[+0.100, +0.200]``, or nothing where there is no interval."""
+    return "" if row.delta_interval is None else f"[{', '.join(map(signed, row.delta_interval))}]"
 
 
-def spread_text(row: Row) -> str:
-    """``0.841 ± 0.014``; without a spread the mean alone."""
+def spread_text(row: RowResult) -> str:
+    """Return ``0.841 ± 0.014``; without a spread the mean alone."""
     return fraction(row.map) if row.map_std is None else f"{fraction(row.map)} ± {fraction(row.map_std)}"
 
 
 def count_text(value: int | None) -> str:
-    """A parameter count in millions.
-
-    Example:
-        >>> count_text(1934567), count_text(None)
-        ('1.93 M', '–')
-    """
+    """Return a parameter count in millions, or a dash."""
     return MISSING if value is None else f"{value / 1e6:.2f} M"
 
 
 def flops_text(value: int | None) -> str:
-    """A number of operations, short to read.
+    """Return a number of operations, short to read, or a dash.
 
     Example:
-        >>> flops_text(25_174_850_560), flops_text(73_400_000), flops_text(None)
-        ('25.2 G', '73.4 M', '–')
+        >>> flops_text(25_174_850_560), flops_text(73_400_000)
+        ('25.2 G', '73.4 M')
     """
     if value is None:
         return MISSING
@@ -101,84 +66,146 @@ def flops_text(value: int | None) -> str:
 
 
 def latency_text(value: float | None) -> str:
-    """Seconds of a forward pass as milliseconds.
-
-    Example:
-        >>> latency_text(0.0421), latency_text(1.2345), latency_text(None)
-        ('42.1 ms', '1234 ms', '–')
-    """
-    if value is None:
-        return MISSING
-    return f"{1000 * value:.1f} ms" if value < 1 else f"{1000 * value:.0f} ms"
+    """Return seconds of a forward pass as milliseconds, or a dash."""
+    return MISSING if value is None else f"{1000 * value:.{int(value < 1)}f} ms"
 
 
-def seconds_text(value: float | None) -> str:
-    """A duration that is short to read.
+def seconds_text(value: float) -> str:
+    """Return a duration that is short to read.
 
     Example:
         >>> seconds_text(33.61), seconds_text(5400)
         ('33.6 s', '1 h 30 min')
     """
-    if value is None:
-        return MISSING
     if value < 120:
         return f"{value:.1f} s"
     minutes = round(value / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def csv_table(results: Results) -> str:
-    """One line a row with unrounded numbers, then one column a class (``ap_11point:NAME``, ``ap_area:NAME``)."""
+# every value of a row, unrounded, by its column in the CSV file
+VALUES: dict[str, Callable[[RowResult], Any]] = {
+    "method": lambda row: row.method,
+    "stage": lambda row: row.stage,
+    "weights": lambda row: row.weights,
+    "map_11point": lambda row: row.map,
+    "map_std": lambda row: row.map_std,
+    "map_area": lambda row: row.map_area,
+    "delta_vs_ce": lambda row: row.delta_vs_ce,
+    "delta_low": lambda row: row.delta_interval and row.delta_interval[0],
+    "delta_high": lambda row: row.delta_interval and row.delta_interval[1],
+    "verdict": lambda row: row.verdict,
+    "p_holm": lambda row: row.p_holm,
+    "top1": lambda row: row.top1,
+    "params": lambda row: row.params,
+    "macs": lambda row: row.cost and row.cost.macs,
+    "flops": lambda row: row.cost and row.cost.flops,
+    "latency_seconds": lambda row: row.cost and row.cost.latency.median,
+    "seconds": lambda row: row.seconds,
+    "seconds_backbone": lambda row: row.seconds_backbone,
+    "seconds_detector": lambda row: row.seconds_detector,
+    "images_per_second_backbone": lambda row: row.speed_backbone.get("images_per_second"),
+    "data_wait_backbone": lambda row: row.speed_backbone.get("data_wait"),
+    "gpu_memory_gib_backbone": lambda row: row.speed_backbone.get("gpu_memory_gib"),
+    "images_per_second_detector": lambda row: row.speed_detector.get("images_per_second"),
+    "data_wait_detector": lambda row: row.speed_detector.get("data_wait"),
+    "gpu_memory_gib_detector": lambda row: row.speed_detector.get("gpu_memory_gib"),
+    "coco_ap": lambda row: row.coco.get("AP"),
+    "coco_ap_small": lambda row: row.coco.get("APs"),
+    "coco_ap_medium": lambda row: row.coco.get("APm"),
+    "coco_ap_large": lambda row: row.coco.get("APl"),
+    "seeds": lambda row: " ".join(map(str, row.seeds)),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tables for people; ``value`` names what the page sorts by, ``title`` explains it there."""
+
+    head: str
+    text: Callable[[RowResult], str]
+    value: str = ""
+    title: str = ""
+    align: str = "r"
+    note: Callable[[RowResult], str] = lambda row: ""
+
+    def sort_key(self, row: RowResult) -> Any:
+        """Return the value behind the text, "" where it is not known."""
+        value = VALUES[self.value](row)
+        return "" if value is None else value
+
+
+# the page's result table takes those with a title, LaTeX all but the last three
+COLUMNS = (
+    Column("method", lambda row: row.method, align="l"),
+    Column("mAP (11-point)", spread_text),
+    Column(
+        "mAP (area)",
+        lambda row: fraction(row.map_area),
+        "map_area",
+        "area under the curve, IoU 0.5, as in VOC 2010 and later",
+    ),
+    Column("difference to ce", lambda row: MISSING if row.verdict == REFERENCE else signed(row.delta_vs_ce)),
+    Column("95 % interval", lambda row: interval_text(row) or MISSING),
+    Column("verdict", lambda row: MARKS[row.verdict], align="l"),
+    Column("top-1", lambda row: fraction(row.top1), "top1", "accuracy of the backbone in stage one"),
+    Column("params", lambda row: count_text(row.params), "params", "parameters of the detector"),
+    Column(
+        "FLOPs",
+        lambda row: flops_text(row.cost.flops if row.cost else None),
+        "flops",
+        "of one image; a multiply-add counts as two",
+        note=lambda row: f"{flops_text(row.cost.macs)} multiply-adds" if row.cost else "",
+    ),
+    Column(
+        "latency",
+        lambda row: latency_text(row.cost.latency.median if row.cost else None),
+        "latency_seconds",
+        "median of one image at a time",
+        note=lambda row: (
+            f"10 to 90 % of the passes: {latency_text(row.cost.latency.p10)} to {latency_text(row.cost.latency.p90)}; "
+            f"{row.cost.where}"
+            if row.cost
+            else ""
+        ),
+    ),
+    Column(
+        "training",
+        lambda row: seconds_text(row.seconds),
+        "seconds",
+        "stage one's share and stage two, a mean over seeds",
+        note=lambda row: (
+            f"stage one {seconds_text(row.seconds_backbone)}, stage two {seconds_text(row.seconds_detector)}"
+        ),
+    ),
+    Column("seeds", lambda row: ", ".join(map(str, row.seeds)), align="l"),
+    Column("transfer", lambda row: row.stage or MISSING, align="l"),
+    Column("weights", lambda row: row.weights or MISSING, align="l"),
+)
+
+
+def csv_table(results: ComparisonResult) -> str:
+    """Return one line a row with unrounded numbers, then AP by class (``ap_11point:NAME``, ``ap_area:NAME``)."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    kinds = [("ap_11point", "per_class"), ("ap_area", "per_class_area")]
-    writer.writerow([*COLUMNS, *(f"{kind}:{name}" for kind, _ in kinds for name in results.classes)])
+    heads = [f"{kind}:{name}" for kind in ("ap_11point", "ap_area") for name in results.classes]
+    writer.writerow([*VALUES, *heads])
     for row in results.rows:
-        low, high = row.interval or (None, None)
-        numbers = [row.map, row.map_std, row.map_area, row.delta, low, high, row.verdict, row.p_holm, row.top1]
-        cost = row.cost
-        numbers += [row.params, *((cost.macs, cost.flops, cost.median) if cost else (None, None, None))]
-        numbers += [row.seconds, row.seconds_backbone, row.seconds_detector]
-        numbers += [speed.get(name) for speed in (row.speed_backbone, row.speed_detector) for name in SPEEDS]
-        numbers += [row.coco.get(name) for name in ("AP", "APs", "APm", "APl")]
-        seeds = " ".join(str(seed) for seed in row.seeds)
-        classes = [getattr(row, key).get(name) for _, key in kinds for name in results.classes]
-        writer.writerow([row.method, row.stage, row.weights, *map(_cell, numbers), seeds, *map(_cell, classes)])
+        classes = [ap.get(name) for ap in (row.per_class, row.per_class_area) for name in results.classes]
+        writer.writerow([*(value(row) for value in VALUES.values()), *classes])
     return out.getvalue()
 
 
-def _cell(value: float | int | str | None) -> str:
-    if value is None or value != value:
-        return ""
-    return repr(value) if isinstance(value, float) else str(value)
-
-
-def markdown_table(results: Results, sentence: str) -> str:
-    """The table in GitHub's Markdown, with the result in one sentence above and what the columns mean below."""
-    head = ["method", "mAP (11-point)", "mAP (area)", "difference to ce", "95 % interval", "", "top-1", "parameters"]
-    head += ["FLOPs", "latency", "training", "seeds", "transfer", "weights"]
-    align = ["---", *["---:"] * 4, "---", *["---:"] * 5, *["---"] * 3]
-    lines = [_markdown_escape(sentence), "", _pipe(head), _pipe(align)]
-    for row in results.rows:
-        cells = [spread_text(row), fraction(row.map_area), _delta(row), interval_text(row) or MISSING]
-        cells += [MARKS[row.verdict], fraction(row.top1), *cost_cells(row)]
-        cells += [", ".join(str(seed) for seed in row.seeds), TRANSFER[row.stage], row.weights or MISSING]
-        lines.append(_pipe([_markdown_escape(row.method), *cells]))
-    return "\n".join([*lines, "", _markdown_escape(legend(results)), ""])
-
-
-def cost_cells(row: Row) -> list[str]:
-    """Parameters, arithmetic and latency of the detector, and the time of its training, as text."""
-    flops, latency = (row.cost.flops, row.cost.median) if row.cost else (None, None)
-    return [count_text(row.params), flops_text(flops), latency_text(latency), seconds_text(row.seconds)]
-
-
-def _pipe(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _delta(row: Row) -> str:
-    return MISSING if row.verdict == REFERENCE else signed(row.delta)
+def markdown_table(results: ComparisonResult, sentence: str) -> str:
+    """Return GitHub's Markdown, with the result in one sentence above and what the columns mean below."""
+    align = ["---:" if column.align == "r" else "---" for column in COLUMNS]
+    # names are the user's, figures are our own
+    cells = [
+        [_markdown_escape(column.text(row)) if column.align == "l" else column.text(row) for column in COLUMNS]
+        for row in results.rows
+    ]
+    table = [f"| {' | '.join(line)} |" for line in ([column.head for column in COLUMNS], align, *cells)]
+    return "\n".join([_markdown_escape(sentence), "", *table, "", _markdown_escape(legend(results)), ""])
 
 
 def _markdown_escape(text: str) -> str:
@@ -188,8 +215,8 @@ def _markdown_escape(text: str) -> str:
     return " ".join(text.split())
 
 
-def legend(results: Results) -> str:
-    """What the columns mean, in words."""
+def legend(results: ComparisonResult) -> str:
+    """Return what the columns mean, in words, and where latency was measured."""
     text = "mAP is the mean over classes of AP at IoU 0.5: 11-point as in VOC 2007, area as in VOC 2010 and later. "
     if any(row.stage == "detector" for row in results.rows):
         text += "A term with @det teaches the neck or heads of the detector; all others teach the backbone. "
@@ -201,12 +228,7 @@ def legend(results: Results) -> str:
         )
     else:
         text += "There is one seed, so there is no spread: a difference can't be told from noise."
-    return f"{text} {cost_legend(results)}".rstrip()
-
-
-def cost_legend(results: Results) -> str:
-    """What the columns of cost mean, and where latency was measured."""
-    text = "Training is stage one's share and stage two together, as the runs took it."
+    text += " Training is stage one's share and stage two together, as the runs took it."
     places = list(dict.fromkeys(row.cost.where for row in results.rows if row.cost))
     if places:
         text += f" FLOPs count a multiply-add as two. Latency is the median of one image at a time on {places[0]}"
@@ -214,7 +236,7 @@ def cost_legend(results: Results) -> str:
     return text
 
 
-_LATEX = {
+_LATEX: dict[str, str | int | None] = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -231,38 +253,26 @@ _LATEX = {
 
 
 def latex_escape(text: str) -> str:
-    r"""Text that LaTeX prints as it stands.
+    r"""Return text that LaTeX prints as it stands.
 
     Example:
         >>> latex_escape("a_b & 5 %")
         'a\\_b \\& 5 \\%'
     """
-    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+    return " ".join(text.split()).translate(str.maketrans(_LATEX))
 
 
-def latex_table(results: Results, sentence: str) -> str:
-    """A ``table`` environment for the booktabs package; the highest mAP of a transfer method is bold."""
-    head = [
-        "Method",
-        "mAP (11-point)",
-        "mAP (area)",
-        r"$\Delta$ to ce",
-        r"95\,\% interval",
-        "",
-        "Top-1",
-        "Params",
-        "FLOPs",
-        "Latency",
-        "Training",
-    ]
+def latex_table(results: ComparisonResult, sentence: str) -> str:
+    """Return a ``table`` environment for the booktabs package; the highest mAP of a transfer method is bold."""
+    columns = COLUMNS[:-3]
+    best = max((row.map for row in results.methods), default=None)
     lines = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering"]
-    lines += [f"\\caption{{{latex_escape(sentence)} {latex_escape(legend(results))}}}", r"\begin{tabular}{lrrrrlrrrrr}"]
-    lines += [r"\toprule", " & ".join(head) + r" \\", r"\midrule"]
-    best = max((row.map for row in results.rows if row.is_method), default=None)
+    lines += [f"\\caption{{{latex_escape(sentence)} {latex_escape(legend(results))}}}"]
+    lines += [f"\\begin{{tabular}}{{{''.join(column.align for column in columns)}}}", r"\toprule"]
+    lines += [" & ".join(latex_escape(column.head) for column in columns) + r" \\", r"\midrule"]
     for row in results.rows:
-        mean = latex_escape(spread_text(row))
-        mean = f"\\textbf{{{mean}}}" if row.is_method and row.map == best else mean
-        cells = [fraction(row.map_area), _delta(row), interval_text(row) or MISSING, MARKS[row.verdict]]
-        cells += [fraction(row.top1), *cost_cells(row)]
-        lines.append(" & ".join([latex_escape(row.method), mean, *map(latex_escape, cells)]) + r" \\")
+        cells = [latex_escape(column.text(row)) for column in columns]
+        if row.is_method and row.map == best:
+            cells[1] = f"\\textbf{{{cells[1]}}}"
+        lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])

@@ -35,13 +35,8 @@ VAL_FRACTION = 0.15
 def write_crops(data: VocDataset, folder: Path) -> Counter[str]:
     """Cut the objects of a split out into ``folder/{train,val}/CLASS/ID_NUMBER.jpg``.
 
-    About :data:`VAL_FRACTION` of the images give the crops in ``val``: no image gives to both.
-
-    Returns:
-        Crops by class.
-
-    Raises:
-        UserError: a class that can't name a folder, an image that can't be read, or too few images.
+    About :data:`VAL_FRACTION` of the images give the crops in ``val``: no image gives to both.  Return the number of
+    crops by class.
     """
     for name in data.classes:
         problem = "begins with a dot" if name.startswith(".") else name_problem(name)
@@ -70,7 +65,7 @@ def write_crops(data: VocDataset, folder: Path) -> Counter[str]:
 
 
 def object_crops(data: VocDataset, id_: str) -> Iterator[tuple[tuple[int, int, int, int], str]]:
-    """(left, top, right, bottom) in whole pixels, right and bottom exclusive, and class of each usable object.
+    """Yield (left, top, right, bottom) in whole pixels, right and bottom exclusive, and class of each usable object.
 
     A window is the box's longer side times :data:`CONTEXT`, square where the image reaches that far.
     """
@@ -86,7 +81,7 @@ def object_crops(data: VocDataset, id_: str) -> Iterator[tuple[tuple[int, int, i
 
 
 def background_windows(data: VocDataset, id_: str, count: int) -> list[tuple[int, int, int, int]]:
-    """Up to ``count`` squares of which all objects, difficult ones too, cover at most a tenth together."""
+    """Return up to ``count`` squares of which all objects, difficult ones too, cover at most a tenth together."""
     annotation = data.annotation(id_)
     rng = np.random.default_rng(derive_seed("background", id_))
     sides = [min(right - left, bottom - top) for (left, top, right, bottom), _ in object_crops(data, id_)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nst_det.data.annotation import VocAnnotation, read_annotation
+from nst_det.data.annotation import read_annotation
 from nst_det.data.check import Report, check_data
 from nst_det.data.coco import CocoSource, convert_coco
 from nst_det.data.folders import read_image_folder
@@ -31,7 +31,7 @@ from nst_det.scaffold.configs import (
 )
 from nst_det.scaffold.crops import write_crops
 
-# problems with which a run would stop half-way; with the others it goes on
+# problems with which a run would stop half-way
 FATAL = ("unreadable image", "missing image", "missing annotation", "bad annotation", "bad list", "wrong size")
 CROPS = Path("data") / "crops"
 CONVERTED = Path("data") / "voc"
@@ -66,11 +66,10 @@ def init_project(
     test: str = "",
     device: str = "cpu",
 ) -> Project:
-    """Look at a VOC folder and make a project for it.
+    """Look at a VOC folder (COCO annotations become one inside the project) and make a project for it.
 
     Where the folder has no lists to train and test on, a fifth of the images is held out and the lists
     ``nst_det_train`` and ``nst_det_test`` are written into its ``ImageSets/Main``; nothing else in it is changed.
-    COCO annotations become a VOC folder inside the project first.
 
     Args:
         folder: the project to make; its last part names the backbone files.
@@ -93,16 +92,16 @@ def init_project(
         _refuse_broken(report, f"nst-det check-data {shown_path(root)} lists all")
         lists, cut = _lists(root, train, test)
         with _taken_back(root, lists if cut else ()), atomic_folder(folder, "name another project") as made:
-            return _make(folder, made, root, report, lists, cut, images, device)
+            return _write_project(folder, made, root, report, lists, cut, images, device)
     with atomic_folder(folder, "name another project") as made:
         converted = convert_coco(voc, made / CONVERTED)
         report = replace(check_data(converted), root=folder / CONVERTED)
         _refuse_broken(report, f"correct {shown_path(voc.files[0])} or the image, and run the same command again")
         lists, cut = _lists(converted, train, test)
-        return _make(folder, made, converted, report, lists, cut, images, device)
+        return _write_project(folder, made, converted, report, lists, cut, images, device)
 
 
-def _make(
+def _write_project(
     folder: Path,
     made: Path,
     root: Path,
@@ -115,7 +114,8 @@ def _make(
     """Write the project into ``made``, which becomes ``folder``; ``root`` is where the data is now."""
     train, test = lists
     learned, tested = (VocDataset(root, name).annotations() for name in lists)
-    classes = _classes([*learned, *tested])
+    names_found = {name for item in (*learned, *tested) for name in item.names}
+    classes = VOC_CLASSES if names_found == set(VOC_CLASSES) else tuple(sorted(names_found))
     size = fit_size(learned, PRESETS[device].longest)
     sizes, names = box_sizes(learned, *size)
     if not len(sizes):
@@ -157,7 +157,7 @@ def _make(
 
 @contextmanager
 def _taken_back(root: Path, lists: Sequence[str]) -> Iterator[None]:
-    """Where no project comes of it, the lists that were cut for it go too."""
+    """Remove the lists that were cut for a project where none comes of it."""
     try:
         yield
     except BaseException:
@@ -174,7 +174,7 @@ def _refuse_broken(report: Report, remedy: str) -> None:
 
 
 def _lists(root: Path, train: str, test: str) -> tuple[tuple[str, str], bool]:
-    """Names of the lists to train and test on, and whether they were written now."""
+    """Return the names of the lists to train and test on, and whether they were written now."""
     pair = known_pair(root, train, test)
     if pair is not None:
         return pair, False
@@ -187,9 +187,3 @@ def _lists(root: Path, train: str, test: str) -> tuple[tuple[str, str], bool]:
             "every class is on two at least"
         )
     return write_pair(root, ids, held), True
-
-
-def _classes(annotations: Sequence[VocAnnotation]) -> tuple[str, ...]:
-    """Names in the annotations, sorted; PASCAL VOC's own in its order where all twenty are there."""
-    found = {name for item in annotations for name in item.names}
-    return VOC_CLASSES if found == set(VOC_CLASSES) else tuple(sorted(found))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.config import Comparison, load_comparison, parse_row
+from nst_det.comparison.config import BASELINE, Comparison, load_comparison, path_beside
 from nst_det.engine.config import expand_path, flat, load_config, plain
 from nst_det.errors import UserError
-from nst_det.losses import Method
 from nst_det.losses.registry import get_term
 
 LEVELS = "levels"
@@ -38,7 +36,7 @@ class Space:
     default: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The keys of a TRANSFER node for values by name.
+        """Return the keys of a TRANSFER node for values by name.
 
         Example:
             >>> space = Space({"at": (1.0, 100.0)}, {"levels": ('["res3"]', '["res4"]')})
@@ -46,77 +44,59 @@ class Space:
             {'WEIGHTS': {'at': 3.0}, 'LEVELS': ['res4']}
         """
         node: dict[str, Any] = {"WEIGHTS": {name: values[name] for name in self.weights}}
-        options: dict[str, dict[str, Any]] = {}
         for name in self.choices:
             if name == LEVELS:
                 node["LEVELS"] = json.loads(values[name])
             else:
                 term, _, option = name.partition(".")
-                options.setdefault(term, {})[option] = json.loads(values[name])
-        return node | ({"OPTIONS": options} if options else {})
+                node.setdefault("OPTIONS", {}).setdefault(term, {})[option] = json.loads(values[name])
+        return node
 
 
 def space_of(word: str, base: Comparison, config: CfgNode, source: str) -> Space:
-    """The space of a row's method: its terms of stage two where it has some, else those of stage one.
+    """Return the space of a row's method: of its terms of stage two where it has some, else of those of stage one.
 
-    A weight that stands in the word, or that AUTO_WEIGHT finds, is not searched.
-
-    Args:
-        word: the row's.
-        base: reads TRANSFER of the stage in question.
-        config: reads WEIGHT, LEVELS, DET_LEVELS and OPTIONS of the search.
-        source: named in errors.
-
-    Raises:
-        UserError: OPTIONS names an option that a term doesn't have, or a weight can't be scaled because it is 0.
+    A weight that is in the method string, or that AUTO_WEIGHT finds, is not searched.
     """
-    row = parse_row(word)
+    row = base.methods[word]
     method, node, candidates = row.backbone, base.distill.TRANSFER, config.LEVELS
     configured = list(node.LEVELS)
     if row.detector.names:
         method, node, candidates = row.detector, base.detect.TRANSFER, config.DET_LEVELS
         configured = list(node.LEVELS) or list(base.detect.MODEL.ROI_HEADS.IN_FEATURES)
-    weights, default = _weights(method, node, config.WEIGHT, f"{source}: {word}")
-    choices: dict[str, tuple[str, ...]] = {}
+    weights: dict[str, tuple[float, float]] = {}
+    default: dict[str, Any] = {}
+    for name, weight in method:
+        if weight is None and name not in node.AUTO_WEIGHT:
+            start = float(node.WEIGHTS.get(name, get_term(name).weight))
+            if start <= 0:
+                raise UserError(
+                    f"{source}: {word}: the weight of {name} is {start:g}, which no factor changes; give another one"
+                )
+            weights[name], default[name] = (start * config.WEIGHT[0], start * config.WEIGHT[1]), start
+    # the configured value first
+    choices: dict[str, list[Any]] = {}
     if candidates and any(get_term(name).level == "maps" for name in method.names):
-        choices[LEVELS] = _distinct(configured, *(list(item) for item in candidates))
+        choices[LEVELS] = [configured, *map(list, candidates)]
     for name in method.names:
         known = {**get_term(name).options, **plain(node.OPTIONS).get(name, {})}
         for option, values in plain(config.OPTIONS).get(name, {}).items():
             if option not in known or not isinstance(values, list):
                 has = ", ".join(known) or "none"
                 raise UserError(f"{source}: OPTIONS.{name}.{option} must be a list for one of its options: {has}")
-            choices[f"{name}.{option}"] = _distinct(known[option], *values)
-    return Space(weights, choices, default | {name: values[0] for name, values in choices.items()})
-
-
-def _weights(
-    method: Method, node: CfgNode, factors: list[float], where: str
-) -> tuple[dict[str, tuple[float, float]], dict[str, Any]]:
-    ranges, default = {}, {}
-    for name, weight in method:
-        if weight is None and name not in node.AUTO_WEIGHT:
-            start = float(node.WEIGHTS.get(name, get_term(name).weight))
-            if start <= 0:
-                raise UserError(
-                    f"{where}: the weight of {name} is {start:g}, which no factor changes; give another one"
-                )
-            ranges[name], default[name] = (start * factors[0], start * factors[1]), start
-    return ranges, default
-
-
-def _distinct(*values: Any) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(json.dumps(value) for value in values))
+            choices[f"{name}.{option}"] = [known[option], *values]
+    distinct = {name: tuple(dict.fromkeys(map(json.dumps, values))) for name, values in choices.items()}
+    return Space(weights, distinct, default | {name: values[0] for name, values in distinct.items()})
 
 
 def default_config() -> CfgNode:
-    """The keys of a search with their defaults.
+    """Return the keys of a search with their defaults.
 
     ===================  ===========================================================================================
     COMPARE              the comparison's YAML (relative to this file): methods, data and both stages
     OPTS                 KEY VALUE pairs on top of it, as ``nst-det compare`` takes them
     OUTPUT_DIR           where everything is written; "" takes output/NAME_tune, with the comparison's NAME
-    METHODS              words of the methods to search for; [] takes the comparison's
+    METHODS              methods to search for; [] takes the comparison's
     TRIALS               settings tried for each method; the first is the configured one
     SEEDS                each setting is trained once for each of them
     SEED                 of the search itself
@@ -154,7 +134,7 @@ class Tuning:
     Attributes:
         folder: where it is written.
         base: the comparison, with the validation split in the place of all test data.
-        spaces: what is searched for each method, by its word.
+        spaces: what is searched for each method, by its method string.
         trials: settings for each method.
         seed: of the sampler.
         objective: ``top1`` or ``map``; see :meth:`objective_of`.
@@ -172,8 +152,8 @@ class Tuning:
     budget: dict[str, Any]
 
     def objective_of(self, word: str) -> str:
-        """What a method is judged by: terms of stage two show in the detector alone."""
-        return MAP if parse_row(word).detector.names else self.objective
+        """Return what a method is judged by: terms of stage two show in the detector alone."""
+        return MAP if self.base.methods[word].detector.names else self.objective
 
 
 def load_tuning(file: str | Path, output: str | Path | None = None, overrides: Sequence[str] = ()) -> Tuning:
@@ -189,14 +169,12 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
     """
     config = load_config(default_config(), file, overrides)
     _check(config, str(file))
-    compare = Path(expand_path(config.COMPARE, "COMPARE"))
-    if "COMPARE" not in overrides[::2]:
-        compare = Path(os.path.normpath(Path(file).parent / compare))
-    named = str(output or config.OUTPUT_DIR) or f"output/{load_comparison(compare, None, _opts(config)).name}_tune"
+    compare = path_beside(config.COMPARE, "COMPARE", file, overrides)
+    opts = [str(word) for word in config.OPTS]
+    named = str(output or config.OUTPUT_DIR) or f"output/{load_comparison(compare, None, opts).name}_tune"
     folder = Path(expand_path(named, "OUTPUT_DIR")).resolve()
-    base = load_comparison(compare, folder, [*_opts(config), *_validation(config)])
-    words = [word for word in base.methods if config.METHODS or parse_row(word).word != "ce"]
-    spaces = {word: space_of(word, base, config, str(file)) for word in words if word != "ce"}
+    base = load_comparison(compare, folder, [*opts, *_on_validation(config)])
+    spaces = {word: space_of(word, base, config, str(file)) for word in base.methods if word != BASELINE}
     if not spaces:
         raise UserError(f"{file}: METHODS has no method with a term to search for")
     own = {key: value for key, value in plain(flat(config)).items() if key not in GROWING_KEYS}
@@ -220,31 +198,43 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
     )
 
 
-def _opts(config: CfgNode) -> list[str]:
-    return [str(word) for word in config.OPTS]
-
-
-def _validation(config: CfgNode) -> list[str]:
-    """What keeps test data out: both stages are judged on a part of their training images, and name no other."""
-    share, seed = str(config.VAL_FRACTION), str(config.VAL_SEED)
-    words = ["DISTILL.DATA.VAL_FROM", "train", "DISTILL.DATA.VAL_FRACTION", share, "DISTILL.DATA.VAL_SEED", seed]
-    words += ["DETECT.DATASETS.VAL_FRACTION", share, "DETECT.DATASETS.VAL_SEED", seed, "DETECT.DATASETS.TEST", "[]"]
-    words += ["DETECT.TEST.EVAL_PERIOD", "0", "TUNED", "", "ROWS", "[]", "SEEDS", str(list(config.SEEDS))]
-    return words + (["METHODS", str(list(config.METHODS))] if config.METHODS else [])
+def _on_validation(config: CfgNode) -> list[str]:
+    """Return what keeps test data out: both stages are judged on a part of their training images, and name no other."""
+    settings = {
+        "DISTILL.DATA.VAL_FROM": "train",
+        "DISTILL.DATA.VAL_FRACTION": config.VAL_FRACTION,
+        "DISTILL.DATA.VAL_SEED": config.VAL_SEED,
+        "DETECT.DATASETS.VAL_FRACTION": config.VAL_FRACTION,
+        "DETECT.DATASETS.VAL_SEED": config.VAL_SEED,
+        "DETECT.DATASETS.TEST": [],
+        "DETECT.TEST.EVAL_PERIOD": 0,
+        "TUNED": "",
+        "ROWS": [],
+        "SEEDS": list(config.SEEDS),
+    }
+    if config.METHODS:
+        settings["METHODS"] = list(config.METHODS)
+    return [str(word) for pair in settings.items() for word in pair]
 
 
 def _check(config: CfgNode, source: str) -> None:
-    def require(fits: bool, key: str, wanted: str) -> None:
-        if not fits:
+    low, high = config.WEIGHT if len(config.WEIGHT) == 2 else (0, 0)
+    around_one = "two factors around 1, smallest first, such as [0.1, 10.0]"
+    lists = "a list of lists of levels, such as [[res3], [res3, res4]]"
+    fits = {
+        "COMPARE": (bool(config.COMPARE), "the YAML of a comparison"),
+        "TRIALS": (config.TRIALS >= 1, "at least 1"),
+        "SEED": (config.SEED >= 0, "0 or more"),
+        "OBJECTIVE": (config.OBJECTIVE in (TOP1, MAP), f"{TOP1} or {MAP}"),
+        "VAL_FRACTION": (0 < config.VAL_FRACTION < 1, "a fraction between 0 and 1"),
+        "WEIGHT": (0 < low <= 1 <= high and low < high, around_one),
+        "LEVELS": (_are_lists(config.LEVELS), lists),
+        "DET_LEVELS": (_are_lists(config.DET_LEVELS), lists),
+    }
+    for key, (good, wanted) in fits.items():
+        if not good:
             raise UserError(f"{source}: {key} must be {wanted}, but is {config[key]!r}")
 
-    require(bool(config.COMPARE), "COMPARE", "the YAML of a comparison")
-    require(config.TRIALS >= 1, "TRIALS", "at least 1")
-    require(config.SEED >= 0, "SEED", "0 or more")
-    require(config.OBJECTIVE in (TOP1, MAP), "OBJECTIVE", f"{TOP1} or {MAP}")
-    require(0 < config.VAL_FRACTION < 1, "VAL_FRACTION", "a fraction between 0 and 1")
-    low, high = config.WEIGHT if len(config.WEIGHT) == 2 else (0, 0)
-    require(0 < low <= 1 <= high and low < high, "WEIGHT", "two factors around 1, smallest first, such as [0.1, 10.0]")
-    for key in ("LEVELS", "DET_LEVELS"):
-        lists = all(isinstance(item, list | tuple) and item for item in config[key])
-        require(lists, key, "a list of lists of levels, such as [[res3], [res3, res4]]")
+
+def _are_lists(values: Sequence[Any]) -> bool:
+    return all(isinstance(item, list | tuple) and item for item in values)

@@ -1,51 +1,96 @@
-"""One round of a search: a setting of each method, trained by the runs that a comparison would start."""
+"""The search: for every method the same number of trials, each trained by the runs that a comparison would start."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.table import Table
 
-from nst_det.comparison.config import Comparison, Tuned, merge_stage, parse_row
-from nst_det.comparison.display import ProgressDisplay
+from nst_det.comparison.config import BASELINE, Comparison, Tuned, merge_stage
 from nst_det.comparison.launch_local import Command, LocalLauncher, this_machine
-from nst_det.comparison.pipeline import check_taught, run_config
+from nst_det.comparison.pipeline import checked_configs, launch, run_configs
 from nst_det.comparison.plan import (
-    DATA,
     DETECTOR,
     STUDENTS,
+    TEACHER,
     Run,
-    backbone_name,
-    check_order,
+    backbone_file,
     detector_folder,
     make_plan,
     student_folder,
-    teacher_detector_name,
+    teacher_detector_settings,
+    with_students,
 )
-from nst_det.comparison.stages import check_data_folders, check_transfer, total_steps
 from nst_det.engine.io import read_json, write_text
 from nst_det.engine.run_dir import RunFolder
+from nst_det.engine.seeds import derive_seed
 from nst_det.errors import UserError
-from nst_det.tune.config import MAP, Tuning
-from nst_det.tune.search import Best, require_optuna, search
+from nst_det.tune.config import MAP, Space, Tuning
 
-TUNED_FILE = "tuned.yaml"
+if TYPE_CHECKING:
+    from optuna import Study
+
+log = logging.getLogger(__name__)
+TUNED_FILE, STORAGE_FILE = "tuned.yaml", "optuna.db"
+BY_SEED = "by_seed"
+# (trial's number, method -> settings) to (method -> seed -> value, larger is better)
+Evaluate = Callable[[int, Mapping[str, dict[str, Any]]], Mapping[str, Mapping[int, float]]]
 
 
-class Rounds:
+@dataclass(frozen=True)
+class Best:
+    """What was found for a method.
+
+    Attributes:
+        settings: keys of the TRANSFER node.
+        value: mean over the seeds of what the method is judged by, 0..1, larger is better.
+        default: the same of the configured setting, which is the first trial.
+        trials: settings tried.
+        by_seed: ``value`` of each seed.
+    """
+
+    settings: dict[str, Any]
+    value: float
+    default: float
+    trials: int
+    by_seed: dict[str, float]
+
+
+def tune(tuning: Tuning, jobs: int = 0, command: Command | None = None) -> tuple[dict[str, Best], Path]:
+    """Do the trials that are not done yet, write ``tuned.yaml``, and return what was found by method, and the file.
+
+    Args:
+        tuning: from :func:`~nst_det.tune.config.load_tuning`.
+        jobs: runs side by side; 0 takes the comparison's JOBS.
+        command: gives the command line of a run, in place of this package's own.
+
+    Raises:
+        UserError: Optuna is not installed, or an input can't be used.
+        RunFailed: a run ended with an error; the same call resumes from what is done.
+        Stopped: a signal asked to stop.
+    """
+    require_optuna()
+    evaluator = Evaluator(tuning, jobs, command)
+    evaluator.check()
+    with RunFolder(tuning.folder).opened(tuning.claim):
+        evaluator.prepare()
+        found = search(tuning.folder, tuning.spaces, tuning.trials, tuning.seed, evaluator)
+        path = tuning.folder / TUNED_FILE
+        write_text(path, tuned_file(tuning, found))
+    return found, path
+
+
+class Evaluator:
     """Trains and judges settings.
 
     What all trials share (generated data, the teacher, the teacher detector, and the backbones that rows with terms of
     stage two start from) is made once, in the folder of the search; trial k writes to ``trials/00k``.
-
-    Args:
-        tuning: the search.
-        jobs: runs side by side; 0 takes the comparison's JOBS.
-        command: gives the command line of a run, in place of this package's own.
     """
 
     def __init__(self, tuning: Tuning, jobs: int = 0, command: Command | None = None) -> None:
@@ -53,158 +98,160 @@ class Rounds:
         self.machine = this_machine(jobs or self.base.jobs)
 
     def check(self) -> None:
-        """Find what would stop a trial before the first run is started.
-
-        Raises:
-            UserError: folders, levels, terms or a stage's values can't be used.
-        """
-        base = self.base
-        if not base.generate:
-            check_data_folders(base.distill, base.detect, base.name)
-        runs = make_plan(base)
-        configs = {run.name: run_config(base, run) for run in runs if run.kind != DATA}
-        check_taught(base, runs, configs)
+        """Find what would stop a trial before the first run is started."""
         for word, space in self.tuning.spaces.items():
             # every level and option once; weights can't be wrong
             for name, values in (space.choices or {"": ("",)}).items():
                 for value in values:
-                    self._check(word, space.settings({**space.default, **({name: value} if name else {})}))
-
-    def _check(self, word: str, settings: dict[str, Any]) -> None:
-        trial = replace(self.base, tuned={word: Tuned(settings)}, methods=("ce", word) if word != "ce" else ("ce",))
-        runs = make_plan(trial)
-        if parse_row(word).detector.names:
-            check_taught(trial, runs, {run.name: run_config(trial, run) for run in runs if run.kind != DATA})
-        else:
-            students = next(run for run in runs if run.kind == STUDENTS)
-            check_transfer(merge_stage(trial.distill, students.options, word), trial.students, trial.name)
+                    settings = space.settings({**space.default, **({name: value} if name else {})})
+                    methods = {method: self.base.methods[method] for method in (BASELINE, word)}
+                    trial = replace(self.base, tuned={word: Tuned(settings)}, methods=methods)
+                    checked_configs(trial, make_plan(trial))
 
     def prepare(self) -> None:
         """Make what all trials share."""
-        taught = [word for word in self.tuning.spaces if parse_row(word).detector.names]
-        base = replace(self.base, methods=tuple(dict.fromkeys(parse_row(word).backbone.word for word in taught)))
-        runs = [run for run in make_plan(replace(base, methods=(*base.methods, *taught))) if run.kind != DETECTOR]
-        if not taught:
-            runs = [run for run in runs if run.kind != STUDENTS]
-        self._do(base, [_only(run, base, base.methods) for run in runs])
+        taught = {word: self.base.methods[word] for word in self.tuning.spaces if self.learns_in_stage_two(word)}
+        shared = replace(self.base, methods=taught)
+        left_out = (DETECTOR,) if taught else (DETECTOR, STUDENTS)
+        self._do(shared, [run for run in make_plan(shared) if run.kind not in left_out])
+
+    def learns_in_stage_two(self, word: str) -> bool:
+        """Return whether a method has terms of stage two."""
+        return bool(self.base.methods[word].detector.names)
 
     def __call__(self, number: int, settings: Mapping[str, dict[str, Any]]) -> dict[str, dict[int, float]]:
-        """Train a setting of each of some methods and judge it on the validation split.
-
-        Args:
-            number: of the trial.
-            settings: by method, keys of its TRANSFER node.
+        """Train a setting (keys of TRANSFER) of each of some methods and judge it on the validation split.
 
         Returns:
             By method and seed: top-1 of the student or 11-point mAP of the detector, 0..1.
         """
-        base, words = self.base, list(settings)
-        plain = [word for word in words if not parse_row(word).detector.names]
+        base = self.base
+        given = [word for pair in teacher_detector_settings(base).items() for word in pair]
         trial = replace(
             base,
             folder=base.folder / "trials" / f"{number:03d}",
-            methods=tuple(words),
+            methods={word: base.methods[word] for word in settings},
             tuned={word: Tuned(values) for word, values in settings.items()},
-            distill=_given(base.distill, "TEACHER.WEIGHTS", self._teacher()),
-            detect=self._taught(),
+            distill=merge_stage(base.distill, ["TEACHER.WEIGHTS", backbone_file(base, TEACHER, 0)], "tune"),
+            detect=merge_stage(base.detect, given, "tune"),
         )
+        in_stage_one = [word for word in settings if not self.learns_in_stage_two(word)]
         runs = []
         for run in make_plan(trial):
-            if run.kind == STUDENTS and plain:
-                runs.append(_only(run, trial, plain))
-            elif run.kind == DETECTOR and run.row in words and self.tuning.objective_of(run.row) == MAP:
-                runs.append(self._detector(run, plain))
-        # what all trials share is there already
-        here = {run.name for run in runs}
-        self._do(trial, [replace(run, needs=tuple(name for name in run.needs if name in here)) for run in runs])
-        return {word: {seed: self._value(trial, word, seed) for seed in trial.seeds} for word in words}
+            if run.kind == STUDENTS and in_stage_one:
+                runs.append(with_students(run, trial, in_stage_one))
+            elif run.kind == DETECTOR and run.row and run.row in settings and self.tuning.objective_of(run.row) == MAP:
+                if run.row not in in_stage_one:
+                    # from a backbone that all trials share
+                    weights = backbone_file(base, run.row, run.seed or 0)
+                    run = replace(run, settings={**run.settings, "MODEL.WEIGHTS": weights})
+                runs.append(run)
+        self._do(trial, runs)
+        return {word: {seed: self._value(trial, word, seed) for seed in trial.seeds} for word in settings}
 
     def _value(self, trial: Comparison, word: str, seed: int) -> float:
         by_map = self.tuning.objective_of(word) == MAP
-        folder = detector_folder(trial, word, seed) if by_map else student_folder(trial, word, seed)
-        result = read_json(folder / "result.json")
+        path = (detector_folder if by_map else student_folder)(trial, word, seed) / "result.json"
+        result = read_json(path)
         value = result.get("validation", {}).get("map") if by_map else result.get("top1")
         if not isinstance(value, int | float):
-            raise UserError(f"{folder / 'result.json'}: no value on the validation split; remove it to run this again")
+            raise UserError(f"{path}: no value on the validation split; remove it to run this again")
         return float(value)
 
-    def _teacher(self) -> str:
-        own = str(self.base.distill.TEACHER.WEIGHTS)
-        return own or str(self.base.folder / "backbones" / f"{backbone_name(self.base, 'teacher', 0)}.safetensors")
-
-    def _taught(self) -> Any:
-        name = teacher_detector_name(self.base)
-        if not name:
-            return self.base.detect
-        config = _given(
-            self.base.detect, "TRANSFER.TEACHER.CONFIG_FILE", str(self.base.folder / "configs" / f"{name}.yaml")
-        )
-        return _given(config, "TRANSFER.TEACHER.WEIGHTS", str(self.base.folder / name / "model.safetensors"))
-
-    def _detector(self, run: Run, plain: Sequence[str]) -> Run:
-        """A detector of a trial: rows with terms of stage two start from a backbone that all trials share."""
-        assert run.row is not None
-        assert run.seed is not None
-        if run.row in plain:
-            return run
-        file = self.base.folder / "backbones" / f"{backbone_name(self.base, run.row, run.seed)}.safetensors"
-        return replace(run, settings={**run.settings, "MODEL.WEIGHTS": str(file)})
-
     def _do(self, comparison: Comparison, runs: Sequence[Run]) -> None:
-        check_order(runs)
-        configs = {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
-        for run in runs:
-            if run.name in configs:
-                write_text(run.config_path(comparison.folder), configs[run.name].dump())
-        steps = {run.kind: total_steps(run.kind, configs[run.name]) for run in runs if run.name in configs}
-        with ProgressDisplay(runs, steps, lambda run: self.machine.weight(run) / self.machine.room(run)) as view:
-            LocalLauncher(runs, comparison.folder, self.machine, view, self.command).run_all()
+        launcher = LocalLauncher(comparison.folder, self.machine, self.command)
+        launch(runs, run_configs(comparison, runs), comparison.folder, self.machine, launcher)
 
 
-def _only(run: Run, comparison: Comparison, methods: Sequence[str]) -> Run:
-    """A run of stage one with these methods alone."""
-    if run.kind != STUDENTS:
-        return run
-    assert run.seed is not None
-    folders = tuple(student_folder(comparison, method, run.seed) for method in methods)
-    results: tuple[Path, ...] = tuple(folder / "result.json" for folder in folders)
-    settings = {**run.settings, "METHODS": list(methods)}
-    return replace(run, settings=settings, folders=folders, results=results)
+def search(folder: Path, spaces: Mapping[str, Space], trials: int, seed: int, evaluate: Evaluate) -> dict[str, Best]:
+    """Find each method's best setting on equal terms (of equal ones the earliest); resumes where it was stopped.
 
-
-def _given(config: Any, key: str, value: str) -> Any:
-    return merge_stage(config, [key, value], key)
-
-
-def tune(tuning: Tuning, jobs: int = 0, command: Command | None = None) -> tuple[dict[str, Best], Path]:
-    """Do the trials that are not done yet, and write ``tuned.yaml``.
-
-    Args:
-        tuning: from :func:`~nst_det.tune.config.load_tuning`.
-        jobs: runs side by side; 0 takes the comparison's JOBS.
-        command: gives the command line of a run, in place of this package's own.
-
-    Returns:
-        What was found by method, and the file.
-
-    Raises:
-        UserError: Optuna is not installed, or an input can't be used.
-        RunFailed: a run ended with an error; the same call goes on from what is done.
-        Stopped: a signal asked to stop.
+    All methods that have as many finished trials are evaluated together, since stage one trains them side by side.
+    A trial that was stopped is asked for again under the same seed and the same history, and so is the same one.
     """
-    require_optuna()
-    rounds = Rounds(tuning, jobs, command)
-    rounds.check()
-    with RunFolder(tuning.folder).opened(tuning.claim):
-        rounds.prepare()
-        found = search(tuning.folder, tuning.spaces, tuning.trials, tuning.seed, rounds)
-        path = tuning.folder / TUNED_FILE
-        write_text(path, tuned_file(tuning, found))
-    return found, path
+    studies = _studies(folder / STORAGE_FILE, spaces)
+    while True:
+        counts = {word: len(_finished(study)) for word, study in studies.items()}
+        number = min(counts.values())
+        if number >= trials:
+            break
+        due = [word for word, count in counts.items() if count == number]
+        asked = {
+            word: _ask(studies[word], spaces[word], derive_seed(seed, "tune", word, number) % 2**32, trials)
+            for word in due
+        }
+        settings = {word: spaces[word].settings(trial.params) for word, trial in asked.items()}
+        log.info("trial %d of %d: %s", number + 1, trials, ", ".join(due))
+        values = evaluate(number, settings)
+        for word, trial in asked.items():
+            trial.set_user_attr(BY_SEED, {str(key): value for key, value in values[word].items()})
+            studies[word].tell(trial, statistics.fmean(values[word].values()))
+    return {word: _best(study, spaces[word], trials) for word, study in studies.items()}
+
+
+def require_optuna() -> None:
+    """Say in one line where Optuna is missing."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise UserError("nst-det tune needs Optuna; install it with: pip install 'nst_det[tune]'") from error
+
+
+def _studies(path: Path, spaces: Mapping[str, Space]) -> dict[str, Study]:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+        return {
+            word: optuna.create_study(storage=storage, study_name=word, direction="maximize", load_if_exists=True)
+            for word in spaces
+        }
+    except Exception as error:
+        # SQLAlchemy and alembic each have errors of their own for a file that is no database
+        raise UserError(f"{path}: can't be used ({str(error).splitlines()[0]}); remove it to begin again") from error
+
+
+def _ask(study: Study, space: Space, seed: int, trials: int) -> Any:
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+    from optuna.samplers import TPESampler
+    from optuna.trial import TrialState
+
+    # of a call that was stopped
+    for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+        study.tell(left.number, state=TrialState.FAIL)
+    if not _finished(study):
+        study.enqueue_trial(dict(space.default))
+    # tree-structured Parzen estimator, after a third of the trials at random
+    study.sampler = TPESampler(n_startup_trials=max(2, trials // 3), multivariate=True, seed=seed)
+    distributions: dict[str, BaseDistribution] = {
+        name: FloatDistribution(low, high, log=True) for name, (low, high) in space.weights.items()
+    }
+    distributions |= {name: CategoricalDistribution(values) for name, values in space.choices.items()}
+    return study.ask(distributions)
+
+
+def _finished(study: Study) -> list[Any]:
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _best(study: Study, space: Space, trials: int) -> Best:
+    # a former call may have been given more
+    finished = _finished(study)[:trials]
+    best = max(finished, key=lambda trial: (trial.value, -trial.number))
+    return Best(
+        settings=space.settings(best.params),
+        value=float(best.value),
+        default=float(finished[0].value),
+        trials=len(finished),
+        by_seed=dict(best.user_attrs[BY_SEED]),
+    )
 
 
 def tuned_file(tuning: Tuning, found: dict[str, Best]) -> str:
-    """The content of ``tuned.yaml``: the budget that each method had, and what was found for it."""
+    """Return the content of ``tuned.yaml``: the budget that each method had, and what was found for it."""
     methods: dict[str, Any] = {
         word: {
             "settings": best.settings,
@@ -221,7 +268,7 @@ def tuned_file(tuning: Tuning, found: dict[str, Best]) -> str:
 
 
 def tuning_table(tuning: Tuning, found: dict[str, Best]) -> Table:
-    """What was found, a row a method."""
+    """Return what was found, a row a method."""
     seeds = len(tuning.base.seeds)
     title = f"{tuning.trials} trials a method, {seeds} seed{'s' if seeds > 1 else ''}, on {tuning.budget['validation']}"
     table = Table(title=title)

@@ -64,6 +64,8 @@ def detect(config):
     weights = config["MODEL"]["WEIGHTS"]
     word = Path(weights).read_text() if weights else "scratch"
     if word == os.environ.get("FAKE_FAILS"):
+        while not Path(os.environ.get("FAKE_FAILS_AFTER", ".")).exists():
+            time.sleep(0.01)
         print("nst-det: the images are gone; bring them back", file=sys.stderr)
         sys.exit(int(os.environ["FAKE_CODE"]))
     steps_of(folder, config["SOLVER"]["MAX_ITER"])

@@ -12,10 +12,10 @@ import nst_det.comparison.launch_local
 from nst_det.cli import main
 from nst_det.comparison.config import load_comparison
 from nst_det.comparison.display import ProgressDisplay
-from nst_det.comparison.launch_local import LocalLauncher, Machine, RunFailed
+from nst_det.comparison.launch_local import LocalLauncher, Machine, RunFailed, run_plan, this_machine
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import Run, make_plan
-from nst_det.comparison.result import comparable
+from nst_det.comparison.result import ComparisonResult, comparable
 from nst_det.errors import UserError
 
 
@@ -50,8 +50,8 @@ def starts(folder):
 def test_a_comparison_is_done_once(comparison, fake_command, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     results = compare(comparison, jobs=4, command=fake_command)
-    assert [row["method"] for row in results["rows"]] == ["scratch", "ce", "kd", "kd+nst-poly"]
-    assert json.loads((comparison.folder / "report" / "results.json").read_text()) == results
+    assert [row.method for row in results.rows] == ["scratch", "ce", "kd", "kd+nst-poly"]
+    assert ComparisonResult.load(comparison.folder / "report" / "results.json") == results
     assert (comparison.folder / "logs" / "detect" / "seed0" / "kd.log").exists()
     again = compare(comparison, jobs=1, command=lambda *_: pytest.fail("a run that is done was started"))
     assert comparable(again) == comparable(results)
@@ -64,11 +64,11 @@ def test_methods_and_seeds_may_be_added_and_nothing_else_changed(comparison, con
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     few = ["METHODS", "['kd']", "SEEDS", "[0]"]
     first = compare(load_comparison(config_file, comparison.folder, few), 4, fake_command)
-    assert [row["verdict"] for row in first["rows"]] == ["single seed", "reference", "single seed"]
+    assert [row.verdict for row in first.rows] == ["single seed", "reference", "single seed"]
     more = compare(comparison, 4, fake_command)
     assert starts(comparison.folder / "distill" / "seed0" / "students" / "ce") == ["0 threads 2"]
     assert starts(comparison.folder / "detect" / "seed0" / "kd") == ["0 threads 1"]
-    assert more["rows"][2]["per_seed"]["0"] == first["rows"][2]["per_seed"]["0"]
+    assert more.rows[2].per_seed["0"] == first.rows[2].per_seed["0"]
     words = ["DISTILL.SOLVER.BASE_LR", "0.3"]
     with pytest.raises(UserError, match=r"holds a run with DISTILL\.SOLVER\.BASE_LR 0\.1, now it is 0\.3; name"):
         compare(load_comparison(config_file, comparison.folder, words), 4, fake_command)
@@ -82,21 +82,22 @@ def test_a_failing_run_stops_the_others_and_is_named(comparison, fake_command, m
     monkeypatch.setenv("FAKE_FAILS", "scratch")
     monkeypatch.setenv("FAKE_CODE", said)
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0.3")
+    # the teacher runs beside it
+    stopped = comparison.folder / "teacher" / "teacher"
+    monkeypatch.setenv("FAKE_FAILS_AFTER", str(stopped / "metrics.jsonl"))
     with pytest.raises(
         RunFailed, match="run detect/seed0/scratch failed: the images are gone; bring them back"
     ) as info:
         compare(comparison, 3, fake_command)
     assert info.value.code == code
     assert str(comparison.folder / "logs" / "detect" / "seed0" / "scratch.log") in str(info.value)
-    # the teacher ran beside it
-    stopped = comparison.folder / "teacher" / "teacher"
     assert starts(stopped) == ["0 threads 2"]
     before = (stopped / "metrics.jsonl").read_bytes()
     time.sleep(0.5)
     assert (stopped / "metrics.jsonl").read_bytes() == before
     monkeypatch.delenv("FAKE_FAILS")
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
-    assert len(compare(comparison, 3, fake_command)["rows"]) == 4
+    assert len(compare(comparison, 3, fake_command).rows) == 4
 
 
 @pytest.mark.parametrize(
@@ -127,13 +128,9 @@ def test_what_would_fail_after_hours_fails_at_once(config_file, tmp_path, words,
 
 def test_a_run_without_its_result_is_a_failure(tmp_path):
     run = Run("detect/seed0/kd", "detector", (), (tmp_path / "result.json",), {})
-    with ProgressDisplay([run], {}) as view:
-        runner = LocalLauncher([run], tmp_path, Machine(1), view, lambda *_: [sys.executable, "-c", ""])
-        with pytest.raises(RunFailed, match=r"run detect/seed0/kd ended without writing .*result\.json"):
-            runner.run_all()
-        killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-        with pytest.raises(RunFailed, match="killed by SIGKILL"):
-            LocalLauncher([run], tmp_path, Machine(1), view, lambda *_: killed).run_all()
+    for code, message in (("", r"without writing .*result\.json"), ("os.kill(os.getpid(), 9)", "killed by SIGKILL")):
+        with pytest.raises(RunFailed, match=f"run detect/seed0/kd .*{message}"):
+            run_code([run], tmp_path, Machine(1), lambda _, code=code: f"import os; {code}")
 
 
 def test_a_run_that_does_not_stop_when_asked_is_killed(tmp_path, monkeypatch):
@@ -144,14 +141,9 @@ def test_a_run_that_does_not_stop_when_asked_is_killed(tmp_path, monkeypatch):
     deaf += f"pathlib.Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(60)"
     waits = f"import pathlib,time\nwhile not pathlib.Path({str(tmp_path / 'ready')!r}).exists(): time.sleep(.01)\n1 / 0"
     code = {"stubborn": deaf, "failing": waits}
-    with ProgressDisplay([stubborn, failing], {}) as view:
-        runner = LocalLauncher(
-            [stubborn, failing], tmp_path, Machine(2), view, lambda run, _: [sys.executable, "-c", code[run.name]]
-        )
-        with pytest.raises(RunFailed, match="run failing failed: ZeroDivisionError: division by zero") as info:
-            runner.run_all()
+    with pytest.raises(RunFailed, match="run failing failed: ZeroDivisionError: division by zero") as info:
+        run_code([stubborn, failing], tmp_path, Machine(2), lambda run: code[run.name])
     assert info.value.code == 1
-    assert runner._processes == []
     assert not alive(tmp_path / "ready")
 
 
@@ -160,14 +152,23 @@ def test_this_machine_takes_the_gpus_that_it_may_see(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(nst_det.comparison.launch_local, "core_count", lambda: 6)
-    assert nst_det.comparison.launch_local.this_machine() == Machine(6)
-    assert nst_det.comparison.launch_local.this_machine(3) == Machine(3)
+    assert this_machine() == Machine(6)
+    assert this_machine(3) == Machine(3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert nst_det.comparison.launch_local.this_machine() == Machine(6, ("0", "1"), 2)
+    assert this_machine() == Machine(6, ("0", "1"), 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     # the runs on the GPUs are counted, not those of the CPU
-    assert nst_det.comparison.launch_local.this_machine(4) == Machine(6, ("4", "7"), 4)
+    assert this_machine(4) == Machine(6, ("4", "7"), 4)
+
+
+def run_code(runs, folder, machine, code_of):
+    """Do runs whose processes are Python code; what started and ended, in order."""
+    with Log(runs, {}) as display:
+        run_plan(
+            runs, folder, LocalLauncher(folder, machine, lambda run, _: [sys.executable, "-c", code_of(run)]), display
+        )
+    return display.events
 
 
 class Log(ProgressDisplay):
@@ -188,16 +189,13 @@ class Log(ProgressDisplay):
 
 def events_of(folder, machine, runs):
     """What happens when runs ``name -> (threads, needs, wants_gpu)`` go; each notes its GPU and its threads."""
-    note = "import os,sys,time; text = '{CUDA_VISIBLE_DEVICES} {OMP_NUM_THREADS}'.format(**os.environ)"
-    note += "; open(sys.argv[1],'w').write(text); time.sleep(.2)"
+    note = "import os,time; text = '{CUDA_VISIBLE_DEVICES} {OMP_NUM_THREADS}'.format(**os.environ)\n"
+    wait = "time.sleep(.2)"
     plan = [
         Run(name, "detector", needs, (folder / name,), {}, threads=threads, wants_gpu=gpu)
         for name, (threads, needs, gpu) in runs.items()
     ]
-    with Log(plan, {}) as view:
-        command = [sys.executable, "-c", note]
-        LocalLauncher(plan, folder, machine, view, lambda run, _: [*command, str(run.results[0])]).run_all()
-    return view.events
+    return run_code(plan, folder, machine, lambda run: f"{note}open({str(run.results[0])!r}, 'w').write(text); {wait}")
 
 
 def test_a_run_that_waits_for_room_is_not_overtaken(tmp_path):
@@ -309,7 +307,7 @@ def test_killed_anywhere_and_started_again_gives_the_undisturbed_result(
     process.join(60)
     assert process.exitcode == 0
     results = json.loads((comparison.folder / "report" / "results.json").read_text())
-    assert comparable(results) == comparable(json.loads(json.dumps(undisturbed)))
+    assert comparable(results) == comparable(undisturbed)
     logs = list(comparison.folder.rglob("starts.log"))
     assert sum(len(starts(path.parent)) for path in logs) > len(logs)
 

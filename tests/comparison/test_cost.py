@@ -2,7 +2,7 @@ import logging
 
 import torch
 
-from nst_det.benchmark import Pixels, benchmark
+from nst_det.benchmark import Traceable, benchmark
 from nst_det.comparison.cost import COST_FILE, architecture, measure_costs
 from nst_det.comparison.plan import Run
 from nst_det.detection.checkpoint import save_weights
@@ -43,15 +43,16 @@ def test_rows_of_one_architecture_share_one_measurement(tmp_path, pytestconfig, 
         costs = measure_costs(runs, configs, tmp_path)
     assert list(costs) == ["scratch", "ce", "wide"]
     assert costs["scratch"] is costs["ce"]
-    assert [cost["run"] for cost in costs.values()] == ["detect/seed0/ce", "detect/seed0/ce", "detect/seed0/wide"]
+    assert [cost.run for cost in costs.values()] == ["detect/seed0/ce", "detect/seed0/ce", "detect/seed0/wide"]
     assert "no latency of detect/seed0/gone" in caplog.text
     # 4:3 with a long side of at most 96
-    assert costs["ce"]["size"] == [64, 85]
-    alone = benchmark(Pixels(build_detector(wide, 0).eval()), (64, 85), [], 0, torch.device("cpu"))
-    assert (costs["wide"]["macs"], costs["wide"]["parameters"]) == (alone["macs"], alone["parameters"])
-    assert costs["wide"]["parameters"] != costs["ce"]["parameters"]
-    assert 0 < costs["ce"]["latency"]["p10"] <= costs["ce"]["latency"]["median"] <= costs["ce"]["latency"]["p90"]
-    assert costs["ce"]["machine"]
+    assert costs["ce"].size == (64, 85)
+    alone = benchmark(Traceable(build_detector(wide, 0).eval()), (64, 85), [], 0, torch.device("cpu"))
+    assert (costs["wide"].macs, costs["wide"].parameters) == (alone["macs"], alone["parameters"])
+    assert costs["wide"].parameters != costs["ce"].parameters
+    latency = costs["ce"].latency
+    assert 0 < latency.p10 <= latency.median <= latency.p90
+    assert costs["ce"].machine
     before = (tmp_path / COST_FILE).read_bytes()
     again = measure_costs(runs[:3], configs, tmp_path)
     assert again == costs

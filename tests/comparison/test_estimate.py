@@ -1,47 +1,57 @@
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from nst_det.cli import main
-from nst_det.comparison import estimate as module
 from nst_det.comparison.config import load_comparison
 from nst_det.comparison.estimate import (
     GPU_CONTEXT,
     Estimate,
-    Parts,
-    copy_parts,
     estimate,
     gpu_shortage,
+    images_kept,
     total,
     wall_seconds,
 )
 from nst_det.comparison.launch_local import Machine
-from nst_det.comparison.pipeline import checked_configs, compare
-from nst_det.comparison.plan import Run, make_plan
+from nst_det.comparison.pipeline import compare
+from nst_det.comparison.plan import Run, make_plan, run_config
 from nst_det.data.synthetic import CLASSIFICATION, DETECTION, GenerateSettings, generate_data
 from nst_det.data.voc import VocDataset
+from nst_det.engine.format import bytes_below
 from nst_det.errors import UserError
 
+COUNTS = {
+    "classification_images": 40,
+    "classification_val_images": 10,
+    "detection_images": 12,
+    "detection_test_images": 3,
+}
 
-@pytest.fixture
-def without_data(monkeypatch, tmp_path):
-    """The stage that trains nothing needs none."""
-    monkeypatch.setattr(module, "copy_parts", lambda *_: Parts(tmp_path / "images"))
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch, config_file):
+    """Small data in the place of what the configs name, for a stage that trains nothing."""
     monkeypatch.setattr("nst_det.report.write_report", lambda *_: None)
+    root = generate_data(tmp_path / "data", GenerateSettings(**COUNTS), workers=1)
+    for name, before, after in (("distill", "images", CLASSIFICATION), ("detect", "voc", DETECTION)):
+        file = tmp_path / f"{name}.yaml"
+        text = file.read_text().replace(str(tmp_path / before), str(root / after))
+        file.write_text(text.replace("SPLIT: train", "SPLIT: trainval"))
+    return root
 
 
 def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_the_estimate_is_near_what_runs_take(comparison, fake_command, without_data, monkeypatch, tmp_path):
+def test_the_estimate_is_near_what_runs_take(comparison, fake_command, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0.1")
-    monkeypatch.setattr(module, "STEPS", 6)
     runs = make_plan(comparison)
-    configs = checked_configs(comparison, runs)
     before = files(tmp_path)
-    found = estimate(comparison, runs, configs, Machine(1), fake_command)
+    found = estimate(comparison, runs, Machine(1), fake_command)
     assert files(tmp_path) == before
     assert not comparison.folder.exists()
     began = time.monotonic()
@@ -59,7 +69,7 @@ def test_the_estimate_is_near_what_runs_take(comparison, fake_command, without_d
     assert total(found, runs) == Estimate(0.0, 0, 0)
 
 
-def test_each_kind_is_tried_once(comparison, fake_command, without_data, monkeypatch):
+def test_each_kind_is_tried_once(comparison, fake_command, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     runs, tried = make_plan(comparison), []
 
@@ -67,17 +77,17 @@ def test_each_kind_is_tried_once(comparison, fake_command, without_data, monkeyp
         tried.append(run.name)
         return fake_command(run, folder)
 
-    estimate(comparison, runs, checked_configs(comparison, runs), Machine(1), command)
+    estimate(comparison, runs, Machine(1), command)
     # rows differ by their weights alone; that of scratch by a rate
     assert tried == ["teacher", "distill/seed0", "detect/seed0/scratch"]
 
 
-def test_a_trial_that_fails_is_named(comparison, fake_command, without_data, monkeypatch):
+def test_a_trial_that_fails_is_named(comparison, fake_command, monkeypatch):
     monkeypatch.setenv("FAKE_FAILS", "scratch")
     monkeypatch.setenv("FAKE_CODE", "2")
     runs = make_plan(comparison)
     with pytest.raises(UserError, match="the trial of detect/seed0/scratch failed: the images are gone"):
-        estimate(comparison, runs, checked_configs(comparison, runs), Machine(1), fake_command)
+        estimate(comparison, runs, Machine(1), fake_command)
 
 
 def test_the_command_line_prints_the_plan_first_then_what_it_takes(config_file, tmp_path, monkeypatch, capsys):
@@ -107,15 +117,15 @@ def test_the_command_line_prints_the_plan_first_then_what_it_takes(config_file, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_trial_on_a_gpu_tells_its_memory(comparison, fake_command, without_data, monkeypatch):
+def test_a_trial_on_a_gpu_tells_its_memory(comparison, fake_command, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     monkeypatch.setenv("FAKE_GPU_GIB", "2.5")
     runs, machine = make_plan(comparison), Machine(6, ("4", "5"), 2)
-    found = estimate(comparison, runs, checked_configs(comparison, runs), machine, fake_command)
+    found = estimate(comparison, runs, machine, fake_command)
     # the stand-in has that much where it sees a GPU
     assert {one.gpu_memory for one in found.values()} == {5 << 29}
     assert total(found, runs).gpu_memory == 5 << 29
-    found = estimate(comparison, runs, checked_configs(comparison, runs), Machine(6), fake_command)
+    found = estimate(comparison, runs, Machine(6), fake_command)
     assert {one.gpu_memory for one in found.values()} == {0}
 
 
@@ -165,25 +175,36 @@ def test_wall_time_is_that_of_the_runs_side_by_side():
     assert wall_seconds(runs, found, Machine(jobs=8)) == 15
 
 
-def test_a_part_of_the_data_is_copied(config_file, tmp_path, monkeypatch):
-    settings = GenerateSettings(
-        classification_images=40, classification_val_images=20, detection_images=6, detection_test_images=40
-    )
-    root = generate_data(tmp_path / "data", settings, workers=1)
-    text = (tmp_path / "distill.yaml").read_text().replace(str(tmp_path / "images"), str(root / CLASSIFICATION))
-    (tmp_path / "distill.yaml").write_text(text)
-    detect = (tmp_path / "detect.yaml").read_text().replace(str(tmp_path / "voc"), str(root / DETECTION))
-    detect = detect.replace("SPLIT: train", "SPLIT: trainval")
-    (tmp_path / "detect.yaml").write_text(detect)
-    monkeypatch.setattr("nst_det.comparison.estimate.TRAIN_IMAGES", 20)
-    comparison = load_comparison(config_file, tmp_path / "out")
-    parts = copy_parts(comparison, tmp_path / "trial")
-    test = VocDataset(parts.voc["own_test"], "test")
-    assert 16 <= len(test.ids) <= 20
-    assert parts.test_share == len(test.ids) / 40
-    assert test.image(test.ids[0]).ndim == 3
-    assert len(VocDataset(parts.voc["own_train"], "trainval").ids) == 6
-    assert parts.val_share == 1.0
-    assert len(list((parts.images / "train").rglob("*.jpg"))) == 20
-    size = comparison.distill.DATA.IMAGE_SIZE
-    assert parts.distill_cache == 20 * 3 * size * size
+def test_decoded_images_that_stay_in_memory(config_file, tmp_path, data):
+    words = ["DISTILL.SOLVER.IMS_PER_BATCH", "2", "DETECT.SOLVER.IMS_PER_BATCH", "1", "DETECT.SOLVER.MAX_ITER", "99"]
+    comparison = load_comparison(config_file, tmp_path / "out", words)
+    runs = {run.name: run for run in make_plan(comparison)}
+    students, detector = runs["distill/seed0"], runs["detect/seed0/scratch"]
+    # 16 of 40 images are seen in a trial's steps
+    side = comparison.distill.DATA.IMAGE_SIZE
+    assert images_kept(students, run_config(comparison, students)) == 24 * 3 * side * side
+    # and 8 of 12 of the detector's
+    train = VocDataset(data / DETECTION, "trainval")
+    pixels = sum(train.image(id_).size for id_ in train.ids)
+    assert images_kept(detector, run_config(comparison, detector)) == pytest.approx(pixels / 3, abs=1)
+    small = load_comparison(config_file, tmp_path / "out", [*words, "DETECT.DATALOADER.CACHE_IMAGES_MB", "0"])
+    assert images_kept(detector, run_config(small, detector)) == 0
+
+
+def test_generated_data_is_made_for_the_trial_alone(config_file, tmp_path, fake_command, data, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
+    words = ["DATA.GENERATE", str(COUNTS)]
+    comparison, made = load_comparison(config_file, tmp_path / "out", words), []
+
+    def command(run, folder):
+        if run.kind != "data":
+            return fake_command(run, folder)
+        made.append(generate_data(run.options[1], GenerateSettings(**COUNTS), workers=1))
+        return [sys.executable, "-c", ""]
+
+    found = estimate(comparison, make_plan(comparison), Machine(1), command)
+    assert found["data"].disk == pytest.approx(bytes_below(data), rel=0.02)
+    assert found["detect/seed1/kd"].seconds > 0
+    assert len(made) == 1
+    assert not made[0].exists()
+    assert not comparison.folder.exists()

@@ -1,22 +1,22 @@
 """The same plan on a Ray cluster of two nodes; ``make test-ray``."""
 
 import importlib.util
-import json
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nst_det.cli import main
 from nst_det.comparison.config import load_comparison
 from nst_det.comparison.display import last_metrics
-from nst_det.comparison.launch_local import Machine, RunFailed
-from nst_det.comparison.launch_ray import RayLauncher, carry_out
+from nst_det.comparison.launch_local import RunFailed
+from nst_det.comparison.launch_ray import RayLauncher, run_on_node
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import Run, make_plan
-from nst_det.comparison.result import comparable
+from nst_det.comparison.result import ComparisonResult, comparable
 
 FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
 needs_ray = pytest.mark.skipif(
@@ -73,7 +73,7 @@ def test_a_cluster_gives_the_same_results_also_when_a_node_dies(config_file, tmp
         killer.start()
     found = compare(there, command=fake, ray_address=made.address)
     assert comparable(found) == comparable(expected)
-    assert json.loads((there.folder / "report" / "results.json").read_text()) == found
+    assert ComparisonResult.load(there.folder / "report" / "results.json") == found
     if killed:
         killer.join()
         logs = [[(folder / "starts.log").read_text().splitlines() for folder in run.folders] for run in lost]
@@ -107,21 +107,23 @@ def test_a_task_takes_ray_s_gpu_only_where_it_gets_one_and_its_own_threads(tmp_p
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = Run("a", "detector", (), (tmp_path / "a",), {}, threads=2)
     note = "import os; print('{CUDA_VISIBLE_DEVICES} {OMP_NUM_THREADS}'.format(**os.environ))"
-    code, said = carry_out(run, str(tmp_path), [sys.executable, "-c", note], gpu_threads)
+    code, said = run_on_node(run, str(tmp_path), [sys.executable, "-c", note], gpu_threads)
     assert (code, said.removesuffix("\n")) == (0, seen)
 
 
 def test_a_gpu_comes_with_its_share_of_the_smallest_nodes_cores(tmp_path):
     class Cluster:
+        exceptions = SimpleNamespace(RayError=RuntimeError)
+
         def nodes(self):
             sizes = [(True, {"CPU": 16.0, "GPU": 2.0}), (True, {"CPU": 12.0, "GPU": 4.0}), (True, {"CPU": 2.0})]
             sizes += [(False, {"CPU": 1.0, "GPU": 1.0})]
             return [{"Alive": alive, "Resources": resources} for alive, resources in sizes]
 
-    runner = RayLauncher([], tmp_path, Machine(1), None, Cluster())
+    launcher = RayLauncher(Cluster(), [], tmp_path)
     wants, other = (Run("a", "detector", (), (), {}, threads=2, wants_gpu=gpu) for gpu in (True, False))
-    assert (runner._gpu_threads(wants), runner._needs(wants)) == (3, {"num_cpus": 1, "num_gpus": 1})
-    assert (runner._gpu_threads(other), runner._needs(other)) == (0, {"num_cpus": 2, "num_gpus": 0})
+    assert (launcher.gpu_threads(wants), launcher.needs(wants)) == (3, {"num_cpus": 1, "num_gpus": 1})
+    assert (launcher.gpu_threads(other), launcher.needs(other)) == (0, {"num_cpus": 2, "num_gpus": 0})
 
 
 def test_without_ray_one_line_says_what_to_do(config_file, tmp_path, monkeypatch, capsys):

@@ -5,15 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from nst_det.comparison.result import holm, mean_std, paired_difference
+from nst_det.comparison.statistics import holm, mean_std, paired_difference
 
 
 def test_mean_and_sample_deviation_by_hand():
     # deviations -2, -1, 3: squares sum to 14, divided by n - 1 = 2
     assert mean_std([1.0, 2.0, 6.0]) == (3.0, math.sqrt(7.0))
     assert mean_std([0.25]) == (0.25, None)
-    with pytest.raises(ValueError, match="no values"):
-        mean_std([])
 
 
 def test_interval_of_three_seeds_by_hand():
@@ -22,7 +20,6 @@ def test_interval_of_three_seeds_by_hand():
     difference = paired_difference(row, base)
     reach = 0.95 * math.sqrt(2 / (1 - 0.95**2)) * 0.1 / math.sqrt(3)
     assert reach == pytest.approx(4.3027 * 0.057735, rel=1e-4)
-    assert difference.n == 3
     assert difference.mean == pytest.approx(0.2, abs=1e-15)
     assert difference.interval == pytest.approx((0.2 - reach, 0.2 + reach), abs=1e-12)
     assert difference.verdict == "noise"  # .2 - .2484 < 0
@@ -46,10 +43,7 @@ def test_one_seed_has_no_spread_to_judge_by():
 
 def test_only_common_seeds_are_paired():
     difference = paired_difference({0: 0.5, 1: 0.9, 7: 0.1}, {1: 0.8, 0: 0.5, 3: 0.0})
-    assert difference.n == 2
     assert difference.mean == pytest.approx(0.05)
-    with pytest.raises(ValueError):
-        paired_difference({0: 0.5}, {1: 0.5})
 
 
 def test_equal_differences_leave_no_doubt():
@@ -60,13 +54,15 @@ def test_equal_differences_leave_no_doubt():
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=6))
-def test_p_value_is_scipys_and_agrees_with_the_interval(pairs):
+def test_interval_and_p_value_are_scipys(pairs):
     row = {seed: pair[0] for seed, pair in enumerate(pairs)}
     base = {seed: pair[1] for seed, pair in enumerate(pairs)}
     difference = paired_difference(row, base)
     spread = {a - b for a, b in pairs}
     if max(spread) - min(spread) > 1e-6:
-        assert difference.p_value == pytest.approx(stats.ttest_rel(*zip(*pairs)).pvalue, rel=1e-6)
+        oracle = stats.ttest_rel(*zip(*pairs))
+        assert difference.p_value == pytest.approx(oracle.pvalue, rel=1e-6)
+        assert difference.interval == pytest.approx(tuple(oracle.confidence_interval(0.95)), rel=1e-6, abs=1e-9)
         if abs(difference.p_value - 0.05) > 1e-9:
             assert (difference.p_value < 0.05) == (difference.verdict in ("better", "worse"))
 

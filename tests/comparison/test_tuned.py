@@ -1,9 +1,8 @@
 import pytest
 import yaml
 
-from nst_det.comparison.config import Tuned, load_comparison, read_tuned, weights_from
-from nst_det.comparison.pipeline import run_config
-from nst_det.comparison.plan import make_plan
+from nst_det.comparison.config import Tuned, load_comparison, parse_row, read_tuned, weights_from
+from nst_det.comparison.plan import make_plan, run_config
 from nst_det.distillation.config import transfer_of
 from nst_det.engine.config import plain
 from nst_det.errors import UserError
@@ -86,4 +85,4 @@ def test_what_is_no_such_file_is_one_line(tmp_path, content, message):
 )
 def test_where_the_weights_of_a_row_are_from(file, word, text):
     distill = {"WEIGHTS": {"fitnet": 3.0, "kd": 1.0}, "AUTO_WEIGHT": {"vid": 0.5}}
-    assert weights_from(word, read_tuned(file), distill, {"WEIGHTS": {"pkd": 1.0}}) == text
+    assert weights_from(parse_row(word), read_tuned(file), distill, {"WEIGHTS": {"pkd": 1.0}}) == text

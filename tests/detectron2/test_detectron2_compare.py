@@ -16,7 +16,6 @@ from nst_det.cli import main  # noqa: E402
 from nst_det.comparison.config import load_comparison  # noqa: E402
 from nst_det.comparison.estimate import estimate  # noqa: E402
 from nst_det.comparison.launch_local import Machine  # noqa: E402
-from nst_det.comparison.pipeline import checked_configs  # noqa: E402
 from nst_det.comparison.plan import make_plan  # noqa: E402
 
 
@@ -81,7 +80,7 @@ def test_what_a_detector_takes_is_measured(tiny):
     comparison = load_comparison(config)
     runs = make_plan(comparison)
     run = next(run for run in runs if run.name == "detect/seed0/scratch")
-    found = estimate(comparison, [run], checked_configs(comparison, runs), Machine(1))[run.name]
+    found = estimate(comparison, runs, Machine(1))[run.name]
     files = [path for path in (out / run.name).rglob("*") if path.is_file()]
     # it keeps two checkpoints and the last one, as a run of any length
     assert found.disk == pytest.approx(sum(path.stat().st_size for path in files), rel=0.02)

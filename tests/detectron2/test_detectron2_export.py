@@ -84,7 +84,7 @@ def test_the_command_prints_files_and_parity(tmp_path, capsys):
     assert left.value.code == 0
     printed = capsys.readouterr().out
     assert "x.yaml" in printed
-    assert "parity" in printed
+    assert "compared  " in printed
     with open(tmp_path / "x.pkl", "rb") as file:
         content = pickle.load(file)
     assert not any("fc" in key.split(".") for key in content["model"])

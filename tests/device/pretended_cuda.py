@@ -236,6 +236,15 @@ class PretendedTensor(torch.Tensor):
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
 
+    @property
+    def data(self) -> "PretendedTensor":
+        return self.detach()
+
+    @data.setter
+    def data(self, other: "PretendedTensor") -> None:
+        torch.Tensor.data.__set__(self, other)
+        self.on_cpu, self.index = other.on_cpu, other.index
+
     def get_device(self) -> int:
         return self.index
 

@@ -4,6 +4,7 @@ FILE is JSON: a dict a scenario with ``error`` (a traceback, or ""), ``counted``
 ``waits`` (number by place).
 """
 
+import io
 import json
 import os
 import pkgutil
@@ -12,7 +13,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,13 @@ FOUND: dict[str, dict[str, Any]] = {}
 ALL: tuple[Moment, ...] = ()
 # a rate that makes the second step's loss no number
 BREAKS = {"SOLVER.BASE_LR": 1e30, "SOLVER.MAX_ITER": 2, "SOLVER.NON_FINITE.POLICY": "skip"}
+WORKERS = {"SOLVER.MAX_ITER": 1, "DATALOADER.NUM_WORKERS": 2}
 STAGE_ONE_STEP = (("nst_det.distillation.loop:one_step", 2), ("nst_det.distillation.loop:one_step", 3))
 STAGE_ONE_EVALUATION = (
     ("nst_det.distillation.pipeline:measure", 1),
-    ("nst_det.distillation.trainer:Student.record", 1),
+    ("nst_det.distillation.trainer:StudentTrainer.record", 1),
 )
-STAGE_TWO_STEP = (("nst_det.detection.trainer:Training.step", 2), ("nst_det.detection.trainer:Training.step", 3))
+STAGE_TWO_STEP = (("nst_det.detection.trainer:Trainer.step", 2), ("nst_det.detection.trainer:Trainer.step", 3))
 STAGE_TWO_EVALUATION = (("nst_det.detection.pipeline:detect", 1), ("nst_det.detection.pipeline:score", 1))
 DETECTRON2_STEP = (
     ("nst_det.detectron2.trainer:DistillTrainer.run_step", 2),
@@ -67,6 +69,9 @@ def scenario(name: str, counted: tuple[Moment, ...] | None = None, device: str =
     pretended.questions.clear()
     counts, error = Counts(), ""
     switches = dict(zip(counted or (), (partial(count_in, counts), partial(count_in, None))))
+    for path, _ in switches:
+        # one that is gone ends all, and is named
+        pkgutil.resolve_name(path)
     count_in(counts if counted == ALL else None)
     try:
         with at_calls(switches):
@@ -126,10 +131,11 @@ def stopped_at(moment: Moment) -> Iterator[None]:
 def nst_det(*words: Any) -> None:
     """Run a command line that must end well."""
     try:
-        main([str(word) for word in words])
+        with redirect_stderr(io.StringIO()) as said:
+            main([str(word) for word in words])
     except SystemExit as left:
         if left.code:
-            raise AssertionError(f"nst-det {words[0]} ended with {left.code}") from left
+            raise AssertionError(f"nst-det {words[0]} ended with {left.code}: {said.getvalue()}") from left
 
 
 class Folder:
@@ -304,7 +310,7 @@ def stage_two(folder: Folder) -> None:
         **folder.taught("+".join(terms()), "evaluated"),
     }
     with scenario("stage two, every term, resumed", device="cuda:1"):
-        with stopped_at(("nst_det.detection.trainer:Training.step", 2)):
+        with stopped_at(("nst_det.detection.trainer:Trainer.step", 2)):
             folder.detect("resumed", **every)
         folder.detect("resumed", **every)
     with scenario("stage two, replay"):
@@ -335,6 +341,10 @@ def detectron2(folder: Folder) -> None:
         with stopped_at(("nst_det.detectron2.trainer:DistillTrainer.run_step", 2)):
             folder.detect("resumed", **engine, **every)
         folder.detect("resumed", **engine, **every)
+    with scenario("detectron2, --eval-only"):
+        nst_det("train-det", "--config-file", folder.path / "resumed.yaml", "--eval-only", "--resume")
+    with scenario("detectron2, workers"):
+        folder.detect("forked", **engine, **WORKERS, **{"DATASETS.TEST": []})
     with scenario("detectron2, replay"):
         folder.detect("broken", **engine, **BREAKS, **{"SOLVER.AMP": {"ENABLED": False}})
         nst_det("replay", *(folder.path / "broken").rglob("step-00000001.pt"))
@@ -347,6 +357,7 @@ def commands(folder: Folder) -> None:
         folder.detect("run", **{"MODEL.DEVICE": "cuda:1", "INPUT.MIN_SIZE_TEST": 96, "INPUT.MAX_SIZE_TEST": 96})
     run, config = folder.path / "run", folder.path / "run.yaml"
     backbones = [folder.path / "backbones" / f"distilled-{method}-s0.safetensors" for method in ("ce", "kd")]
+    weights = [word for file in backbones for word in ("--weights", file)]
     image = next(folder.data.joinpath(DETECTION).rglob("*.jpg"))
     second, fast = ("--device", "cuda:1"), ("--batch", 1, "--repeats", 1, "--size", 64)
     out = folder.path / "out"
@@ -359,17 +370,7 @@ def commands(folder: Folder) -> None:
         "predict by default": ("predict", image, "--run", run, "--output", out / "here"),
         "train-det --eval-only": ("train-det", "--config-file", config, "--eval-only", "--resume"),
         "export of a backbone": ("export", "--format", "timm", "--weights", backbones[0], "--output", out / "timm"),
-        "look": (
-            "look",
-            "--weights",
-            backbones[0],
-            "--weights",
-            backbones[1],
-            "--image",
-            image,
-            "--output",
-            out / "l.html",
-        ),
+        "look": ("look", *weights, "--image", image, "--output", out / "look.html"),
         "backbones --check": ("backbones", "--check", backbones[0]),
         "init": ("init", folder.path / "project", "--voc", folder.data / DETECTION),
         "doctor": ("doctor",),
@@ -384,12 +385,11 @@ def commands(folder: Folder) -> None:
 
 def workers(folder: Folder) -> None:
     """Loader processes that are forked after CUDA was begun."""
-    forked = {"SOLVER.MAX_ITER": 1, "DATALOADER.NUM_WORKERS": 2}
     augment = {"DATA.AUGMENT.CROP_AREA": [0.3, 1.0], "DATA.AUGMENT.COLOR_JITTER": [0.4, 0.4, 0.4, 0.1]}
     with scenario("stage one, workers"):
-        folder.distill("cropped", METHODS=["ce"], **forked, **augment)
+        folder.distill("cropped", METHODS=["ce"], **WORKERS, **augment)
     with scenario("stage two, workers"):
-        folder.detect("detected", **forked)
+        folder.detect("detected", **WORKERS)
 
 
 GROUPS = {

@@ -90,5 +90,7 @@ def test_on_pretended_gpus(group):
 if __name__ == "__main__":
     for chosen in sys.argv[1:] or GROUPS:
         for scenario, figures in run(chosen).items():
-            if figures["counted"]:
+            if figures["error"]:
+                print(f"{scenario}: {figures['error']}", file=sys.stderr)
+            elif figures["counted"]:
                 print(f'    "{scenario}": {totals(figures)},')

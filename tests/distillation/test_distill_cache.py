@@ -2,25 +2,36 @@
 
 import json
 import logging
+import math
 import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from nst_det.distillation import cache as cache_writing
 from nst_det.distillation import pipeline as stage
 from nst_det.distillation.build import Teacher, initial_student
-from nst_det.distillation.cache import VERSION, TeacherCache, read_index, shard_path
+from nst_det.distillation.cache import (
+    VERSION,
+    Piece,
+    TeacherCache,
+    Trial,
+    assemble,
+    read_index,
+    shard_path,
+    total_bytes,
+    what_to_keep,
+)
 from nst_det.distillation.config import load_distill_config
-from nst_det.distillation.needs import Piece
 from nst_det.distillation.pipeline import distill
 from nst_det.distillation.trainer import broken_outputs
 from nst_det.engine.io import write_sealed_json
 from nst_det.engine.metrics import read_metrics
 from nst_det.errors import UserError
-from nst_det.losses import terms
+from nst_det.losses import LossSpec, ModelOutputs, build_transfer, register_term, terms, unregister_term
 from nst_det.models import load_card, save_backbone
 
 METHODS = ["ce", "nst-poly", "kd+at"]
@@ -105,6 +116,72 @@ def test_cached_and_uncached_runs_are_equal_to_the_bit(images, teacher, cached, 
     assert other["ce"]["sha256"] != live["ce"]["sha256"], "the views come from their seed"
 
 
+@pytest.mark.parametrize(("mine", "theirs"), [((3, 3), (3, 3)), ((4, 4), (8, 8)), ((12, 12), (12, 12))])
+@pytest.mark.parametrize("name", terms())
+def test_a_loss_reads_no_more_than_it_declares(name, mine, theirs):
+    """With NaN in all outputs that it doesn't declare, of student and teacher, value and gradient stay."""
+    generator, channels = torch.Generator().manual_seed(0), {"student": 6, "teacher": 6 if name == "pkd" else 9}
+
+    def outputs(who, side):
+        shapes = (4, 5), (4, channels[who], *side), (4, channels[who], *side), (4, channels[who])
+        logits, used, unused, embedding = (torch.randn(shape, generator=generator) for shape in shapes)
+        return ModelOutputs(logits, {"res3": used, "res4": unused}, embedding)
+
+    student, teacher = outputs("student", mine), outputs("teacher", theirs)
+    levels = {f"{who}_channels": {"res3": count} for who, count in channels.items()}
+    widths = {"num_classes": 5, "student_embedding": 6, "teacher_embedding": channels["teacher"]}
+    loss = build_transfer(name, levels=["res3"], **levels, **widths)
+    trial = Trial({name: loss}, student, torch.device("cpu"))
+    pieces = what_to_keep(trial.read(teacher))
+    assert total_bytes(pieces) > 0
+    less = ModelOutputs(*(torch.full((4, 5), math.nan) for _ in range(3)))
+    less.maps = {level: torch.full_like(value, math.nan) for level, value in student.maps.items()}
+    kind = terms()[name].student_kind
+    if kind == "maps":
+        less.maps["res3"] = student.maps["res3"]
+    else:
+        setattr(less, kind, student.of(kind))
+    found = []
+    for said, asked in (
+        (student, teacher.images(slice(None))),
+        (less, assemble(pieces, trial.values(teacher, pieces), 4, torch.device("cpu"))),
+    ):
+        torch.manual_seed(0)
+        place = said.of(kind, "res3").requires_grad_()
+        value = loss(said, asked)[name]
+        found.append((value, torch.autograd.grad(value, place)[0]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+class Square(nn.Module):
+    def __init__(self, pair):
+        super().__init__()
+
+    def forward(self, student, teacher, shared):
+        energy = shared(("energy",), lambda: teacher.square().sum((1, 2, 3)))
+        return ((student.square().sum((1, 2, 3)) - energy) * teacher.sum((1, 2, 3)).detach()).mean()
+
+
+@pytest.mark.parametrize("reads", [None, ("energy",), ("energy", "output")])
+def test_a_loss_from_outside_declares_too_little_or_nothing(images, teacher, tmp_path, untrained, reads):
+    if reads:
+        Square.reads = reads
+    register_term(LossSpec("square", "maps", 1.0, "the test", "energies", Square))
+    keys = {"TEACHER.WEIGHTS": teacher, "CACHE.DIR": tmp_path / "cache", "METHODS": ["square+at"]}
+    error = UserError if reads == ("energy",) else ZeroDivisionError
+    try:
+        with pytest.raises(error) as caught:
+            run(images, tmp_path, **keys)
+    finally:
+        unregister_term("square")
+        Square.__dict__.get("reads") and delattr(Square, "reads")
+    if error is UserError:
+        assert re.fullmatch("CACHE.DIR: the term square .*`reads`.*", str(caught.value))
+        assert not (tmp_path / "cache").exists()
+    else:
+        assert {"res3", "res4"} < set(load_file(shard_path(tmp_path / "cache", 0)))
+
+
 def test_every_registered_term_learns_the_same_from_a_cache(images, teacher, tmp_path):
     methods = list(terms())
     live = run(images, tmp_path / "live", METHODS=methods, **{"TEACHER.WEIGHTS": teacher, "SOLVER.MAX_ITER": 2})
@@ -160,7 +237,7 @@ def test_a_stopped_writer_goes_on(images, teacher, cached, tmp_path, monkeypatch
             run(images, tmp_path, **keys)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")}
     assert len(before) == 3
-    with pytest.raises(UserError, match=r"unfinished, and only other METHODS derive its .*'attention'.*; finish it"):
+    with pytest.raises(UserError, match=r"unfinished, .*'attention'.*; finish it"):
         run(images, tmp_path / "fewer", METHODS=["nst-poly"], **keys)
     # a shard's rows are the same whatever the size of a batch now; one of 5 doesn't divide a shard of 7
     run(images, tmp_path / "other", **keys, **{"SOLVER.IMS_PER_BATCH": 5, "SOLVER.MAX_ITER": 1})
@@ -225,7 +302,7 @@ def test_an_index_made_by_hand_is_refused(tmp_path, changed):
             "was written with precision 'float32', now 'bfloat16'; name another CACHE.DIR or remove",
         ),
         ({"TRANSFER.LEVELS": ["res3", "res5"]}, "has no res5, but METHODS read it; it has .*logits.*; name"),
-        ({"METHODS": ["at", "fitnet"]}, r"has not all that fitnet reads; it has res3"),
+        ({"METHODS": ["at", "fitnet"]}, r"has no res3, res4, but METHODS read it; it has res3"),
         ({"METHODS": ["lp"]}, "has no embedding, but METHODS read it; it has res3"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nst_det import cli
+from nst_det.cli.command import COMMANDS, Command
 from nst_det.engine.checkpoint import checkpoints, load_latest_checkpoint, save_checkpoint
 from nst_det.engine.io import atomic_path, write_json, write_text
 from nst_det.engine.metrics import MetricsWriter, read_metrics
@@ -71,20 +71,13 @@ def test_metrics_up_to_the_last_whole_line(full, tmp_path):
     assert [row["step"] for row in rows] == list(range(len(rows)))
 
 
-def test_a_write_by_anybody_is_one_line(monkeypatch, capsys):
-    class Word:
-        HELP = "a word"
+def test_a_write_by_anybody_is_one_line(cli, monkeypatch, capsys):
+    def run(args):
+        """Write."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "events.out")
 
-        def add_arguments(self, parser):
-            pass
-
-        def run(self, args):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "events.out")
-
-    monkeypatch.setattr(cli, "command_modules", lambda: {"word": Word()})
-    with pytest.raises(SystemExit) as left:
-        cli.main(["word"])
-    assert left.value.code == 2
+    monkeypatch.setitem(COMMANDS, "some-name", Command(run, (), "", False))
+    assert cli("some-name") == 2
     said = capsys.readouterr().err
     assert said.startswith("nst-det: events.out: can't be written (No space left on device); free some space")
     assert said.count("\n") == 1

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from nst_det import cli
+from nst_det.cli.command import COMMANDS, Command
 from nst_det.engine.signals import EXIT_RESUME, Preempted, preemptible, whole_steps
 
 
@@ -58,21 +58,13 @@ def test_a_thread_sets_no_handlers():
     assert found == [(True, False)]
 
 
-def test_the_command_says_that_it_can_go_on(monkeypatch, capsys):
-    class Word:
-        HELP, RESUMES = "a word", True
+def test_the_command_says_that_it_can_go_on(cli, monkeypatch, capsys):
+    def run(args):
+        """Train."""
+        os.kill(os.getpid(), signal.SIGTERM)
 
-        def add_arguments(self, parser):
-            pass
-
-        def run(self, args):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return 0
-
-    monkeypatch.setattr(cli, "command_modules", lambda: {"word": Word()})
-    with pytest.raises(SystemExit) as left:
-        cli.main(["word"])
-    assert left.value.code == EXIT_RESUME == os.EX_TEMPFAIL
+    monkeypatch.setitem(COMMANDS, "some-name", Command(run, (), "", True))
+    assert cli("some-name") == EXIT_RESUME == os.EX_TEMPFAIL
     assert capsys.readouterr().err == (
         "nst-det: stopped by SIGTERM; what is done is saved, the same command goes on from here\n"
     )

@@ -7,7 +7,6 @@ import torchvision
 import yaml
 from safetensors.torch import load_file
 
-from nst_det.cli import main
 from nst_det.errors import UserError
 from nst_det.export.backbone import TORCHVISION_ARCHS, export_timm, export_torchvision
 from nst_det.models import Card, create_model, input_contract, save_backbone
@@ -43,12 +42,10 @@ def logits(model):
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "nst_resnet10_w32"])
-def test_timm_reads_the_folder_back(tmp_path, arch, capsys):
+def test_timm_reads_the_folder_back(cli, tmp_path, arch, capsys):
     path, model = saved(tmp_path, arch)
     output = tmp_path / "exported"
-    with pytest.raises(SystemExit) as ended:
-        main(["export", "--format", "timm", "--weights", str(path), "--output", str(output)])
-    assert ended.value.code == 0
+    assert cli("export", "--format", "timm", "--weights", path, "--output", output) == 0
     assert "logits within 0 (limit 0.0001)" in capsys.readouterr().out
     config = json.loads((output / "config.json").read_text())
     assert (config["architecture"], config["num_classes"]) == (arch, 5)
@@ -73,11 +70,11 @@ def test_timm_reads_the_folder_back(tmp_path, arch, capsys):
 def test_torchvision_reads_the_file_back(tmp_path):
     path, model = saved(tmp_path, "resnet18", top1=None)
     exported = export_torchvision(str(path), tmp_path / "r18.pth")
-    assert exported.parity <= 1e-5
+    assert "logits within 0 (limit" in exported.agreement
     again = torchvision.models.resnet18(num_classes=5)
     again.load_state_dict(torch.load(tmp_path / "r18.pth", weights_only=True))
     torch.testing.assert_close(logits(again), logits(model))
-    card = exported.card.read_text()
+    card = exported.files["card"].read_text()
     assert "Its accuracy was not measured." in card
     assert "model-index" not in card
     code = card.split("```python\n")[1].split("```")[0]
@@ -94,9 +91,9 @@ def test_timm_and_torchvision_mean_the_same_by_these_names(arch):
 
 def test_what_can_not_be_exported_is_refused(tmp_path, monkeypatch):
     path, _ = saved(tmp_path, "nst_resnet10_w32")
-    with pytest.raises(UserError, match="nst_resnet10_w32 is not a network of torchvision's"):
+    with pytest.raises(UserError, match="nst_resnet10_w32"):
         export_torchvision(str(path), tmp_path / "out.pth")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="--output"):
         export_timm(str(path), tmp_path)
     monkeypatch.setattr("nst_det.export.backbone.LIMIT", -1.0)
     with pytest.raises(UserError, match="nothing was exported"):
@@ -117,12 +114,10 @@ def test_weights_are_safetensors_by_timms_names(tmp_path):
     assert load_file(str(tmp_path / "out" / "model.safetensors")).keys() == model.state_dict().keys()
 
 
-def test_detectron2_gets_a_card_as_well(tmp_path, capsys):
+def test_detectron2_gets_a_card_as_well(cli, tmp_path, capsys):
     path, _ = saved(tmp_path, "resnet18")
-    with pytest.raises(SystemExit) as ended:
-        main(["export", "--format", "detectron2", "--weights", str(path), "--output", str(tmp_path / "r18.pkl")])
-    assert ended.value.code == 0
-    assert f"card     {tmp_path / 'r18.md'}" in capsys.readouterr().out
+    assert cli("export", "--format", "detectron2", "--weights", path, "--output", tmp_path / "r18.pkl") == 0
+    assert f"card      {tmp_path / 'r18.md'}" in capsys.readouterr().out
     card = (tmp_path / "r18.md").read_text()
     assert 'config.merge_from_file("r18.yaml")' in card
     assert "| method | `kd+nst-poly` |" in card

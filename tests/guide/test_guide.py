@@ -101,7 +101,7 @@ def test_words_and_options_in_the_text_exist():
     for page in sorted({*PAGES, *CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").rglob("*.md")}):
         for code in re.findall(r"(?<!`)`nst-det ([^`]+)`(?!`)", page.read_text(encoding="utf-8")):
             word, *rest = code.split()
-            if word not in ("WORD", "--help"):
+            if word not in ("COMMAND", "--help"):
                 assert word in parsers, f"{page.name}: nst-det {code}"
                 options = {text for text in rest if text.startswith("--")} - set(parsers[word]._option_string_actions)
                 assert not options, f"{page.name}: nst-det {code}"
@@ -151,7 +151,14 @@ def in_fork(begin, said):
 
 def preload():
     """What the commands import when they are called."""
-    for name in ("distill.stage", "detect.stage", "detect.predict", "compare.comparison", "report.page", "api"):
+    for name in (
+        "distillation.pipeline",
+        "detection.pipeline",
+        "detection.predict",
+        "comparison.pipeline",
+        "report.page",
+        "api",
+    ):
         importlib.import_module(f"nst_det.{name}")
 
 

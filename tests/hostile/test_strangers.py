@@ -146,7 +146,7 @@ def test_a_script_as_a_name_stands_in_the_report_as_text(tmp_path):
     results["provenance"] |= {"command": SCRIPT, "platform": ATTRIBUTE}
     pages = {}
     for name, tree in (("evil", results), ("calm", calm)):
-        write_report(tree, tmp_path / name, tmp_path)
+        write_report(made.typed(tree), tmp_path / name, tmp_path)
         pages[name] = (tmp_path / name / "index.html").read_text()
     evil, good = Tags(), Tags()
     evil.feed(pages["evil"])

@@ -99,8 +99,8 @@ def test_what_was_unregistered_is_unknown():
 def test_a_module_named_in_the_environment_adds_its_terms_to_every_command(tmp_path):
     (tmp_path / "my_terms.py").write_text(
         "from torch import nn\n"
-        "from nst_det.losses import Term, register_term\n"
-        "register_term(Term('sp', 'maps', 3000.0, 'RepDistiller (beta 3000)', 'similar samples', nn.Identity))\n"
+        "from nst_det.losses import LossSpec, register_term\n"
+        "register_term(LossSpec('sp', 'maps', 3000.0, 'RepDistiller (beta 3000)', 'similar samples', nn.Identity))\n"
     )
     environment = {**os.environ, "NST_DET_TERMS": "my_terms", "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
     command = [sys.executable, "-m", "nst_det", "methods", "kd+sp"]

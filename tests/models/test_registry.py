@@ -1,11 +1,9 @@
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 from iopath.common.file_io import PathManager
 
-from nst_det.commands import backbones as command
 from nst_det.errors import UserError
 from nst_det.models import (
     Card,
@@ -90,19 +88,19 @@ def test_iopath_managers_open_it(folders):
     assert path.exists()
 
 
-def test_the_table_and_the_check(folders, capsys):
+def test_the_table_and_the_check(folders, cli, capsys):
     first, second = folders
     save(first, "good", teacher={"name": "[red]big"}, data={"name": "shapes"}, date="2024-05-06T07:08:09")
     (second / "broken.safetensors").write_bytes(b"x")
-    assert command.run(SimpleNamespace(root=None, check=None)) == 0
+    assert cli("backbones") == 0
     said = capsys.readouterr().out
     row = next(line for line in said.split("\n") if "good" in line)
     for text in ("nst_resnet10_w32", "nst-poly", "87.6 %", "1.23 M", "[red]big", "shapes", "2024-05-06"):
         assert text in row
     assert "broken.safetensors: its card broken.json is missing" in said.replace("\n", " ")
     for name in ("good", "backbone://good", str(first / "good.safetensors")):
-        assert command.run(SimpleNamespace(root=None, check=name)) == 0
+        assert cli("backbones", "--check", name) == 0
         assert "differ by at most 0" in capsys.readouterr().out
-    assert command.run(SimpleNamespace(root=str(first), check="good")) == 0
-    with pytest.raises(UserError, match="no such folder"):
-        command.run(SimpleNamespace(root=str(first / "nix"), check=None))
+    assert cli("backbones", "--root", first, "--check", "good") == 0
+    assert cli("backbones", "--root", first / "nix") == 2
+    assert "nix: no such folder" in capsys.readouterr().err

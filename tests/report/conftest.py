@@ -18,6 +18,9 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import stats
 
+from nst_det.comparison.result import ComparisonResult, from_json
+from nst_det.report import write_report
+
 CLASSES = ("arrow", "bolt", "crescent", "cross", "heart", "hexagon", "ring", "star")
 # method -> (mAP by seed, top-1 by seed)
 NUMBERS = {
@@ -45,6 +48,7 @@ def build_results(
         "engine": "torchvision",
         "classes": list(classes),
         "rows": rows,
+        "teacher": {"name": "shapes-teacher", "top1": 0.953, "steps": 400},
         "settings": {"ENGINE": "torchvision", "DISTILL.SOLVER.MAX_ITER": 200, "DETECT.SOLVER.MAX_ITER": 160},
         "provenance": {
             "versions": {"nst_det": "0.1.0", "torch": "2.14.1", "torchvision": "0.29.1", "timm": "1.0.31"},
@@ -75,8 +79,11 @@ def _row(method: str, maps: Any, top1: Any, baseline: Any, classes: tuple[str, .
         str(seed): {
             "map": value,
             "map_area": value * 1.03,
+            **{key: {} for key in ("per_class", "per_class_area", "map_by_iou", "coco", "objects", "term_weights")},
+            **{key: {} for key in ("speed_backbone", "speed_detector")},
             "top1": top1 and top1[seed],
-            "seconds": 46.0 + seed,
+            "backbone": f"shapes-{method}-s{seed}",
+            **{"seconds": 46.0 + seed, "seconds_backbone": 11.0 + seed, "seconds_detector": 35.0},
             "run": f"detect/seed{seed}/{method}",
             "distill_run": top1 and f"distill/seed{seed}/students/{method}",
             "checkpoints": {
@@ -92,6 +99,9 @@ def _row(method: str, maps: Any, top1: Any, baseline: Any, classes: tuple[str, .
         "map": mean,
         "map_std": statistics.stdev(maps) if len(maps) > 1 else None,
         "map_area": mean * 1.03,
+        "stage": "backbone" if top1 and method != "ce" else "",
+        "weights": "",
+        "backbone": [],
         "seeds": list(range(len(maps))),
         "delta_vs_ce": 0.0 if method == "ce" else statistics.fmean(differences),
         "delta_interval": None if method == "ce" else interval,
@@ -107,6 +117,7 @@ def _row(method: str, maps: Any, top1: Any, baseline: Any, classes: tuple[str, .
         "params": 1934567,
         "cost": {
             "run": "detect/seed0/ce",
+            "parameters": 1934567,
             "macs": 1234567890,
             "flops": 2500000000,
             "size": [120, 160],
@@ -232,6 +243,18 @@ def _detections(truth: Any, quality: float, classes: list[str], draw: random.Ran
     return found
 
 
+def typed(tree: dict[str, Any]) -> ComparisonResult:
+    """What ``results.json`` with this content is read as."""
+    result: ComparisonResult = from_json(ComparisonResult, json.loads(json.dumps(tree)), "results.json", "")
+    return result
+
+
+@pytest.fixture(scope="session")
+def as_results() -> Callable[[dict[str, Any]], ComparisonResult]:
+    """:func:`typed`, for tests."""
+    return typed
+
+
 @pytest.fixture(scope="session")
 def make_results() -> Callable[..., dict[str, Any]]:
     """:func:`build_results`, for tests."""
@@ -285,11 +308,9 @@ def voc_truth(tmp_path_factory: pytest.TempPathFactory) -> Objects:
 @pytest.fixture(scope="session")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A finished comparison with three seeds: its folder (report written) and its results."""
-    from nst_det.report import write_report
-
     folder = tmp_path_factory.mktemp("comparison")
     results = build_results()
     build_runs(folder, results)
-    write_report(results, folder / "report", folder)
+    write_report(typed(results), folder / "report", folder)
     (folder / "report" / "results.json").write_text(json.dumps(results))
     return folder, results

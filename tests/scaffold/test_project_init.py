@@ -7,8 +7,7 @@ import yaml
 
 from nst_det.cli import main
 from nst_det.comparison.config import load_comparison
-from nst_det.comparison.pipeline import run_config
-from nst_det.comparison.plan import make_plan
+from nst_det.comparison.plan import make_plan, run_config
 from nst_det.comparison.stages import check_data_folders
 from nst_det.data.folders import read_image_folder
 from nst_det.data.voc import VocDataset

@@ -11,8 +11,7 @@ from nst_det.comparison.launch_local import RunFailed
 from nst_det.comparison.plan import make_plan
 from nst_det.errors import UserError
 from nst_det.tune.config import Space, load_tuning
-from nst_det.tune.run import tune, tuning_table
-from nst_det.tune.search import search
+from nst_det.tune.run import search, tune, tuning_table
 
 pytest.importorskip("optuna")
 METHODS = ["kd", "at", "kd+nst-poly", "cwd@det"]

@@ -6,16 +6,7 @@ import pytest
 import torch
 
 from nst_det.errors import UserError
-from nst_det.losses import nst_loss
-from nst_det.visualize.measures import (
-    linear_cka,
-    mmd,
-    nearest_channels,
-    positions,
-    principal_plane,
-    tsne_plane,
-    unit_channels,
-)
+from nst_det.visualize.measures import linear_cka, principal_plane, tsne_plane, unit_channels
 
 
 def random(*shape, seed=0):
@@ -53,27 +44,6 @@ def test_what_cka_does_not_see_and_what_it_sees():
     assert linear_cka(x, x * torch.tensor([30.0, 1, 1, 1, 1, 1])) < 0.6
 
 
-def test_positions_keep_image_row_and_column():
-    maps = random(2, 3, 4, 5)
-    points = positions(maps)
-    assert points.shape == (40, 3)
-    np.testing.assert_array_equal(points[20 + 2 * 5 + 3], maps[1, :, 2, 3])
-
-
-def test_mmd_is_the_loss_and_the_definition():
-    student, teacher = random(2, 4, 6, 5).abs(), random(2, 7, 6, 5, seed=1).abs()
-    found = mmd(student, teacher)
-    for kernel in ("linear", "poly", "gaussian"):
-        assert found[kernel] == pytest.approx(float(nst_loss(student, teacher, kernel)), rel=1e-6)
-    wanted = []
-    for one, other in zip(student.double(), teacher.double()):
-        s, t = (x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (one, other))
-        value = ((t @ t.T) ** 2).mean() + ((s @ s.T) ** 2).mean() - 2 * ((t @ s.T) ** 2).mean()
-        wanted.append(float(value))
-    assert found["poly"] == pytest.approx(np.mean(wanted), rel=1e-4)
-    assert all(value < 1e-6 for value in mmd(student, student).values())
-
-
 def test_unit_channels_and_dead_ones():
     maps = random(3, 4, 2, 2)
     maps[:, 1] = 0
@@ -83,14 +53,6 @@ def test_unit_channels_and_dead_ones():
     wanted = maps[:, 3].double().flatten()
     np.testing.assert_allclose(units[3], wanted / wanted.norm(), rtol=1e-12)
     assert not units[1].any()
-
-
-def test_the_nearest_channel():
-    teacher = torch.tensor([[1.0, 0], [0, 1]], dtype=torch.float64)
-    student = torch.tensor([[0.6, 0.8], [-1, 0], [0.8, 0.6]], dtype=torch.float64)
-    index, cosine = nearest_channels(teacher, student)
-    assert index.tolist() == [2, 0]
-    np.testing.assert_allclose(cosine, [0.8, 0.8])
 
 
 def test_the_plane_is_that_of_the_covariance():

@@ -1,0 +1,171 @@
+"""Commands that make and check data sets and projects."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from nst_det.cli.command import argument, command, flag, one_of
+from nst_det.errors import UserError
+
+
+@command(
+    argument("project", "NAME", "the folder to make"),
+    one_of(
+        argument("--voc", "PATH", "your data: Annotations and JPEGImages"),
+        argument("--coco", "JSON", "your data: COCO's JSON, converted to VOC; two are to train and test on", nargs="+"),
+    ),
+    argument(
+        "--images",
+        "PATH",
+        "with --coco: the folder of its images, or one for each file. With --voc: classification data for stage "
+        "one, a folder a class (default: the objects are cut out of the images)",
+        nargs="+",
+        default=[],
+    ),
+    argument("--train", "LIST", "list to train on (default: found, or cut 4:1)", default=""),
+    argument("--test", "LIST", "list to test on", default=""),
+    argument("--device", None, "to fit sizes and schedules to (default: cuda if there)", choices=("cpu", "cuda")),
+)
+def init(args: argparse.Namespace) -> None:
+    """Make a project for your own VOC folder or COCO JSON: three configs that fit, and data for stage one."""
+    from nst_det.data.coco import CocoSource
+    from nst_det.data.safe_io import shown_path
+    from nst_det.engine.device import default_device
+    from nst_det.scaffold.init import init_project
+
+    images = args.images
+    data: str | CocoSource = args.voc
+    if args.coco:
+        if not images:
+            raise UserError("--coco: name the folder of its images by --images")
+        data = CocoSource(tuple(map(Path, args.coco)), tuple(map(Path, images)))
+        images = []
+    if len(images) > 1:
+        raise UserError("--images: one folder of classification data; with --coco there may be two")
+    device = args.device or default_device().type
+    project = init_project(args.project, data, images[0] if images else None, args.train, args.test, device)
+    values, report = project.values, project.report
+    root = shown_path(report.root)
+    print(f"data      {root}: {report.summary()}")
+    if report.problems:
+        print(f"          a run goes on with these problems; nst-det check-data {root} lists them")
+    names = ", ".join(values.classes[:10]) + (", ..." if len(values.classes) > 10 else "")
+    print(f"classes   {len(values.classes)}: {names}")
+    cut = " (lists written into ImageSets/Main)" if project.cut else ""
+    print(f"lists     {values.train} ({project.images[0]} images), {values.test} ({project.images[1]} images){cut}")
+    print(f"stage one {values.images}: {values.images_note}")
+    print(f"          {values.teacher.iterations} steps of the teacher, {values.student.iterations} of each student")
+    print(f"stage two {values.size[0]} x {values.size[1]} pixels, anchors {', '.join(map(str, values.anchors))}")
+    print(f"          {values.detection.iterations} steps of {values.detection.batch} images")
+    if project.small > 0.1:
+        print(
+            f"          {project.small:.0%} of the {project.objects} objects are smaller than 8 pixels at this size; "
+            "raise INPUT.MIN_SIZE_* and MAX_SIZE_* and the anchors in detect.yaml"
+        )
+    compare = f"nst-det compare --config-file {args.project}/compare.yaml"
+    print(f'next      {compare} SEEDS "[0]" METHODS "[ce, nst-poly]"')
+    print(f"          for a first look; {compare} adds all methods and seeds")
+    print(f"then      nst-det predict IMAGES --run {args.project}/output/detect/seed0/nst-poly")
+
+
+COUNTS = {
+    "seed": "of all draws",
+    "classification-images": "images to train the classifier on",
+    "classification-val-images": "images to validate it on",
+    "detection-images": "images in the VOC list trainval",
+    "detection-test-images": "images in the VOC list test",
+    "classification-classes": "classes of the image folder",
+    "detection-classes": "how many of these the VOC folder has",
+}
+LOOKS = {
+    "rotation": "largest turn of an object, degrees",
+    "contrast": "smallest RGB distance of an object from the ground, 0 to 200",
+    "texture": "amplitude of the textures, grey levels",
+    "noise": "largest deviation of the pixel noise, grey levels",
+    "clutter": "density of distractors; 1 is dense",
+    "shift": "largest distance of an object to classify from the middle, pixels",
+}
+
+
+@command(
+    argument("--output", "DIR", "the folder to make", required=True),
+    *(argument(f"--{name}", "N", text, type=int) for name, text in COUNTS.items()),
+    *(argument(f"--{name}", "X", text, type=float) for name, text in LOOKS.items()),
+    argument("--workers", "N", "processes; 0 takes all cores, at most 8", type=int, default=0),
+)
+def generate_data(args: argparse.Namespace) -> None:
+    """Write a generated data set: an image folder to distill on and a VOC folder to detect on."""
+    from nst_det.data import synthetic
+    from nst_det.engine.progress import start_logging
+
+    start_logging()
+    given = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in (*COUNTS, *LOOKS)}
+    settings = synthetic.settings_from({name: value for name, value in given.items() if value is not None})
+    start = time.monotonic()
+    output = synthetic.generate_data(args.output, settings, args.workers)
+    seconds = time.monotonic() - start
+    print(f"{output}: {synthetic.CLASSIFICATION} and {synthetic.DETECTION} are there ({seconds:.1f} s)")
+
+
+@command(
+    argument("path", "PATH", "a VOC folder, or a folder with one folder of images a class"),
+    argument("--split", "NAME", "look at these VOC lists only (default: everything)", nargs="+"),
+    argument("--classes", "NAME", "the only class names that are right", nargs="+"),
+    argument("--workers", "N", "threads that decode; 0 takes all cores", type=int, default=0),
+    argument("--output", "FILE", "write the problems as JSON"),
+    epilog="exit code: 0 if nothing is wrong, 2 if something is",
+)
+def check_data(args: argparse.Namespace) -> int:
+    """List everything that is wrong with a VOC folder or an image folder."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from nst_det.data import check
+    from nst_det.data.safe_io import shown_path
+    from nst_det.engine.format import print_table
+    from nst_det.engine.io import write_json
+
+    report = check.check_data(args.path, args.split, args.classes, max(args.workers, 0))
+    for problem in report.problems:
+        print(f"{problem.kind}: {problem.line()}")
+    if report.problems:
+        table = Table("problem")
+        table.add_column("times", justify="right")
+        for kind, count in report.by_kind().items():
+            table.add_row(kind, str(count))
+        print_table(table)
+    root = shown_path(report.root)
+    print(f"{root}: {report.summary()}")
+    if report.counts.get("lists") == 0:
+        print("no lists in ImageSets/Main: nst-det init cuts them, or write ids into trainval.txt and test.txt")
+    if args.output:
+        problems = [asdict(problem) for problem in report.problems]
+        tree = {"root": root, "layout": report.layout, "counts": report.counts, "problems": problems}
+        write_json(args.output, tree)
+    return 2 if report.problems else 0
+
+
+@command(
+    argument("name", None, "2007: trainval and test, 0.9 GB; 2012: trainval, 2.0 GB", choices=("voc2007", "voc2012")),
+    argument("--output", "DIR", "parent of VOCdevkit (default: data)", default="data"),
+    argument("--mirror", "URL", "folder with the archives, tried first; repeatable", action="append", default=[]),
+    flag("--keep-archives", "leave the .tar files beside VOCdevkit"),
+    epilog="Stopped, by whatever: the same command resumes where it was.",
+)
+def download(args: argparse.Namespace) -> None:
+    """Get PASCAL VOC 2007 or 2012 from the net, from several mirrors, resumed and checked."""
+    from nst_det.data.download import RELEASES, download_voc
+    from nst_det.data.safe_io import shown_path
+    from nst_det.engine.progress import start_logging
+
+    start_logging()
+    release = RELEASES[args.name]
+    root = download_voc(release, args.output, args.mirror, args.keep_archives)
+    lists = ", ".join(f"{name} {count}" for name, count in release.splits.items())
+    print(f"{shown_path(root)}: whole (images: {lists})")
+    print(f"terms     {release.terms} (the images are under Flickr's)")
+    print(f"next      nst-det check-data {shown_path(root)}")
+    print(f"          the configs in configs/detect/voc read it by VOC_ROOT={shown_path(root.parent)}")

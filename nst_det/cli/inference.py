@@ -1,0 +1,202 @@
+"""Commands that use a trained detector: predict, score, write it for others."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from nst_det.cli.command import DEVICE, TRUST_PICKLE, argument, command, flag, one_of
+from nst_det.errors import UserError
+
+
+@command(
+    argument("inputs", "PATH", "images, folders of images, or videos", nargs="+"),
+    argument("--run", "DIR", "folder of a train-det run", dest="run_folder", required=True),
+    argument("--output", "DIR", "where to write (default: predictions)", default="predictions"),
+    argument(
+        "--format", "LIST", "images, json, voc, csv, joined by commas (default: images,json)", default="images,json"
+    ),
+    argument("--threshold", "X", "least score, 0 to 1 (default: 0.5)", type=float, default=0.5),
+    argument("--classes", "NAME", "only these classes (default: all)", nargs="+"),
+    DEVICE,
+    argument("--every", "N", "take each N-th frame of a video", type=int, default=1),
+    epilog="exit code: 0 if every image was read, 2 if one was not (the others are done all the same). "
+    "To score detections.json by nst-det evaluate, take --threshold 0.02 or less: AP counts low scores too.",
+)
+def predict(args: argparse.Namespace) -> int:
+    """Detect objects on images, folders or a video with a finished run; writes pictures, JSON, VOC XML or CSV."""
+    from nst_det.detection.predict import find_sources, load_run, predict, read_sources
+    from nst_det.detection.predictions import FORMATS, PredictionWriter
+    from nst_det.engine.device import compute_line, gpu_errors_in_one_line, named_device
+
+    formats = [name for name in args.format.split(",") if name]
+    if not formats or not set(formats) <= set(FORMATS):
+        raise UserError(f"--format: '{args.format}': choose from {', '.join(FORMATS)}, joined by commas")
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold: {args.threshold} is not a score; give a number from 0 to 1")
+    if args.every < 1:
+        raise UserError(f"--every: {args.every}; give 1 or more")
+    sources = find_sources(args.inputs)
+    device = named_device(args.device)
+    unreadable: list[UserError] = []
+    images = 0
+    with gpu_errors_in_one_line("take --device cpu"):
+        detector, config, classes = load_run(args.run_folder, device, args.threshold)
+        for name in args.classes or ():
+            if name not in classes:
+                raise UserError(f"--classes: this detector doesn't know '{name}'; it knows {', '.join(classes)}")
+        labels = [classes.index(name) for name in args.classes or classes]
+        print(compute_line(device, None))
+        writer = PredictionWriter(args.output, formats, classes)
+        for prediction in predict(detector, config, read_sources(sources, args.every, unreadable.append)):
+            writer.add(prediction.of_labels(labels))
+            images += 1
+    counts = writer.finish()
+    by_class = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print(f"{images} images, {sum(counts.values())} detections ({by_class or 'none'}) in {args.output}")
+    if unreadable:
+        print(f"nst-det: {len(unreadable)} of {len(sources)} files could not be read:", file=sys.stderr)
+        for error in unreadable:
+            print(f"  {error}", file=sys.stderr)
+    return 2 if unreadable else 0
+
+
+@command(
+    argument(
+        "--detections", "PATH", "comp4_det_SPLIT_CLASS.txt's folder, detections.json or COCO results", required=True
+    ),
+    argument("--voc-root --voc", "ROOT", "the VOC folder with the annotations", required=True),
+    argument("--split", "NAME", "list in ImageSets/Main (default: test)", default="test"),
+    argument("--classes", "NAME", "default: those of the split's annotations", nargs="+"),
+    argument("--iou", "X", "overlap thresholds; the first makes the table", nargs="+", type=float, default=[0.5]),
+    flag("--coco", "COCO AP too"),
+    argument("--coco-names", "FILE", "COCO annotations that name the images and classes of numbers in COCO results"),
+    argument("--output --json", "FILE", "write the figures as JSON"),
+)
+def evaluate(args: argparse.Namespace) -> None:
+    """Score detections on a VOC split: AP of each class, 11-point and area."""
+    from nst_det.api import overlap_thresholds, read_voc
+    from nst_det.engine.format import print_table
+    from nst_det.engine.io import write_json
+    from nst_det.evaluation.coco import evaluate_coco
+    from nst_det.evaluation.voc import evaluate_voc
+
+    thresholds = overlap_thresholds(args.iou)
+    detections, truth = read_voc(args.detections, args.voc_root, args.split, args.classes, args.coco_names)
+    result = evaluate_voc(detections, truth, thresholds)
+    print_table(result)
+    figures = result.to_dict()
+    figures["by_iou"] = {}
+    for threshold in thresholds:
+        part = result.to_dict(threshold)
+        figures["by_iou"][f"{threshold:g}"] = {"map": part["map"], "map_area": part["map_area"]}
+    if len(thresholds) > 1:
+        for threshold, by_points, by_area in zip(thresholds, result.map11, result.map_area):
+            print(f"IoU {threshold:g}: mAP {by_points:.4f} (11-point), {by_area:.4f} (area)")
+    if args.coco:
+        coco = evaluate_coco(detections, truth)
+        figures["coco"] = coco.to_dict()
+        print("COCO:", ", ".join(f"{name} {value:.4f}" for name, value in coco.summary.items()))
+    if args.output:
+        write_json(args.output, figures)
+
+
+BACKBONE_FORMATS = ("timm", "torchvision", "detectron2")
+DETECTOR_FORMATS = ("onnx", "torch-export")
+
+
+@command(
+    argument(
+        "--format",
+        None,
+        "whose names and files to write",
+        required=True,
+        choices=[*BACKBONE_FORMATS, *DETECTOR_FORMATS],
+    ),
+    one_of(
+        argument("--weights", "FILE", "backbone://NAME or a backbone file; for detectron2 also plain ResNet weights"),
+        argument("--run", "DIR", "for a detector: the folder of a train-det run", dest="run_folder"),
+    ),
+    argument(
+        "--output",
+        "PATH",
+        "onnx: FILE.onnx, torch-export: FILE.pt2, timm: a folder to make, torchvision: FILE.pth, "
+        "detectron2: FILE.pkl or FILE.pth",
+        required=True,
+    ),
+    argument("--arch", "NAME", "timm name of plain weights, for example resnet50", default=""),
+    argument("--images", "PATH", "compare a detector on these (default: its test images)", nargs="+", default=[]),
+    epilog="What is written is compared with the original, and a model card goes beside it.",
+)
+def export(args: argparse.Namespace) -> None:
+    """Write a backbone for timm, torchvision or Detectron2, or a detector as ONNX or for torch.export."""
+    of_detector = args.format in DETECTOR_FORMATS
+    if of_detector != bool(args.run_folder):
+        wanted = "a detector: give --run DIR" if of_detector else "a backbone: give --weights FILE"
+        raise UserError(f"--format {args.format} is for {wanted}")
+    if args.arch and args.format != "detectron2":
+        raise UserError("--arch: a backbone file says its architecture itself; leave --arch out")
+    if args.images and not of_detector:
+        raise UserError("--images: only detectors are compared on images; leave it out")
+    if of_detector:
+        from nst_det.export.detector import export_detector
+
+        written = export_detector(args.run_folder, args.output, args.format, args.images)
+    else:
+        from nst_det.export.backbone import export_detectron2, export_timm, export_torchvision
+
+        if args.format == "detectron2":
+            written = export_detectron2(args.weights, args.output, args.arch)
+        else:
+            written = (export_timm if args.format == "timm" else export_torchvision)(args.weights, args.output)
+    for name, path in written.files.items():
+        print(f"{name:9} {path}")
+    print(f"compared  {written.agreement}")
+
+
+@command(
+    argument("--weights", "FILE", "of a whole detector; its form is recognized", required=True),
+    argument(
+        "--to",
+        None,
+        "timm: both engines here; detectron2: build_resnet_fpn_backbone; torchvision: its own Faster R-CNN",
+        required=True,
+        choices=["timm", "detectron2", "torchvision"],
+    ),
+    argument("--output", "FILE", "ends in .pth", required=True),
+    TRUST_PICKLE,
+)
+def convert(args: argparse.Namespace) -> None:
+    """Write a trained detector's weights for the other engine, a plain Detectron2, or torchvision."""
+    from nst_det.detectron2.convert import convert_file
+    from nst_det.models.io import trusting_pickles
+
+    with trusting_pickles(args.trust_pickle):
+        form, entries = convert_file(args.weights, args.to, args.output)
+    print(f"{args.output}: {entries} entries, from {form} to {args.to}")
+
+
+@command(
+    argument("--config-file", "FILE", "YAML that both engines honor", required=True),
+    argument("--weights", "FILE", "of a whole detector, by either engine", required=True),
+    argument("--image", "FILE", "images to run on", required=True, nargs="+"),
+    argument("--opts", "KEY VALUE", "config values", nargs="+", default=[]),
+)
+def parity(args: argparse.Namespace) -> int:
+    """Compare both engines on the same config, weights and images."""
+    from nst_det import detectron2
+
+    detectron2.require()
+    from nst_det.detectron2 import parity
+
+    engines = parity.load_engines(args.config_file, args.weights, args.opts)
+    found = parity.compare(engines, args.image)
+    print(f"images      {found.images}")
+    print(f"pixels      {found.pixels:.3g} largest difference after resizing")
+    for level, value in found.features.items():
+        print(f"{level:11s} {value:.3g} largest difference (limit {parity.FEATURE_LIMIT:g})")
+    print(f"detections  {found.detections}, only on one engine: {found.unmatched} (limit 0)")
+    print(f"boxes       {found.box:.3g} pixels largest difference (limit {parity.BOX_LIMIT:g})")
+    print(f"scores      {found.score:.3g} largest difference (limit {parity.SCORE_LIMIT:g})")
+    print("the same detector" if found.passed else "NOT the same detector")
+    return 0 if found.passed else 1

@@ -1,0 +1,181 @@
+"""Commands that train, or show what training gave."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nst_det.cli.command import JOBS, TRUST_PICKLE, argument, command, config_values, flag, with_trust
+from nst_det.errors import UserError
+
+
+@command(
+    argument("--config-file", "FILE", "YAML of stage one, see configs/distill", required=True),
+    TRUST_PICKLE,
+    config_values("overrides"),
+    resumes=True,
+)
+def distill(args: argparse.Namespace) -> None:
+    """Stage one: train students by several transfer methods side by side."""
+    from nst_det import api
+    from nst_det.engine import device, distributed, progress
+    from nst_det.engine.format import print_table
+
+    progress.start_logging()
+    device.keep_freed_memory()
+    result = api.distill(args.config_file, with_trust(args.overrides, args, ""))
+    if distributed.is_main_process():
+        print_table(result)
+    distributed.stop_processes()
+
+
+# its options are those of Detectron2's training scripts
+@command(
+    argument("--config-file", "FILE", "YAML of stage two, see configs/detect", required=True),
+    flag("--resume", "go on from the last checkpoint; with --eval-only: evaluate this run's model"),
+    flag("--eval-only", "evaluate MODEL.WEIGHTS and train nothing"),
+    argument("--num-gpus", None, "processes on this machine (Detectron2 engine)", type=int, default=1),
+    argument("--num-machines", None, "machines in all (Detectron2 engine)", type=int, default=1),
+    argument("--machine-rank", None, "number of this machine (Detectron2 engine)", type=int, default=0),
+    argument("--dist-url", None, "where the machines meet (Detectron2 engine)", default="auto"),
+    TRUST_PICKLE,
+    config_values("opts"),
+    resumes=True,
+)
+def train_det(args: argparse.Namespace) -> int | None:
+    """Stage two: train and evaluate a detector."""
+    from nst_det.detection import config
+    from nst_det.engine import device, distributed, progress
+
+    args.opts = with_trust(args.opts, args, "")
+    progress.start_logging()
+    if config.choose_engine(config.wanted_engine(args.config_file, args.opts), args.config_file) == "detectron2":
+        from nst_det import detectron2
+
+        return int(detectron2.main(args))
+    if args.num_gpus > 1 or args.num_machines > 1:
+        raise UserError(
+            "--num-gpus, --num-machines: the torchvision engine is started in several processes by torchrun: "
+            f"torchrun --nproc-per-node {args.num_gpus} --nnodes {args.num_machines} -m nst_det train-det ..."
+        )
+    from nst_det.detection import pipeline
+
+    device.keep_freed_memory()
+    cfg = config.load_detect_config(args.config_file, args.opts)
+    result = pipeline.evaluate_detector(cfg, args.resume) if args.eval_only else pipeline.train_detector(cfg)
+    if distributed.is_main_process():
+        pipeline.print_result(result, cfg.OUTPUT_DIR)
+    distributed.stop_processes()
+    return None
+
+
+@command(
+    argument("--config-file", "FILE", "YAML of the comparison", required=True),
+    argument("--output", "DIR", "where everything is written, in place of OUTPUT_DIR"),
+    JOBS,
+    flag("--dry-run", "print the plan, then its time, disk and memory, measured on a few steps of each kind of run"),
+    flag("--plan", "print the runs and what is done of them, measure nothing"),
+    argument("--launcher", None, "do the runs here, or on a Ray cluster", choices=("local", "ray"), default="local"),
+    argument("--address", "HOST:PORT", "of the Ray cluster (default: here)", default=""),
+    TRUST_PICKLE,
+    config_values("overrides", "values, such as SEEDS [0,1]; DISTILL.X and DETECT.X set X of that stage's config"),
+    resumes=True,
+)
+def compare(args: argparse.Namespace) -> None:
+    """Run a whole comparison of transfer methods and write its report; resumes where it was stopped."""
+    from nst_det import api
+    from nst_det.comparison import launch_ray, pipeline
+    from nst_det.comparison.config import load_comparison
+    from nst_det.comparison.plan import make_plan
+    from nst_det.engine.format import print_table
+    from nst_det.engine.progress import start_logging
+
+    values = with_trust(args.overrides, args, "DISTILL.", "DETECT.")
+    _check_jobs(args.jobs)
+    if args.dry_run or args.plan:
+        comparison = load_comparison(args.config_file, args.output, values)
+        if args.plan:
+            print_table(pipeline.plan_table(comparison, make_plan(comparison)))
+        else:
+            pipeline.dry_run(comparison, args.jobs)
+        return
+    if args.address and args.launcher != "ray":
+        raise UserError("--address is that of a Ray cluster; add --launcher ray")
+    address = args.address if args.launcher == "ray" else None
+    if address is not None:
+        launch_ray.require_ray()
+    start_logging()
+    result = api.compare(args.config_file, values, output=args.output, jobs=args.jobs, ray_address=address)
+    print_table(result)
+    print(f"report: {result.report}")
+
+
+@command(
+    argument("--config-file", "FILE", "YAML of the search", required=True),
+    argument("--output", "DIR", "where everything is written, in place of OUTPUT_DIR"),
+    JOBS,
+    config_values("overrides", "values, such as TRIALS 16"),
+    resumes=True,
+)
+def tune(args: argparse.Namespace) -> None:
+    """Search weight and levels of each method with the same budget, on images kept from training; needs Optuna."""
+    from nst_det.engine.format import print_table
+    from nst_det.engine.progress import start_logging
+    from nst_det.tune import run
+    from nst_det.tune.config import load_tuning
+
+    _check_jobs(args.jobs)
+    start_logging()
+    tuning = load_tuning(args.config_file, args.output, args.overrides)
+    found, path = run.tune(tuning, args.jobs)
+    print_table(run.tuning_table(tuning, found))
+    print(f"found: {path}")
+
+
+def _check_jobs(jobs: int) -> None:
+    if jobs < 0:
+        raise UserError("--jobs can't be negative; leave it out for as many as there are cores or GPUs")
+
+
+@command(
+    argument("folder", "DIR", "the folder of the comparison; DIR/report/results.json is read"),
+    argument("--output", "DIR", "where the report goes instead of DIR/report"),
+)
+def report(args: argparse.Namespace) -> None:
+    """Make the tables and the page of a finished comparison again."""
+    from nst_det.comparison.result import ComparisonResult
+    from nst_det.report import write_report
+
+    folder = Path(args.folder).expanduser()
+    source = folder / "report" / "results.json"
+    if not source.exists():
+        raise UserError(f"{source}: no such file; finish this comparison with nst-det compare first")
+    results = ComparisonResult.load(source)
+    output = Path(args.output).expanduser() if args.output else folder / "report"
+    write_report(results, output, folder)
+    print(output / "index.html")
+
+
+@command(
+    argument("file", "FILE", "in the folder nonfinite of the run, as the message named it"),
+    TRUST_PICKLE,
+    epilog="exit code: 0 if the same came out as in the run, 1 if something else did",
+)
+def replay(args: argparse.Namespace) -> int:
+    """Run a step with a non-finite loss or gradient again, from the file that training left."""
+    from nst_det.detection.trainer import KIND as DETECT
+    from nst_det.engine.device import gpu_errors_in_one_line
+    from nst_det.engine.format import print_table
+    from nst_det.engine.nan_guard import read_step
+    from nst_det.models.io import trusting_pickles
+
+    content = read_step(args.file)
+    if content["kind"] == DETECT:
+        from nst_det.detection.replay import replay
+    else:
+        from nst_det.distillation.replay import replay
+    with trusting_pickles(args.trust_pickle), gpu_errors_in_one_line("hide the GPU: CUDA_VISIBLE_DEVICES=''"):
+        found = replay(content, args.file)
+    print_table(found)
+    print("\n".join(found.lines))
+    return 0 if found.same else 1

@@ -1,0 +1,75 @@
+"""Paired differences to the baseline over seeds, and what is noise among them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+CONFIDENCE = 0.95
+REFERENCE, SINGLE, NOISE, BETTER, WORSE = "reference", "single seed", "noise", "better", "worse"
+EXPLANATION = (
+    "delta_vs_ce is the mean over seeds of (row - ce) within one seed; delta_interval is its two-sided 95 % "
+    "t-interval. 'better' and 'worse': the interval leaves out 0; 'noise': it holds 0; 'single seed': there is no "
+    "spread to judge by. Verdicts are not corrected for the number of rows; p_holm is (Holm, over all rows but ce)."
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference; ``interval`` and the two-sided ``p_value`` are None where only one seed is common."""
+
+    mean: float
+    interval: tuple[float, float] | None
+    p_value: float | None
+    verdict: str
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and the sample standard deviation (divisor n - 1; None for a single value).
+
+    Example:
+        >>> mean_std([1.0, 3.0]), mean_std([1.0])
+        ((2.0, 1.4142135623730951), (1.0, None))
+    """
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def paired_difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
+    """Return the difference ``row - baseline`` with Student's t-interval over the seeds that both have.
+
+    Example:
+        >>> paired_difference({0: 0.75}, {0: 0.5}).verdict
+        'single seed'
+    """
+    seeds = sorted(set(row) & set(baseline))
+    mean, std = mean_std([row[seed] - baseline[seed] for seed in seeds])
+    if std is None:
+        return Difference(mean, None, None, SINGLE)
+    # not scipy's ttest_rel, which gives NaN and a warning where all differences are equal
+    freedom, error = len(seeds) - 1, std / math.sqrt(len(seeds))
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    p_value = float(2 * stats.t.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
+    verdict = BETTER if mean - reach > 0 else WORSE if mean + reach < 0 else NOISE
+    return Difference(mean, (mean - reach, mean + reach), p_value, verdict)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return Holm's step-down corrected p-values, in the order given; None stays None and doesn't count.
+
+    Source: S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
+
+    Example:
+        >>> holm([0.02, 0.25, None])
+        [0.04, 0.25, None]
+    """
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, index) in enumerate(known):
+        highest = max(highest, min(1.0, p * (len(known) - rank)))
+        corrected[index] = highest
+    return corrected
