@@ -85,7 +85,7 @@ def test_a_run_that_goes_on(stage_one, from_teacher, tmp_path, stops_after_savin
 
     def started(self, *args):
         start(self, *args)
-        states = [*self._optimizer.state.values(), {"model": next(self.model.parameters())}]
+        states = [*self.optimizer.state.values(), {"model": next(self.model.parameters())}]
         devices.update(v.device.type for state in states for v in state.values() if torch.is_tensor(v) and v.dim())
         assert self.step == 2
 

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from nst_det.detection import trainer as train
 from nst_det.detection.config import load_detect_config
 from nst_det.detection.data import data_classes, open_voc, training_batches
 from nst_det.engine.io import read_json
