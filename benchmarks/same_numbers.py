@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -168,15 +169,17 @@ class Row:
     exceeds: bool = False
 
     def __str__(self) -> str:
-        said = "equal"
+        said = []
         if self.different:
-            said = f"{self.different} differ, by {self.largest:.2g} at most ({self.where}), first at {self.first}"
-            said += "" if self.exceeds else "; allowed"
+            text = f"{self.different} differ, by {self.largest:.2g} at most ({self.where}), first at {self.first}"
+            said.append(text if self.exceeds else f"{text}; allowed")
         if self.missing:
-            said += f"; {len(self.missing)} missing in NEW, such as {self.missing[0]}"
-        said += f"; {self.only_new} in NEW only" if self.only_new else ""
-        said += f"; {self.renamed} have another name" if self.renamed else ""
-        return f"{self.what:<44} {self.values:>7}   {said}"
+            said.append(f"{len(self.missing)} missing in NEW, such as {self.missing[0]}")
+        if not said:
+            said.append("equal" if self.values else "nothing to compare")
+        said += [f"{self.only_new} in NEW only"] if self.only_new else []
+        said += [f"{self.renamed} have another name"] if self.renamed else []
+        return f"{self.what:<44} {self.values:>7}   {'; '.join(said)}"
 
 
 def difference(old: Any, new: Any) -> float:
@@ -368,6 +371,8 @@ class Checkout:
                 raise self._failed(words, done.stderr)
             self._taken |= {(config, text): taken for text, taken in spelled.items() if taken != pairs[text]}
             pairs = spelled
+            # what it left before it stopped is a run with the former settings
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def respelled(pairs: Mapping[str, str], error: str, otherwise: Mapping[str, str]) -> dict[str, str] | None:

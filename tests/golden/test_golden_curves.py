@@ -24,9 +24,12 @@ STAGE_ONE = {
     "METHODS": "[kd, fitnet, at, nst-linear, nst-poly, nst-gaussian, vid, lp]",
     # as large as they are generated: torch resizes bytes by one or another, as the processor is
     "DATA.IMAGE_SIZE": 64,
-    "SOLVER.BASE_LR": 2e-4,
-    # what it learned would differ from one processor to another
+    "SOLVER.BASE_LR": 5e-5,
+    # KL of nearly equal logits: the higher the temperature, the fewer digits are left
+    "TRANSFER.OPTIONS": "{kd: {temperature: 1.0}}",
+    # what it learns in many steps differs from one processor to another
     "TEACHER.SOLVER.MAX_ITER": 2,
+    "TEACHER.SOLVER.OPTIMIZER": "SGD",
     "TEACHER.SOLVER.BASE_LR": 1e-4,
 }
 STAGE_TWO = {
@@ -40,11 +43,10 @@ STAGE_TWO = {
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 100000,
     "MODEL.ROI_HEADS.POSITIVE_FRACTION": 1.0,
 }
-# Relative; ten times what was seen between AVX-512, AVX2 (oneDNN's, MKL's and torch's own) and SSE4.1 with MKL's
-# COMPATIBLE, which add up in other orders.  Stage one: 3e-5 in the first steps (kd of nearly equal logits; the others
-# 1e-6), 7e-4 up to the last, where a ReLU that another rounding opens moves the gradient.  Stage two: 2e-5.
-FIRST_STEPS = 4
-TOLERANCE = {"distill": (3e-4, 1e-2), "plain": (3e-4, 3e-4), "nst-poly": (3e-4, 3e-4)}
+# Relative.  Sums in another order (oneDNN, MKL and torch held to AVX-512, AVX2, AVX or SSE4.1, MKL to COMPATIBLE) moved
+# a term by 5e-5 in stage one and 2e-5 in stage two, most in the last steps, where a ReLU that another rounding opens
+# moves the gradient.  This is twenty times that, and a tenth of a loss weight that is wrong by 1 %.
+TOLERANCE = 1e-3
 
 
 def curves(work):
@@ -74,7 +76,7 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", TOLERANCE)
+@pytest.mark.parametrize("stage", ["distill", "plain", "nst-poly"])
 def test_curves_are_the_committed_ones(found, stage):
     expected = json.loads(CURVES.read_text())[stage]
     assert {run: list(names) for run, names in found[stage].items()} == {run: list(n) for run, n in expected.items()}
@@ -83,8 +85,7 @@ def test_curves_are_the_committed_ones(found, stage):
         for name, values in names.items():
             assert len(found[stage][run][name]) == len(values)
             for step, (value, golden) in enumerate(zip(found[stage][run][name], values)):
-                tolerance = TOLERANCE[stage][step >= FIRST_STEPS]
-                if abs(value - golden) > tolerance * abs(golden):
+                if abs(value - golden) > TOLERANCE * abs(golden):
                     moved.append(f"{run}: {name}, step {step}: {value} instead of {golden}")
     assert not moved, f"{len(moved)} values, such as\n" + "\n".join(moved[:20])
 
