@@ -9,6 +9,7 @@ demo: $(READY)
 	$(VENV)/bin/nst-det compare --config-file configs/compare/demo.yaml --output output/demo
 
 test: $(READY) lint
+	@$(VENV)/bin/python tools/sizes.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto -m "not detectron2 and not gpu"
 
 # on a machine with a GPU, which make test hides; with Detectron2 in another Python: python3 -m pytest -v -m gpu

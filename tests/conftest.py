@@ -1,3 +1,4 @@
+import logging
 import multiprocessing
 import os
 import pickle
@@ -30,6 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")) and os.environ.get(ON_CPU) != "1":
         os.environ.pop(VISIBLE)
         os.environ.update({} if _GIVEN is None else {VISIBLE: _GIVEN})
+
+
+@pytest.fixture(autouse=True)
+def no_log_handler_of_another_test():
+    """A command logs to the standard error of its test, which is closed after it."""
+    yield
+    root = logging.getLogger()
+    root.handlers[:] = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
 
 
 @pytest.fixture(scope="session")
