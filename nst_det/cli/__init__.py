@@ -54,13 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     that the same command needs to resume; 130 interrupted.
     """
     args = build_parser().parse_args(argv)
+    # Detectron2's launch sends the arguments to its processes, where no function of a command can go
+    command = vars(args).pop("command")
     if args.end_with_parent:
         end_with_parent(args.end_with_parent)
     # fvcore causes it when it is imported; nothing that a user could mend
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     try:
-        with preemptible() if args.command.resumes else contextlib.nullcontext():
-            code = args.command.run(args) or 0
+        with preemptible() if command.resumes else contextlib.nullcontext():
+            code = command.run(args) or 0
     except UserError as error:
         _print_error(error)
         code = EXIT_BAD_INPUT
