@@ -57,7 +57,7 @@ def test_look(command, backbones, generated, tmp_path):
 
 
 def test_doctor_names_the_gpu(gpu_device):
-    found = doctor._accelerator()
+    found = doctor.accelerator()
     assert found.state != doctor.FAULT
     assert ("CUDA" in found.found) == (gpu_device == "cuda")
 
