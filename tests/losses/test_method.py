@@ -47,7 +47,7 @@ def test_default_weights():
     [
         ("", "a term is missing"),
         ("kd+", "a term is missing"),
-        ("kd+kd:2", "'kd' stands there twice"),
+        ("kd+kd:2", "'kd' is named twice"),
         ("nst", "unknown term 'nst'; known: kd, fitnet"),
         ("scratch", "unknown term 'scratch'"),
         ("ce+kd", "leave it out"),
