@@ -54,7 +54,7 @@ def test_parameters(width, millions):
 
 
 def test_what_it_does_not_take(model):
-    with pytest.raises(ValueError, match="MLPs have no pretrained weights"):
+    with pytest.raises(ValueError, match="no pretrained weights for nst_mlp_w1024"):
         create_model("nst_mlp_w1024", 5, pretrained=True)
     with pytest.raises(ValueError, match="width, depth and img_size of at least 1, not 1024, 0, 32"):
         create_model("nst_mlp_w1024", 5, depth=0)
