@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ConvNormAct, create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -230,21 +229,9 @@ class InceptionBN(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+# the rest is timm's defaults: 1000 classes, 224 pixels, ImageNet's mean and std
 default_cfgs = generate_default_cfgs(
-    {
-        "inception_bn.untrained": {
-            "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "pool_size": (7, 7),
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "blocks.conv1.conv",
-            "classifier": "fc",
-        }
-    }
+    {"inception_bn.untrained": {"pool_size": (7, 7), "first_conv": "blocks.conv1.conv", "classifier": "fc"}}
 )
 
 

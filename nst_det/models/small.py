@@ -122,15 +122,11 @@ class MLP(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _config(size: int, classifier: str) -> dict[str, Any]:
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return {"input_size": (3, size, size), "num_classes": 1000, "classifier": classifier, "mean": mean, "std": std}
-
-
+# the rest is timm's defaults, ImageNet's mean and std among them
 default_cfgs = generate_default_cfgs(
     {
-        **{f"nst_resnet{name}": _config(64, "fc") for name in ("10_w32", "18_w48")},
-        **{f"nst_mlp_w{width}": _config(32, "head") for width in (1024, 2048, 4096)},
+        **{f"nst_resnet{name}": {"input_size": (3, 64, 64), "classifier": "fc"} for name in ("10_w32", "18_w48")},
+        **{f"nst_mlp_w{width}": {"input_size": (3, 32, 32), "classifier": "head"} for width in (1024, 2048, 4096)},
     }
 )
 
