@@ -54,9 +54,7 @@ def log_shapes(losses: Mapping[str, TransferLoss], student: Network, teacher: Ne
     mine, my_strides = _probe(student, [name for loss in losses.values() for name in loss.student_levels], size)
     theirs, their_strides = _probe(teacher, [name for loss in losses.values() for name in loss.teacher_levels], size)
     lines = {
-        line.cells: None
-        for loss in losses.values()
-        for line in pair_shapes(loss, mine, theirs, my_strides, their_strides)
+        line: None for loss in losses.values() for line in pair_shapes(loss, mine, theirs, my_strides, their_strides)
     }
     if lines:
         log.info("compared at %d x %d pixels:\n%s", size, size, text_table(shapes.HEADINGS, lines))
