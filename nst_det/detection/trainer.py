@@ -18,14 +18,13 @@ from nst_det.detection.distiller import DistilledDetector
 from nst_det.detection.solver import build_optimizer, clip_gradients, lr_schedule, set_learning_rate
 from nst_det.detection.torchvision import Detector
 from nst_det.engine import distributed
-from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.config import plain
 from nst_det.engine.distributed import average_gradients, log_batch, rank, running_statistics, world_size
 from nst_det.engine.metrics import loss_note
 from nst_det.engine.nan_guard import NonFiniteGuard, NotFinite, broken_values, gradient_norm
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything
-from nst_det.engine.train_state import OptimizedState
+from nst_det.engine.train_state import AveragedWeights, OptimizedState
 from nst_det.engine.trainer import (
     EvalHook,
     MetricsHook,

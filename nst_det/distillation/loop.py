@@ -14,11 +14,11 @@ from nst_det.distillation.accuracy import Accuracy
 from nst_det.distillation.build import Network
 from nst_det.distillation.dataloader import Batch, Normalizer
 from nst_det.distillation.trainer import StudentTrainer
-from nst_det.engine.clock import Clock
 from nst_det.engine.distributed import is_main_process, world_size
 from nst_det.engine.format import text_table
 from nst_det.engine.metrics import loss_note
 from nst_det.engine.trainer import (
+    Clock,
     EvalHook,
     Hook,
     PeriodicCheckpointer,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nst_det.engine.averaged import AveragedWeights
+from nst_det.engine.train_state import AveragedWeights
 
 DECAY = 0.9
 

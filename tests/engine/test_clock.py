@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nst_det.engine import trainer
-from nst_det.engine.clock import GIB, Clock
+from nst_det.engine.format import GIB
 from nst_det.engine.metrics import MetricsWriter, read_metrics, speed_of
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.trainer import Hook, RollbackStep, SpeedHook, TrainLoop
@@ -82,15 +82,6 @@ def test_a_step_that_is_rolled_back_begins_again_at_an_earlier_one():
     loop.register_hooks([Noted()])
     loop.train()
     assert made == ["begin", 0, 1, 2, "begin", 1, 2, 3, "end"]
-
-
-def test_an_exact_clock_waits_for_its_own_gpu(gpu):
-    with Clock(exact=torch.device("cuda:1"))("step"):
-        pass
-    assert gpu["asked"] == [("wait", torch.device("cuda:1"))] * 2
-    with Clock(exact=torch.device("cpu"))("step"):
-        pass
-    assert len(gpu["asked"]) == 2
 
 
 def test_a_result_has_the_medians_and_the_peak_of_all_readings_also_those_before_a_stop(tmp_path):

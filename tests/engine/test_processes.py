@@ -7,7 +7,6 @@ from torch import nn
 
 from nst_det.engine import distributed as processes
 from nst_det.engine.distributed import (
-    any_process,
     average_gradients,
     broadcast_from_rank0,
     copy_from_first,
@@ -57,7 +56,6 @@ def together():
         "share": share_of(8, "IMS", 2),
         "gathered": gathered(mine),
         "first": broadcast_from_rank0(lambda: mine),
-        "any": (any_process(mine == 1, torch.device("cpu")), any_process(False, torch.device("cpu"))),
         "largest": largest_of_processes([3 + mine, 9 - mine], torch.device("cpu")),
         "weight": layer.weight.tolist(),
     }
@@ -74,7 +72,6 @@ def test_what_processes_do_together(in_processes):
         "other": [5.0],
         "gathered": [0, 1],
         "first": 0,
-        "any": (True, False),
         "largest": [4, 9],
         "weight": [[0.0, 0.0]],
     }
