@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from fvcore.common.config import CfgNode
 from torch import nn
 
 from nst_det.engine.run_dir import machine_name
 from nst_det.errors import UserError
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+AMP_DTYPES = ("auto", "bf16", "fp16")
 FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
 _NAMES = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # how messages of CUDA, its libraries and NCCL begin; loader processes and threads put their own lines before
@@ -59,19 +60,21 @@ def loader_workers(asked: int, on_cpu: bool) -> int:
     return max(1, min(cores, MOST_WORKERS))
 
 
-def amp_dtype(precision: str, device: torch.device, key: str = "SOLVER.AMP") -> torch.dtype | None:
-    """Return the dtype of :func:`autocast` for one of :data:`PRECISIONS`; None is float32.
+def amp_dtype(node: CfgNode, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of :func:`autocast` by SOLVER.AMP; None is float32.
 
     ``auto`` is bf16 where the device is fast in it, and float32 everywhere else: also on older GPUs, whose fp16 has a
     smaller range and needs a loss scale.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"{key}: unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
-    if precision == "auto":
-        precision = "bf16" if _has_fast_bf16(device) else "fp32"
-    if precision == "fp16" and device.type != "cuda":
-        raise UserError(f"{key}: fp16 needs a GPU; use bf16 or fp32")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if node.DTYPE not in AMP_DTYPES:
+        raise UserError(f"SOLVER.AMP.DTYPE: unknown precision '{node.DTYPE}'; use one of {', '.join(AMP_DTYPES)}")
+    if not node.ENABLED:
+        return None
+    if node.DTYPE == "fp16" and device.type != "cuda":
+        raise UserError("SOLVER.AMP.DTYPE: fp16 needs a GPU; use bf16, or set SOLVER.AMP.ENABLED False")
+    if node.DTYPE == "auto":
+        return torch.bfloat16 if _has_fast_bf16(device) else None
+    return torch.bfloat16 if node.DTYPE == "bf16" else torch.float16
 
 
 def _has_fast_bf16(device: torch.device) -> bool:
