@@ -210,10 +210,6 @@ def log_batch(images: int, accumulate: int, rate: float) -> None:
     each = images // (processes * accumulate)
     parts = f"{processes} processes x {each} images" + (f" x {accumulate} parts" if accumulate > 1 else "")
     log.info(
-        "%s = %d images a step (SOLVER.IMS_PER_BATCH); BASE_LR %g, MAX_ITER and the schedule are for steps of %d "
-        "images, and stay as they are with any number of processes",
-        parts,
-        images,
-        rate,
-        images,
+        f"{parts} = {images} images a step (SOLVER.IMS_PER_BATCH); BASE_LR {rate:g}, MAX_ITER and the schedule are for "
+        f"steps of {images} images, and stay as they are with any number of processes"
     )

@@ -36,20 +36,14 @@ class Hook:
 
     trainer: Any
 
-    def before_train(self) -> None:
-        """Begin at ``trainer.iter``; called again after a step that was rolled back."""
-
-    def before_step(self) -> None:
-        """Called before each step."""
-
-    def after_step(self) -> None:
-        """Called after each step that was made or skipped."""
-
-    def after_train(self) -> None:
-        """Called at the end, also after an error."""
+    # called again after a step that was rolled back
+    def before_train(self) -> None: ...
+    def before_step(self) -> None: ...
+    def after_step(self) -> None: ...
+    # called after an error too
+    def after_train(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing for a checkpoint; Detectron2 asks each hook."""
         return {}
 
 

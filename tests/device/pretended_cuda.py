@@ -53,30 +53,17 @@ class PretendedCuda:
     """GPUs that this process pretends to have, from :meth:`begin` on and until it ends: have a process for it.
 
     Every operator passes a dispatcher that computes on the CPU and gives tensors which call themselves ``cuda:0`` or
-    ``cuda:1``.  What it shows:
+    ``cuda:1``.  It counts operators that launch something and waits of the host; it refuses tensors of two devices, and
+    CUDA in a process that was forked after CUDA was used; it notes questions to ``torch.cuda`` about a device.
 
-    - mixed devices: an operator that gets tensors of two devices raises, as CUDA would
-    - launches: operators that start at least one kernel or copy on a GPU; views and empty tensors don't
-    - waits of the host: ``item``, ``nonzero``, indexing by a mask, NMS, copies to the host, and copies to the GPU that
-      aren't ``non_blocking``
-    - CUDA in a process that was forked after CUDA was used raises
-    - questions to ``torch.cuda`` about a device, with the device that they are about
-
-    What it can't show: times; the bits of CUDA's kernels and what cuDNN chooses; memory; how many kernels an operator
-    is (a convolution's backward pass is one operator and two or three kernels); whether work on other streams is in
-    order; whether memory is pinned: each ``non_blocking`` copy counts as one that doesn't wait; a generator of another
-    device.  Autocast takes the CPU's lists of operators, which are nearly CUDA's.  Empty tensors on the CPU pass
-    everywhere.
-
-    Attributes:
-        counts: where launches and waits are added up at present; None for nowhere.
-        questions: (name of the question, index of the device, place) since the beginning, or since they were cleared.
-        used: CUDA was used in this process.
-        forked: this process was forked after that, so that CUDA can't be used in it.
+    It can't show times, memory, the bits of CUDA's kernels, how many kernels an operator is, whether other streams are
+    in order, or whether memory is pinned.  Autocast takes the CPU's lists of operators, which are nearly CUDA's.
     """
 
     def __init__(self) -> None:
+        # None counts nothing
         self.counts: Counts | None = None
+        # name, index of the device, place
         self.questions: list[tuple[str, int, str]] = []
         self.used = self.forked = False
 
@@ -92,12 +79,10 @@ class PretendedCuda:
         _Dispatcher().__enter__()
 
     def launch(self, what: str) -> None:
-        """An operator that starts something."""
         if self.counts is not None:
             self.counts.launches[f"{_place()} {what}"] += 1
 
     def wait(self, what: str) -> None:
-        """The host waits."""
         if self.counts is not None:
             self.counts.waits[f"{_place()} {what}"] += 1
 
