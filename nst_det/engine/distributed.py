@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nst_det.engine.device import gpu_errors_in_one_line
-from nst_det.engine.signals import StopRequest
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -122,15 +121,6 @@ def largest_of_processes(sizes: Sequence[int], device: torch.device) -> list[int
     found = torch.tensor(list(sizes), device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return list(map(int, found.tolist()))
-
-
-def asked_to_stop(request: StopRequest, device: torch.device) -> bool:
-    """Return whether a signal came to any of the processes; each of them knows then which, and can obey it."""
-    signum = largest_of_processes([request.signum], device)[0]
-    if signum:
-        # one that came to this process meanwhile stays for the next step
-        request.signum = signum
-    return signum != 0
 
 
 def wait_for_all() -> None:

@@ -34,12 +34,7 @@ class Preempted(KeyboardInterrupt):
 class StopRequest:
     """The signal that asks to stop after this step; 0 until one comes."""
 
-    def __init__(self) -> None:
-        self.signum = 0
-
-    def obey(self) -> None:
-        """Stop now; everything is saved."""
-        raise Preempted(self.signum)
+    signum = 0
 
 
 @contextmanager
@@ -73,7 +68,7 @@ def whole_steps() -> Iterator[StopRequest]:
             raise
     # one that came during the last step
     if request.signum:
-        request.obey()
+        raise Preempted(request.signum)
 
 
 @contextmanager

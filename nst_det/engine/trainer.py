@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from nst_det.engine.distributed import asked_to_stop, is_main_process, wait_for_all
+from nst_det.engine.distributed import is_main_process, largest_of_processes, wait_for_all
 from nst_det.engine.format import GIB
 from nst_det.engine.metrics import MetricsWriter
 from nst_det.engine.progress import Meter, progress
 from nst_det.engine.run_dir import RunFolder
-from nst_det.engine.signals import StopRequest, whole_steps
+from nst_det.engine.signals import Preempted, StopRequest, whole_steps
 from nst_det.engine.train_state import TrainState
 
 # steps between two readings of the speed where no key names them; Detectron2 writes its own as often
@@ -261,10 +261,11 @@ class StopWhenAsked(Hook):
         self.device, self.leaving = device, False
 
     def after_step(self) -> None:
-        if asked_to_stop(self.trainer.stop, self.device):
+        signum = largest_of_processes([self.trainer.stop.signum], self.device)[0]
+        if signum:
             self.trainer.save_step()
             self.leaving = True
-            self.trainer.stop.obey()
+            raise Preempted(signum)
 
     def after_train(self) -> None:
         if self.leaving:

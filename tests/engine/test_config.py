@@ -38,19 +38,15 @@ def test_base_file_is_merged_under_the_file_and_overrides_over_it(tmp_path):
     }
 
 
-def test_defaults_are_not_changed_and_result_is_frozen():
+def test_defaults_are_not_changed_the_result_is_frozen_and_free_nodes_take_any_key():
     tree = defaults()
-    config = load_config(tree, None, ["SOLVER.BASE_LR", "1e-3"])
+    words = ["SOLVER.BASE_LR", "1e-3", "TRANSFER.OPTIONS", "{'kd': {'temperature': 2.0}}"]
+    config = load_config(tree, None, [*words, "TRANSFER.TERM_LEVELS.fitnet", "['res4']"])
     assert (tree.SOLVER.BASE_LR, config.SOLVER.BASE_LR) == (0.1, 1e-3)
+    assert plain(config.TRANSFER.OPTIONS) == {"kd": {"temperature": 2.0}}
+    assert plain(config.TRANSFER.TERM_LEVELS) == {"fitnet": ["res4"]}
     with pytest.raises(AttributeError):
         config.NAME = "b"
-
-
-def test_free_nodes_take_any_key_also_nested():
-    config = load_config(defaults(), None, ["TRANSFER.OPTIONS", "{'kd': {'temperature': 2.0}}"])
-    assert plain(config.TRANSFER.OPTIONS) == {"kd": {"temperature": 2.0}}
-    config = load_config(defaults(), None, ["TRANSFER.TERM_LEVELS.fitnet", "['res4']"])
-    assert plain(config.TRANSFER.TERM_LEVELS) == {"fitnet": ["res4"]}
 
 
 @pytest.mark.parametrize(
