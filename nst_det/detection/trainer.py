@@ -27,9 +27,9 @@ from nst_det.engine.seeds import seed_everything
 from nst_det.engine.solver import clip_gradients, lr_schedule, set_learning_rate
 from nst_det.engine.train_state import AveragedWeights, OptimizedState
 from nst_det.engine.trainer import (
-    EvalHook,
     MetricsHook,
     PeriodicCheckpointer,
+    PeriodicHook,
     ProgressHook,
     RollbackStep,
     SpeedHook,
@@ -215,7 +215,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluate: Callable[[int], dict[st
     trainer.register_hooks(
         [
             SpeedHook(solver.IMS_PER_BATCH, trainer.device),
-            EvalHook(config.TEST.EVAL_PERIOD, evaluate_step),
+            PeriodicHook(config.TEST.EVAL_PERIOD, evaluate_step),
             MetricsHook(folder, config.TENSORBOARD, config.WANDB),
             ProgressHook(
                 folder.path.name,

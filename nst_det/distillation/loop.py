@@ -19,9 +19,8 @@ from nst_det.engine.format import text_table
 from nst_det.engine.metrics import loss_note
 from nst_det.engine.trainer import (
     Clock,
-    EvalHook,
-    Hook,
     PeriodicCheckpointer,
+    PeriodicHook,
     ProgressHook,
     RollbackStep,
     SpeedHook,
@@ -144,19 +143,6 @@ class StageOneTrainer(TrainLoop):
             student.save()
 
 
-class StudentMetrics(Hook):
-    """Writes a row of each student's metrics every ``period`` steps."""
-
-    def __init__(self, period: int) -> None:
-        self.period = period
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self.period == 0 or done == self.trainer.max_iter:
-            for student in self.trainer.stayed:
-                student.log(self.trainer.scalars)
-
-
 def train_side_by_side(
     students: Sequence[StudentTrainer],
     teacher: Teaching | None,
@@ -193,11 +179,15 @@ def train_side_by_side(
         for student in trainer.stayed:
             student.record(found[student.word])
 
+    def write_metrics() -> None:
+        for student in trainer.stayed:
+            student.log(trainer.scalars)
+
     trainer.register_hooks(
         [
             SpeedHook(images, normalize.device, log_period),
-            StudentMetrics(log_period),
-            EvalHook(eval_period, evaluate, last=True),
+            PeriodicHook(log_period, write_metrics, last=True),
+            PeriodicHook(eval_period, evaluate, last=True),
             PeriodicCheckpointer(checkpoint_period),
             ProgressHook(
                 title,

@@ -33,14 +33,12 @@ def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any]) -> Pat
 
 
 def check_schema(state: Any, source: str | Path) -> None:
-    """Refuse what another version wrote."""
     found = state.get("schema") if isinstance(state, dict) else None
     if found != SCHEMA:
         raise UserError(f"{source}: of schema {found}, this version reads {SCHEMA}; remove it to start again")
 
 
 def write_state(path: str | Path, state: dict[str, Any]) -> None:
-    """Call ``torch.save``, atomically."""
     # through a file of Python's: where the disk is full, torch's own writer forgets the reason
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)

@@ -73,7 +73,6 @@ def speaks_of_error() -> bool:
 
 
 def world_size() -> int:
-    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -124,13 +123,11 @@ def largest_of_processes(sizes: Sequence[int], device: torch.device) -> list[int
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
     if world_size() > 1:
         dist.barrier()
 
 
 def copy_from_first(*modules: nn.Module) -> None:
-    """Copy parameters and buffers of the main process to all."""
     if world_size() > 1:
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):

@@ -90,7 +90,6 @@ class MetricsWriter:
             self._wandb.log(finite, step=step)
 
     def close(self) -> None:
-        """Flush and close all of them."""
         self._file.close()
         if self._board is not None:
             self._board.close()

@@ -114,7 +114,6 @@ class NonFiniteGuard:
         self.count, self.rate = int(state["count"]), float(state["rate"])
 
     def keep_buffers(self) -> None:
-        """Remember them as they are before a step."""
         self._kept = [(own, own.clone()) for own in self.model.buffers()] if self.model.training else []
 
     def handle(
@@ -182,7 +181,6 @@ class Replayed:
 
     @property
     def same(self) -> bool:
-        """Whether the same was found as in the run."""
         return self.broken == self.was_broken
 
     def __rich__(self) -> Table:
@@ -196,7 +194,6 @@ class Replayed:
 
     @property
     def lines(self) -> list[str]:
-        """What was found, as text."""
         lines = [f"not finite now: {', '.join(self.broken) or 'nothing'}"]
         lines += ["the same as in the run"] if self.same else [f"in the run: {', '.join(self.was_broken)}"]
         lines += [f"first in the layer {self.first}"] if self.first else []

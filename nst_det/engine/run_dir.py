@@ -136,11 +136,9 @@ class RunFolder:
 
     @property
     def done(self) -> bool:
-        """Whether the run has its result."""
         return self.result_path.exists()
 
     def result(self) -> dict[str, Any]:
-        """Return the result of a finished run."""
         result = read_json(self.result_path)
         if not isinstance(result, dict):
             raise UserError(f"{self.result_path}: not a result; remove it to run this again")

@@ -58,7 +58,6 @@ class TrainLoop:
         self._data_seconds = 0.0
 
     def register_hooks(self, hooks: Sequence[Any]) -> None:
-        """Add hooks, called in this order."""
         for hook in hooks:
             # a trainer and its hooks would keep each other alive
             hook.trainer = weakref.proxy(self)
@@ -96,7 +95,6 @@ class TrainLoop:
         return self._scalars
 
     def put_scalars(self, **values: float) -> None:
-        """Add to :attr:`scalars`."""
         self._scalars |= values
 
     @property
@@ -136,7 +134,6 @@ class Clock:
         self.seconds[part] += self.now() - start
 
     def total(self) -> float:
-        """Return the seconds of all parts."""
         return sum(self.seconds.values())
 
 
@@ -187,16 +184,23 @@ class WallTime(Hook):
         self.state.seconds, self._counted = self.state.seconds + now - self._counted, now
 
 
-class EvalHook(Hook):
-    """Calls ``evaluate`` every ``period`` steps (0 for never), and after the last step if ``last``."""
+class PeriodicHook(Hook):
+    """Calls something every ``period`` steps (0 for never), and after the last step if ``last``."""
 
-    def __init__(self, period: int, evaluate: Callable[[], None], last: bool = False) -> None:
-        self.period, self.evaluate, self.last = period, evaluate, last
+    def __init__(self, period: int, call: Callable[[], None], last: bool = False) -> None:
+        self.period, self.call, self.last = period, call, last
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if self.last if done == self.trainer.max_iter else self.period and done % self.period == 0:
-            self.evaluate()
+            self.call()
+
+
+class PeriodicCheckpointer(PeriodicHook):
+    """Saves every ``period`` steps and after the last; behind all that writes about a step, so no kill leaves a gap."""
+
+    def __init__(self, period: int) -> None:
+        super().__init__(period, lambda: self.trainer.save_step(), last=True)
 
 
 class MetricsHook(Hook):
@@ -240,18 +244,6 @@ class ProgressHook(Hook):
     def after_train(self) -> None:
         if self._shown is not None:
             self._shown.__exit__(None, None, None)
-
-
-class PeriodicCheckpointer(Hook):
-    """Saves every ``period`` steps and after the last, behind all that writes about a step, so no kill leaves a gap."""
-
-    def __init__(self, period: int) -> None:
-        self.period = period
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self.period == 0 or done == self.trainer.max_iter:
-            self.trainer.save_step()
 
 
 class StopWhenAsked(Hook):
