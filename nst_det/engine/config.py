@@ -83,15 +83,15 @@ def _from_yaml(text: str) -> Any:
     return tree
 
 
-def key_values(words: Sequence[str]) -> list[tuple[str, str]]:
+def key_values(arguments: Sequence[str]) -> list[tuple[str, str]]:
     """Return the pairs of ``KEY VALUE KEY VALUE ...``; a ``--`` before them is dropped."""
-    words = [word for word in words if word != "--"]
-    for option in words[::2]:
+    arguments = [argument for argument in arguments if argument != "--"]
+    for option in arguments[::2]:
         if option.startswith("-"):
-            raise UserError(f"command line: {option} stands among the KEY VALUE pairs; put it before them")
-    if len(words) % 2:
-        raise UserError(f"command line: KEY VALUE pairs expected, but '{words[-1]}' has no value")
-    return list(zip(words[::2], words[1::2]))
+            raise UserError(f"command line: {option} is among the KEY VALUE pairs; put it before them")
+    if len(arguments) % 2:
+        raise UserError(f"command line: KEY VALUE pairs expected, but '{arguments[-1]}' has no value")
+    return list(zip(arguments[::2], arguments[1::2]))
 
 
 def merge_overrides(config: CfgNode, overrides: Sequence[str]) -> None:

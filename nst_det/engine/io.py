@@ -68,7 +68,7 @@ def atomic_folder(folder: str | Path, remedy: str) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """Return a new name beside ``path`` that tells which process writes there."""
+    """Return a new name in the folder of ``path`` that tells which process writes there."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 

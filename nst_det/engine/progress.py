@@ -58,7 +58,7 @@ class Meter:
             self._bar.reset(self._task, total=self._total, completed=done)
 
     def step(self, values: Mapping[str, float] | None = None, more: Callable[[], str] | None = None) -> None:
-        """Count a step; ``values`` are shown beside a bar, and in a plain line unless there is ``more`` for it."""
+        """Count a step; ``values`` are shown with a bar, and in a plain line unless there is ``more`` for it."""
         self._done += 1
         note = "  ".join(f"{key} {value:.4g}" for key, value in (values or {}).items())
         now = time.monotonic()

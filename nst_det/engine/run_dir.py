@@ -59,8 +59,8 @@ def code_commit() -> str | None:
     if not (root / ".git").exists():
         return None
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:

@@ -66,7 +66,7 @@ class TrainState:
         return self.model if self.average is None else self.average.network
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has beside the model, which is :attr:`eval_model`."""
+        """Return what a checkpoint has besides the model, which is :attr:`eval_model`."""
         state = {
             "schema": SCHEMA,
             "seconds": self.seconds,

@@ -226,7 +226,7 @@ class MetricsHook(Hook):
 
 
 class ProgressHook(Hook):
-    """Shows the progress, with ``losses`` beside a bar, and ``note`` in a plain line now and then."""
+    """Shows the progress, with ``losses`` at a bar, and ``note`` in a plain line now and then."""
 
     def __init__(self, title: str, losses: Callable[[], Mapping[str, float]], note: Callable[[], str]) -> None:
         self.title, self.losses, self.note = title, losses, note

@@ -87,7 +87,7 @@ class PretendedCuda:
             self.counts.waits[f"{_place()} {what}"] += 1
 
     def use(self) -> None:
-        """CUDA is used: refuse it in a forked process, in torch's words."""
+        """CUDA is used: refuse it in a forked process, with torch's message."""
         if self.forked:
             raise RuntimeError(
                 "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must use the "
@@ -198,7 +198,7 @@ def _place() -> str:
 
 
 class PretendedTensor(torch.Tensor):
-    """A tensor that says it is on a GPU, around the one that has the data.
+    """A tensor that pretends to be on a GPU, around the one that has the data.
 
     C++ takes it for one on the CPU, for autograd and autocast to work; so moving it is done in Python, see :func:`_to`.
     """
@@ -257,7 +257,7 @@ class PretendedTensor(torch.Tensor):
         return self.on_cpu.data_ptr()
 
     def __reduce_ex__(self, protocol: int) -> Any:
-        # a file has the data; who reads it says by map_location where to
+        # a file has the data; map_location moves it
         return self.on_cpu.__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PretendedTensor":
@@ -352,7 +352,7 @@ def _data(value: Any) -> Any:
 
 
 def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Run an operator where its tensors are, on the CPU if none says that it is on a GPU."""
+    """Run an operator where its tensors are, on the CPU if none pretends to be on a GPU."""
     there = [value for value in tree_leaves((args, kwargs)) if isinstance(value, PretendedTensor)]
     device = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     if not there and (device is None or device.type != "cuda"):

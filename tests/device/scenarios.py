@@ -132,11 +132,11 @@ def stopped_at(moment: Moment) -> Iterator[None]:
 def nst_det(*words: Any) -> None:
     """Run a command line that must end well."""
     try:
-        with redirect_stderr(io.StringIO()) as said:
+        with redirect_stderr(io.StringIO()) as errors:
             main([str(word) for word in words])
     except SystemExit as left:
         if left.code:
-            raise AssertionError(f"nst-det {words[0]} ended with {left.code}: {said.getvalue()}") from left
+            raise AssertionError(f"nst-det {words[0]} ended with {left.code}: {errors.getvalue()}") from left
 
 
 class Folder:
@@ -314,7 +314,7 @@ def detectron2(folder: Folder) -> None:
 
 
 def commands(folder: Folder) -> None:
-    """Every word that computes on a device, after a short run of each stage on the second GPU."""
+    """Every command that computes on a device, after a short run of each stage on the second GPU."""
     with scenario("runs for the commands"):
         folder.distill("distilled", METHODS=["ce", "kd"])
         folder.detect("run", **{"MODEL.DEVICE": "cuda:1", "INPUT.MIN_SIZE_TEST": 96, "INPUT.MAX_SIZE_TEST": 96})

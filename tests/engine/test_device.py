@@ -1,4 +1,4 @@
-"""What is asked of the device of a run, float32 on a GPU, weights cast once, and what is said where a GPU fails."""
+"""Questions about the device of a run, float32 on a GPU, weights cast once, and the line where a GPU fails."""
 
 from types import SimpleNamespace
 
@@ -120,7 +120,7 @@ WRAPPED = "Caught RuntimeError in pin memory thread.\nTraceback\nCUDA error: an 
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "part"),
     [
         (torch.cuda.OutOfMemoryError(FULL), "CUDA out of memory. Tried to allocate 20.00 GiB; free its memory"),
         (RuntimeError("CUDA error: out of memory\nfor debugging"), "CUDA error: out of memory; free its memory"),
@@ -134,11 +134,11 @@ WRAPPED = "Caught RuntimeError in pin memory thread.\nTraceback\nCUDA error: an 
         ),
     ],
 )
-def test_a_gpu_that_fails_is_one_line(error, said):
+def test_a_gpu_that_fails_is_one_line(error, part):
     with pytest.raises(UserError) as ended, gpu_errors_in_one_line("lower X", lambda: "as before"):
         raise error
     line = str(ended.value)
-    assert said in line
+    assert part in line
     assert line.endswith("; as before")
     assert ended.value.__cause__ is error
 

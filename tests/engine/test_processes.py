@@ -93,7 +93,7 @@ def failing():
     return spoken, speaks_of_error()
 
 
-def test_one_process_says_why_all_end(in_processes, monkeypatch):
+def test_one_process_reports_why_all_end(in_processes, monkeypatch):
     assert speaks_of_error()
     assert sorted(in_processes(failing)) == [(False, False), (True, False)]
     # before they have met: one a machine

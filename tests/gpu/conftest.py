@@ -50,7 +50,7 @@ def gpu_device():
 
 @pytest.fixture(autouse=True)
 def _float32_convolutions(monkeypatch):
-    """What is said to be float32 is that."""
+    """Convolutions in float32 are not in TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 

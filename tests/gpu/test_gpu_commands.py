@@ -21,9 +21,9 @@ def command(capsys):
     def run(*words):
         with pytest.raises(SystemExit) as left:
             main([str(word) for word in words])
-        said = capsys.readouterr()
-        assert left.value.code == 0, said.err
-        return said.out
+        printed = capsys.readouterr()
+        assert left.value.code == 0, printed.err
+        return printed.out
 
     return run
 

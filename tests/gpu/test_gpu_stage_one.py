@@ -100,9 +100,9 @@ def test_a_non_finite_step_is_run_again(stage_one, from_teacher, tmp_path, monke
     ask = Teacher.__call__
 
     def asked(self, images, rows):
-        said = ask(self, images, rows)
-        said.maps["res4"] = torch.full_like(said.maps["res4"], math.nan)
-        return said
+        outputs = ask(self, images, rows)
+        outputs.maps["res4"] = torch.full_like(outputs.maps["res4"], math.nan)
+        return outputs
 
     monkeypatch.setattr(Teacher, "__call__", asked)
     with pytest.raises(UserError, match="not finite at step 0"):
