@@ -74,11 +74,14 @@ def _temporary(path: Path) -> Path:
 
 def remove_left_over(folder: Path, owned: bool = False) -> None:
     """Remove what killed processes of this machine, or of any where the folder is ``owned``, left half written."""
-    here = re.compile(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{8}}\.tmp")
+    here = re.compile(rf"\..*\.{re.escape(socket.gethostname())}-(\d{{1,9}})-[0-9a-f]{{8}}\.tmp")
     for path in folder.glob(".*.tmp"):
         match = here.fullmatch(path.name)
         if not psutil.pid_exists(int(match[1])) if match else owned:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+            # rmtree is for folders alone, and what belongs to others can stay
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def cannot_write(path: str | Path, reason: str) -> UserError:
