@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,19 +48,16 @@ class AveragedWeights:
         self._average.set(self._trained)
 
 
+@dataclass(eq=False, repr=False)
 class TrainState:
     """A network, the adapters of its transfer terms, its non-finite guard, and the average of its weights."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapters: nn.Module | None,
-        guard: NonFiniteGuard,
-        average: AveragedWeights | None = None,
-    ) -> None:
-        self.model, self.adapters, self.guard, self.average = model, adapters, guard, average
-        # that training took, in all calls together
-        self.seconds = 0.0
+    model: nn.Module
+    adapters: nn.Module | None
+    guard: NonFiniteGuard
+    average: AveragedWeights | None
+    # that training took, in all calls together
+    seconds: float = field(default=0.0, init=False)
 
     @property
     def eval_model(self) -> nn.Module:
@@ -92,25 +91,20 @@ class TrainState:
         self.seconds = float(state["seconds"])
 
 
+@dataclass(eq=False, repr=False)
 class OptimizedState(TrainState):
     """A :class:`TrainState` with its optimizer and its run folder; Detectron2 has its own of both."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapters: nn.Module | None,
-        guard: NonFiniteGuard,
-        average: AveragedWeights | None,
-        optimizer: torch.optim.Optimizer,
-        folder: RunFolder,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
-        super().__init__(model, adapters, guard, average)
-        self.optimizer, self.folder = optimizer, folder
-        self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
-        self.parameters: list[Tensor] = [item for group in optimizer.param_groups for item in group["params"]]
-        # finished optimizer steps
-        self.step = 0
+    optimizer: torch.optim.Optimizer
+    folder: RunFolder
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
+    # finished optimizer steps
+    step: int = field(default=0, init=False)
+
+    @cached_property
+    def parameters(self) -> list[Tensor]:
+        """All that the optimizer trains."""
+        return [item for group in self.optimizer.param_groups for item in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
         optimizer = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
