@@ -1,8 +1,7 @@
 """The generated data set behind the demo: an image folder and a VOC folder of textured shapes on cluttered ground.
 
 Only the outline tells the classes apart: color, texture, size and place are drawn from the same distributions for all
-of them.  Every function draws from the generator that it is given and from nothing else.  The classes to detect are a
-subset of the classes to classify, as VOC's are nearly one of ImageNet's.
+of them.  The classes to detect are a subset of the classes to classify, as VOC's are nearly one of ImageNet's.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import numpy as np
 
 from nst_det.data.annotation import VocAnnotation, VocObject, voc_xml
 from nst_det.data.safe_io import shown_path
+from nst_det.data.voc import make_voc_folders, write_split
 from nst_det.engine.device import core_count
 from nst_det.engine.io import atomic_folder, cannot_write, read_json, write_json
 from nst_det.engine.progress import progress
@@ -30,7 +30,6 @@ CLASSIFICATION = "shapes_cls"
 DETECTION = "shapes_voc"
 SETTINGS_FILE = "settings.json"
 CHUNK = 100
-MAX_IMAGES = 1_000_000
 CROP_SIDE = 64
 CROP_RADII = (14.0, 26.0)
 # height and width; the longest side is always the same
@@ -61,30 +60,27 @@ class Look:
 MOST = {"rotation": 180, "contrast": 200, "texture": 100, "noise": 100, "clutter": 10, "shift": 32}
 
 
-def _circle(radius: float = 1.0, start: float = 0.0, stop: float = 360.0, points: int = 40) -> np.ndarray:
-    angle = np.radians(np.linspace(start, stop, points, endpoint=stop - start < 360))
-    return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+def _directions(angle: np.ndarray) -> np.ndarray:
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-def _regular(corners: int, inner: float | None = None) -> np.ndarray:
-    count = corners if inner is None else 2 * corners
-    angle = np.arange(count) * 2 * np.pi / count - np.pi / 2
-    radius = np.ones(count)
-    if inner is not None:
-        radius[1::2] = inner
-    return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+def _circle(start: float = 0.0, stop: float = 360.0, points: int = 40) -> np.ndarray:
+    return _directions(np.radians(np.linspace(start, stop, points, endpoint=stop - start < 360)))
+
+
+def _regular(corners: int) -> np.ndarray:
+    return _directions(np.arange(corners) * 2 * np.pi / corners - np.pi / 2)
 
 
 def _crescent() -> np.ndarray:
     # the inner arc goes back from the outer one's end to its start
-    outer = _circle(1.0, 55, 305)
     tip = np.cos(np.radians(55)), np.sin(np.radians(55))
     center = 0.45
     angle = np.arctan2(tip[1], tip[0] - center)
     radius = np.hypot(tip[0] - center, tip[1])
     back = np.linspace(2 * np.pi - angle, angle, 30)
     inner = np.stack([center + radius * np.cos(back), radius * np.sin(back)], axis=1)
-    return np.concatenate([outer, inner])
+    return np.concatenate([_circle(55, 305), inner])
 
 
 def _heart() -> np.ndarray:
@@ -102,17 +98,17 @@ _BOLT = [(0.25, -1), (-0.6, 0.15), (-0.05, 0.15), (-0.3, 1), (0.6, -0.25), (0.05
 # outer contour first, holes after it; all inside the unit circle or nearly
 OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "ellipse": (_circle() * (1.0, 0.66),),
-    "square": (_circle(1.0, 45, 405, 4) * 1.1,),
+    "square": (_circle(45, 405, 4) * 1.1,),
     "triangle": (_regular(3),),
-    "star": (_regular(5, 0.45),),
+    "star": (_regular(10) * np.array([1, 0.45] * 5)[:, None],),
     "cross": (np.array(_CROSS + [(-x, -y) for x, y in _CROSS]),),
-    "ring": (_circle(), _circle(0.55)),
+    "ring": (_circle(), _circle() * 0.55),
     "hexagon": (_regular(6),),
     "crescent": (_crescent(),),
     "arrow": (np.array(_ARROW),),
     "heart": (_heart(),),
     "bolt": (np.array(_BOLT),),
-    "halfmoon": (_circle(1.0, 0, 180, 24) - (0, 0.4),),
+    "halfmoon": (_circle(0, 180, 24) - (0, 0.4),),
 }
 CLASSES = tuple(OUTLINES)
 
@@ -142,13 +138,9 @@ def place(
     stretch = np.exp(rng.uniform(-0.15, 0.15))
     warp = turn @ np.array([[stretch, rng.uniform(-0.12, 0.12)], [0.0, 1 / stretch]])
     contours = tuple(radius * points @ warp.T + center for points in OUTLINES[name])
-    areas = [_area(points) for points in contours]
+    corners = [points.T for points in contours]
+    areas = [abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2 for x, y in corners]
     return Placed(name, contours, areas[0] - sum(areas[1:]), small)
-
-
-def _area(points: np.ndarray) -> float:
-    x, y = points.T
-    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
 
 
 def fill(placed: Placed, height: int, width: int) -> np.ndarray:
@@ -194,7 +186,7 @@ def ground(rng: np.random.Generator, height: int, width: int, look: Look) -> tup
             corners = int(rng.integers(3, 8))
             angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
             radii = rng.uniform(2, 9, corners)
-            blob = spot + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+            blob = spot + radii[:, None] * _directions(angles)
             cv2.fillPoly(image, [_fixed_point(blob)], shade, cv2.LINE_8, SHIFT)
     return image, color
 
@@ -256,8 +248,7 @@ def draw_scene(rng: np.random.Generator, id_: str, classes: tuple[str, ...], loo
         hidden |= mask > 127
         if found is not None:
             objects.append(found)
-    annotation = VocAnnotation(id_, width, height, tuple(reversed(objects)))
-    return finish(rng, image, look), annotation
+    return finish(rng, image, look), VocAnnotation(id_, width, height, tuple(reversed(objects)))
 
 
 def _compose(rng: np.random.Generator, height: int, width: int, classes: tuple[str, ...], look: Look) -> list[Placed]:
@@ -326,10 +317,10 @@ class GenerateSettings:
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[float, float]] = {
-            "classification_images": (self.classification_classes, MAX_IMAGES),
-            "classification_val_images": (self.classification_classes, MAX_IMAGES),
-            "detection_images": (2, MAX_IMAGES),
-            "detection_test_images": (1, MAX_IMAGES),
+            "classification_images": (self.classification_classes, 1_000_000),
+            "classification_val_images": (self.classification_classes, 1_000_000),
+            "detection_images": (2, 1_000_000),
+            "detection_test_images": (1, 1_000_000),
             "classification_classes": (2, len(CLASSES)),
             "detection_classes": (1, self.classification_classes),
             "seed": (0, 2**63 - 1),
@@ -337,19 +328,19 @@ class GenerateSettings:
         }
         for name, (low, high) in limits.items():
             value = getattr(self.look if name in MOST else self, name)
-            if not low <= value <= high:
-                raise UserError(f"generate-data: {name} is {value}; give a number from {low} to {high}")
+            whole = name not in MOST and (isinstance(value, bool) or not isinstance(value, int))
+            if whole or not isinstance(value, int | float) or not low <= value <= high:
+                raise UserError(f"generate-data: {name} is {value!r}; give a number from {low} to {high}")
 
 
 def settings_from(values: dict[str, Any]) -> GenerateSettings:
     """Return settings from plain values by field name; those of ``look`` by their own names (``contrast``)."""
     own = {item.name for item in fields(GenerateSettings)} - {"look"}
-    for name, value in values.items():
-        if name not in own | MOST.keys():
-            raise UserError(f"generate-data: unknown setting {name}; known are {', '.join(sorted(own | MOST.keys()))}")
-        if isinstance(value, bool) or not isinstance(value, int | float if name in MOST else int):
-            raise UserError(f"generate-data: {name} must be a number, but is {value!r}")
-    look = Look(**{name: float(value) for name, value in values.items() if name in MOST})
+    unknown = sorted(values.keys() - own - MOST.keys())
+    if unknown:
+        known = ", ".join(sorted(own | MOST.keys()))
+        raise UserError(f"generate-data: unknown setting {unknown[0]}; known are {known}")
+    look = Look(**{name: value for name, value in values.items() if name in MOST})
     return GenerateSettings(look=look, **{name: value for name, value in values.items() if name in own})
 
 
@@ -377,8 +368,6 @@ def generate_data(output: str | Path, settings: GenerateSettings | None = None, 
 def _is_done(output: Path, settings: GenerateSettings) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if not output.is_dir():
-        raise UserError(f"{shown_path(output)}: is a file; name another folder")
     marker = output / SETTINGS_FILE
     before = read_json(marker) if marker.is_file() else None
     if not isinstance(before, dict):
@@ -396,20 +385,17 @@ def _generate(folder: Path, settings: GenerateSettings, workers: int) -> None:
     for split in ("train", "val"):
         for name in CLASSES[: settings.classification_classes]:
             (folder / CLASSIFICATION / split / name).mkdir(parents=True)
-    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (folder / DETECTION / name).mkdir(parents=True)
+    root = make_voc_folders(folder / DETECTION)
     counts = {
         "detect": settings.detection_images + settings.detection_test_images,
         "train": settings.classification_images,
         "val": settings.classification_val_images,
     }
-    ids = [_id(index) for index in range(counts["detect"])]
+    ids = [f"{number:06}" for number in range(1, counts["detect"] + 1)]
     trainval, test = ids[: settings.detection_images], ids[settings.detection_images :]
     val = max(len(trainval) // 6, 1)
-    lists = {"trainval": trainval, "train": trainval[:-val], "val": trainval[-val:], "test": test}
-    for name, members in lists.items():
-        path = folder / DETECTION / "ImageSets" / "Main" / f"{name}.txt"
-        path.write_text("".join(f"{id_}\n" for id_ in members))
+    for name, members in {"trainval": trainval, "train": trainval[:-val], "val": trainval[-val:], "test": test}.items():
+        write_split(root, name, members)
     chunks = [
         (folder, settings, part, range(start, min(start + CHUNK, count)))
         for part, count in counts.items()
@@ -440,19 +426,14 @@ def draw_chunk(folder: Path, settings: GenerateSettings, part: str, indices: ran
         for index in indices:
             rng = np.random.default_rng([seed, index])
             if part == "detect":
-                id_ = _id(index)
+                id_, root = f"{index + 1:06}", folder / DETECTION
                 image, annotation = draw_scene(rng, id_, CLASSES[: settings.detection_classes], settings.look)
-                (folder / DETECTION / "JPEGImages" / f"{id_}.jpg").write_bytes(image)
-                xml = voc_xml(annotation, f"{id_}.jpg", DETECTION)
-                (folder / DETECTION / "Annotations" / f"{id_}.xml").write_text(xml)
-                continue
-            # classes take turns, so that they have the same number of images
-            number, label = divmod(index, settings.classification_classes)
-            path = folder / CLASSIFICATION / part / CLASSES[label] / f"{number + 1:06}.jpg"
-            path.write_bytes(draw_crop(rng, CLASSES[label], settings.look))
+                (root / "JPEGImages" / f"{id_}.jpg").write_bytes(image)
+                (root / "Annotations" / f"{id_}.xml").write_text(voc_xml(annotation, f"{id_}.jpg", DETECTION))
+            else:
+                # classes take turns, so that they have the same number of images
+                number, label = divmod(index, settings.classification_classes)
+                path = folder / CLASSIFICATION / part / CLASSES[label] / f"{number + 1:06}.jpg"
+                path.write_bytes(draw_crop(rng, CLASSES[label], settings.look))
     finally:
         cv2.setNumThreads(threads)
-
-
-def _id(index: int) -> str:
-    return f"{index + 1:06}"
