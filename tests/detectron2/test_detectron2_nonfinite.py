@@ -74,8 +74,8 @@ def test_the_step_runs_again(command, tiny_yaml, tiny_teacher, tmp_path, monkeyp
 
     monkeypatch.setattr(DistillTrainer, "run_step", poisoned_step)
     folder = tmp_path / "run"
-    words = ["TRANSFER.METHOD", "fitnet+nst-poly", "TRANSFER.LEVELS", "['p2', 'p3']", "TRANSFER.WARMUP_ITERS", 5]
-    words += ["TRANSFER.TEACHER.CONFIG_FILE", tiny_teacher[0], "TRANSFER.TEACHER.WEIGHTS", tiny_teacher[1]]
+    words = ["METHOD", "fitnet+nst-poly", "TRANSFER.LEVELS", "['p2', 'p3']", "TRANSFER.WARMUP_ITERS", 5]
+    words += ["TEACHER.CONFIG_FILE", tiny_teacher[0], "TEACHER.WEIGHTS", tiny_teacher[1]]
     assert command("--config-file", tiny_yaml, "DATASETS.TEST", "[]", *words, "OUTPUT_DIR", folder) == 2
     file = folder / "nonfinite" / "step-00000002.pt"
     assert f"not finite at step 2: {named}; images i" in capfd.readouterr().err
@@ -111,10 +111,10 @@ def test_what_a_strangers_step_may_not_do(command, tiny_yaml, tmp_path, poisoned
 
     def taught_by(config_file, weights=""):
         content = torch.load(file)
-        content["config"]["TRUST_PICKLE"] = True
-        transfer = content["config"]["TRANSFER"]
-        transfer |= {"METHOD": "at", "LEVELS": ["p2"]}
-        transfer["TEACHER"] |= {"CONFIG_FILE": str(config_file), "WEIGHTS": str(weights)}
+        config = content["config"]
+        config |= {"TRUST_PICKLE": True, "METHOD": "at"}
+        config["TRANSFER"]["LEVELS"] = ["p2"]
+        config["TEACHER"] |= {"CONFIG_FILE": str(config_file), "WEIGHTS": str(weights)}
         return content
 
     refused("teacher.py: the teacher's config is Python code", taught_by(tmp_path / "teacher.py"))

@@ -272,7 +272,7 @@ SETTINGS = [
     ("detect", "MODEL.RPN.IN_FEATURES", "[p9]", "MODEL.RPN.IN_FEATURES.*p9"),
     ("detect", "MODEL.PIXEL_STD", "[0.0, 1.0, 1.0]", "PIXEL_STD"),
     ("detect", "MODEL.ROI_HEADS.NUM_CLASSES", "7", "NUM_CLASSES.* 7"),
-    ("detect", "TRANSFER.METHOD", "nst-poly", "teacher"),
+    ("detect", "METHOD", "nst-poly", "(?i)teacher"),
     ("detect", "MODEL.WEIGHTS", "/nowhere.pth", "/nowhere.pth"),
     ("detect", "MODEL.WEIGHTS", "backbone://nix", "backbone://nix"),
     ("detect", "MODEL.WEIGHTS", "backbone://../../x", r"\.\./x"),
