@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from helpers.voc import obj, write, xml
 
 from nst_det.data.annotation import (
     MAX_XML_BYTES,
@@ -15,6 +14,7 @@ from nst_det.data.annotation import (
     voc_xml,
 )
 from nst_det.errors import UserError
+from tests.helpers.voc import obj, write, xml
 
 
 def parse(text):

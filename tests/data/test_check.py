@@ -2,11 +2,11 @@ import json
 import os
 
 import pytest
-from helpers.voc import jpeg, make, obj, write, write_list, xml
 
 from nst_det.data.check import check_data
 from nst_det.data.voc import VOC_CLASSES
 from nst_det.errors import UserError
+from tests.helpers.voc import jpeg, make, obj, write, write_list, xml
 
 
 def found(report):

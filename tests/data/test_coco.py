@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-from helpers.voc import write_list
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -13,6 +12,7 @@ from nst_det.data.check import check_data
 from nst_det.data.coco import CocoSource, convert_coco
 from nst_det.data.voc import VocDataset
 from nst_det.errors import UserError
+from tests.helpers.voc import write_list
 
 TREE = {
     "images": [

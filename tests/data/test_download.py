@@ -7,11 +7,11 @@ import threading
 
 import pytest
 from filelock import FileLock
-from helpers.voc import obj, xml
 
 from nst_det.data.download import RELEASES, VocRelease, download_voc, fetch, unpack
 from nst_det.data.voc import VocDataset
 from nst_det.errors import UserError
+from tests.helpers.voc import obj, xml
 
 
 class Server:

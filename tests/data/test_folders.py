@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from helpers.voc import jpeg, write
 
 from nst_det.data.folders import read_image_folder
 from nst_det.data.images import read_image
 from nst_det.errors import UserError
+from tests.helpers.voc import jpeg, write
 
 
 def fill(root, counts, start=0):

@@ -4,7 +4,6 @@ import os
 import time
 
 import pytest
-from helpers.voc import jpeg, make, obj, write, write_list, xml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from nst_det.data.safe_io import read_bytes, shown
 from nst_det.data.voc import VocDataset
 from nst_det.engine.io import read_json
 from nst_det.errors import UserError
+from tests.helpers.voc import jpeg, make, obj, write, write_list, xml
 
 LAUGHS = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 10))
 BOMB = f'<!DOCTYPE a [<!ENTITY l0 "ha">{LAUGHS}]><annotation>&l9;</annotation>'

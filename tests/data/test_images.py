@@ -4,11 +4,11 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.voc import jpeg, write
 from PIL import Image
 
 from nst_det.data.images import MAX_IMAGE_PIXELS, decode_image, image_size, read_image
 from nst_det.errors import UserError
+from tests.helpers.voc import jpeg, write
 
 
 def encode(array_or_image, format="PNG", **options):

@@ -1,11 +1,11 @@
 import pytest
-from helpers.voc import make, obj, write, write_list, xml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nst_det.data.splits import JoinedVoc, cut_test_ids, held_out, hold_out, ids_to_cut, known_pair, write_pair
 from nst_det.data.voc import VocDataset
 from nst_det.errors import UserError
+from tests.helpers.voc import make, obj, write, write_list, xml
 
 
 def many(root, names_of):

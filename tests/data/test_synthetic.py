@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.voc import write
 
 from nst_det.data import synthetic
 from nst_det.data.folders import read_image_folder
@@ -16,7 +15,6 @@ from nst_det.data.synthetic import (
     CLASSES,
     OUTLINES,
     GenerateSettings,
-    Look,
     annotate,
     draw_scene,
     fill,
@@ -27,6 +25,7 @@ from nst_det.data.synthetic import (
 )
 from nst_det.data.voc import VocDataset
 from nst_det.errors import UserError
+from tests.helpers.voc import write
 
 SMALL = GenerateSettings(
     classification_images=110, classification_val_images=20, detection_images=24, detection_test_images=6
@@ -158,7 +157,7 @@ def test_the_command(tmp_path, cli, capsys):
     assert cli(*words) == 0
     settings = json.loads((tmp_path / "d" / "settings.json").read_text())
     assert settings["seed"] == 3
-    assert settings["look"]["noise"] == 2.5
+    assert settings["noise"] == 2.5
     assert len(VocDataset(tmp_path / "d" / "shapes_voc", "test", classes=CLASSES)) == 1
     assert cli(*words, "--detection-classes", 99) == 2
     assert "detection_classes is 99" in capsys.readouterr().err
@@ -167,7 +166,7 @@ def test_the_command(tmp_path, cli, capsys):
 @pytest.mark.parametrize("name", sorted(OUTLINES))
 def test_outlines_have_about_the_size_and_area_of_their_numbers(name):
     for seed in range(5):
-        placed = place(np.random.default_rng(seed), name, (50.0, 50.0), 20.0, Look())
+        placed = place(np.random.default_rng(seed), name, (50.0, 50.0), 20.0, 30.0)
         x0, y0, x1, y1 = placed.bounds
         assert 18 < max(x1 - x0, y1 - y0) < 60
         painted = fill(placed, 100, 100).astype(float).sum() / 255
@@ -182,13 +181,13 @@ def test_colors_and_places_tell_nothing_about_the_class():
     colors = np.stack([object_color(rng, ground, 100) for _ in range(300)])
     assert np.linalg.norm(colors - ground, axis=1).min() >= 100
     # the same draws, another class: only the outline differs
-    square = draw_scene(np.random.default_rng(7), "a", ("square",), Look())[1]
-    star = draw_scene(np.random.default_rng(7), "a", ("star",), Look())[1]
+    square = draw_scene(np.random.default_rng(7), "a", ("square",), GenerateSettings())[1]
+    star = draw_scene(np.random.default_rng(7), "a", ("star",), GenerateSettings())[1]
     assert (square.width, square.height) == (star.width, star.height)
 
 
 def test_a_box_holds_exactly_the_visible_pixels():
-    placed = place(np.random.default_rng(0), "square", (20.0, 20.0), 10.0, Look())
+    placed = place(np.random.default_rng(0), "square", (20.0, 20.0), 10.0, 30.0)
     seen = np.zeros((40, 40), bool)
     seen[5:15, 8:31] = True
     found = annotate(placed, seen)

@@ -3,10 +3,10 @@ import time
 
 import numpy as np
 import pytest
-from helpers.voc import jpeg, make, obj, write, write_list, xml
 
 from nst_det.data.voc import VOC_CLASSES, VocDataset, find_voc_root, split_names
 from nst_det.errors import UserError
+from tests.helpers.voc import jpeg, make, obj, write, write_list, xml
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 import math
 
 import pytest
-from helpers.boxes import found, truth
 
 from nst_det.data.voc import VocDataset
 from nst_det.evaluation.boxes import GroundTruth
 from nst_det.evaluation.coco import evaluate_coco
 from nst_det.evaluation.io import read_detections
 from nst_det.evaluation.metrics import summarize
+from tests.helpers.boxes import found, truth
 
 BOX = (1, 1, 100, 100)
 GOLD = truth([("a", "cat", BOX)])

@@ -2,7 +2,6 @@ import math
 
 import numpy as np
 import pytest
-from helpers.boxes import CLASSES, found, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from nst_det.evaluation.boxes import Detections, GroundTruth
 from nst_det.evaluation.coco import evaluate_coco
 from nst_det.evaluation.io import read_detections
 from nst_det.evaluation.voc import evaluate_voc
+from tests.helpers.boxes import CLASSES, found, truth
 
 # no overlap with one another
 A, B, C = (1, 1, 10, 10), (21, 21, 30, 30), (41, 41, 60, 60)
