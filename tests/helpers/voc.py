@@ -5,6 +5,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from nst_det.data.synthetic import GenerateSettings
+
+# 30 images to detect on, as few as can be to classify
+SMALL_DATA = GenerateSettings(
+    classification_images=3,
+    classification_val_images=3,
+    classification_classes=3,
+    detection_images=24,
+    detection_test_images=6,
+    detection_classes=3,
+)
+
 
 def obj(name="cat", box=(1, 1, 10, 10), extra=""):
     corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
