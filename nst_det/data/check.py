@@ -177,7 +177,7 @@ def _check_voc(root: Path, splits: Sequence[str] | None, classes: Sequence[str] 
         declared = f"{annotation.width}x{annotation.height}"
         size, _ = decoded.get(images.get(id_, path), (declared, ""))
         if size != declared:
-            report.add("wrong size", path, f"says {declared}, but the image is {size}; correct size")
+            report.add("wrong size", path, f"size is {declared}, but the image is {size}; correct it")
     report.counts |= {"annotations": len(annotated), "objects": names.total(), "classes": len(names)}
     similar = defaultdict(list)
     for name in sorted(names):
@@ -224,9 +224,9 @@ def _image_files(report: Report) -> dict[str, Path]:
         report.add("missing image", folder, "no such folder; put the images there")
         return {}
     for path in sorted(folder.iterdir()):
-        taken = names.get(path.stem, path.name)
-        if path.suffix.lower() in IMAGE_EXTENSIONS and path.name != taken:
-            report.add("repeated id", path, f"{shown(taken)} has the same name and is used; remove one")
+        used = names.get(path.stem, path.name)
+        if path.suffix.lower() in IMAGE_EXTENSIONS and path.name != used:
+            report.add("repeated id", path, f"{shown(used)} has the same name and is used; remove one")
     return {stem: folder / name for stem, name in sorted(names.items())}
 
 

@@ -122,7 +122,7 @@ def fetch(path: Path, size: int, sha256: str, mirrors: Sequence[str]) -> Path:
 
 
 def _complete(part: Path, size: int, url: str) -> None:
-    """Get what is missing of the file; a connection that is cut is taken up again as long as it brings something."""
+    """Get what is missing of the file; a connection that is cut is resumed as long as it brings something."""
     idle = 0
     with progress(f"{part.stem} (MiB)", -(-size // BLOCK)) as meter:
         while (start := _length(part)) < size:

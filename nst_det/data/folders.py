@@ -70,7 +70,7 @@ def read_image_folder(
 ) -> ImageFolder:
     """List the images of ``root/train/CLASS/*`` and ``root/val/CLASS/*``, or of ``root/CLASS/*``.
 
-    Hidden files and those with another extension than :data:`EXTENSIONS` are passed over; links are followed, since
+    Hidden files and those with another extension than :data:`EXTENSIONS` are skipped; links are followed, since
     many subsets of large sets are made of links.
 
     Args:
