@@ -97,9 +97,7 @@ class VocDataset:
         image = read_image(path)
         if image.shape[:2] != (annotation.height, annotation.width):
             found, declared = f"{image.shape[1]}x{image.shape[0]}", f"{annotation.width}x{annotation.height}"
-            raise UserError(
-                f"{shown_path(path)}: the image is {found}, but size in its annotation is {declared}; correct it"
-            )
+            raise UserError(f"{shown_path(path)}: the image is {found}, but its annotation has {declared}; correct it")
         return image
 
     def fingerprint(self) -> str:
