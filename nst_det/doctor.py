@@ -39,8 +39,12 @@ def examine(data: Sequence[Path] = (), output: Path = Path()) -> list[Finding]:
     python = Finding("Python", OK, ".".join(map(str, sys.version_info[:3])))
     torch = package("torch")
     found = [python, torch, torchvision(), package("timm"), detectron2(), memory(), disk(output)]
-    # the rest of this package needs torch
-    return [*found, accelerator(), cores(), backbones(), *map(data_set, data)] if torch.state == OK else found
+    if torch.state == OK:
+        # the rest of this package needs torch
+        from nst_det.engine.device import core_count
+
+        found += [accelerator(), Finding("CPU cores", OK, str(core_count())), backbones(), *map(data_set, data)]
+    return found
 
 
 def version(name: str) -> str | None:
@@ -123,13 +127,6 @@ def disk(output: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     remedy = "free some space or name another output folder by --output" if free < ENOUGH_DISK else ""
     return Finding("disk", WARNING if remedy else OK, f"{free / GIB:.1f} GiB free at {folder}", remedy)
-
-
-def cores() -> Finding:
-    """Count the cores that this process may use."""
-    from nst_det.engine.device import core_count
-
-    return Finding("CPU cores", OK, str(core_count()))
 
 
 def backbones() -> Finding:
