@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ Found = Sequence[tuple[str, float, NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Box:
-    """A box to draw, in pixels of the shown image; ``kind`` is found, missed, false, true or difficult."""
+    """A box to draw, in pixels of the image; ``kind`` is found, missed, false, true or difficult."""
 
     x: float
     y: float
@@ -62,7 +62,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, a JPEG as data URI, with the ground truth, the panels to look at first, and those of other rows."""
+    """One image, a small JPEG as data URI, the ground truth, the panels to look at first, and those of other rows."""
 
     image_id: str
     data: str
@@ -130,16 +130,23 @@ def choose_samples(results: ComparisonResult, runs: Path) -> Samples:
     if leader.method not in by_row:
         return Samples(reason=f"{leader.method} has no detections.json")
 
-    def badness(image: VocAnnotation) -> tuple[int, int, str]:
-        found, kinds = match(image, by_row[leader.method].get(image.id, ()))
-        return -int(np.sum(~found & ~image.difficult)), -kinds.count(FALSE), image.id
+    def panel(method: str, image: VocAnnotation) -> Panel:
+        return _panel(method, image, by_row[method].get(image.id, ()))
+
+    def badness(entry: tuple[VocAnnotation, Path]) -> tuple[int, int, str]:
+        shown = panel(leader.method, entry[0])
+        return -shown.count(MISSED), -shown.count(FALSE), entry[0].id
 
     best = sorted(results.methods, key=lambda row: -row.map)
     first = [name for name in (BASELINE, *(row.method for row in best)) if name in by_row][:FIRST_PANELS]
     samples: list[Sample] = []
-    for image, path in sorted(truth, key=lambda entry: badness(entry[0])):
+    for image, path in sorted(truth, key=badness):
         if len(samples) < IMAGES and (picture := _read_picture(path)) is not None:
-            samples.append(_sample(image, picture, by_row, first))
+            objects = zip(image.boxes, image.names, image.difficult)
+            boxes = [_box(box, label, DIFFICULT if hard else TRUE) for box, label, hard in objects]
+            panels = [panel(method, image) for method in first]
+            more = [panel(method, image) for method in by_row if method not in first]
+            samples.append(Sample(image.id, *picture, Panel("ground truth", boxes), panels, more))
     reason = "" if samples else "none of the test images can be read any more"
     return Samples(samples, leader.method, seed, len(truth), reason)
 
@@ -181,43 +188,29 @@ def _iou(box: NDArray[Any], boxes: NDArray[Any]) -> NDArray[np.float64]:
     return inner / np.maximum(outer, 1e-9)
 
 
-def _read_picture(path: Path) -> Image.Image | None:
+def _panel(method: str, image: VocAnnotation, detections: Found) -> Panel:
+    found, kinds = match(image, detections)
+    missed = np.flatnonzero(~found & ~image.difficult)
+    boxes = [_box(image.boxes[index], image.names[index], MISSED) for index in missed]
+    boxes += [_box(box, label, kind, score) for (label, score, box), kind in zip(detections, kinds)]
+    return Panel(method, boxes)
+
+
+def _box(box: NDArray[Any], label: str, kind: str, score: float | None = None) -> Box:
+    x, y, right, bottom = (round(float(value), 1) for value in box)
+    return Box(x, y, round(right - x, 1), round(bottom - y, 1), label, kind, score)
+
+
+def _read_picture(path: Path) -> tuple[str, int, int] | None:
+    """Return a small JPEG of an image as data URI, and the image's width and height; None where it can't be read."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            picture = image.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         log.warning("%s: left out of the report (%s)", path, type(error).__name__)
         return None
-
-
-def _sample(
-    image: VocAnnotation, picture: Image.Image, by_row: Mapping[str, Mapping[str, Found]], first: Sequence[str]
-) -> Sample:
-    scale = min(1.0, LONGEST_SIDE / max(picture.size))
-
-    def scaled(box: NDArray[Any], label: str, kind: str, score: float | None = None) -> Box:
-        x, y, right, bottom = (round(float(value) * scale, 1) for value in box)
-        return Box(x, y, round(right - x, 1), round(bottom - y, 1), label, kind, score)
-
-    def panel(method: str) -> Panel:
-        detections = by_row[method].get(image.id, ())
-        found, kinds = match(image, detections)
-        missed = np.flatnonzero(~found & ~image.difficult)
-        boxes = [scaled(image.boxes[index], image.names[index], MISSED) for index in missed]
-        boxes += [scaled(box, label, kind, score) for (label, score, box), kind in zip(detections, kinds)]
-        return Panel(method, boxes)
-
-    objects = zip(image.boxes, image.names, image.difficult)
-    truth = [scaled(box, label, DIFFICULT if hard else TRUE) for box, label, hard in objects]
+    width, height = picture.size
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=82)
-    return Sample(
-        image_id=image.id,
-        data=f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}",
-        width=picture.width,
-        height=picture.height,
-        truth=Panel("ground truth", truth),
-        panels=[panel(method) for method in first],
-        more=[panel(method) for method in by_row if method not in first],
-    )
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", width, height

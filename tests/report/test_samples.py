@@ -80,14 +80,16 @@ def test_worst_misses_come_first(finished):
         assert sample.data.startswith("data:image/jpeg;base64,/9j/")
 
 
-def test_box_in_shown_pixels(finished, monkeypatch):
+def test_boxes_are_in_pixels_of_the_image_whose_picture_may_be_smaller(finished, monkeypatch):
     folder, tree, _ = finished
+    large = choose_samples(typed(tree), folder).samples[0]
     monkeypatch.setattr("nst_det.report.samples.LONGEST_SIDE", 80)  # half of the images' 160
     sample = choose_samples(typed(tree), folder).samples[0]
-    assert (sample.width, sample.height) == (80, 60)
+    assert (sample.width, sample.height) == (160, 120)
+    assert len(sample.data) < len(large.data) / 2
     box = sample.truth.boxes[0]
-    expected = annotations(folder)[sample.image_id].boxes[0] / 2
-    assert [box.x, box.y, box.x + box.width, box.y + box.height] == pytest.approx(expected, abs=0.1)
+    expected = annotations(folder)[sample.image_id].boxes[0]
+    assert [box.x, box.y, box.x + box.width, box.y + box.height] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("gone", ["data", "detect/seed0/fitnet/detections.json", "detect"])
