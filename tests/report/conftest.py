@@ -9,13 +9,13 @@ from html import unescape
 import pytest
 
 from nst_det.report import write_report
-from tests.helpers.finished import build_results, build_runs, typed
+from tests.helpers.finished import CLASSES, build_results, build_runs, typed
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A finished comparison of three seeds with its report: folder, content of results.json, and objects by image."""
-    folder, results = tmp_path_factory.mktemp("comparison"), build_results()
+    folder, results = tmp_path_factory.mktemp("comparison"), build_results(classes=CLASSES)
     truth = build_runs(folder, results)
     write_report(typed(results), folder / "report", folder)
     (folder / "report" / "results.json").write_text(json.dumps(results))
