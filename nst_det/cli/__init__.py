@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print_error(error)
         code = error.code
     except OSError as error:
-        # whatever wrote last: a library's events, a log, a file of somebody else's
+        # any writer: a library's events, a log, a file of somebody else's
         if error.errno not in FULL:
             raise
         from nst_det.engine.io import cannot_write

@@ -172,17 +172,19 @@ def _in_torch(module: Callable[[Tensor], Iterable[Tensor]]) -> Detect:
 
 
 def _detect(detector: Detector, image: Tensor) -> list[Tensor]:
-    pixels = image.flip(0) if detector.input_format == "BGR" else image
-    found: dict[str, Tensor] = detector([{"image": pixels}])[0]
+    found: dict[str, Tensor] = detector([{"image": _in_own_order(detector, image)}])[0]
     return [found[name] for name in OUTPUT_NAMES]
+
+
+def _in_own_order(detector: Detector, image: Tensor) -> Tensor:
+    return image.flip(0) if detector.input_format == "BGR" else image
 
 
 def equal_scores(detector: Detector, image: np.ndarray) -> int:
     """Count the anchors, of those that become proposals of an image (3, H, W) RGB, that share their score."""
-    pixels = torch.from_numpy(image[::-1].copy() if detector.input_format == "BGR" else image)
     rpn = detector.proposal_generator
     with torch.no_grad():
-        images, _ = detector.preprocess([pixels])
+        images, _ = detector.preprocess([_in_own_order(detector, torch.from_numpy(image))])
         maps = detector.backbone(images)
         logits, _ = rpn.rpn_head([maps[name] for name in rpn.settings.in_features])
     best = [row[0].topk(min(rpn.settings.pre_nms[1], row.shape[1])).values for row in logits]

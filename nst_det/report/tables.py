@@ -165,7 +165,7 @@ def _markdown_escape(text: str) -> str:
 
 
 def legend(results: ComparisonResult) -> str:
-    """Return what the columns mean, in words, and where latency was measured."""
+    """Return what the columns mean and where latency was measured."""
     text = "mAP is the mean over classes of AP at IoU 0.5: 11-point as in VOC 2007, area as in VOC 2010 and later. "
     if any(row.stage == "detector" for row in results.rows):
         text += "A term with @det teaches the neck or heads of the detector; all others teach the backbone. "
