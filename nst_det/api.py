@@ -149,7 +149,7 @@ def load_backbone(weights: str | Path) -> tuple[nn.Module, Card]:
 
     It is a timm model: ``model(images)`` gives logits (B, classes), ``model.forward_intermediates(images)`` maps.
     Images are (B, 3, H, W), normalized as ``card.input`` says.  :func:`nst_det.models.bottomup_from_file` gives
-    the part that a detector stands on.
+    the part that a detector is built on.
 
     Args:
         weights: a ``.safetensors`` path or ``backbone://NAME``.
