@@ -42,7 +42,7 @@ BREAKS = {"SOLVER.BASE_LR": 1e30, "SOLVER.MAX_ITER": 2, "SOLVER.NON_FINITE.POLIC
 WORKERS = {"SOLVER.MAX_ITER": 1, "DATALOADER.NUM_WORKERS": 2}
 STAGE_ONE_STEP = (("nst_det.distillation.loop:one_step", 2), ("nst_det.distillation.loop:one_step", 3))
 STAGE_ONE_EVALUATION = (
-    ("nst_det.distillation.pipeline:measure", 1),
+    ("nst_det.distillation.loop:measure", 1),
     ("nst_det.distillation.trainer:StudentTrainer.record", 1),
 )
 STAGE_TWO_STEP = (("nst_det.detection.trainer:Trainer.run_step", 2), ("nst_det.detection.trainer:Trainer.run_step", 3))

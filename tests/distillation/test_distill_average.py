@@ -54,7 +54,7 @@ def trained(monkeypatch):
 
     def recorded(self):
         update(self)
-        states.setdefault(self.word, {})[self.step] = {k: v.clone() for k, v in self.model.state_dict().items()}
+        states.setdefault(self.name, {})[self.step] = {k: v.clone() for k, v in self.model.state_dict().items()}
 
     monkeypatch.setattr(StudentTrainer, "update", recorded)
     return states

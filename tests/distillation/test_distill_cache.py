@@ -101,7 +101,7 @@ def counted(monkeypatch):
 @pytest.fixture
 def untrained(monkeypatch):
     """Training would raise another error."""
-    monkeypatch.setattr(stage, "train_side_by_side", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(stage, "StageOneTrainer", lambda *_, **__: 1 / 0)
 
 
 def losses(folder, method):
@@ -237,7 +237,7 @@ def test_a_stopped_writer_goes_on(images, teacher, cached, tmp_path, monkeypatch
             run(images, tmp_path, **keys)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")}
     assert len(before) == 3
-    with pytest.raises(UserError, match=r"unfinished, .*'attention'.*; finish it"):
+    with pytest.raises(UserError, match=r"unfinished, .*'attention'.*finish it"):
         run(images, tmp_path / "fewer", METHODS=["nst-poly"], **keys)
     # a shard's rows are the same whatever the size of a batch now; one of 5 doesn't divide a shard of 7
     run(images, tmp_path / "other", **keys, **{"SOLVER.IMS_PER_BATCH": 5, "SOLVER.MAX_ITER": 1})

@@ -172,7 +172,7 @@ def test_a_step_that_is_skipped_leaves_the_network_as_it_was(images, tmp_path, p
 
     def kept(self):
         update(self)
-        states[self.word, self.step] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        states[self.name, self.step] = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     monkeypatch.setattr(StudentTrainer, "update", kept)
     with caplog.at_level(logging.WARNING):
@@ -242,7 +242,7 @@ def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(images, tm
     update = StudentTrainer.update
 
     def signalled(self):
-        if self.word == "ce" and self.step == 2:
+        if self.name == "ce" and self.step == 2:
             os.kill(os.getpid(), signum)
         update(self)
 
@@ -281,7 +281,7 @@ def test_a_gpu_that_fails_is_one_line_and_the_same_command_goes_on(
     forward_backward = StudentTrainer.forward_backward
 
     def failing(self, *args):
-        if (self.word, self.step) == ("at:1+nst-poly:10", step):
+        if (self.name, self.step) == ("at:1+nst-poly:10", step):
             raise error
         forward_backward(self, *args)
 

@@ -55,7 +55,7 @@ def distilled(made):
     kept, close = {}, StudentTrainer.close
 
     def closing(self):
-        kept[self.word] = self.eval_model.state_dict()
+        kept[self.name] = self.eval_model.state_dict()
         close(self)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -185,7 +185,7 @@ def stopped(monkeypatch, word, step, where="update"):
     real = getattr(StudentTrainer, where)
 
     def stopping(self):
-        if (self.word, self.step) == (word, step):
+        if (self.name, self.step) == (word, step):
             raise Stop
         real(self)
 
@@ -381,8 +381,8 @@ def test_a_teacher_of_other_classes_gives_maps_but_no_logits(finished, images, t
     ("keys", "says"),
     [
         ({"METHODS": ["kd", "nix"]}, "METHODS: method 'nix': unknown term 'nix'; known: kd,"),
-        ({"METHODS": ["kd", "kd"]}, "METHODS: kd stands there twice"),
-        ({"METHODS": ["nst-poly+kd", "kd+nst-poly"]}, r"METHODS: kd\+nst-poly stands there twice"),
+        ({"METHODS": ["kd", "kd"]}, "METHODS: kd is named twice"),
+        ({"METHODS": ["nst-poly+kd", "kd+nst-poly"]}, r"METHODS: kd\+nst-poly is named twice"),
         ({"TRANSFER.LEVELS": ["res9"]}, "TRANSFER: fitnet: the student has no level 'res9'; it has res2, res3"),
         ({"TRANSFER.WEIGHTS": {"nix": 1.0}}, "TRANSFER: unknown term 'nix'"),
         ({"TRANSFER.OPTIONS": {"kd": {"nix": 1}}}, "TRANSFER: kd has no option 'nix'; it has temperature"),
@@ -444,7 +444,7 @@ def test_one_teacher_pass_feeds_all_students(images, tmp_path, monkeypatch):
         return real(batch, rows)
 
     students = [stage._student(w, student, losses[w], stage.config.SOLVER, RunFolder(tmp_path / w)) for w in METHODS]
-    batches = stage.data.train_steps(stage.config.DATA.AUGMENT, 7)(0, 2)
+    batches = iter([stage.data.training(stage.config.DATA.AUGMENT, stage.config.SOLVER)[k] for k in range(2)])
     normalize = Normalizer(stage.config.DATA.MEAN, stage.config.DATA.STD, stage.device)
     clock = Clock()
     before = {key: value.clone() for key, value in real.model.state_dict().items()}
