@@ -430,7 +430,7 @@ class CacheWriter:
             others = [name for name, piece in kept.items() if piece.key and piece.shared_key not in shared]
             if others:
                 self._refuse(
-                    f"is unfinished, and only the METHODS that began it compute its {', '.join(others)} (finish it with them)"
+                    f"is unfinished, and these METHODS don't compute its {', '.join(others)}; finish it with others"
                 )
 
     def _check_shards(self, index: Index, shards: Sequence[int]) -> None:

@@ -108,7 +108,7 @@ class StageOneTrainer(TrainLoop):
                 SpeedHook(solver.IMS_PER_BATCH, device, config.LOG_PERIOD),
                 EvalHook(config.LOG_PERIOD, self.write_metrics, last=True),
                 EvalHook(config.TEST.EVAL_PERIOD, self.evaluate, last=True),
-                PeriodicCheckpointer(config.CHECKPOINT_PERIOD),
+                PeriodicCheckpointer(solver.CHECKPOINT_PERIOD),
                 ProgressHook(
                     title,
                     lambda: dict(list(self.losses.items())[:SHOWN_LOSSES]),

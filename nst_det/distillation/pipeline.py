@@ -108,7 +108,7 @@ class StageOne:
     def run(self) -> dict[str, dict[str, Any]]:
         """Return ``result.json`` of the teacher, where there is one, and of all students, by method."""
         amp, workers = self.config.SOLVER.AMP, self.config.DATALOADER.NUM_WORKERS
-        log.info(compute_line(self.device, amp_dtype(amp, self.device), workers, amp == "auto"))
+        log.info(compute_line(self.device, amp_dtype(amp, self.device), workers, amp.ENABLED))
         if is_main_process():
             write_text(self.output / "config.yaml", self.config.dump())
         classes = self.data.classes

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple
 from typing import Any, NamedTuple, cast
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nst_det.distillation.accuracy import Accuracy
 from nst_det.distillation.build import Network, by_positions, copy_of
 from nst_det.distillation.cache import is_stand_in
-from nst_det.distillation.solver import build_optimizer, clip_gradients, lr_factor
 from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.config import plain
 from nst_det.engine.device import autocast, default_device
@@ -30,6 +29,7 @@ from nst_det.engine.metrics import MetricsWriter
 from nst_det.engine.nan_guard import NonFiniteGuard, broken_values, gradient_norm
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed
+from nst_det.engine.solver import clip_gradients, lr_schedule, make_optimizer, set_learning_rate
 from nst_det.engine.train_state import OptimizedState
 from nst_det.errors import UserError
 from nst_det.losses import ModelOutputs, TransferLoss
@@ -87,6 +87,7 @@ class StudentTrainer(OptimizedState):
         )
         self.name, self.network, self.transfer, self.precision = name, network, transfer, precision
         self.config, self.solver = config, solver
+        self._schedule = lr_schedule(solver)
         self.levels = {level: info for level, info in network.levels.items() if level in transfer.student_levels}
         self.needs_teacher = bool(transfer.pairs)
         self.accuracy: Accuracy | None = None
@@ -181,14 +182,12 @@ class StudentTrainer(OptimizedState):
 
     def update(self) -> None:
         """Make one optimizer step with the gradients that are there."""
-        rate = self._rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, self._rate(self.step))
         norm = None if self.scaler.is_enabled() else self._norm
         self.optimizer_step(lambda: clip_gradients(self.parameters, self.solver.CLIP_GRADIENTS, norm))
 
     def _rate(self, step: int) -> float:
-        return float(self.solver.BASE_LR * lr_factor(step, self.solver) * self.guard.rate)
+        return self._schedule(step) * self.guard.rate
 
     @property
     def broken_part(self) -> int:
@@ -253,7 +252,7 @@ class StudentTrainer(OptimizedState):
     def log(self, more: Mapping[str, float]) -> None:
         """Write the losses of the step that was just done, and what else is to be in their row."""
         levels = {f"level/{term}": float(value) for term, value in self.by_level.items()}
-        self._write({**self.losses, **levels, "lr": self._rate(self.step - 1), **more})
+        self._write({**self.losses, **levels, "lr": self.solver.BASE_LR * self._rate(self.step - 1), **more})
 
     def record(self, accuracy: Accuracy) -> None:
         """Take note of the accuracy after the step that was just done."""
@@ -275,6 +274,16 @@ class StudentTrainer(OptimizedState):
         super().load_state_dict(state)
         self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
         self.best, self.best_step = Accuracy(**state["best"]), state["best_step"]
+
+
+def build_optimizer(modules: Iterable[nn.Module], solver: CfgNode) -> torch.optim.Optimizer:
+    """Return the optimizer in which scales, shifts and biases decay by WEIGHT_DECAY_NORM."""
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": solver.WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": solver.WEIGHT_DECAY_NORM},
+    ]
+    return make_optimizer([group for group in groups if group["params"]], solver)
 
 
 def _mean(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
