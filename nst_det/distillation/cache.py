@@ -44,15 +44,13 @@ from nst_det.losses.registry import KINDS, OUTPUT
 
 log = logging.getLogger(__name__)
 INDEX = "index.json"
-VERSION = 2
+VERSION = 3
 GIB = 1 << 30
 SHARD_BYTES = 256 << 20
 MOST_SHARDS = 512
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 # images on which the losses are tried; in two parts, so that what is of the batch and not of an image shows itself
 IMAGES = 4
-# besides an output, what is computed of it is kept if it takes at most this part of its bytes
-SMALL = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -224,10 +222,8 @@ def what_to_keep(read: Sequence[Reading]) -> list[Piece]:
     """Return the pieces that take the fewest bytes."""
     chosen: list[Piece] = []
     for output, all_of_it, computed in read:
-        if all_of_it or total_bytes(computed) >= output.bytes:
-            chosen += [output, *(piece for piece in computed if piece.bytes <= SMALL * output.bytes)]
-        else:
-            chosen += [replace(output, kept=False), *computed]
+        whole = all_of_it or total_bytes(computed) >= output.bytes
+        chosen += [output] if whole else [replace(output, kept=False), *computed]
     return chosen
 
 
@@ -243,16 +239,12 @@ class Index:
     shard_rows: int
     # the finished ones and the SHA-256 of their files
     shards: dict[int, str] = field(default_factory=dict)
-    version: int = VERSION
 
     @property
-    def count(self) -> int:
-        """Return the number of shards when all are written."""
-        return -(-self.rows // self.shard_rows)
-
-    def rows_of(self, shard: int) -> range:
-        """Return the rows of a shard."""
-        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
+    def spans(self) -> list[range]:
+        """Return the rows of each shard."""
+        firsts = range(0, self.rows, self.shard_rows)
+        return [range(first, min(first + self.shard_rows, self.rows)) for first in firsts]
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -267,8 +259,6 @@ def read_index(folder: Path) -> Index | None:
         return None
     values = read_sealed_json(path, "remove the folder to write the cache anew")
     try:
-        if values["version"] != VERSION:
-            raise UserError(f"{path}: a teacher cache of version {values['version']}; remove the folder")
         pieces = [Piece(**{**piece, "shape": tuple(map(int, piece["shape"]))}) for piece in values["pieces"]]
         shards = {int(shard): str(sha256) for shard, sha256 in values["shards"].items()}
         return Index(dict(values["claim"]), pieces, int(values["rows"]), int(values["shard_rows"]), shards)
@@ -279,18 +269,17 @@ def read_index(folder: Path) -> Index | None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a cache while it is written; another process waits."""
-    lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             log.info("%s: waiting for another process that writes this teacher cache", folder)
-            lock.acquire()
+            held = lock.acquire()
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}); name another CACHE.DIR") from error
-    with lock:
-        lock.release()
+    with held:
         yield
 
 
@@ -300,14 +289,14 @@ class TeacherCache:
     def __init__(self, folder: Path, index: Index, device: torch.device) -> None:
         self.index, self.device = index, device
         self._kept = [piece.name for piece in index.pieces if piece.kept]
-        self._shards = [self._mapped(shard_path(folder, shard)) for shard in range(index.count)]
-
-    def _mapped(self, path: Path) -> dict[str, Tensor]:
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                return {name: file.get_tensor(name) for name in self._kept}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged ({error}); remove this file, and the next run writes it again") from error
+        self._shards: list[dict[str, Tensor]] = []
+        for path in (shard_path(folder, shard) for shard in range(len(index.spans))):
+            try:
+                with safe_open(str(path), framework="pt") as file:
+                    self._shards.append({name: file.get_tensor(name) for name in self._kept})
+            except (SafetensorError, OSError) as error:
+                remedy = "remove this file, and the next run writes it again"
+                raise UserError(f"{path}: damaged ({error}); {remedy}") from error
 
     def __call__(self, images: Tensor, rows: Tensor | None) -> ModelOutputs:
         """Return the teacher's outputs for views ``rows`` (B,); ``images``, which show them, are not looked at."""
@@ -335,7 +324,8 @@ class CacheWriter:
         losses: Mapping[str, TransferLoss],
         claim: Mapping[str, Any],
     ) -> None:
-        self.config, self.views, self.teacher, self.claim = config, views, teacher, dict(claim)
+        self.config, self.views, self.teacher = config, views, teacher
+        self.claim = {**claim, "version": VERSION}
         self.folder = Path(expand_path(config.CACHE.DIR, "CACHE.DIR"))
         self.normalize = Normalizer(config.DATA.MEAN, config.DATA.STD, teacher.device)
         images = self.normalize(views[range(IMAGES)])
@@ -356,8 +346,8 @@ class CacheWriter:
                 self._save(index)
             self._check_claim(index)
             there = [shard for shard in index.shards if shard_path(self.folder, shard).exists()]
-            missing = [shard for shard in range(index.count) if shard not in there]
-            self._check_pieces(index, read, bool(missing))
+            missing = [shard for shard in range(len(index.spans)) if shard not in there]
+            self._check_pieces(index, read, unfinished=bool(missing))
             self._check_shards(index, there)
             if missing:
                 self._write(index, missing)
@@ -445,19 +435,17 @@ class CacheWriter:
                     )
 
     def _write(self, index: Index, missing: list[int]) -> None:
-        batch = self.config.SOLVER.IMS_PER_BATCH
-        firsts = {shard: index.rows_of(shard)[::batch] for shard in missing}
+        batch, spans = self.config.SOLVER.IMS_PER_BATCH, index.spans
         # whole batches, the first rows again after the last
-        asked = [range(first, first + batch) for rows in firsts.values() for first in rows]
+        asked = [range(first, first + batch) for shard in missing for first in spans[shard][::batch]]
         source = load(self.views, asked, self.config.DATALOADER.NUM_WORKERS)
         with progress("teacher cache", len(asked)) as meter:
-            for shard, rows in firsts.items():
+            for shard in missing:
                 parts: list[dict[str, Tensor]] = []
-                for _ in rows:
+                for _ in spans[shard][::batch]:
                     parts.append(self._ask(next(source), index.pieces))
                     meter.step()
-                count = len(index.rows_of(shard))
-                tensors = {name: torch.cat([part[name] for part in parts])[:count] for name in parts[0]}
+                tensors = {name: torch.cat([part[name] for part in parts])[: len(spans[shard])] for name in parts[0]}
                 path = shard_path(self.folder, shard)
                 with atomic_path(path) as temporary:
                     save_file(tensors, str(temporary))
