@@ -76,7 +76,7 @@ def center_square(image: Tensor, size: int, crop_ratio: float = 1.0) -> Tensor:
 def augmented(
     store: ImageStore, indices: Tensor, crop_seeds: Iterable[int], offsets: Tensor, mirrored: Tensor, augment: CfgNode
 ) -> Tensor:
-    """Return the images (B, 3, S, S) uint8 cropped, colored, mirrored and moved as DATA.AUGMENT says."""
+    """Return the images (B, 3, S, S) uint8 cropped, colored, mirrored and moved by DATA.AUGMENT."""
     if augment.CROP_AREA or augment.COLOR_JITTER:
         whole = (store[index] for index in indices.tolist())
         images = crop_and_jitter(whole, store.size, crop_seeds, augment)

@@ -158,7 +158,7 @@ def _solver() -> CfgNode:
     # a loss or gradient that is not finite: stop, skip the step, or roll back to the last checkpoint
     node.NON_FINITE = non_finite_node()
     # mixed precision; DTYPE is bf16, fp16, or auto: bf16 where the device is fast in it (NVIDIA's GPUs since Ampere,
-    # processors with AVX512-BF16), else float32; the log's first line says which
+    # processors with AVX512-BF16), else float32; the log's first line names it
     node.AMP = CfgNode({"ENABLED": True, "DTYPE": "auto"})
     node.CE_WEIGHT = 1.0
     node.LABEL_SMOOTHING = 0.0

@@ -274,7 +274,7 @@ class StageOne:
 
 
 def result_of(card: Card, path: Path, seconds: float) -> dict[str, Any]:
-    """Return what ``result.json`` says of a backbone file."""
+    """Return the content of ``result.json`` for a backbone file."""
     keys = ("method", "sha256", "top1", "top5", "steps", "seed", "params")
     return {key: getattr(card, key) for key in keys} | {"backbone": str(path), "name": path.stem, "seconds": seconds}
 

@@ -198,7 +198,7 @@ class StudentTrainer(OptimizedState):
     def handle_nonfinite(
         self, images: Tensor, labels: Tensor, teacher: ModelOutputs | None, names: Sequence[str]
     ) -> None:
-        """Skip the step or roll back, as SOLVER.NON_FINITE says; the inputs are those of :attr:`broken_part`."""
+        """Skip the step or roll back, by SOLVER.NON_FINITE; the inputs are those of :attr:`broken_part`."""
         teacher = teacher if self.needs_teacher else None
         broken = self.broken_in(self.passes[self.broken_part], teacher)
         self.skip_or_roll_back(broken, names, lambda: self._dump(images, labels, teacher))
