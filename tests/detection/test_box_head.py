@@ -135,12 +135,12 @@ def test_in_evaluation_nothing_is_kept_and_the_teacher_is_not_asked(talkative, t
     with torch.no_grad():
         model.eval()(batch)
     assert called == []
-    assert model._tap._outputs is None
+    assert model._tap.outputs is None
     model.train()
     step(model, batch)
     assert called == [True]
-    assert model._tap._outputs is None
-    assert model._tap._boxes == []
+    assert model._tap.outputs is None
+    assert model._tap.boxes == []
 
 
 def test_other_classes_are_one_line_unless_no_term_compares_them(talkative, small, batch):
@@ -156,10 +156,10 @@ def test_other_classes_are_one_line_unless_no_term_compares_them(talkative, smal
 def test_a_detector_without_such_a_box_head_is_one_line(talkative, teacher):
     student = talkative()
     student.roi_heads = torch.nn.ModuleList()
-    with pytest.raises(UserError, match="TRANSFER.METHOD kd: it reads logits of a box head, and ModuleList has not"):
+    with pytest.raises(UserError, match="TRANSFER.METHOD kd: it reads logits of a box head, and ModuleList has none"):
         distill(student, teacher, node())
     del student.roi_heads
-    with pytest.raises(UserError, match="and Detector has not one; use terms on feature maps"):
+    with pytest.raises(UserError, match="and Detector has none; use terms on feature maps"):
         distill(student, teacher, node())
     sigmoid = talkative()
     sigmoid.roi_heads.box_predictor.use_sigmoid_ce = True

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nst_det.detection.torchvision.box_coder import (
     Anchors,
-    Box2BoxTransform,
+    BoxCoder,
     cell_anchors,
     clip,
     larger_than,
@@ -47,7 +47,7 @@ def test_levels_need_equally_many_anchors():
 
 
 def test_box_coding_by_hand():
-    coder = Box2BoxTransform((10.0, 10.0, 5.0, 5.0))
+    coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
     box, target = torch.tensor([[10.0, 20.0, 30.0, 60.0]]), torch.tensor([[15.0, 20.0, 25.0, 100.0]])
     deltas = coder.encode_single(target, box)
     # center stays at x = 20, moves from y = 40 to 60: half the height; width halves, height doubles
@@ -56,13 +56,13 @@ def test_box_coding_by_hand():
 
 
 def test_decoding_limits_growth():
-    coder = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
+    coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
     (x0, _, x1, _) = coder.decode_rows(torch.tensor([[0.0, 0, 100, 0]]), torch.tensor([[0.0, 0, 16, 16]]))[0].tolist()
     assert x1 - x0 == pytest.approx(1000)
 
 
 def test_decode_rows_takes_a_batch_and_several_classes():
-    coder = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
+    coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
     boxes = torch.tensor([[[0.0, 0, 4, 4], [0, 0, 8, 8]]])
     deltas = torch.tensor([[[0.0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0]]])
     decoded = coder.decode_rows(deltas, boxes)

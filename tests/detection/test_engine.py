@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from nst_det.detection.torchvision import build_detector
-from nst_det.detection.torchvision.box_coder import Box2BoxTransform
-from nst_det.detection.torchvision.roi_heads import BoxHead, BoxPredictor, Pooler, RoiHeads, RoiSettings
+from nst_det.detection.torchvision.backbone import Shape
+from nst_det.detection.torchvision.roi_heads import RoiHeads
 from nst_det.errors import UserError
+
+LEVELS = {"p2": Shape(channels=16, stride=4)}
 
 
 def test_names_in_the_state_dict_are_detectron2s(talkative):
@@ -193,25 +195,29 @@ def test_unknown_architecture_is_one_line(small):
         build_detector(small({"MODEL.TIMM.ARCH": "resnet_18"}))
 
 
-def roi_heads(**changes):
-    settings = {
-        "in_features": ["p2"], "classes": 2, "thresholds": [0.5], "batch_size": 64, "positive_fraction": 1.0,
-        "append_truth": True, "beta": 0.0, "box_weight": 2.0, "score_threshold": 0.0, "nms_threshold": 0.5,
-        "detections": 10,
-    }  # fmt: skip
-    head = BoxHead(1, 2, [], [3])
-    coder = Box2BoxTransform((10.0, 10.0, 5.0, 5.0))
-    return RoiHeads(Pooler([4], 2, 1), head, BoxPredictor(3, 2), coder, RoiSettings(**{**settings, **changes}))
+@pytest.fixture
+def roi_heads(small):
+    """RoI heads on one level, of two classes."""
+
+    def build(**changes):
+        settings = {
+            "MODEL.ROI_HEADS.NUM_CLASSES": 2, "MODEL.ROI_HEADS.IN_FEATURES": ["p2"],
+            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 64, "MODEL.ROI_HEADS.POSITIVE_FRACTION": 1.0,
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": 2.0,
+        }  # fmt: skip
+        return RoiHeads(small(settings | {f"MODEL.ROI_HEADS.{key}": value for key, value in changes.items()}), LEVELS)
+
+    return build
 
 
-def test_box_losses_by_hand():
+def test_box_losses_by_hand(roi_heads):
     heads = roi_heads()
     logits = torch.tensor([[2.0, 0, 0], [0, 0, 0], [0, 0, 3.0]])
     deltas = torch.arange(24.0).reshape(3, 8) / 10
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 20, 20], [5, 5, 9, 9]])
     targets = torch.tensor([[0.0, 0, 20, 10], [2, 0, 22, 20], [5, 5, 9, 9]])
     labels = torch.tensor([0, 1, 2])
-    losses = heads._losses(logits, deltas, boxes, targets, labels)
+    losses = heads.losses(logits, deltas, boxes, targets, labels)
     expected = F.cross_entropy(logits.double(), labels)
     assert float(losses["loss_cls"]) == pytest.approx(float(expected))
     # first: center moves by 5 of 10 pixels, width doubles; class 0's row. second: center moves by 2 of 20; class 1's
@@ -222,18 +228,18 @@ def test_box_losses_by_hand():
     assert float(losses["loss_box_reg"]) == pytest.approx(2 * (first + second) / 3, rel=1e-6)
 
 
-def test_no_roi_at_all_gives_zero_not_nan():
-    losses = roi_heads()._losses(
+def test_no_roi_at_all_gives_zero_not_nan(roi_heads):
+    losses = roi_heads().losses(
         torch.zeros(0, 3), torch.zeros(0, 8), torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     )
     assert [float(value) for value in losses.values()] == [0, 0]
 
 
-def test_rois_are_sampled_with_their_objects():
+def test_rois_are_sampled_with_their_objects(roi_heads):
     heads = roi_heads()
     truth = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])
     proposals = torch.tensor([[0.0, 0, 10, 9], [20, 20, 30, 30], [21, 20, 40, 40]])
-    rois, targets, labels = heads._sample(proposals, truth, torch.tensor([1, 0]))
+    rois, targets, labels = heads.sample_proposals(proposals, truth, torch.tensor([1, 0]))
     by_roi = {
         tuple(roi): (tuple(target), label)
         for roi, target, label in zip(rois.tolist(), targets.tolist(), labels.tolist())
@@ -245,7 +251,7 @@ def test_rois_are_sampled_with_their_objects():
     assert by_roi[20, 20, 30, 30][1] == 2
     # the objects themselves are proposals too
     assert by_roi[20, 20, 40, 40] == ((20, 20, 40, 40), 0)
-    assert len(roi_heads(append_truth=False)._sample(proposals, truth, torch.tensor([1, 0]))[0]) == 3
+    assert len(roi_heads(PROPOSAL_APPEND_GT=False).sample_proposals(proposals, truth, torch.tensor([1, 0]))[0]) == 3
 
 
 def test_rpn_losses_by_hand(talkative):
@@ -254,7 +260,7 @@ def test_rpn_losses_by_hand(talkative):
     logits = [torch.tensor([[1.0, -2.0, 0.5, 3.0]])]
     deltas = [torch.full((1, 4, 4), 0.25)]
     truth = [torch.tensor([[0.0, 0, 10, 10]])]
-    losses = rpn._losses(anchors, logits, deltas, [(64, 64)], truth)
+    losses = rpn.losses(anchors, logits, deltas, [(64, 64)], truth)
     # the first is an object, the third (IoU 0.6) is ignored, two are background
     objectness = sum(float(F.softplus(torch.tensor(x, dtype=torch.float64))) for x in (-1.0, -2.0, 3.0))
     assert float(losses["loss_rpn_cls"]) == pytest.approx(objectness / 4, rel=1e-6)
