@@ -53,10 +53,11 @@ def pooler_of(heads: Any) -> nn.Module | None:
     return pooler
 
 
-def check_classes(transfer: TransferLoss, student: int, teacher: int) -> None:
-    """Refuse to compare logits one by one where their numbers differ (the background's among them)."""
-    if student != teacher:
-        _refuse(transfer, f"the student has {student - 1} classes and the teacher {teacher - 1}")
+def check_classes(transfer: TransferLoss, student: Widths, teacher: Widths) -> None:
+    """Refuse to compare logits one by one where their numbers differ."""
+    if student.logits != teacher.logits:
+        # the background, which is among the logits, is no class
+        _refuse(transfer, f"the student has {student.logits - 1} classes and the teacher {teacher.logits - 1}")
 
 
 def check_class_names(transfer: TransferLoss, student: Sequence[str], teacher: Sequence[str]) -> None:

@@ -109,8 +109,6 @@ def split_training(config: CfgNode, sets: Sequence[VocDataset]) -> tuple[list[Vo
     They are the same images whatever the engine, the method and the SEED.
     """
     fraction = config.DATASETS.VAL_FRACTION
-    if not 0 <= fraction < 1:
-        raise UserError(f"DATASETS.VAL_FRACTION is {fraction}; it must be from 0 to below 1")
     if not fraction:
         return list(sets), None
     left, kept = zip(*(hold_out(data, fraction, config.DATASETS.VAL_SEED) for data in sets))

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from nst_det.detection.box_head import (
     BoxHeadTap,
     BoxOutputs,
-    Widths,
     box_outputs,
     check_classes,
     reads_box_head,
@@ -35,8 +34,6 @@ from nst_det.losses import (
 )
 
 log = logging.getLogger(__name__)
-# side in pixels of the black image that the shapes are read from
-SIDE = 256
 PREFIX = "loss_transfer_"
 
 
@@ -110,43 +107,6 @@ def feature_maps(backbone: nn.Module, pixels: Tensor, wanted: Iterable[str]) -> 
         hook.remove()
 
 
-def log_shapes(model: DistilledDetector) -> None:
-    """Log a table of all pairs that the method compares, for a black image of :data:`SIDE` pixels."""
-    if not is_main_process():
-        return
-    backbones = backbone_of(model.student), backbone_of(model.teacher)
-    levels = model.transfer.student_levels, model.transfer.teacher_levels
-    side = max(map(_side, backbones))
-    student, teacher = (_outputs_for_black(*of_model, side) for of_model in zip(backbones, levels))
-    for own, widths in zip((student, teacher), model.box_widths):
-        own.embedding, own.logits = (torch.empty(1, width) for width in widths)
-    known = [level_shapes(backbone).items() for backbone in backbones]
-    strides = ({name: stride for name, (_, stride) in shapes if stride is not None} for shapes in known)
-    rows = [line.cells for line in pair_shapes(model.transfer, student, teacher, *strides)]
-    log.info("compared at %d x %d pixels:\n%s", side, side, text_table(loss.HEADINGS, rows))
-
-
-def _side(backbone: Any) -> int:
-    """Return the side in pixels that a backbone asks for (Detectron2's ViT does), or :data:`SIDE` made divisible."""
-    multiple = max(int(getattr(backbone, "size_divisibility", 0) or 0), 1)
-    wanted = (getattr(backbone, "padding_constraints", None) or {}).get("square_size", 0)
-    return int(wanted) or -(-SIDE // multiple) * multiple
-
-
-def _outputs_for_black(backbone: nn.Module, levels: Sequence[str], side: int) -> ModelOutputs:
-    if not levels:
-        return ModelOutputs()
-    training = [module for module in backbone.modules() if module.training]
-    black = next(backbone.parameters()).new_zeros(1, 3, side, side)
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            return ModelOutputs(maps=feature_maps(backbone, black, levels))
-    finally:
-        for module in training:
-            module.training = True
-
-
 class DistilledDetector(nn.Module):
     """A student detector with transfer losses from a teacher's feature maps and box head.
 
@@ -157,8 +117,9 @@ class DistilledDetector(nn.Module):
     logits or embeddings the teacher's box head gets the boxes that the student's is trained on.  No other part of the
     teacher is used.  The weighted terms join the student's loss dict, so that any trainer that sums it can train it.
 
-    In the first step, or the first few where AUTO_WEIGHT chooses weights, the terms' gradients in the backbone are
-    measured against that of the student's own losses and logged; nothing else in those steps changes.
+    In the first step the shapes of all that is compared are logged.  In the first step, or the first few where
+    AUTO_WEIGHT chooses weights, the terms' gradients in the backbone are measured against that of the student's own
+    losses and logged; nothing else in those steps changes.
 
     Its state dict is the student's, by the student's own names.  The teacher is not a submodule: it is never trained,
     never saved and never in ``parameters()``, but moves along by ``to()``.  Adapters of the terms are in
@@ -173,7 +134,6 @@ class DistilledDetector(nn.Module):
 
     Attributes:
         iteration: training steps done; set it when a run resumes.
-        box_widths: of the student's and the teacher's box head; empty if no term reads these.
 
     Example::
 
@@ -198,9 +158,9 @@ class DistilledDetector(nn.Module):
         self._teacher_maps: dict[str, Tensor] = {}
         self._sizes: list[tuple[int, int]] = []
         self._box_outputs, self._tap = box_outputs, None
-        self.box_widths: tuple[Widths, ...] = ()
+        self._logged = not is_main_process()
         if reads_box_head(transfer.method):
-            self.box_widths = widths_of(student, transfer.method), widths_of(teacher, transfer.method)
+            check_classes(transfer, widths_of(student, transfer.method), widths_of(teacher, transfer.method))
             self._tap = BoxHeadTap(student)
         backbone = backbone_of(student)
         backbone.register_forward_pre_hook(self._run_teacher)
@@ -235,6 +195,8 @@ class DistilledDetector(nn.Module):
                     # as the heads of a detector get them when its backbone computes in lower precision
                     maps = {name: map_.float() for name, map_ in teacher.maps.items()}
                     teacher.embedding, teacher.logits = self._box_outputs(self.teacher.roi_heads, maps, boxes)
+            if not self._logged:
+                self._log_shapes(student, teacher)
             terms = self._balanced(losses, self.transfer(student, teacher))
         finally:
             self._student_maps, self._teacher_maps = {}, {}
@@ -243,6 +205,13 @@ class DistilledDetector(nn.Module):
         factor = min((self.iteration + 1) / self.warmup_iters, 1.0) if self.warmup_iters else 1.0
         self.iteration += 1
         return losses | {f"{PREFIX}{name}": value * factor for name, value in terms.items()}
+
+    def _log_shapes(self, student: ModelOutputs, teacher: ModelOutputs) -> None:
+        known = [level_shapes(backbone_of(detector)).items() for detector in (self.student, self.teacher)]
+        strides = ({name: stride for name, (_, stride) in shapes if stride is not None} for shapes in known)
+        rows = [line.cells for line in pair_shapes(self.transfer, student, teacher, *strides)]
+        log.info("compared at %d x %d pixels:\n%s", *self._pixels, text_table(loss.HEADINGS, rows))
+        self._logged = True
 
     def _balanced(self, losses: Mapping[str, Tensor], terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Measure the terms against the student's own losses in the first steps; return them by the weights chosen."""
@@ -280,6 +249,7 @@ class DistilledDetector(nn.Module):
         if not self._is_training:
             return
         pixels, backbone = inputs[0].detach(), backbone_of(self.teacher)
+        self._pixels = tuple(pixels.shape[-2:])
         if not self._same_pixels:
             pixels = translate_pixels(pixels, self.student, self.teacher, self._sizes)
         height, width = pixels.shape[-2:]
@@ -345,10 +315,7 @@ def distill(
         )
     except ValueError as error:
         raise UserError(f"TRANSFER: {error}") from error
-    model = DistilledDetector(student, teacher, transfer, node.WARMUP_ITERS, box_outputs)
-    if model.box_widths:
-        check_classes(transfer, *(widths.logits for widths in model.box_widths))
-    return model
+    return DistilledDetector(student, teacher, transfer, node.WARMUP_ITERS, box_outputs)
 
 
 def wants_teacher(config: CfgNode) -> bool:

@@ -20,11 +20,11 @@ from rich.table import Table
 
 from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
-from nst_det.detection.box_head import check_class_names
+from nst_det.detection.box_head import check_class_names, reads_box_head
 from nst_det.detection.checkpoint import keep_best, load_weights, save_weights, saved_classes, settle
 from nst_det.detection.config import defrosted, load_detect_config, resolve_classes, resolve_device, resolve_machine
 from nst_det.detection.data import data_classes, evaluation_batches, open_voc, split_training, training_batches
-from nst_det.detection.distiller import DistilledDetector, distill, level_channels, log_shapes, wants_teacher
+from nst_det.detection.distiller import DistilledDetector, distill, level_channels, wants_teacher
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.detection.trainer import Trainer, train
 from nst_det.engine.averaged import AveragedWeights
@@ -238,7 +238,7 @@ def _with_teacher(
     with seeded(seed, "init", "transfer"):
         model = distill(student, teacher, config.METHOD, config.TRANSFER)
     below = set(level_channels(teacher.backbone.bottom_up))
-    read = [*model.transfer.teacher_levels, *(["box head"] if model.box_widths else [])]
+    read = [*model.transfer.teacher_levels, *(["box head"] if reads_box_head(model.transfer.method) else [])]
     if filled != "detector" and not (filled in ("backbone", "timm") and set(read) <= below):
         raise UserError(
             f"TEACHER.WEIGHTS: the teacher's {', '.join(read)} would be random; "
@@ -246,7 +246,6 @@ def _with_teacher(
         )
     check_class_names(model.transfer, classes, theirs)
     model.to(student.pixel_mean.device)
-    log_shapes(model)
     # of the teacher's backbone alone: its box head computes in float32
     cast_frozen(teacher.backbone, student.amp)
     return model

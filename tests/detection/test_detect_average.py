@@ -119,8 +119,3 @@ def test_a_step_that_failed_is_not_in_it(on_shapes, tmp_path, trained, averaged_
         load_file(tmp_path / "run" / "model.safetensors"),
         averaged_in_float64([trained[step] for step in steps], DECAY),
     )
-
-
-def test_what_is_no_decay_is_refused(small):
-    with pytest.raises(UserError, match=r"SOLVER.EMA_DECAY is 1.0; set it to 0 for no average, or to a fraction below"):
-        small({"SOLVER.EMA_DECAY": 1})

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from nst_det.data.voc import VocDataset
 from nst_det.detection import trainer as module
 from nst_det.detection.checkpoint import save_weights
-from nst_det.detection.config import load_detect_config
 from nst_det.detection.data import data_classes
 from nst_det.detection.pipeline import train_detector
 from nst_det.detection.torchvision import build_detector
@@ -24,7 +23,6 @@ from nst_det.engine.distributed import rank
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.nan_guard import read_step
 from nst_det.engine.signals import Preempted
-from nst_det.errors import UserError
 
 # batch normalization over both processes; images of several sizes, so that a batch is padded
 CHANGES = {
@@ -136,13 +134,6 @@ def test_parts_of_a_batch_add_up_to_it(on_shapes, tmp_path):
     whole, parts = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     for mine, other in zip(whole, parts):
         assert other == pytest.approx(mine, rel=1e-5, abs=1e-7)
-
-
-def test_the_number_of_parts_is_checked(base_file, small_words):
-    config = load_detect_config(base_file, small_words({"SOLVER.ACCUMULATE": 2}))
-    assert config.SOLVER.ACCUMULATE == 2
-    with pytest.raises(UserError, match="SOLVER.ACCUMULATE is 0; it must be at least 1"):
-        load_detect_config(base_file, small_words({"SOLVER.ACCUMULATE": 0}))
 
 
 def test_evaluation_batches_are_dealt_out(on_shapes, shapes):

@@ -11,7 +11,6 @@ from nst_det.detection import pipeline as evaluation
 from nst_det.detection import pipeline as stage
 from nst_det.detection.data import split_training
 from nst_det.engine.metrics import read_metrics
-from nst_det.errors import UserError
 
 
 @pytest.fixture
@@ -126,18 +125,6 @@ def test_the_best_checkpoint_is_chosen_without_the_test_split(config, shapes, tm
     assert "map" not in row
 
 
-def test_best_without_a_validation_split_is_refused(config):
-    with pytest.raises(UserError, match=r"TEST\.SELECT best needs a validation split"):
-        config(DATASETS__VAL_FRACTION=0.0, TEST__SELECT="best")
-    with pytest.raises(UserError, match=r"TEST\.SELECT 'first' is not one of last, best"):
-        config(TEST__SELECT="first")
-
-
 def test_without_a_share_nothing_is_cut(config, shapes):
     whole = VocDataset(shapes, "trainval")
     assert split_training(config(DATASETS__VAL_FRACTION=0.0), [whole]) == ([whole], None)
-
-
-def test_a_share_out_of_range_names_its_key(config):
-    with pytest.raises(UserError, match=r"DATASETS\.VAL_FRACTION is 1\.0"):
-        stage.train_detector(config(DATASETS__VAL_FRACTION=1.0))
