@@ -185,8 +185,8 @@ def check_added_keys(config: CfgNode, source: str) -> None:
         )
     if config.SOLVER.EMA_DECAY and config.TEST.PRECISE_BN.ENABLED:
         raise UserError(
-            f"{source}: SOLVER.EMA_DECAY: TEST.PRECISE_BN measures the statistics of the weights in training, not of "
-            "their average; set TEST.PRECISE_BN.ENABLED False, or SOLVER.EMA_DECAY 0"
+            f"{source}: SOLVER.EMA_DECAY {config.SOLVER.EMA_DECAY}: TEST.PRECISE_BN measures the statistics of the "
+            "weights in training, not of their average; set TEST.PRECISE_BN.ENABLED False, or SOLVER.EMA_DECAY 0"
         )
     check_wandb(config.WANDB, source)
     check_non_finite(config.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", source)
