@@ -6,10 +6,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from nst_det.detection.distiller import (
-    DistilledDetector,
     distill,
-    level_channels,
-    level_shapes,
     take_same_pixels,
     translate_pixels,
     wants_teacher,
@@ -19,7 +16,7 @@ from nst_det.detection.torchvision import build_detector
 from nst_det.engine.config import transfer_node
 from nst_det.errors import UserError
 from nst_det.losses import nst_loss
-from tests.helpers.detection import step, with_instances
+from tests.helpers.detection import step
 
 LEVELS = ["p2", "p3", "p4"]
 
@@ -159,14 +156,6 @@ def test_a_student_without_padding_and_a_teacher_that_needs_it(talkative, teache
     assert step(model, [batch[1]])["loss_transfer_nst-poly"].isfinite()
 
 
-def test_level_channels(talkative, teacher):
-    assert level_channels(talkative().backbone) == {
-        "res2": 32, "res3": 64, "res4": 128, "res5": 256, "p2": 16, "p3": 16, "p4": 16, "p5": 16, "p6": 16,
-    }  # fmt: skip
-    strides = {"res2": 4, "res3": 8, "res4": 16, "res5": 32, "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
-    assert {name: stride for name, (_, stride) in level_shapes(talkative().backbone).items()} == strides
-
-
 def test_shapes_are_logged_once(talkative, teacher, batch, caplog):
     caplog.set_level(logging.INFO)
     model = distill(talkative(), teacher, *node("kd+nst-poly", ["p4", "res3:p4"])).train()
@@ -252,26 +241,3 @@ def test_wants_teacher():
     for method, named in (("nst-poly", "TEACHER.CONFIG_FILE"), ("nst-cubic", "METHOD")):
         with pytest.raises(UserError, match=named):
             wants_teacher(config(method))
-
-
-@pytest.mark.detectron2
-def test_around_detectron2s_own_detector(talkative, small_words, base_file, exhaustive, teacher, batch):
-    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-    from detectron2.modeling import build_model
-    from detectron2.utils.events import EventStorage
-
-    from nst_det.detectron2.config import load_config
-
-    ours = talkative(exhaustive)
-    theirs = build_model(load_config(base_file, small_words(exhaustive)))
-    theirs.load_state_dict(ours.state_dict())
-    inputs = with_instances(batch)
-    model = distill(theirs, teacher, *node()).train()
-    assert isinstance(model, DistilledDetector)
-    with EventStorage(0):
-        losses = step(model, inputs)
-    expected = step(distill(ours, teacher, *node()).train(), batch)
-    assert list(losses) == list(expected)
-    for name, value in expected.items():
-        assert float(losses[name].detach()) == pytest.approx(float(value.detach()), rel=1e-4), name
-    assert list(model.state_dict()) == list(theirs.state_dict())
