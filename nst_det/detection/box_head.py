@@ -48,7 +48,6 @@ def widths_of(detector: nn.Module, method: Method) -> Widths:
 
 
 def pooler_of(heads: Any) -> nn.Module | None:
-    """Return the pooler of Detectron2's or this project's RoI heads."""
     pooler: nn.Module | None = getattr(heads, "box_pooler", getattr(heads, "pooler", None))
     return pooler
 

@@ -64,7 +64,6 @@ def _format(detector: Any) -> str:
 
 
 def backbone_of(detector: nn.Module) -> nn.Module:
-    """Return a detector's ``backbone``."""
     backbone = getattr(detector, "backbone", None)
     if not isinstance(backbone, nn.Module):
         raise UserError(f"{type(detector).__name__} has no backbone module, so its feature maps can't be compared")
@@ -90,7 +89,6 @@ def level_shapes(backbone: nn.Module) -> dict[str, tuple[int, int | None]]:
 
 
 def level_channels(backbone: nn.Module) -> dict[str, int]:
-    """Return the channels of :func:`level_shapes`."""
     return {name: channels for name, (channels, _) in level_shapes(backbone).items()}
 
 
@@ -270,7 +268,6 @@ class DistilledDetector(nn.Module):
         return own
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the student's."""
         return self.student.load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistilledDetector:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,9 +13,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
@@ -40,6 +36,7 @@ from nst_det.engine.distributed import (
     start_processes,
     world_size,
 )
+from nst_det.engine.format import text_table
 from nst_det.engine.io import read_json, write_json
 from nst_det.engine.metrics import last_losses
 from nst_det.engine.progress import progress
@@ -293,21 +290,14 @@ def _evaluate(
 
 def print_result(result: Mapping[str, Any], folder: str) -> None:
     """Print the AP of each class and the means in ``result.json`` of a folder."""
-    # into a file or a pipe: as wide as the table needs
-    console = Console(width=None if sys.stdout.isatty() else 160)
     if "map" not in result:
-        console.print(f"trained, not evaluated (DATASETS.TEST is empty); see {folder}", markup=False)
+        print(f"trained, not evaluated (DATASETS.TEST is empty); see {folder}")
         return
-    table = Table("class", title=escape(f"VOC AP at IoU 0.5, {folder}"))
-    for column in ("AP 11-point", "AP area"):
-        table.add_column(column, justify="right")
-    for name, ap in result["per_class"].items():
-        table.add_row(escape(name), _cell(ap), _cell(result["per_class_area"][name]))
-    table.add_section()
-    table.add_row("mean", _cell(result["map"]), _cell(result["map_area"]), style="bold")
-    console.print(table)
-    coco = ", ".join(f"{name} {_cell(value)}" for name, value in result["coco"].items())
-    console.print(f"COCO: {coco}", highlight=False)
+    rows = [(name, ap, result["per_class_area"][name]) for name, ap in result["per_class"].items()]
+    rows.append(("mean", result["map"], result["map_area"]))
+    lines = [(name, _cell(by_points), _cell(by_area)) for name, by_points, by_area in rows]
+    print(f"VOC AP at IoU 0.5, {folder}\n{text_table(('class', 'AP 11-point', 'AP area'), lines)}")
+    print("COCO:", ", ".join(f"{name} {_cell(value)}" for name, value in result["coco"].items()))
 
 
 def _cell(value: float | None) -> str:

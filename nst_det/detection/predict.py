@@ -107,7 +107,6 @@ def _is_source(path: Path) -> bool:
 
 
 def is_video(path: Path) -> bool:
-    """Return whether a file holds many frames."""
     return path.suffix.lower() in VIDEO_EXTENSIONS
 
 

@@ -43,7 +43,6 @@ class Prediction:
     image: np.ndarray = field(repr=False, compare=False)
 
     def of_labels(self, kept: Iterable[int]) -> Prediction:
-        """Return the detections of some labels alone."""
         keep = np.isin(self.labels, list(kept))
         return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], scores=self.scores[keep])
 

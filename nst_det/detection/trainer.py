@@ -124,7 +124,6 @@ class Trainer(TrainLoop):
         self._parallel = data_parallel(model)
 
     def before_train(self) -> None:
-        """Begin at ``iter``."""
         self.model.train()
         self._batches = iter(self.batches_from(self.iter))
         super().before_train()
@@ -181,7 +180,6 @@ class Trainer(TrainLoop):
         return totals
 
     def save_step(self) -> None:
-        """Save the step that was just made."""
         self.state.save()
 
 

@@ -31,11 +31,9 @@ class BackboneOnly(Bottomup):
 
     @property
     def bottom_up(self) -> Bottomup:
-        """Return itself."""
         return self
 
     def output_shape(self) -> dict[str, Shape]:
-        """Return the shape of each level."""
         return {name: Shape(self.channels[name], self.strides[name]) for name in self.channels}
 
 
@@ -80,7 +78,6 @@ class Fpn(nn.Module):
         return dict(sorted(pyramid.items()))
 
     def output_shape(self) -> dict[str, Shape]:
-        """Return the shape of each level."""
         return {f"p{level}": Shape(self.channels, 2**level) for level in [*self.levels, self.levels[-1] + 1]}
 
 

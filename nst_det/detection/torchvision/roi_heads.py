@@ -187,7 +187,6 @@ class RoiHeads(nn.Module):
     def losses(
         self, logits: Tensor, deltas: Tensor, boxes: Tensor, targets: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """Return both losses of R sampled proposals."""
         settings = self.box_settings
         positive = torch.nonzero(labels < self.settings.NUM_CLASSES).squeeze(1)
         rows = deltas.unflatten(1, (deltas.shape[1] // 4, 4))
