@@ -26,7 +26,7 @@ def at_least(least: int, default: int) -> Limited:
     return Limited(default, f"at least {least}", lambda value: bool(value >= least))
 
 
-# keys and groups that Detectron2 has and this engine doesn't; naming one is an error that says so
+# keys and groups that Detectron2 has and this engine doesn't; naming one is an error
 DETECTRON2_ONLY = (
     "DATALOADER.REPEAT_SQRT",
     "DATALOADER.REPEAT_THRESHOLD",
