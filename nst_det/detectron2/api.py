@@ -20,7 +20,7 @@ from nst_det.detection.box_head import check_class_names, reads_box_head
 from nst_det.detection.checkpoint import saved_classes
 from nst_det.detection.config import detector_transfer_node, resolve_device
 from nst_det.detection.data import data_classes
-from nst_det.detection.distiller import DistilledDetector, log_shapes
+from nst_det.detection.distiller import DistilledDetector
 from nst_det.detectron2.checkpoint import PREFIX, SUFFIX, BackboneCheckpointer
 from nst_det.detectron2.config import add_config, class_list
 from nst_det.detectron2.modeling import TimmBackbone, bottom_up_of, box_outputs, choose_roi_heads
@@ -273,7 +273,6 @@ def _wrap(student: nn.Module, teacher: nn.Module, method: str, node: CfgNode, se
     with seeded(seed, "adapters"):
         model = distilled.distill(student, teacher, method, node, box_outputs)
     model.to(_device(student))
-    log_shapes(model)
     model.register_forward_pre_hook(_follow_iteration)
     return model
 

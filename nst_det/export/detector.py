@@ -186,8 +186,8 @@ def equal_scores(detector: Detector, image: np.ndarray) -> int:
     with torch.no_grad():
         images, _ = detector.preprocess([_in_own_order(detector, torch.from_numpy(image))])
         maps = detector.backbone(images)
-        logits, _ = rpn.rpn_head([maps[name] for name in rpn.settings.in_features])
-    best = [row[0].topk(min(rpn.settings.pre_nms[1], row.shape[1])).values for row in logits]
+        logits, _ = rpn.rpn_head([maps[name] for name in rpn.settings.IN_FEATURES])
+    best = [row[0].topk(min(rpn.settings.PRE_NMS_TOPK_TEST, row.shape[1])).values for row in logits]
     return sum(len(row) - len(row.unique()) for row in best)
 
 

@@ -1,6 +1,5 @@
 """Stage two in two processes of gloo's against one with the same batch."""
 
-import itertools
 import json
 import math
 import os
@@ -10,10 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nst_det.data.voc import VocDataset
 from nst_det.detection import trainer as module
 from nst_det.detection.checkpoint import save_weights
-from nst_det.detection.config import load_detect_config
 from nst_det.detection.data import data_classes
 from nst_det.detection.pipeline import train_detector
 from nst_det.detection.torchvision import build_detector
@@ -24,7 +21,7 @@ from nst_det.engine.metrics import read_metrics
 from nst_det.engine.nan_guard import read_step
 from nst_det.engine.signals import Preempted
 from nst_det.engine.train_state import AveragedWeights
-from nst_det.errors import UserError
+from tests.helpers.detection import same_bits
 
 # batch normalization over both processes; images of several sizes, so that a batch is padded
 CHANGES = {
@@ -96,7 +93,7 @@ def test_two_processes_go_on_with_the_same_bits(on_shapes, tmp_path, in_processe
     changes["SOLVER.EMA_DECAY"] = 0.5
     (undisturbed, kept), (_, other) = in_processes(trained, on_shapes("one", changes))
     assert kept
-    assert all(torch.equal(other[name], value) for name, value in kept.items())
+    assert same_bits(other, kept)
     with stops_after_saving(3):
         (stopped,) = in_processes(train_detector, on_shapes("two", changes))
         assert str(stopped) == "stopped"
@@ -105,14 +102,9 @@ def test_two_processes_go_on_with_the_same_bits(on_shapes, tmp_path, in_processe
     for name in ("map", "losses", "validation", "checkpoints"):
         assert gone_on[name] == undisturbed[name]
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
-    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+    assert same_bits(*weights)
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert one == two
-
-
-def test_a_batch_that_cannot_be_shared_out_is_refused(on_shapes, in_processes):
-    found = in_processes(train_detector, on_shapes(changes={"SOLVER.IMS_PER_BATCH": 3}))
-    assert "SOLVER.IMS_PER_BATCH: 3 images a step can't be shared out to 2 processes; use a multiple" in str(found[0])
 
 
 def test_parts_of_a_batch_add_up_to_it(on_shapes, tmp_path):
@@ -136,25 +128,6 @@ def test_parts_of_a_batch_add_up_to_it(on_shapes, tmp_path):
     whole, parts = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     for mine, other in zip(whole, parts):
         assert other == pytest.approx(mine, rel=1e-5, abs=1e-7)
-
-
-def test_the_number_of_parts_is_checked(base_file, small_words):
-    config = load_detect_config(base_file, small_words({"SOLVER.ACCUMULATE": 2}))
-    assert config.SOLVER.ACCUMULATE == 2
-    with pytest.raises(UserError, match="SOLVER.ACCUMULATE is 0; it must be at least 1"):
-        load_detect_config(base_file, small_words({"SOLVER.ACCUMULATE": 0}))
-
-
-def test_evaluation_batches_are_dealt_out(on_shapes, shapes):
-    from nst_det.detection.data import evaluation_batches
-
-    config = on_shapes()
-    data = VocDataset(shapes, "test")
-    ids = [[item["image_id"] for item in batch] for batch in evaluation_batches(config, data, largest=2)]
-    shares = [list(evaluation_batches(config, data, 2, slice(rank, None, 2))) for rank in range(2)]
-    dealt = [[item["image_id"] for item in batch] for share in shares for batch in share]
-    assert sorted(dealt) == sorted(ids)
-    assert sorted(itertools.chain.from_iterable(ids)) == sorted(data.ids)
 
 
 def stopped(config):
