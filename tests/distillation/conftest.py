@@ -3,8 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.stage_one import run
 from PIL import Image
+
+from tests.helpers.stage_one import run
 
 CLASSES, SIZE = 3, 32
 

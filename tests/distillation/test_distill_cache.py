@@ -7,8 +7,6 @@ import shutil
 
 import pytest
 import torch
-from helpers.stage_one import config, metrics
-from helpers.stage_one import run as run_small
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,6 +28,8 @@ from nst_det.engine.io import write_sealed_json
 from nst_det.errors import UserError
 from nst_det.losses import ModelOutputs, build_transfer, register_term, terms, unregister_term
 from nst_det.models import load_card, save_backbone
+from tests.helpers.stage_one import config, metrics
+from tests.helpers.stage_one import run as run_small
 
 METHODS = ["ce", "nst-poly", "kd+at"]
 VIEWS, IMAGES, BATCH = 2, 24, 7

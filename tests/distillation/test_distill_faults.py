@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.stage_one import metrics, overrides, run
 from safetensors.torch import load_file
 
 from nst_det.distillation.build import Teacher
@@ -17,6 +16,7 @@ from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import checkpoints, load_checkpoint
 from nst_det.engine.nan_guard import read_step
 from nst_det.errors import UserError
+from tests.helpers.stage_one import metrics, overrides, run
 
 METHOD = "kd+nst-poly"
 KEYS = {"METHODS": ["ce", METHOD], "SOLVER.CHECKPOINT_PERIOD": 2}

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from helpers.stage_one import config as small_config
-from helpers.stage_one import metrics
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,6 +17,8 @@ from nst_det.engine.checkpoint import checkpoints, load_checkpoint
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.models import load_card
+from tests.helpers.stage_one import config as small_config
+from tests.helpers.stage_one import metrics
 
 # reached at the fourth of six steps
 DECAY, STEPS = 0.6, 6

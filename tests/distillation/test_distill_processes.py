@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers.stage_one import config as small_config
-from helpers.stage_one import metrics
 from safetensors.torch import load_file
 
 from nst_det.distillation.dataloader import StageOneData, TrainingBatches
 from nst_det.distillation.pipeline import distill
 from nst_det.distillation.trainer import StudentTrainer
+from tests.helpers.stage_one import config as small_config
+from tests.helpers.stage_one import metrics
 
 METHOD = "kd+fitnet:1"
 SOLVER = {

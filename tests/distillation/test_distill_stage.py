@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.stage_one import METHODS, STEPS, assert_same_run, config, metrics, overrides, run
 from safetensors.torch import load_file
 
 from nst_det.distillation import build, loop
@@ -28,6 +27,7 @@ from nst_det.engine.trainer import Clock
 from nst_det.errors import UserError
 from nst_det.losses.loss_balance import GradientBalance
 from nst_det.models import load_card, prove_parity, save_backbone
+from tests.helpers.stage_one import METHODS, STEPS, assert_same_run, config, metrics, overrides, run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "distill"
 
