@@ -82,7 +82,7 @@ def add_nst_det_config(cfg: CfgNode) -> None:
                                           save memory (torchvision engine); IMS_PER_BATCH is that of the whole step
     SOLVER.EMA_DECAY                      of an exponential moving average of the weights: 0 for none, or below 1, such
                                           as 0.999; the average is what is evaluated, chosen and written, see
-                                          :class:`~nst_det.engine.averaged.AveragedWeights`
+                                          :class:`~nst_det.engine.train_state.AveragedWeights`
     SOLVER.NON_FINITE                     what is done where a loss or gradient is no number, see
                                           :func:`~nst_det.engine.nan_guard.non_finite_node`
     DATASETS.VOC                          name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN and TEST

@@ -130,7 +130,7 @@ def log_shapes(model: DistilledDetector) -> None:
     for outputs, widths in zip((student, teacher), model.box_widths):
         outputs.embedding, outputs.logits = (torch.empty(1, width) for width in widths)
     strides = level_strides(ours), level_strides(theirs)
-    lines = [line.cells for line in pair_shapes(model.transfer, student, teacher, *strides)]
+    lines = pair_shapes(model.transfer, student, teacher, *strides)
     log.info("compared at %d x %d pixels:\n%s", side, side, text_table(shapes.HEADINGS, lines))
 
 

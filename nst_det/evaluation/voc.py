@@ -22,10 +22,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from rich.jupyter import JupyterMixin
 from rich.markup import escape
 from rich.table import Table
 
-from nst_det.engine.format import ReprMixin
 from nst_det.evaluation.boxes import Detections, GroundTruth
 
 # the devkit's 0:0.1:1, whose fourth value is 0.30000000000000004: recall 66/220 is not at that point yet
@@ -42,7 +42,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class VocResult(ReprMixin):
+class VocResult(JupyterMixin):
     """AP of K classes at T overlap thresholds; shows itself as the table of the first.
 
     A class without positives (no object that isn't difficult) has no AP: it is NaN in the arrays, None in
