@@ -30,10 +30,10 @@ PAGES = [README, *sorted((CHECKOUT / "docs" / "tutorials").glob("*.md"), key=lam
 # page -> reasons, as they stand above the blocks
 NOT_RUN = {
     "README.md": [
-        "takes minutes and installs from a package index; what it runs is tested by itself",
         "installs from a package index",
         "installs from a package index, and takes minutes",
         "needs data that is not part of the project",
+        "takes minutes and installs from a package index; what it runs is tested by itself",
     ],
     "detectron2.md": [
         "needs Detectron2; tests/detectron2/test_detectron2_library.py runs the same",
