@@ -1,6 +1,4 @@
-"""The Detectron2 engine.
-
-Importing this package does not import Detectron2; the first use of one of its names does.  Files:
+"""The Detectron2 engine.  Importing this package does not import Detectron2; the first use of one of its names does.
 
 - ``modeling``: timm bottom-ups in Detectron2's ``BACKBONE_REGISTRY``, RoI heads whose canonical box size can be set
 - ``checkpoint``: backbone files and ``backbone://NAME`` in Detectron2's checkpointer

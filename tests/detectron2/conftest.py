@@ -195,18 +195,18 @@ def tiny_teacher(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``poisoned(step, times)``: a loss is no number in the next run's step, so many times."""
-    from nst_det.detectron2 import DistillTrainer
+    from nst_det.detectron2.hooks import FiniteCheck
 
     def poison(step: int, times: int = 1) -> None:
-        see, left = DistillTrainer._see_losses, [step] * times
+        see, left = FiniteCheck.see_losses, [step] * times
 
         def poisoned_losses(self, model, inputs, losses):
-            if self.iter in left:
-                left.remove(self.iter)
+            if self.trainer.iter in left:
+                left.remove(self.trainer.iter)
                 with torch.no_grad():
                     losses["loss_cls"].mul_(math.nan)
             see(self, model, inputs, losses)
 
-        monkeypatch.setattr(DistillTrainer, "_see_losses", poisoned_losses)
+        monkeypatch.setattr(FiniteCheck, "see_losses", poisoned_losses)
 
     return poison

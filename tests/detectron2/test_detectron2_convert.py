@@ -13,9 +13,8 @@ from nst_det.detectron2.convert import (
     RESNET,
     convert,
     detect_form,
-    renamed,
     resnet_from_detectron2,
-    resnet_shape,
+    resnet_keys,
     resnet_to_detectron2,
 )
 from nst_det.errors import UserError
@@ -101,31 +100,30 @@ def test_the_command_writes_and_says_what(tmp_path, capsys):
     ],
 )
 def test_a_name_goes_to_detectron2s_and_back(name, target):
-    assert renamed(name, RESNET) == target
-    assert renamed(target, RESNET, back=True) == name
+    assert RESNET[name] == target
 
 
 def test_other_networks_are_refused_by_name():
     with pytest.raises(UserError, match="blocks\\.0\\.conv"):
         resnet_to_detectron2({"blocks.0.conv.weight": torch.zeros(1)})
     with pytest.raises(UserError, match="not a plain ResNet"):
-        resnet_shape(create_model("mobilenetv3_small_050", 3).state_dict())
+        resnet_keys(create_model("mobilenetv3_small_050", 3).state_dict())
     with pytest.raises(UserError, match="can't be built"):
-        resnet_shape(create_model("nst_resnet10_w32", 3).state_dict())
+        resnet_keys(create_model("nst_resnet10_w32", 3).state_dict())
 
 
 def test_a_deep_stem_is_refused():
     with pytest.raises(UserError, match="build_timm_fpn_backbone"):
-        resnet_shape(create_model("resnet50d", 3).state_dict())
+        resnet_keys(create_model("resnet50d", 3).state_dict())
 
 
 @pytest.mark.parametrize(
     ("build", "expected"),
-    [(resnet18, (18, 1, 64, 64)), (resnet50, (50, 1, 64, 256)), (resnext50_32x4d, (50, 32, 4, 256))],
+    [(resnet18, (18, 1, 64, 64, 64)), (resnet50, (50, 1, 64, 64, 256)), (resnext50_32x4d, (50, 32, 4, 64, 256))],
 )
 def test_the_shape_is_read_off_the_weights(build, expected):
-    shape = resnet_shape(build(num_classes=2).state_dict())
-    assert (shape.depth, shape.groups, shape.width_per_group, shape.res2_channels) == expected
+    keys = resnet_keys(build(num_classes=2).state_dict())
+    assert tuple(keys.values()) == expected
 
 
 def test_there_and_back_is_the_same_network():

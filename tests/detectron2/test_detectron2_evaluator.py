@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
 
 from nst_det.detectron2 import VocEvaluator, register_voc  # noqa: E402
 from nst_det.detectron2 import evaluator as room  # noqa: E402
-from nst_det.detectron2.data import CachingMapper  # noqa: E402
+from nst_det.detectron2.data import ImageMapper  # noqa: E402
 from nst_det.engine.io import read_json  # noqa: E402
 from nst_det.evaluation.io import detections_from_json  # noqa: E402
 
@@ -101,7 +101,7 @@ def test_cached_images_are_mapped_as_detectron2_maps_them(voc_root, tiny_yaml):
 
     cfg = load_config(tiny_yaml)
     register_datasets(cfg)
-    theirs, ours = DatasetMapper(cfg, True), CachingMapper(cfg, True)
+    theirs, ours = DatasetMapper(cfg, True), ImageMapper(cfg, cached=True)
     for item in DatasetCatalog.get("tiny_train")[:3]:
         for seed in range(3):
             np.random.seed(seed)

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.detectron2
 from safetensors.torch import load_file  # noqa: E402
 
 from nst_det.detectron2 import DistillTrainer  # noqa: E402
+from nst_det.detectron2.hooks import FiniteCheck  # noqa: E402
 
 SIDES = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
 CHUNKS = ((b"IHDR", SIDES), (b"IDAT", zlib.compress(b"x")), (b"IEND", b""))
@@ -59,14 +60,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_a_gpu_that_fails_is_one_line_and_the_same_command_goes_on(
     command, same_run, tiny_yaml, whole, tmp_path, monkeypatch, capfd, step, error, resumes
 ):
-    folder, see = tmp_path / "run", DistillTrainer._see_batch
+    folder, see = tmp_path / "run", FiniteCheck.see_batch
 
     def failing(self, *args):
-        if self.iter == step:
+        if self.trainer.iter == step:
             raise error
         see(self, *args)
 
-    monkeypatch.setattr(DistillTrainer, "_see_batch", failing)
+    monkeypatch.setattr(FiniteCheck, "see_batch", failing)
     words = ["--config-file", tiny_yaml, "DATASETS.TEST", "[]", "OUTPUT_DIR", folder]
     assert command(*words) == 2
     said = capfd.readouterr()

@@ -66,7 +66,7 @@ def test_the_step_runs_again(command, tiny_yaml, tiny_teacher, tmp_path, monkeyp
 
     def poisoned_step(self):
         if self.iter == 2:
-            adapter = self._whole.transfer.terms["fitnet"]["p3"]
+            adapter = self.distilled.transfer.terms["fitnet"]["p3"]
             parameter = self.student.get_parameter(part) if part else next(adapter.parameters())
             with torch.no_grad():
                 parameter.fill_(math.inf)

@@ -23,6 +23,7 @@ from detectron2.utils import comm  # noqa: E402
 from detectron2.utils.events import get_event_storage  # noqa: E402
 
 from nst_det.detectron2 import DistillTrainer  # noqa: E402
+from nst_det.detectron2.hooks import FiniteCheck  # noqa: E402
 from nst_det.detectron2.replay import rebuild  # noqa: E402
 from nst_det.engine.metrics import read_metrics  # noqa: E402
 from nst_det.engine.nan_guard import read_step, replay  # noqa: E402
@@ -64,15 +65,15 @@ def test_a_signal_to_one_stops_all_and_the_same_command_goes_on(together, same_r
 
 
 def poison_loss(monkeypatch):
-    see = DistillTrainer._see_losses
+    see = FiniteCheck.see_losses
 
     def poisoned(self, model, inputs, losses):
-        if self.iter == 2 and comm.get_rank() == 1:
+        if self.trainer.iter == 2 and comm.get_rank() == 1:
             with torch.no_grad():
                 losses["loss_cls"].mul_(math.nan)
         see(self, model, inputs, losses)
 
-    monkeypatch.setattr(DistillTrainer, "_see_losses", poisoned)
+    monkeypatch.setattr(FiniteCheck, "see_losses", poisoned)
 
 
 def poison_proposals(monkeypatch):

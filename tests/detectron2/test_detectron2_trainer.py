@@ -232,7 +232,7 @@ def test_mixed_precision_on_the_cpu_keeps_the_heads_in_float32(tiny_yaml, tiny_t
     seen = []
     made.student.backbone.bottom_up.register_forward_hook(lambda _m, _i, maps: seen.append(maps["res3"].dtype))
     made.student.proposal_generator.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[1]["p3"].dtype))
-    made.teacher = made._whole.teacher
+    made.teacher = made.distilled.teacher
     made.teacher.backbone.register_forward_hook(lambda _m, _i, maps: seen.append(maps["p3"].dtype))
     made.max_iter = 1
     made.train()
