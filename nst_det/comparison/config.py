@@ -154,7 +154,7 @@ def default_config() -> CfgNode:
     DETECT.NO_FPN_OPTS        KEY VALUE pairs for the detectors of the row ``no-fpn`` alone
     DETECT.TEACHER_OPTS       KEY VALUE pairs for the detectors of the row ``teacher`` alone, and for the detector that
                               teaches those with ``@det`` (it is trained once, with seed 0, unless stage two's config
-                              names one by TRANSFER.TEACHER)
+                              names one by TEACHER)
     ========================  ======================================================================================
     """
     config = CfgNode()
@@ -247,9 +247,9 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         _stage_config(stage, files[stage], engine, config, forwarded[stage.prefix], file) for stage in STAGES
     )
     check_hand_over(distill, detect, str(file))
-    if detect.TRANSFER.METHOD != BASELINE and any(row.detector.names for row in methods.values()):
+    if detect.METHOD != BASELINE and any(row.detector.names for row in methods.values()):
         raise UserError(
-            f"{file}: DETECT.TRANSFER.METHOD {detect.TRANSFER.METHOD} is for every row, so rows with @det can't have "
+            f"{file}: DETECT.METHOD {detect.METHOD} is for every row, so rows with @det can't have "
             "their own; set it to ce"
         )
     row_opts, claimed_opts = {}, {}

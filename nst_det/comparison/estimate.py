@@ -38,7 +38,7 @@ POLL_SECONDS, MEMORY_SECONDS = 0.01, 0.05
 # what a process has on a GPU beside its tensors: the driver's context and the kernels, roughly
 GPU_CONTEXT = GIB // 2
 # what differs between two runs of one kind without changing what they take
-_FREE = ("OUTPUT_DIR", "REGISTRY", "NAME", "SEED", "MODEL.WEIGHTS", "TEACHER.WEIGHTS", "TRANSFER.TEACHER.WEIGHTS")
+_FREE = ("OUTPUT_DIR", "REGISTRY", "NAME", "SEED", "MODEL.WEIGHTS", "TEACHER.WEIGHTS")
 _FREE_RATES = ("SOLVER.BASE_LR", "SOLVER.BACKBONE_MULTIPLIER")
 
 
@@ -113,12 +113,13 @@ def _shortened(run: Run, config: CfgNode) -> CfgNode:
     config.defrost()
     config.TENSORBOARD, config.WANDB = False, ""
     config.SOLVER.MAX_ITER, config.SOLVER.STEPS = STEPS, type(config.SOLVER.STEPS)()
+    config.SOLVER.CHECKPOINT_PERIOD = STEPS // 2
     config.SOLVER.WARMUP_ITERS = min(config.SOLVER.WARMUP_ITERS, STEPS)
     config.TEST.EVAL_PERIOD = 0
     if run.detects:
-        config.SOLVER.CHECKPOINT_PERIOD, config.TEST.SELECT = STEPS // 2, "last"
+        config.TEST.SELECT = "last"
         return config
-    config.CHECKPOINT_PERIOD, config.LOG_PERIOD = STEPS // 2, 1
+    config.LOG_PERIOD = 1
     config.TEACHER.EXPECTED_TOP1, config.CACHE.DIR, config.CACHE.DTYPE = 0.0, "", "auto"
     for key in ("STEPS", "WARMUP_ITERS"):
         config.TEACHER.SOLVER.pop(key, None)

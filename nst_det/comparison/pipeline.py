@@ -90,7 +90,7 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
     # terms of stage two, once for each row that has some
     teacher = configs.get(teacher_detector_name(comparison))
     for run in runs:
-        if run.kind == DETECTOR and run.seed == comparison.seeds[0] and configs[run.name].TRANSFER.METHOD != BASELINE:
+        if run.kind == DETECTOR and run.seed == comparison.seeds[0] and configs[run.name].METHOD != BASELINE:
             check_detector_losses(configs[run.name], teacher, f"{comparison.name}: row {run.row}")
     return configs
 

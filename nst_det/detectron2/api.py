@@ -57,17 +57,17 @@ def build_teacher(
         UserError: no such config, no weights at all, or weights that leave a part of the detector random.
     """
     if not config_file:
-        raise UserError("TRANSFER.TEACHER.CONFIG_FILE is empty; name the teacher's config, or set TRANSFER.METHOD ce")
+        raise UserError("TEACHER.CONFIG_FILE is empty; name the teacher's config, or set METHOD ce")
     path, of_zoo = _find(config_file)
     # the teacher's random numbers must not move the student's
     with seeded(0, "teacher"):
         model, named = _build_lazy(path) if path.endswith(".py") else _build_yaml(path, weights, device, overrides)
     # a config of the model zoo names the weights that its training began with, not those it ended with
-    source = expand_path(weights, "TRANSFER.TEACHER.WEIGHTS") or (_zoo_weights(config_file) if of_zoo else named)
+    source = expand_path(weights, "TEACHER.WEIGHTS") or (_zoo_weights(config_file) if of_zoo else named)
     _, bottom_up = bottom_up_of(model)
     if not source and not (isinstance(bottom_up, TimmBackbone) and bottom_up.loaded):
         raise UserError(
-            f"{config_file}: names no weights and TRANSFER.TEACHER.WEIGHTS is empty; a random teacher teaches nothing"
+            f"{config_file}: names no weights and TEACHER.WEIGHTS is empty; a random teacher teaches nothing"
         )
     of_backbone = source.startswith(PREFIX) or (source.endswith(SUFFIX) and card_path(source).is_file())
     if not source or of_backbone:
@@ -109,7 +109,7 @@ def _zoo_weights(config_file: str) -> str:
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"{config_file}: the model zoo's weights of it can't be found ({error}); name them by "
-            "TRANSFER.TEACHER.WEIGHTS, or install setuptools<81"
+            "TEACHER.WEIGHTS, or install setuptools<81"
         ) from error
 
 
@@ -165,7 +165,7 @@ def teacher_classes(config_file: str, weights: str = "") -> list[str]:
     if path.endswith(".py"):
         return []
     cfg = _read_yaml(path, ())
-    saved = _classes_in(expand_path(weights or cfg.MODEL.WEIGHTS, "TRANSFER.TEACHER.WEIGHTS"))
+    saved = _classes_in(expand_path(weights or cfg.MODEL.WEIGHTS, "TEACHER.WEIGHTS"))
     return list(cfg.DATASETS.CLASSES) or saved or class_list(cfg)
 
 
@@ -216,40 +216,42 @@ def distill(
                 return distill(super().build_model(cfg), "teacher.yaml", "nst-poly")
     """
     node = detector_transfer_node()
-    node.METHOD, node.LEVELS, node.WARMUP_ITERS = method, list(levels), warmup_iters
+    node.LEVELS, node.WARMUP_ITERS = list(levels), warmup_iters
     for name, values in (("WEIGHTS", weights), ("OPTIONS", options), ("AUTO_WEIGHT", auto_weight)):
         for term, value in dict(values or {}).items():
             node[name][term] = dict(value) if isinstance(value, Mapping) else value
     if isinstance(teacher, str):
-        teacher = _teacher_of(node, teacher, teacher_weights, _device(student), trust_pickle)
-    return _wrap(student, teacher, node, seed)
+        teacher = _teacher_of(method, node, teacher, teacher_weights, _device(student), trust_pickle)
+    return _wrap(student, teacher, method, node, seed)
 
 
 def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
-    """Do the same by the ``TRANSFER`` node of a config; the student itself where ``METHOD`` is ``ce``."""
-    node, named = cfg.TRANSFER, cfg.TRANSFER.TEACHER
-    if not distiller.wants_teacher(node):
+    """Do the same by a config's METHOD, TEACHER and TRANSFER; the student itself where METHOD is ``ce``."""
+    if not distiller.wants_teacher(cfg):
         return student
-    teacher = _teacher_of(node, named.CONFIG_FILE, named.WEIGHTS, _device(student), cfg.TRUST_PICKLE)
-    model = _wrap(student, teacher, node, max(cfg.SEED, 0))
+    node, named, device = cfg.TRANSFER, cfg.TEACHER, _device(student)
+    teacher = _teacher_of(cfg.METHOD, node, named.CONFIG_FILE, named.WEIGHTS, device, cfg.TRUST_PICKLE)
+    model = _wrap(student, teacher, cfg.METHOD, node, max(cfg.SEED, 0))
     with trusting_pickles(cfg.TRUST_PICKLE):
         check_class_names(model.transfer, class_list(cfg), teacher_classes(named.CONFIG_FILE, named.WEIGHTS))
     return model
 
 
-def _teacher_of(node: CfgNode, config_file: str, weights: str, device: torch.device, trust_pickle: bool) -> nn.Module:
+def _teacher_of(
+    method: str, node: CfgNode, config_file: str, weights: str, device: torch.device, trust_pickle: bool
+) -> nn.Module:
     levels = [*node.LEVELS, *(level for own in node.TERM_LEVELS.values() for level in own)]
     try:
-        box_head = reads_box_head(parse_method(node.METHOD))
+        box_head = reads_box_head(parse_method(method))
     except ValueError as error:
-        raise UserError(f"TRANSFER.METHOD: {error}") from error
+        raise UserError(f"METHOD: {error}") from error
     with trusting_pickles(trust_pickle):
         return build_teacher(config_file, weights, str(device), levels=levels, box_head=box_head)
 
 
-def _wrap(student: nn.Module, teacher: nn.Module, node: CfgNode, seed: int) -> DistilledDetector:
+def _wrap(student: nn.Module, teacher: nn.Module, method: str, node: CfgNode, seed: int) -> DistilledDetector:
     with seeded(seed, "adapters"):
-        model = distiller.distill(student, teacher, node, box_outputs)
+        model = distiller.distill(student, teacher, method, node, box_outputs)
     model.to(_device(student))
     log_shapes(model)
     model.register_forward_pre_hook(_follow_iteration)

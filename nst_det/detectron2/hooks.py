@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from torch import nn
 
 from nst_det.engine.nan_guard import gradient_norm, raise_together
+from nst_det.engine.solver import clip_gradients
+
+FULL_MODEL = "full_model"
 
 
 class FiniteCheck(HookBase):
     """Keeps batch and losses of a pass, and ends the step in all processes where a loss or gradient is not finite.
 
-    A hook of the inner trainer, as only its hooks are called between the backward pass and the optimizer.
+    A hook of the inner trainer, as only its hooks are called between the backward pass and the optimizer.  It also
+    clips the norm of all gradients, which Detectron2's optimizer can't.
     """
 
-    def __init__(self, model: nn.Module, parallel: nn.Module) -> None:
-        self.parameters = list(model.parameters())
+    def __init__(self, model: nn.Module, parallel: nn.Module, clip: CfgNode) -> None:
+        self.parameters, self.clip = list(model.parameters()), clip
         self.batch: list[dict[str, Any]] = []
         self.losses: dict[str, Any] = {}
         parallel.register_forward_pre_hook(self.see_batch)
@@ -34,8 +39,11 @@ class FiniteCheck(HookBase):
 
     def after_backward(self) -> None:
         """Raise ``NotFinite`` in all processes, or in none."""
-        total = sum(value.detach() for value in self.losses.values()) + gradient_norm(self.parameters)
+        norm = gradient_norm(self.parameters)
+        total = sum(value.detach() for value in self.losses.values()) + norm
         raise_together(not math.isfinite(total), self.parameters[0].device)
+        if self.clip.CLIP_TYPE == FULL_MODEL:
+            clip_gradients(self.parameters, self.clip, norm)
 
 
 class EvalHook(hooks.EvalHook):

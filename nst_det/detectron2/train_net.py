@@ -211,7 +211,7 @@ def run_result(cfg: CfgNode, trainer: DistillTrainer) -> dict[str, Any]:
         "engine": "detectron2",
         "params": count_parameters(trainer.student),
         "seed": cfg.SEED,
-        "method": parse_method(cfg.TRANSFER.METHOD).word,
+        "method": parse_method(cfg.METHOD).word,
         "weights": {} if transfer is None else dict(transfer.weights),
         "losses": last_losses(RunFolder(cfg.OUTPUT_DIR).metrics_path),
     }

@@ -33,7 +33,7 @@ from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import class_list, validation_config
 from nst_det.detectron2.data import ImageMapper, build_train_loader
 from nst_det.detectron2.evaluator import VocEvaluator
-from nst_det.detectron2.hooks import EvalHook, FiniteCheck
+from nst_det.detectron2.hooks import FULL_MODEL, EvalHook, FiniteCheck
 from nst_det.detectron2.modeling import check_frozen_random
 from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line
@@ -126,10 +126,10 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         average = AveragedWeights(self.student, decay, self.build_student(cfg)) if decay else None
         guard = NonFiniteGuard(cfg.SOLVER.NON_FINITE, Path(cfg.OUTPUT_DIR), model)
         self.state = TrainState(self.student, transfer_of(model), guard, average)
-        self.device, mixed = next(model.parameters()).device, cfg.SOLVER.AMP.ENABLED
+        self.device = next(model.parameters()).device
         on_cpu = self.device.type == "cpu"
-        dtype = amp_dtype("auto", self.device) if mixed else None
-        log.info(compute_line(self.device, dtype, cfg.DATALOADER.NUM_WORKERS, mixed))
+        dtype = amp_dtype(cfg.SOLVER.AMP, self.device)
+        log.info(compute_line(self.device, dtype, cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.AMP.ENABLED))
         if dtype is not None and on_cpu:
             for network in [model] if average is None else [model, average.network]:
                 reduce_backbones(network, dtype)
@@ -145,7 +145,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.checkpointer.written = self.state.eval_model
-        self.finite = FiniteCheck(model, parallel)
+        self.finite = FiniteCheck(model, parallel, cfg.SOLVER.CLIP_GRADIENTS)
         self._trainer.register_hooks([self.finite])
         propose_together(self.student)
         self.checkpoints: dict[str, Any] = {}
@@ -153,7 +153,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The student, in a ``DistilledDetector`` unless ``TRANSFER.METHOD`` is ``ce``."""
+        """The student, in a ``DistilledDetector`` unless ``METHOD`` is ``ce``."""
         return distill_from_config(cls.build_student(cfg), cfg)
 
     @classmethod
@@ -185,8 +185,9 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
             optimizer = torch.optim.AdamW(groups, **common)
         else:
             raise UserError(f"SOLVER.OPTIMIZER: '{solver.OPTIMIZER}' is not one of SGD, ADAMW")
-        # Detectron2's "norm" clips every parameter by itself
-        return maybe_add_gradient_clipping(cfg, optimizer)
+        # which clips entries, or each parameter by itself; the norm of all is clipped by a hook
+        by_hook = solver.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL
+        return optimizer if by_hook else maybe_add_gradient_clipping(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

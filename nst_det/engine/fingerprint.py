@@ -23,7 +23,6 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     # a comparison keeps to them; in stage one methods may be added and these may change
     "METHODS": (RESUME,),
     "REGISTRY": (RESUME,),
-    "CHECKPOINT_PERIOD": (RESUME,),
     "LOG_PERIOD": (RESUME,),
     "DATALOADER": (RESUME,),
     # the data's fingerprint stands for the folder
@@ -45,6 +44,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "DATA.STD": _PIXELS,
     "DATA.AUGMENT": _PIXELS,
     "SOLVER": (RESUME, STUDENT, TRAINED_TEACHER),
+    "SOLVER.CHECKPOINT_PERIOD": (RESUME,),
     "FLOAT32_PRECISION": (RESUME, STUDENT, TRAINED_TEACHER, CACHE),
     # a student depends on the teacher's weights, by their hash
     "TEACHER": (RESUME,),

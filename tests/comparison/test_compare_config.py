@@ -59,7 +59,7 @@ def test_opts_come_below_the_command_line(config_file):
         (["METHODS", "[nst-poly+kd, at, kd+nst-poly]"], r"METHODS: kd\+nst-poly stands there twice"),
         (["SEEDS", "[2, 0, 2]"], "SEEDS: 2 stands there twice"),
         (["METHODS", "[ce@det]"], "METHODS: method 'ce@det'"),
-        (["METHODS", "[cwd@det]", "DETECT.TRANSFER.METHOD", "pkd"], "DETECT.TRANSFER.METHOD pkd is for every row"),
+        (["METHODS", "[cwd@det]", "DETECT.METHOD", "pkd"], "DETECT.METHOD pkd is for every row"),
         (["SEEDS", "[-1]"], "SEEDS must be a list of whole numbers"),
         (["SEEDS", "[]"], "SEEDS must be a list of whole numbers"),
         (["ROWS", "['stock']"], "ROWS: unknown row 'stock'"),

@@ -199,8 +199,8 @@ def taught(tiny_teacher):
     """``taught(method, levels)``: the words of a config that learns from that teacher."""
 
     def words(method="nst-poly", levels=("p2", "p3", "p4", "p5"), teacher=tiny_teacher):
-        named = ["TRANSFER.TEACHER.CONFIG_FILE", teacher[0], "TRANSFER.TEACHER.WEIGHTS", teacher[1]]
-        return ["TRANSFER.METHOD", method, "TRANSFER.LEVELS", str(list(levels)), *named]
+        named = ["TEACHER.CONFIG_FILE", teacher[0], "TEACHER.WEIGHTS", teacher[1]]
+        return ["METHOD", method, "TRANSFER.LEVELS", str(list(levels)), *named]
 
     return words
 

@@ -208,8 +208,9 @@ def test_a_strangers_step_runs_no_code(changed_step, tiny_yaml, tmp_path):
     def taught_by(config_file, weights=""):
         def change(content):
             content["config"]["TRUST_PICKLE"] = True
-            content["config"]["TRANSFER"] |= {"METHOD": "at", "LEVELS": ["p2"]}
-            content["config"]["TRANSFER"]["TEACHER"] = {"CONFIG_FILE": str(config_file), "WEIGHTS": str(weights)}
+            content["config"]["TRANSFER"]["LEVELS"] = ["p2"]
+            content["config"]["METHOD"] = "at"
+            content["config"]["TEACHER"] |= {"CONFIG_FILE": str(config_file), "WEIGHTS": str(weights)}
 
         return change
 

@@ -13,7 +13,7 @@ from nst_det.detectron2.config import load_config
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 
-TEACHER = ["TRANSFER.METHOD", "nst-poly", "TRANSFER.TEACHER.CONFIG_FILE"]
+TEACHER = ["METHOD", "nst-poly", "TEACHER.CONFIG_FILE"]
 
 
 @pytest.mark.parametrize(
@@ -36,10 +36,10 @@ TEACHER = ["TRANSFER.METHOD", "nst-poly", "TRANSFER.TEACHER.CONFIG_FILE"]
         # layers that would be frozen and random
         (["MODEL.TIMM.NORM", "FrozenBN"], "random weights"),
         (["MODEL.BACKBONE.FREEZE_AT", "2"], "random weights"),
-        (["TRANSFER.METHOD", "nst-poly"], "needs a teacher"),
+        (["METHOD", "nst-poly"], "needs a teacher"),
         ([*TEACHER, "nowhere.yaml"], "nowhere.yaml"),
-        ([*TEACHER, "{teacher}"], "TRANSFER.TEACHER.WEIGHTS"),
-        ([*TEACHER, "{teacher}", "TRANSFER.TEACHER.WEIGHTS", "{weights}", "TRANSFER.LEVELS", "['p9']"], "p9"),
+        ([*TEACHER, "{teacher}"], "TEACHER.WEIGHTS"),
+        ([*TEACHER, "{teacher}", "TEACHER.WEIGHTS", "{weights}", "TRANSFER.LEVELS", "['p9']"], "p9"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
