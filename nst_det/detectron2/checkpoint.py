@@ -111,7 +111,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         raise UserError(f"{self.save_dir}: every checkpoint here is damaged; remove the folder to start this run again")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """As Detectron2's, but a process that is killed meanwhile leaves the former name."""
+        """Name the newest checkpoint; a process that is killed meanwhile leaves the former name."""
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
@@ -129,7 +129,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             "%s: the bottom-up is filled (method %s); expected to start anew: %s",
             self._source,
             self._card.method or "unknown",
-            ", ".join(f"{part} ({count} entries)" for part, count in counts.items()) or "nothing",
+            ", ".join(f"{part} ({count} entries)" for part, count in counts.items()),
         )
 
 
@@ -180,11 +180,7 @@ def _backbone_entries(model: Any, path: str) -> tuple[dict[str, Tensor], Card]:
 
 
 class _Detectron2Handler(BackboneHandler):
-    """``backbone://NAME`` for Detectron2's path manager, as a file that a plain DetectionCheckpointer reads.
-
-    The file holds the bottom-up by timm's names and, for a plain ResNet, by Detectron2's names too, and asks for
-    Detectron2's matching of names by their ends, so that it fits alone, under an FPN and in a larger module.
-    """
+    """``backbone://NAME`` for Detectron2's path manager, as a file that a plain DetectionCheckpointer reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,6 +191,8 @@ class _Detectron2Handler(BackboneHandler):
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         if path not in self._files:
             state_dict, card = load_backbone(path)
+            # by timm's names and, for a plain ResNet, by Detectron2's too; with matching by the ends of names they
+            # fit alone, under an FPN and in a larger module
             entries = {f"model.{name}": value for name, value in state_dict.items()}
             try:
                 entries.update(resnet_to_detectron2(state_dict, batch_norm_eps(card.arch, card.arch_kwargs)))

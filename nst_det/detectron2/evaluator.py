@@ -25,8 +25,7 @@ log = logging.getLogger(__name__)
 class VocEvaluator(DatasetEvaluator):
     """AP on a data set of :func:`~nst_det.detectron2.data.register_voc`.
 
-    Detections are gathered from all processes, so it must be called in all of them.  ``difficult`` objects count
-    neither way, scores are not rounded, annotations are read once.
+    Detections are gathered from all processes.  ``difficult`` objects count neither way, scores are not rounded.
 
     Args:
         dataset_name: as in ``DATASETS.TEST``.
@@ -53,11 +52,10 @@ class VocEvaluator(DatasetEvaluator):
             self._found.append((str(given["image_id"]), boxes, labels, found.scores.numpy()))
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
-        """Score what all processes found; return None in all but the first.
+        """Return AP in percent; None in all processes but the first.
 
-        In percent, as Detectron2 has them. ``voc``: ``AP50`` and ``AP75`` (11-point), ``AP`` (the mean of the 11-point
-        AP over the overlaps 0.5, 0.55 .. 0.95), ``AP50-area``, and ``AP50-<class>`` (11-point).  ``bbox``: COCO's
-        ``AP``, ``AP50`` and ``AP75``.
+        ``voc``: ``AP50`` and ``AP75`` (11-point), ``AP`` (their mean over the overlaps 0.5, 0.55 .. 0.95),
+        ``AP50-area``, and ``AP50-<class>`` (11-point).  ``bbox``: COCO's ``AP``, ``AP50`` and ``AP75``.
         """
         gathered = comm.gather(self._found)
         if not comm.is_main_process():

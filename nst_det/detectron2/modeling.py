@@ -21,8 +21,8 @@ from nst_det.models import NORM_POLICIES, Bottomup
 class TimmBackbone(Bottomup, Backbone):
     """A :class:`~nst_det.models.Bottomup` that speaks Detectron2's backbone interface.
 
-    It assumes normalized images (Detectron2's meta-architecture does that) and gives ``res2`` .. ``res5``.  Weights
-    arrive later, through a checkpointer; one that brings a part of them only is refused.
+    It assumes normalized images, as Detectron2's meta-architectures give them.  Weights arrive later, through a
+    checkpointer; one that brings a part of them only is refused.
 
     Example:
         >>> backbone = TimmBackbone("resnet18", ["res3", "res4"])
@@ -44,14 +44,8 @@ class TimmBackbone(Bottomup, Backbone):
         """Return channels and stride of each level."""
         return {name: ShapeSpec(channels=self.channels[name], stride=self.strides[name]) for name in self.channels}
 
-    @property
-    def size_divisibility(self) -> int:
-        """0: a convolutional network takes any size; with FPN on top, FPN asks for its largest stride."""
-        return 0
-
 
 def _refuse_part(module: Any, incompatible: Any) -> None:
-    """Load hook: all of this bottom-up's weights arrive, or none."""
     own = [key for key in module.state_dict() if not key.endswith("num_batches_tracked")]
     missing = [key for key in own if any(name == key or name.endswith(f".{key}") for name in incompatible.missing_keys)]
     if len(missing) < len(own):
@@ -96,14 +90,8 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     for name in cfg.MODEL.FPN.IN_FEATURES:
         if name not in bottom_up.channels:
             raise UserError(f"MODEL.FPN.IN_FEATURES: '{name}' is not among MODEL.TIMM.OUT_FEATURES")
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    fpn = cfg.MODEL.FPN
+    return FPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, LastLevelMaxPool(), fpn.FUSE_TYPE)
 
 
 def bottom_up_of(model: nn.Module) -> tuple[str, nn.Module]:
@@ -130,11 +118,7 @@ def check_frozen_random(model: nn.Module, filled: bool = False) -> None:
 
 @ROI_HEADS_REGISTRY.register()
 class CanonicalROIHeads(StandardROIHeads):
-    """Detectron2's StandardROIHeads with ``MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE`` and ``CANONICAL_LEVEL``.
-
-    On small images every box is far below 224 pixels and would be pooled from ``p2``.  The weights have the same
-    names as those of StandardROIHeads.
-    """
+    """Detectron2's StandardROIHeads with ``MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE`` and ``CANONICAL_LEVEL``."""
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -152,14 +136,14 @@ def choose_roi_heads(cfg: CfgNode) -> None:
         return
     if cfg.MODEL.ROI_HEADS.NAME not in ("StandardROIHeads", "CanonicalROIHeads"):
         raise UserError(
-            f"MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE and CANONICAL_LEVEL: {cfg.MODEL.ROI_HEADS.NAME} doesn't read "
-            "them; use StandardROIHeads, or leave them at 224 and 4"
+            f"MODEL.ROI_BOX_HEAD: {cfg.MODEL.ROI_HEADS.NAME} doesn't read CANONICAL_BOX_SIZE and CANONICAL_LEVEL; use "
+            "StandardROIHeads, or leave them at 224 and 4"
         )
     cfg.MODEL.ROI_HEADS.NAME = "CanonicalROIHeads"
 
 
 def box_outputs(heads: Any, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Run Detectron2's RoI heads, or this project's, on boxes; see ``nst_det.detection.box_head.box_outputs``."""
+    """Run Detectron2's RoI heads, or this project's, on boxes; see :func:`nst_det.detection.box_head.box_outputs`."""
     own = [Boxes(of_image) for of_image in boxes]
     if isinstance(heads, Res5ROIHeads):
         features = heads._shared_roi_transform([maps[name] for name in heads.in_features], own).mean(dim=(2, 3))

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train or evaluate, in as many processes as asked, or as one of those that torchrun started.
+    """Train or evaluate with Detectron2's arguments, in as many processes as asked, or as one of torchrun's; return 0.
 
     Args:
         args: ``config_file``, ``resume``, ``eval_only``, ``num_gpus`` (processes a machine; on a machine without a GPU
@@ -191,12 +191,9 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def run_result(cfg: CfgNode, trainer: DistillTrainer) -> dict[str, Any]:
-    """Return the content of ``result.json``: the fields that both engines write.
-
-    The AP values are those of the first of ``DATASETS.TEST``; without one, or with one that isn't ours, they are
-    missing.
-    """
+    """Return the content of ``result.json``: the fields that both engines write."""
     figures: dict[str, Any] = {}
+    # of a data set that Detectron2 registers there are none
     path = inference_folder(cfg, cfg.DATASETS.TEST[0]) / "result.json" if cfg.DATASETS.TEST else None
     if path is not None and path.exists():
         figures = read_json(path)

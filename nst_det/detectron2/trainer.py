@@ -52,13 +52,10 @@ log = logging.getLogger(__name__)
 
 
 def reduce_backbones(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the backbones of student and teacher compute in lower precision on the CPU, and give float32 maps.
-
-    Detectron2's mixed precision needs a GPU.  On the CPU the heads stay in float32, because a box coordinate above
-    128 has steps of a whole pixel in bfloat16; the torchvision engine does the same.
-    """
-    for part in (student_of(model), *((model.teacher,) if isinstance(model, DistilledDetector) else ())):
-        part.backbone.forward = partial(_reduced, part.backbone.forward, dtype)
+    """Let the backbones compute in lower precision on the CPU, where Detectron2's mixed precision doesn't work."""
+    # the heads stay in float32: in bfloat16 a coordinate above 128 has steps of a whole pixel
+    for detector in (student_of(model), *([model.teacher] if isinstance(model, DistilledDetector) else [])):
+        detector.backbone.forward = partial(_reduced, detector.backbone.forward, dtype)
 
 
 def _reduced(forward: Callable[[Tensor], dict[str, Tensor]], dtype: torch.dtype, images: Tensor) -> dict[str, Tensor]:
@@ -93,14 +90,12 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
 
     Hooks, data parallelism, schedule, evaluation and events are Detectron2's.  What differs:
 
-    - the model in a checkpoint is the student alone; adapters of transfer terms are saved with the optimizer's state
-    - batches and all random draws depend on the seed and the step, so that a resumed run repeats the
-      undisturbed one (``SEED`` not negative)
-    - ``SOLVER.OPTIMIZER``, ``SOLVER.BACKBONE_MULTIPLIER`` and backbone files as ``MODEL.WEIGHTS``
-    - several processes and mixed precision work on the CPU too; mixed precision is bf16
-    - a loss or gradient that is not finite is handled as ``SOLVER.NON_FINITE`` says, in all processes alike
-    - with ``SOLVER.EMA_DECAY`` the average of the weights is evaluated, and is the model in a checkpoint; the weights
-      in training are saved with the optimizer's state
+    - the model in a checkpoint is the student alone, or with ``SOLVER.EMA_DECAY`` the average of its weights; adapters
+      of transfer terms, and the weights in training, are saved with the optimizer's state
+    - batches and all random draws depend on the seed and the step, so that a resumed run repeats the undisturbed one
+      (``SEED`` not negative)
+    - several processes and mixed precision work on the CPU too
+    - a loss or gradient that is not finite is handled by ``SOLVER.NON_FINITE``, in all processes alike
 
     Args:
         cfg: from :func:`~nst_det.detectron2.config.load_config`, with its data sets registered.

@@ -4,7 +4,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers.loaders import assert_takes_few_files
 from PIL import Image
 
 from nst_det.data.voc import VocDataset
@@ -21,6 +20,7 @@ from nst_det.detection.data import (
     training_batches,
 )
 from nst_det.errors import UserError
+from tests.helpers.loaders import assert_takes_few_files
 
 CLASSES = ("crescent", "cross", "ellipse", "hexagon", "ring", "square", "star", "triangle")
 

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.detectron2
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
-from helpers.loaders import assert_takes_few_files
 
 from nst_det.detection.data import SampleIndex
 from nst_det.detectron2 import DistillTrainer, VocEvaluator, register_voc
@@ -24,6 +23,7 @@ from nst_det.detectron2.data import ImageMapper, SeededImages, build_train_loade
 from nst_det.engine.io import read_json
 from nst_det.errors import UserError
 from nst_det.evaluation.io import detections_from_json
+from tests.helpers.loaders import assert_takes_few_files
 
 
 def test_a_root_becomes_dataset_dicts(voc_root):
