@@ -84,8 +84,8 @@ def _check_below_fpn(levels: Sequence[str], source: str, box_head: bool) -> None
     random = ["box head"] * box_head + [level for level in theirs if not level.startswith("res")]
     if random:
         raise UserError(
-            f"TRANSFER: {source} is a backbone, so the teacher's {random[0]} would be random; compare feature maps "
-            "res2 .. res5, or name the weights of a whole detector"
+            f"TRANSFER: {source} is a backbone, so the teacher's {random[0]} would be random; compare res2 .. res5, or "
+            "name the weights of a whole detector"
         )
 
 

@@ -57,7 +57,6 @@ class BackboneCheckpointer(DetectionCheckpointer):
         self._source = ""
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As Detectron2's; ``path`` may be ``backbone://NAME``."""
         self._card, self._source = None, path
         if path.startswith(PREFIX):
             path = str(resolve(path))

@@ -68,7 +68,6 @@ class ImageMapper(DatasetMapper):
         self._images: dict[str, np.ndarray] | None = {} if cached else None
 
     def __call__(self, dataset_dict: dict[str, Any]) -> Any:
-        """As :meth:`DatasetMapper.__call__`."""
         name = dataset_dict["file_name"]
         if self._images is None:
             with named_image(name):

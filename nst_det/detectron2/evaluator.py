@@ -41,11 +41,9 @@ class VocEvaluator(DatasetEvaluator):
         self._found: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def reset(self) -> None:
-        """Forget all detections."""
         self._found = []
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the detections of a batch, in pixels of the original images."""
         for given, output in zip(inputs, outputs):
             found = output["instances"].to("cpu")
             boxes, labels = found.pred_boxes.tensor.numpy(), found.pred_classes.numpy()

@@ -30,15 +30,12 @@ class FiniteCheck(HookBase):
         parallel.register_forward_hook(self.see_losses)
 
     def see_batch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Keep the batch that enters the model."""
         self.batch, self.losses = inputs[0], {}
 
     def see_losses(self, _: nn.Module, __: Any, losses: Any) -> None:
-        """Keep the losses that leave it."""
         self.losses = losses if isinstance(losses, dict) else {}
 
     def after_backward(self) -> None:
-        """Raise ``NotFinite`` in all processes, or in none."""
         norm = gradient_norm(self.parameters)
         total = sum(value.detach() for value in self.losses.values()) + norm
         raise_together(not math.isfinite(total), self.parameters[0].device)
@@ -50,6 +47,5 @@ class EvalHook(hooks.EvalHook):
     """Detectron2's, which evaluates after the last step also where that was not made."""
 
     def after_train(self) -> None:
-        """Evaluate once all steps are made."""
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()

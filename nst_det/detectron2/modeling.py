@@ -41,7 +41,6 @@ class TimmBackbone(Bottomup, Backbone):
         self.register_load_state_dict_post_hook(_refuse_part)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Return channels and stride of each level."""
         return {name: ShapeSpec(channels=self.channels[name], stride=self.strides[name]) for name in self.channels}
 
 

@@ -54,7 +54,8 @@ log = logging.getLogger(__name__)
 def reduce_backbones(model: nn.Module, dtype: torch.dtype) -> None:
     """Let the backbones compute in lower precision on the CPU, where Detectron2's mixed precision doesn't work."""
     # the heads stay in float32: in bfloat16 a coordinate above 128 has steps of a whole pixel
-    for detector in (student_of(model), *([model.teacher] if isinstance(model, DistilledDetector) else [])):
+    detectors: list[Any] = [student_of(model), *([model.teacher] if isinstance(model, DistilledDetector) else [])]
+    for detector in detectors:
         detector.backbone.forward = partial(_reduced, detector.backbone.forward, dtype)
 
 
@@ -186,7 +187,6 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """See :mod:`nst_det.detectron2.data`."""
         return build_train_loader(cfg)
 
     @classmethod
@@ -270,7 +270,6 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         return {k: v for k, v in latest.items() if k == "lr" or "loss" in k or k.startswith(kept)}
 
     def put_scalars(self, **values: float) -> None:
-        """Add to Detectron2's events."""
         self.storage.put_scalars(smoothing_hint=False, **values)
 
     @property
@@ -343,11 +342,9 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
             sampler.start = self.start_iter
 
     def state_dict(self) -> dict[str, Any]:
-        """Detectron2's training state and ours."""
         return {**super().state_dict(), **self.state.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`state_dict`."""
         self.state.load_state_dict(state_dict)
         super().load_state_dict(state_dict)
 
