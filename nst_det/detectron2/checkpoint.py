@@ -114,16 +114,16 @@ class BackboneCheckpointer(DetectionCheckpointer):
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        modules = [name.split(".")[0] for name in incompatible.missing_keys]
-        if self.whole and set(modules) & {name for name, _ in self.model.named_children()}:
+        missing = incompatible.missing_keys
+        if self.whole and missing:
             raise UserError(
-                f"{self._source}: {len(modules)} entries that this detector needs are not in it "
-                f"({', '.join(incompatible.missing_keys[:3])}); name weights that were trained with this config"
+                f"{self._source}: {len(missing)} entries that this detector needs are not in it "
+                f"({', '.join(missing[:3])}); name weights that were trained with this config"
             )
         if self._card is None:
             super()._log_incompatible_keys(incompatible)
             return
-        counts = Counter(PARTS.get(module, module) for module in modules)
+        counts = Counter(PARTS.get(module, module) for module in (name.split(".")[0] for name in missing))
         log.info(
             "%s: the bottom-up is filled (method %s); expected to start anew: %s",
             self._source,

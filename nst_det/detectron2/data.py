@@ -50,11 +50,7 @@ class SeededImages(Dataset[Any]):
 
     def __getitem__(self, place: SampleIndex) -> Any:
         with seeded(self.seed, "augment", place.step, place.slot):
-            item = self.mapper(self.dicts[place.image])
-        if item is None:
-            name = self.dicts[place.image].get("file_name", place.image)
-            raise UserError(f"{name}: the mapper gave nothing for this image")
-        return item
+            return self.mapper(self.dicts[place.image])
 
 
 class ImageMapper(DatasetMapper):
@@ -111,7 +107,7 @@ class TrainLoader:
         return load(self.images, self.batch_sampler, self.workers, self.device)
 
 
-def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+def build_train_loader(cfg: CfgNode) -> Any:
     """Return a training loader by Detectron2's keys; its ``batch_sampler.start`` is the step at which it begins.
 
     The batch of a step is known without those before it: a resumed run sees what the undisturbed one saw, all methods
@@ -124,7 +120,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
             cfg.SEED,
             cfg.DATALOADER.SAMPLER_TRAIN,
         )
-        loader = build_detection_train_loader(cfg, mapper=mapper)
+        loader = build_detection_train_loader(cfg)
         end_workers_with_us(loader.dataset if isinstance(loader, AspectRatioGroupedDataset) else loader)
         return loader
     dicts = get_detection_dataset_dicts(
@@ -132,10 +128,9 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
-    if mapper is None:
-        decoded = sum(3 * item["height"] * item["width"] for item in dicts)
-        boxes_only = not (cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS)
-        mapper = ImageMapper(cfg, True, cached=boxes_only and decoded <= cfg.DATALOADER.CACHE_IMAGES_MB * 2**20)
+    decoded = sum(3 * item["height"] * item["width"] for item in dicts)
+    boxes_only = not (cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS)
+    mapper = ImageMapper(cfg, cached=boxes_only and decoded <= cfg.DATALOADER.CACHE_IMAGES_MB * 2**20)
     wide = [item["width"] > item["height"] for item in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     batch = cfg.SOLVER.IMS_PER_BATCH
     sampler = StepBatchSampler(len(dicts), batch, cfg.SEED, wide=wide, share=share_of(batch, "SOLVER.IMS_PER_BATCH"))
