@@ -71,10 +71,17 @@ RESNET = {
     for ours, theirs in _resnet_layers()
     for entry in (_NORM if theirs.endswith("norm") else ("weight",))
 }
+# the same in a detector, below an FPN or without one
+BOTTOM_UP = {
+    f"{prefix}model.{ours}": f"{prefix}{theirs}"
+    for prefix in ("backbone.bottom_up.", "backbone.")
+    for ours, theirs in RESNET.items()
+}
+HEADS_PREFIXES = ("backbone.fpn_", "proposal_generator.", "roi_heads.")
 # Detectron2's and this project's name of each entry of a detector above its bottom-up -> torchvision's
 HEADS = {f"{ours}.{entry}": f"{theirs}.{entry}" for ours, theirs in _head_layers() for entry in ("weight", "bias")}
 # classifiers, and the batch counters that Detectron2's frozen layers don't have
-_LEFT_OUT = re.compile(r"(fc|linear|stem\.fc)\..*|(.*\.)?num_batches_tracked")
+_LEFT_OUT = re.compile(r"(.*\.)?((fc|linear)\.(weight|bias)|num_batches_tracked)")
 
 
 def _inverse(names: Mapping[str, str]) -> dict[str, str]:
@@ -87,7 +94,7 @@ def resnet_to_detectron2(state_dict: Mapping[str, Tensor], eps: float = DETECTRO
     Where the network's batch normalization has another epsilon than Detectron2's, the difference goes into the running
     variance, so that the function computed in evaluation stays the same.
     """
-    out = _renamed_resnet(state_dict, RESNET, "a plain ResNet, so Detectron2's ResNet has no place for it")
+    out = _renamed(state_dict, RESNET, "a plain ResNet, so Detectron2's ResNet has no place for it")
     if eps != DETECTRON2_EPS:
         for name in out:
             if name.endswith("running_var"):
@@ -97,20 +104,27 @@ def resnet_to_detectron2(state_dict: Mapping[str, Tensor], eps: float = DETECTRO
 
 def resnet_from_detectron2(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return Detectron2's ResNet by torchvision's and timm's names, with batch counters set to 0."""
+    return _with_counters(_renamed(state_dict, _inverse(RESNET), "Detectron2's ResNet"))
+
+
+def _renamed(
+    state_dict: Mapping[str, Tensor], names: Mapping[str, str], network: str, kept: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
-    for name, value in _renamed_resnet(state_dict, _inverse(RESNET), "Detectron2's ResNet").items():
-        out[name] = value
-        if name.endswith("running_var"):
-            out[f"{name.removesuffix('running_var')}num_batches_tracked"] = torch.tensor(0)
+    for name, value in state_dict.items():
+        if name.startswith(kept):
+            out[name] = value
+        elif name in names:
+            out[names[name]] = value.detach().clone()
+        elif not _LEFT_OUT.fullmatch(name):
+            raise UserError(f"'{name}' is not a layer of {network}")
     return out
 
 
-def _renamed_resnet(state_dict: Mapping[str, Tensor], names: Mapping[str, str], network: str) -> dict[str, Tensor]:
-    own = {name: value for name, value in state_dict.items() if not _LEFT_OUT.fullmatch(name)}
-    for name in own:
-        if name not in names:
-            raise UserError(f"'{name}' is not a layer of {network}")
-    return {names[name]: value.detach().clone() for name, value in own.items()}
+def _with_counters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    below = [name for name in state_dict if name.endswith("running_var") and not name.startswith(HEADS_PREFIXES)]
+    counters = {name.replace("running_var", "num_batches_tracked"): torch.tensor(0) for name in below}
+    return {**state_dict, **counters}
 
 
 def resnet_keys(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
@@ -204,30 +218,15 @@ def convert_file(weights: str | Path, form: str, output: str | Path) -> tuple[st
     return given, len(converted)
 
 
-def _with_bottom_up(state_dict: Mapping[str, Tensor], rename: Rename) -> dict[str, Tensor]:
-    above = ("backbone.fpn_", "proposal_generator.", "roi_heads.")
-    heads = {name: value for name, value in state_dict.items() if name.startswith(above)}
-    has_fpn = any(name.startswith("backbone.bottom_up.") for name in state_dict)
-    prefix = "backbone.bottom_up." if has_fpn else "backbone."
-    network = rename({name.removeprefix(prefix): value for name, value in state_dict.items() if name not in heads})
-    return {f"{prefix}{name}": value for name, value in network.items()} | heads
-
-
 def _timm_from_detectron2(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    def rename(network: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {f"model.{name}": value for name, value in resnet_from_detectron2(network).items()}
-
-    return _with_bottom_up(state_dict, rename)
+    return _with_counters(_renamed(state_dict, _inverse(BOTTOM_UP), "Detectron2's ResNet", HEADS_PREFIXES))
 
 
 def _timm_to_detectron2(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    def rename(network: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        network = {name.removeprefix("model."): value for name, value in network.items()}
-        if any(name.startswith("layer4.") for name in network):
-            resnet_keys(network)
-        return resnet_to_detectron2(network)
-
-    return _with_bottom_up(state_dict, rename)
+    network = {name.partition(".model.")[2]: value for name, value in state_dict.items() if ".model." in name}
+    if any(name.startswith("layer4.") for name in network):
+        resnet_keys(network)
+    return _renamed(state_dict, BOTTOM_UP, "a plain ResNet", HEADS_PREFIXES)
 
 
 def _timm_to_torchvision(state_dict: Mapping[str, Tensor], back: bool = False) -> dict[str, Tensor]:
