@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import (
     add_nst_det_config,
@@ -19,7 +20,7 @@ from nst_det.detection.config import (
     voc_roots,
 )
 from nst_det.detection.data import data_classes, split_training
-from nst_det.detectron2.data import register_images, register_voc
+from nst_det.detectron2.data import register_images
 from nst_det.detectron2.modeling import choose_roi_heads
 from nst_det.engine.config import load_config as read_config
 from nst_det.errors import UserError
@@ -69,26 +70,23 @@ def register_datasets(cfg: CfgNode) -> None:
         return
     # all of them get the same classes
     classes = data_classes(cfg, known_only=True)
-    opened = {}
+    opened: dict[str, VocDataset] = {}
     for name, (root, split) in zip(ours, voc_roots(cfg, ours, "DATASETS")):
-        opened[name] = register_voc(name, str(root), split, classes, cfg.DATASETS.USE_DIFFICULT)
-        log.info("%s: %s of %s, classes %s", name, split, root, ", ".join(MetadataCatalog.get(name).thing_classes))
+        opened[name] = VocDataset(root, split, classes)
+        log.info("%s: %s of %s, classes %s", name, split, root, ", ".join(classes))
+    sets: dict[str, VocDataset | JoinedVoc] = dict(opened)
     if cfg.DATASETS.VAL_FRACTION:
-        _register_validation(cfg, opened)
-    resolve_classes(cfg, classes)
-
-
-def _register_validation(cfg: CfgNode, opened: Mapping[str, VocDataset]) -> None:
-    names = list(cfg.DATASETS.TRAIN)
-    for name in names:
-        if name not in opened or name in cfg.DATASETS.TEST:
-            why = "in DATASETS.TEST too" if name in opened else "no entry of DATASETS.VOC"
-            raise UserError(f"DATASETS.VAL_FRACTION: {name} is {why}, so it can't be cut; set it to 0")
-    left, validation = split_training(cfg, [opened[name] for name in names])
-    for name, data in zip(names, left):
+        for name in cfg.DATASETS.TRAIN:
+            if name not in opened or name in cfg.DATASETS.TEST:
+                why = "in DATASETS.TEST too" if name in opened else "no entry of DATASETS.VOC"
+                raise UserError(f"DATASETS.VAL_FRACTION: {name} is {why}, so it can't be cut; set it to 0")
+        left, validation = split_training(cfg, [opened[name] for name in cfg.DATASETS.TRAIN])
+        sets |= dict(zip(cfg.DATASETS.TRAIN, left))
+        if validation is not None:
+            sets[VALIDATION] = validation
+    for name, data in sets.items():
         register_images(name, data, cfg.DATASETS.USE_DIFFICULT)
-    if validation is not None:
-        register_images(VALIDATION, validation)
+    resolve_classes(cfg, classes)
 
 
 def validation_config(cfg: CfgNode) -> CfgNode | None:
