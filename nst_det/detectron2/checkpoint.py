@@ -49,9 +49,9 @@ class BackboneCheckpointer(DetectionCheckpointer):
 
     def __init__(self, model: nn.Module, save_dir: str = "", *, whole: bool = False, **checkpointables: Any) -> None:
         super().__init__(model, save_dir, **checkpointables)
-        # refuse weights that leave a part of the detector random
+        # whether weights that leave a part of the detector random are refused
         self.whole = whole
-        # the network that `save` writes: the model, or an average of its weights
+        # what is saved: the model, or an average of its weights
         self.written = model
         self._card: Card | None = None
         self._source = ""

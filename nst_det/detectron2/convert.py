@@ -1,15 +1,4 @@
-"""Weights under other names: a ResNet's, and a whole detector's.  Nothing here needs Detectron2.
-
-Three forms of one Faster R-CNN with FPN (or without, for the first two)::
-
-    timm         both engines of this project with build_timm_fpn_backbone or build_timm_backbone
-    detectron2   a plain Detectron2 with build_resnet_fpn_backbone or build_resnet_backbone
-    torchvision  torchvision.models.detection.FasterRCNN on resnet_fpn_backbone
-
-The first two differ in the bottom-up's names.  torchvision's also has other names for the rest, the background as
-the first class instead of the last, and one set of box deltas for it.  Values are copied, never computed; only the
-batch normalization's epsilon may go into the variances.
-"""
+"""Weights under other names: a ResNet's, and a whole detector's.  Nothing here needs Detectron2."""
 
 from __future__ import annotations
 
@@ -27,6 +16,9 @@ from nst_det.errors import UserError
 from nst_det.models import create_model, load_plain
 from nst_det.models.build import batch_norms
 
+# of a Faster R-CNN: this project's with a timm bottom-up; a plain Detectron2's with its own ResNet, which differs in the
+# bottom-up's names; torchvision's own, which has other names above it too, the background as the first class instead of
+# the last, and box deltas for it
 FORMS = ("timm", "detectron2", "torchvision")
 Rename = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 # epsilon of every batch normalization that Detectron2 builds, FrozenBN too

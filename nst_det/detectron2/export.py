@@ -23,22 +23,18 @@ IMAGENET = {"channel_order": "RGB", "mean": [0.485, 0.456, 0.406], "std": [0.229
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the file for ``MODEL.WEIGHTS``, and the YAML with all keys that these weights need.
-
-    ``parity`` is the largest absolute difference of ``res2`` .. ``res5`` between the network that was exported and
-    Detectron2's, on normalized images; None where Detectron2 is not installed.
-    """
+    """The file for ``MODEL.WEIGHTS``, and the YAML with all keys that these weights need."""
 
     weights: Path
     config: Path
+    # largest difference of res2 .. res5 from Detectron2's network; None where Detectron2 is not installed
     parity: float | None
 
 
 def export_backbone(weights: str, output: str | Path, arch: str = "") -> Exported:
-    """Write a torchvision/timm ResNet by Detectron2's names, and the config that goes with it beside it.
+    """Write a torchvision/timm ResNet by Detectron2's names, and its config; nothing where Detectron2's maps differ.
 
-    ``weights`` is a backbone file, or somebody's plain ResNet weights, then with the timm name ``arch``.  A network
-    that computes other maps in Detectron2 is refused, and nothing is left behind.
+    ``weights`` is a backbone file, or somebody's plain ResNet weights, then with the timm name ``arch``.
     """
     output = Path(output)
     if output.suffix not in (".pkl", ".pth"):

@@ -63,7 +63,7 @@ class Engines:
 
 
 def load_engines(config_file: str | Path, weights: str, overrides: Sequence[str] = ()) -> Engines:
-    """Build both detectors from one YAML, and fill both from one file, which may tell NUM_CLASSES too."""
+    """Build both detectors from one YAML, and fill both from one file."""
     overrides = [*overrides, "MODEL.WEIGHTS", weights, "MODEL.DEVICE", "cpu"]
     ours, theirs = load_detect_config(config_file, overrides), load_config(config_file, overrides)
     scores = load_plain(weights).get("roi_heads.box_predictor.cls_score.bias")

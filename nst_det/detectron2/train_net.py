@@ -178,7 +178,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
     cfg.defrost()
     cfg.MODEL.WEIGHTS = weights
-    # beside the figures, so that a run's own files are left as they are
+    # next to the figures, so that a run's own files are left as they are
     _setup(cfg, Path(cfg.OUTPUT_DIR) / "inference", args)
     log.info(compute_line(torch.device(cfg.MODEL.DEVICE), None, cfg.DATALOADER.NUM_WORKERS))
     model = build_model(cfg)
