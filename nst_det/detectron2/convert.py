@@ -17,8 +17,8 @@ from nst_det.models import create_model, load_plain
 from nst_det.models.build import batch_norms
 
 # of a Faster R-CNN: this project's with a timm bottom-up; a plain Detectron2's with its own ResNet, which differs in
-# the bottom-up's names; torchvision's own, which has other names above it too, the background as the first class instead
-# of the last, and box deltas for it
+# the bottom-up's names; torchvision's own, which has other names above it too, the background as the first class
+# instead of the last, and box deltas for it
 FORMS = ("timm", "detectron2", "torchvision")
 Rename = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 # epsilon of every batch normalization that Detectron2 builds, FrozenBN too
