@@ -28,15 +28,18 @@ BACKBONE_SIZE = (224, 224)
 
 
 class Traceable(nn.Module):
-    """A detector that takes a batch as one tensor and gives plain tensors, as a tracer wants it."""
+    """A detector that takes a batch as one tensor and gives plain tensors, as a tracer wants it.
 
-    def __init__(self, detector: nn.Module) -> None:
+    ``detect`` runs a detector that gives its detections in another form than the torchvision engine's.
+    """
+
+    def __init__(self, detector: nn.Module, detect: Callable[[nn.Module, Any], Any] = nn.Module.__call__) -> None:
         super().__init__()
-        self.detector = detector
+        self.detector, self.detect = detector, detect
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Turn (B, 3, H, W), 0..255, into boxes, scores and labels, image after image."""
-        found = self.detector([{"image": image} for image in images])
+        found = self.detect(self.detector, [{"image": image} for image in images])
         return tuple(item[name] for item in found for name in ("boxes", "scores", "labels"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,12 @@ def _measure(run: Run, config: CfgNode) -> Cost:
 
 def _load(folder: Path, config: CfgNode, device: Any) -> Any:
     """Return the trained detector of a run as a network on pixels."""
-    if config.ENGINE == "detectron2":
-        from nst_det.detectron2.parity import load_pixels
-
-        return load_pixels(folder, config, device)[0]
     from nst_det.benchmark import Traceable
+
+    if config.ENGINE == "detectron2":
+        from nst_det.detectron2 import parity
+
+        return Traceable(parity.load_run(folder, config, device), partial(parity.detect, postprocess=False))
     from nst_det.detection.predict import load_run
 
     return Traceable(load_run(folder, device)[0])

@@ -1,7 +1,5 @@
 import itertools
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,6 +20,7 @@ from nst_det.detection.data import (
     training_batches,
 )
 from nst_det.errors import UserError
+from tests.helpers.loaders import assert_takes_few_files
 
 CLASSES = ("crescent", "cross", "ellipse", "hexagon", "ring", "square", "star", "triangle")
 
@@ -197,7 +196,8 @@ LOADERS = """
 import sys, time
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import load_detect_config
-from nst_det.detection.data import DetectionImages, data_classes, evaluation_batches, open_voc, training_batches
+from nst_det.detection.data import DetectionImages as Images
+from nst_det.detection.data import data_classes, evaluation_batches, open_voc, training_batches
 config = load_detect_config(sys.argv[1])
 sets = open_voc(config, "DATASETS.TRAIN", data_classes(config))
 loaders = [training_batches(config, sets, 0, 0)]
@@ -212,29 +212,11 @@ def test_workers_end_with_the_training_however_that_ends(on_shapes, tmp_path, si
     assert left_behind(LOADERS + BOTH, signum, tmp_path / "run.yaml") == []
 
 
-# while one worker is slow, the others' batches wait in the parent
-FEW_FILES = """
-import resource
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-given = DetectionImages.__getitem__
-def slow(self, place):
-    if place.step in (5, 50) and place.slot == 0:
-        time.sleep(2)
-    return given(self, place)
-DetectionImages.__getitem__ = slow
-for step, batch in zip(range(200), loaders[0]):
-    assert len(batch) == 16
-print("steps:", step + 1)
-"""
-
-
 @pytest.mark.slow
 def test_batches_that_wait_take_few_files(on_shapes, tmp_path):
     changes = {"DATALOADER.NUM_WORKERS": 12, "SOLVER.IMS_PER_BATCH": 16, "INPUT.MIN_SIZE_TRAIN": [32]}
     (tmp_path / "run.yaml").write_text(on_shapes(changes=changes).dump())
-    command = [sys.executable, "-c", LOADERS + FEW_FILES, str(tmp_path / "run.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout == "steps: 200\n", done.stderr
+    assert_takes_few_files(LOADERS, tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
