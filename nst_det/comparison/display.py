@@ -1,4 +1,4 @@
-"""What a comparison is doing: a live view on a terminal, a plain line now and then elsewhere."""
+"""How far a comparison is: a live view on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -42,30 +42,24 @@ def last_metrics(path: Path) -> dict[str, Any] | None:
 
 
 def steps_done(run: Run) -> tuple[int, dict[str, Any]]:
-    """Return the steps that a run has done, read from its run folders, and the last metrics.
+    """Return the steps that a run has done, and its last metrics.
 
     Of several folders (the students of stage one) the one that is furthest behind counts; done ones don't.
     """
     rows = [last_metrics(folder / "metrics.jsonl") or {"step": -1} for folder in run.folders]
     behind = [row for row, result in zip(rows, run.results) if not result.exists()]
-    row = min(behind or rows or [{"step": -1}], key=lambda row: row["step"])
+    row = min(behind or rows, key=lambda row: row["step"])
     return row["step"] + 1, {key: value for key, value in row.items() if key != "step"}
 
 
 class ProgressDisplay:
-    """Is told what happens and shows it, within ``with ProgressDisplay(...) as display``.
+    """Shows runs as they start and end, within ``with ProgressDisplay(...) as display``.
 
-    Args:
-        runs: the whole plan.
-        total_steps: steps of a run of a kind, 0 where not known.
-        share: the part of the machine that a run takes, 0..1.
+    ``total_steps`` are those of a run by its kind; ``share`` is the part of the machine that a run takes, 0..1.
     """
 
     def __init__(
-        self,
-        runs: Sequence[Run],
-        total_steps: Mapping[str, int],
-        share: Callable[[Run], float] = lambda run: 1.0,
+        self, runs: Sequence[Run], total_steps: Mapping[str, int], share: Callable[[Run], float] = lambda run: 1.0
     ) -> None:
         self._runs, self._total, self._share = list(runs), dict(total_steps), share
         self._done = {run.name for run in runs if run.done}
@@ -99,7 +93,7 @@ class ProgressDisplay:
             self._bar.stop()
 
     def started(self, run: Run) -> None:
-        """Show that a run was started (or resumes)."""
+        """Show that a run was started, or resumes."""
         steps, _ = steps_done(run)
         self._begin[run.name] = (time.monotonic(), steps)
         if self._bar is not None:
@@ -111,11 +105,12 @@ class ProgressDisplay:
     def finished(self, run: Run) -> None:
         """Show that a run is done."""
         begin, first = self._begin.pop(run.name)
-        seconds = time.monotonic() - begin
+        seconds, total = time.monotonic() - begin, self._total.get(run.kind, 0)
         self._done.add(run.name)
-        total = self._total.get(run.kind, 0)
-        if first == 0 or 0 < first < total:
-            self._seconds.setdefault(run.kind, []).append(seconds * total / (total - first) if first else seconds)
+        if first == 0:
+            self._seconds.setdefault(run.kind, []).append(seconds)
+        elif first < total:
+            self._seconds.setdefault(run.kind, []).append(seconds * total / (total - first))
         if self._bar is not None:
             self._bar.remove_task(self._tasks.pop(run.name))
             self._bar.update(self._tasks[""], completed=len(self._done))
@@ -127,37 +122,34 @@ class ProgressDisplay:
         if now - self._last < (REFRESH_SECONDS if self._bar is not None else PLAIN_SECONDS):
             return
         first, self._last = self._last == 0.0, now
-        states = {run.name: steps_done(run) for run in running}
-        left = self.seconds_left(running, {name: steps for name, (steps, _) in states.items()})
+        states = [(run, *steps_done(run)) for run in running]
+        left = self.seconds_left({run.name: steps for run, steps, _ in states})
         eta = "" if left is None else f"ETA {duration(left)}"
         if self._bar is not None:
             self._bar.update(self._tasks[""], completed=len(self._done), note=eta)
-            for name, (steps, metrics) in states.items():
-                self._bar.update(self._tasks[name], completed=steps, note=loss_note(metrics, NOTE_TERMS))
+            for run, steps, metrics in states:
+                self._bar.update(self._tasks[run.name], completed=steps, note=loss_note(metrics, NOTE_TERMS))
         elif running and not first:
             parts = []
-            for run in running:
-                steps, metrics = states[run.name]
+            for run, steps, metrics in states:
                 note = loss_note(metrics)
                 parts.append(f"{run.name} {steps}/{self._total.get(run.kind) or '?'}{f' ({note})' if note else ''}")
             log.info("%d/%d runs done; %s  %s", len(self._done), len(self._runs), ", ".join(parts), eta)
 
-    def seconds_left(self, running: Sequence[Run], steps: Mapping[str, int]) -> float | None:
-        """Return the seconds until all is done, from runs of the same kind; None while a kind has not been seen yet.
+    def seconds_left(self, steps: Mapping[str, int]) -> float | None:
+        """Return the seconds until all is done, given the steps that each running run has done.
 
-        ``steps`` are those that each running one has done.
+        Runs of a kind take the same time; None while a kind has not been seen yet.
         """
-        now = time.monotonic()
-        left = {run.name: 1.0 for run in self._runs if run.name not in self._done}
+        todo = [run for run in self._runs if run.name not in self._done]
         guesses = {kind: sum(values) / len(values) for kind, values in self._seconds.items()}
-        for run in running:
-            total = self._total.get(run.kind, 0)
-            begin, first = self._begin[run.name]
-            if total:
-                left[run.name] = max(0.0, 1 - steps[run.name] / total)
-                if steps[run.name] > first:
-                    guesses.setdefault(run.kind, (now - begin) * total / (steps[run.name] - first))
-        todo = [run for run in self._runs if run.name in left]
+        shares: dict[str, float] = {}
+        for run in todo:
+            done, total = steps.get(run.name, 0), self._total.get(run.kind, 0)
+            shares[run.name] = max(0.0, 1 - done / total) if total else 1.0
+            begin, first = self._begin.get(run.name, (0.0, 0))
+            if total and done > first:
+                guesses.setdefault(run.kind, (time.monotonic() - begin) * total / (done - first))
         if not all(run.kind in guesses for run in todo):
             return None
-        return sum(left[run.name] * guesses[run.kind] * self._share(run) for run in todo)
+        return sum(shares[run.name] * guesses[run.kind] * self._share(run) for run in todo)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
+import torch
 from fvcore.common.config import CfgNode
 
 from nst_det.comparison.config import Comparison
@@ -25,6 +26,7 @@ from nst_det.data.voc import VocDataset
 from nst_det.detection.config import voc_roots
 from nst_det.engine.clock import GIB
 from nst_det.engine.config import expand_path, flat, plain
+from nst_det.engine.fingerprint import RATE, RUN, concerns
 from nst_det.engine.format import bytes_below, duration, size
 from nst_det.engine.io import write_text
 from nst_det.engine.metrics import read_metrics, speed_of
@@ -37,38 +39,16 @@ WARM_UP = 2
 POLL_SECONDS, MEMORY_SECONDS = 0.01, 0.05
 # what a process has on a GPU beside its tensors: the driver's context and the kernels, roughly
 GPU_CONTEXT = GIB // 2
-# what differs between two runs of one kind without changing what they take
-_FREE = ("OUTPUT_DIR", "REGISTRY", "NAME", "SEED", "MODEL.WEIGHTS", "TEACHER.WEIGHTS", "TRANSFER.TEACHER.WEIGHTS")
-_FREE_RATES = ("SOLVER.BASE_LR", "SOLVER.BACKBONE_MULTIPLIER")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one run will take.
+    """What one run will take."""
 
-    Attributes:
-        seconds: from its start to its end, on an otherwise idle machine.
-        disk: bytes that it leaves behind.
-        memory: bytes, the most that its processes have at a time.  0 is not known.
-        gpu_memory: bytes, the most that it allocates on its GPU at a time; 0 without one.
-    """
-
-    seconds: float
-    disk: int
-    memory: int
-    gpu_memory: int = 0
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A run of few steps: seconds of all that isn't a step, of a step, and of the last part, an evaluation; bytes."""
-
-    rest: float
-    step: float
-    end: float
-    disk: int
-    memory: int
-    gpu_memory: int
+    seconds: float = 0.0  # on an otherwise idle machine
+    disk: int = 0  # bytes that it leaves behind
+    memory: int = 0  # bytes, the most that its processes have at a time; 0 where not known
+    gpu_memory: int = 0  # bytes, the most that it allocates on its GPU at a time
 
 
 def estimate(
@@ -77,12 +57,9 @@ def estimate(
     """Try one run of each kind; return what every run of the plan will take, by its name.
 
     ``command`` gives the command line of a run, in place of this package's own.
-
-    Raises:
-        UserError: a trial ended with an error; the line is the run's own.
     """
     found: dict[str, Estimate] = {}
-    tried: dict[str, _Trial] = {}
+    tried: dict[str, Estimate] = {}
     with tempfile.TemporaryDirectory(prefix="nst-det-dry-run-") as name:
         folder = Path(name)
         # generated data that isn't there yet is made here, too
@@ -91,20 +68,16 @@ def estimate(
         launcher = LocalLauncher(folder, machine, command)
         for run in make_plan(trial_of):
             if run.kind == DATA:
-                one = _try(run, launcher, folder) if missing else _Trial(0, 0, 0, 0, 0, 0)
-                found[run.name] = Estimate(one.rest, one.disk, one.memory)
+                found[run.name] = _try(run, None, launcher, folder) if missing else Estimate()
                 continue
             config = run_config(trial_of, run)
-            values = {key: value for key, value in plain(flat(config)).items() if key not in (*_FREE, *_FREE_RATES)}
+            # what differs between two runs of one kind without changing what they take is left out
+            values = {key: value for key, value in plain(flat(config)).items() if not concerns(key, RUN, RATE)}
             kind = f"{run.kind}-{config_hash(values)}"
             if kind not in tried:
                 write_text(run.config_path(folder), _shortened(run, config).dump())
-                tried[kind] = _try(run, launcher, folder)
-                tried[kind] = replace(tried[kind], memory=tried[kind].memory + images_kept(run, config))
-            one, steps, period = tried[kind], total_steps(run, config), config.TEST.EVAL_PERIOD
-            evaluations = 1 + ((steps - 1) // period if period else 0)
-            seconds = one.rest + steps * one.step + evaluations * one.end
-            found[run.name] = Estimate(seconds, one.disk, one.memory, one.gpu_memory)
+                tried[kind] = _try(run, config, launcher, folder)
+            found[run.name] = tried[kind]
     return found
 
 
@@ -126,7 +99,8 @@ def _shortened(run: Run, config: CfgNode) -> CfgNode:
     return config
 
 
-def _try(run: Run, launcher: LocalLauncher, folder: Path) -> _Trial:
+def _try(run: Run, config: CfgNode | None, launcher: LocalLauncher, folder: Path) -> Estimate:
+    """Do a run of :data:`STEPS` steps; return what it takes with the steps of ``config`` (None: it has no steps)."""
     before, began = bytes_below(folder), time.monotonic()
     process = launcher.start(run)
     # steps done -> when that was seen first
@@ -144,22 +118,31 @@ def _try(run: Run, launcher: LocalLauncher, folder: Path) -> _Trial:
         process.outcome()
         raise
     code, output = process.outcome()
-    if code or (run.folders and STEPS not in seen):
+    if code or (config and STEPS not in seen):
         lines = output.strip().splitlines() or ["it wrote nothing"]
         raise UserError(f"--dry-run: the trial of {run.name} failed: {lines[-1].removeprefix('nst-det: ')}")
     disk = bytes_below(folder) - before
-    if not run.folders:
-        return _Trial(now - began, 0.0, 0.0, disk, memory, 0)
+    if config is None:
+        return Estimate(now - began, disk, memory)
     first, last = min(count for count in seen if count >= WARM_UP), seen[STEPS]
     step = (last - seen[first]) / max(STEPS - first, 1)
+    # what comes after the last step is an evaluation
+    start, evaluation = max(last - began - STEPS * step, 0.0), now - last
+    steps, period = total_steps(run, config), config.TEST.EVAL_PERIOD
+    evaluations = 1 + ((steps - 1) // period if period else 0)
     speed = speed_of(read_metrics(run.folders[0] / "metrics.jsonl", speed=True))
-    gpu_memory = round(speed.get("gpu_memory_gib", 0) * GIB)
-    return _Trial(max(last - began - STEPS * step, 0.0), step, now - last, disk, memory, gpu_memory)
+    return Estimate(
+        seconds=start + steps * step + evaluations * evaluation,
+        disk=disk,
+        memory=memory + images_kept(run, config),
+        gpu_memory=round(speed.get("gpu_memory_gib", 0) * GIB),
+    )
 
 
 def _memory(process: Process) -> int:
-    """Return the bytes that a process and its loader processes have now; not what the kernel says at its end, which
-    starts with the memory of the process that started it.
+    """Return the bytes that a process and its loader processes have now.
+
+    The kernel's maximum starts with the memory of the process that started it.
     """
     try:
         one = psutil.Process(process.pid)
@@ -202,7 +185,7 @@ def wall_seconds(runs: Sequence[Run], found: Mapping[str, Estimate], machine: Ma
 
 def total(found: Mapping[str, Estimate], runs: Sequence[Run]) -> Estimate:
     """Return the seconds of machine time and bytes of all runs that are not done; of memory the largest one's."""
-    left = [found[run.name] for run in runs if not run.done] or [Estimate(0.0, 0, 0)]
+    left = [found[run.name] for run in runs if not run.done] or [Estimate()]
     return Estimate(
         seconds=sum(one.seconds for one in left),
         disk=sum(one.disk for one in left),
@@ -221,8 +204,6 @@ def gpu_shortage(one: Estimate, machine: Machine) -> str:
     """Return a line where runs like the largest ``one`` need more on a GPU, side by side, than it has free; else ""."""
     if not one.gpu_memory:
         return ""
-    import torch
-
     beside = -(-machine.gpu_jobs // len(machine.gpus))
     needed = one.gpu_memory + GPU_CONTEXT
     free = min(torch.cuda.mem_get_info(index)[0] for index in range(len(machine.gpus)))

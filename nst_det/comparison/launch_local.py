@@ -8,19 +8,19 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
+
+import torch
 
 from nst_det.comparison.display import ProgressDisplay
 from nst_det.comparison.plan import Run
 from nst_det.engine.device import core_count
-from nst_det.engine.signals import EXIT_RESUME, SIGNALS, Preempted
+from nst_det.engine.signals import EXIT_RESUME, preemptible
 from nst_det.errors import RunFailed
 
 log = logging.getLogger(__name__)
@@ -36,19 +36,12 @@ Command = Callable[[Run, Path], list[str]]
 Outcome = tuple[int, str]
 
 
-class Stopped(Preempted):
-    """The comparison was asked by a signal to stop; its runs have saved what they did."""
-
-
 class Launcher(Protocol):
-    """Starts runs, here or on a cluster.
+    """Starts runs, here or on a cluster."""
 
-    Attributes:
-        errors: what a future raises where a run was lost.
-        hint: more to say where a run's result is missing.
-    """
-
+    # what a future raises where a run was lost
     errors: tuple[type[Exception], ...]
+    # more to say where a run's result is missing
     hint: str
 
     def fitting(self, ready: Sequence[Run], running: Collection[Run]) -> list[Run]:
@@ -64,18 +57,14 @@ class Launcher(Protocol):
 def run_plan(runs: Sequence[Run], folder: Path, launcher: Launcher, display: ProgressDisplay) -> None:
     """Do all runs that are not done, each as soon as what it needs is done and the launcher has room.
 
-    How many run at once changes when a run happens, never what it computes.
-
-    Raises:
-        RunFailed: one of them ended with an error; the others were stopped.
-        Stopped: SIGTERM or SIGINT came; all were stopped.
+    How many run at once changes when a run happens, never what it computes.  An error or a signal stops all of them.
     """
     todo = {run.name: run for run in runs if not run.done}
     order = TopologicalSorter({name: [need for need in run.needs if need in todo] for name, run in todo.items()})
     order.prepare()
     ready: set[str] = set()
     running: dict[Future[Outcome], Run] = {}
-    with stop_signals_raise():
+    with preemptible(once=True):
         try:
             while order.is_active():
                 ready.update(order.get_ready())
@@ -120,37 +109,15 @@ def _check_outcome(run: Run, code: int, output: str, log: Path, hint: str) -> No
     raise RunFailed(f"run {run.name} failed: {reason} (log: {log})", exit_code)
 
 
-@contextlib.contextmanager
-def stop_signals_raise() -> Iterator[None]:
-    """Within the block SIGTERM and SIGINT raise :class:`Stopped`, once; later ones are ignored while all stops."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        raise Stopped(signum)
-
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @dataclass(frozen=True)
 class Machine:
-    """What runs may use: CPU cores, and GPUs (as CUDA_VISIBLE_DEVICES names them) with room for ``gpu_jobs`` runs.
+    """What runs may use: room for ``jobs`` threads on the CPU, and for ``gpu_jobs`` runs on all GPUs together.
 
-    Attributes:
-        jobs: one-thread runs side by side on the CPU; where there are GPUs, the cores.
-        gpus: empty where there is none; then all runs are the CPU's.
-        gpu_jobs: runs side by side on all GPUs together, which share the cores.
+    Runs on GPUs share the cores, which are ``jobs`` then; without GPUs all runs are the CPU's.
     """
 
     jobs: int
+    # as CUDA_VISIBLE_DEVICES names them
     gpus: tuple[str, ...] = ()
     gpu_jobs: int = 0
 
@@ -167,16 +134,13 @@ class Machine:
         return 1 if self.on_gpu(run) else max(1, min(run.threads, self.jobs))
 
     def fitting(self, ready: Sequence[Run], running: Collection[Run]) -> list[Run]:
-        """Return which of the runs that may start fit beside the running ones.
-
-        One that waits for room is not overtaken, so that the long runs which all others wait for never starve.
-        """
+        """Return which of the runs that may start fit beside the running ones."""
         used = {True: 0, False: 0}
         for run in running:
             used[self.on_gpu(run)] += self.weight(run)
         fits = []
         for run in ready:
-            # counted also where it does not fit, so that no later run slips in before it
+            # counted also where it doesn't fit: a long run that all others wait for is not overtaken by short ones
             used[self.on_gpu(run)] += self.weight(run)
             if used[self.on_gpu(run)] <= self.room(run):
                 fits.append(run)
@@ -185,8 +149,6 @@ class Machine:
 
 def this_machine(jobs: int = 0) -> Machine:
     """Return this machine; ``jobs`` runs side by side, on its GPUs if there are some; 0 is one a GPU, or one a core."""
-    import torch
-
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     count = torch.cuda.device_count()
     gpus = tuple(named[:count]) if named else tuple(str(index) for index in range(count))
@@ -238,13 +200,7 @@ def stage_command(run: Run, folder: Path) -> list[str]:
 
 
 class LocalLauncher:
-    """Runs processes on this machine.
-
-    Args:
-        folder: of the comparison.
-        machine: what may be used.
-        command: gives the command line of a run, in place of this package's own.
-    """
+    """Runs processes on this machine; ``command`` gives their command lines in place of this package's own."""
 
     errors: tuple[type[Exception], ...] = ()
     hint = ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # a run folder refuses to resume with another value; the rest are the runs of stage one whose results depend on the key
 RESUME, STUDENT, TEACHER, TRAINED_TEACHER, CACHE = "resume", "student", "teacher", "trained teacher", "cache"
+# a comparison sets it for each run; how fast a run learns, not what a step takes; what a forward pass of a detector is
+RUN, RATE, FORWARD = "run", "rate", "forward"
 _PIXELS = (RESUME, STUDENT, TEACHER, CACHE)
 _VIEWS = (RESUME, STUDENT, CACHE)
 
@@ -11,7 +13,7 @@ _VIEWS = (RESUME, STUDENT, CACHE)
 CONCERNS: dict[str, tuple[str, ...]] = {
     "": (RESUME, STUDENT),
     # where, how fast and what is shown, and what is done about a step that failed
-    "OUTPUT_DIR": (),
+    "OUTPUT_DIR": (RUN,),
     "MODEL.DEVICE": (),
     "DATALOADER.NUM_WORKERS": (),
     "DATALOADER.CACHE_IMAGES_MB": (),
@@ -20,9 +22,18 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "WANDB": (),
     "SOLVER.NON_FINITE": (),
     "TRUST_PICKLE": (),
+    # of a comparison or a search: more of them, or others, may be asked for
+    "SEEDS": (RESUME, RUN),
+    "ROWS": (),
+    "TUNED": (),
+    "TRIALS": (),
+    "JOBS": (),
+    "DISTILL": (),
+    "DETECT.CONFIG": (),
+    "DETECT.OPTS": (),
     # a comparison keeps to them; in stage one methods may be added and these may change
-    "METHODS": (RESUME,),
-    "REGISTRY": (RESUME,),
+    "METHODS": (RUN,),
+    "REGISTRY": (RESUME, RUN),
     "CHECKPOINT_PERIOD": (RESUME,),
     "LOG_PERIOD": (RESUME,),
     "DATALOADER": (RESUME,),
@@ -35,9 +46,17 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "CACHE.VIEWS": _VIEWS,
     "CACHE.VIEW_SEED": _VIEWS,
     "CACHE.DTYPE": _VIEWS,
-    "NAME": (RESUME, STUDENT, TEACHER),
-    "SEED": (RESUME, STUDENT, TEACHER),
+    "NAME": (RESUME, STUDENT, TEACHER, RUN),
+    "SEED": (RESUME, STUDENT, TEACHER, RUN),
+    "ENGINE": (RESUME, STUDENT, RUN),
+    "MODEL": (RESUME, STUDENT, FORWARD),
+    "MODEL.WEIGHTS": (RESUME, STUDENT, RUN),
+    "MODEL.TIMM.PRETRAINED": (RESUME, STUDENT),
+    "MODEL.BACKBONE.FREEZE_AT": (RESUME, STUDENT),
+    "INPUT.MIN_SIZE_TEST": (RESUME, STUDENT, FORWARD),
+    "INPUT.MAX_SIZE_TEST": (RESUME, STUDENT, FORWARD),
     "TEST": (RESUME, STUDENT, TEACHER),
+    "TEST.DETECTIONS_PER_IMAGE": (RESUME, STUDENT, TEACHER, FORWARD),
     "DATA": (RESUME, STUDENT, TEACHER),
     "DATA.IMAGE_SIZE": _PIXELS,
     "DATA.CROP_RATIO": _PIXELS,
@@ -45,6 +64,8 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "DATA.STD": _PIXELS,
     "DATA.AUGMENT": _PIXELS,
     "SOLVER": (RESUME, STUDENT, TRAINED_TEACHER),
+    "SOLVER.BASE_LR": (RESUME, STUDENT, TRAINED_TEACHER, RATE),
+    "SOLVER.BACKBONE_MULTIPLIER": (RESUME, STUDENT, TRAINED_TEACHER, RATE),
     "FLOAT32_PRECISION": (RESUME, STUDENT, TRAINED_TEACHER, CACHE),
     # a student depends on the teacher's weights, by their hash
     "TEACHER": (RESUME,),

@@ -10,15 +10,15 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.config import BASELINE, Comparison, load_comparison, path_beside
+from nst_det.comparison.config import Comparison, load_comparison, path_beside
+from nst_det.comparison.result import BASELINE
 from nst_det.engine.config import expand_path, flat, load_config, plain
+from nst_det.engine.fingerprint import RESUME, concerns
 from nst_det.errors import UserError
 from nst_det.losses.registry import get_term
 
 LEVELS = "levels"
 TOP1, MAP = "top1", "map"
-# these may grow (or differ) between two calls on one folder
-GROWING_KEYS = ("OUTPUT_DIR", "METHODS", "TRIALS")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
     spaces = {word: space_of(word, base, config, str(file)) for word in base.methods if word != BASELINE}
     if not spaces:
         raise UserError(f"{file}: METHODS has no method with a term to search for")
-    own = {key: value for key, value in plain(flat(config)).items() if key not in GROWING_KEYS}
+    own = {key: value for key, value in plain(flat(config)).items() if concerns(key, RESUME)}
     budget = {
         "trials": config.TRIALS,
         "seeds": list(base.seeds),

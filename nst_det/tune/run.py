@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.table import Table
 
-from nst_det.comparison.config import BASELINE, Comparison, Tuned, merge_stage
+from nst_det.comparison.config import Comparison, Tuned, merge_stage
 from nst_det.comparison.launch_local import Command, LocalLauncher, this_machine
 from nst_det.comparison.pipeline import checked_configs, launch, run_configs
 from nst_det.comparison.plan import (
     DETECTOR,
     STUDENTS,
-    TEACHER,
     Run,
     backbone_file,
+    backbone_folder,
     detector_folder,
     make_plan,
-    student_folder,
     teacher_detector_settings,
     with_students,
 )
+from nst_det.comparison.result import BASELINE, TEACHER
 from nst_det.engine.io import read_json, write_text
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed
@@ -151,7 +151,9 @@ class Evaluator:
 
     def _value(self, trial: Comparison, word: str, seed: int) -> float:
         by_map = self.tuning.objective_of(word) == MAP
-        path = (detector_folder if by_map else student_folder)(trial, word, seed) / "result.json"
+        folder = detector_folder(trial, word, seed) if by_map else backbone_folder(trial, word, seed)
+        assert folder is not None
+        path = folder / "result.json"
         result = read_json(path)
         value = result.get("validation", {}).get("map") if by_map else result.get("top1")
         if not isinstance(value, int | float):

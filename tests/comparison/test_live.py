@@ -10,7 +10,7 @@ from nst_det.comparison.plan import Run
 
 def make_run(tmp_path, name, kind="detector", folders=1, threads=1):
     paths = tuple(tmp_path / name / str(index) for index in range(folders))
-    return Run(name, kind, (), tuple(path / "result.json" for path in paths), {}, folders=paths, threads=threads)
+    return Run(name, kind, (), tuple(path / "result.json" for path in paths), {}, threads=threads)
 
 
 def write_steps(folder, steps, cut=""):
@@ -53,7 +53,7 @@ def test_the_time_left_by_hand(tmp_path, clock):
     detectors = [make_run(tmp_path, name) for name in "abc"]
     with ProgressDisplay([teacher, *detectors], {"teacher": 10, "detector": 20}, lambda run: run.threads / 2) as view:
         view.started(teacher)
-        assert view.seconds_left([teacher], {"teacher": 0}) is None  # no run of the kind detector was seen yet
+        assert view.seconds_left({"teacher": 0}) is None  # no run of the kind detector was seen yet
         clock[0] += 30
         (tmp_path / "teacher" / "0").mkdir(parents=True)
         (tmp_path / "teacher" / "0" / "result.json").write_text("{}")
@@ -62,7 +62,7 @@ def test_the_time_left_by_hand(tmp_path, clock):
         view.started(detectors[1])
         clock[0] += 5
         # a did 5 of 20 steps in 5 s, so a detector takes 20 s; left are 15, 18 and 20 s for two at a time
-        assert view.seconds_left(detectors[:2], {"a": 5, "b": 2}) == pytest.approx((15 + 18 + 20) / 2)
+        assert view.seconds_left({"a": 5, "b": 2}) == pytest.approx((15 + 18 + 20) / 2)
 
 
 def test_a_run_that_went_on_is_scaled_to_a_whole_one(tmp_path, clock):
@@ -73,7 +73,7 @@ def test_a_run_that_went_on_is_scaled_to_a_whole_one(tmp_path, clock):
         clock[0] += 7
         view.finished(runs[0])
         # half of it took 7 s
-        assert view.seconds_left([], {}) == pytest.approx(14.0)
+        assert view.seconds_left({}) == pytest.approx(14.0)
 
 
 def test_plain_lines_now_and_then(tmp_path, clock, caplog):

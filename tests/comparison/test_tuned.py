@@ -73,7 +73,7 @@ def test_what_is_no_such_file_is_one_line(tmp_path, content, message):
     [
         ("ce", ""),
         ("kd", "tuned: 8 trials"),
-        ("kd:2", "weight in the word"),
+        ("kd:2", "weight in the method string"),
         ("fitnet", "configured weight"),
         ("nst-linear", "default weight"),
         ("fitnet+nst-linear", "configured weight, default weight"),
