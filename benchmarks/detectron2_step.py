@@ -95,9 +95,9 @@ def main() -> int:
             register_datasets(made)
             return made
 
-        nst = ["TRANSFER.METHOD", "nst-poly", "TRANSFER.LEVELS", "['p2','p3','p4','p5']"]
-        nst += ["TRANSFER.TEACHER.CONFIG_FILE", f"{folder}/teacher.yaml"]
-        nst += ["TRANSFER.TEACHER.WEIGHTS", f"{folder}/teacher.pth"]
+        nst = ["METHOD", "nst-poly", "TRANSFER.LEVELS", "['p2','p3','p4','p5']"]
+        nst += ["TEACHER.CONFIG_FILE", f"{folder}/teacher.yaml"]
+        nst += ["TEACHER.WEIGHTS", f"{folder}/teacher.pth"]
 
         class Plain(DefaultTrainer):
             """Detectron2's trainer as it is; only its evaluation is switched off."""

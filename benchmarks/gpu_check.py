@@ -266,13 +266,13 @@ def stage_one(part: Part) -> None:
             "TEACHER.WEIGHTS": teacher,
             "TEACHER.EXPECTED_TOP1": 0,
             "STUDENT.ARCH": part.student,
-            "SOLVER.AMP": "bf16" if part.device == "cuda" else "fp32",
+            "SOLVER.AMP.ENABLED": part.device == "cuda",
             "SOLVER.IMS_PER_BATCH": part.batch,
             "SOLVER.BASE_LR": 0.001,
             "SOLVER.STEPS": [],
             "SOLVER.MAX_ITER": steps,
             "TEST.EVAL_PERIOD": 0,
-            "CHECKPOINT_PERIOD": 100000,
+            "SOLVER.CHECKPOINT_PERIOD": 100000,
             "LOG_PERIOD": 1 if part.small else 4,
             "TENSORBOARD": False,
             "DATALOADER.NUM_WORKERS": workers,
@@ -537,9 +537,9 @@ def detector_part(
     config = load_detect_config(DETECTOR, teacher)
     save_weights(part.folder / "teacher.safetensors", build_detector(config, 7), classes)
     (part.folder / "teacher.yaml").write_text(config.dump())
-    nst = ["TRANSFER.METHOD", "nst-poly:1", "TRANSFER.LEVELS", str(PYRAMID)]
-    nst += ["TRANSFER.TEACHER.CONFIG_FILE", str(part.folder / "teacher.yaml")]
-    nst += ["TRANSFER.TEACHER.WEIGHTS", str(part.folder / "teacher.safetensors")]
+    nst = ["METHOD", "nst-poly:1", "TRANSFER.LEVELS", str(PYRAMID)]
+    nst += ["TEACHER.CONFIG_FILE", str(part.folder / "teacher.yaml")]
+    nst += ["TEACHER.WEIGHTS", str(part.folder / "teacher.safetensors")]
     with_workers = [*plain, "DATALOADER.NUM_WORKERS", str(part.workers)]
     alone = [*plain, "DATALOADER.NUM_WORKERS", "0"]
 

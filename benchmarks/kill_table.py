@@ -51,9 +51,8 @@ DISTILL = {
     "DATA": {"IMAGE_SIZE": 32, "AUGMENT": {"SHIFT": 2, "HFLIP": 0.5}},
     "TEACHER": {"ARCH": "nst_resnet10_w32", "SOLVER": {"MAX_ITER": 6}},
     "STUDENT": {"ARCH_KWARGS": {"drop_rate": 0.2}},
-    "SOLVER": {"OPTIMIZER": "ADAMW", "BASE_LR": 0.004, "MAX_ITER": 12, "IMS_PER_BATCH": 8},
+    "SOLVER": {"OPTIMIZER": "ADAMW", "BASE_LR": 0.004, "MAX_ITER": 12, "IMS_PER_BATCH": 8, "CHECKPOINT_PERIOD": 3},
     "TEST": {"EVAL_PERIOD": 6},
-    "CHECKPOINT_PERIOD": 3,
     "LOG_PERIOD": 1,
 }
 DETECT = {

@@ -43,9 +43,14 @@ def distill_config(data: Path, steps: int) -> dict[str, Any]:
         "METHODS": ["ce", "fitnet", "kd+nst-poly"],
         "DATA": {"ROOT": str(data / CLASSIFICATION), "IMAGE_SIZE": 32, "AUGMENT": {"SHIFT": 2}},
         "TEACHER": {"ARCH": "nst_resnet10_w32", "SOLVER": {"MAX_ITER": 4}},
-        "SOLVER": {"OPTIMIZER": "ADAMW", "BASE_LR": 0.001, "MAX_ITER": steps, "IMS_PER_BATCH": 8},
+        "SOLVER": {
+            "OPTIMIZER": "ADAMW",
+            "BASE_LR": 0.001,
+            "MAX_ITER": steps,
+            "IMS_PER_BATCH": 8,
+            "CHECKPOINT_PERIOD": 50,
+        },
         "TEST": {"EVAL_PERIOD": 100},
-        "CHECKPOINT_PERIOD": 50,
         "LOG_PERIOD": 1,
     }
 

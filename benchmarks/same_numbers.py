@@ -40,8 +40,11 @@ from safetensors.numpy import load_file
 # What a checkout may call otherwise.  A command that refuses a key is tried again with the next spelling in its line:
 # "KEY VALUE", or "KEY" for any value; "" leaves the key out.
 SPELLINGS = [
-    ["SOLVER.AMP fp32", "SOLVER.AMP.ENABLED False"],
-    ["SOLVER.SCHEDULE step", "SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR"],
+    ["SOLVER.AMP.ENABLED False", "SOLVER.AMP fp32"],
+    ["SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR", "SOLVER.SCHEDULE step"],
+    ["METHOD", "TRANSFER.METHOD"],
+    ["TEACHER.CONFIG_FILE", "TRANSFER.TEACHER.CONFIG_FILE"],
+    ["TEACHER.WEIGHTS", "TRANSFER.TEACHER.WEIGHTS"],
     ["TEACHER.EXPECTED_TOP1 0", ""],
 ]
 # the first one that is there is taken
@@ -73,7 +76,7 @@ DATA = {
 }
 STAGE_ONE = {
     "DATA.IMAGE_SIZE": 48,
-    "SOLVER.AMP": "fp32",
+    "SOLVER.AMP.ENABLED": False,
     "SOLVER.MAX_ITER": STEPS,
     "SOLVER.IMS_PER_BATCH": 8,
     "TEACHER.SOLVER.MAX_ITER": STEPS,
@@ -90,7 +93,7 @@ STAGE_ONE_OTHERWISE = {
     "TRANSFER.AUTO_WEIGHT": "{nst-gaussian: 1.0}",
     "SOLVER.OPTIMIZER": "SGD",
     "SOLVER.BASE_LR": 0.02,
-    "SOLVER.SCHEDULE": "step",
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
     "SOLVER.STEPS": "[10, 15]",
     "SOLVER.WARMUP_ITERS": 3,
     "SOLVER.ACCUMULATE": 2,
@@ -106,7 +109,7 @@ STAGE_ONE_OTHERWISE = {
 # it compares channel by channel, so it can't learn from a wider teacher
 SAME_WIDTH_ONLY = "pkd"
 STAGE_TWO = {
-    "SOLVER.AMP": "fp32",
+    "SOLVER.AMP.ENABLED": False,
     "SOLVER.MAX_ITER": STEPS,
     "SOLVER.IMS_PER_BATCH": 2,
     "INPUT.MIN_SIZE_TRAIN": "[96, 128]",
@@ -115,7 +118,7 @@ STAGE_TWO = {
     "INPUT.MAX_SIZE_TEST": 128,
 }
 STAGE_TWO_OTHERWISE = {
-    "TRANSFER.METHOD": "kd+fitnet+vid",
+    "METHOD": "kd+fitnet+vid",
     "TRANSFER.LEVELS": "[res4]",
     "TRANSFER.WARMUP_ITERS": 5,
     "MODEL.BACKBONE.NAME": "build_timm_backbone",
@@ -452,7 +455,7 @@ class Proof:
         settings = {"ENGINE": engine}
         self._detect(f"{engine}, plain", settings, python)
         for method in ("nst-poly", "cwd"):
-            self._detect(f"{engine}, {method}@det", {**settings, "TRANSFER.METHOD": method}, python)
+            self._detect(f"{engine}, {method}@det", {**settings, "METHOD": method}, python)
         more = {} if engine == "detectron2" else {"SOLVER.ACCUMULATE": 2}
         self._detect(
             f"{engine}, otherwise", {**settings, **STAGE_TWO_OTHERWISE, **more}, python, {"MODEL.WEIGHTS": backbone}
@@ -471,7 +474,7 @@ class Proof:
             "weights": weights,
             "detections": lambda folder: json_values(folder, "detections.json", strings=True),
         }
-        makers = {**(makers or {}), **({"TRANSFER.TEACHER.WEIGHTS": teacher} if "TRANSFER.METHOD" in settings else {})}
+        makers = {**(makers or {}), **({"TEACHER.WEIGHTS": teacher} if "METHOD" in settings else {})}
         folders = []
         for checkout in self.both:
             made = {key: [make(self.old), make(checkout)] for key, make in makers.items()}
@@ -513,13 +516,13 @@ class Proof:
         """Seconds of a step and of an import, in pairs that alternate, so that a busy machine disturbs both alike."""
         longer = {"SOLVER.MAX_ITER": 60, "SOLVER.IMS_PER_BATCH": 32}
         one = {**longer, "METHODS": "[kd+nst-poly]", "TEACHER.SOLVER.MAX_ITER": 1}
-        two = {**longer, "ENGINE": "torchvision", "TRANSFER.METHOD": "nst-poly", "SOLVER.IMS_PER_BATCH": 8}
+        two = {**longer, "ENGINE": "torchvision", "METHOD": "nst-poly", "SOLVER.IMS_PER_BATCH": 8}
 
         def stage_one(checkout: Checkout, name: str) -> float:
             return step_seconds(checkout, name, lambda: distill(checkout, name, "distill", one))
 
         def stage_two(checkout: Checkout, name: str) -> float:
-            made = {"TRANSFER.TEACHER.WEIGHTS": [teacher(self.old), teacher(checkout)]}
+            made = {"TEACHER.WEIGHTS": [teacher(self.old), teacher(checkout)]}
             return step_seconds(checkout, name, lambda: detect(checkout, name, two, files=made))
 
         def seconds(*words: str) -> Callable[[Checkout, str], float]:
@@ -569,8 +572,8 @@ def detect(
     """A run of stage two; of the files given for a key, the first one is taken that the checkout opens."""
     named = {key: [str(path) for path in paths] for key, paths in (files or {}).items()}
     values = {**STAGE_TWO, **settings, **{key: paths[0] for key, paths in named.items()}}
-    if "TRANSFER.TEACHER.WEIGHTS" in named:
-        values["TRANSFER.TEACHER.CONFIG_FILE"] = checkout.config("train-det")
+    if "TEACHER.WEIGHTS" in named:
+        values["TEACHER.CONFIG_FILE"] = checkout.config("train-det")
     return checkout.run(name, "train-det", values, python, {key: paths[-1] for key, paths in named.items()})
 
 

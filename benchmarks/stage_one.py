@@ -66,7 +66,7 @@ PAIRS: dict[str, dict[str, Any]] = {
         "images": 1200,
         "steps": 50,
         "levels": ["res3", "res4"],
-        "solver": {"OPTIMIZER": "ADAMW", "CLIP_GRADIENTS": 5.0},
+        "solver": {"OPTIMIZER": "ADAMW", "CLIP_GRADIENTS": {"ENABLED": True, "CLIP_VALUE": 5.0}},
     },
 }
 GOAL, GOAL_LIVE, GOAL_CACHED = 1.25, 1.03, 1.1

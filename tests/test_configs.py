@@ -55,13 +55,13 @@ def test_distill(file):
 def test_detect(file):
     # the torchvision engine takes no key that it doesn't know, so what it takes Detectron2 takes too
     config = load_detect_config(file, TORCHVISION)
-    assert parse_method(config.TRANSFER.METHOD).word == config.TRANSFER.METHOD
+    assert parse_method(config.METHOD).word == config.METHOD
     roots = voc_roots(config, [*config.DATASETS.TRAIN, *config.DATASETS.TEST], "DATASETS")
     assert is_base(file) or len(roots) >= 2
-    if config.TRANSFER.METHOD != "ce":
-        teacher = load_detect_config(CONFIGS.parent / config.TRANSFER.TEACHER.CONFIG_FILE, TORCHVISION)
+    if config.METHOD != "ce":
+        teacher = load_detect_config(CONFIGS.parent / config.TEACHER.CONFIG_FILE, TORCHVISION)
         # the named weights are those that the teacher's own config writes
-        assert Path(config.TRANSFER.TEACHER.WEIGHTS).parent == Path(teacher.OUTPUT_DIR)
+        assert Path(config.TEACHER.WEIGHTS).parent == Path(teacher.OUTPUT_DIR)
         assert teacher.DATASETS.TRAIN == config.DATASETS.TRAIN
     if file.parent.name in ("voc", "c4") and not is_base(file):
         images = {"voc07": 5011, "voc0712": 16551}[file.stem.split("_")[0]]
@@ -107,7 +107,7 @@ def test_the_papers_students_can_be_built(tmp_path):
     detect = comparison.detect
     assert list(detect.DATASETS.TRAIN) == ["voc_2007_trainval", "voc_2012_trainval"]
     assert list(detect.DATASETS.TEST) == ["voc_2007_test"]
-    assert detect.TRANSFER.METHOD == "ce"
+    assert detect.METHOD == "ce"
 
 
 def test_the_papers_schedule_is_that_of_its_code():

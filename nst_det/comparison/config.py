@@ -143,7 +143,7 @@ def default_config() -> CfgNode:
     DETECT.NO_FPN_OPTS        KEY VALUE pairs for the detectors of the row ``no-fpn`` alone
     DETECT.TEACHER_OPTS       KEY VALUE pairs for the detectors of the row ``teacher`` alone, and for the detector that
                               teaches those with ``@det`` (it is trained once, with seed 0, unless stage two's config
-                              names one by TRANSFER.TEACHER)
+                              names one by TEACHER)
     ========================  ======================================================================================
     """
     config = CfgNode({"NAME": "comparison", "OUTPUT_DIR": "", "ENGINE": "auto", "JOBS": 0, "THREADS": 0})
@@ -224,10 +224,10 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         _stage_config(stage, files[stage], engine, config, forwarded[stage], file) for stage in (DISTILL, DETECT)
     )
     check_stages_fit(distill, detect, str(file))
-    if detect.TRANSFER.METHOD != BASELINE and any(row.detector.names for row in methods.values()):
+    if detect.METHOD != BASELINE and any(row.detector.names for row in methods.values()):
         raise UserError(
-            f"{file}: DETECT.TRANSFER.METHOD {detect.TRANSFER.METHOD} is for every row, so rows with @det can't have "
-            "their own; set it to ce"
+            f"{file}: DETECT.METHOD {detect.METHOD} is for every row, so rows with @det can't have their own; set it "
+            "to ce"
         )
     row_opts = {row: tuple(map(str, config.DETECT[key])) for row, key in ROW_OPTS.items()}
     if NO_FPN in rows:

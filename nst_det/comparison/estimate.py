@@ -88,10 +88,11 @@ def _shortened(run: Run, config: CfgNode) -> CfgNode:
     config.SOLVER.MAX_ITER, config.SOLVER.STEPS = STEPS, type(config.SOLVER.STEPS)()
     config.SOLVER.WARMUP_ITERS = min(config.SOLVER.WARMUP_ITERS, STEPS)
     config.TEST.EVAL_PERIOD = 0
+    config.SOLVER.CHECKPOINT_PERIOD = STEPS // 2
     if run.detects:
-        config.SOLVER.CHECKPOINT_PERIOD, config.TEST.SELECT = STEPS // 2, "last"
+        config.TEST.SELECT = "last"
         return config
-    config.CHECKPOINT_PERIOD, config.LOG_PERIOD = STEPS // 2, 1
+    config.LOG_PERIOD = 1
     config.TEACHER.EXPECTED_TOP1, config.CACHE.DIR, config.CACHE.DTYPE = 0.0, "", "auto"
     for key in ("STEPS", "WARMUP_ITERS"):
         config.TEACHER.SOLVER.pop(key, None)

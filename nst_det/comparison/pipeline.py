@@ -84,7 +84,7 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
     # a teacher detector of the user's own is left to its run, and Detectron2 to itself
     teacher = configs.get(teacher_detector_name(comparison))
     for run in runs if teacher is not None and comparison.engine == "torchvision" else ():
-        if run.kind == DETECTOR and run.seed == comparison.seeds[0] and configs[run.name].TRANSFER.METHOD != BASELINE:
+        if run.kind == DETECTOR and run.seed == comparison.seeds[0] and configs[run.name].METHOD != BASELINE:
             check_detector_losses(configs[run.name], teacher, f"{comparison.name}: row {run.row}")
     return configs
 

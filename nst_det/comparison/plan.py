@@ -169,7 +169,7 @@ def detector_folder(comparison: Comparison, row: str, seed: int) -> Path:
 
 def teacher_detector_name(comparison: Comparison) -> str:
     """Return the run of the detector that rows with ``@det`` learn from; "" where that is the user's own."""
-    return "" if comparison.detect.TRANSFER.TEACHER.CONFIG_FILE else f"detect/seed{TEACHER_SEED}/{TEACHER}"
+    return "" if comparison.detect.TEACHER.CONFIG_FILE else f"detect/seed{TEACHER_SEED}/{TEACHER}"
 
 
 def teacher_detector_settings(comparison: Comparison) -> dict[str, str]:
@@ -178,8 +178,8 @@ def teacher_detector_settings(comparison: Comparison) -> dict[str, str]:
     if not name:
         return {}
     return {
-        "TRANSFER.TEACHER.CONFIG_FILE": str(folder / "configs" / f"{name}.yaml"),
-        "TRANSFER.TEACHER.WEIGHTS": str(folder / name / WEIGHTS_FILE),
+        "TEACHER.CONFIG_FILE": str(folder / "configs" / f"{name}.yaml"),
+        "TEACHER.WEIGHTS": str(folder / name / WEIGHTS_FILE),
     }
 
 
@@ -244,7 +244,7 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
         settings["MODEL.TIMM.KWARGS"] = comparison.distill.TEACHER.ARCH_KWARGS
     elif row in comparison.methods and comparison.methods[row].detector.names:
         found = comparison.tuned[row].settings if row in comparison.tuned else {}
-        settings["TRANSFER.METHOD"] = comparison.methods[row].detector.word
+        settings["METHOD"] = comparison.methods[row].detector.word
         if not comparison.detect.TRANSFER.LEVELS and "LEVELS" not in found:
             # the levels that boxes are pooled from
             settings["TRANSFER.LEVELS"] = list(comparison.detect.MODEL.ROI_HEADS.IN_FEATURES)

@@ -106,7 +106,7 @@ def check_detector_losses(student: CfgNode, teacher: CfgNode, source: str) -> No
         return build_detector(config)
 
     with errors_of(f"{source}: DETECT"):
-        distill(bare(student), bare(teacher), student.TRANSFER)
+        distill(bare(student), bare(teacher), student.METHOD, student.TRANSFER)
 
 
 def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:

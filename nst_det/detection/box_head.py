@@ -36,12 +36,12 @@ def widths_of(detector: nn.Module, method: Method) -> Widths:
     if not isinstance(scores, nn.Linear) or _pooler(heads) is None:
         who = type(detector if heads is None else heads).__name__
         raise UserError(
-            f"TRANSFER.METHOD {method}: it reads logits of a box head, and {who} has not one; use terms on feature "
+            f"METHOD {method}: it reads logits of a box head, and {who} has not one; use terms on feature "
             "maps, such as nst-poly"
         )
     if getattr(heads.box_predictor, "use_sigmoid_ce", False):
         raise UserError(
-            f"TRANSFER.METHOD {method}: it compares class probabilities by softmax, and the box head is trained with "
+            f"METHOD {method}: it compares class probabilities by softmax, and the box head is trained with "
             "sigmoids; set MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False"
         )
     return Widths(scores.in_features, scores.out_features)
@@ -63,7 +63,7 @@ def _refuse(transfer: TransferLoss, difference: str) -> None:
     terms = [name for name, kinds in transfer.kinds.items() if kinds == ("logits", "logits")]
     if terms:
         raise UserError(
-            f"TRANSFER.METHOD {transfer.method}: {terms[0]} compares class by class, but {difference}; take a teacher "
+            f"METHOD {transfer.method}: {terms[0]} compares class by class, but {difference}; take a teacher "
             "of the same classes in the same order, or terms on feature maps, such as nst-poly"
         )
 

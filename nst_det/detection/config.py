@@ -52,11 +52,11 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     WANDB                                 a project at Weights & Biases (pip install wandb); "" for none
     TRANSFER                              see :func:`~nst_det.engine.config.transfer_node`; LEVELS are ``p2`` ..
                                           ``p6`` or ``res2`` .. ``res5``, WARMUP_ITERS raises the weights linearly
-    TRANSFER.METHOD                       the method's word; ``ce``: no transfer while the detector trains
+    METHOD                                the method; ``ce``: no transfer while the detector trains
     TRANSFER.OPTIONS.kd.temperature       1 here: the softer targets of classification are noise to a detector (Chen et
                                           al. 2017, who tried others; mdistiller's detectors have 1 too)
-    TRANSFER.TEACHER.CONFIG_FILE          config of the teacher detector
-    TRANSFER.TEACHER.WEIGHTS              its weights; "" takes those that its config names
+    TEACHER.CONFIG_FILE                   config of the teacher detector
+    TEACHER.WEIGHTS                       its weights; "" takes those that its config names
     MODEL.TIMM.ARCH                       timm name of the backbone of build_timm_backbone and
                                           build_timm_fpn_backbone (both are values of MODEL.BACKBONE.NAME)
     MODEL.TIMM.PRETRAINED                 begin with timm's published weights
@@ -70,9 +70,12 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     MODEL.ROI_HEADS.NUM_CLASSES           (Detectron2's key) 0 takes the number of classes of the data
     MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE size in pixels of the boxes that are pooled from ...
     MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL    ... this level; 224 and 4 are Detectron2's constants
-    SOLVER.AMP.ENABLED                    (Detectron2's key) train in bf16 where the device is fast in it, else in
-                                          float32, see :func:`~nst_det.engine.device.amp_dtype`; heads stay in float32,
-                                          but not with Detectron2 on a GPU
+    SOLVER.AMP.ENABLED                    (Detectron2's key) mixed precision; heads stay in float32, but not with
+                                          Detectron2 on a GPU
+    SOLVER.AMP.DTYPE                      bf16, or auto: bf16 where the device is fast in it, else float32, see
+                                          :func:`~nst_det.engine.device.amp_dtype`
+    SOLVER.CLIP_GRADIENTS.CLIP_TYPE       (Detectron2's key) value, norm (of each parameter), or full_model: the norm of
+                                          all gradients together
     SOLVER.OPTIMIZER                      SGD or ADAMW
     SOLVER.BACKBONE_MULTIPLIER            learning rate of the bottom-up as a part of BASE_LR
     SOLVER.ACCUMULATE                     parts in which each process takes its images of a step, one after another, to
@@ -99,6 +102,9 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     cfg.TRUST_PICKLE = False
     cfg.TENSORBOARD = False
     cfg.WANDB = ""
+    cfg.METHOD = "ce"
+    cfg.TEACHER = kind()
+    cfg.TEACHER.CONFIG_FILE = cfg.TEACHER.WEIGHTS = ""
     cfg.TRANSFER = _as_kind(detector_transfer_node(), kind)
     cfg.MODEL.TIMM = kind()
     cfg.MODEL.TIMM.ARCH = "resnet18"
@@ -108,6 +114,7 @@ def add_nst_det_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.KWARGS = kind(new_allowed=True)
     cfg.MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE = 224
     cfg.MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL = 4
+    cfg.SOLVER.AMP.DTYPE = "auto"
     cfg.SOLVER.OPTIMIZER = "SGD"
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     cfg.SOLVER.ACCUMULATE = 1
@@ -123,11 +130,9 @@ def add_nst_det_config(cfg: CfgNode) -> None:
 
 
 def detector_transfer_node() -> CfgNode:
-    """Return the ``TRANSFER`` keys of stage two: those of both stages, and the method and teacher of one detector."""
+    """Return the ``TRANSFER`` keys of stage two: those of both stages, and its own temperature."""
     node = transfer_node()
     node.OPTIONS.kd = CfgNode({"temperature": 1.0})
-    node.METHOD = "ce"
-    node.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": ""})
     return node
 
 
@@ -212,6 +217,11 @@ def check_added_keys(config: CfgNode, source: str) -> None:
         raise UserError(
             f"{source}: SOLVER.EMA_DECAY {decay}: TEST.PRECISE_BN measures the statistics of the weights in training, "
             "not of their average; set TEST.PRECISE_BN.ENABLED False, or SOLVER.EMA_DECAY 0"
+        )
+    if config.SOLVER.AMP.DTYPE not in ("auto", "bf16"):
+        raise UserError(
+            f"{source}: SOLVER.AMP.DTYPE '{config.SOLVER.AMP.DTYPE}' is not auto or bf16; a detector is trained "
+            "without the loss scale that fp16 needs"
         )
     check_wandb(config.WANDB, source)
     check_non_finite(config.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", source)

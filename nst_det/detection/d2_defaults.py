@@ -70,7 +70,7 @@ TAKEN_VALUES: dict[str, tuple[Any, ...]] = {
     "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
     "MODEL.RPN.IOU_LABELS": ([0, -1, 1],),
     "MODEL.TIMM.NORM": ("FrozenBN", "BN", "SyncBN"),
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.OPTIMIZER": ("SGD", "ADAMW"),
     "SOLVER.REFERENCE_WORLD_SIZE": (0,),

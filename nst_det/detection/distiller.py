@@ -351,29 +351,30 @@ class DistilledDetector(nn.Module):
 
 
 def distill(
-    student: nn.Module, teacher: nn.Module, node: CfgNode, box_outputs: BoxOutputs = box_outputs
+    student: nn.Module, teacher: nn.Module, method: str, node: CfgNode, box_outputs: BoxOutputs = box_outputs
 ) -> DistilledDetector:
-    """Wrap a detector as the config's TRANSFER node says.
+    """Wrap a detector as the config's METHOD and TRANSFER say.
 
     Args:
         student: a detector with a ``backbone``.
         teacher: another, trained.
-        node: TRANSFER: METHOD, LEVELS, WEIGHTS, TERM_LEVELS, OPTIONS, AUTO_WEIGHT, WARMUP_ITERS.
+        method: such as ``nst-poly`` or ``kd+nst-poly:10``.
+        node: TRANSFER: LEVELS, WEIGHTS, TERM_LEVELS, OPTIONS, AUTO_WEIGHT, WARMUP_ITERS.
         box_outputs: runs the teacher's RoI heads, where they aren't the torchvision engine's.
 
     Raises:
-        UserError: METHOD can't be built from what these two give, the line names what there is.
+        UserError: the method can't be built from what these two give, the line names what there is.
     """
     sizes: dict[str, Any] = {}
     try:
-        method = parse_method(node.METHOD)
-        if reads_box_head(method):
-            mine, theirs = widths_of(student, method), widths_of(teacher, method)
+        parsed = parse_method(method)
+        if reads_box_head(parsed):
+            mine, theirs = widths_of(student, parsed), widths_of(teacher, parsed)
             sizes = {"student_embedding": mine.embedding, "teacher_embedding": theirs.embedding}
             # a term that compares them class by class has no parameters of this width; see check_classes
             sizes["num_classes"] = theirs.logits
         transfer = build_transfer(
-            method,
+            parsed,
             levels=node.LEVELS,
             student_channels=level_channels(backbone_of(student)),
             teacher_channels=level_channels(backbone_of(teacher)),
@@ -391,14 +392,14 @@ def distill(
     return model
 
 
-def wants_teacher(node: CfgNode) -> bool:
-    """Return whether TRANSFER asks for a teacher detector; ``ce`` doesn't."""
+def wants_teacher(config: CfgNode) -> bool:
+    """Return whether METHOD asks for a teacher detector; ``ce`` doesn't."""
     try:
-        terms = parse_method(node.METHOD).names
+        terms = parse_method(config.METHOD).names
     except ValueError as error:
-        raise UserError(f"TRANSFER.METHOD: {error}") from error
-    if terms and not node.TEACHER.CONFIG_FILE:
+        raise UserError(f"METHOD: {error}") from error
+    if terms and not config.TEACHER.CONFIG_FILE:
         raise UserError(
-            f"TRANSFER.METHOD {node.METHOD} needs a teacher; set TRANSFER.TEACHER.CONFIG_FILE and WEIGHTS, or METHOD ce"
+            f"METHOD {config.METHOD} needs a teacher; set TEACHER.CONFIG_FILE and TEACHER.WEIGHTS, or METHOD ce"
         )
     return bool(terms)

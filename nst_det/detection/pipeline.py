@@ -172,7 +172,7 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
             "engine": "torchvision",
             "params": count_parameters(student),
             "seed": seed,
-            "method": parse_method(config.TRANSFER.METHOD).word,
+            "method": parse_method(config.METHOD).word,
             "weights": dict(model.transfer.weights) if isinstance(model, DistilledDetector) else {},
             **validated,
         }
@@ -250,9 +250,9 @@ def _student(config: CfgNode, classes: tuple[str, ...], seed: int) -> Detector:
     load_weights(detector, config, classes)
     detector.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
     place_detector(detector, config)
-    mixed, device = config.SOLVER.AMP.ENABLED, detector.pixel_mean.device
-    detector.amp = amp_dtype("auto", device) if mixed else None
-    log.info(compute_line(device, detector.amp, config.DATALOADER.NUM_WORKERS, mixed))
+    amp, device = config.SOLVER.AMP, detector.pixel_mean.device
+    detector.amp = amp_dtype(amp, device)
+    log.info(compute_line(device, detector.amp, config.DATALOADER.NUM_WORKERS, amp.ENABLED))
     return detector
 
 
@@ -270,17 +270,17 @@ def place_detector(detector: Detector, config: CfgNode) -> None:
 def _with_teacher(
     student: Detector, config: CfgNode, seed: int, classes: Sequence[str]
 ) -> Detector | DistilledDetector:
-    if not wants_teacher(config.TRANSFER):
+    if not wants_teacher(config):
         return student
     with seeded(seed, "init", "teacher"), trusting_pickles(config.TRUST_PICKLE):
         teacher, filled, theirs = teacher_of(config)
     with seeded(seed, "init", "transfer"):
-        model = distill(student, teacher, config.TRANSFER)
+        model = distill(student, teacher, config.METHOD, config.TRANSFER)
     below = set(level_channels(teacher.backbone.bottom_up))
     read = [*model.transfer.teacher_levels, *(["box head"] if model.box_widths else [])]
     if filled != "detector" and not (filled in ("backbone", "timm") and set(read) <= below):
         raise UserError(
-            f"TRANSFER.TEACHER.WEIGHTS: the teacher's {', '.join(read)} would be random; "
+            f"TEACHER.WEIGHTS: the teacher's {', '.join(read)} would be random; "
             f"name the {WEIGHTS_FILE} of a trained detector"
         )
     check_class_names(model.transfer, classes, theirs)
@@ -292,14 +292,14 @@ def _with_teacher(
 
 
 def teacher_of(config: CfgNode) -> tuple[Detector, str, Sequence[str]]:
-    """The teacher that TRANSFER.TEACHER names, what its weights filled (see ``load_weights``), and its classes."""
-    named = config.TRANSFER.TEACHER
+    """The teacher that TEACHER names, what its weights filled (see ``load_weights``), and its classes."""
+    named = config.TEACHER
     overrides = ["MODEL.WEIGHTS", named.WEIGHTS] if named.WEIGHTS else []
-    own = load_detect_config(expand_path(named.CONFIG_FILE, "TRANSFER.TEACHER.CONFIG_FILE"), overrides)
+    own = load_detect_config(expand_path(named.CONFIG_FILE, "TEACHER.CONFIG_FILE"), overrides)
     classes = _saved_classes(own) or data_classes(own)
     resolve_classes(own, classes)
     teacher = build_detector(own)
-    filled = load_weights(teacher, own, key="TRANSFER.TEACHER.WEIGHTS")
+    filled = load_weights(teacher, own, key="TEACHER.WEIGHTS")
     place_detector(teacher, config)
     return teacher, filled, classes
 

@@ -27,11 +27,10 @@ def rebuild(content: dict[str, Any]) -> Step:
     student.load_state_dict(content["model"])
     student.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
     place_detector(student, config)
-    if config.SOLVER.AMP.ENABLED:
-        student.amp = amp_dtype("auto", student.pixel_mean.device)
+    student.amp = amp_dtype(config.SOLVER.AMP, student.pixel_mean.device)
     model: Detector | DistilledDetector = student
-    if wants_teacher(config.TRANSFER):
-        model = distill(student, teacher_of(config)[0], config.TRANSFER)
+    if wants_teacher(config):
+        model = distill(student, teacher_of(config)[0], config.METHOD, config.TRANSFER)
         model.transfer.load_state_dict(content["adapters"])
         model.transfer.weights.update(content["weights"])
         model.to(student.pixel_mean.device)

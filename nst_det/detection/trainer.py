@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nst_det.detection.distiller import DistilledDetector
-from nst_det.detection.solver import build_optimizer, clip_gradients, lr_schedule, set_learning_rate
+from nst_det.detection.solver import build_optimizer
 from nst_det.detection.torchvision import Detector
 from nst_det.engine import distributed
 from nst_det.engine.averaged import AveragedWeights
@@ -25,6 +25,7 @@ from nst_det.engine.metrics import loss_note
 from nst_det.engine.nan_guard import NonFiniteGuard, NotFinite, broken_values, gradient_norm
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything
+from nst_det.engine.solver import clip_gradients, lr_schedule, set_learning_rate
 from nst_det.engine.train_state import OptimizedState
 from nst_det.engine.trainer import (
     EvalHook,
@@ -63,7 +64,7 @@ def step_content(
     transfer = model.transfer if isinstance(model, DistilledDetector) else None
     return {
         "kind": KIND,
-        "method": config.TRANSFER.METHOD,
+        "method": config.METHOD,
         "config": plain(config),
         "seed": seed,
         "rank": rank(),
@@ -145,7 +146,7 @@ class Trainer(TrainLoop):
         batch = next(self._batches)
         self._data_seconds = time.perf_counter() - start
         state = self.state
-        factor = self.schedule(self.iter / self.max_iter) * state.guard.rate
+        factor = self.schedule(self.iter) * state.guard.rate
         set_learning_rate(state.optimizer, factor)
         state.guard.keep_buffers()
         self.losses, broken = {}, None

@@ -57,18 +57,18 @@ def build_teacher(
         UserError: no such config, no weights at all, or weights that leave a part of the detector random.
     """
     if not config_file:
-        raise UserError("TRANSFER.TEACHER.CONFIG_FILE is empty; name the teacher's config, or set TRANSFER.METHOD ce")
+        raise UserError("TEACHER.CONFIG_FILE is empty; name the teacher's config, or set METHOD ce")
     path, of_zoo = _find(config_file)
     # the teacher's random numbers must not move the student's
     with seeded(0, "teacher"):
         model, named = _build_lazy(path) if path.endswith(".py") else _build_yaml(path, weights, device, overrides)
     # a config of the model zoo names the weights that its training began with, not those it ended with
-    source = expand_path(weights, "TRANSFER.TEACHER.WEIGHTS") or (_zoo_weights(config_file) if of_zoo else named)
+    source = expand_path(weights, "TEACHER.WEIGHTS") or (_zoo_weights(config_file) if of_zoo else named)
     _, bottom_up = bottom_up_of(model)
     published = isinstance(bottom_up, TimmBackbone) and bottom_up.loaded
     if not source and not published:
         raise UserError(
-            f"{config_file}: names no weights and TRANSFER.TEACHER.WEIGHTS is empty; a random teacher teaches nothing"
+            f"{config_file}: names no weights and TEACHER.WEIGHTS is empty; a random teacher teaches nothing"
         )
     if not source or _is_backbone_file(source):
         _check_levels(levels, source or f"{config_file} with timm's weights", box_head)
@@ -88,7 +88,7 @@ def teacher_classes(config_file: str, weights: str = "") -> list[str]:
     if path.endswith(".py"):
         return []
     cfg = _read_yaml(path, ())
-    local = expand_path(weights or cfg.MODEL.WEIGHTS, "TRANSFER.TEACHER.WEIGHTS")
+    local = expand_path(weights or cfg.MODEL.WEIGHTS, "TEACHER.WEIGHTS")
     saved = saved_classes(local) if local and "://" not in local and Path(local).is_file() else []
     return list(cfg.DATASETS.CLASSES) or saved or class_list(cfg)
 
@@ -132,7 +132,7 @@ def _zoo_weights(config_file: str) -> str:
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"{config_file}: the model zoo's weights of it can't be found ({error}); name them by "
-            "TRANSFER.TEACHER.WEIGHTS, or install setuptools<81"
+            "TEACHER.WEIGHTS, or install setuptools<81"
         ) from error
 
 
@@ -231,30 +231,29 @@ def distill(
                 return distill(super().build_model(cfg), "teacher.yaml", "nst-poly")
     """
     node = detector_transfer_node()
-    node.METHOD, node.LEVELS, node.WARMUP_ITERS = method, list(levels), warmup_iters
+    node.LEVELS, node.WARMUP_ITERS = list(levels), warmup_iters
     for name, values in (("WEIGHTS", weights), ("OPTIONS", options), ("AUTO_WEIGHT", auto_weight)):
         for term, value in dict(values or {}).items():
             node[name][term] = dict(value) if isinstance(value, Mapping) else value
     if isinstance(teacher, str):
         with trusting_pickles(trust_pickle):
             teacher = build_teacher(
-                teacher, teacher_weights, str(_device(student)), levels=node.LEVELS, box_head=_reads_box_head(node)
+                teacher, teacher_weights, str(_device(student)), levels=node.LEVELS, box_head=_reads_box_head(method)
             )
-    return _wrap(student, teacher, node, seed)
+    return _wrap(student, teacher, method, node, seed)
 
 
 def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
-    """Do the same by the ``TRANSFER`` node of a config; the student itself where ``METHOD`` is ``ce``."""
-    node = cfg.TRANSFER
-    if not distilled.wants_teacher(node):
+    """Do the same by a config's METHOD, TEACHER and TRANSFER; the student itself where METHOD is ``ce``."""
+    if not distilled.wants_teacher(cfg):
         return student
-    named, device = node.TEACHER, str(_device(student))
+    node, named, device = cfg.TRANSFER, cfg.TEACHER, str(_device(student))
     with trusting_pickles(cfg.TRUST_PICKLE):
         teacher = build_teacher(
-            named.CONFIG_FILE, named.WEIGHTS, device, levels=_levels(node), box_head=_reads_box_head(node)
+            named.CONFIG_FILE, named.WEIGHTS, device, levels=_levels(node), box_head=_reads_box_head(cfg.METHOD)
         )
         classes = teacher_classes(named.CONFIG_FILE, named.WEIGHTS)
-    model = _wrap(student, teacher, node, max(cfg.SEED, 0))
+    model = _wrap(student, teacher, cfg.METHOD, node, max(cfg.SEED, 0))
     check_class_names(model.transfer, class_list(cfg), classes)
     return model
 
@@ -263,16 +262,16 @@ def _levels(node: CfgNode) -> list[str]:
     return [*node.LEVELS, *(level for levels in node.TERM_LEVELS.values() for level in levels)]
 
 
-def _reads_box_head(node: CfgNode) -> bool:
+def _reads_box_head(method: str) -> bool:
     try:
-        return reads_box_head(parse_method(node.METHOD))
+        return reads_box_head(parse_method(method))
     except ValueError as error:
-        raise UserError(f"TRANSFER.METHOD: {error}") from error
+        raise UserError(f"METHOD: {error}") from error
 
 
-def _wrap(student: nn.Module, teacher: nn.Module, node: CfgNode, seed: int) -> DistilledDetector:
+def _wrap(student: nn.Module, teacher: nn.Module, method: str, node: CfgNode, seed: int) -> DistilledDetector:
     with seeded(seed, "adapters"):
-        model = distilled.distill(student, teacher, node, box_outputs)
+        model = distilled.distill(student, teacher, method, node, box_outputs)
     model.to(_device(student))
     log_shapes(model)
     model.register_forward_pre_hook(_follow_iteration)

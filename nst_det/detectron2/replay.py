@@ -38,7 +38,7 @@ def rebuild(content: Mapping[str, Any]) -> Step:
         transfer.load_state_dict(content["adapters"])
         transfer.weights.update(content["weights"])
     device = next(model.parameters()).device
-    dtype = amp_dtype("auto", device) if cfg.SOLVER.AMP.ENABLED else None
+    dtype = amp_dtype(cfg.SOLVER.AMP, device)
     if dtype is not None and device.type == "cpu":
         reduce_backbones(model, dtype)
     model.train()
@@ -64,7 +64,7 @@ def _config(tree: dict[str, Any]) -> CfgNode:
     merge_tree(cfg, tree, "the step's file")
     if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
         raise UserError("a step with masks, keypoints or loaded proposals can't be run again: its file has boxes alone")
-    teacher = cfg.TRANSFER.TEACHER.CONFIG_FILE
+    teacher = cfg.TEACHER.CONFIG_FILE
     if teacher.endswith(".py") and not pickles_are_trusted():
         raise UserError(
             f"{teacher}: the teacher's config is Python code; if you trust this step's file, --trust-pickle"

@@ -229,7 +229,7 @@ def run_result(cfg: CfgNode, trainer: DistillTrainer) -> dict[str, Any]:
         "engine": "detectron2",
         "params": sum(parameter.numel() for parameter in trainer.student.parameters()),
         "seed": cfg.SEED,
-        "method": parse_method(cfg.TRANSFER.METHOD).word,
+        "method": parse_method(cfg.METHOD).word,
         "weights": trainer.weights,
         "losses": last_losses(folder.metrics_path),
     }

@@ -44,10 +44,12 @@ from nst_det.engine.loader import end_workers_with_us
 from nst_det.engine.nan_guard import SKIP, NonFiniteGuard, NotFinite, gradient_norm, raise_together
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything, seeded
+from nst_det.engine.solver import clip_gradients
 from nst_det.engine.train_state import TrainState
 from nst_det.engine.trainer import MetricsHook, RollbackStep, SpeedHook, StopWhenAsked, TrainLoop, WallTime
 from nst_det.errors import UserError
 
+FULL_MODEL = "full_model"
 OPTIMIZERS = ("SGD", "ADAMW")
 log = logging.getLogger(__name__)
 
@@ -90,8 +92,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             weight_decay=solver.WEIGHT_DECAY,
             **way,
         )
-    # Detectron2's "norm" clips every parameter by itself
-    return maybe_add_gradient_clipping(cfg, optimizer)
+    # which clips entries, or each parameter by itself; the norm of all is the trainer's, see _after_backward
+    return optimizer if solver.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL else maybe_add_gradient_clipping(cfg, optimizer)
 
 
 def reduce_backbones(model: nn.Module, dtype: torch.dtype) -> None:
@@ -168,10 +170,10 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         average = AveragedWeights(self.student, decay, self.build_student(cfg)) if decay else None
         guard = NonFiniteGuard(cfg.SOLVER.NON_FINITE, Path(cfg.OUTPUT_DIR), model)
         self.state = TrainState(self.student, transfer_of(model), guard, average)
-        self._device, mixed = next(model.parameters()).device, cfg.SOLVER.AMP.ENABLED
+        self._device = next(model.parameters()).device
         on_cpu = self._device.type == "cpu"
-        dtype = amp_dtype("auto", self._device) if mixed else None
-        log.info(compute_line(self._device, dtype, cfg.DATALOADER.NUM_WORKERS, mixed))
+        dtype = amp_dtype(cfg.SOLVER.AMP, self._device)
+        log.info(compute_line(self._device, dtype, cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.AMP.ENABLED))
         if dtype is not None and on_cpu:
             for network in [model] if average is None else [model, average.network]:
                 reduce_backbones(network, dtype)
@@ -190,7 +192,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         self._seen: dict[str, Any] = {}
         parallel.register_forward_pre_hook(self._see_batch)
         parallel.register_forward_hook(self._see_losses)
-        self._trainer.register_hooks([AfterBackwardHook(self._check_finite)])
+        self._trainer.register_hooks([AfterBackwardHook(self._after_backward)])
         propose_together(self.student)
         self.checkpoints: dict[str, Any] = {}
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -199,7 +201,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The student, in a ``DistilledDetector`` unless ``TRANSFER.METHOD`` is ``ce``."""
+        """The student, in a ``DistilledDetector`` unless ``METHOD`` is ``ce``."""
         return distill_from_config(cls.build_student(cfg), cfg)
 
     @classmethod
@@ -336,10 +338,15 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         if isinstance(losses, dict):
             self._seen["losses"] = losses
 
-    def _check_finite(self) -> None:
-        total = sum(value.detach() for value in self._seen["losses"].values())
-        total += gradient_norm(list(self._whole.parameters()))
-        raise_together(not math.isfinite(total), self._device)
+    def _after_backward(self) -> None:
+        total, parameters = (
+            sum(value.detach() for value in self._seen["losses"].values()),
+            list(self._whole.parameters()),
+        )
+        norm = gradient_norm(parameters)
+        raise_together(not math.isfinite(total + norm), self._device)
+        if self.cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL:
+            clip_gradients(parameters, self.cfg.SOLVER.CLIP_GRADIENTS, norm)
 
     def _handle_nonfinite(self, what: str) -> None:
         """Do as SOLVER.NON_FINITE says about a step whose pass ended in :class:`NotFinite`."""

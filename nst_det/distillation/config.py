@@ -9,7 +9,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from nst_det.engine.config import load_config, merge_tree, plain, transfer_node
-from nst_det.engine.device import FLOAT32_PRECISIONS, PRECISIONS
+from nst_det.engine.device import AMP_DTYPES, FLOAT32_PRECISIONS
 from nst_det.engine.metrics import check_wandb
 from nst_det.engine.nan_guard import check_non_finite, non_finite_node
 from nst_det.errors import UserError
@@ -18,7 +18,9 @@ from nst_det.losses import parse_method
 OPTIMIZERS = ("SGD", "ADAMW")
 CACHE_DTYPES = ("auto", "fp16", "bf16")
 VAL_SOURCES = ("auto", "train")
-SCHEDULES = ("constant", "step", "cosine", "onecycle")
+SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR", "OneCycleLR")
+WARMUP_METHODS = ("linear", "constant")
+CLIP_TYPES = ("value", "norm", "full_model")
 
 
 def get_defaults() -> CfgNode:
@@ -49,8 +51,7 @@ def get_defaults() -> CfgNode:
     config.TRANSFER.BY_METHOD = CfgNode(new_allowed=True)
     config.SOLVER = _solver()
     config.TEST = CfgNode({"EVAL_PERIOD": 0, "IMS_PER_BATCH": 128})
-    # steps between checkpoints, metrics rows
-    config.CHECKPOINT_PERIOD = 500
+    # steps between metrics rows
     config.LOG_PERIOD = 20
     config.TENSORBOARD = False
     # a project at Weights & Biases (pip install wandb); "" for none
@@ -137,26 +138,33 @@ def _solver() -> CfgNode:
     node.ACCUMULATE = 1
     # batch normalization over the images of all processes; False takes each process's own
     node.SYNC_BN = False
-    # constant | step | cosine | onecycle, after a linear warm-up from WARMUP_FACTOR
-    node.SCHEDULE = "cosine"
-    node.WARMUP_ITERS = 0
-    node.WARMUP_FACTOR = 0.001
-    # step: multiply by GAMMA at each of STEPS
+    # Detectron2's keys, from here to CLIP_GRADIENTS; OneCycleLR, ONECYCLE_RISE and full_model are ours.
+    # WarmupMultiStepLR multiplies by GAMMA at each of STEPS ([]: a constant rate); WarmupCosineLR falls to BASE_LR_END
+    node.LR_SCHEDULER_NAME = "WarmupCosineLR"
+    node.BASE_LR_END = 0.0
     node.STEPS = []
     node.GAMMA = 0.1
-    # onecycle: the part of the run in which the rate rises
+    # OneCycleLR: the part of the run in which the rate rises
     node.ONECYCLE_RISE = 0.2
-    # the largest norm of all gradients of one student together; 0 doesn't clip
-    node.CLIP_GRADIENTS = 0.0
+    # for WARMUP_ITERS the rate goes in a line (linear) from WARMUP_FACTOR to where the schedule then is, or waits
+    # there (constant)
+    node.WARMUP_ITERS = 0
+    node.WARMUP_FACTOR = 0.001
+    node.WARMUP_METHOD = "linear"
+    node.RESCALE_INTERVAL = False
+    # steps between checkpoints
+    node.CHECKPOINT_PERIOD = 500
+    # CLIP_VALUE limits each entry (value), each parameter's norm (norm), or that of all gradients together (full_model)
+    node.CLIP_GRADIENTS = CfgNode({"ENABLED": False, "CLIP_TYPE": "full_model", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0})
     # of an exponential moving average of the weights: 0 for none, else below 1, such as 0.999; the average is what is
     # validated and written, running statistics averaged too; it begins as the first step's weights, and the decay
     # rises to this value: 1 - t ** (-2 / 3) after t steps.  One pass over the weights a step
     node.EMA_DECAY = 0.0
     # a loss or gradient that is not finite: stop, skip the step, or roll back to the last checkpoint
     node.NON_FINITE = non_finite_node()
-    # auto | fp32 | bf16 | fp16; auto is bf16 where the device is fast in it (NVIDIA's GPUs since Ampere, processors
-    # with AVX512-BF16), else float32; the log's first line says which
-    node.AMP = "auto"
+    # mixed precision; DTYPE is bf16, fp16, or auto: bf16 where the device is fast in it (NVIDIA's GPUs since Ampere,
+    # processors with AVX512-BF16), else float32; the log's first line says which
+    node.AMP = CfgNode({"ENABLED": True, "DTYPE": "auto"})
     node.CE_WEIGHT = 1.0
     node.LABEL_SMOOTHING = 0.0
     return node
@@ -188,7 +196,6 @@ def check_config(config: CfgNode) -> None:
     _require(known, "FLOAT32_PRECISION", f'one of {", ".join(FLOAT32_PRECISIONS[1:])}, or ""')
     _require(config.TEST.EVAL_PERIOD >= 0, "TEST.EVAL_PERIOD", "a number of steps, 0 for the end only")
     _require(config.TEST.IMS_PER_BATCH > 0, "TEST.IMS_PER_BATCH", "at least 1")
-    _require(config.CHECKPOINT_PERIOD > 0, "CHECKPOINT_PERIOD", "at least 1")
     _require(config.LOG_PERIOD > 0, "LOG_PERIOD", "at least 1")
     _require(
         config.DATALOADER.NUM_WORKERS >= -1, "DATALOADER.NUM_WORKERS", "0 or more, or -1 for what fits the machine"
@@ -289,8 +296,9 @@ def _check_augment(node: CfgNode, key: str) -> None:
 
 def _check_solver(node: CfgNode, key: str) -> None:
     _require(node.OPTIMIZER in OPTIMIZERS, f"{key}.OPTIMIZER", f"one of {', '.join(OPTIMIZERS)}")
-    _require(node.SCHEDULE in SCHEDULES, f"{key}.SCHEDULE", f"one of {', '.join(SCHEDULES)}")
-    _require(node.AMP in PRECISIONS, f"{key}.AMP", f"one of {', '.join(PRECISIONS)}")
+    _require(node.LR_SCHEDULER_NAME in SCHEDULES, f"{key}.LR_SCHEDULER_NAME", f"one of {', '.join(SCHEDULES)}")
+    _require(node.WARMUP_METHOD in WARMUP_METHODS, f"{key}.WARMUP_METHOD", f"one of {', '.join(WARMUP_METHODS)}")
+    _require(node.AMP.DTYPE in AMP_DTYPES, f"{key}.AMP.DTYPE", f"one of {', '.join(AMP_DTYPES)}")
     _require(node.BASE_LR > 0, f"{key}.BASE_LR", "above 0")
     _require(node.MAX_ITER > 0, f"{key}.MAX_ITER", "at least 1")
     _require(node.IMS_PER_BATCH > 1, f"{key}.IMS_PER_BATCH", "at least 2 (batch normalization needs two images)")
@@ -299,13 +307,19 @@ def _check_solver(node: CfgNode, key: str) -> None:
     _require(not node.NESTEROV or node.MOMENTUM > 0, f"{key}.NESTEROV", "False where MOMENTUM is 0")
     _require(0 <= node.WARMUP_ITERS <= node.MAX_ITER, f"{key}.WARMUP_ITERS", "from 0 to MAX_ITER")
     _require(0 < node.ONECYCLE_RISE < 1, f"{key}.ONECYCLE_RISE", "a fraction between 0 and 1")
-    _require(node.CLIP_GRADIENTS >= 0, f"{key}.CLIP_GRADIENTS", "0 or more")
+    clip = node.CLIP_GRADIENTS
+    _require(clip.CLIP_TYPE in CLIP_TYPES, f"{key}.CLIP_GRADIENTS.CLIP_TYPE", f"one of {', '.join(CLIP_TYPES)}")
+    _require(clip.CLIP_VALUE > 0, f"{key}.CLIP_GRADIENTS.CLIP_VALUE", "above 0")
+    _require(0 <= node.BASE_LR_END <= node.BASE_LR, f"{key}.BASE_LR_END", "from 0 to BASE_LR")
+    _require(node.CHECKPOINT_PERIOD > 0, f"{key}.CHECKPOINT_PERIOD", "at least 1")
     _require(node.WEIGHT_DECAY >= 0 and node.WEIGHT_DECAY_NORM >= 0, f"{key}.WEIGHT_DECAY", "0 or more")
     _require(0 <= node.LABEL_SMOOTHING < 1, f"{key}.LABEL_SMOOTHING", "from 0 to below 1")
     _require(0 <= node.EMA_DECAY < 1, f"{key}.EMA_DECAY", "0 for no average, or a fraction below 1 such as 0.999")
     check_non_finite(node.NON_FINITE, f"{key}.NON_FINITE")
     _require(node.CE_WEIGHT >= 0, f"{key}.CE_WEIGHT", "0 or more")
-    steps = all(isinstance(step, int) and step > 0 for step in node.STEPS) and list(node.STEPS) == sorted(node.STEPS)
+    steps = all(isinstance(step, int) and step > 0 for step in node.STEPS) and list(node.STEPS) == sorted(
+        set(node.STEPS)
+    )
     _require(steps, f"{key}.STEPS", "rising numbers of steps")
 
 

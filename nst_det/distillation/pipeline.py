@@ -177,7 +177,7 @@ class StageOne:
     def run(self) -> dict[str, dict[str, Any]]:
         """All of it; see :func:`distill`."""
         amp, workers = self.config.SOLVER.AMP, self.config.DATALOADER.NUM_WORKERS
-        log.info(compute_line(self.device, amp_dtype(amp, self.device), workers, amp == "auto"))
+        log.info(compute_line(self.device, amp_dtype(amp, self.device), workers, amp.ENABLED))
         if is_main_process():
             write_text(self.output / "config.yaml", self.config.dump())
         classes = self.data.classes
@@ -375,7 +375,7 @@ class StageOne:
                 lambda active: self._measure({student.word: student.eval_model for student in active}, solver),
                 last=solver.MAX_ITER,
                 eval_period=config.TEST.EVAL_PERIOD,
-                checkpoint_period=config.CHECKPOINT_PERIOD,
+                checkpoint_period=solver.CHECKPOINT_PERIOD,
                 log_period=config.LOG_PERIOD,
                 images=solver.IMS_PER_BATCH,
                 title=title,

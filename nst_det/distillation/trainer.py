@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from nst_det.distillation.accuracy import Accuracy
 from nst_det.distillation.build import by_positions
 from nst_det.distillation.cache import is_stand_in
-from nst_det.distillation.solver import build_optimizer, clip_gradients, lr_factor
 from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.config import plain
 from nst_det.engine.device import autocast
@@ -24,6 +23,7 @@ from nst_det.engine.metrics import MetricsWriter
 from nst_det.engine.nan_guard import NonFiniteGuard, broken_values, gradient_norm
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed
+from nst_det.engine.solver import clip_gradients, lr_schedule, make_optimizer, set_learning_rate
 from nst_det.engine.train_state import OptimizedState
 from nst_det.errors import UserError
 from nst_det.losses import ModelOutputs, TransferLoss
@@ -194,6 +194,7 @@ class StudentTrainer(OptimizedState):
         self.levels = {name: levels[name] for name in transfer.student_levels}
         self.needs_teacher = bool(transfer.pairs)
         self.solver, self.seed, self.precision, self.warmup = solver, seed, precision, warmup
+        self._schedule = lr_schedule(solver)
         self.about = dict(about or {})
         self.accuracy: Accuracy | None = None
         self.best, self.best_step = Accuracy(0.0, 0.0), 0
@@ -323,14 +324,12 @@ class StudentTrainer(OptimizedState):
 
     def update(self) -> None:
         """Make one optimizer step with the gradients that are there."""
-        rate = self._rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, self._rate(self.step))
         norm = None if self.scaler.is_enabled() else self._norm
         self.optimizer_step(lambda: clip_gradients(self.parameters, self.solver.CLIP_GRADIENTS, norm))
 
     def _rate(self, step: int) -> float:
-        return float(self.solver.BASE_LR * lr_factor(step, self.solver) * self.guard.rate)
+        return self._schedule(step) * self.guard.rate
 
     def handle_nonfinite(
         self, images: Tensor, labels: Tensor, teacher: ModelOutputs | None, names: Sequence[str]
@@ -356,7 +355,7 @@ class StudentTrainer(OptimizedState):
         """Write the terms of the step that was just done, each by its name, and what else is to be in their row."""
         levels = {f"level/{name}": float(value) for name, value in self.by_level.items()}
         last = self.step - 1
-        self._write(last, {**self.losses, **levels, "lr": self._rate(last), **more})
+        self._write(last, {**self.losses, **levels, "lr": self.solver.BASE_LR * self._rate(last), **more})
 
     def record(self, accuracy: Accuracy) -> None:
         """Take note of the accuracy after the step that was just done."""
@@ -378,6 +377,16 @@ class StudentTrainer(OptimizedState):
         super().load_state_dict(state)
         self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
         self.best, self.best_step = Accuracy(**state["best"]), state["best_step"]
+
+
+def build_optimizer(modules: Iterable[nn.Module], solver: CfgNode) -> torch.optim.Optimizer:
+    """Scales, shifts and biases decay by WEIGHT_DECAY_NORM."""
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": solver.WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": solver.WEIGHT_DECAY_NORM},
+    ]
+    return make_optimizer([group for group in groups if group["params"]], solver)
 
 
 def _tap(maps: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from fvcore.common.config import CfgNode
 from torch import nn
 
 from nst_det.engine.run_dir import machine_name
 from nst_det.errors import UserError
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+AMP_DTYPES = ("auto", "bf16", "fp16")
 FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
 _WORDS = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # how messages of CUDA, its libraries and NCCL begin; loader processes and threads put their own lines before
@@ -26,27 +27,24 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 1 << 30
 
 
-def amp_dtype(precision: str, device: torch.device, key: str = "SOLVER.AMP") -> torch.dtype | None:
-    """The dtype of :func:`autocast` for a precision; None is float32.
+def amp_dtype(node: CfgNode, device: torch.device) -> torch.dtype | None:
+    """Return the dtype that :func:`autocast` takes by SOLVER.AMP; None is float32.
 
     ``auto`` is bf16 where the device is fast in it (NVIDIA's GPUs since Ampere, processors with AVX512-BF16), and
     float32 everywhere else: also on older GPUs, whose fp16 has a smaller range and needs a loss scale.
 
-    Args:
-        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-        device: which computes.
-        key: the config key that is named in the error.
-
     Raises:
-        UserError: an unknown precision, or fp16 without a GPU.
+        UserError: an unknown DTYPE, or fp16 without a GPU.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"{key}: unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
-    if precision == "auto":
-        precision = "bf16" if has_fast_bf16(device) else "fp32"
-    if precision == "fp16" and device.type != "cuda":
-        raise UserError(f"{key}: fp16 needs a GPU; use bf16 or fp32")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if node.DTYPE not in AMP_DTYPES:
+        raise UserError(f"SOLVER.AMP.DTYPE: unknown precision '{node.DTYPE}'; use one of {', '.join(AMP_DTYPES)}")
+    if not node.ENABLED:
+        return None
+    if node.DTYPE == "fp16" and device.type != "cuda":
+        raise UserError("SOLVER.AMP.DTYPE: fp16 needs a GPU; use bf16, or set SOLVER.AMP.ENABLED False")
+    if node.DTYPE == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else None
+    return torch.bfloat16 if node.DTYPE == "bf16" else torch.float16
 
 
 def default_device() -> torch.device:

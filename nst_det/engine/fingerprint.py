@@ -34,7 +34,6 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     # a comparison keeps to them; in stage one methods may be added and these may change
     "METHODS": (RUN,),
     "REGISTRY": (RESUME, RUN),
-    "CHECKPOINT_PERIOD": (RESUME,),
     "LOG_PERIOD": (RESUME,),
     "DATALOADER": (RESUME,),
     # the data's fingerprint stands for the folder
@@ -66,6 +65,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "SOLVER": (RESUME, STUDENT, TRAINED_TEACHER),
     "SOLVER.BASE_LR": (RESUME, STUDENT, TRAINED_TEACHER, RATE),
     "SOLVER.BACKBONE_MULTIPLIER": (RESUME, STUDENT, TRAINED_TEACHER, RATE),
+    "SOLVER.CHECKPOINT_PERIOD": (RESUME,),
     "FLOAT32_PRECISION": (RESUME, STUDENT, TRAINED_TEACHER, CACHE),
     # a student depends on the teacher's weights, by their hash
     "TEACHER": (RESUME,),

@@ -12,8 +12,14 @@ from nst_det.comparison.result import comparable
 DISTILL = {
     "DATA": {"ROOT": "generated", "IMAGE_SIZE": 64},
     "TEACHER": {"ARCH": "nst_resnet10_w32", "SOLVER": {"MAX_ITER": 4}},
-    "SOLVER": {"OPTIMIZER": "ADAMW", "BASE_LR": 0.004, "MAX_ITER": 6, "IMS_PER_BATCH": 8, "SCHEDULE": "onecycle"},
-    "CHECKPOINT_PERIOD": 2,
+    "SOLVER": {
+        "OPTIMIZER": "ADAMW",
+        "BASE_LR": 0.004,
+        "MAX_ITER": 6,
+        "IMS_PER_BATCH": 8,
+        "LR_SCHEDULER_NAME": "OneCycleLR",
+        "CHECKPOINT_PERIOD": 2,
+    },
     "LOG_PERIOD": 1,
 }
 COMPARE = {

@@ -79,13 +79,13 @@ def test_rows_with_terms_of_stage_two_share_one_teacher_detector(config_file):
         assert run.needs == (f"distill/seed{seed}", "detect/seed0/teacher")
         config = run_config(comparison, run)
         assert config.MODEL.WEIGHTS.endswith(f"small-kd-s{seed}.safetensors")
-        assert (config.TRANSFER.METHOD, config.TRANSFER.LEVELS) == ("pkd", ["p2", "p3", "p4", "p5"])
-        assert str(teacher.config_path(comparison.folder)) == config.TRANSFER.TEACHER.CONFIG_FILE
-        assert Path(config.TRANSFER.TEACHER.WEIGHTS).parent == teacher.folders[0]
+        assert (config.METHOD, config.TRANSFER.LEVELS) == ("pkd", ["p2", "p3", "p4", "p5"])
+        assert str(teacher.config_path(comparison.folder)) == config.TEACHER.CONFIG_FILE
+        assert Path(config.TEACHER.WEIGHTS).parent == teacher.folders[0]
     only = run_config(comparison, runs["detect/seed1/cwd@det:5"])
-    assert only.TRANSFER.METHOD == "cwd:5"
+    assert only.METHOD == "cwd:5"
     assert only.MODEL.WEIGHTS.endswith("small-ce-s1.safetensors")
-    assert run_config(comparison, runs["detect/seed1/kd"]).TRANSFER.METHOD == "ce"
+    assert run_config(comparison, runs["detect/seed1/kd"]).METHOD == "ce"
 
 
 def test_the_row_teacher_is_the_teacher_detector_too(config_file):
@@ -99,13 +99,17 @@ def test_the_row_teacher_is_the_teacher_detector_too(config_file):
 
 
 def test_a_teacher_detector_of_ones_own_is_not_trained(config_file):
-    words = ["METHODS", "[cwd@det]", "DETECT.TRANSFER.TEACHER.CONFIG_FILE", "mine.yaml"]
-    words += ["DETECT.TRANSFER.TEACHER.WEIGHTS", "mine.safetensors", "DETECT.TRANSFER.LEVELS", "[p3]"]
+    words = ["METHODS", "[cwd@det]", "DETECT.TEACHER.CONFIG_FILE", "mine.yaml"]
+    words += ["DETECT.TEACHER.WEIGHTS", "mine.safetensors", "DETECT.TRANSFER.LEVELS", "[p3]"]
     comparison = load_comparison(config_file, overrides=words)
     runs = {run.name: run for run in make_plan(comparison)}
     assert not any(name.endswith("/teacher") for name in runs)
-    node = run_config(comparison, runs["detect/seed0/cwd@det"]).TRANSFER
-    assert (node.TEACHER.CONFIG_FILE, node.TEACHER.WEIGHTS, node.LEVELS) == ("mine.yaml", "mine.safetensors", ["p3"])
+    node = run_config(comparison, runs["detect/seed0/cwd@det"])
+    assert (node.TEACHER.CONFIG_FILE, node.TEACHER.WEIGHTS, node.TRANSFER.LEVELS) == (
+        "mine.yaml",
+        "mine.safetensors",
+        ["p3"],
+    )
 
 
 def test_a_run_is_done_when_all_results_are_there(comparison):

@@ -33,8 +33,9 @@ def test_each_method_runs_with_what_was_found_for_it(config_file, file):
     assert transfer_of(students, "fitnet").LEVELS == comparison.distill.TRANSFER.LEVELS
     # of methods that aren't compared nothing is handed on
     assert "at" not in students.TRANSFER.BY_METHOD
-    detector = run_config(comparison, runs["detect/seed1/cwd@det"]).TRANSFER
-    assert (detector.METHOD, detector.LEVELS, plain(detector.WEIGHTS)) == ("cwd", ["p3"], {"cwd": 3.0})
+    config = run_config(comparison, runs["detect/seed1/cwd@det"])
+    detector = config.TRANSFER
+    assert (config.METHOD, detector.LEVELS, plain(detector.WEIGHTS)) == ("cwd", ["p3"], {"cwd": 3.0})
     detector = run_config(comparison, runs["detect/seed1/pkd@det"]).TRANSFER
     assert (detector.LEVELS, plain(detector.WEIGHTS)) == (["p2", "p3", "p4", "p5"], {})
     # rows without terms of stage two are what they are without the file

@@ -163,8 +163,8 @@ def untrained_teacher(on_shapes, tmp_path):
         save_weights(tmp_path / "teacher.safetensors", build_detector(config, 7), data_classes(config))
         (tmp_path / "teacher.yaml").write_text(config.dump())
         return {
-            "TRANSFER.TEACHER.CONFIG_FILE": str(tmp_path / "teacher.yaml"),
-            "TRANSFER.TEACHER.WEIGHTS": str(tmp_path / "teacher.safetensors"),
+            "TEACHER.CONFIG_FILE": str(tmp_path / "teacher.yaml"),
+            "TEACHER.WEIGHTS": str(tmp_path / "teacher.safetensors"),
         }
 
     return keys
@@ -173,4 +173,4 @@ def untrained_teacher(on_shapes, tmp_path):
 @pytest.fixture
 def taught(untrained_teacher):
     """Keys of a student with terms on two levels, which that teacher teaches."""
-    return {"TRANSFER.METHOD": "fitnet:1+nst-poly:1", "TRANSFER.LEVELS": ["p2", "p3"], **untrained_teacher()}
+    return {"METHOD": "fitnet:1+nst-poly:1", "TRANSFER.LEVELS": ["p2", "p3"], **untrained_teacher()}

@@ -18,9 +18,9 @@ WIDE = {"MODEL.TIMM.ARCH": "nst_resnet18_w48", "MODEL.FPN.OUT_CHANNELS": 24, "MO
 
 def node(method="kd", **values):
     made = detector_transfer_node()
-    made.METHOD, made.LEVELS = method, ["p3"]
+    made.LEVELS = ["p3"]
     made.update(values)
-    return made
+    return method, made
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def divergence(student, teacher, temperature):
 def test_kd_is_the_divergence_of_both_heads_on_the_students_proposals(talkative, teacher, batch, options):
     student = talkative()
     alone = copy.deepcopy(student).train()
-    model = distill(student, teacher, node("kd:3", OPTIONS=options) if options else node("kd:3")).train()
+    model = distill(student, teacher, *(node("kd:3", OPTIONS=options) if options else node("kd:3"))).train()
     seen = []
     student.roi_heads.box_pooler.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     losses = step(model, batch)
@@ -87,7 +87,7 @@ def test_kd_is_the_divergence_of_both_heads_on_the_students_proposals(talkative,
 
 
 def test_gradient_reaches_the_students_backbone_and_box_head_alone(talkative, teacher, batch):
-    model = distill(talkative(), teacher, node()).train()
+    model = distill(talkative(), teacher, *node()).train()
     before = copy.deepcopy(teacher.state_dict())
     step(model, batch)["loss_transfer_kd"].backward()
     reached = {name for name, parameter in model.student.named_parameters() if parameter.grad is not None}
@@ -100,14 +100,14 @@ def test_gradient_reaches_the_students_backbone_and_box_head_alone(talkative, te
 
 def test_a_teacher_that_is_the_student_has_nothing_to_say(talkative, batch):
     student = talkative()
-    model = distill(student, copy.deepcopy(student), node()).train()
+    model = distill(student, copy.deepcopy(student), *node()).train()
     # the teacher normalizes by running statistics, so the student must too
     student.backbone.eval()
     assert float(step(model, batch)["loss_transfer_kd"].detach()) == pytest.approx(0, abs=1e-6)
 
 
 def test_all_kinds_of_terms_together(talkative, teacher, batch):
-    model = distill(talkative(), teacher, node("kd+vid-logits+lp+nst-poly")).train()
+    model = distill(talkative(), teacher, *node("kd+vid-logits+lp+nst-poly")).train()
     losses = step(model, batch)
     for name in ("kd", "vid-logits", "lp", "nst-poly"):
         assert losses[f"loss_transfer_{name}"].isfinite()
@@ -118,7 +118,7 @@ def test_all_kinds_of_terms_together(talkative, teacher, batch):
 
 
 def test_images_without_any_proposal_give_zero(talkative, teacher, batch):
-    model = distill(talkative(), teacher, node()).train()
+    model = distill(talkative(), teacher, *node()).train()
     model.student.proposal_generator.forward = lambda maps, sizes, *_: (
         [torch.zeros(0, 4) for _ in sizes], {"loss_rpn_cls": maps["p3"].sum() * 0}
     )  # fmt: skip
@@ -129,7 +129,7 @@ def test_images_without_any_proposal_give_zero(talkative, teacher, batch):
 
 
 def test_in_evaluation_nothing_is_kept_and_the_teacher_is_not_asked(talkative, teacher, batch):
-    model = distill(talkative(), teacher, node())
+    model = distill(talkative(), teacher, *node())
     called = []
     teacher.roi_heads.box_head.register_forward_hook(lambda *_: called.append(True))
     with torch.no_grad():
@@ -145,30 +145,30 @@ def test_in_evaluation_nothing_is_kept_and_the_teacher_is_not_asked(talkative, t
 
 def test_other_classes_are_one_line_unless_no_term_compares_them(talkative, small, batch):
     other = build_detector(small({**WIDE, "MODEL.ROI_HEADS.NUM_CLASSES": 7}), 1)
-    said = "TRANSFER.METHOD kd.nst-poly: kd compares class by class, but the student has 3 classes and the teacher 7"
+    said = "METHOD kd.nst-poly: kd compares class by class, but the student has 3 classes and the teacher 7"
     with pytest.raises(UserError, match=said) as raised:
-        distill(talkative(), other, node("kd+nst-poly"))
+        distill(talkative(), other, *node("kd+nst-poly"))
     assert "\n" not in str(raised.value)
-    model = distill(talkative(), other, node("vid-logits+lp")).train()
+    model = distill(talkative(), other, *node("vid-logits+lp")).train()
     assert step(model, batch)["loss_transfer_vid-logits"].isfinite()
 
 
 def test_a_detector_without_such_a_box_head_is_one_line(talkative, teacher):
     student = talkative()
     student.roi_heads = torch.nn.ModuleList()
-    with pytest.raises(UserError, match="TRANSFER.METHOD kd: it reads logits of a box head, and ModuleList has not"):
-        distill(student, teacher, node())
+    with pytest.raises(UserError, match="METHOD kd: it reads logits of a box head, and ModuleList has not"):
+        distill(student, teacher, *node())
     del student.roi_heads
     with pytest.raises(UserError, match="and Detector has not one; use terms on feature maps"):
-        distill(student, teacher, node())
+        distill(student, teacher, *node())
     sigmoid = talkative()
     sigmoid.roi_heads.box_predictor.use_sigmoid_ce = True
     with pytest.raises(UserError, match="set MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False"):
-        distill(sigmoid, teacher, node())
+        distill(sigmoid, teacher, *node())
 
 
 def test_a_student_that_passes_its_box_head_by_is_an_error(talkative, teacher, batch):
-    model = distill(talkative(), teacher, node()).train()
+    model = distill(talkative(), teacher, *node()).train()
     model.student.roi_heads.forward = lambda *_: ([], {})
     with pytest.raises(RuntimeError, match="didn't call its box head"):
         step(model, batch)
@@ -201,7 +201,7 @@ def test_both_engines_agree(talkative, teacher, small_words, base_file, exhausti
         ((their_student, teacher), inputs),
     ):
         torch.manual_seed(1)
-        model = distill(*pair, node("kd+vid-logits+lp+nst-poly"), box_outputs).train()
+        model = distill(*pair, *node("kd+vid-logits+lp+nst-poly"), box_outputs).train()
         with EventStorage(0):
             losses.append(step(model, images))
     for other in losses[1:]:
@@ -232,7 +232,7 @@ def test_c4_heads_of_detectron2():
     objects = Instances((64, 64))
     objects.gt_boxes, objects.gt_classes = Boxes(torch.tensor([[4.0, 4.0, 40.0, 50.0]])), torch.tensor([1])
     item = {"image": torch.rand(3, 64, 64) * 255, "instances": objects}
-    model = distill(student, teacher, node(), box_outputs).train()
+    model = distill(student, teacher, *node(), box_outputs).train()
     asked, answered = [], []
     student.roi_heads.pooler.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[1]))
     student.roi_heads.box_predictor.register_forward_hook(lambda *said: answered.append(said[2][0]))

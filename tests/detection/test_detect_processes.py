@@ -51,7 +51,7 @@ CHANGES = {
 def taught(untrained_teacher):
     """Keys of a student that a wider teacher teaches."""
     wide = {"MODEL.TIMM.ARCH": "nst_resnet10_w32", "MODEL.FPN.OUT_CHANNELS": 24}
-    return {"TRANSFER.METHOD": "fitnet:0.1+nst-poly:0.1", "TRANSFER.LEVELS": ["p3"], **untrained_teacher(wide)}
+    return {"METHOD": "fitnet:0.1+nst-poly:0.1", "TRANSFER.LEVELS": ["p3"], **untrained_teacher(wide)}
 
 
 def test_two_processes_train_as_one(on_shapes, tmp_path, taught, in_processes):

@@ -24,12 +24,11 @@ from nst_det.losses import nst_loss
 LEVELS = ["p2", "p3", "p4"]
 
 
-def node(method="nst-poly:7", levels=LEVELS, **values) -> CfgNode:
+def node(method="nst-poly:7", levels=LEVELS, **values):
     made = transfer_node()
-    made.METHOD, made.LEVELS = method, levels
-    made.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": ""})
+    made.LEVELS = levels
     made.update(values)
-    return made
+    return method, made
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def step(model, batch):
 def test_terms_join_the_students_losses_with_their_values(talkative, teacher, batch):
     student = talkative().train()
     alone = copy.deepcopy(student)
-    losses = step(distill(student, teacher, node()).train(), batch)
+    losses = step(distill(student, teacher, *node()).train(), batch)
     assert list(losses) == ["loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc", "loss_transfer_nst-poly"]
     plain = step(alone, batch)
     assert all(torch.equal(losses[name], plain[name]) for name in plain)
@@ -58,7 +57,7 @@ def test_terms_join_the_students_losses_with_their_values(talkative, teacher, ba
 
 
 def test_gradients_reach_the_student_alone(talkative, teacher, batch):
-    model = distill(talkative(), teacher, node()).train()
+    model = distill(talkative(), teacher, *node()).train()
     before = copy.deepcopy(teacher.state_dict())
     step(model, batch)["loss_transfer_nst-poly"].backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -72,7 +71,7 @@ def test_gradients_reach_the_student_alone(talkative, teacher, batch):
 
 def test_only_the_student_is_saved_and_only_it_and_adapters_are_trained(talkative, teacher, small):
     student = talkative()
-    model = distill(student, teacher, node("fitnet+nst-poly"))
+    model = distill(student, teacher, *node("fitnet+nst-poly"))
     assert list(model.state_dict()) == list(student.state_dict())
     adapters = model.transfer.state_dict()
     assert len(adapters) > 0
@@ -91,7 +90,7 @@ def test_only_the_student_is_saved_and_only_it_and_adapters_are_trained(talkativ
 def test_inference_is_the_students(talkative, teacher, batch):
     student = talkative()
     alone = copy.deepcopy(student).eval()
-    model = distill(student, teacher, node()).eval()
+    model = distill(student, teacher, *node()).eval()
     called = []
     teacher.backbone.register_forward_hook(lambda *_: called.append(True))
     with torch.no_grad():
@@ -104,7 +103,7 @@ def test_the_teacher_is_not_asked_while_the_student_alone_is_evaluated(talkative
     asked = []
     forward = DistilledDetector._teacher_forward
     monkeypatch.setattr(DistilledDetector, "_teacher_forward", lambda self, x: asked.append(1) or forward(self, x))
-    model = distill(talkative(), teacher, node())
+    model = distill(talkative(), teacher, *node())
     model(batch)
     assert len(asked) == 1
     model.student.eval()
@@ -117,7 +116,7 @@ def test_the_teacher_is_not_asked_while_the_student_alone_is_evaluated(talkative
 
 
 def test_levels_below_the_pyramid(talkative, teacher, batch):
-    model = distill(talkative(), teacher, node(levels=["res3", "p4", "res4:res3"])).train()
+    model = distill(talkative(), teacher, *node(levels=["res3", "p4", "res4:res3"])).train()
     losses = step(model, batch)
     assert losses["loss_transfer_nst-poly"] > 0
     # a teacher's pyramid that no term looks at is not computed
@@ -125,12 +124,12 @@ def test_levels_below_the_pyramid(talkative, teacher, batch):
     teacher.backbone.fpn_output2.register_forward_hook(lambda *_: seen.append(True))
     step(model, batch)
     assert seen == [True]
-    step(distill(talkative(), teacher, node(levels=["res3"])).train(), batch)
+    step(distill(talkative(), teacher, *node(levels=["res3"])).train(), batch)
     assert seen == [True]
 
 
 def test_the_weight_warms_up(talkative, teacher, batch):
-    models = [distill(talkative(), teacher, node(WARMUP_ITERS=warmup)).train() for warmup in (0, 4)]
+    models = [distill(talkative(), teacher, *node(WARMUP_ITERS=warmup)).train() for warmup in (0, 4)]
     for iteration in range(5):
         full, part = (step(model, batch)["loss_transfer_nst-poly"].detach() for model in models)
         assert float(part) == pytest.approx(float(full) * min((iteration + 1) / 4, 1), rel=1e-6)
@@ -154,7 +153,7 @@ def test_a_teacher_with_other_pixels_sees_what_it_was_trained_on(small, batch):
 
 
 def test_the_teacher_computes_where_and_how_the_student_does(talkative, teacher, batch):
-    model = distill(talkative(), teacher, node()).train()
+    model = distill(talkative(), teacher, *node()).train()
     model.student.amp = torch.bfloat16
     seen = []
     teacher.backbone.fpn_output2.register_forward_hook(lambda _module, _inputs, map_: seen.append(map_.dtype))
@@ -171,7 +170,7 @@ def test_a_student_without_padding_and_a_teacher_that_needs_it(talkative, teache
         "MODEL.RPN.IN_FEATURES": ["res4"], "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
         "MODEL.ANCHOR_GENERATOR.SIZES": [[16, 32]],
     }  # fmt: skip
-    model = distill(talkative(alone), teacher, node(levels=["res4:p4"])).train()
+    model = distill(talkative(alone), teacher, *node(levels=["res4:p4"])).train()
     assert step(model, [batch[1]])["loss_transfer_nst-poly"].isfinite()
 
 
@@ -185,7 +184,7 @@ def test_level_channels(talkative, teacher):
 
 def test_the_shapes_are_said_before_training(talkative, teacher, caplog):
     caplog.set_level(logging.INFO)
-    model = distill(talkative(), teacher, node("kd+nst-poly", ["p4", "res3:p4"])).train()
+    model = distill(talkative(), teacher, *node("kd+nst-poly", ["p4", "res3:p4"])).train()
     state = copy.deepcopy(model.state_dict())
     log_shapes(model)
     table = caplog.records[-1].getMessage()
@@ -209,7 +208,7 @@ def norm_at(student, loss):
 
 def test_the_terms_are_measured_against_the_detectors_own_losses(talkative, teacher, batch, caplog):
     caplog.set_level(logging.INFO)
-    model = distill(talkative(), teacher, node("kd+nst-poly", WEIGHTS={"kd": 1e-6})).train()
+    model = distill(talkative(), teacher, *node("kd+nst-poly", WEIGHTS={"kd": 1e-6})).train()
     losses = step(model, batch)
     task = norm_at(model.student, sum(value for name, value in losses.items() if "transfer" not in name))
     for line in model.transfer.balance.lines:
@@ -225,7 +224,7 @@ def test_the_terms_are_measured_against_the_detectors_own_losses(talkative, teac
 
 
 def test_auto_weight_gives_a_term_its_share(talkative, teacher, batch):
-    model = distill(talkative(), teacher, node("kd+nst-poly", AUTO_WEIGHT={"kd": 0.5, "nst-poly": 0.25})).train()
+    model = distill(talkative(), teacher, *node("kd+nst-poly", AUTO_WEIGHT={"kd": 0.5, "nst-poly": 0.25})).train()
     for _ in range(6):
         losses = step(model, batch)
     task = norm_at(model.student, sum(value for name, value in losses.items() if "transfer" not in name))
@@ -235,11 +234,11 @@ def test_auto_weight_gives_a_term_its_share(talkative, teacher, batch):
 
 
 def test_auto_weight_on_a_frozen_backbone_is_one_line(talkative, teacher, batch):
-    model = distill(talkative(), teacher, node("kd", AUTO_WEIGHT={"kd": 1.0})).train()
+    model = distill(talkative(), teacher, *node("kd", AUTO_WEIGHT={"kd": 1.0})).train()
     model.student.backbone.requires_grad_(False)
     with pytest.raises(UserError, match=r"TRANSFER.AUTO_WEIGHT: the student's backbone is frozen"):
         step(model, batch)
-    step(distill(model.student, teacher, node("kd")).train(), batch)
+    step(distill(model.student, teacher, *node("kd")).train(), batch)
 
 
 @pytest.mark.parametrize(
@@ -254,20 +253,20 @@ def test_auto_weight_on_a_frozen_backbone_is_one_line(talkative, teacher, batch)
 )
 def test_methods_that_cant_be_built_are_one_line(talkative, teacher, transfer, line):
     with pytest.raises(UserError, match=line):
-        distill(talkative(), teacher, transfer)
+        distill(talkative(), teacher, *transfer)
 
 
 def test_wants_teacher():
-    assert not wants_teacher(node("ce"))
-    with pytest.raises(UserError, match="TRANSFER.METHOD nst-poly needs a teacher; set TRANSFER.TEACHER.CONFIG_FILE"):
-        wants_teacher(node("nst-poly"))
-    assert wants_teacher(node("nst-poly", TEACHER=CfgNode({"CONFIG_FILE": "a.yaml", "WEIGHTS": ""})))
-    with pytest.raises(UserError, match="TRANSFER.METHOD: .*unknown"):
-        wants_teacher(node("nst-cubic"))
+    assert not wants_teacher(CfgNode({"METHOD": "ce"}))
+    with pytest.raises(UserError, match="METHOD nst-poly needs a teacher; set TEACHER.CONFIG_FILE"):
+        wants_teacher(CfgNode({"METHOD": "nst-poly", "TEACHER": {"CONFIG_FILE": ""}}))
+    assert wants_teacher(CfgNode({"METHOD": "nst-poly", "TEACHER": {"CONFIG_FILE": "a.yaml"}}))
+    with pytest.raises(UserError, match="METHOD: .*unknown"):
+        wants_teacher(CfgNode({"METHOD": "nst-cubic"}))
 
 
 def test_a_student_that_passes_its_backbone_by_is_an_error(talkative, teacher, batch):
-    model = distill(talkative(), teacher, node()).train()
+    model = distill(talkative(), teacher, *node()).train()
     model.student.forward = lambda _batch: {}
     with pytest.raises(RuntimeError, match=r"didn't call student\.backbone"):
         model(batch)
@@ -275,7 +274,7 @@ def test_a_student_that_passes_its_backbone_by_is_an_error(talkative, teacher, b
 
 def test_a_detector_without_a_backbone_is_an_error(teacher):
     with pytest.raises(UserError, match="Linear has no backbone"):
-        distill(torch.nn.Linear(1, 1), teacher, node())
+        distill(torch.nn.Linear(1, 1), teacher, *node())
 
 
 @pytest.mark.detectron2
@@ -295,11 +294,11 @@ def test_around_detectron2s_own_detector(talkative, small_words, base_file, exha
         objects = Instances(tuple(item["image"].shape[-2:]))
         objects.gt_boxes, objects.gt_classes = Boxes(item["boxes"]), item["labels"]
         inputs.append({**item, "instances": objects})
-    model = distill(theirs, teacher, node()).train()
+    model = distill(theirs, teacher, *node()).train()
     assert isinstance(model, DistilledDetector)
     with EventStorage(0):
         losses = step(model, inputs)
-    expected = step(distill(ours, teacher, node()).train(), batch)
+    expected = step(distill(ours, teacher, *node()).train(), batch)
     assert list(losses) == list(expected)
     for name, value in expected.items():
         assert float(losses[name].detach()) == pytest.approx(float(value.detach()), rel=1e-4), name

@@ -110,11 +110,11 @@ def teacher_words(on_shapes, tmp_path, method):
     save_weights(tmp_path / "teacher.safetensors", build_detector(config, 7), data_classes(config))
     (tmp_path / "teacher.yaml").write_text(config.dump())
     return {
-        "TRANSFER.METHOD": method,
+        "METHOD": method,
         "TRANSFER.LEVELS": ["p2", "p3"],
         "TRANSFER.WARMUP_ITERS": 4,
-        "TRANSFER.TEACHER.CONFIG_FILE": str(tmp_path / "teacher.yaml"),
-        "TRANSFER.TEACHER.WEIGHTS": str(tmp_path / "teacher.safetensors"),
+        "TEACHER.CONFIG_FILE": str(tmp_path / "teacher.yaml"),
+        "TEACHER.WEIGHTS": str(tmp_path / "teacher.safetensors"),
     }
 
 
@@ -161,11 +161,11 @@ def test_measuring_the_first_step_does_not_change_the_run(on_shapes, tmp_path, m
 
 def test_a_teacher_whose_pyramid_is_random_is_refused(on_shapes, tmp_path):
     changes = teacher_words(on_shapes, tmp_path, "nst-poly")
-    changes["TRANSFER.TEACHER.WEIGHTS"] = ""
-    with pytest.raises(UserError, match="TRANSFER.TEACHER.WEIGHTS: the teacher's p2, p3 would be random"):
+    changes["TEACHER.WEIGHTS"] = ""
+    with pytest.raises(UserError, match="TEACHER.WEIGHTS: the teacher's p2, p3 would be random"):
         train_detector(on_shapes("one", changes))
-    with pytest.raises(UserError, match="TRANSFER.TEACHER.WEIGHTS: the teacher's box head would be random"):
-        train_detector(on_shapes("two", {**changes, "TRANSFER.METHOD": "kd"}))
+    with pytest.raises(UserError, match="TEACHER.WEIGHTS: the teacher's box head would be random"):
+        train_detector(on_shapes("two", {**changes, "METHOD": "kd"}))
 
 
 def test_kd_from_a_teacher_of_other_classes_is_refused(on_shapes, tmp_path):
@@ -178,7 +178,7 @@ def test_kd_from_a_teacher_of_other_classes_is_refused(on_shapes, tmp_path):
     with pytest.raises(UserError, match=said):
         train_detector(on_shapes("one", changes))
     # maps don't care
-    changes["TRANSFER.METHOD"] = "nst-poly"
+    changes["METHOD"] = "nst-poly"
     assert train_detector(on_shapes("two", {**changes, "SOLVER.MAX_ITER": 1, "DATASETS.TEST": []}))["steps"] == 1
 
 

@@ -40,8 +40,8 @@ def trained(monkeypatch):
 
 def taught(tiny_teacher):
     return [
-        *("TRANSFER.METHOD", "fitnet:1+nst-poly:1", "TRANSFER.LEVELS", "['p2', 'p3']"),
-        *("TRANSFER.TEACHER.CONFIG_FILE", tiny_teacher[0], "TRANSFER.TEACHER.WEIGHTS", tiny_teacher[1]),
+        *("METHOD", "fitnet:1+nst-poly:1", "TRANSFER.LEVELS", "['p2', 'p3']"),
+        *("TEACHER.CONFIG_FILE", tiny_teacher[0], "TEACHER.WEIGHTS", tiny_teacher[1]),
     ]
 
 

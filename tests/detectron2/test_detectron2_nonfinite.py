@@ -74,8 +74,8 @@ def test_the_step_runs_again(command, tiny_yaml, tiny_teacher, tmp_path, monkeyp
 
     monkeypatch.setattr(DistillTrainer, "run_step", poisoned_step)
     folder = tmp_path / "run"
-    words = ["TRANSFER.METHOD", "fitnet+nst-poly", "TRANSFER.LEVELS", "['p2', 'p3']", "TRANSFER.WARMUP_ITERS", 5]
-    words += ["TRANSFER.TEACHER.CONFIG_FILE", tiny_teacher[0], "TRANSFER.TEACHER.WEIGHTS", tiny_teacher[1]]
+    words = ["METHOD", "fitnet+nst-poly", "TRANSFER.LEVELS", "['p2', 'p3']", "TRANSFER.WARMUP_ITERS", 5]
+    words += ["TEACHER.CONFIG_FILE", tiny_teacher[0], "TEACHER.WEIGHTS", tiny_teacher[1]]
     assert command("--config-file", tiny_yaml, "DATASETS.TEST", "[]", *words, "OUTPUT_DIR", folder) == 2
     file = folder / "nonfinite" / "step-00000002.pt"
     assert f"not finite at step 2: {named}; images i" in capfd.readouterr().err

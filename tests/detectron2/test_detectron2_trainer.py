@@ -36,8 +36,8 @@ from nst_det.errors import UserError  # noqa: E402
 
 def nst_opts(tiny_teacher, method="nst-poly"):
     return [
-        *("TRANSFER.METHOD", method, "TRANSFER.LEVELS", "['p2', 'p3', 'p4', 'p5']", "TRANSFER.WARMUP_ITERS", "2"),
-        *("TRANSFER.TEACHER.CONFIG_FILE", str(tiny_teacher[0]), "TRANSFER.TEACHER.WEIGHTS", str(tiny_teacher[1])),
+        *("METHOD", method, "TRANSFER.LEVELS", "['p2', 'p3', 'p4', 'p5']", "TRANSFER.WARMUP_ITERS", "2"),
+        *("TEACHER.CONFIG_FILE", str(tiny_teacher[0]), "TEACHER.WEIGHTS", str(tiny_teacher[1])),
     ]
 
 
@@ -207,7 +207,7 @@ def test_the_extra_keys_do_what_they_say(tiny_yaml, tmp_path):
         (["MODEL.WEIGHTS", __file__], "not a weights file"),
         (["SOLVER.OPTIMIZER", "LION"], "SOLVER.OPTIMIZER"),
         (["DATASETS.TRAIN", "['voc_x']"], "add DATASETS.VOC.voc_x"),
-        (["TRANSFER.METHOD", "nst-poly"], "needs a teacher"),
+        (["METHOD", "nst-poly"], "needs a teacher"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "7"], "the data has 2 classes"),
         (["SOLVER.IMS_PER_BATCH", "3", "OUTPUT_DIR", "x"], None),
     ],

@@ -213,10 +213,10 @@ class Folder:
     def taught(self, method: str, teacher: str) -> Words:
         """Keys of a student of a teacher detector that was trained here."""
         return {
-            "TRANSFER.METHOD": method,
+            "METHOD": method,
             "TRANSFER.LEVELS": ["p2", "p3", "p4", "p5"],
-            "TRANSFER.TEACHER.CONFIG_FILE": str(self.path / f"{teacher}.yaml"),
-            "TRANSFER.TEACHER.WEIGHTS": str(self.path / teacher / "model.safetensors"),
+            "TEACHER.CONFIG_FILE": str(self.path / f"{teacher}.yaml"),
+            "TEACHER.WEIGHTS": str(self.path / teacher / "model.safetensors"),
         }
 
 
@@ -261,10 +261,10 @@ def stage_one(folder: Folder) -> None:
         "SOLVER.MAX_ITER": 2,
         "SOLVER.OPTIMIZER": "ADAMW",
         "SOLVER.EMA_DECAY": 0.9,
-        "SOLVER.CLIP_GRADIENTS": 1.0,
+        "SOLVER.CLIP_GRADIENTS": {"ENABLED": True, "CLIP_VALUE": 1.0},
         "SOLVER.ACCUMULATE": 2,
         "LOG_PERIOD": 1,
-        "CHECKPOINT_PERIOD": 1,
+        "SOLVER.CHECKPOINT_PERIOD": 1,
         "TEST.EVAL_PERIOD": 1,
     }
     with scenario("stage one, every term, resumed"):
@@ -272,7 +272,7 @@ def stage_one(folder: Folder) -> None:
             folder.distill("resumed", **every)
         folder.distill("resumed", **every)
     with scenario("stage one, fp16"):
-        folder.distill("fp16", **{"METHODS": ["kd+nst-poly"], "SOLVER.AMP": "fp16", "SOLVER.EMA_DECAY": 0.9})
+        folder.distill("fp16", **{"METHODS": ["kd+nst-poly"], "SOLVER.AMP.DTYPE": "fp16", "SOLVER.EMA_DECAY": 0.9})
     with scenario("stage one, cached teacher"):
         cache = {"CACHE.DIR": folder.path / "cache", "CACHE.VIEWS": 1}
         folder.distill("cached", **{"METHODS": ["kd+nst-poly"], "SOLVER.MAX_ITER": 1, **cache})

@@ -40,7 +40,7 @@ def config(images, output, **keys):
         "SOLVER.ACCUMULATE": 2,
         "SOLVER.EMA_DECAY": DECAY,
         "TEST.EVAL_PERIOD": 2,
-        "CHECKPOINT_PERIOD": 2,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
         "LOG_PERIOD": 1,
         **keys,
     }
@@ -130,7 +130,7 @@ def test_a_step_that_failed_is_not_in_it(images, tmp_path, trained, averaged_in_
     save = train_state.save_checkpoint
     monkeypatch.setattr(train_state, "save_checkpoint", saved)
     monkeypatch.setattr(StudentTrainer, "forward_backward", infinite)
-    keys = {"METHODS": ["ce"], "SOLVER.NON_FINITE": {"POLICY": policy}, "CHECKPOINT_PERIOD": 2}
+    keys = {"METHODS": ["ce"], "SOLVER.NON_FINITE": {"POLICY": policy}, "SOLVER.CHECKPOINT_PERIOD": 2}
     result = distill(config(images, tmp_path, **keys))["ce"]
     steps = [1, 2, 3, 5, 6] if policy == "skip" else [1, 2, 3, 4, 5, 6]
     states = {step: trained["ce"][step] for step in steps}

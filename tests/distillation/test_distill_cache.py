@@ -56,7 +56,7 @@ def words(images, output, **changes):
         # two epochs and a half: every view is read, some again
         "SOLVER.MAX_ITER": 9,
         "SOLVER.IMS_PER_BATCH": BATCH,
-        "SOLVER.AMP": "fp32",
+        "SOLVER.AMP.ENABLED": False,
         "LOG_PERIOD": 1,
         "CACHE.VIEWS": VIEWS,
         **changes,
@@ -298,7 +298,7 @@ def test_an_index_made_by_hand_is_refused(tmp_path, changed):
             "was written with CACHE.DTYPE 'auto', now 'fp16'; CACHE.VIEWS 2, now 1; name",
         ),
         (
-            {"SOLVER.AMP": "bf16"},
+            {"SOLVER.AMP": {"ENABLED": True, "DTYPE": "bf16"}},
             "was written with precision 'float32', now 'bfloat16'; name another CACHE.DIR or remove",
         ),
         ({"TRANSFER.LEVELS": ["res3", "res5"]}, "has no res5, but METHODS read it; it has .*logits.*; name"),

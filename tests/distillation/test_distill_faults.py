@@ -36,7 +36,7 @@ KEYS = {
     "SOLVER.BASE_LR": 2e-3,
     "SOLVER.MAX_ITER": 8,
     "SOLVER.IMS_PER_BATCH": 7,
-    "CHECKPOINT_PERIOD": 2,
+    "SOLVER.CHECKPOINT_PERIOD": 2,
     "LOG_PERIOD": 1,
 }
 FAULTY = 5
@@ -248,7 +248,7 @@ def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(images, tm
 
     monkeypatch.setattr(StudentTrainer, "update", signalled)
     (tmp_path / "c.yaml").write_text("SEED: 0\n")
-    keys = {"CHECKPOINT_PERIOD": 100, "TEACHER.WEIGHTS": taught[1]["teacher"]["backbone"]}
+    keys = {"SOLVER.CHECKPOINT_PERIOD": 100, "TEACHER.WEIGHTS": taught[1]["teacher"]["backbone"]}
     command = ["distill", "--config-file", str(tmp_path / "c.yaml"), *words(images, tmp_path / "out", **keys)]
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(SystemExit) as left:

@@ -25,7 +25,7 @@ def run(images, output, **changes):
         "TEACHER.EXPECTED_TOP1": 0.0,
         "SOLVER.MAX_ITER": 2,
         "SOLVER.IMS_PER_BATCH": 8,
-        "SOLVER.AMP": "fp32",
+        "SOLVER.AMP.ENABLED": False,
         "LOG_PERIOD": 1,
         **changes,
     }

@@ -24,7 +24,7 @@ def config(images, output, **keys):
         "DATA.AUGMENT": {"SHIFT": 2, "HFLIP": 0.5, "CROP_AREA": [0.5, 1.0]},
         "TEACHER.ARCH": "nst_resnet10_w32",
         "TEACHER.SOLVER": {"MAX_ITER": 2},
-        "SOLVER": {"BASE_LR": 0.0005, "MAX_ITER": 20, "IMS_PER_BATCH": 8, "SYNC_BN": True, "AMP": "fp32"},
+        "SOLVER": {"BASE_LR": 0.0005, "MAX_ITER": 20, "IMS_PER_BATCH": 8, "SYNC_BN": True, "AMP": {"ENABLED": False}},
         "TEST": {"EVAL_PERIOD": 10, "IMS_PER_BATCH": 5},
         "LOG_PERIOD": 1,
         **keys,
@@ -66,7 +66,7 @@ def distilled(made):
 def test_two_processes_go_on_with_the_same_bits(images, tmp_path, in_processes, stops_after_saving):
     # normalization of its own in each process, a batch in parts, and an average of the weights
     solver = {"MAX_ITER": 6, "IMS_PER_BATCH": 8, "ACCUMULATE": 2, "EMA_DECAY": 0.5}
-    keys = {"SOLVER": solver, "CHECKPOINT_PERIOD": 2, "METHODS": ["kd"]}
+    keys = {"SOLVER": solver, "SOLVER.CHECKPOINT_PERIOD": 2, "METHODS": ["kd"]}
     (undisturbed, kept), (_, other) = in_processes(distilled, config(images, tmp_path / "one", **keys))
     assert all(torch.equal(other["kd"][name], value) for name, value in kept["kd"].items())
     with stops_after_saving(4):

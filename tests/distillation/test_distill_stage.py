@@ -55,10 +55,10 @@ def words(images, output, **keys):
         "SOLVER.WEIGHT_DECAY": 0.05,
         "SOLVER.MAX_ITER": STEPS,
         "SOLVER.IMS_PER_BATCH": 7,
-        "SOLVER.CLIP_GRADIENTS": 5.0,
+        "SOLVER.CLIP_GRADIENTS": {"ENABLED": True, "CLIP_VALUE": 5.0},
         "SOLVER.WARMUP_ITERS": 2,
         "TEST.EVAL_PERIOD": 3,
-        "CHECKPOINT_PERIOD": 4,
+        "SOLVER.CHECKPOINT_PERIOD": 4,
         "LOG_PERIOD": 1,
         **keys,
     }
@@ -223,7 +223,7 @@ def test_a_stopped_teacher_goes_on_to_the_same_bits(finished, images, tmp_path, 
 def test_a_damaged_newest_checkpoint_costs_two_steps_only(finished, images, tmp_path, monkeypatch, caplog):
     output, results = finished
     with stopped(monkeypatch, "ce", 7):
-        run(images, tmp_path, CHECKPOINT_PERIOD=2)
+        run(images, tmp_path, **{"SOLVER.CHECKPOINT_PERIOD": 2})
     newest = checkpoints(tmp_path / "students" / "ce" / "checkpoints")[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
     others = run(images, tmp_path)
@@ -236,7 +236,7 @@ def test_sigkill_and_again(finished, images, tmp_path):
     _, results = finished
     command = [sys.executable, "-m", "nst_det", "distill", "--config-file", str(tmp_path / "c.yaml")]
     (tmp_path / "c.yaml").write_text("SEED: 0\n")
-    command += words(images, tmp_path / "out", CHECKPOINT_PERIOD=1)
+    command += words(images, tmp_path / "out", **{"SOLVER.CHECKPOINT_PERIOD": 1})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder = tmp_path / "out" / "students" / "fitnet" / "checkpoints"
@@ -285,7 +285,7 @@ def test_measuring_the_first_step_does_not_change_the_run(finished, images, tmp_
 
 
 def test_auto_weight_is_in_card_and_result_and_goes_on_to_the_same_bits(images, tmp_path, monkeypatch):
-    keys = {"METHODS": ["ce", "kd+nst-poly"], "TRANSFER.AUTO_WEIGHT": {"nst-poly": 0.5}, "CHECKPOINT_PERIOD": 3}
+    keys = {"METHODS": ["ce", "kd+nst-poly"], "TRANSFER.AUTO_WEIGHT": {"nst-poly": 0.5}, "SOLVER.CHECKPOINT_PERIOD": 3}
     results = run(images, tmp_path / "whole", **keys)
     # three of the five steps are measured by then
     with stopped(monkeypatch, "kd+nst-poly", 3):
@@ -397,7 +397,7 @@ def test_a_teacher_of_other_classes_gives_maps_but_no_logits(finished, images, t
         ({"DATA.ROOT": "/nowhere"}, "/nowhere: no such folder"),
         ({"DATA.ROOT": "$NST_DET_NO_SUCH"}, "DATA.ROOT: the environment variable NST_DET_NO_SUCH is not set"),
         ({"NAME": "../x"}, "can't name a backbone"),
-        ({"SOLVER.AMP": "fp16"}, "SOLVER.AMP: fp16 needs a GPU"),
+        ({"SOLVER.AMP.DTYPE": "fp16"}, "SOLVER.AMP.DTYPE: fp16 needs a GPU"),
     ],
 )
 def test_what_cant_be_used_is_said_before_training(images, tmp_path, keys, says, monkeypatch):
@@ -411,7 +411,12 @@ def test_a_loss_that_is_no_number_names_its_term(images, tmp_path, finished):
     _, results = finished
     keys = {"TEACHER.WEIGHTS": results["teacher"]["backbone"], "TRANSFER.WEIGHTS": {"at": 1e38}}
     with pytest.raises(UserError, match=r"at:1e38: not finite at step 0: the norm of all gradients; images train"):
-        run(images, tmp_path, METHODS=["at:1e38"], **{**keys, "SOLVER.CLIP_GRADIENTS": 0.0, "SOLVER.BASE_LR": 1e30})
+        run(
+            images,
+            tmp_path,
+            METHODS=["at:1e38"],
+            **{**keys, "SOLVER.CLIP_GRADIENTS.ENABLED": False, "SOLVER.BASE_LR": 1e30},
+        )
 
 
 def test_the_command_prints_a_table(images, tmp_path, finished, capsys):

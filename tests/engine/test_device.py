@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fvcore.common.config import CfgNode
 from torch import nn
 
 from nst_det.engine import device as room
@@ -40,14 +41,18 @@ def torch_settings():
     torch.backends.cudnn.allow_tf32 = before[1]
 
 
+def amp(dtype):
+    return CfgNode({"ENABLED": True, "DTYPE": dtype})
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_precision_is_that_of_the_device_which_computes(two_gpus, monkeypatch, fast):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast, raising=False)
-    found = [amp_dtype("auto", device) for device in (CPU, OLD, NEW)]
+    found = [amp_dtype(amp("auto"), device) for device in (CPU, OLD, NEW)]
     assert found == [torch.bfloat16 if fast else None, None, torch.bfloat16]
-    assert amp_dtype("fp16", OLD) == torch.float16
-    with pytest.raises(UserError, match="SOLVER.AMP: fp16 needs a GPU"):
-        amp_dtype("fp16", CPU)
+    assert amp_dtype(amp("fp16"), OLD) == torch.float16
+    with pytest.raises(UserError, match="SOLVER.AMP.DTYPE: fp16 needs a GPU"):
+        amp_dtype(amp("fp16"), CPU)
 
 
 @pytest.mark.parametrize(

@@ -54,11 +54,11 @@ def curves(work):
     checkout = same.Checkout(CHECKOUT, work / "runs", work / "data")
     same.generate(checkout, checkout.data)
     plain = same.detect(checkout, "plain", STAGE_TWO)
-    taught = {"TRANSFER.TEACHER.WEIGHTS": [plain / "model.safetensors"]}
+    taught = {"TEACHER.WEIGHTS": [plain / "model.safetensors"]}
     folders = [
         same.distill(checkout, "distill", "distill", STAGE_ONE),
         plain,
-        same.detect(checkout, "nst-poly", {**STAGE_TWO, "TRANSFER.METHOD": "nst-poly:50"}, files=taught),
+        same.detect(checkout, "nst-poly", {**STAGE_TWO, "METHOD": "nst-poly:50"}, files=taught),
     ]
     found = {}
     for folder in folders:

@@ -23,7 +23,7 @@ STAGE_ONE: dict[str, Any] = {
     "SOLVER.BASE_LR": 0.001,
     "SOLVER.MAX_ITER": 4,
     "SOLVER.IMS_PER_BATCH": 16,
-    "CHECKPOINT_PERIOD": 2,
+    "SOLVER.CHECKPOINT_PERIOD": 2,
     "LOG_PERIOD": 1,
 }
 STAGE_TWO: dict[str, Any] = {
@@ -136,13 +136,17 @@ def stage_one(stage_one_config: Callable[..., Any], gpu_device: str) -> Callable
 def backbones(stage_one: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A first run in bfloat16: a teacher, and students of several methods side by side."""
     methods = ["ce", "kd+nst-poly", "fitnet+at", "nst-gaussian", "vid+lp"]
-    return stage_one(tmp_path_factory.mktemp("first"), {"METHODS": methods, "SOLVER.AMP": "bf16"})
+    return stage_one(tmp_path_factory.mktemp("first"), {"METHODS": methods, "SOLVER.AMP.DTYPE": "bf16"})
 
 
 @pytest.fixture
 def from_teacher(backbones: dict[str, Any]) -> dict[str, Any]:
     """Keys of a float32 run with the first run's teacher."""
-    return {"TEACHER.WEIGHTS": backbones["teacher"]["backbone"], "METHODS": ["kd+nst-poly"], "SOLVER.AMP": "fp32"}
+    return {
+        "TEACHER.WEIGHTS": backbones["teacher"]["backbone"],
+        "METHODS": ["kd+nst-poly"],
+        "SOLVER.AMP.ENABLED": False,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -206,10 +210,10 @@ def taught(detectors: Callable[[str], Path], detector_config: Path, tmp_path: Pa
         teacher = tmp_path / "teacher.yaml"
         teacher.write_text(f"_BASE_: {detector_config}\nMODEL: {{FPN: {{OUT_CHANNELS: 32}}}}\n")
         return {
-            "TRANSFER.METHOD": "nst-poly:1",
+            "METHOD": "nst-poly:1",
             "TRANSFER.LEVELS": ["p3", "p4"],
-            "TRANSFER.TEACHER.CONFIG_FILE": teacher,
-            "TRANSFER.TEACHER.WEIGHTS": detectors(engine) / "model.safetensors",
+            "TEACHER.CONFIG_FILE": teacher,
+            "TEACHER.WEIGHTS": detectors(engine) / "model.safetensors",
         }
 
     return keys

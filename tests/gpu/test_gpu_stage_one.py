@@ -47,7 +47,7 @@ def test_the_first_step_in_float32_has_the_losses_of_the_cpu(stage_one, from_tea
 def test_float16_with_its_loss_scale(stage_one, from_teacher, tmp_path, gpu_device):
     if gpu_device == "cpu":
         pytest.skip("float16 needs a GPU")
-    rows = stage_one(tmp_path, {**from_teacher, "SOLVER.AMP": "fp16"})["rows"][METHOD]
+    rows = stage_one(tmp_path, {**from_teacher, "SOLVER.AMP.DTYPE": "fp16"})["rows"][METHOD]
     assert all(math.isfinite(value) for row in rows for value in losses(row).values())
     state = load_latest_checkpoint(tmp_path / "students" / METHOD / "checkpoints")
     assert state["scaler"]["scale"] > 0

@@ -40,7 +40,7 @@ METHODS: [ce]
 DATA: {{ROOT: {root}/images, IMAGE_SIZE: 16}}
 STUDENT: {{ARCH: nst_resnet10_w32}}
 TEACHER: {{ARCH: nst_resnet10_w32, WEIGHTS: {root}/backbones/b.safetensors}}
-SOLVER: {{MAX_ITER: 1, IMS_PER_BATCH: 4, AMP: fp32}}
+SOLVER: {{MAX_ITER: 1, IMS_PER_BATCH: 4, AMP: {{ENABLED: False}}}}
 """
 
 

@@ -294,7 +294,7 @@ for name, more, says in (
     ("an unknown level", ["MODEL.RPN.IN_FEATURES", "[p9]"], "MODEL.RPN.IN_FEATURES: no level 'p9'"),
     ("an std of 0", ["MODEL.PIXEL_STD", "[0.0, 1.0, 1.0]"], "PIXEL_STD above 0"),
     ("another number of classes", ["MODEL.ROI_HEADS.NUM_CLASSES", "7"], "NUM_CLASSES is 7, but the data has 1"),
-    ("no teacher", ["TRANSFER.METHOD", "nst-poly"], "needs a teacher"),
+    ("no teacher", ["METHOD", "nst-poly"], "needs a teacher"),
     ("weights that are not there", ["MODEL.WEIGHTS", "/nowhere.pth"], "/nowhere.pth: no such weights file"),
     ("an unknown backbone", ["MODEL.WEIGHTS", "backbone://nix"], "backbone://nix: not found"),
     ("a backbone's name with a path", ["MODEL.WEIGHTS", "backbone://../../x"], "can't name a backbone"),

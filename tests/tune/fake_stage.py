@@ -64,9 +64,9 @@ def detect(config):
     folder, node = Path(config["OUTPUT_DIR"]), config["TRANSFER"]
     note(folder)
     assert Path(config["MODEL"]["WEIGHTS"]).exists()
-    if node["METHOD"] != "ce":
-        assert Path(node["TEACHER"]["WEIGHTS"]).exists()
-        value = score(node["METHOD"], node, config["SEED"])
+    if config["METHOD"] != "ce":
+        assert Path(config["TEACHER"]["WEIGHTS"]).exists()
+        value = score(config["METHOD"], node, config["SEED"])
     else:
         value = 0.25
     (folder / "model.safetensors").write_text("detector")
