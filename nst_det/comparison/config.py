@@ -162,25 +162,18 @@ class Comparison:
     name: str
     folder: Path
     engine: str
-    # by method string, ce first
-    methods: Mapping[str, RowSpec]
+    methods: Mapping[str, RowSpec]  # by method string, ce first
     seeds: tuple[int, ...]
-    # those of ROWS, scratch first
-    rows: tuple[str, ...]
+    rows: tuple[str, ...]  # those of ROWS, scratch first
     jobs: int
     threads: int
     generate: dict[str, Any]
-    # of the generated data set; None without one
-    data_root: Path | None
-    # the stages' whole configs, before the settings of a single run
-    distill: CfgNode
+    data_root: Path | None  # of the generated data set; None without one
+    distill: CfgNode  # the stages' whole configs, before the settings of a single run
     detect: CfgNode
-    # KEY VALUE pairs that a row of ROWS adds in stage two
-    row_opts: dict[str, tuple[str, ...]]
-    # what a search found, by method string
-    tuned: Mapping[str, Tuned]
-    # what must not change between two calls on one folder
-    claim: dict[str, Any]
+    row_opts: dict[str, tuple[str, ...]]  # KEY VALUE pairs that a row of ROWS adds in stage two
+    tuned: Mapping[str, Tuned]  # what a search found, by method string
+    claim: dict[str, Any]  # what must not change between two calls on one folder
 
     @property
     def students(self) -> tuple[str, ...]:
@@ -205,23 +198,33 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     Raises:
         UserError: a key, method or value in the comparison or in a stage's config can't be used.
     """
-    own, forwarded = _split(overrides)
+    pairs, known = key_values(overrides), flat(default_config())
+    # for a stage's own config
+    forwarded = [pair for pair in pairs if pair[0] not in known and pair[0].startswith((f"{DISTILL}.", f"{DETECT}."))]
+    own = [word for pair in pairs if pair not in forwarded for word in pair]
     config = load_config(default_config(), file, own)
-    if config.JOBS < 0 or config.THREADS < 0:
-        raise UserError(f"{file}: JOBS and THREADS can't be negative; 0 takes the number of cores")
     with errors_of(f"{file}: NAME"):
         check_name(config.NAME)
-    methods = _methods(config.METHODS, file)
-    _check_lists(config, file)
+    with errors_of(f"{file}: METHODS", ValueError):
+        specs = [parse_row(word) for word in (BASELINE, *config.METHODS)]
+    methods, seeds = {row.word: row for row in specs}, config.SEEDS
+    numbers = seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
+    fits = {
+        "JOBS": (config.JOBS >= 0, "0 or more"),
+        "THREADS": (config.THREADS >= 0, "0 or more"),
+        "METHODS": (len({row.word for row in specs[1:]}) == len(specs) - 1, "a list without anything twice"),
+        "SEEDS": (numbers and len(set(seeds)) == len(seeds), "a list of different whole numbers, like [0, 1, 2]"),
+        "ROWS": (all(row in list(ROW_OPTS) for row in config.ROWS), f"a list of {', '.join(ROW_OPTS)}"),
+    }
+    require(config, fits, str(file))
     rows = tuple(row for row in ROW_OPTS if row == SCRATCH or row in config.ROWS)
     folder = Path(expand_path(str(output or config.OUTPUT_DIR or f"output/{config.NAME}"), "OUTPUT_DIR")).resolve()
     files = {stage: path_beside(config[stage].CONFIG, f"{stage}.CONFIG", file, own) for stage in TITLES}
-    if config.ENGINE == "auto":
-        engine = choose_engine(wanted_engine(files[DETECT], ()), str(files[DETECT]))
-    else:
-        engine = choose_engine(config.ENGINE, str(file))
+    auto = config.ENGINE == "auto"
+    wanted, source = (wanted_engine(files[DETECT], ()), files[DETECT]) if auto else (config.ENGINE, file)
+    engine = choose_engine(wanted, str(source))
     distill, detect = (
-        _stage_config(stage, files[stage], engine, config, forwarded[stage], file) for stage in (DISTILL, DETECT)
+        _stage_config(stage, files[stage], engine, config, forwarded, file) for stage in (DISTILL, DETECT)
     )
     check_stages_fit(distill, detect, str(file))
     if detect.METHOD != BASELINE and any(row.detector.names for row in methods.values()):
@@ -252,7 +255,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         folder=folder,
         engine=engine,
         methods=methods,
-        seeds=tuple(sorted(config.SEEDS)),
+        seeds=tuple(sorted(seeds)),
         rows=rows,
         jobs=config.JOBS,
         threads=threads,
@@ -306,48 +309,21 @@ def path_beside(name: str, key: str, file: str | Path, overrides: Sequence[str])
     return path if key in overrides[::2] else Path(os.path.normpath(Path(file).parent / path))
 
 
-def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Part the command line's pairs into the comparison's own and those that a stage's config gets."""
-    known = flat(default_config())
-    own: list[str] = []
-    forwarded: dict[str, list[str]] = {stage: [] for stage in TITLES}
-    for key, value in key_values(overrides):
-        prefix, _, rest = key.partition(".")
-        (forwarded[prefix] if key not in known and prefix in forwarded and rest else own).extend((key, value))
-    return own, forwarded
-
-
 def _stage_config(
-    stage: str, path: Path, engine: str, config: CfgNode, forwarded: Sequence[str], file: str | Path
+    stage: str, path: Path, engine: str, config: CfgNode, overrides: Sequence[tuple[str, str]], file: str | Path
 ) -> CfgNode:
-    opts = [str(word) for word in config[stage].OPTS]
     # in a tree of its own, so that an error names the key as it was typed
     typed = CfgNode()
+    opts = [str(word) for word in config[stage].OPTS]
     typed[stage] = merge_stage(load_stage(stage, path, engine), opts, f"{file}: {stage}.OPTS")
     typed.defrost()
-    merge_overrides(typed, forwarded)
+    merge_overrides(typed, [word for pair in overrides if pair[0].startswith(f"{stage}.") for word in pair])
     typed.freeze()
     return typed[stage]
 
 
-def _methods(words: Sequence[Any], file: str | Path) -> dict[str, RowSpec]:
-    with errors_of(f"{file}: METHODS", ValueError):
-        rows = [parse_row(word) for word in words]
-    _refuse_twice([row.word for row in rows], "METHODS", file)
-    return {BASELINE: parse_row(BASELINE)} | {row.word: row for row in rows}
-
-
-def _check_lists(config: CfgNode, file: str | Path) -> None:
-    seeds = config.SEEDS
-    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise UserError(f"{file}: SEEDS must be a list of whole numbers from 0 up, like [0, 1, 2], but is {seeds!r}")
-    _refuse_twice(seeds, "SEEDS", file)
-    for row in config.ROWS:
-        if row not in list(ROW_OPTS):
-            raise UserError(f"{file}: ROWS: unknown row {row!r}; known are {', '.join(ROW_OPTS)}")
-
-
-def _refuse_twice(items: Sequence[Any], key: str, file: str | Path) -> None:
-    for item in items:
-        if items.count(item) > 1:
-            raise UserError(f"{file}: {key}: {item} is in it twice; leave one out")
+def require(config: CfgNode, fits: Mapping[str, tuple[object, str]], source: str) -> None:
+    """Refuse the first key whose value doesn't fit; ``fits`` has whether it does, and what is wanted, by key."""
+    for key, (good, wanted) in fits.items():
+        if not good:
+            raise UserError(f"{source}: {key} must be {wanted}, but is {config[key]!r}")

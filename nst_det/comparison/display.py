@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nst_det.comparison.plan import Run
 from nst_det.engine.format import duration
@@ -25,19 +25,17 @@ NOTE_TERMS = 4
 
 def last_metrics(path: Path) -> dict[str, Any] | None:
     """Return the last whole line of a ``metrics.jsonl``, without reading the rest; None where there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except OSError:
+    if not path.exists():
         return None
-    for line in reversed(lines[:-1]):
-        try:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = file.read().split(b"\n")[:-1]
+    for line in reversed(lines):
+        # the first one may be cut off, and a killed run may leave half a line
+        with contextlib.suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            return row
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                return row
     return None
 
 
@@ -68,42 +66,35 @@ class ProgressDisplay:
         # by kind: what whole runs took
         self._seconds: dict[str, list[float]] = {}
         self._last = 0.0
-        self._bar: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._live = is_live(console)
+        self._bar = Progress(*columns, console=console, refresh_per_second=4, disable=not self._live)
+        self._tasks = {"": self._bar.add_task("[bold]runs", total=len(runs), completed=len(self._done), note="")}
 
     def __enter__(self) -> ProgressDisplay:
-        if is_live(console):
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self._bar = Progress(*columns, console=console, refresh_per_second=4)
-            self._bar.start()
-            done, total = len(self._done), len(self._runs)
-            self._tasks[""] = self._bar.add_task("[bold]runs", total=total, completed=done, note="")
-        elif self._done:
+        self._bar.start()
+        if self._done and not self._live:
             log.info("%d of %d runs are done already", len(self._done), len(self._runs))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def started(self, run: Run) -> None:
-        """Show that a run was started, or resumes."""
         steps, _ = steps_done(run)
         self._begin[run.name] = (time.monotonic(), steps)
-        if self._bar is not None:
-            total = self._total.get(run.kind) or 1
-            self._tasks[run.name] = self._bar.add_task(run.name, total=total, completed=steps, note="")
-        else:
+        total = self._total.get(run.kind) or 1
+        self._tasks[run.name] = self._bar.add_task(run.name, total=total, completed=steps, note="")
+        if not self._live:
             log.info("%s: starts%s", run.name, f" again at step {steps}" if steps else "")
 
     def finished(self, run: Run) -> None:
-        """Show that a run is done."""
         begin, first = self._begin.pop(run.name)
         seconds, total = time.monotonic() - begin, self._total.get(run.kind, 0)
         self._done.add(run.name)
@@ -111,25 +102,23 @@ class ProgressDisplay:
             self._seconds.setdefault(run.kind, []).append(seconds)
         elif first < total:
             self._seconds.setdefault(run.kind, []).append(seconds * total / (total - first))
-        if self._bar is not None:
-            self._bar.remove_task(self._tasks.pop(run.name))
-            self._bar.update(self._tasks[""], completed=len(self._done))
+        self._bar.remove_task(self._tasks.pop(run.name))
+        self._bar.update(self._tasks[""], completed=len(self._done))
         log.info("%s: done in %.0f s (%d of %d runs)", run.name, seconds, len(self._done), len(self._runs))
 
     def update(self, running: Sequence[Run]) -> None:
         """Show how far the running ones are, where the last time is long enough ago."""
         now = time.monotonic()
-        if now - self._last < (REFRESH_SECONDS if self._bar is not None else PLAIN_SECONDS):
+        if now - self._last < (REFRESH_SECONDS if self._live else PLAIN_SECONDS):
             return
         first, self._last = self._last == 0.0, now
         states = [(run, *steps_done(run)) for run in running]
         left = self.seconds_left({run.name: steps for run, steps, _ in states})
         eta = "" if left is None else f"ETA {duration(left)}"
-        if self._bar is not None:
-            self._bar.update(self._tasks[""], completed=len(self._done), note=eta)
-            for run, steps, metrics in states:
-                self._bar.update(self._tasks[run.name], completed=steps, note=loss_note(metrics, NOTE_TERMS))
-        elif running and not first:
+        self._bar.update(self._tasks[""], note=eta)
+        for run, steps, metrics in states:
+            self._bar.update(self._tasks[run.name], completed=steps, note=loss_note(metrics, NOTE_TERMS))
+        if running and not first and not self._live:
             parts = []
             for run, steps, metrics in states:
                 note = loss_note(metrics)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from fractions import Fraction
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Protocol
@@ -39,16 +40,13 @@ Outcome = tuple[int, str]
 class Launcher(Protocol):
     """Starts runs, here or on a cluster."""
 
-    # what a future raises where a run was lost
-    errors: tuple[type[Exception], ...]
-    # more to say where a run's result is missing
-    hint: str
+    errors: tuple[type[Exception], ...]  # what a future raises where a run was lost
+    hint: str  # more to say where a run's result is missing
 
     def fitting(self, ready: Sequence[Run], running: Collection[Run]) -> list[Run]:
-        """Return which of the runs that may start can start now."""
+        """Return which of the ready runs can start now."""
 
-    def submit(self, run: Run) -> Future[Outcome]:
-        """Start a run."""
+    def submit(self, run: Run) -> Future[Outcome]: ...
 
     def stop(self) -> None:
         """End all that still runs, and wait until it has ended."""
@@ -80,17 +78,12 @@ def run_plan(runs: Sequence[Run], folder: Path, launcher: Launcher, display: Pro
                     except launcher.errors as error:
                         reason = str(error).strip().splitlines()[0]
                         raise RunFailed(f"run {run.name} was lost again and again: {reason}", EXIT_FAILED) from error
-                    _check_outcome(run, code, output, log_path(run, folder), launcher.hint)
+                    _check_outcome(run, code, output, run.log_path(folder), launcher.hint)
                     order.done(run.name)
                     display.finished(run)
                 display.update(list(running.values()))
         finally:
             launcher.stop()
-
-
-def log_path(run: Run, folder: Path) -> Path:
-    """Return where a run's output is kept."""
-    return folder / "logs" / f"{run.name}.log"
 
 
 def _check_outcome(run: Run, code: int, output: str, log: Path, hint: str) -> None:
@@ -117,32 +110,24 @@ class Machine:
     """
 
     jobs: int
-    # as CUDA_VISIBLE_DEVICES names them
-    gpus: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them
     gpu_jobs: int = 0
 
     def on_gpu(self, run: Run) -> bool:
-        """Return whether a run gets a GPU."""
         return run.wants_gpu and bool(self.gpus)
 
-    def room(self, run: Run) -> int:
-        """Return the room on the device of a run."""
-        return self.gpu_jobs if self.on_gpu(run) else self.jobs
-
-    def weight(self, run: Run) -> int:
-        """Return how much of that room a run takes: on a CPU one for each of its threads."""
-        return 1 if self.on_gpu(run) else max(1, min(run.threads, self.jobs))
+    def share(self, run: Run) -> Fraction:
+        """Return the part of its device that a run takes."""
+        return Fraction(1, self.gpu_jobs) if self.on_gpu(run) else Fraction(min(run.threads, self.jobs), self.jobs)
 
     def fitting(self, ready: Sequence[Run], running: Collection[Run]) -> list[Run]:
-        """Return which of the runs that may start fit beside the running ones."""
-        used = {True: 0, False: 0}
-        for run in running:
-            used[self.on_gpu(run)] += self.weight(run)
+        """Return which of the ready runs fit beside the running ones."""
+        used = {on_gpu: sum(self.share(run) for run in running if self.on_gpu(run) == on_gpu) for on_gpu in (0, 1)}
         fits = []
         for run in ready:
             # counted also where it doesn't fit: a long run that all others wait for is not overtaken by short ones
-            used[self.on_gpu(run)] += self.weight(run)
-            if used[self.on_gpu(run)] <= self.room(run):
+            used[self.on_gpu(run)] += self.share(run)
+            if used[self.on_gpu(run)] <= 1:
                 fits.append(run)
         return fits
 
@@ -178,7 +163,6 @@ class Process:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet."""
         return self._popen.poll() is None
 
     def outcome(self) -> Outcome:
@@ -189,7 +173,7 @@ class Process:
             return code, file.read().decode("utf-8", "replace")
 
     def signal(self, number: int) -> None:
-        """Send a signal to it and the processes that it started."""
+        # to the processes that it started, too
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
@@ -218,10 +202,9 @@ class LocalLauncher:
         if machine.on_gpu(run):
             busy = [process.gpu for _, process in self._running.values() if process.running]
             gpu, threads = min(machine.gpus, key=busy.count), max(1, machine.jobs // machine.gpu_jobs)
-        return Process(self._command(run, self._folder), log_path(run, self._folder), threads, gpu)
+        return Process(self._command(run, self._folder), run.log_path(self._folder), threads, gpu)
 
     def submit(self, run: Run) -> Future[Outcome]:
-        """Start a run; the future is its outcome."""
         # by this thread, not one of the pool: the process ends when the thread that started it does
         process = self.start(run)
         future = self._pool.submit(process.outcome)

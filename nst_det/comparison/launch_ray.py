@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from nst_det.comparison.launch_local import POLL_SECONDS, Command, Outcome, Process, log_path, stage_command
+from nst_det.comparison.launch_local import POLL_SECONDS, Command, Outcome, Process, stage_command
 from nst_det.comparison.plan import Run
 from nst_det.engine.signals import EXIT_RESUME
 from nst_det.errors import UserError
@@ -79,7 +79,7 @@ class RayLauncher:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     def gpu_threads(self, run: Run) -> int:
-        """Return the cores for each GPU on the node that has the fewest; 0 where the run gets no GPU."""
+        """Return the cores of each GPU on the node that has the fewest; 0 where the run gets no GPU."""
         shares = [int(node.get("CPU", 1) // node["GPU"]) for node in self._nodes() if node.get("GPU", 0) >= 1]
         return max(1, min(shares)) if run.wants_gpu and shares else 0
 
@@ -93,7 +93,6 @@ class RayLauncher:
         return list(ready)
 
     def submit(self, run: Run) -> Future[Outcome]:
-        """Hand a run to the cluster; the future is its outcome."""
         command = self._command(run, self._folder) if self._command else None
         # one that is lost with its node or worker is given to another; one that ends with an error is not
         retried = {"max_retries": RETRIES, "retry_exceptions": [Interrupted]}
@@ -121,7 +120,7 @@ def run_on_node(run: Run, folder: str, command: list[str] | None, gpu_threads: i
     # Ray names a task's GPU here, but hides none from a task without one
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpu_threads else ""
     command = command or stage_command(run, Path(folder))
-    process = Process(command, log_path(run, Path(folder)), gpu_threads or run.threads, gpu)
+    process = Process(command, run.log_path(Path(folder)), gpu_threads or run.threads, gpu)
     try:
         # short waits: Ray cancels by an exception that comes between them
         while process.running:

@@ -47,34 +47,25 @@ class Run:
 
     name: str
     kind: str
-    # names of the runs that must be done before
-    needs: tuple[str, ...]
-    # files that are all there once the run is done
-    results: tuple[Path, ...]
-    # what this run sets in its stage's config, by dotted key
-    settings: dict[str, Any] = field(hash=False)
-    # KEY VALUE pairs of the row, below the settings; of the data, what follows the command
-    options: tuple[str, ...] = ()
-    # of the CPU
+    needs: tuple[str, ...]  # names of the runs that must be done before
+    results: tuple[Path, ...]  # files that are all there once the run is done
+    settings: dict[str, Any] = field(hash=False)  # what it sets in its stage's config, by dotted key
+    options: tuple[str, ...] = ()  # KEY VALUE pairs below the settings; of the data, what follows the command
     threads: int = 1
     row: str | None = None
     seed: int | None = None
-    # where there is one
-    wants_gpu: bool = False
+    wants_gpu: bool = False  # where there is one
 
     @property
     def detects(self) -> bool:
-        """Whether it is of stage two."""
         return self.kind in (DETECTOR, TEACHER_DETECTOR)
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The run folders that it writes."""
         return tuple(path.parent for path in self.results)
 
     @property
     def done(self) -> bool:
-        """Whether all its results are there."""
         return all(path.exists() for path in self.results)
 
     def command(self, folder: Path) -> list[str]:
@@ -84,8 +75,10 @@ class Run:
         return ["train-det" if self.detects else "distill", "--config-file", str(self.config_path(folder))]
 
     def config_path(self, folder: Path) -> Path:
-        """Return where its resolved config is written."""
         return folder / "configs" / f"{self.name}.yaml"
+
+    def log_path(self, folder: Path) -> Path:
+        return folder / "logs" / f"{self.name}.log"
 
 
 def make_plan(comparison: Comparison) -> list[Run]:
