@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,27 @@ def build_results(
 ) -> ComparisonResult:
     """Put the results of all runs of a plan together; ``costs`` are by row, from ``measure_costs``."""
     by_row = {row: {seed: _seed(comparison, row, seed) for seed in comparison.seeds} for row in comparison.all_rows}
-    baseline = {seed: one.map for seed, one in by_row[BASELINE].items()}
+    maps = {row: {seed: one.map for seed, one in entries.items()} for row, entries in by_row.items()}
+    differences = {row: paired_difference(maps[row], maps[BASELINE]) for row in by_row}
+    differences[BASELINE] = Difference(0.0, None, None, REFERENCE)
+    corrected = holm([difference.p_value for difference in differences.values()])
     rows = [
-        replace(
-            _row(comparison, row, entries, baseline),
+        RowResult(
+            method=row,
+            seeds=list(by_row[row]),
+            delta_vs_ce=difference.mean,
+            delta_interval=difference.interval,
+            p_value=difference.p_value,
+            p_holm=p_holm,
+            verdict=difference.verdict,  # type: ignore[arg-type]
+            per_seed={str(seed): one for seed, one in by_row[row].items()},
             commands=_commands(comparison, runs, row),
             cost=(costs or {}).get(row),
+            **_over_seeds(list(by_row[row].values())),
+            **_transfer(comparison, row),
         )
-        for row, entries in by_row.items()
+        for (row, difference), p_holm in zip(differences.items(), corrected)
     ]
-    rows = [replace(row, p_holm=p) for row, p in zip(rows, holm([row.p_value for row in rows]))]
     teacher = teacher_folder(comparison)
     return ComparisonResult(
         name=comparison.name,
@@ -78,45 +88,28 @@ def _seed(comparison: Comparison, row: str, seed: int) -> SeedResult:
     return entry
 
 
-def _row(
-    comparison: Comparison, row: str, entries: Mapping[int, SeedResult], baseline: Mapping[int, float]
-) -> RowResult:
-    seeds = list(entries.values())
-    difference = paired_difference({seed: one.map for seed, one in entries.items()}, baseline)
-    if row == BASELINE:
-        difference = Difference(0.0, None, None, REFERENCE)
-    means: dict[str, Any] = {
+def _over_seeds(seeds: Sequence[SeedResult]) -> dict[str, Any]:
+    """Return the means of a row, and what all its seeds share."""
+    values: dict[str, Any] = {
         key: _mean_by_name([getattr(one, key) for one in seeds])
         for key in ("per_class", "per_class_area", "map_by_iou", "coco", "speed_backbone", "speed_detector")
     }
     for key in ("map", "map_area", "top1"):
         known = [getattr(one, key) for one in seeds if getattr(one, key) is not None]
-        means[key], means[f"{key}_std"] = mean_std(known) if known else (None, None)
+        values[key], values[f"{key}_std"] = mean_std(known) if known else (None, None)
     for key in ("seconds", "seconds_backbone", "seconds_detector"):
-        means[key], _ = mean_std([getattr(one, key) for one in seeds])
-    stage = weights = ""
+        values[key], _ = mean_std([getattr(one, key) for one in seeds])
+    backbones = [one.backbone for one in seeds if one.backbone]
+    return {**values, "objects": seeds[0].objects, "params": seeds[0].params, "backbone": backbones}
+
+
+def _transfer(comparison: Comparison, row: str) -> dict[str, Any]:
+    """Return the last stage in which a row learns from a teacher, and where the terms' weights are from."""
     spec = comparison.methods.get(row)
-    if spec and row != BASELINE:
-        stage = "detector" if spec.detector.names else "backbone"
-        weights = weights_from(spec, comparison.tuned, comparison.distill.TRANSFER, comparison.detect.TRANSFER)
-    return RowResult(
-        method=row,
-        stage=stage,  # type: ignore[arg-type]
-        weights=weights,
-        seeds=list(entries),
-        delta_vs_ce=difference.mean,
-        delta_interval=difference.interval,
-        p_value=difference.p_value,
-        p_holm=None,
-        verdict=difference.verdict,  # type: ignore[arg-type]
-        objects=seeds[0].objects,
-        params=seeds[0].params,
-        backbone=[one.backbone for one in seeds if one.backbone],
-        per_seed={str(seed): one for seed, one in entries.items()},
-        commands=[],
-        cost=None,
-        **means,
-    )
+    if not spec or row == BASELINE:
+        return {"stage": "", "weights": ""}
+    weights = weights_from(spec, comparison.tuned, comparison.distill.TRANSFER, comparison.detect.TRANSFER)
+    return {"stage": "detector" if spec.detector.names else "backbone", "weights": weights}
 
 
 def _mean_by_name(values: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:

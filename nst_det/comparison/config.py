@@ -35,30 +35,21 @@ MOST_THREADS = 8
 
 @dataclass(frozen=True)
 class RowSpec:
-    """The methods of a row in both stages; ``detector`` is written without its marks, and either may be ``ce``."""
+    """The methods of a row in both stages; either may be ``ce``."""
 
     backbone: Method
-    detector: Method
+    detector: Method  # without the marks
 
     @property
     def word(self) -> str:
-        """The canonical method string; two rows with the same one are the same."""
+        """The canonical method string."""
         parted = [term.partition(":") for term in self.detector.word.split("+") if self.detector.names]
         marked = [name + MARK + colon + weight for name, colon, weight in parted]
         return "+".join([*([self.backbone.word] if self.backbone.names or not marked else []), *marked])
 
 
 def parse_row(word: str) -> RowSpec:
-    """Return a row's methods from its method string, in which terms of stage two are marked ``@det``.
-
-    Raises:
-        ValueError: not a method string, see :func:`nst_det.losses.parse_method`.
-
-    Example:
-        >>> row = parse_row("cwd@det:5+nst-poly")
-        >>> row.word, row.backbone.word, row.detector.word
-        ('nst-poly+cwd@det:5', 'nst-poly', 'cwd:5')
-    """
+    """Return a row's methods from its method string, such as ``nst-poly+cwd@det:5``; ValueError where it is none."""
     terms: dict[str, list[str]] = {"": [], MARK: []}
     for term in str(word).strip().lower().split("+"):
         match = TERM.fullmatch(term)
@@ -120,31 +111,27 @@ def weights_from(
 def default_config() -> CfgNode:
     """Return the keys of a comparison with their defaults.
 
-    ========================  ======================================================================================
-    NAME                      begins the names of the backbone files
-    OUTPUT_DIR                where everything is written; "" takes output/NAME
-    ENGINE                    detector engine: auto, detectron2 or torchvision
-    METHODS                   transfer methods; ``ce`` (labels only) is always among them.  A term marked
-                              ``@det`` works in stage two, from a teacher detector (``cwd@det``, ``kd+nst-poly@det``)
-    SEEDS                     one whole set of rows a seed
-    TUNED                     the tuned.yaml of ``nst-det tune``: weights and levels of the methods that are in it; ""
-                              takes none
-    ROWS                      detectors beside the methods': ``scratch`` (random backbone, always among them),
-                              ``no-fpn`` (the backbone of ce, without FPN: its difference to ce is what FPN brings) and
-                              ``teacher`` (the teacher's own backbone, as an upper mark)
-    JOBS                      runs side by side; 0 takes one a GPU, or without a GPU one a core.  Those on GPUs share
-                              the cores; what runs on the CPU beside them is not counted
-    THREADS                   CPU threads of stage one (a detector has one); 0 takes the cores, at most 8
-    DATA.GENERATE             settings of the generated data set; {} generates none
-    DATA.ROOT                 where it is written; "" takes OUTPUT_DIR/data
-    DISTILL.CONFIG, .OPTS     stage one's YAML (relative to this file) and KEY VALUE pairs on top of it
-    DETECT.CONFIG, .OPTS      the same of stage two
-    DETECT.SCRATCH_OPTS       KEY VALUE pairs for the detectors of the row ``scratch`` alone
-    DETECT.NO_FPN_OPTS        KEY VALUE pairs for the detectors of the row ``no-fpn`` alone
-    DETECT.TEACHER_OPTS       KEY VALUE pairs for the detectors of the row ``teacher`` alone, and for the detector that
-                              teaches those with ``@det`` (it is trained once, with seed 0, unless stage two's config
-                              names one by TEACHER)
-    ========================  ======================================================================================
+    =====================  ===========================================================================================
+    NAME                   begins the names of the backbone files
+    OUTPUT_DIR             where everything is written; "" takes output/NAME
+    ENGINE                 detector engine: auto, detectron2 or torchvision
+    METHODS                transfer methods beside ``ce`` (labels only).  A term marked ``@det`` works in stage two,
+                           from a teacher detector (``cwd@det``, ``kd+nst-poly@det``)
+    SEEDS                  one whole set of rows a seed
+    TUNED                  the tuned.yaml of ``nst-det tune``: weights and levels of the methods in it; "" takes none
+    ROWS                   more detectors: ``scratch`` (random backbone, always among them), ``no-fpn`` (as ce, without
+                           FPN: the difference is what FPN brings), ``teacher`` (the teacher's backbone, an upper mark)
+    JOBS                   runs side by side; 0 takes one a GPU, or without a GPU one a core.  Those on GPUs share
+                           the cores; what runs on the CPU beside them is not counted
+    THREADS                CPU threads of stage one (a detector has one); 0 takes the cores, at most 8
+    DATA.GENERATE          settings of the generated data set; {} generates none
+    DATA.ROOT              where it is written; "" takes OUTPUT_DIR/data
+    DISTILL.CONFIG, .OPTS  stage one's YAML (relative to this file) and KEY VALUE pairs on top of it
+    DETECT.CONFIG, .OPTS   the same of stage two
+    DETECT.SCRATCH_OPTS    KEY VALUE pairs for the row ``scratch`` alone; NO_FPN_OPTS and TEACHER_OPTS alike.  The last
+                           are also for the detector that teaches rows with ``@det`` (trained once, with seed 0, unless
+                           stage two's config names one by TEACHER)
+    =====================  ===========================================================================================
     """
     config = CfgNode({"NAME": "comparison", "OUTPUT_DIR": "", "ENGINE": "auto", "JOBS": 0, "THREADS": 0})
     config.METHODS, config.SEEDS, config.ROWS, config.TUNED = ["kd", "nst-poly"], [0], [SCRATCH], ""
@@ -177,26 +164,20 @@ class Comparison:
 
     @property
     def students(self) -> tuple[str, ...]:
-        """The methods of stage one that the rows start from, each once, ``ce`` first."""
+        """The methods of stage one, each once, ``ce`` first."""
         return tuple(dict.fromkeys(row.backbone.word for row in self.methods.values()))
 
     @property
     def all_rows(self) -> tuple[str, ...]:
-        """Rows of the table in order: scratch, the methods (those with terms of stage two last), then teacher."""
+        """Rows in the table's order: scratch, the methods (those with terms of stage two last), then the rest."""
         methods = sorted(self.methods, key=lambda word: bool(self.methods[word].detector.names))
         return (SCRATCH, *methods, *(row for row in self.rows if row != SCRATCH))
 
 
 def load_comparison(file: str | Path, output: str | Path | None = None, overrides: Sequence[str] = ()) -> Comparison:
-    """Read and check a comparison before anything is started.
+    """Read and check a comparison; ``output`` replaces OUTPUT_DIR.
 
-    Args:
-        file: the YAML of the comparison.
-        output: takes the place of OUTPUT_DIR.
-        overrides: KEY VALUE pairs; ``DISTILL.X.Y 3`` and ``DETECT.X.Y 3`` set X.Y of that stage's own config.
-
-    Raises:
-        UserError: a key, method or value in the comparison or in a stage's config can't be used.
+    ``overrides`` are KEY VALUE pairs; ``DISTILL.X.Y 3`` and ``DETECT.X.Y 3`` set X.Y of that stage's own config.
     """
     pairs, known = key_values(overrides), flat(default_config())
     # for a stage's own config

@@ -35,9 +35,7 @@ def architecture(config: CfgNode) -> str:
 def measure_costs(runs: Sequence[Run], configs: Mapping[str, CfgNode], folder: Path) -> dict[str, Cost]:
     """Return the cost of each row's detector, by row; rows of one architecture share one measurement.
 
-    What is measured is a trained detector (of the row ``ce`` where it has the architecture, else of the first row),
-    with batch 1, on an image of noise of the size that its config tests at; :data:`COST_FILE` keeps it.  A row whose
-    detector can't be built again is left out, with a warning.
+    :data:`COST_FILE` keeps it.  A row whose detector can't be built again is left out, with a warning.
     """
     path = folder / COST_FILE
     remedy = "remove the file to measure again"

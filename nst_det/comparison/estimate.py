@@ -1,7 +1,6 @@
 """What a comparison will take, measured on a few steps of each kind of run before anything is started.
 
-The plan is made once more for a temporary folder.  Of its runs one of each distinct kind is done there, with
-:data:`STEPS` steps; they are timed from outside, so that both engines are measured the same way.
+One run of each distinct kind is done in a temporary folder, timed from outside: so both engines are measured alike.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -54,10 +53,7 @@ class Estimate:
 def estimate(
     comparison: Comparison, runs: Sequence[Run], machine: Machine, command: Command | None = None
 ) -> dict[str, Estimate]:
-    """Try one run of each kind; return what every run of the plan will take, by its name.
-
-    ``command`` gives the command line of a run, in place of this package's own.
-    """
+    """Try one run of each kind; return what every run of the plan will take, by its name."""
     found: dict[str, Estimate] = {}
     tried: dict[str, Estimate] = {}
     with tempfile.TemporaryDirectory(prefix="nst-det-dry-run-") as name:
@@ -141,10 +137,7 @@ def _try(run: Run, config: CfgNode | None, launcher: LocalLauncher, folder: Path
 
 
 def _memory(process: Process) -> int:
-    """Return the bytes that a process and its loader processes have now.
-
-    The kernel's maximum starts with the memory of the process that started it.
-    """
+    # not the kernel's maximum, which starts with the memory of the process that started it
     try:
         one = psutil.Process(process.pid)
         return sum(int(each.memory_info().rss) for each in (one, *one.children(recursive=True)))
@@ -185,14 +178,10 @@ def wall_seconds(runs: Sequence[Run], found: Mapping[str, Estimate], machine: Ma
 
 
 def total(found: Mapping[str, Estimate], runs: Sequence[Run]) -> Estimate:
-    """Return the seconds of machine time and bytes of all runs that are not done; of memory the largest one's."""
-    left = [found[run.name] for run in runs if not run.done] or [Estimate()]
-    return Estimate(
-        seconds=sum(one.seconds for one in left),
-        disk=sum(one.disk for one in left),
-        memory=max(one.memory for one in left),
-        gpu_memory=max(one.gpu_memory for one in left),
-    )
+    """Return the sum of what all runs that are not done take; of memory the most."""
+    left = [astuple(found[run.name]) for run in runs if not run.done] or [astuple(Estimate())]
+    seconds, disk, memory, gpu_memory = zip(*left)
+    return Estimate(sum(seconds), sum(disk), max(memory), max(gpu_memory))
 
 
 def cells(one: Estimate) -> tuple[str, ...]:

@@ -39,11 +39,8 @@ def compare(
 ) -> ComparisonResult:
     """Do what is not done yet, then write the report.
 
-    Args:
-        comparison: from :func:`~nst_det.comparison.config.load_comparison`.
-        jobs: runs side by side; 0 takes the config's JOBS.
-        command: gives the command line of a run, in place of this package's own.
-        ray_address: of the Ray cluster that does the runs, "" for one on this machine; None does them here.
+    ``jobs`` 0 takes the config's JOBS; ``command`` gives other command lines than this package's own; ``ray_address``
+    is that of the Ray cluster that does the runs, "" for one on this machine.
     """
     runs = make_plan(comparison)
     configs = checked_configs(comparison, runs)

@@ -7,15 +7,8 @@
         └──────────────────────────────► detect/seed0/scratch
 
 Stage one is one run a seed, because it trains the students of all methods side by side.  A run's name is also its
-folder, and the path of its config and log, so that a method or seed added later finds the rest done::
-
-    DIR/data/                              the generated data set
-    DIR/teacher/teacher/                   the teacher's run folder
-    DIR/distill/seed0/students/kd/         a student's run folder
-    DIR/backbones/                         the backbone files of teacher and students
-    DIR/detect/seed0/kd/                   a detector's run folder, with its evaluation
-    DIR/configs/, DIR/logs/                what each run was given, and what it wrote
-    DIR/report/                            the result
+folder (``distill/seed0/students/kd`` of a student), and the path of its config and log below ``configs`` and ``logs``,
+so that a method or seed added later finds the rest done.
 """
 
 from __future__ import annotations
@@ -69,7 +62,7 @@ class Run:
         return all(path.exists() for path in self.results)
 
     def command(self, folder: Path) -> list[str]:
-        """Return what follows ``nst-det``; ``folder`` is the comparison's."""
+        """Return what follows ``nst-det``."""
         if self.kind == DATA:
             return ["generate-data", *self.options]
         return ["train-det" if self.detects else "distill", "--config-file", str(self.config_path(folder))]
@@ -120,7 +113,6 @@ def run_config(comparison: Comparison, run: Run) -> CfgNode:
 
 
 def total_steps(run: Run, config: CfgNode) -> int:
-    """Return the optimizer steps of a run."""
     return int((teacher_solver(config) if run.kind == TEACHER else config.SOLVER).MAX_ITER)
 
 
@@ -151,12 +143,10 @@ def _student(comparison: Comparison, row: str) -> str:
 
 
 def teacher_folder(comparison: Comparison) -> Path:
-    """Return the run folder of the teacher."""
     return comparison.folder / "teacher" / "teacher"
 
 
 def detector_folder(comparison: Comparison, row: str, seed: int) -> Path:
-    """Return the run folder of one detector."""
     return comparison.folder / "detect" / f"seed{seed}" / row
 
 
@@ -168,12 +158,8 @@ def teacher_detector_name(comparison: Comparison) -> str:
 def teacher_detector_settings(comparison: Comparison) -> dict[str, str]:
     """Return the keys by which a detector's config names its teacher, where that is trained here."""
     name, folder = teacher_detector_name(comparison), comparison.folder
-    if not name:
-        return {}
-    return {
-        "TEACHER.CONFIG_FILE": str(folder / "configs" / f"{name}.yaml"),
-        "TEACHER.WEIGHTS": str(folder / name / WEIGHTS_FILE),
-    }
+    config, weights = folder / "configs" / f"{name}.yaml", folder / name / WEIGHTS_FILE
+    return {"TEACHER.CONFIG_FILE": str(config), "TEACHER.WEIGHTS": str(weights)} if name else {}
 
 
 def _data_run(comparison: Comparison) -> Run:
