@@ -111,10 +111,10 @@ def test_what_a_strangers_step_may_not_do(command, tiny_yaml, tmp_path, poisoned
 
     def taught_by(config_file, weights=""):
         content = torch.load(file)
-        content["config"]["TRUST_PICKLE"] = True
-        transfer = content["config"]["TRANSFER"]
-        transfer |= {"METHOD": "at", "LEVELS": ["p2"]}
-        transfer["TEACHER"] |= {"CONFIG_FILE": str(config_file), "WEIGHTS": str(weights)}
+        config = content["config"]
+        config |= {"TRUST_PICKLE": True, "METHOD": "at"}
+        config["TRANSFER"]["LEVELS"] = ["p2"]
+        config["TEACHER"] |= {"CONFIG_FILE": str(config_file), "WEIGHTS": str(weights)}
         return content
 
     refused("teacher.py: the teacher's config is Python code", taught_by(tmp_path / "teacher.py"))
