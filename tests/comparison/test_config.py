@@ -49,8 +49,8 @@ def test_keys_of_a_stage_are_handed_on(config_file):
     assert comparison.seeds == (3,)
     assert comparison.row_opts["scratch"] == ("SOLVER.BACKBONE_MULTIPLIER", "0.25")
     claim = comparison.claim
-    assert {claim[key] for key in ("NAME", "ENGINE", "DETECT.ENGINE") if key in claim} == {"small", "torchvision"}
-    assert (claim["DISTILL.SOLVER.MAX_ITER"], claim["THREADS"], claim["DISTILL.TEACHER.WEIGHTS"]) == (9, 2, "")
+    assert (claim["NAME"], claim["ENGINE"], claim["THREADS"]) == ("small", "torchvision", 2)
+    assert (claim["DISTILL.SOLVER.MAX_ITER"], claim["DISTILL.TEACHER.WEIGHTS"]) == (9, "")
     assert claim["DETECT.SCRATCH_OPTS"] == ["SOLVER.BACKBONE_MULTIPLIER", 0.25]
     free = {"METHODS", "SEEDS", "ROWS", "TUNED", "JOBS", "OUTPUT_DIR", "DISTILL.SEED", "DISTILL.OPTS", "DETECT.CONFIG"}
     assert not {*free, "DETECT.MODEL.WEIGHTS", "DETECT.MODEL.DEVICE", "DISTILL.NAME"} & set(claim)
@@ -109,7 +109,7 @@ def test_what_cannot_be_used_is_named_in_one_line(config_file, tmp_path, words, 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "settings.json").write_text('{"seed": 4}')
     words = words.replace("FOLDER", str(tmp_path)).replace("''", "").split(" ")
-    with pytest.raises(UserError, match=re.escape(named)) as caught:
+    with pytest.raises(UserError, match=re.escape(named)) as caught:  # noqa: PT012
         comparison = load_comparison(config_file, tmp_path / "out", words)
         compare(comparison, 1, lambda *_: pytest.fail("a run was started"))
     assert "\n" not in str(caught.value)
@@ -154,23 +154,12 @@ def test_method_strings_are_parted_by_stage(word, canonical, backbone, detector)
     assert parse_row(row.word) == row
 
 
-@pytest.mark.parametrize(
-    "word",
-    [
-        "ce@det",
-        "cwd@detector",
-        "cwd:5@det",
-        "cwd@det@det",
-        "@det",
-        "kd@",
-        "kd+",
-        "",
-        "cwd@det+cwd@det",
-        "nst-polly@det",
-    ],
-)
+BAD_METHODS = "ce@det cwd@detector cwd:5@det cwd@det@det @det kd@ kd+ cwd@det+cwd@det nst-polly@det"
+
+
+@pytest.mark.parametrize("word", ["", *BAD_METHODS.split()])
 def test_other_method_strings_are_refused(word):
-    with pytest.raises(ValueError, match="method|nst-poly"):
+    with pytest.raises(ValueError, match="method|term"):
         parse_row(word)
 
 

@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from nst_det.comparison import display as live
+from nst_det.comparison import display
 from nst_det.comparison.display import ProgressDisplay, last_metrics, steps_done
 from nst_det.comparison.plan import Run
 
@@ -44,7 +44,7 @@ def test_the_student_that_is_furthest_behind_counts(tmp_path):
 def clock(monkeypatch):
     """A clock that stands still until it is set."""
     now = [100.0]
-    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -95,7 +95,7 @@ def test_on_a_terminal_there_is_a_bar_for_each_run(tmp_path, clock, monkeypatch)
     from rich.console import Console
 
     console = Console(force_terminal=True, width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    monkeypatch.setattr(live, "console", console)
+    monkeypatch.setattr(display, "console", console)
     runs = [make_run(tmp_path, name) for name in ("detect/a", "detect/b")]
     with ProgressDisplay(runs, {"detector": 20}) as view:
         view.started(runs[0])
