@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +90,20 @@ def _seed(comparison: Comparison, row: str, seed: int) -> SeedResult:
 
 def _over_seeds(seeds: Sequence[SeedResult]) -> dict[str, Any]:
     """Return the means of a row, and what all its seeds share."""
-    values: dict[str, Any] = {
-        key: _mean_by_name([getattr(one, key) for one in seeds])
-        for key in ("per_class", "per_class_area", "map_by_iou", "coco", "speed_backbone", "speed_detector")
-    }
+
+    def over(numbers: Iterable[float | None]) -> tuple[float | None, float | None]:
+        # None where there is no value, as of AP of a class without test objects
+        known = [number for number in numbers if number is not None]
+        return mean_std(known) if known else (None, None)
+
+    values: dict[str, Any] = {}
+    for key in ("per_class", "per_class_area", "map_by_iou", "coco", "speed_backbone", "speed_detector"):
+        found = [getattr(one, key) for one in seeds]
+        values[key] = {name: over(one.get(name) for one in found)[0] for name in found[0]}
     for key in ("map", "map_area", "top1"):
-        known = [getattr(one, key) for one in seeds if getattr(one, key) is not None]
-        values[key], values[f"{key}_std"] = mean_std(known) if known else (None, None)
+        values[key], values[f"{key}_std"] = over(getattr(one, key) for one in seeds)
     for key in ("seconds", "seconds_backbone", "seconds_detector"):
-        values[key], _ = mean_std([getattr(one, key) for one in seeds])
+        values[key], _ = over(getattr(one, key) for one in seeds)
     backbones = [one.backbone for one in seeds if one.backbone]
     return {**values, "objects": seeds[0].objects, "params": seeds[0].params, "backbone": backbones}
 
@@ -110,12 +115,6 @@ def _transfer(comparison: Comparison, row: str) -> dict[str, Any]:
         return {"stage": "", "weights": ""}
     weights = weights_from(spec, comparison.tuned, comparison.distill.TRANSFER, comparison.detect.TRANSFER)
     return {"stage": "detector" if spec.detector.names else "backbone", "weights": weights}
-
-
-def _mean_by_name(values: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Return means by name; None where there is no value (AP of a class without test objects)."""
-    known = {name: [value for one in values if (value := one.get(name)) is not None] for name in values[0]}
-    return {name: mean_std(found)[0] if found else None for name, found in known.items()}
 
 
 def _commands(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]:

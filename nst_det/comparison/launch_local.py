@@ -166,7 +166,7 @@ class Process:
         return self._popen.poll() is None
 
     def outcome(self) -> Outcome:
-        """Wait until it ends; return its exit code (below 0 for a signal) and what it wrote."""
+        """Wait until it ends; the exit code is below 0 for a signal."""
         code = self._popen.wait()
         with open(self._log, "rb") as file:
             file.seek(self._begin)

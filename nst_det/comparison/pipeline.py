@@ -17,16 +17,7 @@ from nst_det.comparison.display import ProgressDisplay, steps_done
 from nst_det.comparison.estimate import STEPS, Estimate, cells, estimate, gpu_shortage, total, wall_seconds
 from nst_det.comparison.launch_local import Command, Launcher, LocalLauncher, Machine, run_plan, this_machine
 from nst_det.comparison.launch_ray import RayLauncher, connected
-from nst_det.comparison.plan import (
-    DATA,
-    DETECTOR,
-    STUDENTS,
-    Run,
-    make_plan,
-    run_config,
-    teacher_detector_name,
-    total_steps,
-)
+from nst_det.comparison.plan import DATA, STUDENTS, Run, make_plan, run_config, teacher_detector_name, total_steps
 from nst_det.comparison.result import BASELINE, ComparisonResult
 from nst_det.comparison.stages import check_data_folders, check_detector_losses, check_distill_losses
 from nst_det.engine.format import duration, print_table, size
@@ -81,7 +72,7 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
     # a teacher detector of the user's own is left to its run, and Detectron2 to itself
     teacher = configs.get(teacher_detector_name(comparison))
     for run in runs if teacher is not None and comparison.engine == "torchvision" else ():
-        if run.kind == DETECTOR and run.seed == comparison.seeds[0] and configs[run.name].METHOD != BASELINE:
+        if run.detects and run.seed == comparison.seeds[0] and configs[run.name].METHOD != BASELINE:
             check_detector_losses(configs[run.name], teacher, f"{comparison.name}: row {run.row}")
     return configs
 

@@ -16,14 +16,12 @@ from nst_det.engine.config import expand_path, load_config
 from nst_det.errors import UserError
 from nst_det.models.card import Card, check_input_contract, input_contract
 
-PIXEL_VALUES = 255.0
 # prefixes of the stages' keys in a comparison's config
 DISTILL, DETECT = "DISTILL", "DETECT"
 TITLES = {DISTILL: "stage one", DETECT: "stage two"}
 
 
 def load_stage(stage: str, file: Path, engine: str) -> CfgNode:
-    """Return the whole config of a stage."""
     if stage == DISTILL:
         return load_config(distillation_config.get_defaults(), file)
     if engine == "torchvision":
@@ -70,7 +68,7 @@ def check_stages_fit(distill: CfgNode, detect: CfgNode, source: str) -> None:
             "(DETECT.MODEL.TIMM.ARCH); set one to the other"
         )
     card = Card(student[0], 1, input=input_contract(data.MEAN, data.STD, "RGB", data.IMAGE_SIZE))
-    mean, std = ([value / PIXEL_VALUES for value in values] for values in (model.PIXEL_MEAN, model.PIXEL_STD))
+    mean, std = ([value / 255.0 for value in values] for values in (model.PIXEL_MEAN, model.PIXEL_STD))
     keys = "DETECT.MODEL.PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT don't fit DISTILL.DATA.MEAN and STD (divided by 255)"
     with errors_of(f"{source}: {keys}"):
         check_input_contract(card, mean, std, detect.INPUT.FORMAT)

@@ -1,7 +1,10 @@
+import io
 import json
 import logging
+import time
 
 import pytest
+from rich.console import Console
 
 from nst_det.comparison import display
 from nst_det.comparison.display import ProgressDisplay, last_metrics, steps_done
@@ -92,18 +95,16 @@ def test_plain_lines_now_and_then(tmp_path, clock, caplog):
 
 
 def test_on_a_terminal_there_is_a_bar_for_each_run(tmp_path, clock, monkeypatch):
-    from rich.console import Console
-
-    console = Console(force_terminal=True, width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(force_terminal=True, width=120, file=io.StringIO())
     monkeypatch.setattr(display, "console", console)
     runs = [make_run(tmp_path, name) for name in ("detect/a", "detect/b")]
     with ProgressDisplay(runs, {"detector": 20}) as view:
         view.started(runs[0])
         write_steps(runs[0].folders[0], 5)
         view.update(runs[:1])
-        bars = {task.description: (task.completed, task.total, task.fields["note"]) for task in view._bar.tasks}
-        assert bars["detect/a"] == (5, 20, "loss 0.2")
+        # the bars are drawn by a thread
+        time.sleep(0.4)
         view.finished(runs[0])
-        view.update([])
-        assert [task.description for task in view._bar.tasks] == ["[bold]runs"]
-        assert view._bar.tasks[0].completed == 1
+    shown = [line for line in console.file.getvalue().splitlines() if "detect/a" in line or "runs" in line]
+    assert any("5/20" in line and "loss 0.2" in line for line in shown)
+    assert "1/2" in shown[-1]
