@@ -18,7 +18,7 @@ test-gpu: $(READY)
 
 # needs the extra ray, 240 MB: .venv/bin/python -m pip install --constraint constraints.txt --editable ".[ray]"
 test-ray: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m ray tests/comparison/test_on_ray.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m ray tests/comparison/test_ray.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

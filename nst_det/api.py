@@ -92,7 +92,7 @@ def compare(
     Raises:
         UserError: the input of the comparison, or of one of its stages, can't be used.
         RunFailed: a run ended with an error; the same call resumes from what is done.
-        Stopped: it was interrupted; the same call resumes from what is done.
+        Preempted: it was interrupted; the same call resumes from what is done.
 
     Example:
         >>> import nst_det

@@ -13,8 +13,8 @@ import pytest
 
 import nst_det
 from nst_det import api
-from nst_det.comparison.launch_local import Stopped, stop_signals_raise
 from nst_det.data.synthetic import DETECTION, GenerateSettings, generate_data
+from nst_det.engine.signals import Preempted, preemptible
 from nst_det.errors import UserError
 
 GUIDE = Path(__file__).parent / "guide" / "shim.py"
@@ -53,7 +53,7 @@ def test_a_stopped_comparison_leaves_the_signals_as_they_were():
     import signal
 
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(Stopped, match="SIGTERM"), stop_signals_raise():
+    with pytest.raises(Preempted, match="SIGTERM"), preemptible(once=True):
         signal.raise_signal(signal.SIGTERM)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 

@@ -71,6 +71,7 @@ def test_detect(file):
 @files("compare")
 def test_compare(file, tmp_path):
     comparison = load_comparison(file, output=tmp_path / "out", overrides=TORCHVISION)
+    check_distill_losses(comparison.distill, comparison.students, file.stem)
     runs = make_plan(comparison)
     before = set()
     for run in runs:

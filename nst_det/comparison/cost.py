@@ -7,38 +7,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.config import BASELINE
+from nst_det.benchmark import Traceable, benchmark, photo_size
 from nst_det.comparison.plan import DETECTOR, Run
-from nst_det.comparison.result import Cost, Latency, from_json
+from nst_det.comparison.result import BASELINE, Cost, Latency, from_json
+from nst_det.detection.config import resolve_device
+from nst_det.detection.predict import load_run
 from nst_det.engine.config import flat, plain
+from nst_det.engine.device import gpu_errors_in_one_line
+from nst_det.engine.fingerprint import FORWARD, concerns
 from nst_det.engine.io import read_json, write_json
-from nst_det.engine.run_dir import config_hash
+from nst_det.engine.run_dir import config_hash, machine_name
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
 COST_FILE = "cost.json"
 REPEATS = 20
-# keys below MODEL that change weights or training, not what a forward pass computes
-_FREE = ("MODEL.WEIGHTS", "MODEL.TIMM.PRETRAINED", "MODEL.BACKBONE.FREEZE_AT")
 
 
 def architecture(config: CfgNode) -> str:
-    """Return twelve digits, equal for detectors that compute the same: MODEL and the size of test images decide."""
-    values = plain(flat(config))
-    decides = ("MODEL.", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "TEST.DETECTIONS_PER_IMAGE")
-    return config_hash({key: value for key, value in values.items() if key.startswith(decides) and key not in _FREE})
+    """Return twelve digits, equal for detectors that compute the same."""
+    return config_hash({key: value for key, value in plain(flat(config)).items() if concerns(key, FORWARD)})
 
 
 def measure_costs(runs: Sequence[Run], configs: Mapping[str, CfgNode], folder: Path) -> dict[str, Cost]:
     """Return the cost of each row's detector, by row; rows of one architecture share one measurement.
 
-    What is measured is a trained detector (of the row ``ce`` where it has the architecture, else of the first row),
-    with batch 1, on an image of noise of the size that its config tests at; :data:`COST_FILE` keeps it.  A row whose
-    detector can't be built again is left out, with a warning.
+    :data:`COST_FILE` keeps it.  A row whose detector can't be built again is left out, with a warning.
     """
     path = folder / COST_FILE
     remedy = "remove the file to measure again"
@@ -60,40 +58,25 @@ def measure_costs(runs: Sequence[Run], configs: Mapping[str, CfgNode], folder: P
 
 
 def _measure(run: Run, config: CfgNode) -> Cost:
-    import torch
-
-    from nst_det.benchmark import benchmark, photo_size
-    from nst_det.detection.config import resolve_device
-    from nst_det.engine.device import gpu_errors_in_one_line
-    from nst_det.engine.run_dir import machine_name
-
     device = torch.device(resolve_device(config.MODEL.DEVICE))
     log.info("%s: measuring its cost", run.name)
     size = photo_size(config)
     with gpu_errors_in_one_line("compare again, which measures what is missing"):
-        figures = benchmark(_load(run.folders[0], config, device), size, [1], REPEATS, device)
+        if config.ENGINE == "detectron2":
+            from nst_det.detectron2 import parity
+
+            detector = parity.load_run(run.folders[0], config, device)
+            network = Traceable(detector, partial(parity.detect, postprocess=False))
+        else:
+            network = Traceable(load_run(run.folders[0], device)[0])
+        figures = benchmark(network, size, [1], REPEATS, device)
     latency = figures["latency"][0]
     return Cost(
         run=run.name,
-        parameters=figures["parameters"],
-        macs=figures["macs"],
-        flops=figures["flops"],
         size=(size[0], size[1]),
         device=str(device),
         threads=torch.get_num_threads(),
         machine=machine_name(str(device)),
         latency=Latency(latency["median"], latency["p10"], latency["p90"]),
+        **{key: figures[key] for key in ("parameters", "macs", "flops")},
     )
-
-
-def _load(folder: Path, config: CfgNode, device: Any) -> Any:
-    """Return the trained detector of a run as a network on pixels."""
-    from nst_det.benchmark import Traceable
-
-    if config.ENGINE == "detectron2":
-        from nst_det.detectron2 import parity
-
-        return Traceable(parity.load_run(folder, config, device), partial(parity.detect, postprocess=False))
-    from nst_det.detection.predict import load_run
-
-    return Traceable(load_run(folder, device)[0])

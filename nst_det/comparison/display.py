@@ -1,16 +1,16 @@
-"""What a comparison is doing: a live view on a terminal, a plain line now and then elsewhere."""
+"""How far a comparison is: a live view on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nst_det.comparison.plan import Run
 from nst_det.engine.format import duration
@@ -25,47 +25,39 @@ NOTE_TERMS = 4
 
 def last_metrics(path: Path) -> dict[str, Any] | None:
     """Return the last whole line of a ``metrics.jsonl``, without reading the rest; None where there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except OSError:
+    if not path.exists():
         return None
-    for line in reversed(lines[:-1]):
-        try:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = file.read().split(b"\n")[:-1]
+    for line in reversed(lines):
+        # the first one may be cut off, and a killed run may leave half a line
+        with contextlib.suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            return row
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                return row
     return None
 
 
 def steps_done(run: Run) -> tuple[int, dict[str, Any]]:
-    """Return the steps that a run has done, read from its run folders, and the last metrics.
+    """Return the steps that a run has done, and its last metrics.
 
     Of several folders (the students of stage one) the one that is furthest behind counts; done ones don't.
     """
     rows = [last_metrics(folder / "metrics.jsonl") or {"step": -1} for folder in run.folders]
     behind = [row for row, result in zip(rows, run.results) if not result.exists()]
-    row = min(behind or rows or [{"step": -1}], key=lambda row: row["step"])
+    row = min(behind or rows, key=lambda row: row["step"])
     return row["step"] + 1, {key: value for key, value in row.items() if key != "step"}
 
 
 class ProgressDisplay:
-    """Is told what happens and shows it, within ``with ProgressDisplay(...) as display``.
+    """Shows runs as they start and end, within ``with ProgressDisplay(...) as display``.
 
-    Args:
-        runs: the whole plan.
-        total_steps: steps of a run of a kind, 0 where not known.
-        share: the part of the machine that a run takes, 0..1.
+    ``total_steps`` are those of a run by its kind; ``share`` is the part of the machine that a run takes, 0..1.
     """
 
     def __init__(
-        self,
-        runs: Sequence[Run],
-        total_steps: Mapping[str, int],
-        share: Callable[[Run], float] = lambda run: 1.0,
+        self, runs: Sequence[Run], total_steps: Mapping[str, int], share: Callable[[Run], float] = lambda run: 1.0
     ) -> None:
         self._runs, self._total, self._share = list(runs), dict(total_steps), share
         self._done = {run.name for run in runs if run.done}
@@ -74,90 +66,79 @@ class ProgressDisplay:
         # by kind: what whole runs took
         self._seconds: dict[str, list[float]] = {}
         self._last = 0.0
-        self._bar: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._live = is_live(console)
+        self._bar = Progress(*columns, console=console, refresh_per_second=4, disable=not self._live)
+        self._tasks = {"": self._bar.add_task("[bold]runs", total=len(runs), completed=len(self._done), note="")}
 
     def __enter__(self) -> ProgressDisplay:
-        if is_live(console):
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self._bar = Progress(*columns, console=console, refresh_per_second=4)
-            self._bar.start()
-            done, total = len(self._done), len(self._runs)
-            self._tasks[""] = self._bar.add_task("[bold]runs", total=total, completed=done, note="")
-        elif self._done:
+        self._bar.start()
+        if self._done and not self._live:
             log.info("%d of %d runs are done already", len(self._done), len(self._runs))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def started(self, run: Run) -> None:
-        """Show that a run was started (or resumes)."""
         steps, _ = steps_done(run)
         self._begin[run.name] = (time.monotonic(), steps)
-        if self._bar is not None:
-            total = self._total.get(run.kind) or 1
-            self._tasks[run.name] = self._bar.add_task(run.name, total=total, completed=steps, note="")
-        else:
+        total = self._total.get(run.kind) or 1
+        self._tasks[run.name] = self._bar.add_task(run.name, total=total, completed=steps, note="")
+        if not self._live:
             log.info("%s: starts%s", run.name, f" again at step {steps}" if steps else "")
 
     def finished(self, run: Run) -> None:
-        """Show that a run is done."""
         begin, first = self._begin.pop(run.name)
-        seconds = time.monotonic() - begin
+        seconds, total = time.monotonic() - begin, self._total.get(run.kind, 0)
         self._done.add(run.name)
-        total = self._total.get(run.kind, 0)
-        if first == 0 or 0 < first < total:
-            self._seconds.setdefault(run.kind, []).append(seconds * total / (total - first) if first else seconds)
-        if self._bar is not None:
-            self._bar.remove_task(self._tasks.pop(run.name))
-            self._bar.update(self._tasks[""], completed=len(self._done))
+        if first == 0:
+            self._seconds.setdefault(run.kind, []).append(seconds)
+        elif first < total:
+            self._seconds.setdefault(run.kind, []).append(seconds * total / (total - first))
+        self._bar.remove_task(self._tasks.pop(run.name))
+        self._bar.update(self._tasks[""], completed=len(self._done))
         log.info("%s: done in %.0f s (%d of %d runs)", run.name, seconds, len(self._done), len(self._runs))
 
     def update(self, running: Sequence[Run]) -> None:
         """Show how far the running ones are, where the last time is long enough ago."""
         now = time.monotonic()
-        if now - self._last < (REFRESH_SECONDS if self._bar is not None else PLAIN_SECONDS):
+        if now - self._last < (REFRESH_SECONDS if self._live else PLAIN_SECONDS):
             return
         first, self._last = self._last == 0.0, now
-        states = {run.name: steps_done(run) for run in running}
-        left = self.seconds_left(running, {name: steps for name, (steps, _) in states.items()})
+        states = [(run, *steps_done(run)) for run in running]
+        left = self.seconds_left({run.name: steps for run, steps, _ in states})
         eta = "" if left is None else f"ETA {duration(left)}"
-        if self._bar is not None:
-            self._bar.update(self._tasks[""], completed=len(self._done), note=eta)
-            for name, (steps, metrics) in states.items():
-                self._bar.update(self._tasks[name], completed=steps, note=loss_note(metrics, NOTE_TERMS))
-        elif running and not first:
+        self._bar.update(self._tasks[""], note=eta)
+        for run, steps, metrics in states:
+            self._bar.update(self._tasks[run.name], completed=steps, note=loss_note(metrics, NOTE_TERMS))
+        if running and not first and not self._live:
             parts = []
-            for run in running:
-                steps, metrics = states[run.name]
+            for run, steps, metrics in states:
                 note = loss_note(metrics)
                 parts.append(f"{run.name} {steps}/{self._total.get(run.kind) or '?'}{f' ({note})' if note else ''}")
             log.info("%d/%d runs done; %s  %s", len(self._done), len(self._runs), ", ".join(parts), eta)
 
-    def seconds_left(self, running: Sequence[Run], steps: Mapping[str, int]) -> float | None:
-        """Return the seconds until all is done, from runs of the same kind; None while a kind has not been seen yet.
+    def seconds_left(self, steps: Mapping[str, int]) -> float | None:
+        """Return the seconds until all is done, given the steps that each running run has done.
 
-        ``steps`` are those that each running one has done.
+        Runs of a kind take the same time; None while a kind has not been seen yet.
         """
-        now = time.monotonic()
-        left = {run.name: 1.0 for run in self._runs if run.name not in self._done}
+        todo = [run for run in self._runs if run.name not in self._done]
         guesses = {kind: sum(values) / len(values) for kind, values in self._seconds.items()}
-        for run in running:
-            total = self._total.get(run.kind, 0)
-            begin, first = self._begin[run.name]
-            if total:
-                left[run.name] = max(0.0, 1 - steps[run.name] / total)
-                if steps[run.name] > first:
-                    guesses.setdefault(run.kind, (now - begin) * total / (steps[run.name] - first))
-        todo = [run for run in self._runs if run.name in left]
+        shares: dict[str, float] = {}
+        for run in todo:
+            done, total = steps.get(run.name, 0), self._total.get(run.kind, 0)
+            shares[run.name] = max(0.0, 1 - done / total) if total else 1.0
+            begin, first = self._begin.get(run.name, (0.0, 0))
+            if total and done > first:
+                guesses.setdefault(run.kind, (time.monotonic() - begin) * total / (done - first))
         if not all(run.kind in guesses for run in todo):
             return None
-        return sum(left[run.name] * guesses[run.kind] * self._share(run) for run in todo)
+        return sum(shares[run.name] * guesses[run.kind] * self._share(run) for run in todo)

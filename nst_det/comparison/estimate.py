@@ -1,7 +1,6 @@
 """What a comparison will take, measured on a few steps of each kind of run before anything is started.
 
-The plan is made once more for a temporary folder.  Of its runs one of each distinct kind is done there, with
-:data:`STEPS` steps; they are timed from outside, so that both engines are measured the same way.
+One run of each distinct kind is done in a temporary folder, timed from outside: so both engines are measured alike.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import psutil
+import torch
 from fvcore.common.config import CfgNode
 
 from nst_det.comparison.config import Comparison
@@ -24,6 +24,7 @@ from nst_det.data.folders import read_image_folder
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import voc_roots
 from nst_det.engine.config import expand_path, flat, plain
+from nst_det.engine.fingerprint import RATE, RUN, concerns
 from nst_det.engine.format import GIB, bytes_below, duration, size
 from nst_det.engine.io import write_text
 from nst_det.engine.metrics import read_metrics, speed_of
@@ -36,52 +37,24 @@ WARM_UP = 2
 POLL_SECONDS, MEMORY_SECONDS = 0.01, 0.05
 # what a process has on a GPU beside its tensors: the driver's context and the kernels, roughly
 GPU_CONTEXT = GIB // 2
-# what differs between two runs of one kind without changing what they take
-_FREE = ("OUTPUT_DIR", "REGISTRY", "NAME", "SEED", "MODEL.WEIGHTS", "TEACHER.WEIGHTS")
-_FREE_RATES = ("SOLVER.BASE_LR", "SOLVER.BACKBONE_MULTIPLIER")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one run will take.
+    """What one run will take."""
 
-    Attributes:
-        seconds: from its start to its end, on an otherwise idle machine.
-        disk: bytes that it leaves behind.
-        memory: bytes, the most that its processes have at a time.  0 is not known.
-        gpu_memory: bytes, the most that it allocates on its GPU at a time; 0 without one.
-    """
-
-    seconds: float
-    disk: int
-    memory: int
-    gpu_memory: int = 0
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A run of few steps: seconds of all that isn't a step, of a step, and of the last part, an evaluation; bytes."""
-
-    rest: float
-    step: float
-    end: float
-    disk: int
-    memory: int
-    gpu_memory: int
+    seconds: float = 0.0  # on an otherwise idle machine
+    disk: int = 0  # bytes that it leaves behind
+    memory: int = 0  # bytes, the most that its processes have at a time; 0 where not known
+    gpu_memory: int = 0  # bytes, the most that it allocates on its GPU at a time
 
 
 def estimate(
     comparison: Comparison, runs: Sequence[Run], machine: Machine, command: Command | None = None
 ) -> dict[str, Estimate]:
-    """Try one run of each kind; return what every run of the plan will take, by its name.
-
-    ``command`` gives the command line of a run, in place of this package's own.
-
-    Raises:
-        UserError: a trial ended with an error; the line is the run's own.
-    """
+    """Try one run of each kind; return what every run of the plan will take, by its name."""
     found: dict[str, Estimate] = {}
-    tried: dict[str, _Trial] = {}
+    tried: dict[str, Estimate] = {}
     with tempfile.TemporaryDirectory(prefix="nst-det-dry-run-") as name:
         folder = Path(name)
         # generated data that isn't there yet is made here, too
@@ -90,20 +63,16 @@ def estimate(
         launcher = LocalLauncher(folder, machine, command)
         for run in make_plan(trial_of):
             if run.kind == DATA:
-                one = _try(run, launcher, folder) if missing else _Trial(0, 0, 0, 0, 0, 0)
-                found[run.name] = Estimate(one.rest, one.disk, one.memory)
+                found[run.name] = _try(run, None, launcher, folder) if missing else Estimate()
                 continue
             config = run_config(trial_of, run)
-            values = {key: value for key, value in plain(flat(config)).items() if key not in (*_FREE, *_FREE_RATES)}
+            # what differs between two runs of one kind without changing what they take is left out
+            values = {key: value for key, value in plain(flat(config)).items() if not concerns(key, RUN, RATE)}
             kind = f"{run.kind}-{config_hash(values)}"
             if kind not in tried:
                 write_text(run.config_path(folder), _shortened(run, config).dump())
-                tried[kind] = _try(run, launcher, folder)
-                tried[kind] = replace(tried[kind], memory=tried[kind].memory + images_kept(run, config))
-            one, steps, period = tried[kind], total_steps(run, config), config.TEST.EVAL_PERIOD
-            evaluations = 1 + ((steps - 1) // period if period else 0)
-            seconds = one.rest + steps * one.step + evaluations * one.end
-            found[run.name] = Estimate(seconds, one.disk, one.memory, one.gpu_memory)
+                tried[kind] = _try(run, config, launcher, folder)
+            found[run.name] = tried[kind]
     return found
 
 
@@ -112,9 +81,9 @@ def _shortened(run: Run, config: CfgNode) -> CfgNode:
     config.defrost()
     config.TENSORBOARD, config.WANDB = False, ""
     config.SOLVER.MAX_ITER, config.SOLVER.STEPS = STEPS, type(config.SOLVER.STEPS)()
-    config.SOLVER.CHECKPOINT_PERIOD = STEPS // 2
     config.SOLVER.WARMUP_ITERS = min(config.SOLVER.WARMUP_ITERS, STEPS)
     config.TEST.EVAL_PERIOD = 0
+    config.SOLVER.CHECKPOINT_PERIOD = STEPS // 2
     if run.detects:
         config.TEST.SELECT = "last"
         return config
@@ -126,7 +95,8 @@ def _shortened(run: Run, config: CfgNode) -> CfgNode:
     return config
 
 
-def _try(run: Run, launcher: LocalLauncher, folder: Path) -> _Trial:
+def _try(run: Run, config: CfgNode | None, launcher: LocalLauncher, folder: Path) -> Estimate:
+    """Do a run of :data:`STEPS` steps; return what it takes with the steps of ``config`` (None: it has no steps)."""
     before, began = bytes_below(folder), time.monotonic()
     process = launcher.start(run)
     # steps done -> when that was seen first
@@ -144,23 +114,29 @@ def _try(run: Run, launcher: LocalLauncher, folder: Path) -> _Trial:
         process.outcome()
         raise
     code, output = process.outcome()
-    if code or (run.folders and STEPS not in seen):
+    if code or (config and STEPS not in seen):
         lines = output.strip().splitlines() or ["it wrote nothing"]
         raise UserError(f"--dry-run: the trial of {run.name} failed: {lines[-1].removeprefix('nst-det: ')}")
     disk = bytes_below(folder) - before
-    if not run.folders:
-        return _Trial(now - began, 0.0, 0.0, disk, memory, 0)
+    if config is None:
+        return Estimate(now - began, disk, memory)
     first, last = min(count for count in seen if count >= WARM_UP), seen[STEPS]
     step = (last - seen[first]) / max(STEPS - first, 1)
+    # what comes after the last step is an evaluation
+    start, evaluation = max(last - began - STEPS * step, 0.0), now - last
+    steps, period = total_steps(run, config), config.TEST.EVAL_PERIOD
+    evaluations = 1 + ((steps - 1) // period if period else 0)
     speed = speed_of(read_metrics(run.folders[0] / "metrics.jsonl", speed=True))
-    gpu_memory = round(speed.get("gpu_memory_gib", 0) * GIB)
-    return _Trial(max(last - began - STEPS * step, 0.0), step, now - last, disk, memory, gpu_memory)
+    return Estimate(
+        seconds=start + steps * step + evaluations * evaluation,
+        disk=disk,
+        memory=memory + images_kept(run, config),
+        gpu_memory=round(speed.get("gpu_memory_gib", 0) * GIB),
+    )
 
 
 def _memory(process: Process) -> int:
-    """Return the bytes that a process and its loader processes have now; not what the kernel says at its end, which
-    starts with the memory of the process that started it.
-    """
+    # not the kernel's maximum, which starts with the memory of the process that started it
     try:
         one = psutil.Process(process.pid)
         return sum(int(each.memory_info().rss) for each in (one, *one.children(recursive=True)))
@@ -201,14 +177,10 @@ def wall_seconds(runs: Sequence[Run], found: Mapping[str, Estimate], machine: Ma
 
 
 def total(found: Mapping[str, Estimate], runs: Sequence[Run]) -> Estimate:
-    """Return the seconds of machine time and bytes of all runs that are not done; of memory the largest one's."""
-    left = [found[run.name] for run in runs if not run.done] or [Estimate(0.0, 0, 0)]
-    return Estimate(
-        seconds=sum(one.seconds for one in left),
-        disk=sum(one.disk for one in left),
-        memory=max(one.memory for one in left),
-        gpu_memory=max(one.gpu_memory for one in left),
-    )
+    """Return the sum of what all runs that are not done take; of memory the most."""
+    left = [astuple(found[run.name]) for run in runs if not run.done] or [astuple(Estimate())]
+    seconds, disk, memory, gpu_memory = zip(*left)
+    return Estimate(sum(seconds), sum(disk), max(memory), max(gpu_memory))
 
 
 def cells(one: Estimate) -> tuple[str, ...]:
@@ -221,8 +193,6 @@ def gpu_shortage(one: Estimate, machine: Machine) -> str:
     """Return a line where runs like the largest ``one`` need more on a GPU, side by side, than it has free; else ""."""
     if not one.gpu_memory:
         return ""
-    import torch
-
     beside = -(-machine.gpu_jobs // len(machine.gpus))
     needed = one.gpu_memory + GPU_CONTEXT
     free = min(torch.cuda.mem_get_info(index)[0] for index in range(len(machine.gpus)))

@@ -8,19 +8,20 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from fractions import Fraction
 from graphlib import TopologicalSorter
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
+
+import torch
 
 from nst_det.comparison.display import ProgressDisplay
 from nst_det.comparison.plan import Run
 from nst_det.engine.device import core_count
-from nst_det.engine.signals import EXIT_RESUME, SIGNALS, Preempted
+from nst_det.engine.signals import EXIT_RESUME, preemptible
 from nst_det.errors import RunFailed
 
 log = logging.getLogger(__name__)
@@ -36,26 +37,16 @@ Command = Callable[[Run, Path], list[str]]
 Outcome = tuple[int, str]
 
 
-class Stopped(Preempted):
-    """The comparison was asked by a signal to stop; its runs have saved what they did."""
-
-
 class Launcher(Protocol):
-    """Starts runs, here or on a cluster.
+    """Starts runs, here or on a cluster."""
 
-    Attributes:
-        errors: what a future raises where a run was lost.
-        hint: more to say where a run's result is missing.
-    """
-
-    errors: tuple[type[Exception], ...]
-    hint: str
+    errors: tuple[type[Exception], ...]  # what a future raises where a run was lost
+    hint: str  # more to say where a run's result is missing
 
     def fitting(self, ready: Sequence[Run], running: Collection[Run]) -> list[Run]:
-        """Return which of the runs that may start can start now."""
+        """Return which of the ready runs can start now."""
 
-    def submit(self, run: Run) -> Future[Outcome]:
-        """Start a run."""
+    def submit(self, run: Run) -> Future[Outcome]: ...
 
     def stop(self) -> None:
         """End all that still runs, and wait until it has ended."""
@@ -64,18 +55,14 @@ class Launcher(Protocol):
 def run_plan(runs: Sequence[Run], folder: Path, launcher: Launcher, display: ProgressDisplay) -> None:
     """Do all runs that are not done, each as soon as what it needs is done and the launcher has room.
 
-    How many run at once changes when a run happens, never what it computes.
-
-    Raises:
-        RunFailed: one of them ended with an error; the others were stopped.
-        Stopped: SIGTERM or SIGINT came; all were stopped.
+    How many run at once changes when a run happens, never what it computes.  An error or a signal stops all of them.
     """
     todo = {run.name: run for run in runs if not run.done}
     order = TopologicalSorter({name: [need for need in run.needs if need in todo] for name, run in todo.items()})
     order.prepare()
     ready: set[str] = set()
     running: dict[Future[Outcome], Run] = {}
-    with stop_signals_raise():
+    with preemptible(once=True):
         try:
             while order.is_active():
                 ready.update(order.get_ready())
@@ -91,17 +78,12 @@ def run_plan(runs: Sequence[Run], folder: Path, launcher: Launcher, display: Pro
                     except launcher.errors as error:
                         reason = str(error).strip().splitlines()[0]
                         raise RunFailed(f"run {run.name} was lost again and again: {reason}", EXIT_FAILED) from error
-                    _check_outcome(run, code, output, log_path(run, folder), launcher.hint)
+                    _check_outcome(run, code, output, run.log_path(folder), launcher.hint)
                     order.done(run.name)
                     display.finished(run)
                 display.update(list(running.values()))
         finally:
             launcher.stop()
-
-
-def log_path(run: Run, folder: Path) -> Path:
-    """Return where a run's output is kept."""
-    return folder / "logs" / f"{run.name}.log"
 
 
 def _check_outcome(run: Run, code: int, output: str, log: Path, hint: str) -> None:
@@ -120,73 +102,38 @@ def _check_outcome(run: Run, code: int, output: str, log: Path, hint: str) -> No
     raise RunFailed(f"run {run.name} failed: {reason} (log: {log})", exit_code)
 
 
-@contextlib.contextmanager
-def stop_signals_raise() -> Iterator[None]:
-    """Within the block SIGTERM and SIGINT raise :class:`Stopped`, once; later ones are ignored while all stops."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        raise Stopped(signum)
-
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @dataclass(frozen=True)
 class Machine:
-    """What runs may use: CPU cores, and GPUs (as CUDA_VISIBLE_DEVICES names them) with room for ``gpu_jobs`` runs.
+    """What runs may use: room for ``jobs`` threads on the CPU, and for ``gpu_jobs`` runs on all GPUs together.
 
-    Attributes:
-        jobs: one-thread runs side by side on the CPU; where there are GPUs, the cores.
-        gpus: empty where there is none; then all runs are the CPU's.
-        gpu_jobs: runs side by side on all GPUs together, which share the cores.
+    Runs on GPUs share the cores, which are ``jobs`` then; without GPUs all runs are the CPU's.
     """
 
     jobs: int
-    gpus: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them
     gpu_jobs: int = 0
 
     def on_gpu(self, run: Run) -> bool:
-        """Return whether a run gets a GPU."""
         return run.wants_gpu and bool(self.gpus)
 
-    def room(self, run: Run) -> int:
-        """Return the room on the device of a run."""
-        return self.gpu_jobs if self.on_gpu(run) else self.jobs
-
-    def weight(self, run: Run) -> int:
-        """Return how much of that room a run takes: on a CPU one for each of its threads."""
-        return 1 if self.on_gpu(run) else max(1, min(run.threads, self.jobs))
+    def share(self, run: Run) -> Fraction:
+        """Return the part of its device that a run takes."""
+        return Fraction(1, self.gpu_jobs) if self.on_gpu(run) else Fraction(min(run.threads, self.jobs), self.jobs)
 
     def fitting(self, ready: Sequence[Run], running: Collection[Run]) -> list[Run]:
-        """Return which of the runs that may start fit beside the running ones.
-
-        One that waits for room is not overtaken, so that the long runs which all others wait for never starve.
-        """
-        used = {True: 0, False: 0}
-        for run in running:
-            used[self.on_gpu(run)] += self.weight(run)
+        """Return which of the ready runs fit beside the running ones."""
+        used = {on_gpu: sum(self.share(run) for run in running if self.on_gpu(run) == on_gpu) for on_gpu in (0, 1)}
         fits = []
         for run in ready:
-            # counted also where it does not fit, so that no later run slips in before it
-            used[self.on_gpu(run)] += self.weight(run)
-            if used[self.on_gpu(run)] <= self.room(run):
+            # counted also where it doesn't fit: a long run that all others wait for is not overtaken by short ones
+            used[self.on_gpu(run)] += self.share(run)
+            if used[self.on_gpu(run)] <= 1:
                 fits.append(run)
         return fits
 
 
 def this_machine(jobs: int = 0) -> Machine:
     """Return this machine; ``jobs`` runs side by side, on its GPUs if there are some; 0 is one a GPU, or one a core."""
-    import torch
-
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     count = torch.cuda.device_count()
     gpus = tuple(named[:count]) if named else tuple(str(index) for index in range(count))
@@ -216,18 +163,17 @@ class Process:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet."""
         return self._popen.poll() is None
 
     def outcome(self) -> Outcome:
-        """Wait until it ends; return its exit code (below 0 for a signal) and what it wrote."""
+        """Wait until it ends; the exit code is below 0 for a signal."""
         code = self._popen.wait()
         with open(self._log, "rb") as file:
             file.seek(self._begin)
             return code, file.read().decode("utf-8", "replace")
 
     def signal(self, number: int) -> None:
-        """Send a signal to it and the processes that it started."""
+        # to the processes that it started, too
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
@@ -238,13 +184,7 @@ def stage_command(run: Run, folder: Path) -> list[str]:
 
 
 class LocalLauncher:
-    """Runs processes on this machine.
-
-    Args:
-        folder: of the comparison.
-        machine: what may be used.
-        command: gives the command line of a run, in place of this package's own.
-    """
+    """Runs processes on this machine; ``command`` gives their command lines in place of this package's own."""
 
     errors: tuple[type[Exception], ...] = ()
     hint = ""
@@ -262,10 +202,9 @@ class LocalLauncher:
         if machine.on_gpu(run):
             busy = [process.gpu for _, process in self._running.values() if process.running]
             gpu, threads = min(machine.gpus, key=busy.count), max(1, machine.jobs // machine.gpu_jobs)
-        return Process(self._command(run, self._folder), log_path(run, self._folder), threads, gpu)
+        return Process(self._command(run, self._folder), run.log_path(self._folder), threads, gpu)
 
     def submit(self, run: Run) -> Future[Outcome]:
-        """Start a run; the future is its outcome."""
         # by this thread, not one of the pool: the process ends when the thread that started it does
         process = self.start(run)
         future = self._pool.submit(process.outcome)

@@ -1,8 +1,6 @@
 """The runs of a plan on a Ray cluster: each one a task with its cores or GPU; a lost one resumes on another node.
 
-All nodes see the comparison's folder, the data and this installation under the same paths (shared storage).  A task is
-the same command as here, so that its run folder, its log and its numbers are too; a node that dies takes its processes
-along, Ray gives the task to another node, and the run resumes from its last checkpoint there.
+All nodes see the comparison's folder, the data and this installation under the same paths (shared storage).
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from nst_det.comparison.launch_local import POLL_SECONDS, Command, Outcome, Process, log_path, stage_command
+from nst_det.comparison.launch_local import POLL_SECONDS, Command, Outcome, Process, stage_command
 from nst_det.comparison.plan import Run
 from nst_det.engine.signals import EXIT_RESUME
 from nst_det.errors import UserError
@@ -27,7 +25,7 @@ STOP_SECONDS = 30.0
 
 
 def require_ray() -> Any:
-    """Return the module; where it isn't installed, say so in one line."""
+    """Return the module, or raise an error that says how to install it."""
     try:
         import ray
     except ImportError as error:
@@ -58,18 +56,11 @@ def connected(address: str) -> Iterator[Any]:
 
 
 class Interrupted(Exception):
-    """A run was asked to stop, as a machine that is about to be taken away asks all its processes."""
+    """A run was asked to stop, as on a machine that is about to be taken away."""
 
 
 class RayLauncher:
-    """Runs tasks of Ray's; how many at once is the cluster's matter.
-
-    Args:
-        ray: the connected module.
-        runs: the plan; every run must fit a node.
-        folder: of the comparison, on storage that all nodes share.
-        command: gives the command line of a run, in place of this package's own.
-    """
+    """Runs tasks on a cluster, which decides how many at once; ``command`` gives other command lines."""
 
     def __init__(self, ray: Any, runs: Sequence[Run], folder: Path, command: Command | None = None) -> None:
         self._ray, self._folder, self._command = ray, folder.resolve(), command
@@ -88,7 +79,7 @@ class RayLauncher:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     def gpu_threads(self, run: Run) -> int:
-        """Return the cores for each GPU on the node that has the fewest; 0 where the run gets no GPU."""
+        """Return the cores of each GPU on the node that has the fewest; 0 where the run gets no GPU."""
         shares = [int(node.get("CPU", 1) // node["GPU"]) for node in self._nodes() if node.get("GPU", 0) >= 1]
         return max(1, min(shares)) if run.wants_gpu and shares else 0
 
@@ -98,13 +89,12 @@ class RayLauncher:
         return {"num_cpus": 1 if on_gpu else run.threads, "num_gpus": int(on_gpu)}
 
     def fitting(self, ready: Sequence[Run], running: Collection[Run]) -> list[Run]:
-        """Return all: the cluster keeps those that have to wait."""
+        """Return all: those that have to wait do so on the cluster."""
         return list(ready)
 
     def submit(self, run: Run) -> Future[Outcome]:
-        """Hand a run to the cluster; the future is its outcome."""
         command = self._command(run, self._folder) if self._command else None
-        # lost with its node or worker it is given to another; one that ends with an error gives that as its answer
+        # one that is lost with its node or worker is given to another; one that ends with an error is not
         retried = {"max_retries": RETRIES, "retry_exceptions": [Interrupted]}
         remote = self._ray.remote(**self.needs(run), **retried, name=run.name)(run_on_node)
         task = remote.remote(run, str(self._folder), command, self.gpu_threads(run))
@@ -124,19 +114,13 @@ class RayLauncher:
 
 
 def run_on_node(run: Run, folder: str, command: list[str] | None, gpu_threads: int = 0) -> Outcome:
-    """Do a run in a process of its own on the node that Ray chose; return its exit code and the end of its output.
-
-    ``gpu_threads`` are its threads on the GPU that Ray gave it; 0 where it gets none.
-
-    Raises:
-        Interrupted: somebody stopped it; it resumes where it was.
-    """
+    """Do a run on the node that Ray chose, with ``gpu_threads`` threads (0: no GPU); return the end of its output."""
     if run.done:
         return 0, ""
     # Ray names a task's GPU here, but hides none from a task without one
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpu_threads else ""
     command = command or stage_command(run, Path(folder))
-    process = Process(command, log_path(run, Path(folder)), gpu_threads or run.threads, gpu)
+    process = Process(command, run.log_path(Path(folder)), gpu_threads or run.threads, gpu)
     try:
         # short waits: Ray cancels by an exception that comes between them
         while process.running:

@@ -3,54 +3,35 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
 from rich.table import Table
 
+import nst_det.report
 from nst_det.comparison.collect import build_results
-from nst_det.comparison.config import BASELINE, Comparison, merge_stage
+from nst_det.comparison.config import Comparison, merge_stage
 from nst_det.comparison.cost import measure_costs
 from nst_det.comparison.display import ProgressDisplay, steps_done
 from nst_det.comparison.estimate import STEPS, Estimate, cells, estimate, gpu_shortage, total, wall_seconds
 from nst_det.comparison.launch_local import Command, Launcher, LocalLauncher, Machine, run_plan, this_machine
 from nst_det.comparison.launch_ray import RayLauncher, connected
-from nst_det.comparison.plan import (
-    DATA,
-    DETECTOR,
-    STUDENTS,
-    Run,
-    make_plan,
-    run_config,
-    teacher_detector_name,
-    total_steps,
-)
-from nst_det.comparison.result import ComparisonResult
+from nst_det.comparison.plan import DATA, STUDENTS, Run, make_plan, run_config, teacher_detector_name, total_steps
+from nst_det.comparison.result import BASELINE, ComparisonResult
 from nst_det.comparison.stages import check_data_folders, check_detector_losses, check_distill_losses
 from nst_det.engine.format import duration, print_table, size
 from nst_det.engine.io import write_text
 from nst_det.engine.run_dir import RunFolder
 
-log = logging.getLogger(__name__)
-
 
 def compare(
     comparison: Comparison, jobs: int = 0, command: Command | None = None, ray_address: str | None = None
 ) -> ComparisonResult:
-    """Do what is not done yet, then write and print the report.
+    """Do what is not done yet, then write the report.
 
-    Args:
-        comparison: from :func:`~nst_det.comparison.config.load_comparison`.
-        jobs: runs side by side; 0 takes the config's JOBS.
-        command: gives the command line of a run, in place of this package's own.
-        ray_address: of the Ray cluster that does the runs, "" for one on this machine; None does them here.
-
-    Raises:
-        UserError: the input of the comparison, or of one of its stages, can't be used.
-        RunFailed: a run ended with an error; the same call resumes from what is done.
-        Stopped: a signal asked to stop.
+    ``jobs`` 0 takes the config's JOBS; ``command`` gives other command lines than this package's own; ``ray_address``
+    is that of the Ray cluster that does the runs, "" for one on this machine.
     """
     runs = make_plan(comparison)
     configs = checked_configs(comparison, runs)
@@ -63,7 +44,8 @@ def compare(
             with connected(ray_address) as ray:
                 launch(runs, configs, folder, machine, RayLauncher(ray, runs, folder, command))
         results = build_results(comparison, runs, measure_costs(runs, configs, folder))
-        write_report(results, folder)
+        results.save(folder / "report" / "results.json")
+        nst_det.report.write_report(results, folder / "report", folder)
     return results
 
 
@@ -75,22 +57,22 @@ def launch(
         if run.name in configs:
             write_text(run.config_path(folder), configs[run.name].dump())
     steps = {run.kind: total_steps(run, configs[run.name]) for run in runs if run.name in configs}
-    with ProgressDisplay(runs, steps, lambda run: machine.weight(run) / machine.room(run)) as display:
+    with ProgressDisplay(runs, steps, lambda run: float(machine.share(run))) as display:
         run_plan(runs, folder, launcher, display)
 
 
 def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNode]:
-    """Return the config of each run of a plan but the data's, by name; what can be checked before a start is."""
+    """Return the config of each run of a plan but the data's, by name, after all checks that need no training."""
     students = next(run for run in runs if run.kind == STUDENTS)
     distill = merge_stage(comparison.distill, students.options, f"run {students.name}")
     check_distill_losses(distill, comparison.students, comparison.name)
     if not comparison.generate:
         check_data_folders(comparison.distill, comparison.detect, comparison.name)
     configs = run_configs(comparison, runs)
-    # terms of stage two, once for each row that has some
+    # a teacher detector of the user's own is left to its run, and Detectron2 to itself
     teacher = configs.get(teacher_detector_name(comparison))
-    for run in runs:
-        if run.kind == DETECTOR and run.seed == comparison.seeds[0] and configs[run.name].METHOD != BASELINE:
+    for run in runs if teacher is not None and comparison.engine == "torchvision" else ():
+        if run.detects and run.seed == comparison.seeds[0] and configs[run.name].METHOD != BASELINE:
             check_detector_losses(configs[run.name], teacher, f"{comparison.name}: row {run.row}")
     return configs
 
@@ -98,15 +80,6 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
 def run_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNode]:
     """Return the checked config of each run but the data's, by name."""
     return {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
-
-
-def write_report(results: ComparisonResult, folder: Path) -> None:
-    """``report/results.json`` and what the report room makes of it."""
-    import nst_det.report
-
-    report = folder / "report"
-    results.save(report / "results.json")
-    nst_det.report.write_report(results, report, folder)
 
 
 def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, Estimate] | None = None) -> Table:
@@ -148,26 +121,27 @@ def dry_run(comparison: Comparison, jobs: int = 0) -> None:
 
 
 def results_table(results: ComparisonResult) -> Table:
-    """The answer as a table: fractions with three digits."""
+    """Return the rows as a table: fractions with three digits."""
     rows, several = results.rows, len(results.seeds) > 1
     title = f"VOC mAP at IoU 0.5, 11-point; engine {results.engine}"
     caption = None if several else "One seed: there is no spread to judge differences by."
     table = Table(title=title, caption=caption)
-    table.add_column("row")
-    heads = ["mAP", "area", "vs ce", "top-1", "seconds"]
-    heads = [*heads[:1], "±", *heads[1:3], "95 % interval", *heads[3:]] if several else heads
-    for head in heads:
-        table.add_column(head, justify="right")
-    table.add_column("verdict")
-    table.add_column("weights")
+    spread, interval = (["±"], ["95 % interval"]) if several else ([], [])
+    for head in ("row", "mAP", *spread, "area", "vs ce", *interval, "top-1", "seconds", "verdict", "weights"):
+        table.add_column(head, justify="left" if head in ("row", "verdict", "weights") else "right")
     for row, after in itertools.zip_longest(rows, rows[1:]):
-        interval = row.delta_interval
-        spread = ["-" if row.map_std is None else f"{row.map_std:.3f}"]
-        between = ["-" if interval is None else f"{interval[0]:+.3f} .. {interval[1]:+.3f}"]
-        top1 = "-" if row.top1 is None else f"{row.top1:.3f}"
-        cells = [f"{row.map:.3f}", *(spread if several else []), f"{row.map_area:.3f}"]
-        cells += [f"{row.delta_vs_ce:+.3f}", *(between if several else []), top1, f"{row.seconds:.0f}"]
-        table.add_row(
-            row.method, *cells, row.verdict, row.weights, end_section=bool(after and after.stage != row.stage)
-        )
+        cells = {
+            "row": row.method,
+            "mAP": f"{row.map:.3f}",
+            "±": "-" if row.map_std is None else f"{row.map_std:.3f}",
+            "area": f"{row.map_area:.3f}",
+            "vs ce": f"{row.delta_vs_ce:+.3f}",
+            "95 % interval": "-" if row.delta_interval is None else "{:+.3f} .. {:+.3f}".format(*row.delta_interval),
+            "top-1": "-" if row.top1 is None else f"{row.top1:.3f}",
+            "seconds": f"{row.seconds:.0f}",
+            "verdict": row.verdict,
+            "weights": row.weights,
+        }
+        shown = [cells[str(column.header)] for column in table.columns]
+        table.add_row(*shown, end_section=bool(after and after.stage != row.stage))
     return table

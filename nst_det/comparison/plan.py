@@ -6,16 +6,9 @@
         │       └──► detect/seed0/teacher ──► detect/seed0/cwd@det, ...
         └──────────────────────────────► detect/seed0/scratch
 
-Stage one is one run a seed, because it trains the students of all methods side by side.  Everything below a
-folder is named by what it is, so that a method or seed added later finds the rest done::
-
-    DIR/data/                              the generated data set
-    DIR/teacher/teacher/                   the teacher's run folder
-    DIR/distill/seed0/students/kd/         a student's run folder
-    DIR/backbones/                         the backbone files of teacher and students
-    DIR/detect/seed0/kd/                   a detector's run folder, with its evaluation
-    DIR/configs/, DIR/logs/                what each run was given, and what it wrote
-    DIR/report/                            the answer
+Stage one is one run a seed, because it trains the students of all methods side by side.  A run's name is also its
+folder (``distill/seed0/students/kd`` of a student), and the path of its config and log below ``configs`` and ``logs``,
+so that a method or seed added later finds the rest done.
 """
 
 from __future__ import annotations
@@ -27,10 +20,14 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.config import BASELINE, NO_FPN, SCRATCH, TEACHER, Comparison, merge_stage
-from nst_det.comparison.stages import DETECT, DISTILL, errors_of, generated_settings
+from nst_det.comparison.config import Comparison, merge_stage
+from nst_det.comparison.result import BASELINE, NO_FPN, SCRATCH, TEACHER
+from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_stage, errors_of, generated_settings
+from nst_det.data.synthetic import SETTINGS_FILE
+from nst_det.distillation.config import teacher_solver
 from nst_det.engine.device import core_count
 
+# kinds of runs, besides "teacher"
 DATA, STUDENTS, DETECTOR, TEACHER_DETECTOR = "data", "students", "detector", "teacher detector"
 # of the detector that teaches: the same for all seeds, as the teacher of stage one is
 TEACHER_SEED = 0
@@ -39,74 +36,62 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Run:
-    """One process of the comparison.
-
-    Attributes:
-        name: unique; also the path of its config and log (``detect/seed0/kd``).
-        kind: ``data``, ``teacher``, ``students``, ``teacher detector`` or ``detector``.
-        needs: names of the runs that must be done before.
-        results: files that are all there once the run is done.
-        settings: what this run sets in its stage's config, by dotted key.
-        options: KEY VALUE pairs of the row, below ``settings``; for ``data`` the options of the command line.
-        folders: run folders whose metrics tell how far it is.
-        threads: CPU threads of the process.
-        row: the row of the table it belongs to, or None.
-        seed: its seed, or None.
-        wants_gpu: whether it computes on a GPU where there is one.
-    """
+    """One process of the comparison."""
 
     name: str
     kind: str
-    needs: tuple[str, ...]
-    results: tuple[Path, ...]
-    settings: dict[str, Any] = field(hash=False)
-    options: tuple[str, ...] = ()
-    folders: tuple[Path, ...] = ()
+    needs: tuple[str, ...]  # names of the runs that must be done before
+    results: tuple[Path, ...]  # files that are all there once the run is done
+    settings: dict[str, Any] = field(hash=False)  # what it sets in its stage's config, by dotted key
+    options: tuple[str, ...] = ()  # KEY VALUE pairs below the settings; of the data, what follows the command
     threads: int = 1
     row: str | None = None
     seed: int | None = None
-    wants_gpu: bool = False
+    wants_gpu: bool = False  # where there is one
 
     @property
     def detects(self) -> bool:
-        """Whether it is of stage two."""
         return self.kind in (DETECTOR, TEACHER_DETECTOR)
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return tuple(path.parent for path in self.results)
+
+    @property
+    def done(self) -> bool:
+        return all(path.exists() for path in self.results)
+
     def command(self, folder: Path) -> list[str]:
-        """Return what to type after ``nst-det``; ``folder`` is the comparison's."""
+        """Return what follows ``nst-det``."""
         if self.kind == DATA:
             return ["generate-data", *self.options]
         return ["train-det" if self.detects else "distill", "--config-file", str(self.config_path(folder))]
 
     def config_path(self, folder: Path) -> Path:
-        """Return where its resolved config is written."""
         return folder / "configs" / f"{self.name}.yaml"
 
-    @property
-    def done(self) -> bool:
-        """Whether all its results are there."""
-        return all(path.exists() for path in self.results)
+    def log_path(self, folder: Path) -> Path:
+        return folder / "logs" / f"{self.name}.log"
 
 
 def make_plan(comparison: Comparison) -> list[Run]:
-    """Return all runs in an order in which each stands after those that it needs."""
+    """Return all runs, each after those that it needs."""
     runs = [_data_run(comparison)] if comparison.generate else []
     data = tuple(run.name for run in runs)
     if not comparison.distill.TEACHER.WEIGHTS:
         runs.append(_teacher_run(comparison, data))
     before = tuple(run.name for run in runs)
     runs += [_students_run(comparison, seed, before) for seed in comparison.seeds]
-    teacher_detector = teacher_detector_name(comparison)
-    if teacher_detector and any(row.detector.names for row in comparison.methods.values()):
+    rows = [(row, seed) for seed in comparison.seeds for row in comparison.all_rows]
+    if teacher_detector_name(comparison) and any(row.detector.names for row in comparison.methods.values()):
         run = _detector_run(comparison, TEACHER, TEACHER_SEED, data, before)
-        # the row teacher of its seed is the same run
-        is_row = TEACHER in comparison.rows and TEACHER_SEED in comparison.seeds
-        runs.append(run if is_row else replace(run, kind=TEACHER_DETECTOR, row=None, seed=None))
-    made = {run.name for run in runs}
-    detectors = [
-        _detector_run(comparison, row, seed, data, before) for seed in comparison.seeds for row in comparison.all_rows
-    ]
-    return runs + [run for run in detectors if run.name not in made]
+        if (TEACHER, TEACHER_SEED) in rows:
+            # the row is the same run
+            rows.remove((TEACHER, TEACHER_SEED))
+            runs.append(run)
+        else:
+            runs.append(replace(run, kind=TEACHER_DETECTOR, row=None, seed=None))
+    return runs + [_detector_run(comparison, row, seed, data, before) for row, seed in rows]
 
 
 def run_config(comparison: Comparison, run: Run) -> CfgNode:
@@ -122,27 +107,20 @@ def run_config(comparison: Comparison, run: Run) -> CfgNode:
         assert last in node, key
         node[last] = value
     config.freeze()
-    with errors_of(f"run {run.name}: {stage.title}"):
-        stage.check(config, comparison.engine)
+    with errors_of(f"run {run.name}: {TITLES[stage]}"):
+        check_stage(stage, config, comparison.engine)
     return config
 
 
 def total_steps(run: Run, config: CfgNode) -> int:
-    """Return the optimizer steps of a run."""
-    if run.kind == TEACHER:
-        from nst_det.distillation.config import teacher_solver
-
-        return int(teacher_solver(config).MAX_ITER)
-    return int(config.SOLVER.MAX_ITER)
+    return int((teacher_solver(config) if run.kind == TEACHER else config.SOLVER).MAX_ITER)
 
 
 def backbone_name(comparison: Comparison, row: str, seed: int) -> str:
     """Return the registry name of the backbone that a row's detector starts from; "" for a random one."""
     if row == SCRATCH:
         return ""
-    if row == TEACHER:
-        return f"{comparison.name}-teacher"
-    return f"{comparison.name}-{_student(comparison, row)}-s{seed}"
+    return f"{comparison.name}-{TEACHER if row == TEACHER else f'{_student(comparison, row)}-s{seed}'}"
 
 
 def backbone_file(comparison: Comparison, row: str, seed: int) -> str:
@@ -153,8 +131,10 @@ def backbone_file(comparison: Comparison, row: str, seed: int) -> str:
     return name and str(comparison.folder / "backbones" / f"{name}.safetensors")
 
 
-def student_folder(comparison: Comparison, row: str, seed: int) -> Path:
-    """Return the run folder of the student that a row's detector starts from."""
+def backbone_folder(comparison: Comparison, row: str, seed: int) -> Path | None:
+    """Return the run folder of that backbone; None for a random one."""
+    if row in (SCRATCH, TEACHER):
+        return teacher_folder(comparison) if row == TEACHER else None
     return comparison.folder / "distill" / f"seed{seed}" / "students" / _student(comparison, row)
 
 
@@ -163,12 +143,10 @@ def _student(comparison: Comparison, row: str) -> str:
 
 
 def teacher_folder(comparison: Comparison) -> Path:
-    """Return the run folder of the teacher."""
     return comparison.folder / "teacher" / "teacher"
 
 
 def detector_folder(comparison: Comparison, row: str, seed: int) -> Path:
-    """Return the run folder of one detector."""
     return comparison.folder / "detect" / f"seed{seed}" / row
 
 
@@ -180,39 +158,23 @@ def teacher_detector_name(comparison: Comparison) -> str:
 def teacher_detector_settings(comparison: Comparison) -> dict[str, str]:
     """Return the keys by which a detector's config names its teacher, where that is trained here."""
     name, folder = teacher_detector_name(comparison), comparison.folder
-    if not name:
-        return {}
-    return {
-        "TEACHER.CONFIG_FILE": str(folder / "configs" / f"{name}.yaml"),
-        "TEACHER.WEIGHTS": str(folder / name / WEIGHTS_FILE),
-    }
+    config, weights = folder / "configs" / f"{name}.yaml", folder / name / WEIGHTS_FILE
+    return {"TEACHER.CONFIG_FILE": str(config), "TEACHER.WEIGHTS": str(weights)} if name else {}
 
 
 def _data_run(comparison: Comparison) -> Run:
-    from nst_det.data.synthetic import SETTINGS_FILE
-
     root, workers = comparison.data_root, core_count()
     assert root is not None
-    # the images are the same whatever the number of workers
+    # the images don't depend on the number of workers
     options = ["--output", root, "--workers", workers]
     options += [word for name, value in comparison.generate.items() for word in (f"--{name.replace('_', '-')}", value)]
-    words = tuple(str(word) for word in options)
-    return Run("data", DATA, (), (root / SETTINGS_FILE,), {}, words, threads=workers)
+    return Run("data", DATA, (), (root / SETTINGS_FILE,), {}, tuple(map(str, options)), threads=workers)
 
 
 def _teacher_run(comparison: Comparison, needs: tuple[str, ...]) -> Run:
-    folder = teacher_folder(comparison)
+    folder, threads = teacher_folder(comparison), comparison.threads
     settings = {**_distill_settings(comparison), "OUTPUT_DIR": str(folder.parent), "METHODS": []}
-    return Run(
-        name="teacher",
-        kind=TEACHER,
-        needs=needs,
-        results=(folder / "result.json",),
-        settings=settings,
-        folders=(folder,),
-        threads=comparison.threads,
-        wants_gpu=True,
-    )
+    return Run("teacher", TEACHER, needs, (folder / "result.json",), settings, threads=threads, wants_gpu=True)
 
 
 def _students_run(comparison: Comparison, seed: int, needs: tuple[str, ...]) -> Run:
@@ -224,25 +186,17 @@ def _students_run(comparison: Comparison, seed: int, needs: tuple[str, ...]) -> 
         "SEED": seed,
         "TEACHER.WEIGHTS": backbone_file(comparison, TEACHER, seed),
     }
-    run = Run(
-        name=name,
-        kind=STUDENTS,
-        needs=needs,
-        results=(),
-        settings=settings,
-        options=("TRANSFER.BY_METHOD", repr(tuned)) if tuned else (),
-        threads=comparison.threads,
-        seed=seed,
-        wants_gpu=True,
-    )
+    options = ("TRANSFER.BY_METHOD", repr(tuned)) if tuned else ()
+    threads = comparison.threads
+    run = Run(name, STUDENTS, needs, (), settings, options, threads=threads, seed=seed, wants_gpu=True)
     return with_students(run, comparison, comparison.students)
 
 
 def with_students(run: Run, comparison: Comparison, methods: Sequence[str]) -> Run:
     """Return a run of stage one with the students of these methods alone."""
-    folders = tuple(comparison.folder / run.name / "students" / method for method in methods)
-    results = tuple(folder / "result.json" for folder in folders)
-    return replace(run, settings={**run.settings, "METHODS": list(methods)}, folders=folders, results=results)
+    students = comparison.folder / run.name / "students"
+    results = tuple(students / method / "result.json" for method in methods)
+    return replace(run, settings={**run.settings, "METHODS": list(methods)}, results=results)
 
 
 def _distill_settings(comparison: Comparison) -> dict[str, Any]:
@@ -261,16 +215,16 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
         "SEED": seed,
         "ENGINE": comparison.engine,
         "MODEL.WEIGHTS": backbone_file(comparison, row, seed),
+        **generated_settings(DETECT, comparison.detect, comparison.data_root),
     }
     needs = data if row == SCRATCH else teacher if row == TEACHER else (f"distill/seed{seed}",)
     if row == TEACHER:
         settings["MODEL.TIMM.ARCH"] = comparison.distill.TEACHER.ARCH
         settings["MODEL.TIMM.KWARGS"] = comparison.distill.TEACHER.ARCH_KWARGS
     elif row in comparison.methods and comparison.methods[row].detector.names:
-        node, tuned = comparison.detect.TRANSFER, comparison.tuned.get(row)
-        found = tuned.settings if tuned else {}
+        found = comparison.tuned[row].settings if row in comparison.tuned else {}
         settings["METHOD"] = comparison.methods[row].detector.word
-        if not node.LEVELS and "LEVELS" not in found:
+        if not comparison.detect.TRANSFER.LEVELS and "LEVELS" not in found:
             # the levels that boxes are pooled from
             settings["TRANSFER.LEVELS"] = list(comparison.detect.MODEL.ROI_HEADS.IN_FEATURES)
         options += tuple(word for key, value in found.items() for word in (f"TRANSFER.{key}", repr(value)))
@@ -281,10 +235,9 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
         kind=DETECTOR,
         needs=needs,
         results=(folder / "result.json",),
-        settings=settings | generated_settings(DETECT, comparison.detect, comparison.data_root),
+        settings=settings,
         options=options,
-        folders=(folder,),
         row=row,
         seed=seed,
-        wants_gpu=comparison.detect.MODEL.DEVICE != "cpu",
+        wants_gpu=merge_stage(comparison.detect, options, f"row {row}").MODEL.DEVICE != "cpu",
     )

@@ -1,8 +1,7 @@
-"""The answer of a comparison: what ``results.json`` holds, as the report and the API read it."""
+"""The result of a comparison: what ``results.json`` holds, as the report and the API read it."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -13,8 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from nst_det.engine.io import read_json, write_json
 from nst_det.errors import UserError
 
+BASELINE, SCRATCH, NO_FPN, TEACHER = "ce", "scratch", "no-fpn", "teacher"
 # rows that no transfer method made: a random backbone, ce's without FPN, and the teacher's own
-BASELINE, MARKS = "ce", ("scratch", "no-fpn", "teacher")
+MARKS = (SCRATCH, NO_FPN, TEACHER)
 # they differ between two equal comparisons: when, where and how fast, not what
 VOLATILE = ("provenance", "commands", "cost")
 REMEDY = "make it again with nst-det compare"
@@ -31,24 +31,21 @@ class Latency:
 
 @dataclass(frozen=True)
 class Cost:
-    """A forward pass of the detector of ``run`` on one image of ``size`` (height, width) pixels.
-
-    ``macs`` are multiply-adds, ``flops`` single operations; ``threads`` are those of the CPU.
-    """
+    """A forward pass of the detector of ``run`` on one image."""
 
     run: str
     parameters: int
-    macs: int
-    flops: int
-    size: tuple[int, int]
+    macs: int  # multiply-adds
+    flops: int  # single operations
+    size: tuple[int, int]  # height and width of the image, pixels
     device: str
-    threads: int
+    threads: int  # of the CPU
     machine: str
     latency: Latency
 
     @property
     def where(self) -> str:
-        """The machine and how it was asked, in words."""
+        """The machine, its threads and the image's size."""
         threads = "" if self.device != "cpu" else f", {self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"{self.machine}{threads}, {self.size[0]} × {self.size[1]} pixels"
 
@@ -73,11 +70,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One row of one seed: the detector's ``result.json``, and its backbone's.
-
-    ``term_weights`` are those that each stage had (``backbone``, ``detector``), AUTO_WEIGHT's choice among them;
-    ``run`` and ``distill_run`` are folders relative to the comparison's.
-    """
+    """One row of one seed: the detector's ``result.json``, and its backbone's."""
 
     map: float
     map_area: float
@@ -94,67 +87,48 @@ class SeedResult:
     speed_detector: dict[str, float]
     top1: float | None
     top5: float | None
-    term_weights: dict[str, dict[str, float]]
+    term_weights: dict[str, dict[str, float]]  # of each stage (backbone, detector), AUTO_WEIGHT's choice among them
     backbone: str
     seconds_backbone: float
     speed_backbone: dict[str, float]
     seconds: float
-    run: str
+    run: str  # folders relative to the comparison's
     distill_run: str | None
 
 
 @dataclass(frozen=True)
 class RowResult:
-    """One row over all its seeds; AP, mAP and top-1 are means over seeds, 0..1, None where nothing is known.
-
-    Attributes:
-        method: its word.
-        stage: ``backbone`` or ``detector``, the last stage in which it learns from a teacher; "" where it doesn't.
-        weights: where the terms' weights are from, such as ``tuned: 8 trials``.
-        map: VOC mAP at IoU 0.5, 11-point; ``map_area`` by area; ``_std`` are standard deviations over seeds.
-        delta_vs_ce: mean difference in mAP, with ``delta_interval``, ``p_value``, ``p_holm`` and ``verdict``; see
-            :data:`nst_det.comparison.statistics.EXPLANATION`.
-        per_class: 11-point AP; ``map_by_iou``, ``coco`` and ``objects`` are as
-            :func:`nst_det.evaluation.metrics.summarize` gives them.
-        top1: of the backbone.
-        seconds: of training, both stages together.
-        speed_backbone: of training, as :func:`nst_det.engine.metrics.speed_of` gives it.
-        params: of the detector.
-        backbone: names in the registry, one a seed.
-        per_seed: by seed, as text.
-        commands: they make the row again.
-        cost: of a forward pass.
-    """
+    """One row over all its seeds; AP, mAP and top-1 are means over seeds, 0..1, None where nothing is known."""
 
     method: str
-    stage: Literal["", "backbone", "detector"]
-    weights: str
-    map: float
-    map_std: float | None
-    map_area: float
+    stage: Literal["", "backbone", "detector"]  # the last one in which it learns from a teacher; "" where it doesn't
+    weights: str  # where the terms' weights are from, such as "tuned: 8 trials"
+    map: float  # VOC mAP at IoU 0.5, 11-point
+    map_std: float | None  # standard deviation over seeds
+    map_area: float  # by area
     map_area_std: float | None
     seeds: list[int]
-    delta_vs_ce: float
+    delta_vs_ce: float  # mean difference in mAP; see nst_det.comparison.statistics.EXPLANATION
     delta_interval: tuple[float, float] | None
     p_value: float | None
     p_holm: float | None
     verdict: Literal["reference", "single seed", "noise", "better", "worse"]
-    per_class: dict[str, float | None]
+    per_class: dict[str, float | None]  # 11-point AP
     per_class_area: dict[str, float | None]
-    map_by_iou: dict[str, float | None]
+    map_by_iou: dict[str, float | None]  # this and the next two as nst_det.evaluation.metrics.summarize gives them
     coco: dict[str, float | None]
     objects: dict[str, int]
-    top1: float | None
+    top1: float | None  # of the backbone
     top1_std: float | None
-    seconds: float
+    seconds: float  # of training, both stages together
     seconds_backbone: float
     seconds_detector: float
-    speed_backbone: dict[str, float | None]
+    speed_backbone: dict[str, float | None]  # of training, as nst_det.engine.metrics.speed_of gives it
     speed_detector: dict[str, float | None]
-    params: int | None
-    backbone: list[str]
-    per_seed: dict[str, SeedResult]
-    commands: list[str]
+    params: int | None  # of the detector
+    backbone: list[str]  # names in the registry, one a seed
+    per_seed: dict[str, SeedResult]  # by seed, as text
+    commands: list[str]  # they make the row again
     cost: Cost | None
 
     @property
@@ -208,25 +182,14 @@ class ComparisonResult:
         """Return the row of a method, or None."""
         return next((row for row in self.rows if row.method == method), None)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what ``results.json`` holds."""
-        return dict(json.loads(json.dumps(asdict(self))))
-
     def save(self, path: Path) -> None:
         """Write ``results.json``."""
         write_json(path, asdict(self))
 
     @staticmethod
     def load(path: Path) -> ComparisonResult:
-        """Read ``results.json``.
-
-        Raises:
-            UserError: no such file, or a value of another type than its field's; the key is named.
-        """
-        tree = read_json(path)
-        if not isinstance(tree, dict):
-            raise UserError(f"{path}: not the results of a comparison; {REMEDY}")
-        result: ComparisonResult = from_json(ComparisonResult, tree, str(path), REMEDY)
+        """Read ``results.json``; the error names the key whose value has another type than its field."""
+        result: ComparisonResult = from_json(ComparisonResult, read_json(path), str(path), REMEDY)
         if not result.rows:
             raise UserError(f"{path}: rows is empty; {REMEDY}")
         return result
@@ -235,8 +198,7 @@ class ComparisonResult:
 def from_json(kind: Any, value: Any, path: str, remedy: str, key: str = "") -> Any:
     """Return parsed JSON as the type ``kind``: a dataclass, or what its fields here have; a missing key counts as null.
 
-    Raises:
-        UserError: a value is of another type, or not finite; ``path`` and the dotted key are named, with the remedy.
+    The error names ``path`` and the dotted key of a value of another type, or of one that isn't finite.
     """
 
     def inner(kind: Any, value: Any, name: object) -> Any:
@@ -263,7 +225,7 @@ def from_json(kind: Any, value: Any, path: str, remedy: str, key: str = "") -> A
     if (origin is Literal and value in args) or (kind in (int, str) and type(value) is kind):
         return value
     wanted = "a finite number" if kind is float else str(kind) if origin else kind.__name__
-    raise UserError(f"{path}: {key} must be {wanted}, but is {value!r:.80}; {remedy}")
+    raise UserError(f"{path}: {key or 'it'} must be {wanted}, but is {value!r:.80}; {remedy}")
 
 
 def comparable(results: Any) -> Any:
@@ -274,7 +236,7 @@ def comparable(results: Any) -> Any:
         {'map': 0.5}
     """
     if isinstance(results, ComparisonResult):
-        results = results.to_json()
+        results = asdict(results)
     if isinstance(results, Mapping):
         return {
             key: comparable(value)

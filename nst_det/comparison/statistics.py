@@ -29,22 +29,12 @@ class Difference:
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and the sample standard deviation (divisor n - 1; None for a single value).
-
-    Example:
-        >>> mean_std([1.0, 3.0]), mean_std([1.0])
-        ((2.0, 1.4142135623730951), (1.0, None))
-    """
+    """Return the mean and the sample standard deviation (divisor n - 1; None for a single value)."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def paired_difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
-    """Return the difference ``row - baseline`` with Student's t-interval over the seeds that both have.
-
-    Example:
-        >>> paired_difference({0: 0.75}, {0: 0.5}).verdict
-        'single seed'
-    """
+    """Return the difference ``row - baseline`` with Student's t-interval over the seeds that both have."""
     seeds = sorted(set(row) & set(baseline))
     mean, std = mean_std([row[seed] - baseline[seed] for seed in seeds])
     if std is None:
@@ -58,14 +48,7 @@ def paired_difference(row: Mapping[int, float], baseline: Mapping[int, float]) -
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return Holm's step-down corrected p-values, in the order given; None stays None and doesn't count.
-
-    Source: S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
-
-    Example:
-        >>> holm([0.02, 0.25, None])
-        [0.04, 0.25, None]
-    """
+    """Return p-values corrected step-down (S. Holm, 1979), in the order given; None stays None and doesn't count."""
     known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0

@@ -38,10 +38,15 @@ class StopRequest:
 
 
 @contextmanager
-def preemptible() -> Iterator[None]:
-    """Within the block both signals raise :class:`Preempted` at once."""
+def preemptible(once: bool = False) -> Iterator[None]:
+    """Within the block both signals raise :class:`Preempted` at once; for what is between the training loops.
+
+    With ``once`` all later signals are ignored, so that what the first one stopped can end in order.
+    """
 
     def stop(signum: int, _frame: FrameType | None) -> None:
+        for number in SIGNALS if once else ():
+            signal.signal(number, signal.SIG_IGN)
         raise Preempted(signum)
 
     with _handled(stop):

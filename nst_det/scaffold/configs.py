@@ -24,19 +24,12 @@ FILES = ("distill.yaml", "detect.yaml", "compare.yaml")
 
 @dataclass(frozen=True)
 class Preset:
-    """What a device can take.
+    """What a device can take."""
 
-    Attributes:
-        longest: side of a detector's image, in pixels.
-        square: side of an image of stage one, in pixels.
-        batch: images of a detector's step.
-        longer: how many times as long as on a CPU stage one may be.
-    """
-
-    longest: int
-    square: int
-    batch: int
-    longer: int
+    longest: int  # side of a detector's image, pixels
+    square: int  # side of an image of stage one, pixels
+    batch: int  # images of a detector's step
+    longer: int  # how many times as long as on a CPU stage one may be
 
 
 PRESETS = {"cpu": Preset(320, 64, 8, 1), "cuda": Preset(800, 128, 16, 10)}
@@ -82,14 +75,9 @@ def render(values: Values) -> dict[str, str]:
 
 
 def fit_size(annotations: Sequence[VocAnnotation], largest: int) -> tuple[int, int]:
-    """Return the shortest and the longest side of an image, in pixels.
+    """Return the shortest and the longest side of an image, in pixels: medians, the longest at most ``largest``.
 
-    The typical image (medians of both sides) is made no longer than ``largest`` and never blown up, except where its
-    shortest side would fall below :data:`SMALLEST_SIDE`.
-
-    Example:
-        >>> fit_size([VocAnnotation("a", 640, 480, ())], 320)
-        (240, 320)
+    Images are never enlarged, except where the shortest side would fall below :data:`SMALLEST_SIDE`.
     """
     short = float(np.median([min(item.width, item.height) for item in annotations]))
     long = float(np.median([max(item.width, item.height) for item in annotations]))
@@ -98,10 +86,7 @@ def fit_size(annotations: Sequence[VocAnnotation], largest: int) -> tuple[int, i
 
 
 def box_sizes(annotations: Sequence[VocAnnotation], shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sizes of the boxes that are trained on, and their class names, each (N,).
-
-    A size is the square root of the area, in pixels of the resized images, float64.
-    """
+    """Return sqrt(area) in pixels of the resized images, and class, of the boxes to train on, each (N,)."""
     sizes, names = [np.zeros(0)], [np.zeros(0, dtype=np.str_)]
     for item in annotations:
         keep, _ = usable_boxes(item)
@@ -118,12 +103,8 @@ def fit_anchors(sizes: np.ndarray, names: np.ndarray) -> list[int]:
     """Return one anchor size a level, ``p2`` .. ``p6``, in pixels, for the boxes of :func:`box_sizes` (at least one).
 
     They are the quantiles :data:`QUANTILES` of the sizes, with all classes weighing the same (a frequent class would
-    leave a rare one of another size without an anchor), but none is smaller than its level's stride: its map has no
-    finer places.  A box stands in the middle of its share of the weight; between two boxes the size is interpolated.
-
-    Example:
-        >>> fit_anchors(np.array([20.0, 40.0, 60.0, 80.0, 100.0]), np.array(["cat"] * 5))
-        [20, 40, 60, 80, 100]
+    leave a rare one of another size without an anchor), but none is smaller than its level's stride.  A box is in the
+    middle of its share of the weight; between two boxes the size is interpolated.
     """
     _, label, count = np.unique(names, return_inverse=True, return_counts=True)
     order = np.argsort(sizes, kind="stable")
@@ -136,17 +117,17 @@ def fit_detection(images: int, device: str) -> Schedule:
     """Return the steps of stage two: six passes on a CPU (150 to 600 steps), 24 on a GPU (500 to 9000)."""
     batch = min(PRESETS[device].batch if images >= 64 else 4, images)
     if device == "cpu":
-        return Schedule(_between(6 * images / batch, 150, 600), batch)
-    return Schedule(_between(24 * images / batch, 500, 9000), batch)
+        return Schedule(_clamp(6 * images / batch, 150, 600), batch)
+    return Schedule(_clamp(24 * images / batch, 500, 9000), batch)
 
 
 def fit_distillation(images: int, device: str) -> tuple[Schedule, Schedule]:
     """Steps of stage one, for teacher and students: 15 and 10 passes over the images, within bounds."""
     batch = 64 if images >= 256 else 16 if images >= 64 else max(2, min(8, images))
     longer = PRESETS[device].longer
-    teacher = _between(15 * images / batch, 300, 1500 * longer)
-    return Schedule(teacher, batch), Schedule(_between(10 * images / batch, 150, 900 * longer), batch)
+    teacher = _clamp(15 * images / batch, 300, 1500 * longer)
+    return Schedule(teacher, batch), Schedule(_clamp(10 * images / batch, 150, 900 * longer), batch)
 
 
-def _between(value: float, low: int, high: int) -> int:
+def _clamp(value: float, low: int, high: int) -> int:
     return min(max(math.ceil(value), low), high)

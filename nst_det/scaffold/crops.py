@@ -1,9 +1,9 @@
-"""An image folder for stage one, cut out of the images to detect on, for those who have no classification data.
+"""An image folder for stage one, cut out of the images to detect on.
 
 Every object of the training list becomes one image of its class, with a tenth of context on each side; the class
 ``background`` holds squares of the same sizes that (nearly) miss all objects, so that even one class can be learned.
-The test list is not touched.  What this can't give is new images: the student sees in stage one what it will see in
-stage two, so that a gain is likely to be smaller than with classification data of its own.
+There are no new images: the student sees in stage one what it will see in stage two, so that a gain is likely to be
+smaller than with classification data of its own.
 """
 
 from __future__ import annotations
@@ -33,11 +33,7 @@ VAL_FRACTION = 0.15
 
 
 def write_crops(data: VocDataset, folder: Path) -> Counter[str]:
-    """Cut the objects of a split out into ``folder/{train,val}/CLASS/ID_NUMBER.jpg``.
-
-    About :data:`VAL_FRACTION` of the images give the crops in ``val``: no image gives to both.  Return the number of
-    crops by class.
-    """
+    """Write ``folder/{train,val}/CLASS/ID_NUMBER.jpg``, no image's crops into both; return their number by class."""
     for name in data.classes:
         problem = "begins with a dot" if name.startswith(".") else name_problem(name)
         if problem:
@@ -59,13 +55,16 @@ def write_crops(data: VocDataset, folder: Path) -> Counter[str]:
         crops += [(window, background) for window in background_windows(data, id_, wanted)]
         for number, ((left, top, right, bottom), name) in enumerate(crops):
             path = folder / ("val" if id_ in val else "train") / name / f"{id_}_{number:03}.jpg"
-            _write(path, image[top:bottom, left:right])
+            crop = cv2.cvtColor(image[top:bottom, left:right], cv2.COLOR_RGB2BGR)
+            _, encoded = cv2.imencode(".jpg", crop, [cv2.IMWRITE_JPEG_QUALITY, 95])
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(encoded.tobytes())
             counts[name] += 1
     return counts
 
 
 def object_crops(data: VocDataset, id_: str) -> Iterator[tuple[tuple[int, int, int, int], str]]:
-    """Yield (left, top, right, bottom) in whole pixels, right and bottom exclusive, and class of each usable object.
+    """Yield window (left, top, right, bottom; whole pixels, the last two exclusive) and class of each usable object.
 
     A window is the box's longer side times :data:`CONTEXT`, square where the image reaches that far.
     """
@@ -98,10 +97,3 @@ def background_windows(data: VocDataset, id_: str, count: int) -> list[tuple[int
         if np.clip(high - low, 0, None).prod(axis=1).sum() <= LARGEST_COVER * side**2:
             found.append((left, top, left + side, top + side))
     return found
-
-
-def _write(path: Path, pixels: np.ndarray) -> None:
-    done, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
-    assert done, "OpenCV could not encode a crop"
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data.tobytes())

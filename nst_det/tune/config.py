@@ -10,39 +10,30 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.config import BASELINE, Comparison, load_comparison, path_beside
+from nst_det.comparison.config import Comparison, load_comparison, path_beside, require
+from nst_det.comparison.result import BASELINE
 from nst_det.engine.config import expand_path, flat, load_config, plain
+from nst_det.engine.fingerprint import RESUME, concerns
 from nst_det.errors import UserError
 from nst_det.losses.registry import get_term
 
 LEVELS = "levels"
 TOP1, MAP = "top1", "map"
-# these may grow (or differ) between two calls on one folder
-GROWING_KEYS = ("OUTPUT_DIR", "METHODS", "TRIALS")
 
 
 @dataclass(frozen=True)
 class Space:
-    """The settings that a method may get.
+    """The settings that a method may get."""
 
-    Attributes:
-        weights: term to the smallest and largest weight, searched on a logarithmic scale.
-        choices: ``levels``, or ``term.option``, to the values to choose from as JSON.
-        default: the configured setting, a value for each name in ``weights`` and ``choices``.
-    """
-
+    # term -> smallest and largest weight, searched on a logarithmic scale
     weights: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    # "levels" or "term.option" -> values to choose from, as JSON
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # the configured setting: a value for each of these names
     default: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keys of a TRANSFER node for values by name.
-
-        Example:
-            >>> space = Space({"at": (1.0, 100.0)}, {"levels": ('["res3"]', '["res4"]')})
-            >>> space.settings({"at": 3.0, "levels": '["res4"]'})
-            {'WEIGHTS': {'at': 3.0}, 'LEVELS': ['res4']}
-        """
+        """Return the keys of a TRANSFER node for values by name."""
         node: dict[str, Any] = {"WEIGHTS": {name: values[name] for name in self.weights}}
         for name in self.choices:
             if name == LEVELS:
@@ -92,92 +83,89 @@ def space_of(word: str, base: Comparison, config: CfgNode, source: str) -> Space
 def default_config() -> CfgNode:
     """Return the keys of a search with their defaults.
 
-    ===================  ===========================================================================================
-    COMPARE              the comparison's YAML (relative to this file): methods, data and both stages
-    OPTS                 KEY VALUE pairs on top of it, as ``nst-det compare`` takes them
-    OUTPUT_DIR           where everything is written; "" takes output/NAME_tune, with the comparison's NAME
-    METHODS              methods to search for; [] takes the comparison's
-    TRIALS               settings tried for each method; the first is the configured one
-    SEEDS                each setting is trained once for each of them
-    SEED                 of the search itself
-    OBJECTIVE            top1 (of the student) or map (of its detector, 11-point); a method with ``@det`` takes map
-    VAL_FRACTION         share of the training images (of each class) that is kept from training and judged on
-    VAL_SEED             chooses these images
-    WEIGHT               each term's weight is searched from the configured one times WEIGHT[0] to times WEIGHT[1]
-    LEVELS               lists of levels to choose from in stage one, beside the configured ones
-    DET_LEVELS           the same in stage two
-    OPTIONS              term -> option -> values to choose from, beside the configured one
-    ===================  ===========================================================================================
+    ==================  ==============================================================================================
+    COMPARE             the comparison's YAML (relative to this file): methods, data and both stages
+    OPTS                KEY VALUE pairs on top of it, as ``nst-det compare`` takes them
+    OUTPUT_DIR          where everything is written; "" takes output/NAME_tune, with the comparison's NAME
+    METHODS             methods to search for; [] takes the comparison's
+    TRIALS              settings tried for each method; the first is the configured one
+    SEEDS               each setting is trained once for each of them
+    SEED                of the search itself
+    OBJECTIVE           top1 (of the student) or map (of its detector, 11-point); a method with ``@det`` takes map
+    VAL_FRACTION        share of the training images (of each class) that is kept from training and judged on
+    VAL_SEED            chooses these images
+    WEIGHT              each term's weight is searched from the configured one times WEIGHT[0] to times WEIGHT[1]
+    LEVELS, DET_LEVELS  lists of levels to choose from in stage one and two, beside the configured ones
+    OPTIONS             term -> option -> values to choose from, beside the configured one
+    ==================  ==============================================================================================
     """
-    config = CfgNode()
-    config.COMPARE = ""
-    config.OPTS = []
-    config.OUTPUT_DIR = ""
-    config.METHODS = []
-    config.TRIALS = 8
-    config.SEEDS = [0]
-    config.SEED = 0
-    config.OBJECTIVE = TOP1
-    config.VAL_FRACTION = 0.2
-    config.VAL_SEED = 0
-    config.WEIGHT = [0.1, 10.0]
-    config.LEVELS = []
-    config.DET_LEVELS = []
+    config = CfgNode({"COMPARE": "", "OPTS": [], "OUTPUT_DIR": "", "METHODS": [], "TRIALS": 8, "SEEDS": [0], "SEED": 0})
+    config.OBJECTIVE, config.VAL_FRACTION, config.VAL_SEED, config.WEIGHT = TOP1, 0.2, 0, [0.1, 10.0]
+    config.LEVELS, config.DET_LEVELS = [], []
     config.OPTIONS = CfgNode(new_allowed=True)
     return config
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A search with everything resolved and checked.
-
-    Attributes:
-        folder: where it is written.
-        base: the comparison, with the validation split in the place of all test data.
-        spaces: what is searched for each method, by its method string.
-        trials: settings for each method.
-        seed: of the sampler.
-        objective: ``top1`` or ``map``; see :meth:`objective_of`.
-        claim: what must not change between two calls on one folder.
-        budget: what each method gets, for the file that is written.
-    """
+    """A search with everything resolved and checked."""
 
     folder: Path
-    base: Comparison
-    spaces: dict[str, Space]
-    trials: int
-    seed: int
-    objective: str
-    claim: dict[str, Any]
-    budget: dict[str, Any]
+    base: Comparison  # with the validation split in the place of all test data
+    spaces: dict[str, Space]  # by method string
+    trials: int  # settings for each method
+    seed: int  # of the sampler
+    objective: str  # TOP1 or MAP, see objective_of
+    claim: dict[str, Any]  # what must not change between two calls on one folder
+    budget: dict[str, Any]  # what each method gets, for the file that is written
+
+    def learns_in_stage_two(self, word: str) -> bool:
+        return bool(self.base.methods[word].detector.names)
 
     def objective_of(self, word: str) -> str:
         """Return what a method is judged by: terms of stage two show in the detector alone."""
-        return MAP if self.base.methods[word].detector.names else self.objective
+        return MAP if self.learns_in_stage_two(word) else self.objective
 
 
 def load_tuning(file: str | Path, output: str | Path | None = None, overrides: Sequence[str] = ()) -> Tuning:
-    """Read and check a search before anything is started.
-
-    Args:
-        file: its YAML.
-        output: takes the place of OUTPUT_DIR.
-        overrides: KEY VALUE pairs.
-
-    Raises:
-        UserError: a key or value here, in the comparison or in a stage's config can't be used.
-    """
+    """Read and check a search; ``output`` replaces OUTPUT_DIR, ``overrides`` are KEY VALUE pairs."""
     config = load_config(default_config(), file, overrides)
-    _check(config, str(file))
+    low, high = config.WEIGHT if len(config.WEIGHT) == 2 else (0, 0)
+    around_one = "two factors around 1, smallest first, such as [0.1, 10.0]"
+    fits: dict[str, tuple[object, str]] = {
+        "TRIALS": (config.TRIALS >= 1, "at least 1"),
+        "SEED": (config.SEED >= 0, "0 or more"),
+        "OBJECTIVE": (config.OBJECTIVE in (TOP1, MAP), f"{TOP1} or {MAP}"),
+        "VAL_FRACTION": (0 < config.VAL_FRACTION < 1, "a fraction between 0 and 1"),
+        "WEIGHT": (0 < low <= 1 <= high and low < high, around_one),
+    }
+    for key in ("LEVELS", "DET_LEVELS"):
+        good = all(isinstance(item, list | tuple) and item for item in config[key])
+        fits[key] = (good, "a list of lists of levels, such as [[res3], [res3, res4]]")
+    require(config, fits, str(file))
     compare = path_beside(config.COMPARE, "COMPARE", file, overrides)
     opts = [str(word) for word in config.OPTS]
     named = str(output or config.OUTPUT_DIR) or f"output/{load_comparison(compare, None, opts).name}_tune"
     folder = Path(expand_path(named, "OUTPUT_DIR")).resolve()
-    base = load_comparison(compare, folder, [*opts, *_on_validation(config)])
+    # test data stays out: both stages are judged on a part of their training images, and name no other
+    settings = {
+        "DISTILL.DATA.VAL_FROM": "train",
+        "DISTILL.DATA.VAL_FRACTION": config.VAL_FRACTION,
+        "DISTILL.DATA.VAL_SEED": config.VAL_SEED,
+        "DETECT.DATASETS.VAL_FRACTION": config.VAL_FRACTION,
+        "DETECT.DATASETS.VAL_SEED": config.VAL_SEED,
+        "DETECT.DATASETS.TEST": [],
+        "DETECT.TEST.EVAL_PERIOD": 0,
+        "TUNED": "",
+        "ROWS": [],
+        "SEEDS": list(config.SEEDS),
+        **({"METHODS": list(config.METHODS)} if config.METHODS else {}),
+    }
+    base = load_comparison(compare, folder, [*opts, *(str(word) for pair in settings.items() for word in pair)])
     spaces = {word: space_of(word, base, config, str(file)) for word in base.methods if word != BASELINE}
     if not spaces:
         raise UserError(f"{file}: METHODS has no method with a term to search for")
-    own = {key: value for key, value in plain(flat(config)).items() if key not in GROWING_KEYS}
+    own = {key: value for key, value in plain(flat(config)).items() if concerns(key, RESUME)}
     budget = {
         "trials": config.TRIALS,
         "seeds": list(base.seeds),
@@ -196,45 +184,3 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
         claim={**base.claim, **{f"TUNE.{key}": value for key, value in own.items()}},
         budget=budget,
     )
-
-
-def _on_validation(config: CfgNode) -> list[str]:
-    """Return what keeps test data out: both stages are judged on a part of their training images, and name no other."""
-    settings = {
-        "DISTILL.DATA.VAL_FROM": "train",
-        "DISTILL.DATA.VAL_FRACTION": config.VAL_FRACTION,
-        "DISTILL.DATA.VAL_SEED": config.VAL_SEED,
-        "DETECT.DATASETS.VAL_FRACTION": config.VAL_FRACTION,
-        "DETECT.DATASETS.VAL_SEED": config.VAL_SEED,
-        "DETECT.DATASETS.TEST": [],
-        "DETECT.TEST.EVAL_PERIOD": 0,
-        "TUNED": "",
-        "ROWS": [],
-        "SEEDS": list(config.SEEDS),
-    }
-    if config.METHODS:
-        settings["METHODS"] = list(config.METHODS)
-    return [str(word) for pair in settings.items() for word in pair]
-
-
-def _check(config: CfgNode, source: str) -> None:
-    low, high = config.WEIGHT if len(config.WEIGHT) == 2 else (0, 0)
-    around_one = "two factors around 1, smallest first, such as [0.1, 10.0]"
-    lists = "a list of lists of levels, such as [[res3], [res3, res4]]"
-    fits = {
-        "COMPARE": (bool(config.COMPARE), "the YAML of a comparison"),
-        "TRIALS": (config.TRIALS >= 1, "at least 1"),
-        "SEED": (config.SEED >= 0, "0 or more"),
-        "OBJECTIVE": (config.OBJECTIVE in (TOP1, MAP), f"{TOP1} or {MAP}"),
-        "VAL_FRACTION": (0 < config.VAL_FRACTION < 1, "a fraction between 0 and 1"),
-        "WEIGHT": (0 < low <= 1 <= high and low < high, around_one),
-        "LEVELS": (_are_lists(config.LEVELS), lists),
-        "DET_LEVELS": (_are_lists(config.DET_LEVELS), lists),
-    }
-    for key, (good, wanted) in fits.items():
-        if not good:
-            raise UserError(f"{source}: {key} must be {wanted}, but is {config[key]!r}")
-
-
-def _are_lists(values: Sequence[Any]) -> bool:
-    return all(isinstance(item, list | tuple) and item for item in values)

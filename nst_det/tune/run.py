@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.table import Table
 
-from nst_det.comparison.config import BASELINE, Comparison, Tuned, merge_stage
+from nst_det.comparison.config import Comparison, Tuned, merge_stage
 from nst_det.comparison.launch_local import Command, LocalLauncher, this_machine
 from nst_det.comparison.pipeline import checked_configs, launch, run_configs
 from nst_det.comparison.plan import (
     DETECTOR,
     STUDENTS,
-    TEACHER,
     Run,
     backbone_file,
+    backbone_folder,
     detector_folder,
     make_plan,
-    student_folder,
     teacher_detector_settings,
     with_students,
 )
+from nst_det.comparison.result import BASELINE, TEACHER
 from nst_det.engine.io import read_json, write_text
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed
@@ -45,37 +45,24 @@ Evaluate = Callable[[int, Mapping[str, dict[str, Any]]], Mapping[str, Mapping[in
 
 @dataclass(frozen=True)
 class Best:
-    """What was found for a method.
+    """What was found for a method."""
 
-    Attributes:
-        settings: keys of the TRANSFER node.
-        value: mean over the seeds of what the method is judged by, 0..1, larger is better.
-        default: the same of the configured setting, which is the first trial.
-        trials: settings tried.
-        by_seed: ``value`` of each seed.
-    """
-
-    settings: dict[str, Any]
-    value: float
-    default: float
-    trials: int
-    by_seed: dict[str, float]
+    settings: dict[str, Any]  # keys of the TRANSFER node
+    value: float  # mean over the seeds of what the method is judged by, 0..1, larger is better
+    default: float  # the same of the configured setting, which is the first trial
+    trials: int  # settings tried
+    by_seed: dict[str, float]  # value of each seed
 
 
 def tune(tuning: Tuning, jobs: int = 0, command: Command | None = None) -> tuple[dict[str, Best], Path]:
-    """Do the trials that are not done yet, write ``tuned.yaml``, and return what was found by method, and the file.
+    """Do the trials that are not done yet; return what was found by method, and the file ``tuned.yaml``.
 
-    Args:
-        tuning: from :func:`~nst_det.tune.config.load_tuning`.
-        jobs: runs side by side; 0 takes the comparison's JOBS.
-        command: gives the command line of a run, in place of this package's own.
-
-    Raises:
-        UserError: Optuna is not installed, or an input can't be used.
-        RunFailed: a run ended with an error; the same call resumes from what is done.
-        Stopped: a signal asked to stop.
+    ``jobs`` and ``command`` are those of :func:`nst_det.comparison.pipeline.compare`.
     """
-    require_optuna()
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise UserError("nst-det tune needs Optuna; install it with: pip install 'nst_det[tune]'") from error
     evaluator = Evaluator(tuning, jobs, command)
     evaluator.check()
     with RunFolder(tuning.folder).opened(tuning.claim):
@@ -87,11 +74,7 @@ def tune(tuning: Tuning, jobs: int = 0, command: Command | None = None) -> tuple
 
 
 class Evaluator:
-    """Trains and judges settings.
-
-    What all trials share (generated data, the teacher, the teacher detector, and the backbones that rows with terms of
-    stage two start from) is made once, in the folder of the search; trial k writes to ``trials/00k``.
-    """
+    """Trains and judges settings: what all trials share once, in the search's folder, trial k in ``trials/00k``."""
 
     def __init__(self, tuning: Tuning, jobs: int = 0, command: Command | None = None) -> None:
         self.tuning, self.base, self.command = tuning, tuning.base, command
@@ -109,22 +92,14 @@ class Evaluator:
                     checked_configs(trial, make_plan(trial))
 
     def prepare(self) -> None:
-        """Make what all trials share."""
-        taught = {word: self.base.methods[word] for word in self.tuning.spaces if self.learns_in_stage_two(word)}
+        """Make generated data, teachers, and the backbones that rows with terms of stage two start from."""
+        taught = {word: self.base.methods[word] for word in self.tuning.spaces if self.tuning.learns_in_stage_two(word)}
         shared = replace(self.base, methods=taught)
         left_out = (DETECTOR,) if taught else (DETECTOR, STUDENTS)
         self._do(shared, [run for run in make_plan(shared) if run.kind not in left_out])
 
-    def learns_in_stage_two(self, word: str) -> bool:
-        """Return whether a method has terms of stage two."""
-        return bool(self.base.methods[word].detector.names)
-
     def __call__(self, number: int, settings: Mapping[str, dict[str, Any]]) -> dict[str, dict[int, float]]:
-        """Train a setting (keys of TRANSFER) of each of some methods and judge it on the validation split.
-
-        Returns:
-            By method and seed: top-1 of the student or 11-point mAP of the detector, 0..1.
-        """
+        """Train a setting (keys of TRANSFER) of each of some methods; return what they are judged by, by seed."""
         base = self.base
         given = [word for pair in teacher_detector_settings(base).items() for word in pair]
         trial = replace(
@@ -135,7 +110,7 @@ class Evaluator:
             distill=merge_stage(base.distill, ["TEACHER.WEIGHTS", backbone_file(base, TEACHER, 0)], "tune"),
             detect=merge_stage(base.detect, given, "tune"),
         )
-        in_stage_one = [word for word in settings if not self.learns_in_stage_two(word)]
+        in_stage_one = [word for word in settings if not self.tuning.learns_in_stage_two(word)]
         runs = []
         for run in make_plan(trial):
             if run.kind == STUDENTS and in_stage_one:
@@ -151,7 +126,9 @@ class Evaluator:
 
     def _value(self, trial: Comparison, word: str, seed: int) -> float:
         by_map = self.tuning.objective_of(word) == MAP
-        path = (detector_folder if by_map else student_folder)(trial, word, seed) / "result.json"
+        folder = detector_folder(trial, word, seed) if by_map else backbone_folder(trial, word, seed)
+        assert folder is not None
+        path = folder / "result.json"
         result = read_json(path)
         value = result.get("validation", {}).get("map") if by_map else result.get("top1")
         if not isinstance(value, int | float):
@@ -187,14 +164,6 @@ def search(folder: Path, spaces: Mapping[str, Space], trials: int, seed: int, ev
             trial.set_user_attr(BY_SEED, {str(key): value for key, value in values[word].items()})
             studies[word].tell(trial, statistics.fmean(values[word].values()))
     return {word: _best(study, spaces[word], trials) for word, study in studies.items()}
-
-
-def require_optuna() -> None:
-    """Say in one line where Optuna is missing."""
-    try:
-        import optuna  # noqa: F401
-    except ImportError as error:
-        raise UserError("nst-det tune needs Optuna; install it with: pip install 'nst_det[tune]'") from error
 
 
 def _studies(path: Path, spaces: Mapping[str, Space]) -> dict[str, Study]:

@@ -27,7 +27,7 @@ def finished_run(folder, config):
 
 def detector_run(tmp_path, row):
     folder = tmp_path / "detect" / "seed0" / row
-    return Run(f"detect/seed0/{row}", "detector", (), (folder / "result.json",), {}, folders=(folder,), row=row)
+    return Run(f"detect/seed0/{row}", "detector", (), (folder / "result.json",), {}, row=row)
 
 
 def test_rows_of_one_architecture_share_one_measurement(tmp_path, pytestconfig, caplog):

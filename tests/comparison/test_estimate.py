@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nst_det.cli import main
+from nst_det.comparison import pipeline
 from nst_det.comparison.config import load_comparison
 from nst_det.comparison.estimate import (
     GPU_CONTEXT,
@@ -16,12 +17,12 @@ from nst_det.comparison.estimate import (
     wall_seconds,
 )
 from nst_det.comparison.launch_local import Machine
-from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import Run, make_plan, run_config
 from nst_det.data.synthetic import CLASSIFICATION, DETECTION, GenerateSettings, generate_data
 from nst_det.data.voc import VocDataset
 from nst_det.engine.format import bytes_below
 from nst_det.errors import UserError
+from tests.helpers.small_comparison import fake_command
 
 COUNTS = {
     "classification_images": 40,
@@ -32,9 +33,8 @@ COUNTS = {
 
 
 @pytest.fixture(autouse=True)
-def data(tmp_path, monkeypatch, config_file):
+def data(tmp_path, config_file, no_report):
     """Small data in the place of what the configs name, for a stage that trains nothing."""
-    monkeypatch.setattr("nst_det.report.write_report", lambda *_: None)
     root = generate_data(tmp_path / "data", GenerateSettings(**COUNTS), workers=1)
     for name, before, after in (("distill", "images", CLASSIFICATION), ("detect", "voc", DETECTION)):
         file = tmp_path / f"{name}.yaml"
@@ -47,7 +47,7 @@ def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_the_estimate_is_near_what_runs_take(comparison, fake_command, monkeypatch, tmp_path):
+def test_the_estimate_is_near_what_runs_take(comparison, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0.1")
     runs = make_plan(comparison)
     before = files(tmp_path)
@@ -55,7 +55,7 @@ def test_the_estimate_is_near_what_runs_take(comparison, fake_command, monkeypat
     assert files(tmp_path) == before
     assert not comparison.folder.exists()
     began = time.monotonic()
-    compare(comparison, jobs=1, command=fake_command)
+    pipeline.compare(comparison, jobs=1, command=fake_command)
     took = time.monotonic() - began
     # a busy machine may give one of the two less time than the other
     assert took / 4 < sum(one.seconds for one in found.values()) < took * 4
@@ -69,7 +69,7 @@ def test_the_estimate_is_near_what_runs_take(comparison, fake_command, monkeypat
     assert total(found, runs) == Estimate(0.0, 0, 0)
 
 
-def test_each_kind_is_tried_once(comparison, fake_command, monkeypatch):
+def test_each_kind_is_tried_once(comparison, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     runs, tried = make_plan(comparison), []
 
@@ -82,42 +82,37 @@ def test_each_kind_is_tried_once(comparison, fake_command, monkeypatch):
     assert tried == ["teacher", "distill/seed0", "detect/seed0/scratch"]
 
 
-def test_a_trial_that_fails_is_named(comparison, fake_command, monkeypatch):
+def test_a_trial_that_fails_is_named(comparison, monkeypatch):
     monkeypatch.setenv("FAKE_FAILS", "scratch")
     monkeypatch.setenv("FAKE_CODE", "2")
     runs = make_plan(comparison)
-    with pytest.raises(UserError, match="the trial of detect/seed0/scratch failed: the images are gone"):
+    with pytest.raises(UserError, match="detect/seed0/scratch .*the images are gone"):
         estimate(comparison, runs, Machine(1), fake_command)
 
 
-def test_the_command_line_prints_the_plan_first_then_what_it_takes(config_file, tmp_path, monkeypatch, capsys):
-    found = Estimate(3725.0, 3 << 30, 1 << 30)
-    monkeypatch.setattr(
-        "nst_det.comparison.pipeline.estimate", lambda _comparison, runs, *_: {run.name: found for run in runs}
-    )
+def test_the_command_prints_the_plan_then_what_it_takes_and_whether_a_gpu_is_too_small(
+    config_file, tmp_path, monkeypatch, capsys
+):
+    found = Estimate(3725.0, 3 << 30, 1 << 30, 7 << 30)
+    monkeypatch.setattr(pipeline, "estimate", lambda _comparison, runs, *_: {run.name: found for run in runs})
+    monkeypatch.setattr(pipeline, "this_machine", lambda _: Machine(4, ("0",), 1))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (5 << 30, 8 << 30))
+    words = ["compare", "--config-file", str(config_file), "--output", str(tmp_path / "out"), "--dry-run"]
     with pytest.raises(SystemExit, match="0"):
-        main(
-            [
-                "compare",
-                "--config-file",
-                str(config_file),
-                "--output",
-                str(tmp_path / "out"),
-                "--dry-run",
-                "--jobs",
-                "2",
-            ]
-        )
+        main(words)
     plan, measured = capsys.readouterr().out.split("11 runs, 0 done, 11 to do")
     assert "detect/seed1/kd" in plan
     assert "1 h 02 min" in measured
     assert "3 GiB" in measured
     assert "11 h 22 min of runs" in measured
-    assert "GPU" not in measured
+    line = measured.strip().splitlines()[-1]
+    assert line.startswith("GPU memory")
+    assert "1 x 7.5 GiB, 5 GiB" in line
+    assert "SOLVER.IMS_PER_BATCH" in line
     assert not (tmp_path / "out").exists()
 
 
-def test_a_trial_on_a_gpu_tells_its_memory(comparison, fake_command, monkeypatch):
+def test_a_trial_on_a_gpu_tells_its_memory(comparison, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     monkeypatch.setenv("FAKE_GPU_GIB", "2.5")
     runs, machine = make_plan(comparison), Machine(6, ("4", "5"), 2)
@@ -129,46 +124,23 @@ def test_a_trial_on_a_gpu_tells_its_memory(comparison, fake_command, monkeypatch
     assert {one.gpu_memory for one in found.values()} == {0}
 
 
-@pytest.mark.parametrize(
-    ("jobs", "said"),
-    [
-        (2, ""),  # one run a GPU
-        (6, ""),  # three of 3 GiB on the fuller one with 9 free
-        (7, "4 x 3 GiB, 9 GiB are free; take --jobs 6"),
-    ],
-)
-def test_runs_that_share_a_gpu_must_fit_its_memory(monkeypatch, jobs, said):
+# of 40 and 9 GiB free: one run a GPU; three of 3 GiB on the fuller one; four
+@pytest.mark.parametrize(("jobs", "named"), [(2, ""), (6, ""), (7, "take --jobs 6")])
+def test_runs_that_share_a_gpu_must_fit_its_memory(monkeypatch, jobs, named):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: ((40, 9)[index] << 30, 80 << 30))
     one = Estimate(1.0, 1, 1, (3 << 30) - GPU_CONTEXT)
-    assert (
-        gpu_shortage(one, Machine(16, ("0", "1"), jobs)).removeprefix("GPU memory: runs side by side on a GPU take ")
-        == said
-    )
+    line = gpu_shortage(one, Machine(16, ("0", "1"), jobs))
+    assert bool(line) == bool(named)
+    assert named in line
     assert gpu_shortage(Estimate(1.0, 1, 1), Machine(16)) == ""
 
 
-def test_the_command_line_says_that_runs_do_not_fit_a_gpu(config_file, tmp_path, monkeypatch, capsys):
-    one = Estimate(1.0, 1 << 30, 1 << 30, 7 << 30)
-    monkeypatch.setattr(
-        "nst_det.comparison.pipeline.estimate", lambda _comparison, runs, *_: {run.name: one for run in runs}
-    )
-    monkeypatch.setattr("nst_det.comparison.pipeline.this_machine", lambda _: Machine(4, ("0",), 1))
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (5 << 30, 8 << 30))
-    words = ["compare", "--config-file", str(config_file), "--output", str(tmp_path / "out"), "--dry-run"]
-    with pytest.raises(SystemExit, match="0"):
-        main(words)
-    *_, line = capsys.readouterr().out.strip().splitlines()
-    assert line.startswith("GPU memory")
-    assert "1 x 7.5 GiB, 5 GiB" in line
-    assert "SOLVER.IMS_PER_BATCH" in line
-
-
-def named(name, needs=(), threads=1):
-    return Run(name, "detector", tuple(needs), (Path("/nowhere") / name,), {}, threads=threads)
-
-
 def test_wall_time_is_that_of_the_runs_side_by_side():
-    runs = [named("a", threads=2), named("b", ["a"]), named("c", ["a"]), named("d", ["a"])]
+    needs = {"a": (), "b": ("a",), "c": ("a",), "d": ("a",)}
+    runs = [
+        Run(name, "detector", need, (Path("/nowhere") / name,), {}, threads=2 if name == "a" else 1)
+        for name, need in needs.items()
+    ]
     found = {name: Estimate(seconds, 0, 0) for name, seconds in (("a", 10.0), ("b", 5.0), ("c", 3.0), ("d", 4.0))}
     assert wall_seconds(runs, found, Machine(jobs=2)) == 10 + 3 + 4
     assert wall_seconds(runs, found, Machine(jobs=1)) == 22
@@ -191,7 +163,7 @@ def test_decoded_images_that_stay_in_memory(config_file, tmp_path, data):
     assert images_kept(detector, run_config(small, detector)) == 0
 
 
-def test_generated_data_is_made_for_the_trial_alone(config_file, tmp_path, fake_command, data, monkeypatch):
+def test_generated_data_is_made_for_the_trial_alone(config_file, tmp_path, data, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     words = ["DATA.GENERATE", str(COUNTS)]
     comparison, made = load_comparison(config_file, tmp_path / "out", words), []

@@ -1,12 +1,8 @@
 from pathlib import Path
 
-import pytest
-
 from nst_det.comparison.config import core_count, load_comparison
 from nst_det.comparison.plan import make_plan, run_config
-from nst_det.comparison.stages import check_distill_losses
 from nst_det.detection.torchvision import build_detector
-from nst_det.errors import UserError
 
 
 def test_the_runs_and_what_they_need(comparison):
@@ -29,7 +25,6 @@ def test_the_runs_and_what_they_need(comparison):
 def test_settings_of_each_kind(comparison):
     runs = {run.name: run for run in make_plan(comparison)}
     folder = comparison.folder
-    teacher = folder / "backbones" / "small-teacher.safetensors"
     assert runs["teacher"].settings["METHODS"] == []
     assert runs["distill/seed1"].settings == {
         "NAME": "small",
@@ -37,21 +32,20 @@ def test_settings_of_each_kind(comparison):
         "OUTPUT_DIR": str(folder / "distill" / "seed1"),
         "SEED": 1,
         "METHODS": ["ce", "kd", "kd+nst-poly"],
-        "TEACHER.WEIGHTS": str(teacher),
+        "TEACHER.WEIGHTS": str(folder / "backbones" / "small-teacher.safetensors"),
     }
-    detector = runs["detect/seed1/kd+nst-poly"]
-    weights = folder / "backbones" / "small-kd+nst-poly-s1.safetensors"
-    assert detector.settings["MODEL.WEIGHTS"] == str(weights)
-    assert (detector.settings["SEED"], detector.settings["ENGINE"], detector.row, detector.seed) == (
-        1, "torchvision", "kd+nst-poly", 1,
-    )  # fmt: skip
-    assert runs["detect/seed0/scratch"].settings["MODEL.WEIGHTS"] == ""
-    assert runs["detect/seed0/scratch"].options == ("SOLVER.BACKBONE_MULTIPLIER", "0.5")
-    assert detector.options == ()
-    assert {name: run.threads for name, run in runs.items() if "seed0" in name or name == "teacher"} == {
-        "teacher": 2, "distill/seed0": 2, "detect/seed0/scratch": 1, "detect/seed0/ce": 1, "detect/seed0/kd": 1,
-        "detect/seed0/kd+nst-poly": 1,
-    }  # fmt: skip
+    detector, scratch = runs["detect/seed1/kd+nst-poly"], runs["detect/seed0/scratch"]
+    assert detector.settings == {
+        "OUTPUT_DIR": str(folder / "detect" / "seed1" / "kd+nst-poly"),
+        "SEED": 1,
+        "ENGINE": "torchvision",
+        "MODEL.WEIGHTS": str(folder / "backbones" / "small-kd+nst-poly-s1.safetensors"),
+    }
+    assert (detector.row, detector.seed, detector.options) == ("kd+nst-poly", 1, ())
+    assert scratch.settings["MODEL.WEIGHTS"] == ""
+    assert scratch.options == ("SOLVER.BACKBONE_MULTIPLIER", "0.5")
+    assert {run.threads for run in runs.values() if run.detects} == {1}
+    assert {run.threads for run in runs.values() if not run.detects} == {2}
 
 
 def test_a_teacher_of_ones_own_is_not_trained(config_file):
@@ -104,12 +98,9 @@ def test_a_teacher_detector_of_ones_own_is_not_trained(config_file):
     comparison = load_comparison(config_file, overrides=words)
     runs = {run.name: run for run in make_plan(comparison)}
     assert not any(name.endswith("/teacher") for name in runs)
-    node = run_config(comparison, runs["detect/seed0/cwd@det"])
-    assert (node.TEACHER.CONFIG_FILE, node.TEACHER.WEIGHTS, node.TRANSFER.LEVELS) == (
-        "mine.yaml",
-        "mine.safetensors",
-        ["p3"],
-    )
+    config = run_config(comparison, runs["detect/seed0/cwd@det"])
+    assert (config.TEACHER.CONFIG_FILE, config.TEACHER.WEIGHTS) == ("mine.yaml", "mine.safetensors")
+    assert config.TRANSFER.LEVELS == ["p3"]
 
 
 def test_a_run_is_done_when_all_results_are_there(comparison):
@@ -138,42 +129,6 @@ def test_generated_data_comes_first_and_both_stages_read_it(config_file, tmp_pat
         assert settings[f"DATASETS.VOC.{name}.ROOT"] == str(tmp_path / "made" / "shapes_voc")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ("{'pictures': 4}", r"DATA\.GENERATE: unknown setting pictures"),
-        ("{'detection_images': 0}", r"DATA\.GENERATE: detection_images is 0"),
-    ],
-)
-def test_settings_of_generated_data_are_checked_first(config_file, settings, message):
-    with pytest.raises(UserError, match=message):
-        load_comparison(config_file, overrides=["DATA.GENERATE", settings])
-
-
-def test_other_data_in_the_folder_is_refused(config_file, tmp_path):
-    (tmp_path / "settings.json").write_text('{"seed": 4}')
-    with pytest.raises(UserError, match="holds data made with seed 4, not 0"):
-        load_comparison(config_file, overrides=["DATA.GENERATE", "{'seed': 0}", "DATA.ROOT", str(tmp_path)])
-
-
-@pytest.mark.parametrize("name", ["demo", "bccd", "voc07_sample"])
-def test_the_comparisons_that_come_with_the_project(name, pytestconfig, tmp_path, monkeypatch):
-    monkeypatch.setenv("NST_DET_REAL_DATA", str(tmp_path))
-    comparison = load_comparison(pytestconfig.rootpath / "configs" / "compare" / f"{name}.yaml", tmp_path)
-    rows = ("scratch", "ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly")
-    if name == "demo":
-        rows += ("nst-linear", "nst-gaussian", "vid", "lp", "nst-poly@det", "cwd@det")
-    assert comparison.all_rows == rows
-    runs = {run.name: run for run in make_plan(comparison)}
-    # a teacher, the students of the only seed and the rows; the demo also makes its data, and a teacher detector
-    assert len(runs) == len(rows) + (4 if name == "demo" else 2)
-    check_distill_losses(comparison.distill, comparison.students, name)
-    scratch, ce = (run_config(comparison, runs[f"detect/seed0/{row}"]) for row in ("scratch", "ce"))
-    assert scratch.SOLVER.BACKBONE_MULTIPLIER == 1.0
-    assert ce.SOLVER.BACKBONE_MULTIPLIER < 1.0
-    assert comparison.detect.MODEL.TIMM.NORM == "BN"
-
-
 def test_a_row_without_fpn_starts_from_the_backbone_of_ce(comparison, config_file, tmp_path):
     words = ["ROWS", "[no-fpn]", "DETECT.NO_FPN_OPTS", "[SOLVER.BASE_LR, 0.125]"]
     bare = load_comparison(config_file, tmp_path / "out", words)
@@ -196,8 +151,10 @@ def test_a_row_without_fpn_starts_from_the_backbone_of_ce(comparison, config_fil
     assert {name: info.stride for name, info in backbone.output_shape().items()} == {"res4": 16}
 
 
-def test_fpn_that_is_not_there_cannot_be_taken_out(config_file, tmp_path):
-    words = ["ROWS", "[no-fpn]", "DETECT.MODEL.BACKBONE.NAME", "build_timm_backbone", "DETECT.MODEL.RPN.IN_FEATURES"]
-    words += ["[res4]", "DETECT.MODEL.ROI_HEADS.IN_FEATURES", "[res4]"]
-    with pytest.raises(UserError, match="ROWS: no-fpn: DETECT.MODEL.BACKBONE.NAME build_timm_backbone can't have"):
-        load_comparison(config_file, tmp_path / "out", words)
+def test_a_row_with_its_own_device_gets_a_gpu_or_none(config_file):
+    words = ["DETECT.SCRATCH_OPTS", "[MODEL.DEVICE, cpu]"]
+    wants = {run.row: run.wants_gpu for run in make_plan(load_comparison(config_file, overrides=words))}
+    assert wants == {None: True, "scratch": False, "ce": True, "kd": True, "kd+nst-poly": True}
+    words = ["DETECT.MODEL.DEVICE", "cpu", "DETECT.SCRATCH_OPTS", "[MODEL.DEVICE, cuda]"]
+    wants = {run.row: run.wants_gpu for run in make_plan(load_comparison(config_file, overrides=words))}
+    assert wants == {None: True, "scratch": True, "ce": False, "kd": False, "kd+nst-poly": False}

@@ -4,7 +4,6 @@ import importlib.util
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,24 +16,15 @@ from nst_det.comparison.launch_ray import RayLauncher, run_on_node
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import Run, make_plan
 from nst_det.comparison.result import ComparisonResult, comparable
+from tests.helpers.small_comparison import fake_command, starts
 
-FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'nst_det[ray]'"
 )
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr("nst_det.report.write_report", lambda *_: None)
-
-
-def fake(run, folder):
-    return [sys.executable, str(FAKE_STAGE), *run.command(folder)]
-
-
 @pytest.fixture
-def cluster(monkeypatch):
+def cluster(monkeypatch, no_report):
     """Two nodes of two cores each, the second one by itself."""
     from ray.cluster_utils import Cluster
 
@@ -55,7 +45,7 @@ def test_a_cluster_gives_the_same_results_also_when_a_node_dies(config_file, tmp
     here = load_comparison(config_file, tmp_path / "here")
     with monkeypatch.context() as patch:
         patch.setenv("FAKE_STEP_SECONDS", "0")
-        expected = compare(here, jobs=4, command=fake)
+        expected = compare(here, jobs=4, command=fake_command)
     there = load_comparison(config_file, tmp_path / "there")
     runs = make_plan(there)
     lost = []
@@ -71,12 +61,12 @@ def test_a_cluster_gives_the_same_results_also_when_a_node_dies(config_file, tmp
     killer = threading.Thread(target=kill, daemon=True)
     if killed:
         killer.start()
-    found = compare(there, command=fake, ray_address=made.address)
+    found = compare(there, command=fake_command, ray_address=made.address)
     assert comparable(found) == comparable(expected)
     assert ComparisonResult.load(there.folder / "report" / "results.json") == found
     if killed:
         killer.join()
-        logs = [[(folder / "starts.log").read_text().splitlines() for folder in run.folders] for run in lost]
+        logs = [[starts(folder) for folder in run.folders] for run in lost]
         # one went on, not from the beginning; the other was left alone
         again = [[lines for lines in run if len(lines) > 1] for run in logs]
         assert sorted(map(len, again)) == [0, 1]
@@ -93,9 +83,9 @@ def test_a_run_that_fails_stops_the_others_and_is_named(config_file, tmp_path, c
     def failing(run, folder):
         if run.name == "detect/seed0/scratch":
             return [sys.executable, "-c", "import sys; print('nst-det: the images are gone'); sys.exit(2)"]
-        return fake(run, folder)
+        return fake_command(run, folder)
 
-    with pytest.raises(RunFailed, match="run detect/seed0/scratch failed: the images are gone") as failed:
+    with pytest.raises(RunFailed, match="detect/seed0/scratch .*the images are gone") as failed:
         compare(comparison, command=failing, ray_address=made.address)
     assert failed.value.code == 2
 
@@ -132,8 +122,9 @@ def test_without_ray_one_line_says_what_to_do(config_file, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="2"):
         main(words)
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("nst-det: --launcher ray: Ray is not installed; pip install 'nst_det[ray]'")
+    assert "--launcher ray" in line
+    assert "nst_det[ray]" in line
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit, match="2"):
         main([*words[:-2], "--address", "host:6379"])
-    assert "--address is that of a Ray cluster; add --launcher ray" in capsys.readouterr().err
+    assert "--address" in capsys.readouterr().err

@@ -1,0 +1,226 @@
+import re
+
+import pytest
+import yaml
+
+from nst_det.comparison.config import Tuned, load_comparison, parse_row, read_tuned, weights_from
+from nst_det.comparison.pipeline import compare
+from nst_det.comparison.plan import make_plan, run_config
+from nst_det.distillation.config import transfer_of
+from nst_det.engine.config import plain
+from nst_det.errors import UserError
+from tests.helpers.small_comparison import change
+
+TUNED = {
+    "kd": {"trials": 8, "settings": {"WEIGHTS": {"kd": 2.5}}},
+    "nst-poly+kd": {"trials": 8, "settings": {"LEVELS": ["res4"], "WEIGHTS": {"kd": 0.5, "nst-poly": 70.0}}},
+    "cwd@det": {"trials": 4, "settings": {"LEVELS": ["p3"], "WEIGHTS": {"cwd": 3.0}}},
+    "at": {"trials": 8, "settings": {"WEIGHTS": {"at": 9.0}}},
+}
+
+
+@pytest.fixture
+def tuned_file(tmp_path):
+    path = tmp_path / "tuned.yaml"
+    path.write_text(yaml.safe_dump({"budget": {"trials": 8}, "methods": TUNED}))
+    return path
+
+
+def test_methods_become_canonical_and_ce_is_always_among_them(config_file):
+    change(config_file, METHODS=["nst-poly+kd", "kd", "ce"], SEEDS=[2, 0])
+    comparison = load_comparison(config_file)
+    assert tuple(comparison.methods) == ("ce", "kd+nst-poly", "kd")
+    assert comparison.all_rows == ("scratch", "ce", "kd+nst-poly", "kd")
+    assert comparison.seeds == (0, 2)
+    assert comparison.folder.parts[-2:] == ("output", "small")
+
+
+def test_keys_of_a_stage_are_handed_on(config_file):
+    change(config_file, DISTILL={"CONFIG": "distill.yaml", "OPTS": ["SOLVER.MAX_ITER", 7, "SOLVER.BASE_LR", 0.5]})
+    words = ["DISTILL.SOLVER.MAX_ITER", "9", "SEEDS", "[3]", "DETECT.SOLVER.BASE_LR", "1e-4"]
+    words += ["DISTILL.TEACHER.SOLVER.BASE_LR", "0.7", "DETECT.DATASETS.VOC.own_test.ROOT", "there"]
+    words += ["DETECT.SCRATCH_OPTS", "[SOLVER.BACKBONE_MULTIPLIER, 0.25]"]
+    comparison = load_comparison(config_file, overrides=words)
+    assert comparison.distill.TEACHER.SOLVER.BASE_LR == 0.7
+    assert comparison.detect.DATASETS.VOC.own_test.ROOT == "there"
+    # OPTS come below the command line
+    assert (comparison.distill.SOLVER.MAX_ITER, comparison.distill.SOLVER.BASE_LR) == (9, 0.5)
+    assert comparison.detect.SOLVER.BASE_LR == 1e-4
+    assert comparison.seeds == (3,)
+    assert comparison.row_opts["scratch"] == ("SOLVER.BACKBONE_MULTIPLIER", "0.25")
+    claim = comparison.claim
+    assert (claim["NAME"], claim["ENGINE"], claim["THREADS"]) == ("small", "torchvision", 2)
+    assert (claim["DISTILL.SOLVER.MAX_ITER"], claim["DISTILL.TEACHER.WEIGHTS"]) == (9, "")
+    assert claim["DETECT.SCRATCH_OPTS"] == ["SOLVER.BACKBONE_MULTIPLIER", 0.25]
+    free = {"METHODS", "SEEDS", "ROWS", "TUNED", "JOBS", "OUTPUT_DIR", "DISTILL.SEED", "DISTILL.OPTS", "DETECT.CONFIG"}
+    assert not {*free, "DETECT.MODEL.WEIGHTS", "DETECT.MODEL.DEVICE", "DISTILL.NAME"} & set(claim)
+
+
+BAD = [
+    ("DISTILL.SOLVER.MAX_ITR 9", "unknown key DISTILL.SOLVER.MAX_ITR; did you mean DISTILL.SOLVER.MAX_ITER"),
+    ("DETECT.SOLVR.X 9", "unknown key DETECT.SOLVR"),
+    ("DETECT.SOLVER.MAX_ITER many", "DETECT.SOLVER.MAX_ITER"),
+    ("METHOD [kd]", "unknown key METHOD; did you mean METHODS"),
+    ("METHODS kd", "METHODS"),
+    ("METHODS [kd,nst-cubic]", "compare.yaml: METHODS: method 'nst-cubic'"),
+    ("METHODS [kd,kd]", "compare.yaml: METHODS"),
+    ("METHODS [nst-poly+kd,at,kd+nst-poly]", "compare.yaml: METHODS"),
+    ("METHODS [ce@det]", "METHODS: method 'ce@det'"),
+    ("METHODS [cwd@det] DETECT.METHOD pkd", "DETECT.METHOD pkd"),
+    ("SEEDS [2,0,2]", "compare.yaml: SEEDS"),
+    ("SEEDS [-1]", "compare.yaml: SEEDS"),
+    ("SEEDS [True]", "compare.yaml: SEEDS"),
+    ("SEEDS []", "compare.yaml: SEEDS"),
+    ("SEEDS", "'SEEDS' has no value"),
+    ("ROWS ['stock']", "compare.yaml: ROWS"),
+    ("ROWS [no-fpn] DETECT.MODEL.BACKBONE.NAME build_timm_backbone DETECT.MODEL.RPN.IN_FEATURES [res4] "
+     "DETECT.MODEL.ROI_HEADS.IN_FEATURES [res4]", "ROWS: no-fpn: DETECT.MODEL.BACKBONE.NAME"),
+    ("ENGINE mmdet", "compare.yaml: ENGINE 'mmdet'"),
+    ("NAME ../up", "compare.yaml: NAME"),
+    ("JOBS -1", "compare.yaml: JOBS"),
+    ("THREADS -1", "compare.yaml: THREADS"),
+    ("DISTILL.CONFIG none.yaml", "none.yaml: no such config file"),
+    ("DISTILL.CONFIG ''", "compare.yaml: DISTILL.CONFIG"),
+    ("DISTILL.CONFIG $NOT_SET_HERE/one.yaml", "DISTILL.CONFIG: the environment variable NOT_SET_HERE"),
+    ("DETECT.SCRATCH_OPTS ['SOLVER.NOPE','1']", "DETECT.SCRATCH_OPTS: unknown key SOLVER.NOPE"),
+    ("DETECT.MODEL.TIMM.ARCH resnet18", "nst_resnet10_w32 (DISTILL.STUDENT.ARCH), stage two expects resnet18"),
+    ("DETECT.MODEL.PIXEL_STD [1.0,1.0,1.0]", "DETECT.MODEL.PIXEL_MEAN, PIXEL_STD"),
+    ("DETECT.INPUT.FORMAT BGR", "INPUT.FORMAT"),
+    ("DATA.GENERATE {'pictures':4}", "DATA.GENERATE: unknown setting pictures"),
+    ("DATA.GENERATE {'detection_images':0}", "DATA.GENERATE: detection_images"),
+    ("DATA.GENERATE {'seed':0} DATA.ROOT FOLDER/other", "other: holds data made with seed 4"),
+]  # fmt: skip
+# found by comparing, before the first run
+BAD_FOR_A_STAGE = [
+    ("DISTILL.DATA.ROOT /nowhere", "DISTILL.DATA.ROOT: no folder '/nowhere'"),
+    ("DISTILL.DATA.ROOT $NOT_SET_HERE/x", "DISTILL.DATA.ROOT: the environment variable NOT_SET_HERE"),
+    ("DETECT.DATASETS.VOC.own_test.ROOT /nowhere", "DETECT.DATASETS.VOC.own_test.ROOT: no folder"),
+    ("DISTILL.TRANSFER.LEVELS ['res9']", "DISTILL: TRANSFER"),
+    ("DISTILL.STUDENT.ARCH resnet11 DETECT.MODEL.TIMM.ARCH resnet11", "DISTILL: STUDENT.ARCH"),
+    ("DISTILL.TEACHER.WEIGHTS gone.safetensors", "gone.safetensors"),
+    ("DISTILL.SOLVER.BASE_LR -1.0", "run teacher: stage one: SOLVER.BASE_LR"),
+    ("DETECT.MODEL.FPN.FUSE_TYPE max", "MODEL.FPN.FUSE_TYPE 'max'"),
+    ("METHODS [cwd@det] DETECT.TRANSFER.LEVELS [p9]", "small: row cwd@det: DETECT: TRANSFER"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), BAD + BAD_FOR_A_STAGE)
+def test_what_cannot_be_used_is_named_in_one_line(config_file, tmp_path, words, named):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "settings.json").write_text('{"seed": 4}')
+    words = words.replace("FOLDER", str(tmp_path)).replace("''", "").split(" ")
+    with pytest.raises(UserError, match=re.escape(named)) as caught:  # noqa: PT012
+        comparison = load_comparison(config_file, tmp_path / "out", words)
+        compare(comparison, 1, lambda *_: pytest.fail("a run was started"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_stage_files_are_relative_to_the_comparison_or_from_the_environment(config_file, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "distill.yaml").rename(tmp_path / "elsewhere" / "one.yaml")
+    change(config_file, DISTILL={"CONFIG": "$MY_CONFIGS/one.yaml"})
+    monkeypatch.setenv("MY_CONFIGS", str(tmp_path / "elsewhere"))
+    assert load_comparison(config_file).distill.SOLVER.MAX_ITER == 6
+
+
+@pytest.mark.detectron2
+def test_on_the_detectron2_engine_all_its_keys_are_known(config_file):
+    pytest.importorskip("detectron2")
+    words = ["ENGINE", "detectron2", "DETECT.MODEL.RPN.NMS_THRESH", "0.6", "DETECT.MODEL.RESNETS.DEPTH", "34"]
+    comparison = load_comparison(config_file, overrides=words)
+    assert comparison.engine == "detectron2"
+    assert comparison.detect.MODEL.RESNETS.DEPTH == 34
+    assert comparison.detect.MODEL.TIMM.ARCH == "nst_resnet10_w32"
+    with pytest.raises(UserError, match=r"unknown key DETECT\.MODEL\.RESNET"):
+        load_comparison(config_file, overrides=["ENGINE", "detectron2", "DETECT.MODEL.RESNET.DEPTHS", "34"])
+
+
+@pytest.mark.parametrize(
+    ("word", "canonical", "backbone", "detector"),
+    [
+        ("ce", "ce", "ce", "ce"),
+        ("nst-poly+kd", "kd+nst-poly", "kd+nst-poly", "ce"),
+        ("ce+cwd@det", "cwd@det", "ce", "cwd"),
+        ("cwd@det:5", "cwd@det:5", "ce", "cwd:5"),
+        (" CWD@det : 5", "cwd@det:5", "ce", "cwd:5"),
+        ("nst-poly@det+kd:0.9+cwd@det:2", "kd:0.9+nst-poly@det+cwd@det:2", "kd:0.9", "nst-poly+cwd:2"),
+        ("nst-poly+nst-poly@det", "nst-poly+nst-poly@det", "nst-poly", "nst-poly"),
+    ],
+)
+def test_method_strings_are_parted_by_stage(word, canonical, backbone, detector):
+    row = parse_row(word)
+    assert (row.word, row.backbone.word, row.detector.word) == (canonical, backbone, detector)
+    assert parse_row(row.word) == row
+
+
+BAD_METHODS = "ce@det cwd@detector cwd:5@det cwd@det@det @det kd@ kd+ cwd@det+cwd@det nst-polly@det"
+
+
+@pytest.mark.parametrize("word", ["", *BAD_METHODS.split()])
+def test_other_method_strings_are_refused(word):
+    with pytest.raises(ValueError, match="method|term"):
+        parse_row(word)
+
+
+def test_each_method_runs_with_what_a_search_found_for_it(config_file, tuned_file):
+    words = ["METHODS", "[kd, kd+nst-poly, fitnet, cwd@det, pkd@det]", "TUNED", str(tuned_file)]
+    comparison = load_comparison(config_file, overrides=words)
+    runs = {run.name: run for run in make_plan(comparison)}
+    students = run_config(comparison, runs["distill/seed0"])
+    assert plain(transfer_of(students, "kd").WEIGHTS) == {"kd": 2.5}
+    assert transfer_of(students, "kd+nst-poly").LEVELS == ["res4"]
+    assert plain(transfer_of(students, "kd+nst-poly").WEIGHTS) == {"kd": 0.5, "nst-poly": 70.0}
+    assert transfer_of(students, "fitnet").LEVELS == comparison.distill.TRANSFER.LEVELS
+    # of methods that aren't compared nothing is handed on
+    assert "at" not in students.TRANSFER.BY_METHOD
+    config = run_config(comparison, runs["detect/seed1/cwd@det"])
+    assert (config.METHOD, config.TRANSFER.LEVELS, plain(config.TRANSFER.WEIGHTS)) == ("cwd", ["p3"], {"cwd": 3.0})
+    untuned = run_config(comparison, runs["detect/seed1/pkd@det"]).TRANSFER
+    assert (untuned.LEVELS, plain(untuned.WEIGHTS)) == (["p2", "p3", "p4", "p5"], {})
+    # rows without terms of stage two are what they are without the file
+    assert runs["detect/seed0/kd"].options == ()
+
+
+def test_tuned_is_relative_to_the_comparison_and_may_be_added_to_a_finished_one(config_file, tuned_file):
+    before = load_comparison(config_file).claim
+    change(config_file, TUNED="tuned.yaml")
+    comparison = load_comparison(config_file)
+    assert comparison.tuned["kd+nst-poly"] == Tuned(TUNED["nst-poly+kd"]["settings"], 8)
+    assert comparison.claim == before
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({}, "methods"),
+        ({"methods": {"nst-polly": {"trials": 1, "settings": {}}}}, "nst-polly"),
+        ({"methods": {"kd": {"trials": 1}}}, "kd"),
+        ({"methods": {"kd": {"trials": 1, "settings": {"SOLVER": {}}}}}, "kd"),
+        ({"methods": {"kd": {"trials": "8", "settings": {}}}}, "kd"),
+    ],
+)
+def test_a_bad_file_of_a_search_is_named(tmp_path, content, named):
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=rf"x\.yaml: .*{named}"):
+        read_tuned(path)
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("ce", ""),
+        ("kd", "tuned: 8 trials"),
+        ("kd:2", "weight in the method string"),
+        ("fitnet", "configured weight"),
+        ("fitnet+nst-linear", "configured weight, default weight"),
+        ("vid", "automatic weight"),
+        ("kd+cwd@det", "tuned: 8 trials, default weight"),
+        ("cwd@det", "tuned: 4 trials"),
+        ("pkd@det", "configured weight"),
+    ],
+)
+def test_where_the_weights_of_a_row_are_from(tuned_file, word, text):
+    distill = {"WEIGHTS": {"fitnet": 3.0, "kd": 1.0}, "AUTO_WEIGHT": {"vid": 0.5}}
+    assert weights_from(parse_row(word), read_tuned(tuned_file), distill, {"WEIGHTS": {"pkd": 1.0}}) == text

@@ -1,0 +1,194 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from nst_det.comparison.config import load_comparison
+from nst_det.comparison.plan import make_plan, run_config
+from nst_det.comparison.stages import check_data_folders
+from nst_det.data.coco import CocoSource
+from nst_det.data.folders import read_image_folder
+from nst_det.data.voc import VocDataset
+from nst_det.detection.config import load_detect_config
+from nst_det.engine.config import flat, read_yaml
+from nst_det.scaffold.init import init_project
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def voc(thirty, tmp_path):
+    return Path(shutil.copytree(thirty, tmp_path / "voc"))
+
+
+def test_thirty_images_become_a_comparison(voc, tmp_path, cli, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli("init", "my_project", "--voc", "voc", "--device", "cpu") == 0
+    assert "nst-det compare --config-file my_project/compare.yaml" in capsys.readouterr().out
+    monkeypatch.chdir("/")
+    comparison = load_comparison(tmp_path / "my_project" / "compare.yaml")
+    runs = make_plan(comparison)
+    for run in runs:
+        run_config(comparison, run)
+    # a teacher, three seeds of students, and of seven detectors
+    assert len(runs) == 1 + 3 + 3 * 7
+    check_data_folders(comparison.distill, comparison.detect, "here")
+    assert comparison.folder == tmp_path / "my_project" / "output"
+    detect, train = comparison.detect, VocDataset(voc, "trainval")
+    assert Path(detect.DATASETS.VOC.own_train.ROOT) == voc
+    assert (detect.DATASETS.VOC.own_train.SPLIT, detect.DATASETS.VOC.own_test.SPLIT) == ("trainval", "test")
+    assert tuple(detect.DATASETS.CLASSES) == train.classes
+    assert detect.MODEL.ROI_HEADS.NUM_CLASSES == 3
+    assert (detect.SOLVER.MAX_ITER, detect.SOLVER.IMS_PER_BATCH) == (150, 4)
+    # anchors by hand; these images are 160 pixels at most already
+    shapes = np.array([(a.width, a.height) for a in train.annotations()])
+    shortest, longest = detect.INPUT.MIN_SIZE_TEST, detect.INPUT.MAX_SIZE_TEST
+    assert shortest == round(float(np.median(shapes.min(axis=1))))
+    assert longest == round(float(np.median(shapes.max(axis=1)))) <= 160
+    sides, names = [], []
+    for annotation in train.annotations():
+        sizes = annotation.width, annotation.height
+        scale = min(shortest / min(sizes), longest / max(sizes))
+        for item in annotation.objects:
+            xmin, ymin, xmax, ymax = item.box
+            if not item.difficult:
+                sides.append(scale * ((xmax - xmin + 1) * (ymax - ymin + 1)) ** 0.5)
+                names.append(item.name)
+    # every class as often as the others: copies of each box, as many as make the classes equal
+    times = np.lcm.reduce([names.count(name) for name in set(names)])
+    copies = np.repeat(sides, [times // names.count(name) for name in names])
+    wanted = [max(np.quantile(copies, q), s) for q, s in zip((0.1, 0.3, 0.5, 0.7, 0.9), (4, 8, 16, 32, 64))]
+    np.testing.assert_allclose(np.array(detect.MODEL.ANCHOR_GENERATOR.SIZES)[:, 0], wanted, atol=1.5)
+    assert abs(detect.MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE - np.median(sides)) <= 0.75
+    folder = read_image_folder(comparison.distill.DATA.ROOT)
+    assert set(folder.classes) == {*train.classes, "background"}
+    tested = set(VocDataset(voc, "test").ids)
+    assert not {Path(path).stem.split("_")[0] for path in (*folder.train.paths, *folder.val.paths)} & tested
+
+
+def test_the_detector_is_the_small_one_of_the_packaged_configs(thirty, tmp_path):
+    project = init_project(tmp_path / "mine", thirty)
+    own = flat(load_detect_config(tmp_path / "mine" / "detect.yaml"))
+    packaged = flat(load_detect_config(CONFIGS / "detect" / "small_cpu.yaml"))
+    differing = {key for key in own | packaged if own.get(key) != packaged.get(key)}
+    fitted = {"MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE"}
+    fitted |= {f"INPUT.{edge}_SIZE_{when}" for edge in ("MIN", "MAX") for when in ("TRAIN", "TEST")}
+    fitted |= {"SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "OUTPUT_DIR"}
+    assert {key for key in differing if not key.startswith("DATASETS.")} <= fitted
+    assert "_BASE_" not in (tmp_path / "mine" / "detect.yaml").read_text()
+    assert (project.images, project.cut) == ((24, 6), False)
+
+
+def test_without_lists_a_fifth_is_held_out_and_a_second_project_takes_the_same(voc, tmp_path):
+    shutil.rmtree(voc / "ImageSets")
+    project = init_project(tmp_path / "one", voc)
+    assert (project.images, project.cut) == ((24, 6), True)
+    train, test = (VocDataset(voc, name).ids for name in ("nst_det_train", "nst_det_test"))
+    assert not set(train) & set(test)
+    again = init_project(tmp_path / "two", voc)
+    assert (again.values.train, again.values.test, again.cut) == ("nst_det_train", "nst_det_test", False)
+
+
+def test_own_classification_data_is_taken(thirty, tmp_path):
+    images = thirty.parent / "shapes_cls"
+    init_project(tmp_path / "mine", thirty, images)
+    assert read_yaml(tmp_path / "mine" / "distill.yaml")["DATA"]["ROOT"] == str(images)
+    assert not (tmp_path / "mine" / "data").exists()
+
+
+def test_names_that_yaml_would_read_otherwise(voc, tmp_path):
+    """A class called ``no``, a folder with a colon and a quote."""
+    for path in (voc / "Annotations").iterdir():
+        path.write_text(path.read_text().replace("<name>square</name>", "<name>no</name>"))
+    odd = voc.rename(tmp_path / "it's: #1 {x}")
+    init_project(tmp_path / "007", odd)
+    datasets = yaml.safe_load((tmp_path / "007" / "detect.yaml").read_text())["DATASETS"]
+    assert datasets["VOC"]["own_train"]["ROOT"] == str(odd)
+    assert "no" in datasets["CLASSES"]
+    assert tuple(datasets["CLASSES"]) == VocDataset(odd, "trainval").classes
+    assert load_comparison(tmp_path / "007" / "compare.yaml").name == "007"
+
+
+def as_coco(voc, split, file):
+    """A VOC list as COCO JSON, by hand."""
+    data = VocDataset(voc, split)
+    tree = {"images": [], "annotations": [], "categories": [{"id": i, "name": n} for i, n in enumerate(data.classes)]}
+    for number, annotation in enumerate(data.annotations()):
+        name = data.image_path(annotation.id).name
+        size = {"width": annotation.width, "height": annotation.height}
+        tree["images"].append({"id": number, "file_name": name, **size})
+        for item in annotation.objects:
+            xmin, ymin, xmax, ymax = item.box
+            box = [xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1]
+            entry = {"image_id": number, "category_id": data.classes.index(item.name), "bbox": box}
+            tree["annotations"].append({**entry, "iscrowd": int(item.difficult)})
+    file.write_text(json.dumps(tree))
+    return file
+
+
+def test_coco_annotations_become_a_project_like_the_one_from_voc(thirty, tmp_path, monkeypatch, cli):
+    files = [as_coco(thirty, split, tmp_path / f"{split}.json") for split in ("trainval", "test")]
+    monkeypatch.chdir(tmp_path)
+    assert cli("init", "mine", "--coco", *files, "--images", thirty / "JPEGImages", "--device", "cpu") == 0
+    root = tmp_path / "mine" / "data" / "voc"
+    for split, theirs in (("train", "trainval"), ("test", "test")):
+        mine, wanted = VocDataset(root, split), VocDataset(thirty, theirs)
+        assert (mine.ids, mine.classes) == (wanted.ids, wanted.classes)
+        for one, other in zip(mine.annotations(), wanted.annotations()):
+            # COCO knows no truncated objects
+            assert (one.names, one.width, one.height) == (other.names, other.width, other.height)
+            np.testing.assert_array_equal(one.boxes, other.boxes)
+            np.testing.assert_array_equal(one.difficult, other.difficult)
+    comparison = load_comparison(tmp_path / "mine" / "compare.yaml")
+    check_data_folders(comparison.distill, comparison.detect, "here")
+    assert Path(comparison.detect.DATASETS.VOC.own_train.ROOT) == root
+    # the configs are those that the VOC folder itself gets
+    init_project(tmp_path / "other", thirty, device="cpu")
+    trees = [yaml.safe_load((tmp_path / name / "detect.yaml").read_text()) for name in ("mine", "other")]
+    for tree in trees:
+        del tree["DATASETS"]["VOC"], tree["OUTPUT_DIR"]
+    assert trees[0] == trees[1]
+
+
+def test_one_file_is_cut(thirty, tmp_path):
+    source = CocoSource((as_coco(thirty, "trainval", tmp_path / "all.json"),), (thirty / "JPEGImages",))
+    project = init_project(tmp_path / "mine", source)
+    assert (project.cut, sum(project.images)) == (True, 24)
+    assert project.values.voc == project.report.root == tmp_path / "mine" / "data" / "voc"
+
+
+# FOLDER has the data: voc (an image is cut off), JSON files, and an empty folder
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("mine --voc FOLDER/voc", "unreadable image: JPEGImages/"),
+        ("mine --voc FOLDER/cut", "unreadable image: JPEGImages/"),
+        ("mine --voc FOLDER/none", "none: no such folder"),
+        ("empty --voc FOLDER/voc", "empty: is there already"),
+        ("my^project --voc FOLDER/voc", "'my^project'"),
+        ("mine --voc FOLDER/voc --images FOLDER/empty FOLDER/empty", "--images: "),
+        ("mine --coco FOLDER/a.json", "--images"),
+        ("mine --coco FOLDER/a.json --images FOLDER/empty FOLDER/empty", "--coco: "),
+        ("mine --coco FOLDER/a.json --images FOLDER/none", "none: no such folder"),
+        ("mine --coco FOLDER/none.json --images FOLDER/empty", "none.json: no such file"),
+        ("mine --coco FOLDER/list.json --images FOLDER/empty", "list.json: not COCO's object detection format"),
+        ("mine --coco FOLDER/half.json --images FOLDER/empty", "half.json: not valid JSON"),
+    ],
+)
+def test_what_cannot_be_used_is_named_and_nothing_is_left(voc, tmp_path, monkeypatch, cli, capsys, words, named):
+    image = next((voc / "JPEGImages").iterdir())
+    image.write_bytes(image.read_bytes()[:200])
+    # a folder without lists, which would be cut
+    shutil.rmtree(Path(shutil.copytree(voc, tmp_path / "cut")) / "ImageSets")
+    (tmp_path / "empty").mkdir()
+    for name, content in (("a.json", "{}"), ("list.json", "[1, 2]"), ("half.json", '{"images": [')):
+        (tmp_path / name).write_text(content)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert cli("init", *words.replace("FOLDER", str(tmp_path)).split()) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert named in line
+    assert sorted(tmp_path.rglob("*")) == before
