@@ -38,10 +38,10 @@ from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData
 from nst_det.distillation.loop import Teaching, one_step
 from nst_det.distillation.pipeline import parse_methods
 from nst_det.distillation.trainer import StudentTrainer
-from nst_det.engine.clock import Clock
 from nst_det.engine.config import merge_tree
 from nst_det.engine.device import amp_dtype, autocast, default_device, keep_freed_memory
 from nst_det.engine.run_dir import RunFolder
+from nst_det.engine.trainer import Clock
 
 METHODS = ["ce", "kd", "fitnet", "at", "nst-linear", "nst-poly", "kd+nst-poly"]
 # as in configs/distill/{imagenet_r50_to_r18,shapes}.yaml
@@ -158,6 +158,12 @@ class Setup:
         cross_entropy(logits.float(), labels).backward()
         model.zero_grad(set_to_none=True)
 
+    def now(self) -> float:
+        """Seconds on the timer, once the GPU's work is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.timer()
+
     def facts(self, args: argparse.Namespace) -> dict[str, object]:
         """What a number must be read with."""
         cuda = self.device.type == "cuda"
@@ -181,7 +187,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     bare = [copy_of(setup.student, setup.device).train() for _ in students]
     rows: dict[str, list[float]] = defaultdict(list)
     for step in range(total):
-        clock = Clock(exact=setup.device, timer=setup.timer)
+        clock = Clock(setup.now)
         start = clock.now()
         one_step(students, setup.teacher, batches, setup.normalize, clock)
         whole = clock.now() - start
@@ -218,7 +224,7 @@ def measure_ratios(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     bare, total = copy_of(setup.student, setup.device).train(), args.warm_up + args.steps
     whole, alone, cached = (setup.new_student(word) for word in (args.ratios, "ce", args.ratios))
     sources = {name: setup.batches(total) for name in ("step", "passes", "cached", "alone")}
-    clocks = {name: Clock(exact=setup.device, timer=setup.timer) for name in sources}
+    clocks = {name: Clock(setup.now) for name in sources}
 
     def passes() -> None:
         clock, batch = clocks["passes"], next(sources["passes"])

@@ -207,7 +207,7 @@ class DistilledDetector(nn.Module):
     def _log_shapes(self, student: ModelOutputs, teacher: ModelOutputs) -> None:
         known = [level_shapes(backbone_of(detector)).items() for detector in (self.student, self.teacher)]
         strides = ({name: stride for name, (_, stride) in shapes if stride is not None} for shapes in known)
-        rows = [line.cells for line in pair_shapes(self.transfer, student, teacher, *strides)]
+        rows = pair_shapes(self.transfer, student, teacher, *strides)
         log.info("compared at %d x %d pixels:\n%s", *self._pixels, text_table(loss.HEADINGS, rows))
         self._logged = True
 

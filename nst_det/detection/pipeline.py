@@ -23,7 +23,6 @@ from nst_det.detection.data import data_classes, evaluation_batches, open_voc, s
 from nst_det.detection.distiller import DistilledDetector, distill, level_channels, wants_teacher
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.detection.trainer import Trainer, train
-from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.checkpoint import checkpoints, would_resume
 from nst_det.engine.config import expand_path
 from nst_det.engine.device import amp_dtype, cast_frozen, compute_line, gpu_errors_in_one_line, set_float32_precision
@@ -42,6 +41,7 @@ from nst_det.engine.metrics import last_losses
 from nst_det.engine.progress import progress
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed, seeded
+from nst_det.engine.train_state import AveragedWeights
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections, GroundTruth
 from nst_det.evaluation.io import write_detections

@@ -18,7 +18,6 @@ from nst_det.detection.distiller import DistilledDetector
 from nst_det.detection.solver import build_optimizer
 from nst_det.detection.torchvision import Detector
 from nst_det.engine import distributed
-from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.config import plain
 from nst_det.engine.distributed import average_gradients, log_batch, rank, running_statistics, world_size
 from nst_det.engine.metrics import loss_note
@@ -26,11 +25,11 @@ from nst_det.engine.nan_guard import NonFiniteGuard, NotFinite, broken_values, g
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything
 from nst_det.engine.solver import clip_gradients, lr_schedule, set_learning_rate
-from nst_det.engine.train_state import OptimizedState
+from nst_det.engine.train_state import AveragedWeights, OptimizedState
 from nst_det.engine.trainer import (
-    EvalHook,
     MetricsHook,
     PeriodicCheckpointer,
+    PeriodicHook,
     ProgressHook,
     RollbackStep,
     SpeedHook,
@@ -201,7 +200,7 @@ def train(trainer: Trainer, folder: RunFolder, evaluate: Callable[[int], dict[st
     trainer.register_hooks(
         [
             SpeedHook(solver.IMS_PER_BATCH, trainer.device),
-            EvalHook(config.TEST.EVAL_PERIOD, evaluate_step),
+            PeriodicHook(config.TEST.EVAL_PERIOD, evaluate_step),
             MetricsHook(folder, config.TENSORBOARD, config.WANDB),
             ProgressHook(folder.path.name, losses, note),
             WallTime(trainer.state),

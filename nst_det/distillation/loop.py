@@ -14,14 +14,13 @@ from nst_det.distillation.accuracy import Accuracy
 from nst_det.distillation.build import Network
 from nst_det.distillation.dataloader import Batch, Normalizer
 from nst_det.distillation.trainer import StudentTrainer
-from nst_det.engine.clock import Clock
 from nst_det.engine.distributed import is_main_process, world_size
 from nst_det.engine.format import text_table
 from nst_det.engine.metrics import loss_note
 from nst_det.engine.trainer import (
-    EvalHook,
-    Hook,
+    Clock,
     PeriodicCheckpointer,
+    PeriodicHook,
     ProgressHook,
     RollbackStep,
     SpeedHook,
@@ -54,9 +53,7 @@ def log_shapes(losses: Mapping[str, TransferLoss], student: Network, teacher: Ne
     mine, my_strides = _probe(student, [name for loss in losses.values() for name in loss.student_levels], size)
     theirs, their_strides = _probe(teacher, [name for loss in losses.values() for name in loss.teacher_levels], size)
     lines = {
-        line.cells: None
-        for loss in losses.values()
-        for line in pair_shapes(loss, mine, theirs, my_strides, their_strides)
+        line: None for loss in losses.values() for line in pair_shapes(loss, mine, theirs, my_strides, their_strides)
     }
     if lines:
         log.info("compared at %d x %d pixels:\n%s", size, size, text_table(shapes.HEADINGS, lines))
@@ -144,19 +141,6 @@ class StageOneTrainer(TrainLoop):
             student.save()
 
 
-class StudentMetrics(Hook):
-    """Writes a row of each student's metrics every ``period`` steps."""
-
-    def __init__(self, period: int) -> None:
-        self.period = period
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self.period == 0 or done == self.trainer.max_iter:
-            for student in self.trainer.stayed:
-                student.log(self.trainer.scalars)
-
-
 def train_side_by_side(
     students: Sequence[StudentTrainer],
     teacher: Teaching | None,
@@ -193,11 +177,15 @@ def train_side_by_side(
         for student in trainer.stayed:
             student.record(found[student.word])
 
+    def write_metrics() -> None:
+        for student in trainer.stayed:
+            student.log(trainer.scalars)
+
     trainer.register_hooks(
         [
             SpeedHook(images, normalize.device, log_period),
-            StudentMetrics(log_period),
-            EvalHook(eval_period, evaluate, last=True),
+            PeriodicHook(log_period, write_metrics, last=True),
+            PeriodicHook(eval_period, evaluate, last=True),
             PeriodicCheckpointer(checkpoint_period),
             ProgressHook(
                 title,

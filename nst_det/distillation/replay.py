@@ -1,4 +1,4 @@
-"""A step of stage one, run again from its file alone."""
+"""A step of stage one, run again from its dump alone."""
 
 from __future__ import annotations
 
@@ -20,24 +20,7 @@ from nst_det.models import create_model, feature_levels
 
 
 def rebuild(content: dict[str, Any]) -> Step:
-    """The student of a dumped step, and a call that makes the step by the code that trains."""
-    student = _student(content)
-    images, labels = content["pixels"].to(student.device), content["labels"].to(student.device)
-    teacher = None if content["teacher"] is None else outputs_from(content["teacher"], student.device)
-
-    def run_step() -> tuple[dict[str, float], list[str]]:
-        student.forward_backward(images, labels, teacher, int(content["piece"]))
-        one = student.pass_of(-1)
-        named = [*student.model.named_parameters(), *student.transfer.named_parameters()]
-        broken = [*broken_values(one.values, one.places, named), *broken_outputs(teacher)]
-        if not broken and not bool(gradient_norm([value for _, value in named]).isfinite()):
-            broken = [NORM]
-        return one.values, broken
-
-    return student.model, run_step
-
-
-def _student(content: dict[str, Any]) -> StudentTrainer:
+    """Return the student of a dumped step, and a call that makes the step by the code that trains."""
     about, given = content["about"], content["transfer"]
     model = create_model(about["arch"], about["num_classes"], **about["arch_kwargs"])
     model.load_state_dict(content["model"])
@@ -45,8 +28,8 @@ def _student(content: dict[str, Any]) -> StudentTrainer:
     transfer = TransferLoss(parse_method(given["method"]), given["weights"], pairs, given["options"])
     transfer.terms.load_state_dict(given["state"])
     solver: CfgNode = get_defaults().SOLVER
-    merge_tree(solver, content["solver"], "the step's file")
-    # the file has one part of the step's images
+    merge_tree(solver, content["solver"], "the dump")
+    # the dump has one part of the step's images
     solver.ACCUMULATE = 1
     precision = getattr(torch, content["precision"])
     device = default_device()
@@ -64,4 +47,16 @@ def _student(content: dict[str, Any]) -> StudentTrainer:
         about,
     )
     student.step = content["step"]
-    return student
+    images, labels = content["pixels"].to(student.device), content["labels"].to(student.device)
+    teacher = None if content["teacher"] is None else outputs_from(content["teacher"], student.device)
+
+    def run_step() -> tuple[dict[str, float], list[str]]:
+        student.forward_backward(images, labels, teacher, int(content["piece"]))
+        one = student.pass_of(-1)
+        named = [*student.model.named_parameters(), *student.transfer.named_parameters()]
+        broken = [*broken_values(one.values, one.places, named), *broken_outputs(teacher)]
+        if not broken and not bool(gradient_norm([value for _, value in named]).isfinite()):
+            broken = [NORM]
+        return one.values, broken
+
+    return student.model, run_step

@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from nst_det.distillation.accuracy import Accuracy
 from nst_det.distillation.build import by_positions
 from nst_det.distillation.cache import is_stand_in
-from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.config import plain
 from nst_det.engine.device import autocast
 from nst_det.engine.distributed import average_gradients, is_main_process, rank, running_statistics
@@ -24,7 +23,7 @@ from nst_det.engine.nan_guard import NonFiniteGuard, broken_values, gradient_nor
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed
 from nst_det.engine.solver import clip_gradients, lr_schedule, make_optimizer, set_learning_rate
-from nst_det.engine.train_state import OptimizedState
+from nst_det.engine.train_state import AveragedWeights, OptimizedState
 from nst_det.errors import UserError
 from nst_det.losses import ModelOutputs, TransferLoss
 from nst_det.models import LevelInfo, forward_outputs

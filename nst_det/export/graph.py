@@ -20,12 +20,7 @@ class DetectorGraph(nn.Module):
         self.multiple = max(detector.backbone.size_divisibility, 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Detect on ``image``, (3, H, W) uint8 RGB, resized as INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST say.
-
-        Returns:
-            boxes (N, 4) float32 xyxy in pixels of ``image``, scores (N,) float32 0..1, labels (N,) int64 from 0, the
-            best first.
-        """
+        """Return (N, 4) xyxy boxes in pixels of (3, H, W) uint8 RGB, (N,) scores and (N,) int64 labels, best first."""
         size = image.shape[1], image.shape[2]
         maps = self.detector.backbone(self._normalized(image))
         proposals, valid = self._propose(maps, size)

@@ -15,12 +15,12 @@ from nst_det.detection.data import data_classes
 from nst_det.detection.pipeline import train_detector
 from nst_det.detection.torchvision import build_detector
 from nst_det.detection.torchvision.rpn import RpnHead
-from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.checkpoint import checkpoints
 from nst_det.engine.distributed import rank
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.nan_guard import read_step
 from nst_det.engine.signals import Preempted
+from nst_det.engine.train_state import AveragedWeights
 from tests.helpers.detection import same_bits
 
 # batch normalization over both processes; images of several sizes, so that a batch is padded

@@ -31,7 +31,7 @@ from nst_det.distillation.trainer import broken_outputs
 from nst_det.engine.io import write_sealed_json
 from nst_det.engine.metrics import read_metrics
 from nst_det.errors import UserError
-from nst_det.losses import LossSpec, ModelOutputs, build_transfer, register_term, terms, unregister_term
+from nst_det.losses import ModelOutputs, build_transfer, register_term, terms, unregister_term
 from nst_det.models import load_card, save_backbone
 
 METHODS = ["ce", "nst-poly", "kd+at"]
@@ -166,7 +166,7 @@ class Square(nn.Module):
 def test_a_loss_from_outside_declares_too_little_or_nothing(images, teacher, tmp_path, untrained, reads):
     if reads:
         Square.reads = reads
-    register_term(LossSpec("square", "maps", 1.0, "the test", "energies", Square))
+    register_term("square", "maps", 1.0, "the test", "energies")(Square)
     keys = {"TEACHER.WEIGHTS": teacher, "CACHE.DIR": tmp_path / "cache", "METHODS": ["square+at"]}
     error = UserError if reads == ("energy",) else ZeroDivisionError
     try:
@@ -378,9 +378,9 @@ def test_what_is_not_kept_is_not_taken_for_broken(images, teacher, tmp_path, mon
     keys = {"TEACHER.WEIGHTS": teacher, "CACHE.DIR": tmp_path / "cache", "SOLVER.MAX_ITER": 1}
     run(images, tmp_path, METHODS=["at"], **keys)
     outputs = said[0]
-    assert outputs.map("res3").shape == (BATCH, 64, 4, 4)
-    assert outputs.map("res3").isnan().all()
+    assert outputs.maps["res3"].shape == (BATCH, 64, 4, 4)
+    assert outputs.maps["res3"].isnan().all()
     assert outputs.logits is None
     assert broken_outputs(outputs) == []
-    outputs.maps["res3"] = outputs.map("res3").clone()
+    outputs.maps["res3"] = outputs.maps["res3"].clone()
     assert broken_outputs(outputs) == ["the teacher's map res3"]

@@ -22,9 +22,9 @@ from nst_det.distillation.loop import one_step
 from nst_det.distillation.pipeline import StageOne, distill
 from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import checkpoints
-from nst_det.engine.clock import Clock
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.run_dir import RunFolder
+from nst_det.engine.trainer import Clock
 from nst_det.errors import UserError
 from nst_det.losses.loss_balance import GradientBalance
 from nst_det.models import load_card, prove_parity, save_backbone

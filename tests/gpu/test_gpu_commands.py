@@ -1,4 +1,4 @@
-"""The words of nst-det that take what was trained on a GPU, or take one themselves; the slowest tests come last."""
+"""Commands on what was trained on a GPU; the slowest tests come last."""
 
 import os
 import subprocess
@@ -21,28 +21,21 @@ def command(capsys):
     def run(*words):
         with pytest.raises(SystemExit) as left:
             main([str(word) for word in words])
-        said = capsys.readouterr()
-        assert left.value.code == 0, said.err
-        return said.out
+        printed = capsys.readouterr()
+        assert left.value.code == 0, printed.err
+        return printed.out
 
     return run
 
 
-def test_predict(command, detectors, generated, tmp_path, gpu_device):
-    words = ["--threshold", 0.0, "--device", gpu_device, "--format", "json"]
-    images = generated / "shapes_voc" / "JPEGImages"
-    assert "16 images" in command("predict", images, "--run", detectors("torchvision"), "--output", tmp_path, *words)
-
-
-def test_export(command, detectors, tmp_path):
-    file = tmp_path / "detector.pt2"
-    command("export", "--format", "torch-export", "--run", detectors("torchvision"), "--output", file)
-    assert file.stat().st_size > 1e6
-
-
-def test_benchmark(command, detectors, tmp_path, gpu_device):
-    words = ["--batch", 1, 2, "--repeats", 2, "--device", gpu_device, "--json", tmp_path / "out.json"]
-    command("benchmark", "--run", detectors("torchvision"), *words)
+def test_commands_on_a_detector(command, detectors, generated, tmp_path, gpu_device):
+    images, run = generated / "shapes_voc" / "JPEGImages", ["--run", detectors("torchvision")]
+    on = ["--device", gpu_device]
+    predicted = command("predict", images, *run, "--output", tmp_path, "--threshold", 0.0, *on, "--format", "json")
+    assert "16 images" in predicted
+    command("export", "--format", "torch-export", *run, "--output", tmp_path / "detector.pt2")
+    assert (tmp_path / "detector.pt2").stat().st_size > 1e6
+    command("benchmark", *run, "--batch", 1, 2, "--repeats", 2, *on, "--json", tmp_path / "out.json")
     figures = read_json(tmp_path / "out.json")
     assert figures["device"] == gpu_device
     assert all(0 < row["p10"] <= row["median"] for row in figures["latency"])
