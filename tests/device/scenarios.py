@@ -50,7 +50,7 @@ EVERY = {
 }
 EVERY_DET = {**EVERY, "MODEL.DEVICE": "cuda:1", "DATASETS.VAL_FRACTION": 0.3}
 STAGE_ONE_STEP = tuple(("nst_det.distillation.loop:one_step", call) for call in (2, 3))
-MEASURE, RECORD = "nst_det.distillation.pipeline:measure", "nst_det.distillation.trainer:StudentTrainer.record"
+MEASURE, RECORD = "nst_det.distillation.loop:measure", "nst_det.distillation.trainer:StudentTrainer.record"
 STAGE_ONE_EVALUATION = ((MEASURE, 1), (RECORD, 1))
 STAGE_TWO_STEP = tuple(("nst_det.detection.trainer:Trainer.run_step", call) for call in (2, 3))
 STAGE_TWO_EVALUATION = (("nst_det.detection.pipeline:detect", 1), ("nst_det.detection.pipeline:score", 1))

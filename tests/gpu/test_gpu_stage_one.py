@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nst_det.distillation import pipeline as stage
-from nst_det.distillation import trainer as student
 from nst_det.distillation.build import Teacher
 from nst_det.distillation.dataloader import StageOneData
 from nst_det.distillation.replay import rebuild
+from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import load_latest_checkpoint
+from nst_det.engine.loader import load
 from nst_det.engine.nan_guard import read_step, replay
 from nst_det.errors import UserError
 from nst_det.models import load_backbone
@@ -60,7 +60,8 @@ def test_workers_give_the_batches_of_this_process(stage_one_config, tmp_path, gp
     for workers in (0, 2):
         config = stage_one_config(tmp_path, {**CROPPED, "DATALOADER.NUM_WORKERS": workers})
         data = StageOneData(config)
-        found.append(list(data.train_steps(config.DATA.AUGMENT, 16, data.views())(0, 5)))
+        batches = data.training(config.DATA.AUGMENT, config.SOLVER, data.views())
+        found.append(list(load(batches, range(5), workers)))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
@@ -71,15 +72,15 @@ def test_a_run_that_resumes(stage_one, from_teacher, tmp_path, stops_after_savin
     with stops_after_saving(2), pytest.raises(UserError, match="stopped"):
         stage_one(tmp_path / "stopped", from_teacher)
     devices = set()
-    start = student.StudentTrainer.start
+    resume = StudentTrainer.resume
 
-    def started(self, *args):
-        start(self, *args)
+    def resumed_here(self):
+        resume(self)
         states = [*self.optimizer.state.values(), {"model": next(self.model.parameters())}]
         devices.update(v.device.type for state in states for v in state.values() if torch.is_tensor(v) and v.dim())
         assert self.step == 2
 
-    monkeypatch.setattr(stage.StudentTrainer, "start", started)
+    monkeypatch.setattr(StudentTrainer, "resume", resumed_here)
     resumed = stage_one(tmp_path / "stopped", from_teacher)["rows"][METHOD]
     assert devices == {gpu_device}
     assert [row["step"] for row in resumed] == [row["step"] for row in whole]
