@@ -26,8 +26,14 @@ MAX_PIXELS = 1_000_000
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 FLAGS = {"": False, "0": False, "false": False, "unspecified": False, "1": True, "true": True}
 # kinds of faults, and the words for them
-NO_AREA, OUTSIDE, REACHES_OUTSIDE = "box with no area", "box outside", "box reaches outside"
-FAULTS = {NO_AREA: "has no area", OUTSIDE: "lies outside the image", REACHES_OUTSIDE: "reaches outside the image"}
+SWAPPED, NO_AREA, OUTSIDE, REACHES_OUTSIDE = "swapped corners", "box with no area", "box outside", "box reaches outside"
+FAULTS = {
+    SWAPPED: "has its corners swapped (xmin > xmax or ymin > ymax)",
+    NO_AREA: "has no area",
+    OUTSIDE: "lies outside the image",
+    REACHES_OUTSIDE: "reaches outside the image",
+}
+_UTF8 = re.compile(rb"""^(\s*<\?xml[^>]*?encoding\s*=\s*["'])utf_?8(?=["'])""", re.IGNORECASE)
 # float() alone would take "nan", "inf", "4_0" and digits of other scripts
 _NUMBER = re.compile(r"[-+]?\d{1,12}(\.\d{0,20})?([eE][-+]?\d{1,2})?", re.ASCII)
 
@@ -75,7 +81,9 @@ class VocAnnotation:
         """Return the kind of fault of an object's box, and one line about it."""
         box, width, height = self.objects[index].box, self.width, self.height
         xmin, ymin, xmax, ymax = box
-        if xmax <= xmin or ymax <= ymin:
+        if xmax < xmin or ymax < ymin:
+            fault = SWAPPED
+        elif xmax == xmin or ymax == ymin:
             fault = NO_AREA
         elif xmax < 1 or ymax < 1 or xmin > width or ymin > height:
             fault = OUTSIDE
@@ -84,14 +92,14 @@ class VocAnnotation:
         else:
             return None
         corners = ", ".join(f"{value:g}" for value in box)
-        size = "" if fault == NO_AREA else f" of {width}x{height}"
+        size = "" if fault in (SWAPPED, NO_AREA) else f" of {width}x{height}"
         return fault, f"the box ({corners}) of {self.describe(index)} {FAULTS[fault]}{size}"
 
 
 def usable_boxes(annotation: VocAnnotation) -> tuple[np.ndarray, list[str]]:
     """Return which boxes a detector can be trained on, (N,) bool, and a line for each of the others.
 
-    A box is dropped where it has no area, or where it lies wholly outside the image.
+    A box is dropped where its corners are swapped, where it has no area, or where it lies wholly outside the image.
     """
     keep = np.ones(len(annotation.objects), dtype=bool)
     dropped = []
@@ -115,7 +123,8 @@ def read_annotation(path: Path) -> VocAnnotation:
 def parse_xml(data: bytes) -> Element:
     """Return the root of an annotation; DOCTYPE and entities are refused."""
     try:
-        root: Element = fromstring(data, forbid_dtd=True)
+        # the XML parser knows UTF-8 by its proper name alone
+        root: Element = fromstring(_UTF8.sub(rb"\1utf-8", data, count=1), forbid_dtd=True)
     except DefusedXmlException as error:
         raise UserError(f"XML with a DOCTYPE or entities is refused ({type(error).__name__}); remove them") from error
     except (ParseError, ValueError, LookupError) as error:
@@ -137,6 +146,9 @@ def parse_annotation(data: bytes, name: str) -> tuple[VocAnnotation | None, list
     problems: list[str] = []
     width, height = (_number(root, f"size/{side}", problems, side=True) for side in ("width", "height"))
     objects = [_object(element, number, problems) for number, element in enumerate(root.findall("object"), 1)]
+    nested = sum(1 for _ in root.iter("object")) - len(objects)
+    if nested:
+        problems.append(f"{nested} of its <object> are not directly in <annotation>; move them there")
     if width is None or height is None:
         return None, problems
     found = tuple(item for item in objects if item is not None)
@@ -152,14 +164,18 @@ def _object(element: Element, number: int, problems: list[str]) -> VocObject | N
     flags = []
     for flag in ("difficult", "truncated"):
         text = (element.findtext(flag) or "").strip()
-        flags.append(FLAGS.get(text.lower(), False))
-        if text.lower() not in FLAGS:
+        share = float(text) if flag == "truncated" and _NUMBER.fullmatch(text) else -1
+        flags.append(FLAGS.get(text.lower(), share > 0))
+        # some tools write which share of the object is cut off
+        if text.lower() not in FLAGS and not 0 <= share <= 1:
             problems.append(f"{where}: {flag} is '{shown(text, 40)}'; write 0 or 1")
-    frame = element.find("bndbox")
-    if frame is None:
+    frames = element.findall("bndbox")
+    if not frames:
         problems.append(f"{where}: bndbox is missing; add it or remove the object")
         return None
-    box = tuple(_number(frame, corner, problems, f"{where}: bndbox/") for corner in CORNERS)
+    if len(frames) > 1:
+        problems.append(f"{where}: bndbox is there {len(frames)} times; write an object for each")
+    box = tuple(_number(frames[0], corner, problems, f"{where}: bndbox/") for corner in CORNERS)
     return VocObject(name, box, *flags) if len(problems) == before else None  # type: ignore[arg-type]
 
 

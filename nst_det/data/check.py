@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, parse_annotation, parse_xml
 from nst_det.data.folders import EXTENSIONS, class_folders
-from nst_det.data.images import MAX_IMAGE_BYTES, decode_image
+from nst_det.data.images import MAX_IMAGE_BYTES, decode_image, image_orientation
 from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, shown, shown_path
 from nst_det.data.voc import IMAGE_EXTENSIONS, existing_split_path, find_voc_root, image_names, scan_list
 from nst_det.engine.device import core_count
@@ -83,16 +84,24 @@ def check_data(
     return report
 
 
-def _check_images(report: Report, paths: Sequence[Path], workers: int) -> dict[Path, tuple[str, str]]:
-    """Return size (``40x30``) and SHA-256 of each image that can be decoded."""
+class _Decoded(NamedTuple):
+    size: str  # such as 40x30, upright
+    sha256: str
+    orientation: int  # of EXIF, 1 where it is upright
 
-    def decode(path: Path) -> tuple[str, str] | UserError:
+
+def _check_images(report: Report, paths: Sequence[Path], workers: int) -> dict[Path, _Decoded]:
+    """Return what is known of each image that can be decoded."""
+
+    def decode(path: Path) -> _Decoded | UserError:
         try:
             data = read_bytes(path, MAX_IMAGE_BYTES, "image")
             height, width, _ = decode_image(data, shown_path(path)).shape
         except UserError as error:
             return error
-        return f"{width}x{height}", hashlib.sha256(data).hexdigest()
+        return _Decoded(
+            f"{width}x{height}", hashlib.sha256(data).hexdigest(), image_orientation(data, shown_path(path))
+        )
 
     report.counts["images"] = len(paths)
     decoded = {}
@@ -106,12 +115,12 @@ def _check_images(report: Report, paths: Sequence[Path], workers: int) -> dict[P
 
 
 def _check_twins(
-    report: Report, names: Sequence[str], parts: Sequence[Sequence[Path]], decoded: dict[Path, tuple[str, str]]
+    report: Report, names: Sequence[str], parts: Sequence[Sequence[Path]], decoded: dict[Path, _Decoded]
 ) -> None:
     """Report the images of the second part that are the same file as an image of the first one."""
-    first = {decoded[path][1]: path for path in parts[0] if path in decoded}
+    first = {decoded[path].sha256: path for path in parts[0] if path in decoded}
     for path in parts[1]:
-        twin = first.get(decoded[path][1], path) if path in decoded else path
+        twin = first.get(decoded[path].sha256, path) if path in decoded else path
         if twin != path:
             text = f"in {names[1]}, is the same file as {shown_path(twin.relative_to(report.root))} in {names[0]}"
             report.add("same image in two lists", path, f"{text}; keep one")
@@ -159,7 +168,7 @@ def _check_voc(root: Path, splits: Sequence[str] | None, classes: Sequence[str] 
     report = Report(root, "VOC folder")
     lists = _check_lists(report, splits)
     images = _image_files(report)
-    annotated = {path.stem: path for path in sorted((root / "Annotations").iterdir()) if path.suffix == ".xml"}
+    annotated = {path.stem: path for path in sorted((root / "Annotations").iterdir()) if _is_annotation(path)}
     if splits is not None:
         listed = {id_ for ids in lists.values() for id_ in ids}
         images, annotated = ({id_: files[id_] for id_ in files if id_ in listed} for files in (images, annotated))
@@ -170,14 +179,20 @@ def _check_voc(root: Path, splits: Sequence[str] | None, classes: Sequence[str] 
     decoded = _check_images(report, list(images.values()), workers)
     names: Counter[str] = Counter()
     for id_, path in annotated.items():
-        annotation = _check_annotation(report, path, classes)
+        annotation = _check_annotation(report, path, classes, images)
         if annotation is None:
             continue
         names.update(annotation.names)
         declared = f"{annotation.width}x{annotation.height}"
-        size, _ = decoded.get(images.get(id_, path), (declared, ""))
+        if images.get(id_) not in decoded:
+            continue
+        size, _, orientation = decoded[images[id_]]
+        if orientation != 1:
+            turned = f"its EXIF orientation is {orientation}, and it is turned upright when it is read"
+            report.add("turned image", images[id_], f"{turned}; see that the boxes are too, and drop the EXIF")
         if size != declared:
-            report.add("wrong size", path, f"size is {declared}, but the image is {size}; correct it")
+            sides = ", whose sides are exchanged by EXIF" if orientation >= 5 else ""
+            report.add("wrong size", path, f"size is {declared}, but the image is {size}{sides}; correct it")
     report.counts |= {"annotations": len(annotated), "objects": names.total(), "classes": len(names)}
     similar = defaultdict(list)
     for name in sorted(names):
@@ -225,7 +240,7 @@ def _image_files(report: Report) -> dict[str, Path]:
         return {}
     for path in sorted(folder.iterdir()):
         used = names.get(path.stem, path.name)
-        if path.suffix.lower() in IMAGE_EXTENSIONS and path.name != used:
+        if path.suffix.lower() in IMAGE_EXTENSIONS and path.name != used and not path.name.startswith("."):
             report.add("repeated id", path, f"{shown(used)} has the same name and is used; remove one")
     return {stem: folder / name for stem, name in sorted(names.items())}
 
@@ -258,7 +273,13 @@ def _leads_out(report: Report, path: Path) -> bool:
     return outside
 
 
-def _check_annotation(report: Report, path: Path, classes: Sequence[str] | None) -> VocAnnotation | None:
+def _is_annotation(path: Path) -> bool:
+    return path.suffix == ".xml" and not path.name.startswith(".")
+
+
+def _check_annotation(
+    report: Report, path: Path, classes: Sequence[str] | None, images: dict[str, Path]
+) -> VocAnnotation | None:
     problem = name_problem(path.stem)
     if problem:
         report.add("bad annotation", path, f"its name {problem}; rename it")
@@ -275,6 +296,10 @@ def _check_annotation(report: Report, path: Path, classes: Sequence[str] | None)
     filename = parse_xml(data).findtext("filename") or ""
     if "/" in filename or "\\" in filename or filename in (".", ".."):
         report.add("leads outside", path, f"filename '{shown(filename)}' leads elsewhere (it isn't followed)")
+    elif Path(filename.strip()).stem != path.stem and Path(filename.strip()).stem in images:
+        used = shown(images[path.stem].name) if path.stem in images else "none"
+        text = f"filename names the image {shown(filename.strip())}, but an annotation's own name counts ({used})"
+        report.add("names another image", path, f"{text}; rename one of them, or correct filename")
     first: dict[tuple[str, tuple[float, ...]], int] = {}
     for index, item in enumerate(annotation.objects):
         fault = annotation.box_fault(index)

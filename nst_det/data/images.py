@@ -13,6 +13,7 @@ import numpy as np
 from PIL import (
     Image,
     MpoImagePlugin,  # noqa: F401 (Pillow registers these two when they are imported)
+    UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
 )
 
@@ -21,11 +22,21 @@ from nst_det.errors import UserError
 
 MAX_IMAGE_BYTES = 128 << 20
 MAX_IMAGE_PIXELS = 80_000_000
-# no other decoder of Pillow's is ever given a byte
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "MPO")
+# no other decoder of Pillow's is ever given a byte; that of JPEG opens MPO too
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 # more than 8 bits a channel would be cut silently
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _ORIENTATION_TAG = 0x0112
+_OTHER_FILES = {
+    b"gif8": "a GIF",
+    b"ii*\0": "a TIFF",
+    b"mm\0*": "a TIFF",
+    b"%pdf": "a PDF",
+    b"<svg": "an SVG",
+    b"<!doctype html": "a page of HTML",
+    b"<html": "a page of HTML",
+    b"<?xml": "XML",
+}
 # not ImageOps.exif_transpose, which raises where the EXIF of an intact image is damaged
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -69,19 +80,29 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     return (image.height, image.width) if orientation >= 5 else (image.width, image.height)
 
 
+def image_orientation(data: bytes, name: str) -> int:
+    """Return the EXIF orientation, 1 (upright) to 8; from 5 on, width and height are exchanged."""
+    return _opened(data, name)[1]
+
+
 def _opened(data: bytes, name: str) -> tuple[Image.Image, int]:
     """Return an image that is not decoded yet, and its EXIF orientation, 1 to 8."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise UserError(f"{name}: more than {MAX_IMAGE_PIXELS} pixels; scale it down or remove it") from error
+    except UnidentifiedImageError as error:
+        kind = next((kind for start, kind in _OTHER_FILES.items() if data.lstrip().lower().startswith(start)), "")
+        looks = f"it is {kind or 'another file' if data else 'empty'}"
+        raise UserError(f"{name}: no JPEG, PNG, BMP or WebP image ({looks}); convert or remove it") from error
     except Exception as error:  # as above
         raise _undecodable(name, error) from error
     if image.width * image.height > MAX_IMAGE_PIXELS:
         size = f"{image.width}x{image.height}"
         raise UserError(f"{name}: {size} is more than {MAX_IMAGE_PIXELS} pixels; scale it down or remove it")
-    if image.mode in DEEP_MODES:
-        raise UserError(f"{name}: more than 8 bits a channel (mode {image.mode}); convert it to 8-bit RGB")
+    # Pillow opens colors of 16 bits in a mode of 8; byte 24 of a PNG is its depth
+    if image.mode in DEEP_MODES or (image.format == "PNG" and data[24] > 8):
+        raise UserError(f"{name}: more than 8 bits a channel; convert it to 8-bit RGB")
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # an intact image may have a damaged EXIF

@@ -116,7 +116,7 @@ def ids_to_cut(root: Path) -> tuple[str, ...]:
         )
     if names:
         return read_split(root, (known or names)[0])
-    annotated = {path.stem for path in (root / "Annotations").glob("*.xml")}
+    annotated = {path.stem for path in (root / "Annotations").glob("[!.]*.xml")}
     ids = tuple(sorted(annotated & set(image_names(root / "JPEGImages"))))
     if not ids:
         raise UserError(f"{shown_path(root)}: no image with an annotation of the same name; add some")

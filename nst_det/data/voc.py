@@ -235,6 +235,7 @@ def image_names(folder: Path) -> dict[str, str]:
         raise UserError(f"{shown_path(folder)}: can't be listed ({error.strerror}); put the images there") from error
     found: dict[str, str] = {}
     for extension in reversed(IMAGE_EXTENSIONS):
-        names = (os.path.splitext(file) for file in files)
+        # a Mac leaves files named ._ID.jpg, which are no images
+        names = (os.path.splitext(file) for file in files if not file.startswith("."))
         found |= {stem: stem + suffix for stem, suffix in names if suffix.lower() == extension}
     return found

@@ -283,6 +283,11 @@ def defrosted(config: CfgNode) -> Iterator[None]:
             config.freeze()
 
 
+def listed_classes(config: CfgNode) -> tuple[str, ...]:
+    """Return the names in DATASETS.CLASSES; YAML reads digits as numbers."""
+    return tuple(map(str, config.DATASETS.CLASSES))
+
+
 def resolve_classes(config: CfgNode, classes: Sequence[str]) -> None:
     """Set MODEL.ROI_HEADS.NUM_CLASSES where it is 0, and compare it with the data where it is not."""
     stated = config.MODEL.ROI_HEADS.NUM_CLASSES

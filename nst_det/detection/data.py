@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from nst_det.data.annotation import VocAnnotation, usable_boxes
 from nst_det.data.splits import JoinedVoc, hold_out
 from nst_det.data.voc import VocDataset, class_names
-from nst_det.detection.config import voc_roots
+from nst_det.detection.config import listed_classes, voc_roots
 from nst_det.engine.distributed import share_of
 from nst_det.engine.loader import load
 from nst_det.engine.seeds import derive_seed
@@ -78,7 +78,7 @@ def data_classes(config: CfgNode, *, known_only: bool = False) -> tuple[str, ...
     ``known_only`` skips data sets that DATASETS.VOC doesn't have: Detectron2 knows others.
     """
     if config.DATASETS.CLASSES:
-        return tuple(config.DATASETS.CLASSES)
+        return listed_classes(config)
     for part in ("TRAIN", "TEST"):
         names = [name for name in config.DATASETS[part] if name in config.DATASETS.VOC or not known_only]
         if names:

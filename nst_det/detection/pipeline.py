@@ -18,7 +18,14 @@ from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detection.box_head import check_class_names, reads_box_head
 from nst_det.detection.checkpoint import keep_best, load_weights, save_weights, saved_classes, settle
-from nst_det.detection.config import defrosted, load_detect_config, resolve_classes, resolve_device, resolve_machine
+from nst_det.detection.config import (
+    defrosted,
+    listed_classes,
+    load_detect_config,
+    resolve_classes,
+    resolve_device,
+    resolve_machine,
+)
 from nst_det.detection.data import data_classes, evaluation_batches, open_voc, split_training, training_batches
 from nst_det.detection.distiller import DistilledDetector, distill, level_channels, wants_teacher
 from nst_det.detection.torchvision import Detector, build_detector
@@ -265,7 +272,7 @@ def _saved_classes(config: CfgNode) -> list[str]:
     """Return DATASETS.CLASSES, or those in the weights file, or []."""
     weights = config.MODEL.WEIGHTS
     if config.DATASETS.CLASSES or not weights or "://" in weights:
-        return list(config.DATASETS.CLASSES)
+        return list(listed_classes(config))
     path = Path(expand_path(weights, "MODEL.WEIGHTS"))
     return saved_classes(path) if path.is_file() else []
 

@@ -14,7 +14,7 @@ from nst_det.data.folders import EXTENSIONS
 from nst_det.data.images import read_image
 from nst_det.data.safe_io import shown_path
 from nst_det.detection.checkpoint import load_weights, saved_classes
-from nst_det.detection.config import defrosted, load_detect_config
+from nst_det.detection.config import defrosted, listed_classes, load_detect_config
 from nst_det.detection.data import network_input, runs_of_equals
 from nst_det.detection.pipeline import WEIGHTS_FILE, place_detector
 from nst_det.detection.predictions import Prediction
@@ -42,7 +42,7 @@ def load_run(
     config = run_config(folder)
     if not weights.is_file():
         raise UserError(f"{folder}: no {WEIGHTS_FILE} in it; finish this run by train-det first")
-    classes = tuple(saved_classes(weights)) or tuple(config.DATASETS.CLASSES)
+    classes = tuple(saved_classes(weights)) or listed_classes(config)
     if len(classes) != config.MODEL.ROI_HEADS.NUM_CLASSES:
         raise UserError(
             f"{weights}: names {len(classes)} classes, the run's config {config.MODEL.ROI_HEADS.NUM_CLASSES}; "

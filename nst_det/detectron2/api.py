@@ -18,7 +18,7 @@ from torch import nn
 from nst_det.detection import distiller
 from nst_det.detection.box_head import check_class_names, reads_box_head
 from nst_det.detection.checkpoint import saved_classes
-from nst_det.detection.config import detector_transfer_node, resolve_device
+from nst_det.detection.config import detector_transfer_node, listed_classes, resolve_device
 from nst_det.detection.data import data_classes
 from nst_det.detection.distiller import DistilledDetector
 from nst_det.detectron2.checkpoint import PREFIX, SUFFIX, BackboneCheckpointer
@@ -166,7 +166,7 @@ def teacher_classes(config_file: str, weights: str = "") -> list[str]:
         return []
     cfg = _read_yaml(path, ())
     saved = _classes_in(expand_path(weights or cfg.MODEL.WEIGHTS, "TEACHER.WEIGHTS"))
-    return list(cfg.DATASETS.CLASSES) or saved or class_list(cfg)
+    return list(listed_classes(cfg)) or saved or class_list(cfg)
 
 
 def distill(

@@ -5,12 +5,15 @@ Boxes here are float64 (N, 4): xmin, ymin, xmax, ymax in pixels counted from 1, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from nst_det.data.annotation import VocAnnotation
+from nst_det.data.annotation import VocAnnotation, usable_boxes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class GroundTruth:
     def from_annotations(annotations: Iterable[VocAnnotation], classes: Sequence[str]) -> GroundTruth:
         """Flatten annotations of distinct images; objects of other classes than ``classes`` are left out."""
         annotations = list(annotations)
+        for annotation in annotations:
+            for line in usable_boxes(annotation)[1]:
+                log.warning("%s; no detection can match it, and it counts as missed", line)
         ids = tuple(annotation.id for annotation in annotations)
         if len(set(ids)) != len(ids):
             raise ValueError("an image comes twice in the ground truth")

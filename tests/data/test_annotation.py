@@ -6,6 +6,7 @@ from nst_det.data.annotation import (
     NO_AREA,
     OUTSIDE,
     REACHES_OUTSIDE,
+    SWAPPED,
     VocAnnotation,
     VocObject,
     parse_annotation,
@@ -69,7 +70,7 @@ def test_every_problem_is_collected_and_the_first_raised(tmp_path):
 BOXES = [
     ((1, 1, 40, 30), None),
     ((5, 5, 5, 9), NO_AREA),
-    ((5, 9, 9, 5), NO_AREA),
+    ((5, 9, 9, 5), SWAPPED),
     ((0, 1, 10, 10), REACHES_OUTSIDE),
     ((1, 1, 41, 30), REACHES_OUTSIDE),
     ((41, 1, 50, 10), OUTSIDE),

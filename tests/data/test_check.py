@@ -1,12 +1,19 @@
+import io
 import json
 import os
+import struct
+import zlib
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from nst_det.data.check import check_data
 from nst_det.data.voc import VOC_CLASSES
 from nst_det.errors import UserError
 from tests.helpers.voc import jpeg, make, obj, write, write_list, xml
+
+BOX = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>8</xmax><ymax>8</ymax></bndbox>"
 
 
 def found(report):
@@ -75,6 +82,77 @@ def test_everything_wrong_is_listed_in_one_go(root, tmp_path):
         ("unreadable image", "JPEGImages/b.jpg"),
         ("wrong size", "Annotations/a.xml"),
     ]
+
+
+def exif(orientation):
+    image = Image.fromarray(np.zeros((30, 40, 3), np.uint8))
+    tags = image.getexif()
+    tags[0x0112] = orientation
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", exif=tags)
+    return stream.getvalue()
+
+
+def deep_png(color, channels):
+    """A PNG of 16 bits a channel, 40 x 30."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 40, 30, 16, color, 0, 0, 0)
+    rows = zlib.compress((b"\0" + b"\1\2" * 40 * channels) * 30)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kinds"),
+    [
+        # half a turn, mirrored, and a quarter, after which the size of the annotation is another
+        ("JPEGImages/a.jpg", exif(3), ["turned image"]),
+        ("JPEGImages/a.jpg", exif(2), ["turned image"]),
+        ("JPEGImages/a.jpg", exif(6), ["turned image", "wrong size"]),
+        ("JPEGImages/a.jpg", exif(1), []),
+        # 16 bits in grey, RGB, grey with alpha and RGBA
+        *(("JPEGImages/a.jpg", deep_png(*kind), ["unreadable image"]) for kind in ((0, 1), (2, 3), (4, 2), (6, 4))),
+        # the filename of another image, of the same one with another extension, and of none
+        ("Annotations/a.xml", xml(obj(), extra="<filename>b.jpg</filename>"), ["names another image"]),
+        ("Annotations/a.xml", xml(obj(), extra="<filename> b.png</filename>"), ["names another image"]),
+        ("Annotations/a.xml", xml(obj(), extra="<filename>a.png</filename>"), []),
+        ("Annotations/a.xml", xml(obj(), extra="<filename>0001.jpg</filename>"), []),
+        # objects that would be lost
+        ("Annotations/a.xml", xml(obj(extra=BOX)), ["bad annotation"]),
+        ("Annotations/a.xml", xml(f"<objects>{obj()}{obj('dog')}</objects>"), ["bad annotation"]),
+        ("Annotations/a.xml", xml(obj(extra=f"<part><name>head</name>{BOX}</part>")), []),
+        ("Annotations/a.xml", xml(obj(box=(9, 1, 5, 9))), ["swapped corners"]),
+        ("Annotations/a.xml", xml(obj(box=(1, 9, 5, 2))), ["swapped corners"]),
+        # the share of an object that is cut off
+        *(("Annotations/a.xml", xml(obj(extra=f"<truncated>{x}</truncated>")), []) for x in ("0.0597", "0.5", "1.0")),
+        *(("Annotations/a.xml", xml(obj(extra=f"<truncated>{x}</truncated>")), ["bad annotation"]) for x in (-0.1, 2)),
+        ("Annotations/a.xml", xml(obj(extra="<difficult>0.5</difficult>")), ["bad annotation"]),
+        # UTF-8 by other names
+        *(
+            ("Annotations/a.xml", f'<?xml version="1.0" encoding="{name}"?>{xml(obj("tür"))}', [])
+            for name in ("utf8", "UTF8", "utf_8", "UTF-8")
+        ),
+        # what a Mac leaves
+        ("JPEGImages/._a.jpg", b"\0\5\x16\7", []),
+        ("Annotations/._a.xml", b"\0\5\x16\7", []),
+    ],
+)
+def test_files_of_other_tools(root, name, content, kinds):
+    write(root / name, content)
+    assert [kind for kind, _ in found(check_data(root))] == kinds
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(b"GIF89a", "GIF"), (b"II*\0", "TIFF"), (b"<!DOCTYPE html>", "HTML"), (b"%PDF-1", "PDF"), (b"", "empty")],
+)
+def test_what_is_no_image_is_named(root, content, kind):
+    write(root / "JPEGImages" / "a.jpg", content)
+    (problem,) = check_data(root).problems
+    assert problem.file == "JPEGImages/a.jpg"
+    assert kind in problem.text
 
 
 def test_given_lists_and_classes(root):

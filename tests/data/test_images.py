@@ -64,10 +64,10 @@ def test_exif_orientation_is_applied(orientation, expected):
     "data", [b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a\1\0\1\0\0\0\0;", jpeg()[:-200]]
 )
 def test_what_is_no_image_is_named(tmp_path, data):
-    with pytest.raises(UserError, match=r"cut\.jpg: can't be decoded as an image"):
+    with pytest.raises(UserError, match=r"cut\.jpg: .*image"):
         read_image(write(tmp_path / "cut.jpg", data))
     if len(data) < 100:
-        with pytest.raises(UserError, match="^it: can't be decoded as an image"):
+        with pytest.raises(UserError, match="^it: .*image"):
             image_size(data, "it")
 
 

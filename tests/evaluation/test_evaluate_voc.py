@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nst_det.data.annotation import VocAnnotation
+from nst_det.data.annotation import VocAnnotation, VocObject
 from nst_det.data.voc import VocDataset
 from nst_det.engine.io import read_json
 from nst_det.evaluation.boxes import Detections, GroundTruth
@@ -289,3 +289,11 @@ def test_every_class_equals_the_official_devkit(real_data, root, folder):
         assert result.curves[0][k].recall[-1] == pytest.approx(official["max_recall"], abs=1e-11)
     assert abs(result.map11[0] - expected["mAP11"]) < 1e-9
     assert abs(result.map_area[0] - expected["mAP_area"]) < 1e-9
+
+
+def test_a_box_that_nothing_can_match_is_logged(caplog):
+    objects = (VocObject("cat", (1, 1, 9, 9)), VocObject("cat", (9, 1, 5, 9)), VocObject("cat", (5, 5, 5, 9)))
+    gold = GroundTruth.from_annotations([VocAnnotation("img7", 40, 30, objects)], CLASSES)
+    # the devkit counts it as missed
+    assert len(gold.box) == 3
+    assert [record.message.split(":")[0] for record in caplog.records] == ["img7", "img7"]
