@@ -56,24 +56,16 @@ def _rectified(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (inputs[0].relu(),)
 
 
-def _build(layers: tuple[int, int, int, int], width: int, classes: int) -> ResNet:
-    from nst_det.models.small import _default_cfg
-
-    model = BeforeReLU(layers, width, num_classes=classes)
-    model.default_cfg = model.pretrained_cfg = _default_cfg()
-    return model
-
-
 @register_model
 def study_resnet10_w32(pretrained: bool = False, num_classes: int = 1000, **_: Any) -> ResNet:
     """``nst_resnet10_w32`` with maps before the ReLU."""
-    return _build((1, 1, 1, 1), 32, num_classes)
+    return BeforeReLU((1, 1, 1, 1), 32, num_classes=num_classes)
 
 
 @register_model
 def study_resnet18_w48(pretrained: bool = False, num_classes: int = 1000, **_: Any) -> ResNet:
     """``nst_resnet18_w48`` with maps before the ReLU."""
-    return _build((2, 2, 2, 2), 48, num_classes)
+    return BeforeReLU((2, 2, 2, 2), 48, num_classes=num_classes)
 
 
 @dataclass(frozen=True)

@@ -242,8 +242,9 @@ def stage_one(part: Part) -> None:
     from safetensors.torch import save_file
 
     from nst_det.distillation.config import load_distill_config
-    from nst_det.distillation.dataloader import StageOneData
+    from nst_det.distillation.dataloader import StageOneData, TrainingBatches
     from nst_det.distillation.pipeline import distill
+    from nst_det.engine.loader import load
     from nst_det.models import create_model
 
     files = part.jpegs()
@@ -286,15 +287,14 @@ def stage_one(part: Part) -> None:
     for name, layout in (("eager", "contiguous"), ("channels_last", "channels_last")):
         part.report(**bare_passes(part, name, layout, compiled=False))
     fixed = config("fixed", 0, part.steps + part.warm_up)
-    batch = next(StageOneData(fixed).train_steps(fixed.DATA.AUGMENT, part.batch)(0, 1))
-    same = lambda *_args: lambda first, last: itertools.repeat(batch, last - first)  # noqa: E731
+    batch = StageOneData(fixed).training(fixed.DATA.AUGMENT, fixed.SOLVER)[0]
     peak_gib(part)
-    with timed_rows() as rows, patch.object(StageOneData, "train_steps", same):
+    with timed_rows() as rows, patch.object(TrainingBatches, "__getitem__", lambda *_: batch):
         distill(fixed)
     part.report(**step_figures(rows, part.batch, part.warm_up, "one_batch"), **peak_gib(part))
     skip = max(part.workers, part.warm_up)
     loaded = config("loaded", part.workers, part.steps + skip)
-    steps = StageOneData(loaded).train_steps(loaded.DATA.AUGMENT, part.batch)(0, 100000)
+    steps = load(StageOneData(loaded).training(loaded.DATA.AUGMENT, loaded.SOLVER), range(100000), part.workers)
     part.report(loader_images_per_second=loader_rate(steps, part.batch, skip, part.loader_seconds))
     steps.close()  # type: ignore[attr-defined]
     with timed_rows() as rows:

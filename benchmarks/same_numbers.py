@@ -57,7 +57,7 @@ CONFIGS = {
 # of a number: (pattern, what OLD calls it), applied to the names of both
 NAMES: list[tuple[str, str]] = []
 # of numbers that are no result
-IGNORED = r"speed/|seconds|time|\beta\b|sha256|provenance|cost|commands|schema|version"
+IGNORED = r"speed[/.]|seconds|time|\beta\b|sha256|provenance|cost|commands|schema|version"
 
 DEVKIT = {"mAP11": "map", "mAP_area": "map_area"}
 DEVKIT_WITHIN = 1e-9

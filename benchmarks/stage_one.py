@@ -34,14 +34,15 @@ from torch.nn.functional import cross_entropy
 from nst_det.distillation.build import Teacher, build_losses, copy_of, initial_student, initial_teacher
 from nst_det.distillation.cache import CacheWriter, total_bytes
 from nst_det.distillation.config import get_defaults
-from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData
+from nst_det.distillation.dataloader import Batch, StageOneData
 from nst_det.distillation.loop import Teaching, one_step
 from nst_det.distillation.pipeline import parse_methods
 from nst_det.distillation.trainer import StudentTrainer
-from nst_det.engine.clock import Clock
 from nst_det.engine.config import merge_tree
 from nst_det.engine.device import amp_dtype, autocast, default_device, keep_freed_memory
+from nst_det.engine.loader import load
 from nst_det.engine.run_dir import RunFolder
+from nst_det.engine.trainer import Clock
 
 METHODS = ["ce", "kd", "fitnet", "at", "nst-linear", "nst-poly", "kd+nst-poly"]
 # as in configs/distill/{imagenet_r50_to_r18,shapes}.yaml
@@ -129,27 +130,28 @@ class Setup:
             "SOLVER": {**PAIRS[args.pair]["solver"], "BASE_LR": 1e-3, "IMS_PER_BATCH": args.batch},
         }
         merge_tree(config, changes, "benchmark")
-        self.config, self.folder, self.batch = config, folder, args.batch
+        self.config, self.folder = config, folder
         self.data, self.methods, self.device = StageOneData(config), parse_methods(methods), default_device()
         self.student, teacher = initial_student(config, args.classes), initial_teacher(config, self.data.classes)
         self.losses = build_losses(config, self.methods, self.student, teacher, labels_shared=True)
         self.precision = amp_dtype(config.SOLVER.AMP, self.device)
         reads = {level for loss in self.losses.values() for level in loss.teacher_levels}
         self.teacher = Teacher(copy_of(teacher, self.device), reads, self.precision)
-        self.normalize = Normalizer(config.DATA.MEAN, config.DATA.STD, self.device)
+        self.normalize = self.data.normalize
         # one thread's CPU time doesn't count the time that other processes take from it
         own = args.threads == 1 and self.device.type == "cpu"
         self.timer = time.process_time if own else time.perf_counter
 
     def new_student(self, word: str) -> StudentTrainer:
         """A student that starts as all others."""
-        model, loss = copy_of(self.student, self.device), self.losses[word].to(self.device)
-        run = RunFolder(self.folder / word)
-        return StudentTrainer(word, model, self.student.levels, loss, self.config.SOLVER, 0, run, self.precision)
+        config, run = self.config, RunFolder(self.folder / word)
+        return StudentTrainer(word, self.student, self.losses[word], config, config.SOLVER, self.precision, run)
 
     def batches(self, steps: int) -> Iterator[Batch]:
         """Training batches."""
-        return self.data.train_steps(self.config.DATA.AUGMENT, self.batch, self.data.views())(0, steps)
+        return load(
+            self.data.training(self.config.DATA.AUGMENT, self.config.SOLVER, self.data.views()), range(steps), 0
+        )
 
     def bare_pass(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Forward and backward with cross-entropy alone."""
@@ -157,6 +159,12 @@ class Setup:
             logits = model(images)
         cross_entropy(logits.float(), labels).backward()
         model.zero_grad(set_to_none=True)
+
+    def now(self) -> float:
+        """Seconds on the timer, once the GPU's work is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.timer()
 
     def facts(self, args: argparse.Namespace) -> dict[str, object]:
         """What a number must be read with."""
@@ -181,7 +189,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     bare = [copy_of(setup.student, setup.device).train() for _ in students]
     rows: dict[str, list[float]] = defaultdict(list)
     for step in range(total):
-        clock = Clock(exact=setup.device, timer=setup.timer)
+        clock = Clock(setup.now)
         start = clock.now()
         one_step(students, setup.teacher, batches, setup.normalize, clock)
         whole = clock.now() - start
@@ -218,7 +226,7 @@ def measure_ratios(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     bare, total = copy_of(setup.student, setup.device).train(), args.warm_up + args.steps
     whole, alone, cached = (setup.new_student(word) for word in (args.ratios, "ce", args.ratios))
     sources = {name: setup.batches(total) for name in ("step", "passes", "cached", "alone")}
-    clocks = {name: Clock(exact=setup.device, timer=setup.timer) for name in sources}
+    clocks = {name: Clock(setup.now) for name in sources}
 
     def passes() -> None:
         clock, batch = clocks["passes"], next(sources["passes"])

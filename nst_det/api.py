@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.jupyter import JupyterMixin
 from rich.table import Table
-
-from nst_det.engine.format import ReprMixin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +27,7 @@ Settings = Mapping[str, Any] | Sequence[str]
 
 
 @dataclass(frozen=True)
-class CompareResult(ReprMixin):
+class CompareResult(JupyterMixin):
     """What a comparison found; shows itself as its table.
 
     Attributes:
@@ -55,7 +54,7 @@ class CompareResult(ReprMixin):
         return results_table(self.results)
 
 
-class DistillResult(ReprMixin, dict[str, dict[str, Any]]):
+class DistillResult(JupyterMixin, dict[str, dict[str, Any]]):
     """``result.json`` by method, and of the teacher under ``teacher``; shows itself as a table.
 
     Attributes:
@@ -150,7 +149,7 @@ def load_backbone(weights: str | Path) -> tuple[nn.Module, Card]:
 
     It is a timm model: ``model(images)`` gives logits (B, classes), ``model.forward_intermediates(images)`` maps.
     Images are (B, 3, H, W), normalized as ``card.input`` says.  :func:`nst_det.models.bottomup_from_file` gives
-    the part that a detector stands on.
+    the part that a detector is built on.
 
     Args:
         weights: a ``.safetensors`` path or ``backbone://NAME``.

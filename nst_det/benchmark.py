@@ -1,9 +1,8 @@
 """What a network costs: parameters, arithmetic, latency, throughput.
 
-Two terms are kept apart.  A MAC is one multiplication with the addition that follows it, which is what many papers
-print as "FLOPs"; here a FLOP is a single operation, so that a MAC counts as two.  fvcore counts the MACs of
-convolutions and matrix products, and single operations for normalization, pooling of features and resizing.  It has
-no count for element-wise operations, box decoding, RoIAlign and NMS: those are listed as uncounted.
+A MAC is one multiplication with the addition that follows it, which many papers print as "FLOPs"; here a FLOP is a
+single operation, so that a MAC counts as two.  fvcore counts the MACs of convolutions and matrix products, and single
+operations of normalization, feature pooling and resizing; what it has no count for is listed as uncounted.
 """
 
 from __future__ import annotations
@@ -29,15 +28,18 @@ BACKBONE_SIZE = (224, 224)
 
 
 class Traceable(nn.Module):
-    """A detector that takes a batch as one tensor and gives plain tensors, as a tracer wants it."""
+    """A detector that takes a batch as one tensor and gives plain tensors, as a tracer wants it.
 
-    def __init__(self, detector: nn.Module) -> None:
+    ``detect`` runs a detector that gives its detections in another form than the torchvision engine's.
+    """
+
+    def __init__(self, detector: nn.Module, detect: Callable[[nn.Module, Any], Any] = nn.Module.__call__) -> None:
         super().__init__()
-        self.detector = detector
+        self.detector, self.detect = detector, detect
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Turn (B, 3, H, W), 0..255, into boxes, scores and labels, image after image."""
-        found = self.detector([{"image": image} for image in images])
+        found = self.detect(self.detector, [{"image": image} for image in images])
         return tuple(item[name] for item in found for name in ("boxes", "scores", "labels"))
 
 
@@ -53,22 +55,10 @@ def photo_size(config: CfgNode) -> tuple[int, int]:
 def benchmark(
     model: nn.Module, size: tuple[int, int], batches: Sequence[int], repeats: int, device: torch.device
 ) -> dict[str, Any]:
-    """Measure one network on one device.
+    """Measure a network that takes (B, 3, H, W) on one device.
 
-    Images are noise of one seed, 0..255.  How long a detector takes depends on how many boxes it keeps, so measure
-    the trained one.
-
-    Args:
-        model: takes (B, 3, H, W); is put into evaluation mode.
-        size: (height, width) of the images, pixels.
-        batches: batch sizes.
-        repeats: passes that count, for each batch size.
-        device: where the model and the images go.
-
-    Returns:
-        ``parameters``; ``macs``, ``flops`` and ``uncounted`` of one image, see :func:`count_arithmetic`; ``latency``:
-        a dict a batch size with ``batch``, ``repeats``, ``p10``, ``median``, ``p90`` (seconds a batch) and
-        ``images_per_second`` (by the median).
+    Images of ``size`` (height, width) are noise of one seed, 0..255.  How long a detector takes depends on how many
+    boxes it keeps, so measure the trained one.  ``latency`` has percentiles in seconds for each of ``batches``.
     """
     model = model.to(device).eval()
     image = (torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 255).to(device)
@@ -84,15 +74,7 @@ def benchmark(
 
 @torch.no_grad()
 def count_arithmetic(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """Count the arithmetic of ``model(images)`` by fvcore.
-
-    Args:
-        model: in evaluation mode; gives a tensor, or tuples of them.
-        images: (B, 3, H, W); the count is of the whole batch.
-
-    Returns:
-        ``macs``: multiply-adds of convolutions and matrix products.  ``flops``: twice these, and the single operations
-        of what else fvcore counts.  ``uncounted``: operators that it has no count for, with how often they come.
+    """Count ``macs``, ``flops`` and ``uncounted`` operators of ``model(images)``, (B, 3, H, W), the batch as a whole.
 
     Example:
         >>> count_arithmetic(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(1, 3, 16, 16))["macs"]
@@ -109,11 +91,8 @@ def count_arithmetic(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
 
 def time_passes(call: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
-    """Return the seconds of each of ``repeats`` calls, after some that don't count.
-
-    Single passes, for percentiles: ``torch.utils.benchmark.Timer`` gives the mean of a block, and waits for the current
-    GPU whatever ``device`` is.
-    """
+    """Return the seconds of each of ``repeats`` calls, after some that don't count."""
+    # torch.utils.benchmark.Timer gives means of blocks, not single passes, and waits for the current GPU alone
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
     for _ in range(WARMUP):
         call()

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 DETECTRON2_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+# a warning works, but less than it could; a fault will fail
 OK, WARNING, FAULT = "ok", "warning", "FAULT"
 GIB = 1 << 30
 ENOUGH_MEMORY = 4 * GIB
@@ -25,14 +26,7 @@ TORCH_PIN = re.compile(r"torch\s*\(?==\s*([^\s;)]+)")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        what: its name.
-        state: ``ok``, ``warning`` (works, but less than it could) or ``FAULT`` (something will fail).
-        found: what was seen.
-        remedy: what to do; "" where nothing is wrong.
-    """
+    """One thing that was looked at: its name, ``ok``, ``warning`` or ``FAULT``, what was found, and what to do."""
 
     what: str
     state: str
@@ -41,24 +35,15 @@ class Finding:
 
 
 def examine(data: Sequence[Path] = (), output: Path = Path()) -> list[Finding]:
-    """Look at everything.
+    """Look at everything: with data sets in ``data``, and the disk where runs would be written."""
+    python = Finding("Python", OK, ".".join(map(str, sys.version_info[:3])))
+    torch = package("torch")
+    found = [python, torch, torchvision(), package("timm"), detectron2(), memory(), disk(output)]
+    if torch.state == OK:
+        # the rest of this package needs torch
+        from nst_det.engine.device import core_count
 
-    Args:
-        data: folders of data sets to check.
-        output: where runs would be written.
-    """
-    found = [
-        Finding("Python", OK, ".".join(map(str, sys.version_info[:3]))),
-        package("torch"),
-        torchvision(),
-        package("timm"),
-        detectron2(),
-        memory(),
-        disk(output),
-    ]
-    # the rest of this package needs torch
-    if any(finding.what == "torch" and finding.state == OK for finding in found):
-        found += [accelerator(), cores(), backbones(), *map(data_set, data)]
+        found += [accelerator(), Finding("CPU cores", OK, str(core_count())), backbones(), *map(data_set, data)]
     return found
 
 
@@ -72,16 +57,13 @@ def version(name: str) -> str | None:
 
 def import_error(module: str) -> str | None:
     """Return the last line of what a failing import prints; in a process of its own, for it may crash."""
+    command = [sys.executable, "-c", f"import {module}"]
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=IMPORT_SECONDS
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
         return f"no answer within {IMPORT_SECONDS} s"
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.strip().splitlines()
-    return lines[-1] if lines else f"exit code {done.returncode}"
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return lines[-1] if done.returncode else None
 
 
 def package(name: str) -> Finding:
@@ -89,8 +71,7 @@ def package(name: str) -> Finding:
     installed = version(name)
     if installed is None:
         return Finding(name, FAULT, "not installed", f"pip install {name}")
-    error = import_error(name)
-    if error:
+    if error := import_error(name):
         return Finding(name, FAULT, f"{installed} can't be imported: {error}", f"pip install --force-reinstall {name}")
     return Finding(name, OK, installed)
 
@@ -117,7 +98,7 @@ def accelerator() -> Finding:
         found = f"nvidia-smi is here, but torch (CUDA {torch.version.cuda}) sees no GPU"
         remedy = "install a torch built for this driver: https://pytorch.org/get-started/locally"
         return Finding("accelerator", WARNING, found, remedy)
-    return Finding("accelerator", OK, "none; runs go on the CPU")
+    return Finding("accelerator", OK, "none; runs use the CPU")
 
 
 def detectron2() -> Finding:
@@ -125,8 +106,7 @@ def detectron2() -> Finding:
     if importlib.util.find_spec("detectron2") is None:
         found = f"not installed; ENGINE torchvision does without. To install: {DETECTRON2_PAGE}"
         return Finding("Detectron2", OK, found)
-    error = import_error("detectron2._C")
-    if error:
+    if error := import_error("detectron2._C"):
         remedy = f"build it again with the torch that is installed now: {DETECTRON2_PAGE}"
         return Finding("Detectron2", FAULT, f"its compiled part can't be imported: {error}", remedy)
     return Finding("Detectron2", OK, f"{version('detectron2')}, fits torch {version('torch')}")
@@ -147,13 +127,6 @@ def disk(output: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     remedy = "free some space or name another output folder by --output" if free < ENOUGH_DISK else ""
     return Finding("disk", WARNING if remedy else OK, f"{free / GIB:.1f} GiB free at {folder}", remedy)
-
-
-def cores() -> Finding:
-    """Count the cores that this process may use."""
-    from nst_det.engine.device import core_count
-
-    return Finding("CPU cores", OK, str(core_count()))
 
 
 def backbones() -> Finding:

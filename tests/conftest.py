@@ -43,7 +43,7 @@ def no_log_handler_of_another_test():
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder with real data sets; a test that needs it is skipped, with the reason said, where it is absent."""
+    """The folder with real data sets; a test that needs it is skipped where it is absent."""
     named = os.environ.get("NST_DET_REAL_DATA")
     folder = Path(named) if named else CHECKOUT.parent / "shared" / "data"
     if not folder.is_dir():

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from nst_det.cli import main
-from nst_det.cli.command import COMMANDS, Command, command
+from nst_det.cli.command import COMMANDS, Command
 from nst_det.errors import RunFailed, UserError
 
 
@@ -54,14 +54,6 @@ def test_every_command_has_a_help_page(cli, capsys):
         assert declared.run.__doc__ in printed
     assert cli("--help") == 0
     assert set(COMMANDS) <= set(capsys.readouterr().out.split())
-
-
-def test_a_function_gives_name_and_help():
-    @command()
-    def two_parts(args):
-        """Do it."""
-
-    assert COMMANDS.pop("two-parts").run is two_parts
 
 
 def test_help_does_not_import_torch():

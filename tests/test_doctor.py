@@ -20,9 +20,8 @@ def test_a_torchvision_of_another_torch_is_a_fault_with_the_command_that_mends_i
     monkeypatch.setattr(doctor, "version", {"torch": "2.14.1+cu130", "torchvision": "0.19.0"}.get)
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["torchx==1", "numpy", pin])
     finding = doctor.torchvision()
-    assert finding.state == FAULT
+    assert (finding.state, finding.remedy) == (FAULT, "pip install torch==2.4.0 torchvision==0.19.0")
     assert finding.found == "0.19.0 was built for torch 2.4.0, not 2.14.1+cu130"
-    assert finding.remedy == "pip install torch==2.4.0 torchvision==0.19.0"
 
 
 def test_a_module_that_crashes_is_a_finding_not_a_crash(tmp_path, monkeypatch):
@@ -51,15 +50,12 @@ def test_little_memory_and_disk_are_warnings(monkeypatch, tmp_path):
     assert (finding.state, finding.found) == (WARNING, f"1.0 GiB free at {tmp_path}")
 
 
-@pytest.mark.parametrize(
-    ("spec", "error", "state"), [(None, None, OK), (object(), None, OK), (object(), "undefined symbol: x", FAULT)]
-)
+@pytest.mark.parametrize(("spec", "error", "state"), [(None, None, OK), (1, None, OK), (1, "undefined symbol", FAULT)])
 def test_detectron2_missing_working_and_broken(monkeypatch, spec, error, state):
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(doctor, "import_error", lambda module: error)
     finding = doctor.detectron2()
-    assert finding.state == state
-    assert (error or "") in finding.found
+    assert (finding.state, (error or "") in finding.found) == (state, True)
     assert (doctor.DETECTRON2_PAGE in finding.found + finding.remedy) == (spec is None or error is not None)
 
 

@@ -1,8 +1,4 @@
-"""The command line: ``nst-det COMMAND ...``.
-
-Each other module declares a group of commands.  They are all imported to show a help page, so that what is slow to
-import stands inside the functions.
-"""
+"""The command line, ``nst-det COMMAND ...``; all commands are imported for a help page, so they import inside."""
 
 from __future__ import annotations
 
@@ -20,8 +16,6 @@ from nst_det.cli.command import COMMANDS
 from nst_det.engine.signals import EXIT_RESUME, Preempted, end_with_parent, preemptible
 from nst_det.errors import RunFailed, UserError
 
-# argparse uses the same code for a wrong option
-EXIT_BAD_INPUT = 2
 # disk, quota or largest file size
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # 128 + SIGINT, what a shell reports for an interrupted program
@@ -63,20 +57,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with preemptible() if command.resumes else contextlib.nullcontext():
             code = command.run(args) or 0
-    except UserError as error:
-        _print_error(error)
-        code = EXIT_BAD_INPUT
-    except RunFailed as error:
+    except (UserError, RunFailed) as error:
         _print_error(error)
         code = error.code
     except OSError as error:
-        # whatever wrote last: a library's events, a log, a file of somebody else's
+        # any writer: a library's events, a log, a file of somebody else's
         if error.errno not in FULL:
             raise
         from nst_det.engine.io import cannot_write
 
         _print_error(cannot_write(error.filename or "output", str(error.strerror)))
-        code = EXIT_BAD_INPUT
+        code = UserError.code
     except Preempted as stop:
         _print_error(f"stopped by {stop}; what is done is saved, the same command goes on from here")
         code = EXIT_RESUME

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 @command(
     argument("--root", "DIR", "a folder with backbone files instead of $NST_DET_BACKBONES"),
-    argument(
-        "--check", "NAME", "load NAME or a file; print how far maps of classifier and detector's bottom-up differ"
-    ),
+    argument("--check", "NAME", "load NAME or a file; print how far classifier's and bottom-up's maps differ"),
 )
 def backbones(args: argparse.Namespace) -> None:
     """List the backbones in the registry, or check one."""
@@ -31,12 +29,9 @@ def backbones(args: argparse.Namespace) -> None:
     folders = [Path(args.root).expanduser()] if args.root else registry_folders()
     if args.check:
         name = args.check.removeprefix(PREFIX)
-        if "/" in name:
-            path = name
-        elif args.root:
+        path = name if "/" in name else f"{PREFIX}{name}"
+        if args.root and path != name:
             path = str(folders[0] / f"{name.removesuffix('.safetensors')}.safetensors")
-        else:
-            path = f"{PREFIX}{name}"
         difference = prove_parity(path)
         print(f"{name}: classifier and bottom-up differ by at most {difference:.3g}")
         if difference > 0:
@@ -74,16 +69,13 @@ def methods(args: argparse.Namespace) -> None:
         term = terms()[name]
         reads = term.level if term.student_kind == term.level else f"{term.student_kind} to {term.level}"
         options = ", ".join(f"{key}={value}" for key, value in term.options.items())
-        source = term.source if weight is None else "the method itself"
-        table.add_row(name, reads, f"{term.weight if weight is None else weight:g}", source, term.summary, options)
-    in_stage_two = "; ".join(
-        f"{name} has {key}={value} there"
-        for name, own in detector_transfer_node().OPTIONS.items()
-        for key, value in own.items()
-    )
+        number, source = (term.weight, term.source) if weight is None else (weight, "the method itself")
+        table.add_row(name, reads, f"{number:g}", source, term.summary, options)
+    options = detector_transfer_node().OPTIONS
+    there = "; ".join(f"{name} has {key}={value} there" for name, own in options.items() for key, value in own.items())
     table.caption = (
         "Maps are feature levels of both backbones. Logits and embedding are the classifiers' in stage one, in stage "
-        f"two those of both box heads on the student's proposals ({in_stage_two})."
+        f"two those of both box heads on the student's proposals ({there})."
     )
     print_table(table)
 
@@ -190,18 +182,14 @@ def _print_figures(figures: dict[str, Any]) -> None:
         table.add_row(str(row["batch"]), *cells, f"{row['images_per_second']:.1f}")
     print_table(table)
     print(f"parameters {figures['parameters'] / 1e6:.3f} M")
-    print(
-        f"one image  {figures['macs'] / 1e9:.3f} GMACs, {figures['flops'] / 1e9:.3f} GFLOPs "
-        "(a multiply-add is 1 MAC = 2 FLOPs; papers often print MACs as FLOPs)"
-    )
+    counts = f"{figures['macs'] / 1e9:.3f} GMACs, {figures['flops'] / 1e9:.3f} GFLOPs"
+    print(f"one image  {counts} (a multiply-add is 1 MAC = 2 FLOPs; papers often print MACs as FLOPs)")
     if figures["uncounted"]:
         print("uncounted ", ", ".join(name.removeprefix("aten::") for name in figures["uncounted"]))
 
 
 @command(
-    argument(
-        "--weights", "FILE", "backbone://NAME or a file; repeat, the teacher first", action="append", required=True
-    ),
+    argument("--weights", "FILE", "a backbone; repeat, the teacher's first", action="append", required=True),
     argument("--image", "PATH", "images, or folders of images", nargs="+", required=True),
     argument("--output", "FILE", "the page (default: look.html)", default="look.html"),
     argument("--levels", "NAME", "of res2 .. res5 (default: all they have in common)", nargs="+", default=[]),
@@ -230,11 +218,9 @@ def look(args: argparse.Namespace) -> None:
     print(f"{len(images)} images of {size} pixels; against {teacher.name}:")
     for row, level in enumerate(levels):
         for student, mmd, nearest, (values, few) in zip(students, level.mmd, level.nearest, cka):
-            star = "*" if few[row, row] else ""
-            print(
-                f"{level.name}  {student.name}: MMD (poly) {mmd['poly']:.4g}, nearest channel {nearest:.3f}, "
-                f"CKA {float(values[row, row]):.3f}{star}"
-            )
+            near = f"MMD (poly) {mmd['poly']:.4g}, nearest channel {nearest:.3f}"
+            cka_text = f"CKA {float(values[row, row]):.3f}{'*' if few[row, row] else ''}"
+            print(f"{level.name}  {student.name}: {near}, {cka_text}")
     if any(bool(few.any()) for _, few in cka):
         print("* fewer positions than channels: give more images for a CKA that says something")
     print(f"page: {args.output}")
@@ -256,7 +242,7 @@ def doctor(args: argparse.Namespace) -> int:
     table = Table("what", "state", "found", "remedy")
     for finding in findings:
         color = {OK: "green", FAULT: "red"}.get(finding.state, "yellow")
-        cells = (finding.what, f"[{color}]{finding.state}[/]", escape(finding.found), escape(finding.remedy))
-        table.add_row(*cells)
+        state = f"[{color}]{finding.state}[/]"
+        table.add_row(finding.what, state, escape(finding.found), escape(finding.remedy))
     print_table(table)
     return 2 if any(finding.state == FAULT for finding in findings) else 0

@@ -37,7 +37,7 @@ def command(*arguments: Argument, epilog: str = "", resumes: bool = False) -> Ca
 
 
 def argument(names: str, metavar: str | None, help: str, **options: Any) -> Argument:
-    """Return an argument with ``options`` of ``ArgumentParser.add_argument``; a space parts several names."""
+    """Return an argument with ``options`` of ``ArgumentParser.add_argument``; a space separates several names."""
     return lambda parser: parser.add_argument(*names.split(), metavar=metavar, help=help, **options)
 
 
@@ -64,9 +64,7 @@ def config_values(name: str, help: str = "keys of the config with other values")
 
 JOBS = argument("--jobs", "N", "runs side by side (default: cores, or GPUs)", type=int, default=0)
 DEVICE = argument("--device", "NAME", "cpu or cuda (default: the GPU if there is one)", default="")
-TRUST_PICKLE = flag(
-    "--trust-pickle", "open weights that are pickles with more than tensors in them; such a file can run any code"
-)
+TRUST_PICKLE = flag("--trust-pickle", "open pickles with more than tensors in them; such a file can run any code")
 
 
 def with_trust(values: list[str], args: argparse.Namespace, *prefixes: str) -> list[str]:

@@ -9,6 +9,11 @@ from pathlib import Path
 from nst_det.cli.command import argument, command, flag, one_of
 from nst_det.errors import UserError
 
+INIT_IMAGES = (
+    "with --coco: the folder of its images, or one for each file. With --voc: classification data for stage one, a "
+    "folder a class (default: the objects are cut out of the images)"
+)
+
 
 @command(
     argument("project", "NAME", "the folder to make"),
@@ -16,14 +21,7 @@ from nst_det.errors import UserError
         argument("--voc", "PATH", "your data: Annotations and JPEGImages"),
         argument("--coco", "JSON", "your data: COCO's JSON, converted to VOC; two are to train and test on", nargs="+"),
     ),
-    argument(
-        "--images",
-        "PATH",
-        "with --coco: the folder of its images, or one for each file. With --voc: classification data for stage "
-        "one, a folder a class (default: the objects are cut out of the images)",
-        nargs="+",
-        default=[],
-    ),
+    argument("--images", "PATH", INIT_IMAGES, nargs="+", default=[]),
     argument("--train", "LIST", "list to train on (default: found, or cut 4:1)", default=""),
     argument("--test", "LIST", "list to test on", default=""),
     argument("--device", None, "to fit sizes and schedules to (default: cuda if there)", choices=("cpu", "cuda")),
@@ -50,7 +48,7 @@ def init(args: argparse.Namespace) -> None:
     root = shown_path(report.root)
     print(f"data      {root}: {report.summary()}")
     if report.problems:
-        print(f"          a run goes on with these problems; nst-det check-data {root} lists them")
+        print(f"          a run continues with these problems; nst-det check-data {root} lists them")
     names = ", ".join(values.classes[:10]) + (", ..." if len(values.classes) > 10 else "")
     print(f"classes   {len(values.classes)}: {names}")
     cut = " (lists written into ImageSets/Main)" if project.cut else ""
@@ -60,10 +58,8 @@ def init(args: argparse.Namespace) -> None:
     print(f"stage two {values.size[0]} x {values.size[1]} pixels, anchors {', '.join(map(str, values.anchors))}")
     print(f"          {values.detection.iterations} steps of {values.detection.batch} images")
     if project.small > 0.1:
-        print(
-            f"          {project.small:.0%} of the {project.objects} objects are smaller than 8 pixels at this size; "
-            "raise INPUT.MIN_SIZE_* and MAX_SIZE_* and the anchors in detect.yaml"
-        )
+        print(f"          {project.small:.0%} of the {project.objects} objects are smaller than 8 pixels at this size;")
+        print("          raise INPUT.MIN_SIZE_* and MAX_SIZE_* and the anchors in detect.yaml")
     compare = f"nst-det compare --config-file {args.project}/compare.yaml"
     print(f'next      {compare} SEEDS "[0]" METHODS "[ce, nst-poly]"')
     print(f"          for a first look; {compare} adds all methods and seeds")
@@ -142,9 +138,8 @@ def check_data(args: argparse.Namespace) -> int:
     if report.counts.get("lists") == 0:
         print("no lists in ImageSets/Main: nst-det init cuts them, or write ids into trainval.txt and test.txt")
     if args.output:
-        problems = [asdict(problem) for problem in report.problems]
-        tree = {"root": root, "layout": report.layout, "counts": report.counts, "problems": problems}
-        write_json(args.output, tree)
+        tree = {"root": root, "layout": report.layout, "counts": report.counts}
+        write_json(args.output, {**tree, "problems": [asdict(problem) for problem in report.problems]})
     return 2 if report.problems else 0
 
 
@@ -152,8 +147,8 @@ def check_data(args: argparse.Namespace) -> int:
     argument("name", None, "2007: trainval and test, 0.9 GB; 2012: trainval, 2.0 GB", choices=("voc2007", "voc2012")),
     argument("--output", "DIR", "parent of VOCdevkit (default: data)", default="data"),
     argument("--mirror", "URL", "folder with the archives, tried first; repeatable", action="append", default=[]),
-    flag("--keep-archives", "leave the .tar files beside VOCdevkit"),
-    epilog="Stopped, by whatever: the same command resumes where it was.",
+    flag("--keep-archives", "leave the .tar files next to VOCdevkit"),
+    epilog="After any stop the same command resumes.",
 )
 def download(args: argparse.Namespace) -> None:
     """Get PASCAL VOC 2007 or 2012 from the net, from several mirrors, resumed and checked."""

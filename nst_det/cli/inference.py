@@ -13,9 +13,7 @@ from nst_det.errors import UserError
     argument("inputs", "PATH", "images, folders of images, or videos", nargs="+"),
     argument("--run", "DIR", "folder of a train-det run", dest="run_folder", required=True),
     argument("--output", "DIR", "where to write (default: predictions)", default="predictions"),
-    argument(
-        "--format", "LIST", "images, json, voc, csv, joined by commas (default: images,json)", default="images,json"
-    ),
+    argument("--format", "LIST", "images, json, voc, csv by commas (default: images,json)", default="images,json"),
     argument("--threshold", "X", "least score, 0 to 1 (default: 0.5)", type=float, default=0.5),
     argument("--classes", "NAME", "only these classes (default: all)", nargs="+"),
     DEVICE,
@@ -62,9 +60,7 @@ def predict(args: argparse.Namespace) -> int:
 
 
 @command(
-    argument(
-        "--detections", "PATH", "comp4_det_SPLIT_CLASS.txt's folder, detections.json or COCO results", required=True
-    ),
+    argument("--detections", "PATH", "detections.json, COCO results or a folder of comp4_det_*.txt", required=True),
     argument("--voc-root --voc", "ROOT", "the VOC folder with the annotations", required=True),
     argument("--split", "NAME", "list in ImageSets/Main (default: test)", default="test"),
     argument("--classes", "NAME", "default: those of the split's annotations", nargs="+"),
@@ -85,11 +81,9 @@ def evaluate(args: argparse.Namespace) -> None:
     detections, truth = read_voc(args.detections, args.voc_root, args.split, args.classes, args.coco_names)
     result = evaluate_voc(detections, truth, thresholds)
     print_table(result)
-    figures = result.to_dict()
-    figures["by_iou"] = {}
-    for threshold in thresholds:
-        part = result.to_dict(threshold)
-        figures["by_iou"][f"{threshold:g}"] = {"map": part["map"], "map_area": part["map_area"]}
+    parts = {f"{threshold:g}": result.to_dict(threshold) for threshold in thresholds}
+    by_iou = {iou: {name: part[name] for name in ("map", "map_area")} for iou, part in parts.items()}
+    figures = {**result.to_dict(), "by_iou": by_iou}
     if len(thresholds) > 1:
         for threshold, by_points, by_area in zip(thresholds, result.map11, result.map_area):
             print(f"IoU {threshold:g}: mAP {by_points:.4f} (11-point), {by_area:.4f} (area)")
@@ -101,32 +95,21 @@ def evaluate(args: argparse.Namespace) -> None:
         write_json(args.output, figures)
 
 
-BACKBONE_FORMATS = ("timm", "torchvision", "detectron2")
-DETECTOR_FORMATS = ("onnx", "torch-export")
+FORMATS = ["timm", "torchvision", "detectron2", "onnx", "torch-export"]
+DETECTOR_FORMATS = FORMATS[3:]
+EXPORT_OUTPUT = "FILE.onnx, FILE.pt2 (torch-export), a folder to make (timm), FILE.pth, or FILE.pkl (detectron2 alone)"
 
 
 @command(
-    argument(
-        "--format",
-        None,
-        "whose names and files to write",
-        required=True,
-        choices=[*BACKBONE_FORMATS, *DETECTOR_FORMATS],
-    ),
+    argument("--format", None, "whose names and files to write", required=True, choices=FORMATS),
     one_of(
         argument("--weights", "FILE", "backbone://NAME or a backbone file; for detectron2 also plain ResNet weights"),
         argument("--run", "DIR", "for a detector: the folder of a train-det run", dest="run_folder"),
     ),
-    argument(
-        "--output",
-        "PATH",
-        "onnx: FILE.onnx, torch-export: FILE.pt2, timm: a folder to make, torchvision: FILE.pth, "
-        "detectron2: FILE.pkl or FILE.pth",
-        required=True,
-    ),
+    argument("--output", "PATH", EXPORT_OUTPUT, required=True),
     argument("--arch", "NAME", "timm name of plain weights, for example resnet50", default=""),
     argument("--images", "PATH", "compare a detector on these (default: its test images)", nargs="+", default=[]),
-    epilog="What is written is compared with the original, and a model card goes beside it.",
+    epilog="What is written is compared with the original, and a model card is written next to it.",
 )
 def export(args: argparse.Namespace) -> None:
     """Write a backbone for timm, torchvision or Detectron2, or a detector as ONNX or for torch.export."""
@@ -143,26 +126,24 @@ def export(args: argparse.Namespace) -> None:
 
         written = export_detector(args.run_folder, args.output, args.format, args.images)
     else:
-        from nst_det.export.backbone import export_detectron2, export_timm, export_torchvision
+        from nst_det.export import backbone
 
         if args.format == "detectron2":
-            written = export_detectron2(args.weights, args.output, args.arch)
+            written = backbone.export_detectron2(args.weights, args.output, args.arch)
         else:
-            written = (export_timm if args.format == "timm" else export_torchvision)(args.weights, args.output)
+            write = backbone.export_timm if args.format == "timm" else backbone.export_torchvision
+            written = write(args.weights, args.output)
     for name, path in written.files.items():
         print(f"{name:9} {path}")
     print(f"compared  {written.agreement}")
 
 
+CONVERT_TO = "timm: both engines here; detectron2: build_resnet_fpn_backbone; torchvision: its own Faster R-CNN"
+
+
 @command(
     argument("--weights", "FILE", "of a whole detector; its form is recognized", required=True),
-    argument(
-        "--to",
-        None,
-        "timm: both engines here; detectron2: build_resnet_fpn_backbone; torchvision: its own Faster R-CNN",
-        required=True,
-        choices=["timm", "detectron2", "torchvision"],
-    ),
+    argument("--to", None, CONVERT_TO, required=True, choices=["timm", "detectron2", "torchvision"]),
     argument("--output", "FILE", "ends in .pth", required=True),
     TRUST_PICKLE,
 )

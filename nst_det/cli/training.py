@@ -33,7 +33,7 @@ def distill(args: argparse.Namespace) -> None:
 # its options are those of Detectron2's training scripts
 @command(
     argument("--config-file", "FILE", "YAML of stage two, see configs/detect", required=True),
-    flag("--resume", "go on from the last checkpoint; with --eval-only: evaluate this run's model"),
+    flag("--resume", "resume from the last checkpoint; with --eval-only: evaluate this run's model"),
     flag("--eval-only", "evaluate MODEL.WEIGHTS and train nothing"),
     argument("--num-gpus", None, "processes on this machine (Detectron2 engine)", type=int, default=1),
     argument("--num-machines", None, "machines in all (Detectron2 engine)", type=int, default=1),
@@ -55,10 +55,8 @@ def train_det(args: argparse.Namespace) -> int | None:
 
         return int(detectron2.main(args))
     if args.num_gpus > 1 or args.num_machines > 1:
-        raise UserError(
-            "--num-gpus, --num-machines: the torchvision engine is started in several processes by torchrun: "
-            f"torchrun --nproc-per-node {args.num_gpus} --nnodes {args.num_machines} -m nst_det train-det ..."
-        )
+        remedy = f"torchrun --nproc-per-node {args.num_gpus} --nnodes {args.num_machines} -m nst_det train-det ..."
+        raise UserError(f"--num-gpus, --num-machines: several processes of the torchvision engine need {remedy}")
     from nst_det.detection import pipeline
 
     device.keep_freed_memory()
@@ -178,7 +176,7 @@ def replay(args: argparse.Namespace) -> int:
 
 
 def rebuild_step(content: dict[str, Any]) -> Any:
-    """Return the model of a dumped step and a call that makes the step, by the engine that it was made with."""
+    """Return the model of a dumped step and a call that makes the step, by the engine that made it."""
     from nst_det.detection.trainer import KIND as DETECT
 
     if content["kind"] != DETECT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,9 +63,10 @@ def _measure(run: Run, config: CfgNode) -> Cost:
     size = photo_size(config)
     with gpu_errors_in_one_line("compare again, which measures what is missing"):
         if config.ENGINE == "detectron2":
-            from nst_det.detectron2.parity import load_pixels
+            from nst_det.detectron2 import parity
 
-            network: torch.nn.Module = load_pixels(run.folders[0], config, device)[0]
+            detector = parity.load_run(run.folders[0], config, device)
+            network = Traceable(detector, partial(parity.detect, postprocess=False))
         else:
             network = Traceable(load_run(run.folders[0], device)[0])
         figures = benchmark(network, size, [1], REPEATS, device)

@@ -23,10 +23,9 @@ from nst_det.comparison.plan import DATA, Run, make_plan, run_config, total_step
 from nst_det.data.folders import read_image_folder
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import voc_roots
-from nst_det.engine.clock import GIB
 from nst_det.engine.config import expand_path, flat, plain
 from nst_det.engine.fingerprint import RATE, RUN, concerns
-from nst_det.engine.format import bytes_below, duration, size
+from nst_det.engine.format import GIB, bytes_below, duration, size
 from nst_det.engine.io import write_text
 from nst_det.engine.metrics import read_metrics, speed_of
 from nst_det.engine.run_dir import config_hash

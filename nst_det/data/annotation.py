@@ -10,8 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree.ElementTree import Element, ParseError
-from xml.sax.saxutils import escape
+from xml.etree.ElementTree import Element, ParseError, SubElement, indent, tostring
 
 import numpy as np
 from defusedxml import DefusedXmlException
@@ -26,26 +25,21 @@ MAX_XML_BYTES = 4 << 20
 MAX_PIXELS = 1_000_000
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 FLAGS = {"": False, "0": False, "false": False, "unspecified": False, "1": True, "true": True}
-NO_AREA, OUTSIDE, REACHES_OUTSIDE = "has no area", "lies outside the image", "reaches outside the image"
+# kinds of faults, and the words for them
+NO_AREA, OUTSIDE, REACHES_OUTSIDE = "box with no area", "box outside", "box reaches outside"
+FAULTS = {NO_AREA: "has no area", OUTSIDE: "lies outside the image", REACHES_OUTSIDE: "reaches outside the image"}
 # float() alone would take "nan", "inf", "4_0" and digits of other scripts
 _NUMBER = re.compile(r"[-+]?\d{1,12}(\.\d{0,20})?([eE][-+]?\d{1,2})?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class VocObject:
-    """One object.
-
-    Attributes:
-        name: class name.
-        box: (xmin, ymin, xmax, ymax) as on disk: pixels counted from 1, both ends inclusive.
-        difficult: left out of the positives when AP is computed.
-        truncated: the box doesn't hold the whole object.
-    """
+    """One object of class ``name``; ``box`` is as on disk: pixels counted from 1, both ends inclusive."""
 
     name: str
-    box: tuple[float, float, float, float]
-    difficult: bool = False
-    truncated: bool = False
+    box: tuple[float, float, float, float]  # xmin, ymin, xmax, ymax
+    difficult: bool = False  # left out of the positives when AP is computed
+    truncated: bool = False  # the box doesn't hold the whole object
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,8 @@ class VocAnnotation:
     @property
     def boxes(self) -> np.ndarray:
         """(N, 4) float32, xyxy, 0-based continuous: (xmin - 1, ymin - 1, xmax, ymax)."""
-        return to_zero_based([item.box for item in self.objects])
+        one_based = np.array([item.box for item in self.objects], dtype=np.float64).reshape(-1, 4)
+        return (one_based - (1, 1, 0, 0)).astype(np.float32)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,16 +67,25 @@ class VocAnnotation:
         """(N,) bool."""
         return np.array([item.difficult for item in self.objects], dtype=bool)
 
+    def describe(self, index: int) -> str:
+        """Return ``object 3 (car)``, counted from 1."""
+        return f"object {index + 1} ({shown(self.objects[index].name)})"
 
-def to_zero_based(boxes: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
-    """Turn boxes as on disk (1-based, inclusive) into 0-based continuous xyxy, (N, 4) float32.
-
-    Example:
-        >>> to_zero_based([(1, 1, 10, 20)])
-        array([[ 0.,  0., 10., 20.]], dtype=float32)
-    """
-    one_based = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    return (one_based - (1, 1, 0, 0)).astype(np.float32)
+    def box_fault(self, index: int) -> tuple[str, str] | None:
+        """Return the kind of fault of an object's box, and one line about it."""
+        box, width, height = self.objects[index].box, self.width, self.height
+        xmin, ymin, xmax, ymax = box
+        if xmax <= xmin or ymax <= ymin:
+            fault = NO_AREA
+        elif xmax < 1 or ymax < 1 or xmin > width or ymin > height:
+            fault = OUTSIDE
+        elif xmin < 1 or ymin < 1 or xmax > width or ymax > height:
+            fault = REACHES_OUTSIDE
+        else:
+            return None
+        corners = ", ".join(f"{value:g}" for value in box)
+        size = "" if fault == NO_AREA else f" of {width}x{height}"
+        return fault, f"the box ({corners}) of {self.describe(index)} {FAULTS[fault]}{size}"
 
 
 def usable_boxes(annotation: VocAnnotation) -> tuple[np.ndarray, list[str]]:
@@ -91,34 +95,12 @@ def usable_boxes(annotation: VocAnnotation) -> tuple[np.ndarray, list[str]]:
     """
     keep = np.ones(len(annotation.objects), dtype=bool)
     dropped = []
-    for index, item in enumerate(annotation.objects):
-        fault = box_fault(item.box, annotation.width, annotation.height)
-        if fault in (NO_AREA, OUTSIDE):
+    for index in range(len(keep)):
+        fault = annotation.box_fault(index)
+        if fault and fault[0] != REACHES_OUTSIDE:
             keep[index] = False
-            dropped.append(f"{annotation.id}: {describe_box(item, index)} {fault}")
+            dropped.append(f"{annotation.id}: {fault[1]}")
     return keep, dropped
-
-
-def box_fault(box: Sequence[float], width: int, height: int) -> str | None:
-    """Return what is wrong with a box (1-based, inclusive) in an image of ``width`` x ``height`` pixels."""
-    xmin, ymin, xmax, ymax = box
-    if xmax <= xmin or ymax <= ymin:
-        return NO_AREA
-    if xmax < 1 or ymax < 1 or xmin > width or ymin > height:
-        return OUTSIDE
-    if xmin < 1 or ymin < 1 or xmax > width or ymax > height:
-        return REACHES_OUTSIDE
-    return None
-
-
-def describe(item: VocObject, index: int) -> str:
-    """Return ``object 3 (car)``, counted from 1."""
-    return f"object {index + 1} ({shown(item.name)})"
-
-
-def describe_box(item: VocObject, index: int) -> str:
-    """Return ``the box (1, 1, 9, 9) of object 3 (car)``."""
-    return f"the box ({', '.join(f'{value:g}' for value in item.box)}) of {describe(item, index)}"
 
 
 def read_annotation(path: Path) -> VocAnnotation:
@@ -130,39 +112,35 @@ def read_annotation(path: Path) -> VocAnnotation:
     return annotation
 
 
-def parse_annotation(data: bytes, name: str) -> tuple[VocAnnotation | None, list[str]]:
-    """Collect everything that is wrong with an XML file's content; ``name`` becomes the annotation's id.
+def parse_xml(data: bytes) -> Element:
+    """Return the root of an annotation; DOCTYPE and entities are refused."""
+    try:
+        root: Element = fromstring(data, forbid_dtd=True)
+    except DefusedXmlException as error:
+        raise UserError(f"XML with a DOCTYPE or entities is refused ({type(error).__name__}); remove them") from error
+    except (ParseError, ValueError, LookupError) as error:
+        raise UserError(f"not well-formed XML ({shown(str(error))}); write it again or remove it") from error
+    if root.tag != "annotation":
+        raise UserError(f"its root is <{shown(root.tag, 40)}>, not <annotation>; it is no VOC annotation")
+    return root
 
-    Returns:
-        The annotation with the objects that can be read, or None where there is no size or no XML at all;
-        and the problems, each one line without the file's name.
+
+def parse_annotation(data: bytes, name: str) -> tuple[VocAnnotation | None, list[str]]:
+    """Return the annotation ``name`` with the objects that can be read, and a line for everything that is wrong.
+
+    There is none where the size or all the XML can't be read.
     """
     try:
-        root = fromstring(data, forbid_dtd=True)
-    except DefusedXmlException as error:
-        return None, [f"XML with a DOCTYPE or entities is refused ({type(error).__name__}); remove them"]
-    except (ParseError, ValueError, LookupError) as error:
-        return None, [f"not well-formed XML ({shown(str(error))}); write it again or remove it"]
-    if root.tag != "annotation":
-        return None, [f"its root is <{shown(root.tag, 40)}>, not <annotation>; it is no VOC annotation"]
+        root = parse_xml(data)
+    except UserError as error:
+        return None, [str(error)]
     problems: list[str] = []
-    size = [
-        _number(root, f"size/{side}", problems, f"the image's {side} in pixels", side=True)
-        for side in ("width", "height")
-    ]
+    width, height = (_number(root, f"size/{side}", problems, side=True) for side in ("width", "height"))
     objects = [_object(element, number, problems) for number, element in enumerate(root.findall("object"), 1)]
-    if size[0] is None or size[1] is None:
+    if width is None or height is None:
         return None, problems
     found = tuple(item for item in objects if item is not None)
-    return VocAnnotation(name, int(size[0]), int(size[1]), found), problems
-
-
-def declared_filename(data: bytes) -> str | None:
-    """Return the content of ``<filename>``, for checks only; None if there is none or the XML is malformed."""
-    try:
-        return fromstring(data, forbid_dtd=True).findtext("filename")
-    except (DefusedXmlException, ParseError, ValueError, LookupError):
-        return None
+    return VocAnnotation(name, int(width), int(height), found), problems
 
 
 def _object(element: Element, number: int, problems: list[str]) -> VocObject | None:
@@ -181,19 +159,17 @@ def _object(element: Element, number: int, problems: list[str]) -> VocObject | N
     if frame is None:
         problems.append(f"{where}: bndbox is missing; add it or remove the object")
         return None
-    remedy = f"pixels, at most {MAX_PIXELS}"
-    box = [_number(frame, corner, problems, remedy, f"{where}: bndbox/") for corner in CORNERS]
-    return VocObject(name, tuple(box), *flags) if len(problems) == before else None  # type: ignore[arg-type]
+    box = tuple(_number(frame, corner, problems, f"{where}: bndbox/") for corner in CORNERS)
+    return VocObject(name, box, *flags) if len(problems) == before else None  # type: ignore[arg-type]
 
 
-def _number(
-    element: Element, path: str, problems: list[str], remedy: str, where: str = "", side: bool = False
-) -> float | None:
+def _number(element: Element, path: str, problems: list[str], where: str = "", side: bool = False) -> float | None:
     text = element.findtext(path)
     value = float(text) if text is not None and _NUMBER.fullmatch(text.strip()) else None
     if value is None or abs(value) > MAX_PIXELS or (side and not (value >= 1 and value.is_integer())):
         found = "is missing" if text is None else f"is '{shown(text.strip(), 40)}'"
-        problems.append(f"{where}{path} {found}; write {remedy}")
+        kind = "a whole number of pixels" if side else "pixels"
+        problems.append(f"{where}{path} {found}; write {kind}, at most {MAX_PIXELS}")
         return None
     return value
 
@@ -201,37 +177,24 @@ def _number(
 def voc_xml(
     annotation: VocAnnotation, filename: str, folder: str = "", scores: Sequence[float] = (), digits: str = ".12g"
 ) -> str:
-    """Return an annotation as VOC XML, with a ``<score>`` in each object where there are scores.
+    """Return an annotation as VOC XML, with a ``<score>`` in each object where there are ``scores``, 0..1.
 
-    Args:
-        annotation: its boxes are written as they are, in pixels counted from 1.
-        filename: of the image.
-        folder: of the data set; "" leaves it out.
-        scores: one an object, 0..1, or none.
-        digits: format of a corner; "" writes all its digits.
+    ``digits`` is the format of a corner ("" writes all its digits), ``folder`` the data set ("" leaves it out).
     """
-    lines = [
-        "<annotation>",
-        *([f"\t<folder>{escape(folder)}</folder>"] if folder else []),
-        f"\t<filename>{escape(filename)}</filename>",
-        "\t<size>",
-        f"\t\t<width>{annotation.width}</width>",
-        f"\t\t<height>{annotation.height}</height>",
-        "\t\t<depth>3</depth>",
-        "\t</size>",
-        "\t<segmented>0</segmented>",
-    ]
+    root = Element("annotation")
+    _add(root, **({"folder": folder} if folder else {}), filename=filename)
+    _add(SubElement(root, "size"), width=annotation.width, height=annotation.height, depth=3)
+    _add(root, segmented=0)
     for index, item in enumerate(annotation.objects):
-        lines += [
-            "\t<object>",
-            f"\t\t<name>{escape(item.name)}</name>",
-            *([f"\t\t<score>{scores[index]!r}</score>"] if scores else []),
-            "\t\t<pose>Unspecified</pose>",
-            f"\t\t<truncated>{item.truncated:d}</truncated>",
-            f"\t\t<difficult>{item.difficult:d}</difficult>",
-            "\t\t<bndbox>",
-            *(f"\t\t\t<{corner}>{value:{digits}}</{corner}>" for corner, value in zip(CORNERS, item.box)),
-            "\t\t</bndbox>",
-            "\t</object>",
-        ]
-    return "\n".join([*lines, "</annotation>", ""])
+        element = SubElement(root, "object")
+        _add(element, name=item.name, **({"score": repr(scores[index])} if scores else {}), pose="Unspecified")
+        _add(element, truncated=int(item.truncated), difficult=int(item.difficult))
+        corners = {corner: f"{value:{digits}}" for corner, value in zip(CORNERS, item.box)}
+        _add(SubElement(element, "bndbox"), **corners)
+    indent(root, "\t")
+    return tostring(root, encoding="unicode") + "\n"
+
+
+def _add(parent: Element, **texts: object) -> None:
+    for name, text in texts.items():
+        SubElement(parent, name).text = str(text)

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nst_det.data.annotation import (
-    MAX_XML_BYTES,
-    NO_AREA,
-    OUTSIDE,
-    REACHES_OUTSIDE,
-    VocAnnotation,
-    box_fault,
-    declared_filename,
-    describe,
-    describe_box,
-    parse_annotation,
-)
+from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, parse_annotation, parse_xml
 from nst_det.data.folders import EXTENSIONS, class_folders
 from nst_det.data.images import MAX_IMAGE_BYTES, decode_image
 from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, shown, shown_path
@@ -30,7 +19,6 @@ from nst_det.errors import UserError
 
 # lists that must not share an image: what is tested on must not be trained on
 DISJOINT = (("train", "val"), ("train", "test"), ("val", "test"), ("trainval", "test"))
-BOX_KINDS = {NO_AREA: "box with no area", OUTSIDE: "box outside", REACHES_OUTSIDE: "box reaches outside"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +30,6 @@ class Problem:
     text: str  # one line
 
     def line(self) -> str:
-        """Return ``file: text``."""
         return f"{self.file}: {self.text}"
 
 
@@ -79,7 +66,7 @@ def check_data(
     ``splits`` are VOC lists to look at, with the images in them; None takes all lists and all files.  ``classes`` are
     the only names that objects (or class folders) may have; None allows any.
     """
-    root = Path(path).expanduser()
+    root, workers = Path(path).expanduser(), workers or core_count()
     if not root.is_dir():
         raise UserError(f"{shown_path(root)}: no such folder; name a VOC folder or an image folder")
     try:
@@ -89,72 +76,68 @@ def check_data(
             raise
         if splits:
             raise UserError(f"{shown_path(root)}: lists are for VOC folders, and this is none") from None
-        report = _check_folders(root.resolve(), classes, workers or core_count())
+        report = _check_folders(root.resolve(), classes, workers)
     else:
-        report = _check_voc(voc, splits, classes, workers or core_count())
+        report = _check_voc(voc, splits, classes, workers)
     report.problems.sort(key=lambda problem: (problem.kind, problem.file))
     return report
 
 
-@dataclass
-class _Decoded:
-    size: tuple[int, int] | None = None  # width and height; None where it can't be decoded
-    sha256: str = ""  # of the file
-    error: UserError | None = None
+def _check_images(report: Report, paths: Sequence[Path], workers: int) -> dict[Path, tuple[str, str]]:
+    """Return size (``40x30``) and SHA-256 of each image that can be decoded."""
 
+    def decode(path: Path) -> tuple[str, str] | UserError:
+        try:
+            data = read_bytes(path, MAX_IMAGE_BYTES, "image")
+            height, width, _ = decode_image(data, shown_path(path)).shape
+        except UserError as error:
+            return error
+        return f"{width}x{height}", hashlib.sha256(data).hexdigest()
 
-def _decode(path: Path) -> _Decoded:
-    found = _Decoded()
-    try:
-        data = read_bytes(path, MAX_IMAGE_BYTES, "image")
-        found.sha256 = hashlib.sha256(data).hexdigest()
-        height, width, _ = decode_image(data, shown_path(path)).shape
-        found.size = (width, height)
-    except UserError as error:
-        found.error = error
-    return found
-
-
-def _check_images(report: Report, paths: Sequence[Path], workers: int) -> dict[Path, _Decoded]:
-    with ThreadPoolExecutor(workers) as pool:
-        decoded = dict(zip(paths, pool.map(_decode, paths)))
-    for path, found in decoded.items():
-        if found.error is not None:
-            report.add("unreadable image", path, found.error)
     report.counts["images"] = len(paths)
+    decoded = {}
+    with ThreadPoolExecutor(workers) as pool:
+        for path, found in zip(paths, pool.map(decode, paths)):
+            if isinstance(found, UserError):
+                report.add("unreadable image", path, found)
+            else:
+                decoded[path] = found
     return decoded
 
 
-def _twins(one: Iterable[Path], other: Iterable[Path], decoded: dict[Path, _Decoded]) -> Iterator[tuple[Path, Path]]:
-    """Yield the images of ``other`` that have the same bytes as another image in ``one``, and that one."""
-    there = {decoded[path].sha256: path for path in one if decoded[path].sha256}
-    for path in other:
-        twin = there.get(decoded[path].sha256)
-        if twin is not None and twin != path:
-            yield path, twin
+def _check_twins(
+    report: Report, names: Sequence[str], parts: Sequence[Sequence[Path]], decoded: dict[Path, tuple[str, str]]
+) -> None:
+    """Report the images of the second part that are the same file as an image of the first one."""
+    first = {decoded[path][1]: path for path in parts[0] if path in decoded}
+    for path in parts[1]:
+        twin = first.get(decoded[path][1], path) if path in decoded else path
+        if twin != path:
+            text = f"in {names[1]}, is the same file as {shown_path(twin.relative_to(report.root))} in {names[0]}"
+            report.add("same image in two lists", path, f"{text}; keep one")
 
 
 def _check_folders(root: Path, classes: Sequence[str] | None, workers: int) -> Report:
     report = Report(root, "image folder")
     parts = [root / name for name in ("train", "val") if (root / name).is_dir()] or [root]
-    names = {part: class_folders(part) for part in parts}
-    if not any(names.values()):
+    names = [set(class_folders(part)) for part in parts]
+    if not any(names):
         raise UserError(
             f"{shown_path(root)}: neither a VOC folder (Annotations, JPEGImages, ImageSets/Main) nor an image folder "
             "(train/CLASS/*.jpg or CLASS/*.jpg)"
         )
-    known = set(classes) if classes is not None else set(names[parts[0]])
+    known = set(classes) if classes is not None else names[0]
     report.counts["classes"] = len(known)
-    for part in parts:
-        for name in sorted(known - set(names[part])):
+    images = []
+    for part, found in zip(parts, names):
+        for name in sorted(known - found):
             report.add("missing class", part / name, "no such folder; add it, or leave the class out")
-        for name in sorted(set(names[part]) - known):
+        for name in sorted(found - known):
             report.add("unknown class", part / name, f"not one of the classes ({len(known)}); remove or rename it")
-    images = [[path for name in names[part] for path in _class_images(report, part / name)] for part in parts]
+        images.append([path for name in sorted(found) for path in _class_images(report, part / name)])
     decoded = _check_images(report, [path for paths in images for path in paths], workers)
-    for path, twin in _twins(images[0], images[1], decoded) if len(parts) == 2 else ():
-        text = f"is the same file as {shown_path(twin.relative_to(root))}; keep one"
-        report.add("same image in train and val", path, text)
+    if len(parts) == 2:
+        _check_twins(report, ("train", "val"), images, decoded)
     return report
 
 
@@ -164,20 +147,12 @@ def _class_images(report: Report, folder: Path) -> list[Path]:
         if path.is_dir():
             report.add("other file", path, "a folder inside a class folder is not read; move its images up")
         elif not path.name.lower().endswith(EXTENSIONS):
-            report.add("other file", path, f"is passed over, since it is none of {', '.join(EXTENSIONS)}")
+            report.add("other file", path, f"is not read, since it is none of {', '.join(EXTENSIONS)}")
         else:
             images.append(path)
     if not images:
         report.add("empty class", folder, "no images; add some or remove the folder")
     return images
-
-
-def similar_names(names: Iterable[str]) -> list[list[str]]:
-    """Return groups of names that differ only in case, spaces, dashes and underscores."""
-    groups = defaultdict(set)
-    for name in names:
-        groups["".join(c for c in name.casefold() if c not in " -_")].add(name)
-    return [sorted(group) for group in groups.values() if len(group) > 1]
 
 
 def _check_voc(root: Path, splits: Sequence[str] | None, classes: Sequence[str] | None, workers: int) -> Report:
@@ -187,41 +162,42 @@ def _check_voc(root: Path, splits: Sequence[str] | None, classes: Sequence[str] 
     annotated = {path.stem: path for path in sorted((root / "Annotations").iterdir()) if path.suffix == ".xml"}
     if splits is not None:
         listed = {id_ for ids in lists.values() for id_ in ids}
-        images = {id_: path for id_, path in images.items() if id_ in listed}
-        annotated = {id_: path for id_, path in annotated.items() if id_ in listed}
+        images, annotated = ({id_: files[id_] for id_ in files if id_ in listed} for files in (images, annotated))
     _check_pairs(report, lists, images, annotated)
-    images = {id_: path for id_, path in images.items() if not _leads_out(report, path)}
-    annotated = {id_: path for id_, path in annotated.items() if not _leads_out(report, path)}
+    images, annotated = (
+        {id_: path for id_, path in files.items() if not _leads_out(report, path)} for files in (images, annotated)
+    )
     decoded = _check_images(report, list(images.values()), workers)
     names: Counter[str] = Counter()
     for id_, path in annotated.items():
-        annotation = _check_xml(report, path)
+        annotation = _check_annotation(report, path, classes)
         if annotation is None:
             continue
         names.update(annotation.names)
-        size = decoded[images[id_]].size if id_ in images else None
-        if size is not None and size != (annotation.width, annotation.height):
-            declared = f"{annotation.width}x{annotation.height}"
-            report.add("wrong size", path, f"says {declared}, but the image is {size[0]}x{size[1]}; correct size")
-        _check_objects(report, path, annotation, classes)
+        declared = f"{annotation.width}x{annotation.height}"
+        size, _ = decoded.get(images.get(id_, path), (declared, ""))
+        if size != declared:
+            report.add("wrong size", path, f"size is {declared}, but the image is {size}; correct it")
     report.counts |= {"annotations": len(annotated), "objects": names.total(), "classes": len(names)}
-    for group in similar_names(names):
-        counts = ", ".join(f"'{shown(name)}' ({names[name]} objects)" for name in group)
-        report.add("similar class names", root / "Annotations", f"{counts} may be one class; give it one name")
-    for one, other in DISJOINT:
-        there, here = ([images[id_] for id_ in lists.get(name, ()) if id_ in images] for name in (one, other))
-        for path, twin in _twins(there, here, decoded):
-            text = f"in {other}, is the same file as {shown(twin.stem)} in {one}; keep one"
-            report.add("same image in two lists", path, text)
+    similar = defaultdict(list)
+    for name in sorted(names):
+        similar["".join(c for c in name.casefold() if c not in " -_")].append(name)
+    for group in similar.values():
+        if len(group) > 1:
+            counts = ", ".join(f"'{shown(name)}' ({names[name]} objects)" for name in group)
+            report.add("similar class names", root / "Annotations", f"{counts} may be one class; give it one name")
+    for pair in DISJOINT:
+        parts = [[images[id_] for id_ in lists.get(name, ()) if id_ in images] for name in pair]
+        _check_twins(report, pair, parts, decoded)
     return report
 
 
 def _check_lists(report: Report, splits: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
     """Return the ids of each list; lists of one class are left out."""
     folder = report.root / "ImageSets" / "Main"
-    every = sorted(folder.glob("*.txt"))
+    paths = sorted(folder.glob("*.txt"))
     lists: dict[str, tuple[str, ...]] = {}
-    for path in every if splits is None else [existing_split_path(report.root, name) for name in splits]:
+    for path in paths if splits is None else [existing_split_path(report.root, name) for name in splits]:
         if _leads_out(report, path):
             continue
         try:
@@ -248,9 +224,9 @@ def _image_files(report: Report) -> dict[str, Path]:
         report.add("missing image", folder, "no such folder; put the images there")
         return {}
     for path in sorted(folder.iterdir()):
-        taken = names.get(path.stem, path.name)
-        if path.suffix.lower() in IMAGE_EXTENSIONS and path.name != taken:
-            report.add("repeated id", path, f"{shown(taken)} has the same name and is taken; remove one")
+        used = names.get(path.stem, path.name)
+        if path.suffix.lower() in IMAGE_EXTENSIONS and path.name != used:
+            report.add("repeated id", path, f"{shown(used)} has the same name and is used; remove one")
     return {stem: folder / name for stem, name in sorted(names.items())}
 
 
@@ -261,28 +237,28 @@ def _check_pairs(
     for name, ids in lists.items():
         for id_ in ids:
             listed_in[id_].append(name)
-    folder = report.root / "JPEGImages"
     for id_ in sorted(listed_in.keys() | images.keys() | annotated.keys()):
-        where = f"listed in {', '.join(listed_in[id_])}" if id_ in listed_in else "not listed"
+        listed = id_ in listed_in
+        where = f"listed in {', '.join(listed_in[id_])}" if listed else "not listed"
         if id_ not in images and id_ not in annotated:
-            report.add("missing image", folder / id_, f"no image and no annotation ({where}); add both")
+            path = report.root / "JPEGImages" / id_
+            report.add("missing image", path, f"no image and no annotation ({where}); add both")
         elif id_ not in images:
-            kind = "missing image" if id_ in listed_in else "annotation without image"
-            text = f"no image {shown(id_)} with {' or '.join(IMAGE_EXTENSIONS)} ({where})"
-            report.add(kind, annotated[id_], text)
+            kind = "missing image" if listed else "annotation without image"
+            report.add(kind, annotated[id_], f"no image {shown(id_)} with {' or '.join(IMAGE_EXTENSIONS)} ({where})")
         elif id_ not in annotated:
-            kind = "missing annotation" if id_ in listed_in else "image without annotation"
+            kind = "missing annotation" if listed else "image without annotation"
             report.add(kind, images[id_], f"no Annotations/{shown(id_)}.xml ({where})")
 
 
 def _leads_out(report: Report, path: Path) -> bool:
-    if not leads_outside(path, report.root):
-        return False
-    report.add("leads outside", path, "is a link to outside the data set; put the file itself there")
-    return True
+    outside = leads_outside(path, report.root)
+    if outside:
+        report.add("leads outside", path, "is a link to outside the data set; put the file itself there")
+    return outside
 
 
-def _check_xml(report: Report, path: Path) -> VocAnnotation | None:
+def _check_annotation(report: Report, path: Path, classes: Sequence[str] | None) -> VocAnnotation | None:
     problem = name_problem(path.stem)
     if problem:
         report.add("bad annotation", path, f"its name {problem}; rename it")
@@ -294,22 +270,20 @@ def _check_xml(report: Report, path: Path) -> VocAnnotation | None:
     annotation, problems = parse_annotation(data, path.stem)
     for text in problems:
         report.add("bad annotation", path, text)
-    filename = declared_filename(data)
-    if filename is not None and ("/" in filename or "\\" in filename or filename in (".", "..")):
+    if annotation is None:
+        return None
+    filename = parse_xml(data).findtext("filename") or ""
+    if "/" in filename or "\\" in filename or filename in (".", ".."):
         report.add("leads outside", path, f"filename '{shown(filename)}' leads elsewhere (it isn't followed)")
-    return annotation
-
-
-def _check_objects(report: Report, path: Path, annotation: VocAnnotation, classes: Sequence[str] | None) -> None:
-    seen: dict[tuple[str, tuple[float, ...]], int] = {}
+    first: dict[tuple[str, tuple[float, ...]], int] = {}
     for index, item in enumerate(annotation.objects):
-        fault = box_fault(item.box, annotation.width, annotation.height)
+        fault = annotation.box_fault(index)
         if fault:
-            size = "" if fault == NO_AREA else f" of {annotation.width}x{annotation.height}"
-            report.add(BOX_KINDS[fault], path, f"{describe_box(item, index)} {fault}{size}")
+            report.add(fault[0], path, fault[1])
         if classes is not None and item.name not in classes:
             names = ", ".join(f"'{shown(name)}'" for name in classes)
-            report.add("unknown class", path, f"{describe(item, index)} is not one of {names}")
-        twin = seen.setdefault((item.name, item.box), index)
+            report.add("unknown class", path, f"{annotation.describe(index)} is not one of {names}")
+        twin = first.setdefault((item.name, item.box), index)
         if twin != index:
-            report.add("repeated object", path, f"{describe(item, index)} is the same as object {twin + 1}; remove one")
+            report.add("repeated object", path, f"{annotation.describe(index)} is the same as object {twin + 1}")
+    return annotation

@@ -46,32 +46,18 @@ MIRRORS = (
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """A file of ``size`` bytes; ``mirrors`` are URLs (http or https) of folders that hold it under its name."""
-
-    name: str
-    size: int
-    sha256: str
-    mirrors: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class VocRelease:
-    """One year of PASCAL VOC; ``splits`` are the images of each list, by name."""
+    """One year of PASCAL VOC."""
 
     year: int
-    archives: tuple[RemoteFile, ...]
-    splits: Mapping[str, int]
+    archives: Mapping[str, tuple[int, str]]  # bytes and SHA-256 by name
+    splits: Mapping[str, int]  # images of each list
+    mirrors: tuple[str, ...] = MIRRORS
 
     @property
     def terms(self) -> str:
         """Where its terms of use are."""
         return f"http://host.robots.ox.ac.uk/pascal/VOC/voc{self.year}/#rights"
-
-
-def _release(year: int, archives: Mapping[str, tuple[int, str]], splits: Mapping[str, int]) -> VocRelease:
-    mirrors = tuple(mirror.format(year=year) for mirror in MIRRORS)
-    return VocRelease(year, tuple(RemoteFile(name, *what, mirrors) for name, what in archives.items()), splits)
 
 
 # sizes are the official server's; SHA-256 and lengths of lists are those of torchvision's prototype data sets
@@ -83,8 +69,8 @@ ARCHIVES_2012 = {
     "VOCtrainval_11-May-2012.tar": (1_999_639_040, "e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb")
 }
 RELEASES = {
-    "voc2007": _release(2007, ARCHIVES_2007, {"train": 2501, "val": 2510, "trainval": 5011, "test": 4952}),
-    "voc2012": _release(2012, ARCHIVES_2012, {"train": 5717, "val": 5823, "trainval": 11540}),
+    "voc2007": VocRelease(2007, ARCHIVES_2007, {"train": 2501, "val": 2510, "trainval": 5011, "test": 4952}),
+    "voc2012": VocRelease(2012, ARCHIVES_2012, {"train": 5717, "val": 5823, "trainval": 11540}),
 }
 
 
@@ -92,109 +78,85 @@ class _MirrorError(Exception):
     """This mirror doesn't give the file; the next one may."""
 
 
-def fetch(file: RemoteFile, folder: str | Path, mirrors: Sequence[str] = ()) -> Path:
-    """Get a file into ``folder``, or go on where a former call stopped; ``mirrors`` are tried before the file's own.
+def fetch(path: Path, size: int, sha256: str, mirrors: Sequence[str]) -> Path:
+    """Get a file from the first mirror (the URL of a folder) that has it, or resume where a former call stopped.
 
-    What has come so far is in ``NAME.part``; it becomes ``NAME`` when size and checksum are right.  A part whose
-    checksum is wrong is thrown away and the file is got once more from the start.
+    What has come so far is in ``NAME.part``; it becomes ``NAME`` when its checksum is right, and is removed if wrong.
     """
-    path = Path(folder) / file.name
-    part, lock = path.with_name(f"{file.name}.part"), path.with_name(f"{file.name}.lock")
-    bases = [*mirrors, *file.mirrors]
-    for base in bases:
-        if not re.match(r"https?://[^/\s]+", base):
-            raise UserError(f"--mirror {shown(base)}: not an http or https URL of a folder")
-    if path.is_file() and path.stat().st_size == file.size and sha256_of_file(path) == file.sha256:
+    part, lock = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.lock")
+    for mirror in mirrors:
+        if not re.match(r"https?://[^/\s]+", mirror):
+            raise UserError(f"--mirror {shown(mirror)}: not an http or https URL of a folder")
+    if path.is_file() and path.stat().st_size == size and sha256_of_file(path) == sha256:
         return path
+    reasons = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0):
-            missing, free = file.size - _length(part), shutil.disk_usage(path.parent).free
+            missing, free = size - _length(part), shutil.disk_usage(path.parent).free
             if free < missing + RESERVE:
-                raise UserError(
-                    f"{shown_path(folder)}: {missing / 1e6:.0f} MB are still to come and {free / 1e6:.0f} MB are free; "
-                    "name another folder"
-                )
-            _from_any(file, part, bases)
-            os.replace(part, path)
-            lock.unlink(missing_ok=True)
+                needed = f"{missing / 1e6:.0f} MB are still to come and {free / 1e6:.0f} MB are free"
+                raise UserError(f"{shown_path(path.parent)}: {needed}; name another folder")
+            for url in (f"{mirror.rstrip('/')}/{path.name}" for mirror in mirrors):
+                try:
+                    # once more where the part that was there before may be of another file
+                    for _ in range(2 if _length(part) else 1):
+                        _complete(part, size, url)
+                        if sha256_of_file(part) == sha256:
+                            os.replace(part, path)
+                            lock.unlink(missing_ok=True)
+                            return path
+                        part.unlink()
+                    raise _MirrorError(f"another file (its SHA-256 is not {sha256[:12]}...)")
+                except _MirrorError as error:
+                    log.warning("%s: %s", url, error)
+                    reasons.append(f"{url}: {error}")
     except Timeout as error:
         raise UserError(f"{shown_path(part)}: another process is getting this file; wait for it") from error
     except OSError as error:
         raise cannot_write(shown_path(path), str(error.strerror)) from error
-    return path
-
-
-def _from_any(file: RemoteFile, part: Path, bases: Sequence[str]) -> None:
-    reasons = []
-    for base in bases:
-        url = f"{base.rstrip('/')}/{file.name}"
-        try:
-            for resumed in [True, False] if _length(part) else [False]:
-                _complete(file, part, url)
-                found = sha256_of_file(part)
-                if found == file.sha256:
-                    return
-                part.unlink()
-                if resumed:
-                    log.warning("%s: what was there before is not of this file; getting all of it again", file.name)
-            raise _MirrorError(f"another file (SHA-256 {found[:12]}..., not {file.sha256[:12]}...)")
-        except _MirrorError as error:
-            log.warning("%s: %s", url, error)
-            reasons.append(f"{url}: {error}")
     raise UserError(
-        f"{file.name}: no mirror gives it: {'; '.join(reasons)}; what has come is kept, so that the same command goes "
-        "on; or name a mirror by --mirror, or get the file by a browser and put it there"
+        f"{path.name}: no mirror gives it: {'; '.join(reasons)}; run the same command again to resume, name a mirror "
+        "by --mirror, or get the file by a browser and put it there"
     )
 
 
-def _complete(file: RemoteFile, part: Path, url: str) -> None:
-    """Get what is missing of the file; a connection that is cut is taken up again as long as it brings something."""
+def _complete(part: Path, size: int, url: str) -> None:
+    """Get what is missing of the file; a connection that is cut is resumed as long as it brings something."""
     idle = 0
-    with progress(f"{file.name} (MiB)", -(-file.size // BLOCK)) as meter:
-        while (start := _length(part)) < file.size:
+    with progress(f"{part.stem} (MiB)", -(-size // BLOCK)) as meter:
+        while (start := _length(part)) < size:
             meter.start_at(start // BLOCK)
+            request = urllib.request.Request(url, headers={"User-Agent": "nst_det", "Range": f"bytes={start}-"})
             reason = "the connection was cut"
             try:
-                _append(file, part, url, meter)
+                with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+                    _append(part, start, size, answer, meter)
             except urllib.error.HTTPError as error:
                 raise _MirrorError(f"HTTP {error.code}") from error
             except (OSError, http.client.HTTPException) as error:
-                cause = error.reason if isinstance(error, urllib.error.URLError) else error
-                reason = shown(str(getattr(cause, "strerror", None) or cause) or type(cause).__name__)
-            if (done := _length(part)) < file.size:
-                log.info("%s: %s after %d of %d bytes", url, reason, done, file.size)
-                idle = 0 if done > start else idle + 1
-                if idle == TRIES:
-                    raise _MirrorError(reason)
-                time.sleep(idle * PAUSE_SECONDS)
+                reason = shown(str(error) or type(error).__name__)
+            idle = 0 if _length(part) > start else idle + 1
+            if idle == TRIES:
+                raise _MirrorError(reason)
+            time.sleep(idle * PAUSE_SECONDS)
 
 
-def _append(file: RemoteFile, part: Path, url: str, meter: Meter) -> None:
-    """Make one request for the bytes that are missing."""
-    start = _length(part)
-    headers = {"User-Agent": "nst_det"} | ({"Range": f"bytes={start}-"} if start else {})
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-        if answer.status == http.HTTPStatus.PARTIAL_CONTENT:
-            sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
-            if not sent or int(sent[1]) != start:
-                raise _MirrorError("it sends another part than was asked for")
-            total = sent[2]
-        else:
-            # this server sends whole files only
-            start, total = 0, answer.headers.get("Content-Length", "*")
-        if total.isdecimal() and int(total) != file.size:
-            raise _MirrorError(f"its file has {total} bytes, not {file.size}")
-        with open(part, "ab" if start else "wb") as out:
-            while block := answer.read(min(BLOCK, file.size - start + 1)):
-                start += len(block)
-                if start > file.size:
-                    out.truncate(0)
-                    raise _MirrorError(f"it sends more than {file.size} bytes")
-                out.write(block)
-                out.flush()
-                meter.step()
+def _append(part: Path, start: int, size: int, answer: http.client.HTTPResponse, meter: Meter) -> None:
+    # a server without ranges sends the whole file
+    sent = answer.headers.get("Content-Range") or f"bytes 0-/{answer.headers.get('Content-Length', '*')}"
+    found = re.fullmatch(r"bytes (\d+)-\d*/(\d+|\*)", sent)
+    if not found or int(found[1]) not in (0, start):
+        raise _MirrorError("it sends another part than was asked for")
+    if found[2] not in ("*", str(size)):
+        raise _MirrorError(f"its file has {found[2]} bytes, not {size}")
+    with open(part, "ab" if int(found[1]) else "wb") as out:
+        while block := answer.read(BLOCK):
+            out.write(block)
+            meter.step()
+            if out.tell() > size:
+                out.truncate(0)
+                raise _MirrorError(f"it sends more than {size} bytes")
 
 
 def _length(part: Path) -> int:
@@ -204,17 +166,17 @@ def _length(part: Path) -> int:
 def download_voc(
     release: VocRelease, folder: str | Path, mirrors: Sequence[str] = (), keep_archives: bool = False
 ) -> Path:
-    """Get, unpack and check one year of PASCAL VOC; a call that was stopped goes on where it was.
+    """Get, unpack and check one year of PASCAL VOC; a call that was stopped resumes.
 
-    ``folder/VOCdevkit/VOC<year>`` appears only when it is whole; one that is there already and whole is kept.  The
-    archives are put into ``folder`` while they are needed.
+    ``folder/VOCdevkit/VOC<year>`` appears only when it is whole; one that is there already and whole is kept.
     """
     folder = Path(folder).expanduser()
     target = folder / "VOCdevkit" / f"VOC{release.year}"
     if target.exists():
         check_release(target, release)
         return target
-    archives = [fetch(file, folder, mirrors) for file in release.archives]
+    known = [mirror.format(year=release.year) for mirror in release.mirrors]
+    archives = [fetch(folder / name, *file, [*mirrors, *known]) for name, file in release.archives.items()]
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".VOC{release.year}.") as made:
             for archive in archives:
@@ -224,23 +186,19 @@ def download_voc(
             check_release(whole, release)
             target.parent.mkdir(exist_ok=True)
             os.replace(whole, target)
-        if not keep_archives:
-            for archive in archives:
-                archive.unlink()
+        for archive in () if keep_archives else archives:
+            archive.unlink()
     except OSError as error:
         raise cannot_write(shown_path(folder), str(error.strerror)) from error
     return target
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack the files of a tar archive that holds plain files and folders; nothing is written outside ``folder``."""
-    # Python 3.10.11 and older have no filters
-    guard = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    """Unpack a tar archive of plain files and folders; nothing is written outside ``folder``."""
     try:
         with tarfile.open(archive, "r:*") as tar:
             for member in tar:
-                where, parts = f"{shown_path(archive)}: {shown(member.name)}", PurePosixPath(member.name).parts
-                fault = ""
+                parts, fault = PurePosixPath(member.name).parts, ""
                 if not (member.isreg() or member.isdir()):
                     fault = "is a link or a device, which is not unpacked"
                 elif member.size > LARGEST_MEMBER:
@@ -248,9 +206,14 @@ def unpack(archive: Path, folder: Path) -> None:
                 elif not parts or any(map(name_problem, parts)):
                     fault = "leads outside the folder"
                 if fault:
+                    where = f"{shown_path(archive)}: {shown(member.name)}"
                     raise UserError(f"{where} {fault}; get the archive from another place")
-                if member.isreg():
-                    tar.extract(member, folder, set_attrs=False, **guard)  # type: ignore[arg-type]
+                content = tar.extractfile(member)
+                if content is not None:
+                    target = folder.joinpath(*parts)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with content, open(target, "wb") as out:
+                        shutil.copyfileobj(content, out)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{shown_path(archive)}: a damaged archive ({error}); remove it and get it again") from error
 

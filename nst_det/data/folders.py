@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,19 +19,12 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """Images with labels.
-
-    Attributes:
-        root: the folder that ``paths`` start from.
-        paths: N paths relative to ``root`` (``train/cat/1.jpg``), sorted by class, then by name.
-        labels: (N,) int64 indices into the classes.
-        sizes: (N,) int64, bytes of each file.
-    """
+    """N images with labels."""
 
     root: Path
-    paths: tuple[str, ...]
-    labels: np.ndarray
-    sizes: np.ndarray
+    paths: tuple[str, ...]  # relative to ``root`` (``train/cat/1.jpg``), sorted by class, then by name
+    labels: np.ndarray  # (N,) int64 indices into the classes
+    sizes: np.ndarray  # (N,) int64, bytes of each file
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -78,13 +70,13 @@ def read_image_folder(
 ) -> ImageFolder:
     """List the images of ``root/train/CLASS/*`` and ``root/val/CLASS/*``, or of ``root/CLASS/*``.
 
-    Hidden files and those with another extension than :data:`EXTENSIONS` are passed over; links are followed, since
+    Hidden files and those with another extension than :data:`EXTENSIONS` are skipped; links are followed, since
     many subsets of large sets are made of links.
 
     Args:
         root: the folder.
-        val_fraction: 0..1, of each class; where there is no ``val``, so many images are cut off the training images
-            by :func:`~nst_det.data.splits.held_out`, the same ones on every machine.
+        val_fraction: 0..1, share of each class that :func:`~nst_det.data.splits.held_out` cuts off the training
+            images, by ``seed``, where there is no ``val``.
         seed: of the cut.
         classes: the class folders to take, in the order of their labels; None takes all, sorted.
         always_cut: cut even where there is a ``val`` folder, which is not read.
@@ -103,30 +95,24 @@ def read_image_folder(
         if extra and classes is None:
             raise UserError(f"{shown_path(val_root / extra[0])}: a class that {shown_path(above)} doesn't have")
         return ImageFolder(root, names, train, _read_split(root, val_root, names, required=False))
-    groups: dict[int, list[str]] = defaultdict(list)
-    for path, label in zip(train.paths, train.labels):
-        groups[label].append(path)
-    kept = held_out(groups.values(), val_fraction, seed)
+    starts = np.flatnonzero(np.diff(train.labels)) + 1
+    by_class = [part.tolist() for part in np.split(np.array(train.paths, dtype=object), starts)]
+    kept = held_out(by_class, val_fraction, seed)
     is_val = np.array([path in kept for path in train.paths], dtype=bool)
     return ImageFolder(root, names, train.select(np.flatnonzero(~is_val)), train.select(np.flatnonzero(is_val)))
 
 
 def class_folders(folder: Path) -> list[str]:
     """Return the names of the folders in ``folder``, sorted; hidden ones are left out."""
-    return [name for name, _ in _listed(folder, os.DirEntry.is_dir)]
+    return [entry.name for entry in _entries(folder) if entry.is_dir()]
 
 
-def _listed(folder: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> list[tuple[str, int]]:
-    """Return names and sizes of the wanted entries that aren't hidden, sorted."""
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".") and wanted(entry)]
-        return sorted((entry.name, entry.stat().st_size) for entry in entries)
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     except OSError as error:
         raise UserError(f"{shown_path(folder)}: can't be listed ({error.strerror}); correct its permissions") from error
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(EXTENSIONS) and entry.is_file()
+    return sorted(entries, key=lambda entry: entry.name)
 
 
 def _read_split(root: Path, folder: Path, classes: Sequence[str], required: bool) -> ImageSplit:
@@ -136,12 +122,13 @@ def _read_split(root: Path, folder: Path, classes: Sequence[str], required: bool
         problem = name_problem(name)
         if problem:
             raise UserError(f"class '{shown(name)}' {problem}; name a folder in {shown_path(folder)}")
-        images = _listed(folder / name, _is_image) if (folder / name).is_dir() else []
+        entries = _entries(folder / name) if (folder / name).is_dir() else []
+        images = [entry for entry in entries if entry.name.lower().endswith(EXTENSIONS) and entry.is_file()]
         if required and not images:
             raise UserError(
                 f"{shown_path(folder / name)}: a class without images ({', '.join(EXTENSIONS)}); add some or remove it"
             )
-        files += [(f"{prefix}{name}/{file}", label, size) for file, size in images]
+        files += [(f"{prefix}{name}/{entry.name}", label, entry.stat().st_size) for entry in images]
     if not files:
         raise UserError(f"{shown_path(folder)}: no images; put them into one folder a class")
     paths, labels, sizes = zip(*files)

@@ -1,7 +1,6 @@
 """Images from bytes to RGB arrays, with a bound on their size that is checked before anything is decoded.
 
-Decoding is Pillow's and the orientation in a photo's EXIF is applied, both as in Detectron2's reader, so that
-either engine sees the same pixels.
+Pillow decodes and EXIF orientation is applied, both as in Detectron2's reader, so that engines see the same pixels.
 """
 
 from __future__ import annotations
@@ -54,23 +53,24 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     Grey and palette images become RGB, transparency is dropped, EXIF orientation is applied.  Errors call it ``name``:
     not an image, truncated, more than :data:`MAX_IMAGE_PIXELS`, or more than 8 bits a channel.
     """
-    with _opened(data, name) as image:
-        try:
-            image.load()
-            turn = _TURNS.get(_orientation(image))
-            upright = image if turn is None else image.transpose(turn)
-            return np.array(upright.convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            raise _undecodable(name, error) from error
+    image, orientation = _opened(data, name)
+    try:
+        image.load()
+        upright = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+        return np.array(upright.convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise all kinds of errors
+        raise _undecodable(name, error) from error
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """Return (width, height) in pixels as :func:`decode_image` would give it, from the header alone."""
-    with _opened(data, name) as image:
-        return (image.height, image.width) if _orientation(image) >= 5 else (image.width, image.height)
+    image, orientation = _opened(data, name)
+    # from 5 on, the image lies on its side
+    return (image.height, image.width) if orientation >= 5 else (image.width, image.height)
 
 
-def _opened(data: bytes, name: str) -> Image.Image:
+def _opened(data: bytes, name: str) -> tuple[Image.Image, int]:
+    """Return an image that is not decoded yet, and its EXIF orientation, 1 to 8."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -82,16 +82,11 @@ def _opened(data: bytes, name: str) -> Image.Image:
         raise UserError(f"{name}: {size} is more than {MAX_IMAGE_PIXELS} pixels; scale it down or remove it")
     if image.mode in DEEP_MODES:
         raise UserError(f"{name}: more than 8 bits a channel (mode {image.mode}); convert it to 8-bit RGB")
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return 1 to 8; from 5 on, the image lies on its side."""
     try:
-        value = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # unreadable EXIF says nothing about orientation
-        return 1
-    return value if isinstance(value, int) and value in _TURNS else 1
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # an intact image may have a damaged EXIF
+        orientation = 1
+    return image, orientation if isinstance(orientation, int) and orientation in _TURNS else 1
 
 
 def _undecodable(name: str, error: Exception) -> UserError:

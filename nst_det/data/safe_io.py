@@ -1,15 +1,16 @@
-"""Files and names that came from somebody else: bounded before they are read, checked before they are followed."""
+"""Files, names and numbers that came from somebody else: bounded before they are read, checked before use."""
 
 from __future__ import annotations
 
 import os
 import stat
+import sys
 from pathlib import Path
+from typing import Any
 
 from nst_det.errors import UserError
 
 MAX_NAME_BYTES = 200
-MAX_LIST_BYTES = 64 << 20
 
 
 def shown(text: str, length: int = 120) -> str:
@@ -32,12 +33,9 @@ def read_bytes(path: Path, limit: int, what: str) -> bytes:
     """Read a regular file of at most ``limit`` bytes; ``what`` is the kind of file for the error ("annotation")."""
     name = shown_path(path)
     try:
-        status = os.stat(path)
         # a pipe would block for ever
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"{name}: not a regular file; put the {what} itself there")
-        if status.st_size > limit:
-            raise UserError(f"{name}: {status.st_size} bytes, but an {what} may have {limit}; split it or remove it")
         with open(path, "rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError as error:
@@ -47,8 +45,18 @@ def read_bytes(path: Path, limit: int, what: str) -> bytes:
     except ValueError as error:
         raise UserError(f"{name}: not the name of a file ({error})") from error
     if len(data) > limit:
-        raise UserError(f"{name}: grew beyond the {limit} bytes that an {what} may have while it was read")
+        raise UserError(f"{name}: {what} of more than {limit} bytes; split it or remove it")
     return data
+
+
+def read_text(path: Path, limit: int, what: str) -> str:
+    """Read UTF-8 text, see :func:`read_bytes`."""
+    data = read_bytes(path, limit, what)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{shown_path(path)}: line {line} is not UTF-8; save the {what} as UTF-8 text") from error
 
 
 def name_problem(name: str) -> str | None:
@@ -67,29 +75,11 @@ def name_problem(name: str) -> str | None:
 def leads_outside(path: Path, root: Path) -> bool:
     """Return whether ``path``, its links followed, lies outside ``root`` (which must be resolved already)."""
     try:
-        resolved = path.resolve()
+        return not path.resolve().is_relative_to(root)
     except (OSError, RuntimeError):
         return True  # links in a circle lead nowhere
-    return resolved != root and root not in resolved.parents
 
 
-def read_names(path: Path) -> tuple[list[tuple[int, str]], list[str]]:
-    """Return (line number, name) of the usable lines of a list file, and what is wrong with the others, as text."""
-    data = read_bytes(path, MAX_LIST_BYTES, "image list")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{shown_path(path)}: line {line} is not UTF-8; save the list as UTF-8 text") from error
-    names: list[tuple[int, str]] = []
-    problems: list[str] = []
-    for number, content in enumerate(text.split("\n"), 1):
-        name = content.strip(" \t\r\f\v")
-        problem = name_problem(name) if name else None
-        if problem:
-            problems.append(
-                f"line {number}: '{shown(name)}' {problem}; a line is the name of one image, without extension"
-            )
-        elif name:
-            names.append((number, name))
-    return names, problems
+def is_number(value: Any, limit: float = sys.float_info.max) -> bool:
+    """Return whether a value out of a file is a finite number of at most ``limit``; NaN compares as false."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= limit

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from nst_det.data.annotation import VocAnnotation
 from nst_det.data.safe_io import shown, shown_path
-from nst_det.data.voc import VocDataset, image_names, read_split, split_names, split_path
-from nst_det.engine.io import write_text
+from nst_det.data.voc import VocDataset, image_names, read_split, split_names, write_split
 from nst_det.errors import UserError
 
 # lists to train and to test on that belong together, the best first
@@ -24,12 +23,7 @@ TEST_FRACTION = 0.2
 
 
 def held_out(groups: Iterable[Sequence[str]], fraction: float, seed: int = 0) -> set[str]:
-    """Return ``fraction`` (0..1) of the names of each group: at least one, never a whole group; 0 keeps none.
-
-    Example:
-        >>> sorted(held_out([["a", "b", "c", "d"], ["e", "f"], ["g"]], fraction=0.25))
-        ['d', 'f']
-    """
+    """Return ``fraction`` (0..1) of the names of each group: at least one, never a whole group; 0 keeps none."""
     if not 0 <= fraction < 1:
         raise UserError(f"val_fraction: {fraction} is not in [0, 1); give the share of images to validate on")
     kept: set[str] = set()
@@ -57,10 +51,10 @@ def hold_out(data: VocDataset, fraction: float, seed: int = 0) -> tuple[VocDatas
 
 
 def cut_test_ids(classes_of: Mapping[str, Iterable[str]], fraction: float) -> list[str]:
-    """Return ``fraction`` (0..1, at least one) of all ids in order, so that every class stays among the others.
+    """Return ``fraction`` (0..1, at least one) of all ids in order, or fewer where a class would be lost from the rest.
 
-    ``classes_of`` gives the classes on each image.  There are fewer where a class would be lost otherwise.  Other than
-    :func:`held_out`, which takes a share of each class, this cuts lists that are made once and written down.
+    ``classes_of`` gives the classes on each image.  Unlike :func:`held_out`, which takes a share of each class, this
+    cuts lists that are made once and written down.
     """
     wanted = min(max(1, round(fraction * len(classes_of))), len(classes_of) - 1)
     left = Counter(name for names in classes_of.values() for name in set(names))
@@ -91,26 +85,22 @@ class JoinedVoc:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; a label is an index into them."""
         return self.sets[0].classes
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.sets)
 
     def annotations(self) -> list[VocAnnotation]:
-        """Return all annotations, set after set."""
         return [annotation for part in self.sets for annotation in part.annotations()]
 
 
 def known_pair(root: Path, train: str = "", test: str = "") -> tuple[str, str] | None:
     """Return the lists to train and to test on that a VOC folder has, or those named; None where they must be cut."""
-    if bool(train) != bool(test):
-        raise UserError("--train and --test: name both lists, or neither")
-    if train:
-        for name in (train, test):
-            read_split(root, name)
-        if train == test:
-            raise UserError(f"--train and --test: both are {train}; what is tested on must not be trained on")
+    if train or test:
+        if train == test or not (train and test):
+            raise UserError(f"--train '{shown(train)}' and --test '{shown(test)}': name two different lists, or none")
+        read_split(root, train)
+        read_split(root, test)
         return train, test
     names = split_names(root)
     return next((pair for pair in PAIRS if set(pair) <= set(names)), None)
@@ -119,16 +109,13 @@ def known_pair(root: Path, train: str = "", test: str = "") -> tuple[str, str] |
 def ids_to_cut(root: Path) -> tuple[str, ...]:
     """Return the images of a folder without a pair of lists: those of its only list, or all with an annotation."""
     names = [name for name in split_names(root) if name not in OWN_PAIR]
-    for name in ("trainval", "train"):
-        if name in names:
-            return read_split(root, name)
-    if len(names) > 1:
+    known = [name for name in ("trainval", "train") if name in names]
+    if len(names) > 1 and not known:
         raise UserError(
-            f"{shown_path(root / 'ImageSets' / 'Main')}: lists {', '.join(names)}, and none of them says what it is "
-            "for; name two by --train and --test"
+            f"{shown_path(root / 'ImageSets' / 'Main')}: lists {', '.join(names)}; name two by --train and --test"
         )
     if names:
-        return read_split(root, names[0])
+        return read_split(root, (known or names)[0])
     annotated = {path.stem for path in (root / "Annotations").glob("*.xml")}
     ids = tuple(sorted(annotated & set(image_names(root / "JPEGImages"))))
     if not ids:
@@ -138,8 +125,7 @@ def ids_to_cut(root: Path) -> tuple[str, ...]:
 
 def write_pair(root: Path, ids: Iterable[str], test: Iterable[str]) -> tuple[str, str]:
     """Write the lists ``nst_det_train`` and ``nst_det_test`` into the VOC folder, and return their names."""
-    test = set(test)
-    members = [id_ for id_ in ids if id_ not in test], [id_ for id_ in ids if id_ in test]
-    for name, part in zip(OWN_PAIR, members):
-        write_text(split_path(root, name), "".join(f"{id_}\n" for id_ in part))
+    test, ids = set(test), list(ids)
+    for name, part in zip(OWN_PAIR, ([id_ for id_ in ids if id_ not in test], [id_ for id_ in ids if id_ in test])):
+        write_split(root, name, part)
     return OWN_PAIR

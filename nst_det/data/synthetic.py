@@ -1,24 +1,26 @@
 """The generated data set behind the demo: an image folder and a VOC folder of textured shapes on cluttered ground.
 
 Only the outline tells the classes apart: color, texture, size and place are drawn from the same distributions for all
-of them.  Every function draws from the generator that it is given and from nothing else.  The classes to detect are a
-subset of the classes to classify, as VOC's are nearly one of ImageNet's.
+of them.  The classes to detect are a subset of the classes to classify, as VOC's are nearly one of ImageNet's.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 
 from nst_det.data.annotation import VocAnnotation, VocObject, voc_xml
-from nst_det.data.safe_io import shown_path
+from nst_det.data.safe_io import is_number, shown_path
+from nst_det.data.voc import make_voc_folders, write_split
 from nst_det.engine.device import core_count
 from nst_det.engine.io import atomic_folder, cannot_write, read_json, write_json
 from nst_det.engine.progress import progress
@@ -30,7 +32,6 @@ CLASSIFICATION = "shapes_cls"
 DETECTION = "shapes_voc"
 SETTINGS_FILE = "settings.json"
 CHUNK = 100
-MAX_IMAGES = 1_000_000
 CROP_SIDE = 64
 CROP_RADII = (14.0, 26.0)
 # height and width; the longest side is always the same
@@ -46,9 +47,16 @@ SHIFT = 4
 
 
 @dataclass(frozen=True)
-class Look:
-    """How hard the pictures are."""
+class GenerateSettings:
+    """What decides every byte of the data set."""
 
+    seed: int = 0
+    classification_images: int = 9600  # to train on, in all classes together
+    classification_val_images: int = 1200
+    detection_images: int = 300  # in trainval; the last sixth of them is val, the others train
+    detection_test_images: int = 200
+    classification_classes: int = 10
+    detection_classes: int = 8  # the first ones of these
     rotation: float = 30.0  # largest turn of an object to either side, degrees
     contrast: float = 100.0  # smallest RGB distance between an object's color and the ground's
     texture: float = 20.0  # amplitude of the textures, grey levels
@@ -56,35 +64,59 @@ class Look:
     clutter: float = 0.5  # number of distractors, relative to a dense ground
     shift: float = 11.0  # largest distance of an object to classify from the middle, pixels along either axis
 
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[float, float]] = {
+            "seed": (0, 2**63 - 1),
+            "classification_images": (self.classification_classes, 1_000_000),
+            "classification_val_images": (self.classification_classes, 1_000_000),
+            "detection_images": (2, 1_000_000),
+            "detection_test_images": (1, 1_000_000),
+            "classification_classes": (2, len(CLASSES)),
+            "detection_classes": (1, self.classification_classes),
+            "rotation": (0, 180),
+            # no color is more than 200 away from all others
+            "contrast": (0, 200),
+            "texture": (0, 100),
+            "noise": (0, 100),
+            "clutter": (0, 10),
+            "shift": (0, 32),
+        }
+        for name, (low, high) in limits.items():
+            value, kind = getattr(self, name), type(getattr(type(self), name))
+            if not is_number(value) or not low <= value <= high or (kind is int and not isinstance(value, int)):
+                raise UserError(f"generate-data: {name} is {value!r}; give a number from {low} to {high}")
 
-# upper ends of the settings of a look; no color is more than 200 away from all others
-MOST = {"rotation": 180, "contrast": 200, "texture": 100, "noise": 100, "clutter": 10, "shift": 32}
+
+def settings_from(values: Mapping[str, Any]) -> GenerateSettings:
+    """Return settings from plain values by field name."""
+    known = [item.name for item in fields(GenerateSettings)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise UserError(f"generate-data: unknown setting {unknown[0]}; known are {', '.join(known)}")
+    return GenerateSettings(**values)
 
 
-def _circle(radius: float = 1.0, start: float = 0.0, stop: float = 360.0, points: int = 40) -> np.ndarray:
-    angle = np.radians(np.linspace(start, stop, points, endpoint=stop - start < 360))
-    return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+def _directions(angle: np.ndarray) -> np.ndarray:
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-def _regular(corners: int, inner: float | None = None) -> np.ndarray:
-    count = corners if inner is None else 2 * corners
-    angle = np.arange(count) * 2 * np.pi / count - np.pi / 2
-    radius = np.ones(count)
-    if inner is not None:
-        radius[1::2] = inner
-    return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+def _circle(start: float = 0.0, stop: float = 360.0, points: int = 40) -> np.ndarray:
+    return _directions(np.radians(np.linspace(start, stop, points, endpoint=stop - start < 360)))
+
+
+def _regular(corners: int) -> np.ndarray:
+    return _directions(np.arange(corners) * 2 * np.pi / corners - np.pi / 2)
 
 
 def _crescent() -> np.ndarray:
     # the inner arc goes back from the outer one's end to its start
-    outer = _circle(1.0, 55, 305)
     tip = np.cos(np.radians(55)), np.sin(np.radians(55))
     center = 0.45
     angle = np.arctan2(tip[1], tip[0] - center)
     radius = np.hypot(tip[0] - center, tip[1])
     back = np.linspace(2 * np.pi - angle, angle, 30)
     inner = np.stack([center + radius * np.cos(back), radius * np.sin(back)], axis=1)
-    return np.concatenate([outer, inner])
+    return np.concatenate([_circle(55, 305), inner])
 
 
 def _heart() -> np.ndarray:
@@ -102,17 +134,17 @@ _BOLT = [(0.25, -1), (-0.6, 0.15), (-0.05, 0.15), (-0.3, 1), (0.6, -0.25), (0.05
 # outer contour first, holes after it; all inside the unit circle or nearly
 OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "ellipse": (_circle() * (1.0, 0.66),),
-    "square": (_circle(1.0, 45, 405, 4) * 1.1,),
+    "square": (_circle(45, 405, 4) * 1.1,),
     "triangle": (_regular(3),),
-    "star": (_regular(5, 0.45),),
+    "star": (_regular(10) * np.array([1, 0.45] * 5)[:, None],),
     "cross": (np.array(_CROSS + [(-x, -y) for x, y in _CROSS]),),
-    "ring": (_circle(), _circle(0.55)),
+    "ring": (_circle(), _circle() * 0.55),
     "hexagon": (_regular(6),),
     "crescent": (_crescent(),),
     "arrow": (np.array(_ARROW),),
     "heart": (_heart(),),
     "bolt": (np.array(_BOLT),),
-    "halfmoon": (_circle(1.0, 0, 180, 24) - (0, 0.4),),
+    "halfmoon": (_circle(0, 180, 24) - (0, 0.4),),
 }
 CLASSES = tuple(OUTLINES)
 
@@ -133,22 +165,16 @@ class Placed:
         return (*points.min(axis=0), *points.max(axis=0))
 
 
-def place(
-    rng: np.random.Generator, name: str, center: tuple[float, float], radius: float, look: Look, small: bool = False
-) -> Placed:
+def place(rng: Generator, name: str, center: tuple[float, float], radius: float, rotation: float) -> Placed:
     """Turn, stretch and shear an outline at random, about ``radius`` pixels around ``center``."""
-    angle = np.radians(rng.uniform(-look.rotation, look.rotation))
+    angle = np.radians(rng.uniform(-rotation, rotation))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     stretch = np.exp(rng.uniform(-0.15, 0.15))
     warp = turn @ np.array([[stretch, rng.uniform(-0.12, 0.12)], [0.0, 1 / stretch]])
     contours = tuple(radius * points @ warp.T + center for points in OUTLINES[name])
-    areas = [_area(points) for points in contours]
-    return Placed(name, contours, areas[0] - sum(areas[1:]), small)
-
-
-def _area(points: np.ndarray) -> float:
-    x, y = points.T
-    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+    corners = [points.T for points in contours]
+    areas = [abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2 for x, y in corners]
+    return Placed(name, contours, areas[0] - sum(areas[1:]))
 
 
 def fill(placed: Placed, height: int, width: int) -> np.ndarray:
@@ -162,7 +188,7 @@ def _fixed_point(points: np.ndarray) -> np.ndarray:
     return np.round(points * (1 << SHIFT)).astype(np.int32)
 
 
-def texture(rng: np.random.Generator, height: int, width: int, color: np.ndarray, amplitude: float) -> np.ndarray:
+def texture(rng: Generator, height: int, width: int, color: np.ndarray, amplitude: float) -> np.ndarray:
     """Return (H, W, 3) float32: a color modulated by soft blobs, stripes and a slope of brightness."""
     cells = rng.standard_normal((int(rng.integers(3, 10)), int(rng.integers(3, 10)))).astype(np.float32)
     pattern = cv2.resize(cells, (width, height), interpolation=cv2.INTER_CUBIC) * rng.uniform(0.2, 0.8)
@@ -178,12 +204,12 @@ def texture(rng: np.random.Generator, height: int, width: int, color: np.ndarray
     return color.astype(np.float32) + pattern[..., None] * tint
 
 
-def ground(rng: np.random.Generator, height: int, width: int, look: Look) -> tuple[np.ndarray, np.ndarray]:
+def ground(rng: Generator, height: int, width: int, settings: GenerateSettings) -> tuple[np.ndarray, np.ndarray]:
     """Return a cluttered ground, (H, W, 3) float32, and its main color, (3,)."""
     color = rng.uniform(30, 225, 3)
-    image = texture(rng, height, width, color, look.texture)
+    image = texture(rng, height, width, color, settings.texture)
     dense = 18 * height * width / 64**2
-    for _ in range(rng.poisson(look.clutter * dense)):
+    for _ in range(rng.poisson(settings.clutter * dense)):
         shade = tuple((color + rng.normal(0, 32, 3)).clip(0, 255).tolist())
         spot = rng.uniform((0, 0), (width, height))
         if rng.random() < 0.5:
@@ -194,12 +220,12 @@ def ground(rng: np.random.Generator, height: int, width: int, look: Look) -> tup
             corners = int(rng.integers(3, 8))
             angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
             radii = rng.uniform(2, 9, corners)
-            blob = spot + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+            blob = spot + radii[:, None] * _directions(angles)
             cv2.fillPoly(image, [_fixed_point(blob)], shade, cv2.LINE_8, SHIFT)
     return image, color
 
 
-def object_color(rng: np.random.Generator, around: np.ndarray, contrast: float) -> np.ndarray:
+def object_color(rng: Generator, around: np.ndarray, contrast: float) -> np.ndarray:
     """Return a color at least ``contrast`` away from ``around`` in RGB; both (3,), 0..255."""
     for _ in range(1000):
         color = rng.uniform(10, 245, 3)
@@ -208,20 +234,24 @@ def object_color(rng: np.random.Generator, around: np.ndarray, contrast: float) 
     raise ValueError(f"no color is {contrast} away from {around}; the largest possible contrast is about 200")
 
 
-def paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, color: np.ndarray, look: Look) -> None:
-    """Blend a textured object into an image (H, W, 3) float32, in place; ``mask`` (H, W) uint8 is its coverage."""
+def draw(
+    rng: Generator, image: np.ndarray, placed: Placed, around: np.ndarray, settings: GenerateSettings
+) -> np.ndarray:
+    """Blend a textured object into an image (H, W, 3) float32, in place, and return its coverage, (H, W) uint8."""
+    mask = fill(placed, *image.shape[:2])
+    color = object_color(rng, around, settings.contrast)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not rows.size:
-        return
-    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    alpha = mask[window].astype(np.float32)[..., None] / 255
-    filled = texture(rng, alpha.shape[0], alpha.shape[1], color, look.texture)
-    image[window] += alpha * (filled - image[window])
+    if rows.size:
+        window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        alpha = mask[window].astype(np.float32)[..., None] / 255
+        filled = texture(rng, alpha.shape[0], alpha.shape[1], color, settings.texture)
+        image[window] += alpha * (filled - image[window])
+    return mask
 
 
-def finish(rng: np.random.Generator, image: np.ndarray, look: Look) -> bytes:
+def finish(rng: Generator, image: np.ndarray, settings: GenerateSettings) -> bytes:
     """Add pixel noise to an RGB image (H, W, 3) float32, 0..255, and encode it as JPEG of a quality that varies."""
-    sigma = np.float32(rng.uniform(0.2, 1.0) * look.noise)
+    sigma = np.float32(rng.uniform(0.2, 1.0) * settings.noise)
     noisy = (image + sigma * rng.standard_normal(image.shape, dtype=np.float32)).clip(0, 255).astype(np.uint8)
     quality = int(rng.integers(85, 96))
     done, data = cv2.imencode(".jpg", noisy[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
@@ -229,38 +259,35 @@ def finish(rng: np.random.Generator, image: np.ndarray, look: Look) -> bytes:
     return data.tobytes()
 
 
-def draw_crop(rng: np.random.Generator, name: str, look: Look) -> bytes:
+def draw_crop(rng: Generator, name: str, settings: GenerateSettings) -> bytes:
     """Return a JPEG of :data:`CROP_SIDE` squared with one object, most of it inside."""
-    image, around = ground(rng, CROP_SIDE, CROP_SIDE, look)
+    image, around = ground(rng, CROP_SIDE, CROP_SIDE, settings)
     radius = rng.uniform(*CROP_RADII)
-    x, y = CROP_SIDE / 2 + rng.uniform(-look.shift, look.shift, 2)
-    mask = fill(place(rng, name, (x, y), radius, look), CROP_SIDE, CROP_SIDE)
-    paint(rng, image, mask, object_color(rng, around, look.contrast), look)
-    return finish(rng, image, look)
+    x, y = CROP_SIDE / 2 + rng.uniform(-settings.shift, settings.shift, 2)
+    draw(rng, image, place(rng, name, (x, y), radius, settings.rotation), around, settings)
+    return finish(rng, image, settings)
 
 
-def draw_scene(rng: np.random.Generator, id_: str, classes: tuple[str, ...], look: Look) -> tuple[bytes, VocAnnotation]:
+def draw_scene(
+    rng: Generator, id_: str, classes: tuple[str, ...], settings: GenerateSettings
+) -> tuple[bytes, VocAnnotation]:
     """Return a JPEG with one to four objects, sometimes a small or a mostly hidden one more, and its annotation."""
     height, width = SCENE_SIZES[rng.integers(len(SCENE_SIZES))]
-    image, around = ground(rng, height, width, look)
-    items = _compose(rng, height, width, classes, look)
-    masks = []
-    for item in items:
-        masks.append(fill(item, height, width))
-        paint(rng, image, masks[-1], object_color(rng, around, look.contrast), look)
+    image, around = ground(rng, height, width, settings)
+    items = _compose(rng, height, width, classes, settings.rotation)
+    masks = [draw(rng, image, item, around, settings) > 127 for item in items]
     objects = []
     hidden = np.zeros((height, width), bool)
     # from the front to the back
     for item, mask in zip(reversed(items), reversed(masks)):
-        found = annotate(item, (mask > 127) & ~hidden)
-        hidden |= mask > 127
+        found = annotate(item, mask & ~hidden)
+        hidden |= mask
         if found is not None:
             objects.append(found)
-    annotation = VocAnnotation(id_, width, height, tuple(reversed(objects)))
-    return finish(rng, image, look), annotation
+    return finish(rng, image, settings), VocAnnotation(id_, width, height, tuple(reversed(objects)))
 
 
-def _compose(rng: np.random.Generator, height: int, width: int, classes: tuple[str, ...], look: Look) -> list[Placed]:
+def _compose(rng: Generator, height: int, width: int, classes: tuple[str, ...], rotation: float) -> list[Placed]:
     items: list[Placed] = []
 
     def try_to_place(radii: tuple[float, float], overlap: float, small: bool = False) -> None:
@@ -269,9 +296,9 @@ def _compose(rng: np.random.Generator, height: int, width: int, classes: tuple[s
             radius = rng.uniform(*radii)
             inset = 0.8 * radius
             center = rng.uniform(inset, width - inset), rng.uniform(inset, height - inset)
-            placed = place(rng, name, center, radius, look, small)
+            placed = place(rng, name, center, radius, rotation)
             if all(_overlap(placed, item) <= overlap for item in items):
-                items.append(placed)
+                items.append(replace(placed, small=small))
                 return
 
     for _ in range(int(rng.integers(1, 5))):
@@ -284,7 +311,7 @@ def _compose(rng: np.random.Generator, height: int, width: int, classes: tuple[s
         center = (x0 + x1) / 2 + rng.uniform(-5, 5), (y0 + y1) / 2 + rng.uniform(-5, 5)
         radius = rng.uniform(0.8, 1.0) * max(x1 - x0, y1 - y0) / 2
         name = classes[rng.integers(len(classes))]
-        cover = place(rng, name, center, min(radius, RADII[1]), look)
+        cover = place(rng, name, center, min(radius, RADII[1]), rotation)
         if all(_overlap(cover, item) <= LARGEST_OVERLAP for item in items[1:]):
             items.append(cover)
     return items
@@ -311,48 +338,6 @@ def annotate(item: Placed, seen: np.ndarray) -> VocObject | None:
     return VocObject(item.name, box, bool(difficult), bool(truncated))
 
 
-@dataclass(frozen=True)
-class GenerateSettings:
-    """What decides every byte of the data set."""
-
-    seed: int = 0
-    classification_images: int = 9600  # to train on, in all classes together
-    classification_val_images: int = 1200
-    detection_images: int = 300  # in trainval; the last sixth of them is val, the others train
-    detection_test_images: int = 200
-    classification_classes: int = 10
-    detection_classes: int = 8  # the first ones of these
-    look: Look = field(default_factory=Look)
-
-    def __post_init__(self) -> None:
-        limits: dict[str, tuple[float, float]] = {
-            "classification_images": (self.classification_classes, MAX_IMAGES),
-            "classification_val_images": (self.classification_classes, MAX_IMAGES),
-            "detection_images": (2, MAX_IMAGES),
-            "detection_test_images": (1, MAX_IMAGES),
-            "classification_classes": (2, len(CLASSES)),
-            "detection_classes": (1, self.classification_classes),
-            "seed": (0, 2**63 - 1),
-            **{name: (0, most) for name, most in MOST.items()},
-        }
-        for name, (low, high) in limits.items():
-            value = getattr(self.look if name in MOST else self, name)
-            if not low <= value <= high:
-                raise UserError(f"generate-data: {name} is {value}; give a number from {low} to {high}")
-
-
-def settings_from(values: dict[str, Any]) -> GenerateSettings:
-    """Return settings from plain values by field name; those of ``look`` by their own names (``contrast``)."""
-    own = {item.name for item in fields(GenerateSettings)} - {"look"}
-    for name, value in values.items():
-        if name not in own | MOST.keys():
-            raise UserError(f"generate-data: unknown setting {name}; known are {', '.join(sorted(own | MOST.keys()))}")
-        if isinstance(value, bool) or not isinstance(value, int | float if name in MOST else int):
-            raise UserError(f"generate-data: {name} must be a number, but is {value!r}")
-    look = Look(**{name: float(value) for name, value in values.items() if name in MOST})
-    return GenerateSettings(look=look, **{name: value for name, value in values.items() if name in own})
-
-
 def generate_data(output: str | Path, settings: GenerateSettings | None = None, workers: int = 0) -> Path:
     """Write the data set: ``output/shapes_cls/{train,val}/CLASS/*.jpg`` and the VOC folder ``output/shapes_voc``.
 
@@ -377,8 +362,6 @@ def generate_data(output: str | Path, settings: GenerateSettings | None = None, 
 def _is_done(output: Path, settings: GenerateSettings) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if not output.is_dir():
-        raise UserError(f"{shown_path(output)}: is a file; name another folder")
     marker = output / SETTINGS_FILE
     before = read_json(marker) if marker.is_file() else None
     if not isinstance(before, dict):
@@ -396,20 +379,17 @@ def _generate(folder: Path, settings: GenerateSettings, workers: int) -> None:
     for split in ("train", "val"):
         for name in CLASSES[: settings.classification_classes]:
             (folder / CLASSIFICATION / split / name).mkdir(parents=True)
-    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (folder / DETECTION / name).mkdir(parents=True)
+    root = make_voc_folders(folder / DETECTION)
     counts = {
         "detect": settings.detection_images + settings.detection_test_images,
         "train": settings.classification_images,
         "val": settings.classification_val_images,
     }
-    ids = [_id(index) for index in range(counts["detect"])]
+    ids = [f"{number:06}" for number in range(1, counts["detect"] + 1)]
     trainval, test = ids[: settings.detection_images], ids[settings.detection_images :]
     val = max(len(trainval) // 6, 1)
-    lists = {"trainval": trainval, "train": trainval[:-val], "val": trainval[-val:], "test": test}
-    for name, members in lists.items():
-        path = folder / DETECTION / "ImageSets" / "Main" / f"{name}.txt"
-        path.write_text("".join(f"{id_}\n" for id_ in members))
+    for name, members in {"trainval": trainval, "train": trainval[:-val], "val": trainval[-val:], "test": test}.items():
+        write_split(root, name, members)
     chunks = [
         (folder, settings, part, range(start, min(start + CHUNK, count)))
         for part, count in counts.items()
@@ -440,19 +420,14 @@ def draw_chunk(folder: Path, settings: GenerateSettings, part: str, indices: ran
         for index in indices:
             rng = np.random.default_rng([seed, index])
             if part == "detect":
-                id_ = _id(index)
-                image, annotation = draw_scene(rng, id_, CLASSES[: settings.detection_classes], settings.look)
-                (folder / DETECTION / "JPEGImages" / f"{id_}.jpg").write_bytes(image)
-                xml = voc_xml(annotation, f"{id_}.jpg", DETECTION)
-                (folder / DETECTION / "Annotations" / f"{id_}.xml").write_text(xml)
-                continue
-            # classes take turns, so that they have the same number of images
-            number, label = divmod(index, settings.classification_classes)
-            path = folder / CLASSIFICATION / part / CLASSES[label] / f"{number + 1:06}.jpg"
-            path.write_bytes(draw_crop(rng, CLASSES[label], settings.look))
+                id_, root = f"{index + 1:06}", folder / DETECTION
+                image, annotation = draw_scene(rng, id_, CLASSES[: settings.detection_classes], settings)
+                (root / "JPEGImages" / f"{id_}.jpg").write_bytes(image)
+                (root / "Annotations" / f"{id_}.xml").write_text(voc_xml(annotation, f"{id_}.jpg", DETECTION))
+            else:
+                # classes take turns, so that they have the same number of images
+                number, label = divmod(index, settings.classification_classes)
+                path = folder / CLASSIFICATION / part / CLASSES[label] / f"{number + 1:06}.jpg"
+                path.write_bytes(draw_crop(rng, CLASSES[label], settings))
     finally:
         cv2.setNumThreads(threads)
-
-
-def _id(index: int) -> str:
-    return f"{index + 1:06}"

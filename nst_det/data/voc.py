@@ -13,7 +13,8 @@ import numpy as np
 
 from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, read_annotation
 from nst_det.data.images import read_image
-from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, read_names, shown, shown_path
+from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, read_text, shown, shown_path
+from nst_det.engine.io import write_text
 from nst_det.errors import UserError
 
 VOC_CLASSES = (
@@ -21,6 +22,7 @@ VOC_CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
+MAX_LIST_BYTES = 64 << 20
 
 
 class VocDataset:
@@ -34,21 +36,6 @@ class VocDataset:
         split: a list in ``ImageSets/Main``, such as ``trainval``.
         classes: class names in the order of their labels; None takes those of this split's annotations by
             :func:`class_names`.
-
-    Attributes:
-        root: the folder that holds ``Annotations``, resolved.
-        split: name of the list.
-        classes: class names; a label is an index into them.
-        ids: image ids in the order of the list.
-
-    Raises:
-        UserError: no such folder or list, an id twice or one that leads outside the folder, no image at all, or
-            (where classes are read from them) a bad annotation.
-
-    Example::
-
-        data = VocDataset("VOCdevkit/VOC2007", "trainval")
-        data.annotation(data.ids[0]).boxes  # (N, 4)
     """
 
     def __init__(self, root: str | Path, split: str, classes: Sequence[str] | None = None) -> None:
@@ -88,37 +75,29 @@ class VocDataset:
         """Return (N,) int64 indices into ``classes``; an object of a class that isn't among them is an error."""
         unknown = [name for name in annotation.names if name not in self._label_of]
         if unknown:
-            raise UserError(
-                f"{shown_path(self.annotation_path(annotation.id))}: object name '{shown(unknown[0])}' is not among "
-                f"the classes {', '.join(map(shown, self.classes))}; add it to them or correct the annotation"
-            )
+            path, known = shown_path(self.annotation_path(annotation.id)), ", ".join(map(shown, self.classes))
+            raise UserError(f"{path}: object name '{shown(unknown[0])}' is not among the classes {known}; correct it")
         return np.array([self._label_of[name] for name in annotation.names], dtype=np.int64)
 
     def annotation_path(self, id_: str) -> Path:
         """Return ``root/Annotations/ID.xml``, which may not exist; a link that leads outside ``root`` is an error."""
-        path = self._annotation_folder / f"{id_}.xml"
-        return _inside(path, self.root) if path.is_symlink() else path
+        return self._file("Annotations", f"{id_}.xml")
 
     def image_path(self, id_: str) -> Path:
         """Return the image file of an id, with one of :data:`IMAGE_EXTENSIONS` in small or capital letters."""
         name = self._image_names.get(id_)
         if name is None:
-            raise UserError(
-                f"{shown_path(self._image_folder / id_)}: no image with this name and {' or '.join(IMAGE_EXTENSIONS)}; "
-                f"add it or take it out of {shown_path(split_path(self.root, self.split))}"
-            )
-        path = self._image_folder / name
-        return _inside(path, self.root) if path.is_symlink() else path
+            image, known = shown_path(self.root / "JPEGImages" / id_), " or ".join(IMAGE_EXTENSIONS)
+            raise UserError(f"{image}: no image with this name and {known}; add it or take it out of {self.split}.txt")
+        return self._file("JPEGImages", name)
 
     def image(self, id_: str) -> np.ndarray:
         """Read the pixels of an image, (H, W, 3) uint8, RGB; another size than its annotation's is an error."""
         annotation, path = self.annotation(id_), self.image_path(id_)
         image = read_image(path)
         if image.shape[:2] != (annotation.height, annotation.width):
-            raise UserError(
-                f"{shown_path(path)}: the image is {image.shape[1]}x{image.shape[0]}, but its annotation says "
-                f"{annotation.width}x{annotation.height}; correct size in {shown_path(self.annotation_path(id_))}"
-            )
+            found, declared = f"{image.shape[1]}x{image.shape[0]}", f"{annotation.width}x{annotation.height}"
+            raise UserError(f"{shown_path(path)}: the image is {found}, but its annotation has {declared}; correct it")
         return image
 
     def fingerprint(self) -> str:
@@ -135,23 +114,26 @@ class VocDataset:
         return digest.hexdigest()
 
     @cached_property
-    def _annotation_folder(self) -> Path:
-        return _inside(self.root / "Annotations", self.root)
-
-    @cached_property
-    def _image_folder(self) -> Path:
-        return _inside(self.root / "JPEGImages", self.root)
+    def _folders(self) -> dict[str, Path]:
+        return {name: _inside(self.root / name, self.root) for name in ("Annotations", "JPEGImages")}
 
     @cached_property
     def _image_names(self) -> dict[str, str]:
-        return image_names(self._image_folder)
+        return image_names(self._folders["JPEGImages"])
+
+    def _file(self, folder: str, name: str) -> Path:
+        path = self._folders[folder] / name
+        return _inside(path, self.root) if path.is_symlink() else path
+
+
+def _inside(path: Path, root: Path) -> Path:
+    if leads_outside(path, root):
+        raise UserError(f"{shown_path(path)}: leads outside {shown_path(root)}; put the file itself there, not a link")
+    return path
 
 
 def find_voc_root(root: str | Path) -> Path:
-    """Return the folder that holds ``Annotations``: ``root``, or the only one in ``root/*`` and ``root/VOCdevkit/*``.
-
-    Several of them (say ``VOC2007`` and ``VOC2012``) are an error that names them.
-    """
+    """Return the folder with ``Annotations``: ``root``, or the only one in ``root/*`` and ``root/VOCdevkit/*``."""
     root = Path(root).expanduser()
     if (root / "Annotations").is_dir():
         return root.resolve()
@@ -162,11 +144,16 @@ def find_voc_root(root: str | Path) -> Path:
         names = ", ".join(shown_path(path) for path in found)
         raise UserError(f"{shown_path(root)}: several VOC folders inside; name one of {names}")
     if not found:
-        raise UserError(
-            f"{shown_path(root)}: not a VOC folder; it needs Annotations/ID.xml, JPEGImages/ID.jpg and "
-            "ImageSets/Main/SPLIT.txt"
-        )
+        needed = "Annotations/ID.xml, JPEGImages/ID.jpg and ImageSets/Main/SPLIT.txt"
+        raise UserError(f"{shown_path(root)}: not a VOC folder; it needs {needed}")
     return found[0].resolve()
+
+
+def make_voc_folders(root: Path) -> Path:
+    """Make an empty VOC folder and return it."""
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    return root
 
 
 def split_path(root: Path, split: str) -> Path:
@@ -192,6 +179,11 @@ def split_names(root: Path) -> list[str]:
     return [path.stem for path in paths if scan_list(path) is not None]
 
 
+def write_split(root: Path, split: str, ids: Iterable[str]) -> None:
+    """Write a list of image ids."""
+    write_text(split_path(root, split), "".join(f"{id_}\n" for id_ in ids))
+
+
 def read_split(root: Path, split: str) -> tuple[str, ...]:
     """Return the ids of a split, in the order of its list; the error names the first thing that is wrong with it."""
     path = existing_split_path(root, split)
@@ -209,28 +201,28 @@ def scan_list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, str]]] | Non
 
     None is a list of one class (``cat_trainval``): lines of an id and -1, 0 or 1.
     """
-    lines, bad = read_names(path)
-    flags = {name.split()[-1] if len(name.split()) == 2 else "" for _, name in lines}
+    line_of: dict[str, int] = {}
+    problems: list[tuple[str, str]] = []
+    for number, line in enumerate(read_text(path, MAX_LIST_BYTES, "list").split("\n"), 1):
+        name = line.strip(" \t\r\f\v")
+        problem = name_problem(name) if name else None
+        if problem:
+            text = f"line {number}: '{shown(name)}' {problem}; a line is the name of one image, without extension"
+            problems.append(("bad list", text))
+        elif name in line_of:
+            problems.append(("repeated id", f"line {number}: {shown(name)} is in line {line_of[name]} too"))
+        elif name:
+            line_of[name] = number
+    flags = {name.split()[-1] if len(name.split()) == 2 else "" for name in line_of}
     if "-1" in flags and flags <= {"-1", "0", "1"}:
         return None
-    problems = [("bad list", text) for text in bad]
-    if not lines:
+    if not line_of:
         problems.append(("bad list", "no image is listed; add one id a line"))
-    first: dict[str, int] = {}
-    for number, id_ in lines:
-        if id_ in first:
-            problems.append(("repeated id", f"line {number}: {shown(id_)} stands in line {first[id_]} too"))
-        first.setdefault(id_, number)
-    return tuple(first), problems
+    return tuple(line_of), problems
 
 
 def class_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Return distinct class names, sorted; :data:`VOC_CLASSES` in the official order if all names are among them.
-
-    Example:
-        >>> class_names(["wbc", "rbc", "wbc"])
-        ('rbc', 'wbc')
-    """
+    """Return distinct class names, sorted; :data:`VOC_CLASSES` in the official order if all names are among them."""
     found = set(names)
     return VOC_CLASSES if found and found <= set(VOC_CLASSES) else tuple(sorted(found))
 
@@ -238,19 +230,11 @@ def class_names(names: Iterable[str]) -> tuple[str, ...]:
 def image_names(folder: Path) -> dict[str, str]:
     """Return the file name of every image in a folder by its stem; of several the first extension wins."""
     try:
-        files = os.listdir(folder)
+        files = sorted(os.listdir(folder))
     except OSError as error:
         raise UserError(f"{shown_path(folder)}: can't be listed ({error.strerror}); put the images there") from error
     found: dict[str, str] = {}
     for extension in reversed(IMAGE_EXTENSIONS):
-        for file in sorted(files):
-            stem, suffix = os.path.splitext(file)
-            if suffix.lower() == extension:
-                found[stem] = file
+        names = (os.path.splitext(file) for file in files)
+        found |= {stem: stem + suffix for stem, suffix in names if suffix.lower() == extension}
     return found
-
-
-def _inside(path: Path, root: Path) -> Path:
-    if leads_outside(path, root):
-        raise UserError(f"{shown_path(path)}: leads outside {shown_path(root)}; put the file itself there, not a link")
-    return path

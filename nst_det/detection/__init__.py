@@ -1,1 +1,1 @@
-"""Stage two: a detector trained from a backbone, alone or beside a frozen teacher, by one of two engines."""
+"""Stage two: a detector trained from a backbone, alone or with a frozen teacher, by one of two engines."""

@@ -18,7 +18,7 @@ BoxOutputs = Callable[[Any, Mapping[str, Tensor], Sequence[Tensor]], tuple[Tenso
 
 
 class Widths(NamedTuple):
-    """Of a box head: D, the length of what enters its predictor, and its number of logits, K + 1 with background."""
+    """Of a box head: D, the length of its predictor's input, and its number of logits, K + 1 with background."""
 
     embedding: int
     logits: int
@@ -33,10 +33,10 @@ def widths_of(detector: nn.Module, method: Method) -> Widths:
     """Return the widths of a detector's box head, which must be a single one with a softmax over its classes."""
     heads: Any = getattr(detector, "roi_heads", None)
     scores = getattr(getattr(heads, "box_predictor", None), "cls_score", None)
-    if not isinstance(scores, nn.Linear) or _pooler(heads) is None:
+    if not isinstance(scores, nn.Linear) or pooler_of(heads) is None:
         who = type(detector if heads is None else heads).__name__
         raise UserError(
-            f"METHOD {method}: it reads logits of a box head, and {who} has not one; use terms on feature "
+            f"METHOD {method}: it reads logits of a box head, and {who} has none; use terms on feature "
             "maps, such as nst-poly"
         )
     if getattr(heads.box_predictor, "use_sigmoid_ce", False):
@@ -47,10 +47,16 @@ def widths_of(detector: nn.Module, method: Method) -> Widths:
     return Widths(scores.in_features, scores.out_features)
 
 
-def check_classes(transfer: TransferLoss, student: int, teacher: int) -> None:
-    """Refuse to compare logits one by one where there are not as many (the background's among them)."""
-    if student != teacher:
-        _refuse(transfer, f"the student has {student - 1} classes and the teacher {teacher - 1}")
+def pooler_of(heads: Any) -> nn.Module | None:
+    pooler: nn.Module | None = getattr(heads, "box_pooler", getattr(heads, "pooler", None))
+    return pooler
+
+
+def check_classes(transfer: TransferLoss, student: Widths, teacher: Widths) -> None:
+    """Refuse to compare logits one by one where their numbers differ."""
+    if student.logits != teacher.logits:
+        # the background, which is among the logits, is no class
+        _refuse(transfer, f"the student has {student.logits - 1} classes and the teacher {teacher.logits - 1}")
 
 
 def check_class_names(transfer: TransferLoss, student: Sequence[str], teacher: Sequence[str]) -> None:
@@ -69,17 +75,12 @@ def _refuse(transfer: TransferLoss, difference: str) -> None:
 
 
 class BoxHeadTap:
-    """Listens to a student's box head in training: the boxes that it pools, and what enters and leaves its predictor.
-
-    Args:
-        detector: has ``roi_heads`` with ``box_pooler`` (or ``pooler``) and ``box_predictor``, as Detectron2 names them.
-    """
+    """Listens to a student's box head in training: the boxes that it pools, its predictor's input and its logits."""
 
     def __init__(self, detector: nn.Module) -> None:
         heads: Any = detector.roi_heads
-        self._boxes: list[Tensor] = []
-        self._outputs: tuple[Tensor, Tensor] | None = None
-        pooler = _pooler(heads)
+        self.forget()
+        pooler = pooler_of(heads)
         assert pooler is not None, "widths_of() looked for it"
         pooler.register_forward_pre_hook(self._keep_boxes)
         heads.box_predictor.register_forward_hook(self._keep_outputs)
@@ -87,43 +88,25 @@ class BoxHeadTap:
     def _keep_boxes(self, pooler: nn.Module, inputs: tuple[Any, ...]) -> None:
         if pooler.training:
             # Detectron2's Boxes hold a tensor, this project's are tensors
-            self._boxes = [getattr(boxes, "tensor", boxes).detach() for boxes in inputs[1]]
+            self.boxes: list[Tensor] = [getattr(boxes, "tensor", boxes).detach() for boxes in inputs[1]]
 
     def _keep_outputs(self, predictor: nn.Module, inputs: tuple[Tensor, ...], outputs: Sequence[Tensor]) -> None:
         if predictor.training:
-            self._outputs = inputs[0].flatten(1), outputs[0]
+            self.outputs: tuple[Tensor, Tensor] | None = (inputs[0].flatten(1), outputs[0])
 
     def forget(self) -> None:
         """Drop what was kept, such as that of a step that failed."""
-        self._boxes, self._outputs = [], None
+        self.boxes, self.outputs = [], None
 
     def take(self, student: ModelOutputs) -> list[Tensor]:
-        """Add the box head's part of this step to the student's outputs.
-
-        Returns:
-            (N, 4) boxes of each image, xyxy in pixels of the network's input; their sum of N is R.
-        """
-        if self._outputs is None:
+        """Add this step's outputs to the student's; return the (N, 4) boxes of each image, in the network's pixels."""
+        if self.outputs is None:
             raise RuntimeError("the student's forward didn't call its box head, so there is nothing to compare")
-        student.embedding, student.logits = self._outputs
-        return self._boxes
+        student.embedding, student.logits = self.outputs
+        return self.boxes
 
 
 def box_outputs(heads: Any, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Run RoI heads that have ``box_outputs`` on boxes; the torchvision engine's do.
-
-    Args:
-        heads: the RoI heads of a detector.
-        maps: level -> (B, C, H, W), float32.
-        boxes: (N, 4) of each image, xyxy in pixels of the network's input.
-
-    Returns:
-        What enters the predictor (R, D) and the logits (R, K + 1), background last.
-    """
+    """Return what RoI heads with ``box_outputs``, as the torchvision engine's, compute for boxes; see BoxOutputs."""
     outputs: tuple[Tensor, Tensor] = heads.box_outputs(maps, boxes)
     return outputs
-
-
-def _pooler(heads: Any) -> nn.Module | None:
-    pooler: nn.Module | None = getattr(heads, "box_pooler", getattr(heads, "pooler", None))
-    return pooler

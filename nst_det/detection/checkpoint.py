@@ -17,52 +17,37 @@ from nst_det.engine.config import expand_path
 from nst_det.engine.safetensors_io import read_metadata, write_tensors
 from nst_det.errors import UserError
 from nst_det.models import check_input_contract, load_into, load_plain, load_strict, resolve
-from nst_det.models.io import trusting_pickles
+from nst_det.models.io import card_path, trusting_pickles
 from nst_det.models.registry import PREFIX
 
 log = logging.getLogger(__name__)
-CARD_SUFFIX, WEIGHTS_SUFFIX = ".json", ".safetensors"
+WEIGHTS_SUFFIX = ".safetensors"
 BEST_FILE = "model_best.safetensors"
-_KEY = "validation"
-_FIGURES = ("map", "map_area")
+# of the metadata in it
+RECORD_KEY = "validation"
 
 
 def load_weights(detector: Detector, config: CfgNode, classes: Sequence[str] = (), key: str = "MODEL.WEIGHTS") -> str:
-    """Fill a detector from MODEL.WEIGHTS.
+    """Fill a detector from MODEL.WEIGHTS; return what filled it: ``random``, ``timm``, ``backbone``, ``detector``.
 
-    ``backbone://NAME``, or a ``.safetensors`` file with a card beside it, fills the bottom-up and leaves the rest as
-    it was drawn.  Any other file must hold a whole detector by this engine's names, which are Detectron2's.
-
-    Args:
-        detector: as built.
-        config: reads MODEL.WEIGHTS, and MODEL.PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT against the card.
-        classes: compared with those in a detector's file, where it has them.
-        key: named in errors.
-
-    Returns:
-        ``random``, ``timm``, ``backbone`` or ``detector``: what the detector begins with.
-
-    Raises:
-        UserError: no such file, weights that don't fit whole, or another input contract.
+    ``backbone://NAME``, or a ``.safetensors`` file with its card, fills the bottom-up and leaves the rest as it was
+    drawn.  Any other file must hold a whole detector by this engine's names, which are Detectron2's.
     """
     named = config.MODEL.WEIGHTS
     if not named:
         return "timm" if config.MODEL.TIMM.PRETRAINED else "random"
     source = named if named.startswith(PREFIX) else expand_path(named, key)
     path = resolve(source)
-    if source.startswith(PREFIX) or (path.suffix == WEIGHTS_SUFFIX and path.with_suffix(CARD_SUFFIX).is_file()):
+    if source.startswith(PREFIX) or (path.suffix == WEIGHTS_SUFFIX and card_path(path).is_file()):
         card = load_into(detector.backbone.bottom_up, source)
+        mean, std = ([value / 255 for value in x] for x in (config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD))
         try:
-            mean, std = (
-                [value / 255 for value in values] for values in (config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD)
-            )
             check_input_contract(card, mean, std, config.INPUT.FORMAT)
         except UserError as error:
-            wanted = card.input
+            mean, std = ([round(255 * value, 3) for value in card.input[name]] for name in ("mean", "std"))
             raise UserError(
-                f"{key} {source}: {error} (INPUT.FORMAT {wanted['channel_order']}, "
-                f"MODEL.PIXEL_MEAN {[round(255 * value, 3) for value in wanted['mean']]}, "
-                f"MODEL.PIXEL_STD {[round(255 * value, 3) for value in wanted['std']]})"
+                f"{key} {source}: {error} (INPUT.FORMAT {card.input['channel_order']}, "
+                f"MODEL.PIXEL_MEAN {mean}, MODEL.PIXEL_STD {std})"
             ) from error
         log.info("%s: the bottom-up is filled (method %s); FPN and heads start anew", source, card.method or "unknown")
         return "backbone"
@@ -90,36 +75,18 @@ def _load_detector(detector: Detector, path: Path, classes: Sequence[str], key: 
 def save_weights(
     path: str | Path, detector: nn.Module, classes: Sequence[str], extra: Mapping[str, str] | None = None
 ) -> None:
-    """Write a detector's state dict and its classes as a ``.safetensors`` file, atomically, with their checksum.
-
-    Args:
-        path: the file.
-        detector: as it is.
-        classes: its class names in order.
-        extra: more to write into the file's metadata.
-
-    Raises:
-        UserError: the file can't be written.
-    """
+    """Write a detector's state dict and its classes, atomically, with their checksum; ``extra`` joins the metadata."""
     write_tensors(path, detector.state_dict(), {"classes": json.dumps(list(classes)), **(extra or {})})
 
 
 def saved_classes(path: str | Path) -> list[str]:
-    """The classes in a detector's file, or [] where it has none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Return the classes in a detector's file, or [] where it has none."""
     if Path(path).suffix != WEIGHTS_SUFFIX:
         return []
-    text = read_metadata(path).get("classes", "[]")
     try:
-        classes = json.loads(text)
-    except ValueError:
-        classes = None
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"{path}: its list of classes is damaged; write the file again")
-    return classes
+        return [str(name) for name in json.loads(read_metadata(path).get("classes", "[]"))]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its list of classes is damaged; write the file again") from error
 
 
 def keep_best(
@@ -127,52 +94,31 @@ def keep_best(
 ) -> dict[str, Any]:
     """Write :data:`BEST_FILE` if these weights have a higher mAP on the validation split than those in it.
 
-    Args:
-        folder: of the run.
-        student: the detector.
-        classes: its classes.
-        step: steps done.
-        figures: on the validation split; ``map`` and ``map_area`` are read, 0..1 or None.
-
-    Returns:
-        The record of these weights: ``step``, ``map`` and ``map_area``.
+    Return the record of these weights: ``step``, and of ``figures`` ``map`` and ``map_area``, 0..1 or None.
     """
-    record = {"step": step, **{name: figures.get(name) for name in _FIGURES}}
+    record = {"step": step, "map": figures.get("map"), "map_area": figures.get("map_area")}
     before = read_best(folder)
-    # of equal ones the first; the record stands in the file itself, so that a kill can't part the two
+    # of equal ones the first; the record is in the file itself, so that a kill can't part the two
     if before is None or (record["map"] or 0.0) > (before["map"] or 0.0):
-        save_weights(folder / BEST_FILE, student, classes, {_KEY: json.dumps(record)})
+        save_weights(folder / BEST_FILE, student, classes, {RECORD_KEY: json.dumps(record)})
     return record
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """The record of the weights in :data:`BEST_FILE`; None where there are none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Return the record of the weights in :data:`BEST_FILE`; None where there are none."""
     path = folder / BEST_FILE
     if not path.is_file():
         return None
     try:
-        record = json.loads(read_metadata(path).get(_KEY, ""))
+        return dict(json.loads(read_metadata(path).get(RECORD_KEY, "")))
     except ValueError as error:
         raise UserError(f"{path}: has no record of its mAP; remove it and start this run again") from error
-    return dict(record)
 
 
 def settle(folder: Path, student: nn.Module, last: Mapping[str, Any], select: str) -> dict[str, Any]:
-    """What is known of the checkpoints after the last step; with ``best`` the student takes up those weights.
+    """Return the records of the ``best`` and the ``last`` weights, and which are ``tested``: those of TEST.SELECT.
 
-    Args:
-        folder: of the run; :data:`BEST_FILE` has been offered the last weights too.
-        student: with the weights of the last step.
-        last: record of these.
-        select: TEST.SELECT.
-
-    Returns:
-        ``best`` and ``last`` (``step``, ``map`` and ``map_area`` on the validation split), and ``tested``: which of
-        them is evaluated on the test split, once.
+    With ``best`` the student takes up those weights; the last ones have been offered to :func:`keep_best` before.
     """
     best = read_best(folder) or dict(last)
     if select == BEST and best["step"] != last["step"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.detection.d2_defaults import DEFAULTS, DETECTRON2_ONLY, TAKEN_VALUES
+from nst_det.detection.d2_defaults import DETECTRON2_ONLY, HONORED, Limited, at_least, one_of
 from nst_det.engine.config import expand_path, flat, key_values, load_config, parse_value, read_yaml, transfer_node
 from nst_det.engine.device import default_device, loader_workers
 from nst_det.engine.metrics import check_wandb
@@ -23,117 +24,96 @@ log = logging.getLogger(__name__)
 # of TEST.SELECT
 LAST, BEST = "last", "best"
 ENGINES = ("auto", "detectron2", "torchvision")
-# the least that is taken
-AT_LEAST = {
-    "SOLVER.MAX_ITER": 1,
-    "SOLVER.IMS_PER_BATCH": 1,
-    "SOLVER.ACCUMULATE": 1,
-    "SOLVER.CHECKPOINT_PERIOD": 1,
-    "SOLVER.WARMUP_ITERS": 0,
-    "TEST.EVAL_PERIOD": 0,
-    "TRANSFER.WARMUP_ITERS": 0,
-    "MODEL.ROI_HEADS.NUM_CLASSES": 0,
-    "DATALOADER.NUM_WORKERS": -1,
-    "DATALOADER.CACHE_IMAGES_MB": 0,
-    "INPUT.MIN_SIZE_TEST": 0,
-}
 INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
-
-
-def add_nst_det_config(cfg: CfgNode) -> None:
-    """Add this project's keys to a config with Detectron2's tree (its ``get_cfg()``, or the torchvision engine's).
-
-    ====================================  ==========================================================================
-    ENGINE                                auto (Detectron2 where it is installed), detectron2 or torchvision
-    TRUST_PICKLE                          open weights that are pickles with more than tensors in them (Detectron2's
-                                          ``.pkl`` files), which can run code; ``--trust-pickle`` sets it
-    TENSORBOARD                           write TensorBoard events into the run folder (True with Detectron2, which
-                                          does so by itself)
-    WANDB                                 a project at Weights & Biases (pip install wandb); "" for none
-    TRANSFER                              see :func:`~nst_det.engine.config.transfer_node`; LEVELS are ``p2`` ..
-                                          ``p6`` or ``res2`` .. ``res5``, WARMUP_ITERS raises the weights linearly
-    METHOD                                the method; ``ce``: no transfer while the detector trains
-    TRANSFER.OPTIONS.kd.temperature       1 here: the softer targets of classification are noise to a detector (Chen et
-                                          al. 2017, who tried others; mdistiller's detectors have 1 too)
-    TEACHER.CONFIG_FILE                   config of the teacher detector
-    TEACHER.WEIGHTS                       its weights; "" takes those that its config names
-    MODEL.TIMM.ARCH                       timm name of the backbone of build_timm_backbone and
-                                          build_timm_fpn_backbone (both are values of MODEL.BACKBONE.NAME)
-    MODEL.TIMM.PRETRAINED                 begin with timm's published weights
-    MODEL.TIMM.NORM                       batch normalization of the backbone: FrozenBN, BN or SyncBN
-    MODEL.TIMM.OUT_FEATURES               its levels
-    MODEL.TIMM.KWARGS                     further arguments of the timm model
-    FLOAT32_PRECISION                     (Detectron2's key) of float32 on a GPU, in convolutions and matrix products
-                                          alike: ``highest`` is float32, ``high`` and ``medium`` are TF32, "" is torch's
-                                          own (TF32 in convolutions, float32 in products), see
-                                          :func:`~nst_det.engine.device.set_float32_precision`
-    MODEL.ROI_HEADS.NUM_CLASSES           (Detectron2's key) 0 takes the number of classes of the data
-    MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE size in pixels of the boxes that are pooled from ...
-    MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL    ... this level; 224 and 4 are Detectron2's constants
-    SOLVER.AMP.ENABLED                    (Detectron2's key) mixed precision; heads stay in float32, but not with
-                                          Detectron2 on a GPU
-    SOLVER.AMP.DTYPE                      bf16, or auto: bf16 where the device is fast in it, else float32, see
-                                          :func:`~nst_det.engine.device.amp_dtype`
-    SOLVER.CLIP_GRADIENTS.CLIP_TYPE       (Detectron2's key) value, norm (of each parameter), or full_model: the norm of
-                                          all gradients together
-    SOLVER.OPTIMIZER                      SGD or ADAMW
-    SOLVER.BACKBONE_MULTIPLIER            learning rate of the bottom-up as a part of BASE_LR
-    SOLVER.ACCUMULATE                     parts in which each process takes its images of a step, one after another, to
-                                          save memory (torchvision engine); IMS_PER_BATCH is that of the whole step
-    SOLVER.EMA_DECAY                      of an exponential moving average of the weights: 0 for none, or below 1, such
-                                          as 0.999; the average is what is evaluated, chosen and written, see
-                                          :class:`~nst_det.engine.averaged.AveragedWeights`
-    SOLVER.NON_FINITE                     what is done where a loss or gradient is no number, see
-                                          :func:`~nst_det.engine.nan_guard.non_finite_node`
-    DATASETS.VOC                          name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN and TEST
-    DATASETS.CLASSES                      names of the classes in order; [] takes those in the data, sorted
-    DATASETS.USE_DIFFICULT                whether ``difficult`` objects are trained on
-    DATASETS.VAL_FRACTION                 share of the images of each of DATASETS.TRAIN that is kept from training and
-                                          validated on (some of each class); 0 keeps none
-    DATASETS.VAL_SEED                     chooses these images, the same whatever the SEED
-    TEST.SELECT                           the weights that are evaluated on DATASETS.TEST, once: those of the last step,
-                                          or best: those with the highest mAP on the validation split
-    DATALOADER.CACHE_IMAGES_MB            decoded images are kept in memory if all of a set fit in this many MB
-    ====================================  ==========================================================================
-    """
-    # a config of Detectron2 merges files only into nodes of its own class
-    kind = type(cfg)
-    cfg.ENGINE = "auto"
-    cfg.TRUST_PICKLE = False
-    cfg.TENSORBOARD = False
-    cfg.WANDB = ""
-    cfg.METHOD = "ce"
-    cfg.TEACHER = kind()
-    cfg.TEACHER.CONFIG_FILE = cfg.TEACHER.WEIGHTS = ""
-    cfg.TRANSFER = _as_kind(detector_transfer_node(), kind)
-    cfg.MODEL.TIMM = kind()
-    cfg.MODEL.TIMM.ARCH = "resnet18"
-    cfg.MODEL.TIMM.PRETRAINED = False
-    cfg.MODEL.TIMM.NORM = "FrozenBN"
-    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.TIMM.KWARGS = kind(new_allowed=True)
-    cfg.MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE = 224
-    cfg.MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL = 4
-    cfg.SOLVER.AMP.DTYPE = "auto"
-    cfg.SOLVER.OPTIMIZER = "SGD"
-    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
-    cfg.SOLVER.ACCUMULATE = 1
-    cfg.SOLVER.EMA_DECAY = 0.0
-    cfg.SOLVER.NON_FINITE = _as_kind(non_finite_node(), kind)
-    cfg.DATASETS.VOC = kind(new_allowed=True)
-    cfg.DATASETS.CLASSES = []
-    cfg.DATASETS.USE_DIFFICULT = False
-    cfg.DATASETS.VAL_FRACTION = 0.0
-    cfg.DATASETS.VAL_SEED = 0
-    cfg.TEST.SELECT = "last"
-    cfg.DATALOADER.CACHE_IMAGES_MB = 1024
 
 
 def detector_transfer_node() -> CfgNode:
     """Return the ``TRANSFER`` keys of stage two: those of both stages, and its own temperature."""
     node = transfer_node()
+    # the softer targets of classification are noise to a detector (Chen et al. 2017, who tried others; mdistiller's
+    # detectors have 1 too)
     node.OPTIONS.kd = CfgNode({"temperature": 1.0})
     return node
+
+
+def below_one(name: str, example: float) -> Limited:
+    """Limit a key to numbers from 0, the default, to below 1."""
+    return Limited(0.0, f"0 for no {name}, or a fraction below 1 such as {example}", lambda value: 0 <= value < 1)
+
+
+# this project's keys, in both engines.  Of Detectron2's own, MODEL.ROI_HEADS.NUM_CLASSES may be 0, for the number of
+# classes of the data, and DATALOADER.NUM_WORKERS -1, for what fits the machine
+ADDED: dict[str, Any] = {
+    # auto takes Detectron2 where it is installed
+    "ENGINE": "auto",
+    # open weights that are pickles with more than tensors in them (Detectron2's .pkl files), which can run code
+    "TRUST_PICKLE": False,
+    # write TensorBoard events into the run folder; True with Detectron2, whose trainer does so by itself
+    "TENSORBOARD": False,
+    # a project at Weights & Biases (pip install wandb)
+    "WANDB": "",
+    # ce: no transfer while the detector trains
+    "METHOD": "ce",
+    # the config of the teacher detector, and weights in place of those that it names
+    "TEACHER.CONFIG_FILE": "",
+    "TEACHER.WEIGHTS": "",
+    # LEVELS are p2 .. p6, or res2 .. res5 below an FPN; the weights rise linearly for WARMUP_ITERS
+    "TRANSFER": detector_transfer_node(),
+    "TRANSFER.WARMUP_ITERS": at_least(0, default=0),
+    # the network of build_timm_backbone and build_timm_fpn_backbone, by timm's name, with further arguments in KWARGS
+    "MODEL.TIMM.ARCH": "resnet18",
+    "MODEL.TIMM.PRETRAINED": False,
+    # of its batch normalization
+    "MODEL.TIMM.NORM": one_of("FrozenBN", "BN", "SyncBN"),
+    "MODEL.TIMM.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.TIMM.KWARGS": CfgNode(new_allowed=True),
+    # boxes of this size in pixels are pooled from this level; Detectron2 has no keys for these constants
+    "MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE": 224,
+    "MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL": 4,
+    # of AMP.ENABLED; auto is bf16 where the device is fast in it, else float32.  Heads stay in float32, but not with
+    # Detectron2 on a GPU
+    "SOLVER.AMP.DTYPE": one_of("auto", "bf16"),
+    "SOLVER.OPTIMIZER": one_of("SGD", "ADAMW"),
+    # learning rate of the bottom-up as a part of BASE_LR
+    "SOLVER.BACKBONE_MULTIPLIER": 1.0,
+    # parts in which each process takes its images of a step, one after another, to save memory (torchvision engine);
+    # IMS_PER_BATCH is that of the whole step
+    "SOLVER.ACCUMULATE": at_least(1, default=1),
+    # of the moving average of the weights that is evaluated, chosen and written
+    "SOLVER.EMA_DECAY": below_one("average", 0.999),
+    "SOLVER.NON_FINITE": non_finite_node(),
+    # name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN and TEST
+    "DATASETS.VOC": CfgNode(new_allowed=True),
+    # in the order of their labels; [] takes those in the data, sorted
+    "DATASETS.CLASSES": [],
+    # train on objects marked difficult too
+    "DATASETS.USE_DIFFICULT": False,
+    # share of the images of each of DATASETS.TRAIN that is kept from training and validated on, some of each class; the
+    # same images whatever the SEED
+    "DATASETS.VAL_FRACTION": below_one("validation", 0.2),
+    "DATASETS.VAL_SEED": 0,
+    # the weights that are evaluated on DATASETS.TEST, once; best has the highest mAP on the validation split
+    "TEST.SELECT": one_of(LAST, BEST),
+    # decoded images are kept in memory if all of a set fit in this many MB
+    "DATALOADER.CACHE_IMAGES_MB": at_least(0, default=1024),
+}
+
+
+def add_nst_det_config(cfg: CfgNode) -> None:
+    """Add this project's keys to a config with Detectron2's tree (its ``get_cfg()``, or the torchvision engine's)."""
+    _add(cfg, ADDED)
+
+
+def _add(config: CfgNode, keys: Mapping[str, Any]) -> None:
+    # a config of Detectron2 merges files only into nodes of its own class
+    kind = type(config)
+    for key, value in keys.items():
+        *groups, name = key.split(".")
+        node = config
+        for group in groups:
+            node = node.setdefault(group, kind())
+        default = copy.deepcopy(value.default if isinstance(value, Limited) else value)
+        node[name] = _as_kind(default, kind) if isinstance(default, CfgNode) else default
 
 
 def _as_kind(node: CfgNode, kind: type[CfgNode]) -> CfgNode:
@@ -145,7 +125,8 @@ def _as_kind(node: CfgNode, kind: type[CfgNode]) -> CfgNode:
 
 def get_defaults() -> CfgNode:
     """Return the torchvision engine's keys with their defaults, which are Detectron2's."""
-    cfg = CfgNode(DEFAULTS)
+    cfg = CfgNode()
+    _add(cfg, HONORED)
     add_nst_det_config(cfg)
     return cfg
 
@@ -179,95 +160,79 @@ def _refuse_detectron2_only(keys: Iterator[str], source: str) -> None:
 
 def check_config(config: CfgNode, source: str = "detection config") -> None:
     """Refuse values that the torchvision engine can't honor."""
-    values = flat(config)
-    for key, taken in TAKEN_VALUES.items():
-        value = list(values[key]) if isinstance(values[key], tuple) else values[key]
-        if value not in taken:
-            raise UserError(
-                f"{source}: the torchvision engine can't honor {key} {value!r}; set it to "
-                f"{' or '.join(repr(item) for item in taken)}, or use ENGINE detectron2"
-            )
-    for key, least in AT_LEAST.items():
-        if values[key] < least:
-            raise UserError(f"{source}: {key} is {values[key]}; it must be at least {least}")
-    _check_levels(config.MODEL, source)
-    if len(config.MODEL.PIXEL_MEAN) != 3 or len(config.MODEL.PIXEL_STD) != 3 or min(config.MODEL.PIXEL_STD) <= 0:
-        raise UserError(f"{source}: MODEL.PIXEL_MEAN and PIXEL_STD must be three numbers each, PIXEL_STD above 0")
-    sizes = config.INPUT.MIN_SIZE_TRAIN
+    for key, value, limit in _wrong_values(config, HONORED):
+        raise UserError(
+            f"{source}: the torchvision engine can't honor {key} {value!r}; set it to {limit.wanted}, or see whether "
+            "ENGINE detectron2 takes it"
+        )
+    check_added_keys(config, source)
+    model, sizes = config.MODEL, config.INPUT.MIN_SIZE_TRAIN
+    if len(model.PIXEL_MEAN) != 3 or len(model.PIXEL_STD) != 3 or min(model.PIXEL_STD) <= 0:
+        raise UserError(f"{source}: MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be three numbers, the latter above 0")
     if not sizes or (config.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2):
         raise UserError(f"{source}: INPUT.MIN_SIZE_TRAIN must be a list of sizes, and two of them to sample a range")
-    check_added_keys(config, source)
+    _check_levels(model, source)
 
 
 def check_added_keys(config: CfgNode, source: str) -> None:
     """Refuse values of this project's keys that neither engine can follow."""
-    select, decay = config.TEST.SELECT, config.SOLVER.EMA_DECAY
-    if select not in (LAST, BEST):
-        raise UserError(f"{source}: TEST.SELECT '{select}' is not one of {LAST}, {BEST}")
-    if select == BEST and not (config.DATASETS.VAL_FRACTION and config.TEST.EVAL_PERIOD):
+    for key, value, limit in _wrong_values(config, ADDED):
+        raise UserError(f"{source}: {key} is {value!r}; set it to {limit.wanted}")
+    if config.TEST.SELECT == BEST and not (config.DATASETS.VAL_FRACTION and config.TEST.EVAL_PERIOD):
         raise UserError(
             f"{source}: TEST.SELECT best needs a validation split to choose by, and when to look at it; set "
             "DATASETS.VAL_FRACTION (such as 0.2) and TEST.EVAL_PERIOD, or SELECT last"
         )
-    if not 0 <= decay < 1:
+    if config.SOLVER.EMA_DECAY and config.TEST.PRECISE_BN.ENABLED:
         raise UserError(
-            f"{source}: SOLVER.EMA_DECAY is {decay}; set it to 0 for no average, or to a fraction below 1 such as 0.999"
-        )
-    if decay and config.TEST.PRECISE_BN.ENABLED:
-        raise UserError(
-            f"{source}: SOLVER.EMA_DECAY {decay}: TEST.PRECISE_BN measures the statistics of the weights in training, "
-            "not of their average; set TEST.PRECISE_BN.ENABLED False, or SOLVER.EMA_DECAY 0"
-        )
-    if config.SOLVER.AMP.DTYPE not in ("auto", "bf16"):
-        raise UserError(
-            f"{source}: SOLVER.AMP.DTYPE '{config.SOLVER.AMP.DTYPE}' is not auto or bf16; a detector is trained "
-            "without the loss scale that fp16 needs"
+            f"{source}: SOLVER.EMA_DECAY {config.SOLVER.EMA_DECAY}: TEST.PRECISE_BN measures the statistics of the "
+            "weights in training, not of their average; set TEST.PRECISE_BN.ENABLED False, or SOLVER.EMA_DECAY 0"
         )
     check_wandb(config.WANDB, source)
     check_non_finite(config.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", source)
 
 
+def _wrong_values(config: CfgNode, keys: Mapping[str, Any]) -> Iterator[tuple[str, Any, Limited]]:
+    values = flat(config)
+    for key, limit in keys.items():
+        if isinstance(limit, Limited) and not limit.takes(values[key]):
+            yield key, values[key], limit
+
+
 def _check_levels(model: CfgNode, source: str) -> None:
     levels = set(model.TIMM.OUT_FEATURES)
-    readers = {
-        "MODEL.RPN.IN_FEATURES": model.RPN.IN_FEATURES,
-        "MODEL.ROI_HEADS.IN_FEATURES": model.ROI_HEADS.IN_FEATURES,
-    }
     if model.BACKBONE.NAME == "build_timm_fpn_backbone":
-        if not model.FPN.IN_FEATURES:
-            raise UserError(f"{source}: MODEL.FPN.IN_FEATURES is empty; set it to [res2, res3, res4, res5]")
         _check_known(model.FPN.IN_FEATURES, levels, "MODEL.FPN.IN_FEATURES", source)
         numbers = [int(name[3:]) for name in model.FPN.IN_FEATURES]
         levels = {f"p{number}" for number in [*numbers, max(numbers) + 1]}
-    for key, names in readers.items():
-        _check_known(names, levels, key, source)
+    _check_known(model.RPN.IN_FEATURES, levels, "MODEL.RPN.IN_FEATURES", source)
+    _check_known(model.ROI_HEADS.IN_FEATURES, levels, "MODEL.ROI_HEADS.IN_FEATURES", source)
     for key in ("SIZES", "ASPECT_RATIOS"):
-        rows = model.ANCHOR_GENERATOR[key]
-        if not rows or not all(isinstance(row, list | tuple) and row for row in rows):
-            raise UserError(f"{source}: MODEL.ANCHOR_GENERATOR.{key} must be a list of lists, like [[32], [64]]")
-        if len(rows) not in (1, len(model.RPN.IN_FEATURES)):
+        rows, count = model.ANCHOR_GENERATOR[key], len(model.RPN.IN_FEATURES)
+        lists = rows and all(isinstance(row, list | tuple) and row for row in rows)
+        if not lists or len(rows) not in (1, count):
             raise UserError(
-                f"{source}: MODEL.ANCHOR_GENERATOR.{key} has {len(rows)} lists for {len(model.RPN.IN_FEATURES)} levels "
-                "of MODEL.RPN.IN_FEATURES; give one, or one a level"
+                f"{source}: MODEL.ANCHOR_GENERATOR.{key} must be a list of lists, like [[32], [64]]: one, or {count} "
+                "for the levels of MODEL.RPN.IN_FEATURES"
             )
 
 
 def _check_known(names: Sequence[str], known: set[str], key: str, source: str) -> None:
-    there_are = f"there are {', '.join(sorted(known))}"
-    for name in names:
-        if name not in known:
-            raise UserError(f"{source}: {key}: no level '{name}'; {there_are}")
-    if not names:
-        raise UserError(f"{source}: {key} is empty; {there_are}")
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        problem = f"no level '{unknown[0]}'" if unknown else "is empty"
+        raise UserError(f"{source}: {key}: {problem}; there are {', '.join(sorted(known))}")
 
 
 def engine_is_installed() -> bool:
     """Return whether Detectron2 is installed; nothing is imported."""
-    return importlib.util.find_spec("detectron2") is not None
+    spec = importlib.util.find_spec("detectron2")
+    # a folder of this name, such as a clone that was not installed, has no file to import
+    return spec is not None and spec.origin is not None
 
 
 def choose_engine(wanted: str, source: str = "command line") -> str:
-    """Return ``detectron2`` or ``torchvision``; auto takes Detectron2 where it is installed, and says so."""
+    """Return ``detectron2`` or ``torchvision``; auto takes Detectron2 where it is installed, and logs which."""
     if wanted not in ENGINES:
         raise UserError(f"{source}: ENGINE '{wanted}' is not one of {', '.join(ENGINES)}")
     if wanted == "torchvision":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,73 +23,59 @@ from nst_det.engine.loader import load
 from nst_det.engine.seeds import derive_seed
 from nst_det.errors import UserError
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 # a side that is no longer than this, in pixels after resizing, leaves nothing to learn from
 EMPTY_SIDE = 1e-5
 
 
 class SampleIndex(NamedTuple):
-    """One image of one batch: which image, at which step, as which of the batch."""
+    """Which image, at which step, in which place of the batch."""
 
     image: int
     step: int
     slot: int
 
 
+@dataclass
 class StepBatchSampler:
-    """The batches of steps ``start``, ``start + 1``, ... without end.
+    """The batches of steps ``start``, ``start + 1``, ... without end, of those of one process the ``share``.
 
-    Every epoch is a permutation of all images; a batch may span two epochs.  Where ``wide`` says for each image whether
-    it is wider than high, wide and tall images are not mixed in one batch: each kind waits until it fills one
-    (Detectron2's aspect ratio grouping).  ``share`` takes some of a batch's places, those of one process.
-
-    Example:
-        >>> places = iter(StepBatchSampler(size=4, batch=2, seed=0))
-        >>> sorted(place.image for _ in range(2) for place in next(places))
-        [0, 1, 2, 3]
+    Every epoch is a permutation of all images; a batch may span two epochs.
     """
 
-    def __init__(
-        self,
-        size: int,
-        batch: int,
-        seed: int,
-        start: int = 0,
-        wide: Sequence[bool] | None = None,
-        share: slice | None = None,
-    ) -> None:
-        if size < 1 or batch < 1:
-            raise ValueError(f"no batches of {batch} from {size} images")
-        self.size, self.batch, self.seed, self.start, self.wide = size, batch, seed, start, wide
-        self.share = share or slice(None)
+    size: int
+    batch: int
+    seed: int
+    start: int = 0
+    # whether each image is wider than high: wide and tall ones are not mixed in a batch, each kind waits until it fills
+    # one (Detectron2's aspect ratio grouping)
+    wide: Sequence[bool] | None = None
+    share: slice | None = None
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
-        for step, indices in enumerate(self._batches()):
-            # passing over the steps that are done takes a microsecond an image, none is read for it
-            if step >= self.start:
-                yield [SampleIndex(index, step, slot) for slot, index in enumerate(indices)][self.share]
-
-    def _batches(self) -> Iterator[list[int]]:
         waiting: dict[bool, list[int]] = {True: [], False: []}
-        for index in self._order():
-            bucket = waiting[self.wide is None or self.wide[index]]
-            bucket.append(index)
-            if len(bucket) == self.batch:
-                yield list(bucket)
-                bucket.clear()
-
-    def _order(self) -> Iterator[int]:
-        epoch = 0
-        while True:
+        step = 0
+        for epoch in itertools.count():
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            yield from torch.randperm(self.size, generator=generator).tolist()
-            epoch += 1
+            for index in torch.randperm(self.size, generator=generator).tolist():
+                bucket = waiting[self.wide is None or self.wide[index]]
+                bucket.append(index)
+                if len(bucket) < self.batch:
+                    continue
+                # skipping the steps that are done takes a microsecond an image, none is read for it
+                if step >= self.start:
+                    yield [SampleIndex(image, step, slot) for slot, image in enumerate(bucket)][
+                        self.share or slice(None)
+                    ]
+                bucket.clear()
+                step += 1
 
 
 def data_classes(config: CfgNode, *, known_only: bool = False) -> tuple[str, ...]:
     """Return DATASETS.CLASSES, or the classes in the annotations of DATASETS.TRAIN (of TEST where there is none).
 
-    ``known_only`` passes over data sets that DATASETS.VOC doesn't have: Detectron2 knows others.
+    ``known_only`` skips data sets that DATASETS.VOC doesn't have: Detectron2 knows others.
     """
     if config.DATASETS.CLASSES:
         return tuple(config.DATASETS.CLASSES)
@@ -101,7 +88,7 @@ def data_classes(config: CfgNode, *, known_only: bool = False) -> tuple[str, ...
 
 
 def boxes_to_train(annotation: VocAnnotation, use_difficult: bool) -> np.ndarray:
-    """Return which of N boxes a detector learns from, (N,) bool; one that can't be used costs a warning."""
+    """Return which of N boxes a detector learns from, (N,) bool; one that can't be used is logged."""
     keep, dropped = usable_boxes(annotation)
     for line in dropped:
         log.warning("%s; left out", line)
@@ -116,9 +103,21 @@ def open_voc(config: CfgNode, key: str, classes: Sequence[str]) -> list[VocDatas
     return [VocDataset(root, split, classes) for root, split in voc_roots(config, names, key)]
 
 
+def split_training(config: CfgNode, sets: Sequence[VocDataset]) -> tuple[list[VocDataset], JoinedVoc | None]:
+    """Return what is left of each of DATASETS.TRAIN, and what DATASETS.VAL_FRACTION keeps of all to validate on.
+
+    They are the same images whatever the engine, the method and the SEED.
+    """
+    fraction = config.DATASETS.VAL_FRACTION
+    if not fraction:
+        return list(sets), None
+    left, kept = zip(*(hold_out(data, fraction, config.DATASETS.VAL_SEED) for data in sets))
+    return list(left), JoinedVoc(kept)
+
+
 @dataclass(frozen=True)
 class Item:
-    """One image and what is in it: boxes (N, 4) float64 xyxy 0-based in its own pixels, labels (N,) from 0."""
+    """One image and its boxes (N, 4) float64 xyxy, 0-based in its own pixels, with labels (N,) from 0."""
 
     data: VocDataset
     id: str
@@ -132,13 +131,11 @@ def list_items(sets: Sequence[VocDataset], use_difficult: bool, filter_empty: bo
     """Return all images of some data sets with the boxes to train on; ``filter_empty`` leaves out those without one."""
     items = []
     for data in sets:
-        for id_ in data.ids:
-            annotation = data.annotation(id_)
-            keep = boxes_to_train(annotation, use_difficult)
+        for item in data.annotations():
+            keep = boxes_to_train(item, use_difficult)
             if keep.any() or not filter_empty:
-                boxes = annotation.boxes[keep].astype(np.float64)
-                labels = data.labels(annotation)[keep]
-                items.append(Item(data, id_, annotation.height, annotation.width, boxes, labels))
+                boxes, labels = item.boxes[keep].astype(np.float64), data.labels(item)[keep]
+                items.append(Item(data, item.id, item.height, item.width, boxes, labels))
     if not items:
         raise UserError(
             f"{sets[0].root}: no image of {sets[0].split} has a box to train on; see nst-det check-data {sets[0].root}"
@@ -147,10 +144,7 @@ def list_items(sets: Sequence[VocDataset], use_difficult: bool, filter_empty: bo
 
 
 class DetectionImages(Dataset[dict[str, Any]]):
-    """Items by index, or in training by :class:`SampleIndex`, whose random draws depend on (seed, step, slot) alone.
-
-    The draws are made as Detectron2's default augmentation makes them from the same seed.
-    """
+    """Items by index, or in training by :class:`SampleIndex`, whose random draws depend on (seed, step, slot) alone."""
 
     def __init__(self, items: Sequence[Item], config: CfgNode, train: bool, seed: int = 0) -> None:
         self.items, self.train, self.seed = list(items), train, seed
@@ -180,7 +174,7 @@ class DetectionImages(Dataset[dict[str, Any]]):
         """Decode all images that are to be kept, so that loader processes started from here share them."""
         if self._cache is not None:
             for index in range(len(self.items)):
-                self._kept_pixels(index)
+                self._pixels(index)
 
     def __getitem__(self, place: SampleIndex | int) -> dict[str, Any]:
         if isinstance(place, int):
@@ -195,15 +189,10 @@ class DetectionImages(Dataset[dict[str, Any]]):
     def _example(self, index: int, size: int, flipped: bool) -> dict[str, Any]:
         item = self.items[index]
         height, width = self.shape(item, size)
-        image = resize(self._kept_pixels(index), height, width)
+        image = resize(self._pixels(index), height, width)
         if flipped:
             image = image[:, ::-1] if self.flip == "horizontal" else image[::-1]
-        example: dict[str, Any] = {
-            "image": _to_tensor(image),
-            "height": item.height,
-            "width": item.width,
-            "image_id": item.id,
-        }
+        example = {"image": _to_tensor(image), "height": item.height, "width": item.width, "image_id": item.id}
         if self.train:
             scale = np.array([width / item.width, height / item.height] * 2)
             boxes = flip_boxes(item.boxes * scale, height, width, self.flip if flipped else "none")
@@ -213,19 +202,15 @@ class DetectionImages(Dataset[dict[str, Any]]):
             example["labels"] = torch.from_numpy(item.labels[kept])
         return example
 
-    def _kept_pixels(self, index: int) -> np.ndarray:
-        if self._cache is None:
-            return self._pixels(index)
-        if index not in self._cache:
-            pixels = self._pixels(index)
-            shape = self.shape(self.items[index], self.sizes[0])
-            self._cache[index] = resize(pixels, *shape) if self._fixed else pixels
-        return self._cache[index]
-
     def _pixels(self, index: int) -> np.ndarray:
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
         item = self.items[index]
         image = item.data.image(item.id)
-        return image[:, :, ::-1] if self.bgr else image
+        pixels = image[:, :, ::-1] if self.bgr else image
+        if self._cache is not None:
+            self._cache[index] = pixels = resize(pixels, *self.shape(item, self.sizes[0])) if self._fixed else pixels
+        return pixels
 
 
 def network_input(pixels: np.ndarray, config: CfgNode) -> torch.Tensor:
@@ -241,12 +226,7 @@ def _to_tensor(image: np.ndarray) -> torch.Tensor:
 
 
 def resized_shape(height: int, width: int, size: int, largest: int) -> tuple[int, int]:
-    """Return (height, width) after Detectron2's shortest-edge resize; size 0 leaves the image as it is.
-
-    Example:
-        >>> resized_shape(480, 640, size=240, largest=300)
-        (225, 300)
-    """
+    """Return (height, width) after Detectron2's shortest-edge resize; size 0 leaves the image as it is."""
     if size == 0:
         return height, width
     scale = size / min(height, width)
@@ -266,12 +246,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def flip_boxes(boxes: np.ndarray, height: int, width: int, direction: str) -> np.ndarray:
-    """Return (N, 4) xyxy boxes in an image of that size, mirrored ``horizontal``, ``vertical`` or not (``none``).
-
-    Example:
-        >>> flip_boxes(np.array([[1.0, 2.0, 3.0, 5.0]]), 10, 20, "horizontal")
-        array([[17.,  2., 19.,  5.]])
-    """
+    """Return (N, 4) xyxy boxes in an image of that size, mirrored ``horizontal``, ``vertical`` or not (``none``)."""
     x0, y0, x1, y1 = boxes.T
     if direction == "horizontal":
         x0, x1 = width - x1, width - x0
@@ -295,38 +270,26 @@ def training_batches(
     yield from load(images, places, config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE)
 
 
-def evaluation_batches(
-    config: CfgNode, data: VocDataset | JoinedVoc, largest: int = 8, share: slice | None = None
-) -> Iterator[list[dict[str, Any]]]:
-    """Yield all images of a split; those of equal size after resizing that follow each other share a batch.
+def runs_of_equals(items: Iterable[T], key: Callable[[T], Any], largest: int) -> Iterator[list[T]]:
+    """Yield lists of at most ``largest`` items that follow each other and have the same key."""
+    for _, run in itertools.groupby(items, key):
+        while part := list(itertools.islice(run, largest)):
+            yield part
 
-    Equal sizes need no padding to each other, so that an image's detections don't depend on its neighbors.  ``share``
-    says which of the batches to give, those of one process.
+
+def evaluation_batches(
+    config: CfgNode, data: VocDataset | JoinedVoc, largest: int = 8, share: slice = slice(None)
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the ``share`` of the batches of a split; images that follow each other share one if they are of equal size.
+
+    Equal sizes need no padding to each other, so that an image's detections don't depend on its neighbors.
     """
     items = [
-        Item(part, a.id, a.height, a.width, np.zeros((0, 4)), np.zeros(0, np.int64))
+        Item(part, item.id, item.height, item.width, np.zeros((0, 4)), np.zeros(0, np.int64))
         for part in (data.sets if isinstance(data, JoinedVoc) else [data])
-        for a in part.annotations()
+        for item in part.annotations()
     ]
     images = DetectionImages(items, config, train=False)
-    batches: list[list[int]] = []
     shapes = [images.shape(item, images.sizes[0]) for item in items]
-    for index, shape in enumerate(shapes):
-        if not batches or shapes[batches[-1][0]] != shape or len(batches[-1]) == largest:
-            batches.append([])
-        batches[-1].append(index)
-    yield from load(images, batches[share or slice(None)], config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE)
-
-
-def split_training(config: CfgNode, sets: Sequence[VocDataset]) -> tuple[list[VocDataset], JoinedVoc | None]:
-    """Return what is left of each of DATASETS.TRAIN, and what DATASETS.VAL_FRACTION keeps of all to validate on.
-
-    They are the same images whatever the engine, the method and the SEED.
-    """
-    fraction = config.DATASETS.VAL_FRACTION
-    if not 0 <= fraction < 1:
-        raise UserError(f"DATASETS.VAL_FRACTION is {fraction}; it must be from 0 to below 1")
-    if not fraction:
-        return list(sets), None
-    pairs = [hold_out(data, fraction, config.DATASETS.VAL_SEED) for data in sets]
-    return [left for left, _ in pairs], JoinedVoc(tuple(kept for _, kept in pairs))
+    batches = list(runs_of_equals(range(len(items)), shapes.__getitem__, largest))
+    yield from load(images, batches[share], config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE)

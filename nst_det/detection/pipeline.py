@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,20 +13,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
-from nst_det.detection.box_head import check_class_names
+from nst_det.detection.box_head import check_class_names, reads_box_head
 from nst_det.detection.checkpoint import keep_best, load_weights, save_weights, saved_classes, settle
-from nst_det.detection.config import load_detect_config, resolve_classes, resolve_device, resolve_machine
+from nst_det.detection.config import defrosted, load_detect_config, resolve_classes, resolve_device, resolve_machine
 from nst_det.detection.data import data_classes, evaluation_batches, open_voc, split_training, training_batches
-from nst_det.detection.distiller import DistilledDetector, distill, level_channels, log_shapes, wants_teacher
+from nst_det.detection.distiller import DistilledDetector, distill, level_channels, wants_teacher
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.detection.trainer import Trainer, train
-from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.checkpoint import checkpoints, would_resume
 from nst_det.engine.config import expand_path
 from nst_det.engine.device import amp_dtype, cast_frozen, compute_line, gpu_errors_in_one_line, set_float32_precision
@@ -40,11 +35,13 @@ from nst_det.engine.distributed import (
     start_processes,
     world_size,
 )
+from nst_det.engine.format import text_table
 from nst_det.engine.io import read_json, write_json
 from nst_det.engine.metrics import last_losses
 from nst_det.engine.progress import progress
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed, seeded
+from nst_det.engine.train_state import AveragedWeights
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections, GroundTruth
 from nst_det.evaluation.io import write_detections
@@ -62,13 +59,9 @@ DETECTIONS_FILE = "detections.json"
 
 @torch.no_grad()
 def detect(detector: Detector, batches: Iterable[list[dict[str, Any]]], data: VocDataset | JoinedVoc) -> Detections:
-    """The detections on all images of a split, the best of each image first.
+    """Return the detections on all images of a split, the best of each first; the detector is left in evaluation mode.
 
-    Args:
-        detector: is put into evaluation mode, and left in it.
-        batches: of these images, with ``image_id``, ``height`` and ``width``; of several processes, each has its
-            share (see :func:`share_of_batches`), and all get all detections.
-        data: names the classes.
+    Of several processes each has the batches of its share (see :func:`share_of_batches`); all get all detections.
     """
     detector.eval()
     mine: list[list[Image]] = []
@@ -85,33 +78,22 @@ def detect(detector: Detector, batches: Iterable[list[dict[str, Any]]], data: Vo
 
 
 def share_of_batches() -> slice:
-    """The evaluation batches of this process: batch k is process k's, modulo their number."""
+    """Return the evaluation batches of this process: one in as many as there are processes."""
     return slice(rank(), None, world_size())
 
 
 def score(found: Detections, data: VocDataset | JoinedVoc) -> dict[str, Any]:
-    """What ``result.json`` holds of a detector, see :func:`~nst_det.evaluation.metrics.summarize`."""
+    """Return what ``result.json`` holds of a detector, see :func:`~nst_det.evaluation.metrics.summarize`."""
     return summarize(found, GroundTruth.from_annotations(data.annotations(), data.classes))[1]
 
 
 def train_detector(config: CfgNode) -> dict[str, Any]:
-    """Train a detector in OUTPUT_DIR and evaluate it, or go on where a former call stopped; nothing is done twice.
+    """Train a detector in OUTPUT_DIR and evaluate it, or resume where a former call stopped; nothing is done twice.
 
-    The folder then holds ``model.safetensors`` (the student alone), ``detections.json`` and ``result.json``.  With
-    DATASETS.VAL_FRACTION, evaluations during training are made on the validation split, not on DATASETS.TEST;
-    ``model_best.safetensors`` are the weights that did best there, and ``result.json`` has the figures of the last
-    ones under ``validation`` and both records under ``checkpoints``.  DATASETS.TEST is evaluated once, with the
-    weights that TEST.SELECT names; they are those in ``model.safetensors``.  With SOLVER.EMA_DECAY, all these weights
-    are averages.
-
-    Args:
-        config: from :func:`~nst_det.detection.config.load_detect_config`; ENGINE and NUM_CLASSES are resolved in it.
-
-    Returns:
-        The content of ``result.json``.
-
-    Raises:
-        UserError: an input can't be used, or a GPU fails.
+    The folder then holds ``model.safetensors`` (the student alone), ``detections.json`` and ``result.json``, which is
+    returned.  With DATASETS.VAL_FRACTION, evaluations during training are made on the validation split, not on
+    DATASETS.TEST; ``model_best.safetensors`` are the weights that did best there.  DATASETS.TEST is evaluated once,
+    with the weights that TEST.SELECT names; they are those in ``model.safetensors``.
     """
     folder = RunFolder(config.OUTPUT_DIR)
     smaller = "raise SOLVER.ACCUMULATE or lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, in another OUTPUT_DIR"
@@ -120,9 +102,7 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
 
 
 def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
-    _settle(config, ENGINE="torchvision")
-    resolve_machine(config)
-    start_processes(config.MODEL.DEVICE == "cpu")
+    _begin(config)
     classes = data_classes(config)
     resolve_classes(config, classes)
     with folder.opened(config) if is_main_process() else nullcontext():
@@ -133,14 +113,10 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
         data = _test_data(config, classes)
         sets, validation = split_training(config, open_voc(config, "DATASETS.TRAIN", classes))
         student = _student(config, classes, seed)
-        decay = config.SOLVER.EMA_DECAY
-        average = AveragedWeights(student, decay) if decay else None
+        average = AveragedWeights(student, config.SOLVER.EMA_DECAY) if config.SOLVER.EMA_DECAY else None
+        model = _with_teacher(student, config, seed, classes)
         # what is evaluated and written
         kept = student if average is None else cast(Detector, average.network)
-        model = _with_teacher(student, config, seed, classes)
-
-        def batches_from(step: int) -> Iterable[list[dict[str, Any]]]:
-            return training_batches(config, sets, seed, step)
 
         def evaluate(step: int) -> dict[str, float]:
             found = _evaluate(kept, config, validation or data)
@@ -149,15 +125,17 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
             prefix = "" if validation is None else "val/"
             return {f"{prefix}{name}": found[name] for name in ("map", "map_area") if found.get(name) is not None}
 
+        def batches_from(step: int) -> Iterable[list[dict[str, Any]]]:
+            return training_batches(config, sets, seed, step)
+
         trainer = Trainer(model, config, seed, folder, batches_from, average)
         train(trainer, folder, evaluate)
         validated: dict[str, Any] = {}
         if validation is not None:
             found = _evaluate(kept, config, validation)
-            steps = config.SOLVER.MAX_ITER
 
             def settled() -> dict[str, Any]:
-                last = keep_best(folder.path, kept, classes, steps, found)
+                last = keep_best(folder.path, kept, classes, config.SOLVER.MAX_ITER, found)
                 return settle(folder.path, kept, last, config.TEST.SELECT)
 
             validated = {"validation": found, "checkpoints": broadcast_from_rank0(settled)}
@@ -182,20 +160,14 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
 
 
 def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
-    """Evaluate a whole detector on DATASETS.TEST; the numbers go to ``OUTPUT_DIR/inference``.
+    """Evaluate the detector of MODEL.WEIGHTS, or with ``resume`` of OUTPUT_DIR, on DATASETS.TEST.
 
-    Args:
-        config: MODEL.WEIGHTS names the detector.
-        resume: evaluate the one that was trained in OUTPUT_DIR instead.
-
-    Raises:
-        UserError: the weights are not a whole detector, or there is nothing to evaluate on.
+    The numbers go to ``OUTPUT_DIR/inference``.
     """
-    _settle(config, ENGINE="torchvision")
-    resolve_machine(config)
-    start_processes(config.MODEL.DEVICE == "cpu")
+    _begin(config)
     if resume:
-        _settle_weights(config, str(Path(config.OUTPUT_DIR) / WEIGHTS_FILE))
+        with defrosted(config):
+            config.MODEL.WEIGHTS = str(Path(config.OUTPUT_DIR) / WEIGHTS_FILE)
     if not config.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty; name the data set to evaluate on")
     classes = _saved_classes(config) or data_classes(config)
@@ -216,36 +188,22 @@ def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
     return found
 
 
-def _settle(config: CfgNode, **values: Any) -> None:
-    frozen = config.is_frozen()
-    config.defrost()
-    config.update(values)
-    if frozen:
-        config.freeze()
-
-
-def _settle_weights(config: CfgNode, weights: str) -> None:
-    frozen = config.is_frozen()
-    config.defrost()
-    config.MODEL.WEIGHTS = weights
-    if frozen:
-        config.freeze()
+def _begin(config: CfgNode) -> None:
+    with defrosted(config):
+        config.ENGINE = "torchvision"
+    resolve_machine(config)
+    start_processes(config.MODEL.DEVICE == "cpu")
 
 
 def _seed(config: CfgNode, folder: RunFolder) -> int:
-    """SEED, or where it is negative one drawn by chance and kept in the folder, for the run to go on with."""
-    if config.SEED >= 0:
-        return int(config.SEED)
+    """Return SEED, or where it is negative one drawn by chance and kept in the folder, for the run to resume with."""
     path = folder.path / "seed.json"
-    if not path.exists():
+    if config.SEED < 0 and not path.exists():
         write_json(path, derive_seed(os.urandom(16).hex()) % 2**31)
-    seed = read_json(path)
-    if not isinstance(seed, int):
-        raise UserError(f"{path}: not a seed; remove {folder.path} to start this run again")
-    return seed
+    return int(read_json(path) if config.SEED < 0 else config.SEED)
 
 
-def _student(config: CfgNode, classes: tuple[str, ...], seed: int) -> Detector:
+def _student(config: CfgNode, classes: Sequence[str], seed: int) -> Detector:
     detector = build_detector(config, seed)
     load_weights(detector, config, classes)
     detector.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
@@ -277,7 +235,7 @@ def _with_teacher(
     with seeded(seed, "init", "transfer"):
         model = distill(student, teacher, config.METHOD, config.TRANSFER)
     below = set(level_channels(teacher.backbone.bottom_up))
-    read = [*model.transfer.teacher_levels, *(["box head"] if model.box_widths else [])]
+    read = [*model.transfer.teacher_levels, *(["box head"] if reads_box_head(model.transfer.method) else [])]
     if filled != "detector" and not (filled in ("backbone", "timm") and set(read) <= below):
         raise UserError(
             f"TEACHER.WEIGHTS: the teacher's {', '.join(read)} would be random; "
@@ -285,14 +243,13 @@ def _with_teacher(
         )
     check_class_names(model.transfer, classes, theirs)
     model.to(student.pixel_mean.device)
-    log_shapes(model)
     # of the teacher's backbone alone: its box head computes in float32
     cast_frozen(teacher.backbone, student.amp)
     return model
 
 
 def teacher_of(config: CfgNode) -> tuple[Detector, str, Sequence[str]]:
-    """The teacher that TEACHER names, what its weights filled (see ``load_weights``), and its classes."""
+    """Return the teacher of TEACHER, what its weights filled (see ``load_weights``), and its classes."""
     named = config.TEACHER
     overrides = ["MODEL.WEIGHTS", named.WEIGHTS] if named.WEIGHTS else []
     own = load_detect_config(expand_path(named.CONFIG_FILE, "TEACHER.CONFIG_FILE"), overrides)
@@ -305,7 +262,7 @@ def teacher_of(config: CfgNode) -> tuple[Detector, str, Sequence[str]]:
 
 
 def _saved_classes(config: CfgNode) -> list[str]:
-    """DATASETS.CLASSES, or those in the weights file, or []."""
+    """Return DATASETS.CLASSES, or those in the weights file, or []."""
     weights = config.MODEL.WEIGHTS
     if config.DATASETS.CLASSES or not weights or "://" in weights:
         return list(config.DATASETS.CLASSES)
@@ -313,16 +270,16 @@ def _saved_classes(config: CfgNode) -> list[str]:
     return saved_classes(path) if path.is_file() else []
 
 
-def _test_data(config: CfgNode, classes: Iterable[str]) -> VocDataset | None:
+def _test_data(config: CfgNode, classes: Sequence[str]) -> VocDataset | None:
     if len(config.DATASETS.TEST) > 1:
         raise UserError("DATASETS.TEST: the torchvision engine evaluates one data set a run; name one")
-    return open_voc(config, "DATASETS.TEST", tuple(classes))[0] if config.DATASETS.TEST else None
+    return open_voc(config, "DATASETS.TEST", classes)[0] if config.DATASETS.TEST else None
 
 
 def _evaluate(
     detector: Detector, config: CfgNode, data: VocDataset | JoinedVoc | None, detections_file: Path | None = None
 ) -> dict[str, Any]:
-    """What the detector scores; nothing without test data."""
+    """Return the detector's figures, {} without test data."""
     if data is None:
         return {}
     found = detect(detector, evaluation_batches(config, data, share=share_of_batches()), data)
@@ -332,28 +289,15 @@ def _evaluate(
 
 
 def print_result(result: Mapping[str, Any], folder: str) -> None:
-    """Print AP a class and the means.
-
-    Args:
-        result: the content of ``result.json``; without ``map`` nothing was evaluated.
-        folder: where it stands.
-    """
-    # into a file or a pipe: as wide as the table needs
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    """Print the AP of each class and the means in ``result.json`` of a folder."""
     if "map" not in result:
-        console.print(f"trained, not evaluated (DATASETS.TEST is empty); see {folder}", markup=False)
+        print(f"trained, not evaluated (DATASETS.TEST is empty); see {folder}")
         return
-    table = Table(title=escape(f"VOC AP at IoU 0.5, {folder}"))
-    table.add_column("class")
-    for column in ("AP 11-point", "AP area"):
-        table.add_column(column, justify="right")
-    for name, ap in result["per_class"].items():
-        table.add_row(escape(name), _cell(ap), _cell(result["per_class_area"][name]))
-    table.add_section()
-    table.add_row("mean", _cell(result["map"]), _cell(result["map_area"]), style="bold")
-    console.print(table)
-    coco = ", ".join(f"{name} {_cell(value)}" for name, value in result["coco"].items())
-    console.print(f"COCO: {coco}", highlight=False)
+    rows = [(name, ap, result["per_class_area"][name]) for name, ap in result["per_class"].items()]
+    rows.append(("mean", result["map"], result["map_area"]))
+    lines = [(name, _cell(by_points), _cell(by_area)) for name, by_points, by_area in rows]
+    print(f"VOC AP at IoU 0.5, {folder}\n{text_table(('class', 'AP 11-point', 'AP area'), lines)}")
+    print("COCO:", ", ".join(f"{name} {_cell(value)}" for name, value in result["coco"].items()))
 
 
 def _cell(value: float | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -15,8 +14,8 @@ from nst_det.data.folders import EXTENSIONS
 from nst_det.data.images import read_image
 from nst_det.data.safe_io import shown_path
 from nst_det.detection.checkpoint import load_weights, saved_classes
-from nst_det.detection.config import load_detect_config
-from nst_det.detection.data import network_input
+from nst_det.detection.config import defrosted, load_detect_config
+from nst_det.detection.data import network_input, runs_of_equals
 from nst_det.detection.pipeline import WEIGHTS_FILE, place_detector
 from nst_det.detection.predictions import Prediction
 from nst_det.detection.torchvision import Detector, build_detector
@@ -46,14 +45,13 @@ def load_run(
     classes = tuple(saved_classes(weights)) or tuple(config.DATASETS.CLASSES)
     if len(classes) != config.MODEL.ROI_HEADS.NUM_CLASSES:
         raise UserError(
-            f"{weights}: names {len(classes)} classes, the run's config says {config.MODEL.ROI_HEADS.NUM_CLASSES}; "
+            f"{weights}: names {len(classes)} classes, the run's config {config.MODEL.ROI_HEADS.NUM_CLASSES}; "
             "name a folder as train-det left it"
         )
-    config.defrost()
-    config.MODEL.WEIGHTS, config.MODEL.DEVICE, config.MODEL.TIMM.PRETRAINED = str(weights), str(device), False
-    if threshold is not None:
-        config.MODEL.ROI_HEADS.SCORE_THRESH_TEST = float(threshold)
-    config.freeze()
+    with defrosted(config):
+        config.MODEL.WEIGHTS, config.MODEL.DEVICE, config.MODEL.TIMM.PRETRAINED = str(weights), str(device), False
+        if threshold is not None:
+            config.MODEL.ROI_HEADS.SCORE_THRESH_TEST = float(threshold)
     detector = build_detector(config)
     load_weights(detector, config, classes, key="--run")
     place_detector(detector, config)
@@ -69,22 +67,19 @@ def run_config(folder: Path) -> CfgNode:
     if not isinstance(tree.get("MODEL"), dict):
         raise UserError(f"{path}: not the config of a detector; name the folder of a train-det run")
     if tree.get("ENGINE") != "torchvision":
-        raise UserError(
-            f"{path}: ENGINE is {tree.get('ENGINE')}; only runs of the torchvision engine are read, train by it or use "
-            "Detectron2's own tools"
-        )
+        raise UserError(f"{path}: ENGINE is {tree.get('ENGINE')}; only runs of the torchvision engine are read")
     return load_detect_config(path)
 
 
 def find_sources(paths: Sequence[str | Path]) -> list[Path]:
-    """Return the images and videos that a user names: files as they are, folders by their files, sorted by name.
+    """Return the images and videos that a user names: files, and those directly in folders, sorted by name.
 
-    Folders inside folders are not searched.  The stem of a file names what is written for it.
+    The stem of a file names what is written for it, so no two may share one.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [file for file in sorted(path.iterdir()) if _is_taken(file) and not file.name.startswith(".")]
+            inside = [file for file in sorted(path.iterdir()) if _is_source(file) and not file.name.startswith(".")]
             if not inside:
                 raise UserError(
                     f"{shown_path(path)}: no image or video in this folder ({', '.join(KINDS)}); name another one"
@@ -92,7 +87,7 @@ def find_sources(paths: Sequence[str | Path]) -> list[Path]:
             found += inside
         elif not path.exists():
             raise UserError(f"{shown_path(path)}: no such file or folder; name images, folders or a video")
-        elif not _is_taken(path):
+        elif not _is_source(path):
             raise UserError(f"{shown_path(path)}: neither an image nor a video ({', '.join(KINDS)}); convert it")
         else:
             found.append(path)
@@ -107,12 +102,11 @@ def find_sources(paths: Sequence[str | Path]) -> list[Path]:
     return list(of_stem.values())
 
 
-def _is_taken(path: Path) -> bool:
+def _is_source(path: Path) -> bool:
     return path.suffix.lower() in KINDS
 
 
 def is_video(path: Path) -> bool:
-    """Return whether a file holds many frames."""
     return path.suffix.lower() in VIDEO_EXTENSIONS
 
 
@@ -139,7 +133,7 @@ def read_sources(
 ) -> Iterator[tuple[str, Path, np.ndarray]]:
     """Yield (id, file, pixels) of all images, and of each ``every``-th frame of the videos.
 
-    ``unusable`` is told of a file that can't be read, and the others follow; None raises.
+    A file that can't be read is given to ``unusable``, and the others follow; without it the error is raised.
     """
     for path in sources:
         try:
@@ -158,25 +152,13 @@ def read_sources(
 def predict(
     detector: Detector, config: CfgNode, images: Iterable[tuple[str, Path, np.ndarray]]
 ) -> Iterator[Prediction]:
-    """Yield the detections on images (id, file, (H, W, 3) uint8 RGB), in their order.
-
-    Images are resized as INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST say; those of equal size that follow each other share
-    a batch.
-    """
-    batch: list[dict[str, Any]] = []
-    for id_, file, pixels in images:
-        height, width = pixels.shape[:2]
-        image = network_input(pixels, config)
-        if batch and (batch[0]["image"].shape != image.shape or len(batch) == LARGEST_BATCH):
-            yield from _detect(detector, batch)
-            batch = []
-        batch.append({"image": image, "height": height, "width": width, "id": id_, "file": file, "pixels": pixels})
-    if batch:
-        yield from _detect(detector, batch)
-
-
-def _detect(detector: Detector, batch: Sequence[dict[str, Any]]) -> Iterator[Prediction]:
-    for item, found in zip(batch, detector(batch)):
-        boxes, labels, scores = (found[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
-        where = item["id"], str(item["file"]), item["width"], item["height"]
-        yield Prediction(*where, boxes, labels, scores, item["pixels"])
+    """Yield the detections on images (id, file, (H, W, 3) uint8 RGB), in their order."""
+    items = (
+        {"image": network_input(x, config), "height": x.shape[0], "width": x.shape[1], "source": (id_, file, x)}
+        for id_, file, x in images
+    )
+    for batch in runs_of_equals(items, lambda item: item["image"].shape, LARGEST_BATCH):
+        for item, found in zip(batch, detector(batch)):
+            boxes, labels, scores = (found[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
+            id_, file, pixels = item["source"]
+            yield Prediction(id_, str(file), item["width"], item["height"], boxes, labels, scores, pixels)

@@ -26,77 +26,50 @@ JPEG_QUALITY = 92
 
 @dataclass(frozen=True)
 class Prediction:
-    """The detections on one image, best first.
+    """The detections on one image, best first."""
 
-    Attributes:
-        id: stem of the file; a frame of a video has its number behind it (``clip_000017``).
-        file: where the image comes from.
-        width: pixels.
-        height: pixels.
-        boxes: (N, 4) float32 xyxy, 0-based continuous, in pixels of the image.
-        labels: (N,) int64 indices into the classes.
-        scores: (N,) float32, 0..1.
-        image: (H, W, 3) uint8, RGB.
-    """
-
+    # stem of the file; a frame of a video has its number after it (``clip_000017``)
     id: str
     file: str
     width: int
     height: int
+    # (N, 4) float32 xyxy, 0-based continuous, in pixels of the image
     boxes: np.ndarray
+    # (N,) int64 indices into the classes
     labels: np.ndarray
+    # (N,) float32, 0..1
     scores: np.ndarray
+    # (H, W, 3) uint8, RGB
     image: np.ndarray = field(repr=False, compare=False)
 
     def of_labels(self, kept: Iterable[int]) -> Prediction:
-        """Return the detections of some labels alone."""
         keep = np.isin(self.labels, list(kept))
         return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], scores=self.scores[keep])
 
 
-def palette(count: int) -> list[tuple[int, int, int]]:
-    """Return ``count`` RGB colors, neighbors far apart in hue."""
-    golden = 0.618033988749895
-    colors = [colorsys.hsv_to_rgb(index * golden % 1.0, 0.75, 0.95) for index in range(count)]
-    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colors]
-
-
 def draw(prediction: Prediction, classes: Sequence[str]) -> np.ndarray:
-    """Return the image with boxes, class names and scores on it, (H, W, 3) uint8, RGB; the worst scores lie lowest."""
+    """Return the image with boxes, class names and scores on it, (H, W, 3) uint8, RGB; the best scores on top."""
     canvas = np.ascontiguousarray(prediction.image).copy()
-    colors = palette(len(classes))
     thickness = max(1, round(min(canvas.shape[:2]) / 240))
     size = max(0.35, min(canvas.shape[:2]) / 1000)
     rows = list(zip(prediction.boxes, prediction.labels.tolist(), prediction.scores.tolist()))
     for box, label, score in reversed(rows):
+        # by the golden ratio, neighbors are far apart in hue
+        color = [round(255 * part) for part in colorsys.hsv_to_rgb(label * 0.618033988749895 % 1.0, 0.75, 0.95)]
         left, top, right, bottom = (round(float(value)) for value in box)
-        cv2.rectangle(canvas, (left, top), (right - 1, bottom - 1), colors[label], thickness)
+        cv2.rectangle(canvas, (left, top), (right - 1, bottom - 1), color, thickness)
         text = f"{classes[label]} {score:.2f}"
         (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
         left = max(0, min(left, canvas.shape[1] - width))
         above = max(top, height + base)
-        cv2.rectangle(canvas, (left, above - height - base), (left + width, above), colors[label], cv2.FILLED)
+        cv2.rectangle(canvas, (left, above - height - base), (left + width, above), color, cv2.FILLED)
         at = (left, above - base // 2 - 1)
         cv2.putText(canvas, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), 1, cv2.LINE_AA)
     return canvas
 
 
-def write_picture(folder: Path, prediction: Prediction, classes: Sequence[str]) -> Path:
-    """Write ``folder/ID.jpg`` with the detections drawn on it."""
-    drawn = cv2.cvtColor(draw(prediction, classes), cv2.COLOR_RGB2BGR)
-    done, data = cv2.imencode(".jpg", drawn, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    assert done, "OpenCV could not encode a picture"
-    path = folder / f"{prediction.id}.jpg"
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data.tobytes())
-    return path
-
-
 def voc_annotation(prediction: Prediction, classes: Sequence[str]) -> str:
-    """Return the detections as VOC XML: 1-based inclusive boxes with all their digits, and ``<score>`` in each object.
-
-    :func:`nst_det.data.annotation.read_annotation` reads back the very same boxes.
-    """
+    """Return the detections as VOC XML: 1-based inclusive boxes with all digits, and ``<score>`` in each object."""
     boxes = np.add(prediction.boxes.astype(np.float64), (1, 1, 0, 0)).tolist()
     objects = tuple(VocObject(classes[label], box) for label, box in zip(prediction.labels.tolist(), boxes))
     annotation = VocAnnotation(prediction.id, prediction.width, prediction.height, objects)
@@ -104,7 +77,7 @@ def voc_annotation(prediction: Prediction, classes: Sequence[str]) -> str:
 
 
 def to_csv(predictions: Iterable[Prediction], classes: Sequence[str]) -> str:
-    """Return a line a detection with the columns of :data:`CSV_COLUMNS`; boxes are 0-based continuous pixels."""
+    """Return a line for each detection with :data:`CSV_COLUMNS`; boxes are 0-based continuous pixels."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -126,9 +99,12 @@ class PredictionWriter:
         self._kept: list[Prediction] = []
 
     def add(self, prediction: Prediction) -> None:
-        """Write what concerns one image alone, and remember its detections."""
+        """Write the files of one image, and remember its detections."""
         if "images" in self.formats:
-            write_picture(self.folder / "images", prediction, self.classes)
+            drawn = cv2.cvtColor(draw(prediction, self.classes), cv2.COLOR_RGB2BGR)
+            _, data = cv2.imencode(".jpg", drawn, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+            with atomic_path(self.folder / "images" / f"{prediction.id}.jpg") as temporary:
+                temporary.write_bytes(data.tobytes())
         if "voc" in self.formats:
             path = self.folder / "voc" / "Annotations" / f"{prediction.id}.xml"
             write_text(path, voc_annotation(prediction, self.classes))

@@ -1,11 +1,10 @@
-"""A step of stage two, run again from its file and, where it has one, the teacher detector that its config names."""
+"""A step of the torchvision engine, run again from its dump and the teacher detector that its config names."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nst_det.detection.config import get_defaults
@@ -20,9 +19,9 @@ from nst_det.engine.run_dir import RunFolder
 
 
 def rebuild(content: dict[str, Any]) -> Step:
-    """The model of a dumped step of the torchvision engine, and a call that makes the step."""
+    """Return the model of a dumped step, and a call that makes the step."""
     config = get_defaults()
-    merge_tree(config, content["config"], "the step's file")
+    merge_tree(config, content["config"], "the dump")
     student = build_detector(config, content["seed"])
     student.load_state_dict(content["model"])
     student.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
@@ -37,14 +36,13 @@ def rebuild(content: dict[str, Any]) -> Step:
     model.train()
     trainer = Trainer(model, config, content["seed"], RunFolder(Path()), lambda _: ())
     trainer.iter = content["step"]
-    batch = [_on(trainer.device, item) for item in content["batch"]]
+    batch = [
+        {key: value.to(trainer.device) if isinstance(value, Tensor) else value for key, value in item.items()}
+        for item in content["batch"]
+    ]
 
     def run_step() -> tuple[dict[str, float], list[str]]:
         losses = {name: float(value) for name, value in trainer.backward(batch).items()}
         return losses, broken_in(model, losses)
 
     return model, run_step
-
-
-def _on(device: torch.device, item: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in item.items()}

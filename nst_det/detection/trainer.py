@@ -18,7 +18,6 @@ from nst_det.detection.distiller import DistilledDetector
 from nst_det.detection.solver import build_optimizer
 from nst_det.detection.torchvision import Detector
 from nst_det.engine import distributed
-from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.config import plain
 from nst_det.engine.distributed import average_gradients, log_batch, rank, running_statistics, world_size
 from nst_det.engine.metrics import loss_note
@@ -26,11 +25,11 @@ from nst_det.engine.nan_guard import NonFiniteGuard, NotFinite, broken_values, g
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything
 from nst_det.engine.solver import clip_gradients, lr_schedule, set_learning_rate
-from nst_det.engine.train_state import OptimizedState
+from nst_det.engine.train_state import AveragedWeights, OptimizedState
 from nst_det.engine.trainer import (
-    EvalHook,
     MetricsHook,
     PeriodicCheckpointer,
+    PeriodicHook,
     ProgressHook,
     RollbackStep,
     SpeedHook,
@@ -38,30 +37,28 @@ from nst_det.engine.trainer import (
     TrainLoop,
     WallTime,
 )
+from nst_det.losses import TransferLoss
 
 KIND = "stage two"
 Batch = list[dict[str, Any]]
 
 
+def transfer_of(model: nn.Module) -> TransferLoss | None:
+    """Return the transfer terms of a :class:`DistilledDetector`; None for any other model."""
+    return model.transfer if isinstance(model, DistilledDetector) else None
+
+
 def broken_in(model: nn.Module, losses: Mapping[str, float]) -> list[str]:
     """Name what of the last pass is not finite in this process; see :func:`~nst_det.engine.nan_guard.broken_values`."""
-    parts = model.transfer.parts if isinstance(model, DistilledDetector) else {}
-    return broken_values(losses, parts, model.named_parameters())
+    transfer = transfer_of(model)
+    return broken_values(losses, {} if transfer is None else transfer.parts, model.named_parameters())
 
 
 def step_content(
     model: nn.Module, config: CfgNode, seed: int, batch: Sequence[Mapping[str, Any]], losses: Mapping[str, float]
 ) -> dict[str, Any]:
-    """All that the step depends on but the teacher detector, which the config names.
-
-    Args:
-        model: as it was before the step.
-        config: the resolved config.
-        seed: of the run; the process's rank is kept beside it.
-        batch: what the model was given; ``image`` (3, H, W), and in the torchvision engine ``boxes`` and ``labels``.
-        losses: by name, as far as they are known.
-    """
-    transfer = model.transfer if isinstance(model, DistilledDetector) else None
+    """Return all that a step depends on but the teacher, which the config names; the model is as before the step."""
+    transfer = transfer_of(model)
     return {
         "kind": KIND,
         "method": config.METHOD,
@@ -80,13 +77,13 @@ def _plain_item(item: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: value for key, value in item.items() if isinstance(value, Tensor | str | int | float)}
     instances = item.get("instances")
     if instances is not None:
-        # Detectron2's, in the words of the torchvision engine
+        # Detectron2's, by the torchvision engine's names
         values |= {"boxes": instances.gt_boxes.tensor, "labels": instances.gt_classes}
     return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in values.items()}
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """The model in a module whose backward pass averages the gradients of all processes, or where none can, itself."""
+    """Return the model in DistributedDataParallel; or itself in one process, or where DDP can't."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     # DDP refuses to synchronize normalization on the CPU
     if world_size() == 1 or (on_cpu and any(isinstance(layer, nn.SyncBatchNorm) for layer in model.modules())):
@@ -101,17 +98,9 @@ def data_parallel(model: nn.Module) -> nn.Module:
 
 
 class Trainer(TrainLoop):
-    """The torchvision engine's: one detector, whose steps are made in :meth:`run_step`.
+    """The torchvision engine's; ``batches_from(step)`` gives the batches from there on, without end.
 
     In several processes every one holds the same bits after each step.
-
-    Args:
-        model: gives a dict of losses for a batch, and has the state dict to save; adapters are in its ``transfer``.
-        config: SOLVER is read here, all of it goes into the dump of a step that failed.
-        seed: of the run.
-        folder: for checkpoints.
-        batches_from: the batches from a step on, without end.
-        average: of the student's weights.
     """
 
     def __init__(
@@ -128,14 +117,12 @@ class Trainer(TrainLoop):
         self.solver, self.max_iter = config.SOLVER, config.SOLVER.MAX_ITER
         self.schedule = lr_schedule(self.solver)
         self.device = next(model.parameters()).device
-        self.losses: dict[str, float] = {}
-        transfer = model.transfer if isinstance(model, DistilledDetector) else None
         guard = NonFiniteGuard(self.solver.NON_FINITE, folder.path, model)
-        self.state = OptimizedState(model, transfer, guard, average, build_optimizer(model, self.solver), folder)
+        optimizer = build_optimizer(model, self.solver)
+        self.state = OptimizedState(model, transfer_of(model), guard, average, optimizer, folder)
         self._parallel = data_parallel(model)
 
     def before_train(self) -> None:
-        """Begin at ``iter``."""
         self.model.train()
         self._batches = iter(self.batches_from(self.iter))
         super().before_train()
@@ -149,30 +136,30 @@ class Trainer(TrainLoop):
         factor = self.schedule(self.iter) * state.guard.rate
         set_learning_rate(state.optimizer, factor)
         state.guard.keep_buffers()
-        self.losses, broken = {}, None
+        losses: dict[str, float] = {}
+        broken: list[str] | None = None
         try:
             own = self.backward(batch)
             values = {name: value.clone() for name, value in own.items()}
             distributed.average([*values.values(), *running_statistics(self.model)])
-            self.losses = {name: float(value) for name, value in values.items()}
+            losses = {name: float(value) for name, value in values.items()}
             norm = gradient_norm(state.parameters)
-            if not (all(map(math.isfinite, self.losses.values())) and norm.isfinite()):
+            if not (all(map(math.isfinite, losses.values())) and norm.isfinite()):
                 broken = broken_in(self.model, {name: float(value) for name, value in own.items()})
         except NotFinite as error:
             broken = [str(error)] if str(error) else []
         if broken is None:
             state.optimizer_step(lambda: clip_gradients(state.parameters, self.solver.CLIP_GRADIENTS))
         else:
-            content = partial(step_content, self.model, self.config, self.seed, batch, self.losses)
+            content = partial(step_content, self.model, self.config, self.seed, batch, losses)
             state.skip_or_roll_back(broken, [str(item["image_id"]) for item in batch], content)
         if state.step <= self.iter:
             self.iter = state.step
             raise RollbackStep
-        total = sum(self.losses.values())
-        self.put_scalars(**self.losses, total_loss=total, lr=self.solver.BASE_LR * factor)
+        self.put_scalars(**losses, total_loss=sum(losses.values()), lr=self.solver.BASE_LR * factor)
 
     def backward(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of all processes' images, in SOLVER.ACCUMULATE parts; this one's losses, scalars."""
+        """Compute gradients of all processes' images, in SOLVER.ACCUMULATE parts; return this process's losses."""
         parts, totals = self.solver.ACCUMULATE, dict[str, Tensor]()
         parallel, size = self._parallel, len(batch) // parts
         for part in range(parts):
@@ -192,17 +179,13 @@ class Trainer(TrainLoop):
         return totals
 
     def save_step(self) -> None:
-        """Save the step that was just made."""
         self.state.save()
 
 
 def train(trainer: Trainer, folder: RunFolder, evaluate: Callable[[int], dict[str, float]]) -> None:
     """Train until SOLVER.MAX_ITER, from the last checkpoint in the folder if there is one.
 
-    Args:
-        trainer: as built.
-        folder: for metrics.
-        evaluate: called every TEST.EVAL_PERIOD steps with the steps done; its numbers join the metrics.
+    ``evaluate`` is called every TEST.EVAL_PERIOD steps with the steps done; its numbers join the metrics.
     """
     config, solver = trainer.config, trainer.solver
 
@@ -213,16 +196,13 @@ def train(trainer: Trainer, folder: RunFolder, evaluate: Callable[[int], dict[st
     trainer.state.resume()
     trainer.start_iter = trainer.state.step
     log_batch(solver.IMS_PER_BATCH, solver.ACCUMULATE, solver.BASE_LR)
+    losses, note = lambda: {"loss": trainer.scalars["total_loss"]}, lambda: loss_note(trainer.scalars)
     trainer.register_hooks(
         [
             SpeedHook(solver.IMS_PER_BATCH, trainer.device),
-            EvalHook(config.TEST.EVAL_PERIOD, evaluate_step),
+            PeriodicHook(config.TEST.EVAL_PERIOD, evaluate_step),
             MetricsHook(folder, config.TENSORBOARD, config.WANDB),
-            ProgressHook(
-                folder.path.name,
-                lambda: {"loss": trainer.scalars["total_loss"]},
-                lambda: loss_note(trainer.scalars),
-            ),
+            ProgressHook(folder.path.name, losses, note),
             WallTime(trainer.state),
             PeriodicCheckpointer(solver.CHECKPOINT_PERIOD),
             StopWhenAsked(trainer.device),

@@ -1,6 +1,4 @@
-"""The Detectron2 engine.
-
-Importing this package does not import Detectron2; the first use of one of its names does.  Files:
+"""The Detectron2 engine.  Importing this package does not import Detectron2; the first use of one of its names does.
 
 - ``modeling``: timm bottom-ups in Detectron2's ``BACKBONE_REGISTRY``, RoI heads whose canonical box size can be set
 - ``checkpoint``: backbone files and ``backbone://NAME`` in Detectron2's checkpointer
@@ -36,11 +34,9 @@ __all__ = [*_HOMES, "INSTALL_PAGE", "is_available", "require"]
 
 
 def require() -> None:
-    """Import Detectron2; the error says that it is not installed, or that its build doesn't fit this PyTorch."""
+    """Import Detectron2; raise UserError where it is not installed, or its build doesn't fit this PyTorch."""
     if not is_available():
-        raise UserError(
-            f"Detectron2 is not installed; see {INSTALL_PAGE}, or set ENGINE torchvision, which needs none of it"
-        )
+        raise UserError(f"Detectron2 is not installed; see {INSTALL_PAGE}, or set ENGINE torchvision")
     try:
         importlib.import_module("detectron2._C")
     except ImportError as error:

@@ -15,12 +15,12 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
-from nst_det.detection import distiller as distilled
+from nst_det.detection import distiller
 from nst_det.detection.box_head import check_class_names, reads_box_head
 from nst_det.detection.checkpoint import saved_classes
 from nst_det.detection.config import detector_transfer_node, resolve_device
 from nst_det.detection.data import data_classes
-from nst_det.detection.distiller import DistilledDetector, log_shapes
+from nst_det.detection.distiller import DistilledDetector
 from nst_det.detectron2.checkpoint import PREFIX, SUFFIX, BackboneCheckpointer
 from nst_det.detectron2.config import add_config, class_list
 from nst_det.detectron2.modeling import TimmBackbone, bottom_up_of, box_outputs, choose_roi_heads
@@ -41,7 +41,7 @@ def build_teacher(
     levels: Sequence[str] = (),
     box_head: bool = False,
 ) -> nn.Module:
-    """A frozen detector in evaluation mode.
+    """Return a frozen detector in evaluation mode.
 
     Args:
         config_file: a YAML (this project's, or any of Detectron2's), a Python LazyConfig, or a name of Detectron2's
@@ -65,51 +65,28 @@ def build_teacher(
     # a config of the model zoo names the weights that its training began with, not those it ended with
     source = expand_path(weights, "TEACHER.WEIGHTS") or (_zoo_weights(config_file) if of_zoo else named)
     _, bottom_up = bottom_up_of(model)
-    published = isinstance(bottom_up, TimmBackbone) and bottom_up.loaded
-    if not source and not published:
+    if not source and not (isinstance(bottom_up, TimmBackbone) and bottom_up.loaded):
         raise UserError(
             f"{config_file}: names no weights and TEACHER.WEIGHTS is empty; a random teacher teaches nothing"
         )
-    if not source or _is_backbone_file(source):
-        _check_levels(levels, source or f"{config_file} with timm's weights", box_head)
-        complete: list[str] = []
-    else:
-        complete = [name for name, _ in model.named_children()]
-    BackboneCheckpointer(model, complete=complete).load(source)
+    of_backbone = source.startswith(PREFIX) or (source.endswith(SUFFIX) and card_path(source).is_file())
+    if not source or of_backbone:
+        _check_below_fpn(levels, source or f"{config_file} with timm's weights", box_head)
+    BackboneCheckpointer(model, whole=bool(source) and not of_backbone).load(source)
     log.info("teacher: %s, weights %s", config_file, source or "timm's")
     if device is not None:
         model.to(device)
     return model.eval().requires_grad_(False)
 
 
-def teacher_classes(config_file: str, weights: str = "") -> list[str]:
-    """Return a teacher's classes, as its config, its weights or its data set tell them; [] where none does."""
-    path, _ = _find(config_file)
-    if path.endswith(".py"):
-        return []
-    cfg = _read_yaml(path, ())
-    local = expand_path(weights or cfg.MODEL.WEIGHTS, "TEACHER.WEIGHTS")
-    saved = saved_classes(local) if local and "://" not in local and Path(local).is_file() else []
-    return list(cfg.DATASETS.CLASSES) or saved or class_list(cfg)
-
-
-def _is_backbone_file(source: str) -> bool:
-    return source.startswith(PREFIX) or (source.endswith(SUFFIX) and card_path(source).is_file())
-
-
-def _check_levels(levels: Sequence[str], source: str, box_head: bool) -> None:
-    if box_head:
+def _check_below_fpn(levels: Sequence[str], source: str, box_head: bool) -> None:
+    theirs = [str(level).rpartition(":")[2].strip() for level in levels]
+    random = ["box head"] * box_head + [level for level in theirs if not level.startswith("res")]
+    if random:
         raise UserError(
-            f"TRANSFER: {source} is a backbone, so the teacher's box head would be random; name the weights of a whole "
-            "detector, or use terms on feature maps"
+            f"TRANSFER: {source} is a backbone, so the teacher's {random[0]} would be random; compare res2 .. res5, or "
+            "name the weights of a whole detector"
         )
-    for level in levels:
-        theirs = str(level).rpartition(":")[2].strip()
-        if not theirs.startswith("res"):
-            raise UserError(
-                f"TRANSFER: {source} is a backbone, so the teacher's '{theirs}' would be random; compare res2 .. res5, "
-                "or name the weights of a whole detector"
-            )
 
 
 def _find(config_file: str) -> tuple[str, bool]:
@@ -164,17 +141,11 @@ def _build_yaml(path: str, weights: str, device: str | None, overrides: Sequence
     cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.TIMM.PRETRAINED and not (weights or named)
     choose_roi_heads(cfg)
     if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = _classes(cfg, path, weights or named)
-    model: nn.Module = build_model(cfg)
-    return model, named
-
-
-def _classes(cfg: CfgNode, path: str, weights: str) -> int:
-    local = weights if weights and "://" not in weights and Path(weights).is_file() else ""
-    classes = (saved_classes(local) if local else []) or data_classes(cfg, known_only=True)
-    if not classes:
-        raise UserError(f"{path}: MODEL.ROI_HEADS.NUM_CLASSES is 0, and no data set of DATASETS.VOC tells the number")
-    return len(classes)
+        classes = _classes_in(weights or named) or data_classes(cfg, known_only=True)
+        if not classes:
+            raise UserError(f"{path}: MODEL.ROI_HEADS.NUM_CLASSES is 0, and no data set of DATASETS.VOC has classes")
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
+    return build_model(cfg), named
 
 
 def _build_lazy(path: str) -> tuple[nn.Module, str]:
@@ -182,6 +153,20 @@ def _build_lazy(path: str) -> tuple[nn.Module, str]:
     if "model" not in cfg:
         raise UserError(f"{path}: a LazyConfig without 'model'")
     return instantiate(cfg.model), str(cfg.get("train", {}).get("init_checkpoint", ""))
+
+
+def _classes_in(weights: str) -> list[str]:
+    return saved_classes(weights) if weights and "://" not in weights and Path(weights).is_file() else []
+
+
+def teacher_classes(config_file: str, weights: str = "") -> list[str]:
+    """Return a teacher's classes, as its config, its weights or its data set have them; [] where none does."""
+    path, _ = _find(config_file)
+    if path.endswith(".py"):
+        return []
+    cfg = _read_yaml(path, ())
+    saved = _classes_in(expand_path(weights or cfg.MODEL.WEIGHTS, "TEACHER.WEIGHTS"))
+    return list(cfg.DATASETS.CLASSES) or saved or class_list(cfg)
 
 
 def distill(
@@ -198,7 +183,7 @@ def distill(
     seed: int = 0,
     trust_pickle: bool = False,
 ) -> DistilledDetector:
-    """Any Detectron2 detector, made to learn from a teacher detector while it trains.
+    """Make any Detectron2 detector learn from a teacher detector while it trains.
 
     The result trains, evaluates and is saved like ``student``: its losses get a ``loss_transfer_<term>`` a term, and
     its state dict is the student's, by the student's names.  Give its ``parameters()`` to the optimizer, since some
@@ -208,10 +193,10 @@ def distill(
     Args:
         student: the detector that is trained, from ``build_model(cfg)``, ``instantiate(cfg.model)`` or anywhere.
         teacher: a trained detector, or its config: a YAML, a Python LazyConfig, or a name in Detectron2's model zoo.
-        method: a method's word, such as ``nst-poly``, ``at+nst-poly`` or ``nst-poly:20``.
+        method: such as ``nst-poly``, ``at+nst-poly`` or ``nst-poly:20``.
         levels: what is compared: names that the backbones give, ``student:teacher`` where they differ.
         teacher_weights: the teacher's checkpoint if ``teacher`` is a config; "" takes those that it names.
-        weights: term to weight, where the word has none.
+        weights: term to weight, where ``method`` has none.
         options: term to its options; ``kd`` has the temperature 1 here.
         auto_weight: term to the share of the gradient norm at the student's backbone, 1.0 as much as the student's own
             losses, that its weight is to give it; chosen in the first five steps, instead of ``weights``.
@@ -236,44 +221,38 @@ def distill(
         for term, value in dict(values or {}).items():
             node[name][term] = dict(value) if isinstance(value, Mapping) else value
     if isinstance(teacher, str):
-        with trusting_pickles(trust_pickle):
-            teacher = build_teacher(
-                teacher, teacher_weights, str(_device(student)), levels=node.LEVELS, box_head=_reads_box_head(method)
-            )
+        teacher = _teacher_of(method, node, teacher, teacher_weights, _device(student), trust_pickle)
     return _wrap(student, teacher, method, node, seed)
 
 
 def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
     """Do the same by a config's METHOD, TEACHER and TRANSFER; the student itself where METHOD is ``ce``."""
-    if not distilled.wants_teacher(cfg):
+    if not distiller.wants_teacher(cfg):
         return student
-    node, named, device = cfg.TRANSFER, cfg.TEACHER, str(_device(student))
-    with trusting_pickles(cfg.TRUST_PICKLE):
-        teacher = build_teacher(
-            named.CONFIG_FILE, named.WEIGHTS, device, levels=_levels(node), box_head=_reads_box_head(cfg.METHOD)
-        )
-        classes = teacher_classes(named.CONFIG_FILE, named.WEIGHTS)
+    node, named, device = cfg.TRANSFER, cfg.TEACHER, _device(student)
+    teacher = _teacher_of(cfg.METHOD, node, named.CONFIG_FILE, named.WEIGHTS, device, cfg.TRUST_PICKLE)
     model = _wrap(student, teacher, cfg.METHOD, node, max(cfg.SEED, 0))
-    check_class_names(model.transfer, class_list(cfg), classes)
+    with trusting_pickles(cfg.TRUST_PICKLE):
+        check_class_names(model.transfer, class_list(cfg), teacher_classes(named.CONFIG_FILE, named.WEIGHTS))
     return model
 
 
-def _levels(node: CfgNode) -> list[str]:
-    return [*node.LEVELS, *(level for levels in node.TERM_LEVELS.values() for level in levels)]
-
-
-def _reads_box_head(method: str) -> bool:
+def _teacher_of(
+    method: str, node: CfgNode, config_file: str, weights: str, device: torch.device, trust_pickle: bool
+) -> nn.Module:
+    levels = [*node.LEVELS, *(level for own in node.TERM_LEVELS.values() for level in own)]
     try:
-        return reads_box_head(parse_method(method))
+        box_head = reads_box_head(parse_method(method))
     except ValueError as error:
         raise UserError(f"METHOD: {error}") from error
+    with trusting_pickles(trust_pickle):
+        return build_teacher(config_file, weights, str(device), levels=levels, box_head=box_head)
 
 
 def _wrap(student: nn.Module, teacher: nn.Module, method: str, node: CfgNode, seed: int) -> DistilledDetector:
     with seeded(seed, "adapters"):
-        model = distilled.distill(student, teacher, method, node, box_outputs)
+        model = distiller.distill(student, teacher, method, node, box_outputs)
     model.to(_device(student))
-    log_shapes(model)
     model.register_forward_pre_hook(_follow_iteration)
     return model
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,41 +28,36 @@ from nst_det.models import (
     load_backbone,
     load_into,
     load_plain,
+    load_strict,
     resolve,
 )
-from nst_det.models.io import card_path, check_shapes, load_pickled
+from nst_det.models.io import card_path, load_pickled
 
 log = logging.getLogger(__name__)
 PREFIX = "backbone://"
 SUFFIX = ".safetensors"
-PICKLES = (".pkl", ".pyth")
+PARTS = {"backbone": "FPN", "proposal_generator": "RPN", "roi_heads": "RoI heads"}
 
 
 class BackboneCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer that also reads backbone files, strictly.
 
     From a backbone file (``backbone://NAME``, or a ``.safetensors`` path with its card) the bottom-up is filled whole
-    or an error names what doesn't fit; FPN and heads, which such a file can't hold, are reported apart.  The file's
-    input contract (channel order, mean, std) is compared with the model's.  A ``.safetensors`` file without a card
-    is a whole detector of the torchvision engine, whose names are Detectron2's.  Other files go Detectron2's way.
-
-    Attributes:
-        card: of the backbone file that was loaded last, or None.
-        written: the network whose weights :meth:`save` writes; ``model``, or an average of its weights.
+    or an error names what doesn't fit; its input contract (channel order, mean, std) is compared with the model's.  A
+    ``.safetensors`` file without a card is a whole detector of the torchvision engine, whose names are Detectron2's.
     """
 
-    def __init__(
-        self, model: nn.Module, save_dir: str = "", *, complete: Iterable[str] = (), **checkpointables: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, save_dir: str = "", *, whole: bool = False, **checkpointables: Any) -> None:
         super().__init__(model, save_dir, **checkpointables)
-        self.complete = tuple(complete)
-        self.card: Card | None = None
+        # whether weights that leave a part of the detector random are refused
+        self.whole = whole
+        # what is saved: the model, or an average of its weights
         self.written = model
+        self._card: Card | None = None
         self._source = ""
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As Detectron2's; ``path`` may be ``backbone://NAME``."""
-        self.card, self._source = None, path
+        self._card, self._source = None, path
         if path.startswith(PREFIX):
             path = str(resolve(path))
         try:
@@ -79,17 +72,15 @@ class BackboneCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(PICKLES):
+        if filename.endswith((".pkl", ".pyth")):
             # Detectron2 opens these by itself; this refuses pickles that aren't trusted
             load_pickled(filename)
         if not filename.endswith(SUFFIX):
             loaded: dict[str, Any] = super()._load_file(filename)
             return loaded
         if not card_path(filename).is_file():
-            # a whole detector, as the torchvision engine writes it
             return {"model": load_plain(filename)}
-        entries, self.card = backbone_entries(self.model, filename)
-        check_contract(self.model, self.card, filename)
+        entries, self._card = _backbone_entries(self.model, filename)
         return {"model": entries}
 
     def _torch_load(self, f: str) -> dict[str, Any]:
@@ -97,10 +88,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         return loaded
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As Detectron2's, but never half written: a full disk or a kill leaves the checkpoint before as it is.
-
-        Of the numbered ones the newest are kept, as many as in the torchvision engine; Detectron2 keeps all.
-        """
+        """As Detectron2's, but never half written, and of the numbered checkpoints only the newest are kept."""
         if not self.save_dir or not self.save_to_disk:
             return
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
@@ -122,31 +110,26 @@ class BackboneCheckpointer(DetectionCheckpointer):
         raise UserError(f"{self.save_dir}: every checkpoint here is damaged; remove the folder to start this run again")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """As Detectron2's, but a process that is killed meanwhile leaves the former name."""
+        """Name the newest checkpoint; a process that is killed meanwhile leaves the former name."""
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        must = [name for name in incompatible.missing_keys if name.startswith(self.complete)] if self.complete else []
-        if must:
+        missing = incompatible.missing_keys
+        if self.whole and missing:
             raise UserError(
-                f"{self._source}: {len(must)} entries that this detector needs are not in it ({', '.join(must[:3])}"
-                f"{', ...' if len(must) > 3 else ''}); name weights that were trained with this config"
+                f"{self._source}: {len(missing)} entries that this detector needs are not in it "
+                f"({', '.join(missing[:3])}); name weights that were trained with this config"
             )
-        if self.card is None:
+        if self._card is None:
             super()._log_incompatible_keys(incompatible)
             return
-        parts = Counter(_part(name) for name in incompatible.missing_keys)
+        counts = Counter(PARTS.get(module, module) for module in (name.split(".")[0] for name in missing))
         log.info(
             "%s: the bottom-up is filled (method %s); expected to start anew: %s",
             self._source,
-            self.card.method or "unknown",
-            ", ".join(f"{part} ({count} entries)" for part, count in parts.items()) or "nothing",
+            self._card.method or "unknown",
+            ", ".join(f"{part} ({count} entries)" for part, count in counts.items()),
         )
-
-
-def load_whole(model: nn.Module, weights: str) -> None:
-    """Fill a whole detector; weights that leave a part of it random are refused."""
-    BackboneCheckpointer(model, complete=[name for name, _ in model.named_children()]).load(weights)
 
 
 def numbered(folder: str | Path) -> list[Path]:
@@ -159,89 +142,62 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("model_")) + 1
 
 
-def _part(name: str) -> str:
-    if name.startswith("backbone."):
-        return "FPN"
-    return {"proposal_generator": "RPN", "roi_heads": "RoI heads"}.get(name.split(".")[0], name.split(".")[0])
-
-
-def backbone_entries(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor], Card]:
-    """Return the part of a detector's state dict below the neck that a backbone file fills, by the detector's names."""
+def _backbone_entries(model: Any, path: str) -> tuple[dict[str, Tensor], Card]:
+    """Return what a backbone file fills of a detector, by the detector's names."""
     prefix, bottom_up = bottom_up_of(model)
+    above: dict[str, Tensor] = {}
     if isinstance(bottom_up, Bottomup):
         card = load_into(bottom_up, path)
-        return {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()}, card
-    if isinstance(bottom_up, ResNet):
+    elif isinstance(bottom_up, ResNet):
+        # torchvision and timm put a bottleneck's stride into its 3 x 3 convolution
+        if any(isinstance(layer, BottleneckBlock) and layer.conv1.stride != (1, 1) for layer in bottom_up.modules()):
+            raise UserError(f"{path}: set MODEL.RESNETS.STRIDE_IN_1X1 False, this backbone was trained so")
         state_dict, card = load_backbone(path)
         given = resnet_to_detectron2(state_dict, batch_norm_eps(card.arch, card.arch_kwargs))
-        return _resnet_entries(model, prefix, bottom_up, given, str(path)), card
-    raise UserError(
-        f"{path}: a backbone file can't fill a {type(bottom_up).__name__}; use build_timm_fpn_backbone or "
-        "build_resnet_fpn_backbone as MODEL.BACKBONE.NAME"
-    )
-
-
-def _resnet_entries(
-    model: nn.Module, prefix: str, bottom_up: ResNet, given: Mapping[str, Tensor], source: str
-) -> dict[str, Tensor]:
-    own = {name: value for name, value in bottom_up.state_dict().items() if not name.endswith("num_batches_tracked")}
-    # torchvision and timm put a bottleneck's stride into its 3 x 3 convolution
-    if any(isinstance(layer, BottleneckBlock) and layer.conv1.stride != (1, 1) for layer in bottom_up.modules()):
-        raise UserError(f"{source}: set MODEL.RESNETS.STRIDE_IN_1X1 False, this backbone was trained so")
-    below = {name: value for name, value in given.items() if name in own}
-    beyond = [name for name in given if name not in own]
-    try:
-        check_shapes({name: tuple(value.shape) for name, value in below.items()}, own, source)
-    except ValueError as error:
-        raise UserError(f"{error}; compare MODEL.RESNETS with the backbone's architecture") from error
-    entries = {f"{prefix}{name}": value for name, value in below.items()}
-    last = max(int(name[3]) for name in own if name.startswith("res"))
-    for name in beyond:
         # a network cut at res4 leaves res5 to RoI heads that have it (Res5ROIHeads), or to nobody
-        if not (name.startswith("res") and int(name[3]) > last):
-            raise UserError(f"{source}: {name} has no place in this ResNet; compare MODEL.RESNETS.DEPTH")
-        if f"roi_heads.{name}" in model.state_dict():
-            entries[f"roi_heads.{name}"] = given[name]
-    return entries
-
-
-def check_contract(model: nn.Module, card: Card, source: str | Path) -> None:
-    """Compare the pixels that a detector sends to its backbone with those that the backbone was trained on."""
-    mean = [float(value) / 255 for value in model.pixel_mean.flatten()]  # type: ignore[operator]
-    std = [float(value) / 255 for value in model.pixel_std.flatten()]  # type: ignore[operator]
+        cut = {name for name in given if name.startswith("res") and name.split(".")[0] > bottom_up.stage_names[-1]}
+        above = {f"roi_heads.{name}": given[name] for name in cut if f"roi_heads.{name}" in model.state_dict()}
+        try:
+            load_strict(bottom_up, {name: value for name, value in given.items() if name not in cut}, path)
+        except ValueError as error:
+            raise UserError(f"{error}; compare MODEL.RESNETS with the backbone's architecture") from error
+    else:
+        raise UserError(
+            f"{path}: a backbone file can't fill a {type(bottom_up).__name__}; use build_timm_fpn_backbone or "
+            "build_resnet_fpn_backbone as MODEL.BACKBONE.NAME"
+        )
+    mean, std = ([float(value) / 255 for value in pixels.flatten()] for pixels in (model.pixel_mean, model.pixel_std))
     try:
         check_input_contract(card, mean, std, str(model.input_format or "BGR"))
     except UserError as error:
-        wanted = card.input
         raise UserError(
-            f"{source}: {error} (INPUT.FORMAT {wanted['channel_order']}, "
-            f"MODEL.PIXEL_MEAN {[round(255 * value, 3) for value in wanted['mean']]}, "
-            f"MODEL.PIXEL_STD {[round(255 * value, 3) for value in wanted['std']]})"
+            f"{path}: {error} (INPUT.FORMAT {card.input['channel_order']}, "
+            f"MODEL.PIXEL_MEAN {[round(255 * value, 3) for value in card.input['mean']]}, "
+            f"MODEL.PIXEL_STD {[round(255 * value, 3) for value in card.input['std']]})"
         ) from error
+    return {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()} | above, card
 
 
 class _Detectron2Handler(BackboneHandler):
-    """``backbone://NAME`` for Detectron2's path manager, as a file that a plain DetectionCheckpointer reads.
-
-    The file holds the bottom-up by timm's names and, for a plain ResNet, by Detectron2's names too, and asks for
-    Detectron2's matching of names by their ends, so that it fits alone, under an FPN and in a larger module.
-    """
+    """``backbone://NAME`` for Detectron2's path manager, as a file that a plain DetectionCheckpointer reads."""
 
     def __init__(self) -> None:
         super().__init__()
         self._files: dict[str, str] = {}
+        # removed with this process
+        self._folder = tempfile.TemporaryDirectory(prefix="nst_det_")
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         if path not in self._files:
             state_dict, card = load_backbone(path)
+            # by timm's names and, for a plain ResNet, by Detectron2's too; with matching by the ends of names they
+            # fit alone, under an FPN and in a larger module
             entries = {f"model.{name}": value for name, value in state_dict.items()}
             try:
                 entries.update(resnet_to_detectron2(state_dict, batch_norm_eps(card.arch, card.arch_kwargs)))
             except UserError:
                 log.debug("%s is not a plain ResNet, so it has timm's names only", path)
-            folder = tempfile.TemporaryDirectory(prefix="nst_det_")
-            atexit.register(folder.cleanup)
-            file = Path(folder.name) / f"{resolve(path).stem}.pth"
+            file = Path(self._folder.name) / f"{len(self._files)}-{resolve(path).stem}.pth"
             torch.save({"model": entries, "__author__": "nst_det", "matching_heuristics": True}, file)
             self._files[path] = str(file)
         return self._files[path]

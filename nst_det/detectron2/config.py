@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import (
     add_nst_det_config,
@@ -19,8 +20,7 @@ from nst_det.detection.config import (
     voc_roots,
 )
 from nst_det.detection.data import data_classes, split_training
-from nst_det.detectron2 import modeling as backbone  # noqa: F401 (they fill Detectron2's registries)
-from nst_det.detectron2.data import register_images, register_voc
+from nst_det.detectron2.data import register_images
 from nst_det.detectron2.modeling import choose_roi_heads
 from nst_det.engine.config import load_config as read_config
 from nst_det.errors import UserError
@@ -40,9 +40,6 @@ def add_config(cfg: CfgNode) -> None:
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
     """Return Detectron2's config of a YAML file (with ``_BASE_``) and ``KEY VALUE`` pairs, frozen.
 
-    ``MODEL.DEVICE`` and ``DATALOADER.NUM_WORKERS`` become what they are on this machine, and the RoI heads those that
-    read the canonical keys where these differ from Detectron2's constants.
-
     Raises:
         UserError: no such file, an unknown key, or a value of the wrong type.
     """
@@ -55,20 +52,15 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
     source = str(file or "command line")
     if cfg.SOLVER.ACCUMULATE != 1:
         raise UserError(
-            f"{source}: SOLVER.ACCUMULATE: Detectron2's trainer doesn't take a step's images in parts; set it to 1, or "
-            "ENGINE torchvision"
+            f"{source}: SOLVER.ACCUMULATE: Detectron2's trainer doesn't take a step in parts; set it to 1, or ENGINE "
+            "torchvision"
         )
     check_added_keys(cfg, source)
     return cfg
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register the folders of ``DATASETS.VOC`` that TRAIN and TEST name, and set NUM_CLASSES where it is 0.
-
-    All of them get the same classes: ``DATASETS.CLASSES``, or those in the annotations of the training sets.  Names
-    that aren't in ``DATASETS.VOC`` must be known to Detectron2.  With ``DATASETS.VAL_FRACTION``, the training sets
-    are registered without the images that are kept to validate on, and these as :data:`VALIDATION`.
-    """
+    """Register the folders of ``DATASETS.VOC`` that TRAIN and TEST name, and set NUM_CLASSES where it is 0."""
     names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
     ours = [name for name in names if name in cfg.DATASETS.VOC]
     for name in names:
@@ -76,32 +68,25 @@ def register_datasets(cfg: CfgNode) -> None:
             raise UserError(f"DATASETS: no data set '{name}'; add DATASETS.VOC.{name} with ROOT and SPLIT")
     if not ours:
         return
-    roots = dict(zip(ours, voc_roots(cfg, ours, "DATASETS")))
+    # all of them get the same classes
     classes = data_classes(cfg, known_only=True)
-    opened = {}
-    for name in ours:
-        root, split = roots[name]
-        opened[name] = register_voc(name, str(root), split, classes, cfg.DATASETS.USE_DIFFICULT)
-        log.info("%s: %s of %s, classes %s", name, split, root, ", ".join(MetadataCatalog.get(name).thing_classes))
+    opened: dict[str, VocDataset] = {}
+    for name, (root, split) in zip(ours, voc_roots(cfg, ours, "DATASETS")):
+        opened[name] = VocDataset(root, split, classes)
+        log.info("%s: %s of %s, classes %s", name, split, root, ", ".join(classes))
+    sets: dict[str, VocDataset | JoinedVoc] = dict(opened)
     if cfg.DATASETS.VAL_FRACTION:
-        _register_validation(cfg, opened)
-    resolve_classes(cfg, classes)
-
-
-def _register_validation(cfg: CfgNode, opened: Mapping[str, VocDataset]) -> None:
-    unknown = [name for name in cfg.DATASETS.TRAIN if name not in opened]
-    both = [name for name in cfg.DATASETS.TRAIN if name in cfg.DATASETS.TEST]
-    if unknown or both:
-        raise UserError(
-            f"DATASETS.VAL_FRACTION: {(unknown or both)[0]} is "
-            f"{'no entry of DATASETS.VOC' if unknown else 'in DATASETS.TEST too'}, so it can't be cut; set it to 0"
-        )
-    names = list(cfg.DATASETS.TRAIN)
-    left, validation = split_training(cfg, [opened[name] for name in names])
-    for name, data in zip(names, left):
+        for name in cfg.DATASETS.TRAIN:
+            if name not in opened or name in cfg.DATASETS.TEST:
+                why = "in DATASETS.TEST too" if name in opened else "no entry of DATASETS.VOC"
+                raise UserError(f"DATASETS.VAL_FRACTION: {name} is {why}, so it can't be cut; set it to 0")
+        left, validation = split_training(cfg, [opened[name] for name in cfg.DATASETS.TRAIN])
+        sets |= dict(zip(cfg.DATASETS.TRAIN, left))
+        if validation is not None:
+            sets[VALIDATION] = validation
+    for name, data in sets.items():
         register_images(name, data, cfg.DATASETS.USE_DIFFICULT)
-    if validation is not None:
-        register_images(VALIDATION, validation)
+    resolve_classes(cfg, classes)
 
 
 def validation_config(cfg: CfgNode) -> CfgNode | None:
@@ -109,10 +94,9 @@ def validation_config(cfg: CfgNode) -> CfgNode | None:
     if not cfg.DATASETS.VAL_FRACTION:
         return None
     own = cfg.clone()
-    own.defrost()
-    own.DATASETS.TEST = (VALIDATION,)
-    own.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / VALIDATION)
-    own.freeze()
+    with defrosted(own):
+        own.DATASETS.TEST = (VALIDATION,)
+        own.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / VALIDATION)
     return own
 
 

@@ -1,16 +1,9 @@
-"""Training batches that are a function of the seed and the step alone.
-
-Detectron2's own loader is an endless stream: what it gives after a restart depends on how often it was started,
-and two processes see other batches than one.  Here the batch of step k is known without the k before it having
-been drawn, so that a run that resumes sees what the undisturbed run saw, all methods of one seed see the same
-images with the same augmentation, and several processes share out the very batch that one process would see.
-"""
+"""VOC folders in Detectron2's catalogs, and training batches that are a function of the seed and the step alone."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +33,7 @@ from nst_det.data.voc import VocDataset
 from nst_det.detection.data import SampleIndex, StepBatchSampler, boxes_to_train
 from nst_det.engine.distributed import share_of
 from nst_det.engine.loader import end_workers_with_us, load
-from nst_det.engine.seeds import derive_seed
+from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -56,33 +49,35 @@ class SeededImages(Dataset[Any]):
         return len(self.dicts)
 
     def __getitem__(self, place: SampleIndex) -> Any:
-        # Detectron2's augmentations draw from NumPy and Python only; torch's state is left alone
-        numpy_state, python_state = np.random.get_state(), random.getstate()
-        seed = derive_seed(self.seed, "augment", place.step, place.slot)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        try:
-            item = self.mapper(self.dicts[place.image])
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
-        if item is None:
-            raise UserError(
-                f"{self.dicts[place.image].get('file_name', place.image)}: the mapper gave nothing for this image"
-            )
-        return item
+        with seeded(self.seed, "augment", place.step, place.slot):
+            return self.mapper(self.dicts[place.image])
 
 
-class BoundedMapper(DatasetMapper):
-    """Detectron2's mapper; an image that is too large is refused by its header, one that is damaged by its name.
+class ImageMapper(DatasetMapper):
+    """Detectron2's mapper, with the same results; an image that is too large or damaged is refused by its name.
 
-    What it gives is what ``DatasetMapper`` gives.
+    ``cached`` keeps decoded images in memory, in every process of a loader its own; then it maps boxes only.
     """
 
+    def __init__(self, cfg: CfgNode, is_train: bool = True, cached: bool = False) -> None:
+        super().__init__(cfg, is_train)
+        self._images: dict[str, np.ndarray] | None = {} if cached else None
+
     def __call__(self, dataset_dict: dict[str, Any]) -> Any:
-        """As :meth:`DatasetMapper.__call__`."""
-        with named_image(dataset_dict["file_name"]):
-            return super().__call__(dataset_dict)
+        name = dataset_dict["file_name"]
+        if self._images is None:
+            with named_image(name):
+                return super().__call__(dataset_dict)
+        item = copy.deepcopy(dataset_dict)
+        if name not in self._images:
+            with named_image(name):
+                self._images[name] = detection_utils.read_image(name, format=self.image_format)
+                detection_utils.check_image_size(item, self._images[name])
+        drawn = AugInput(self._images[name])
+        transforms = self.augmentations(drawn)
+        item["image"] = torch.as_tensor(np.ascontiguousarray(drawn.image.transpose(2, 0, 1)))
+        self._transform_annotations(item, transforms, drawn.image.shape[:2])
+        return item
 
 
 @contextmanager
@@ -99,45 +94,8 @@ def named_image(name: str) -> Iterator[None]:
         ) from error
 
 
-class CachingMapper(DatasetMapper):
-    """Detectron2's mapper for boxes, with the decoded images kept in memory (``DATALOADER.CACHE_IMAGES_MB``).
-
-    What it gives is what ``DatasetMapper`` gives.  Every process of a loader has its own cache.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._images: dict[str, np.ndarray] = {}
-
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """As :meth:`DatasetMapper.__call__`."""
-        item = copy.deepcopy(dataset_dict)
-        name = item["file_name"]
-        if name not in self._images:
-            with named_image(name):
-                self._images[name] = detection_utils.read_image(name, format=self.image_format)
-                detection_utils.check_image_size(item, self._images[name])
-        drawn = AugInput(self._images[name])
-        transforms = self.augmentations(drawn)
-        item["image"] = torch.as_tensor(np.ascontiguousarray(drawn.image.transpose(2, 0, 1)))
-        self._transform_annotations(item, transforms, drawn.image.shape[:2])
-        return item
-
-
-def choose_mapper(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> DatasetMapper:
-    """:class:`CachingMapper` where all images fit into ``DATALOADER.CACHE_IMAGES_MB``, else Detectron2's.
-
-    Only boxes are mapped by the former, so masks, keypoints and loaded proposals go Detectron2's way too.
-    """
-    decoded = sum(3 * item["height"] * item["width"] for item in dicts)
-    plain = cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS
-    if plain or decoded > cfg.DATALOADER.CACHE_IMAGES_MB * 2**20:
-        return BoundedMapper(cfg, True)
-    return CachingMapper(cfg, True)
-
-
 @dataclass
-class TrainingBatches:
+class TrainLoader:
     """The training loader: each iterator begins at the step ``batch_sampler.start``."""
 
     images: SeededImages
@@ -149,11 +107,11 @@ class TrainingBatches:
         return load(self.images, self.batch_sampler, self.workers, self.device)
 
 
-def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Return a training loader by Detectron2's keys; its ``batch_sampler.start`` says at which step it begins.
+def build_train_loader(cfg: CfgNode) -> Any:
+    """Return a training loader by Detectron2's keys; its ``batch_sampler.start`` is the step at which it begins.
 
-    A negative ``SEED`` and samplers other than TrainingSampler leave the order to Detectron2's own loader; a run
-    that resumes then doesn't see the images that the undisturbed run saw, and a warning says so.
+    The batch of a step is known without those before it: a resumed run sees what the undisturbed one saw, all methods
+    of one seed see the same images with the same augmentation, and several processes share the batch of one process.
     """
     if cfg.SEED < 0 or cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         log.warning(
@@ -162,7 +120,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
             cfg.SEED,
             cfg.DATALOADER.SAMPLER_TRAIN,
         )
-        loader = build_detection_train_loader(cfg, mapper=mapper)
+        loader = build_detection_train_loader(cfg)
         end_workers_with_us(loader.dataset if isinstance(loader, AspectRatioGroupedDataset) else loader)
         return loader
     dicts = get_detection_dataset_dicts(
@@ -170,12 +128,15 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
+    decoded = sum(3 * item["height"] * item["width"] for item in dicts)
+    boxes_only = not (cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS)
+    mapper = ImageMapper(cfg, cached=boxes_only and decoded <= cfg.DATALOADER.CACHE_IMAGES_MB * 2**20)
     wide = [item["width"] > item["height"] for item in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     batch = cfg.SOLVER.IMS_PER_BATCH
-    places = StepBatchSampler(len(dicts), batch, cfg.SEED, wide=wide, share=share_of(batch, "SOLVER.IMS_PER_BATCH"))
+    sampler = StepBatchSampler(len(dicts), batch, cfg.SEED, wide=wide, share=share_of(batch, "SOLVER.IMS_PER_BATCH"))
     # serialized once, so that loader processes share the memory
-    images = SeededImages(DatasetFromList(dicts, copy=False), mapper or choose_mapper(cfg, dicts), cfg.SEED)
-    return TrainingBatches(images, places, cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.DEVICE)
+    images = SeededImages(DatasetFromList(dicts, copy=False), mapper, cfg.SEED)
+    return TrainLoader(images, sampler, cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.DEVICE)
 
 
 def register_voc(
@@ -219,10 +180,7 @@ def register_images(name: str, data: VocDataset | JoinedVoc, use_difficult: bool
 
 
 def voc_dicts(data: VocDataset, use_difficult: bool = True) -> list[dict[str, Any]]:
-    """Return a split as Detectron2's dataset dicts.
-
-    Boxes are 0-based continuous (xmin - 1, ymin - 1, xmax, ymax); those without area are left out, with a warning.
-    """
+    """Return a split as Detectron2's dataset dicts; boxes (xmin, ymin, xmax, ymax) are 0-based and continuous."""
     dicts = []
     for id_ in data.ids:
         item = data.annotation(id_)
@@ -231,13 +189,6 @@ def voc_dicts(data: VocDataset, use_difficult: bool = True) -> list[dict[str, An
             {"category_id": label, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
             for box, label in zip(item.boxes[keep].tolist(), data.labels(item)[keep].tolist())
         ]
-        dicts.append(
-            {
-                "file_name": str(data.image_path(id_)),
-                "image_id": id_,
-                "height": item.height,
-                "width": item.width,
-                "annotations": annotations,
-            }
-        )
+        image = {"file_name": str(data.image_path(id_)), "image_id": id_, "height": item.height, "width": item.width}
+        dicts.append({**image, "annotations": annotations})
     return dicts

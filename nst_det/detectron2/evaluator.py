@@ -25,8 +25,7 @@ log = logging.getLogger(__name__)
 class VocEvaluator(DatasetEvaluator):
     """AP on a data set of :func:`~nst_det.detectron2.data.register_voc`.
 
-    Detections are gathered from all processes, so it must be called in all of them.  ``difficult`` objects count
-    neither way, scores are not rounded, annotations are read once.
+    Detections are gathered from all processes.  ``difficult`` objects count neither way, scores are not rounded.
 
     Args:
         dataset_name: as in ``DATASETS.TEST``.
@@ -42,23 +41,19 @@ class VocEvaluator(DatasetEvaluator):
         self._found: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def reset(self) -> None:
-        """Forget all detections."""
         self._found = []
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the detections of a batch, in pixels of the original images."""
-        for given, said in zip(inputs, outputs):
-            found = said["instances"].to("cpu")
+        for given, output in zip(inputs, outputs):
+            found = output["instances"].to("cpu")
             boxes, labels = found.pred_boxes.tensor.numpy(), found.pred_classes.numpy()
             self._found.append((str(given["image_id"]), boxes, labels, found.scores.numpy()))
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
-        """Score what all processes found.
+        """Return AP in percent; None in all processes but the first.
 
-        Returns:
-            In percent, as Detectron2 gives them. ``voc``: ``AP50`` and ``AP75`` (11-point), ``AP`` (the mean of the
-            11-point AP over the overlaps 0.5, 0.55 .. 0.95), ``AP50-area``, and ``AP50-<class>`` (11-point).
-            ``bbox``: COCO's ``AP``, ``AP50`` and ``AP75``.  None in all processes but the first.
+        ``voc``: ``AP50`` and ``AP75`` (11-point), ``AP`` (their mean over the overlaps 0.5, 0.55 .. 0.95),
+        ``AP50-area``, and ``AP50-<class>`` (11-point).  ``bbox``: COCO's ``AP``, ``AP50`` and ``AP75``.
         """
         gathered = comm.gather(self._found)
         if not comm.is_main_process():
@@ -68,19 +63,19 @@ class VocEvaluator(DatasetEvaluator):
         detections = Detections.from_images(found, self.data.classes)
         truth = GroundTruth.from_annotations(self.data.annotations(), self.data.classes)
         result, figures = summarize(detections, truth, self.coco)
-        coco = figures["coco"]
         if self.output_dir:
             write_json(Path(self.output_dir) / "result.json", figures)
             write_detections(Path(self.output_dir) / "detections.json", detections)
-        by_class = {f"AP50-{name}": value for name, value in zip(result.classes, result.ap11[0].tolist())}
-        voc = {
+        scores: dict[str, float | None] = {
             "AP": float(result.map11.mean()),
             "AP50": float(result.map11[0]),
             "AP75": float(result.map11[THRESHOLDS.index(0.75)]),
             "AP50-area": float(result.map_area[0]),
-            **by_class,
+            **{f"AP50-{name}": value for name, value in zip(result.classes, result.ap11[0].tolist())},
         }
-        tables = {"voc": voc, "bbox": {name: coco[name] for name in ("AP", "AP50", "AP75")}} if coco else {"voc": voc}
+        tables = {"voc": scores}
+        if figures["coco"]:
+            tables["bbox"] = {name: figures["coco"][name] for name in ("AP", "AP50", "AP75")}
         return OrderedDict((name, _percent(values)) for name, values in tables.items())
 
 

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+import math
+from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
+from torch import nn
 
-from nst_det.engine.metrics import SPEED
+from nst_det.engine.nan_guard import gradient_norm, raise_together
+from nst_det.engine.solver import clip_gradients
+
+FULL_MODEL = "full_model"
 
 
-class AfterBackwardHook(HookBase):
-    """Calls a method of the trainer after each backward pass; of Detectron2's hooks only the inner trainer's can."""
+class FiniteCheck(HookBase):
+    """Keeps batch and losses of a pass, and ends the step in all processes where a loss or gradient is not finite.
 
-    def __init__(self, call: Callable[[], None]) -> None:
-        # the method's trainer holds the inner trainer, and this one must not hold it in turn
-        self.call = weakref.WeakMethod(call)
+    A hook of the inner trainer, as only its hooks are called between the backward pass and the optimizer.  It also
+    clips the norm of all gradients, which Detectron2's optimizer can't.
+    """
+
+    def __init__(self, model: nn.Module, parallel: nn.Module, clip: CfgNode) -> None:
+        self.parameters, self.clip = list(model.parameters()), clip
+        self.batch: list[dict[str, Any]] = []
+        self.losses: dict[str, Any] = {}
+        parallel.register_forward_pre_hook(self.see_batch)
+        parallel.register_forward_hook(self.see_losses)
+
+    def see_batch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.batch, self.losses = inputs[0], {}
+
+    def see_losses(self, _: nn.Module, __: Any, losses: Any) -> None:
+        self.losses = losses if isinstance(losses, dict) else {}
 
     def after_backward(self) -> None:
-        """Call it."""
-        call = self.call()
-        assert call is not None, "its trainer is running"
-        call()
+        norm = gradient_norm(self.parameters)
+        total = sum(value.detach() for value in self.losses.values()) + norm
+        raise_together(not math.isfinite(total), self.parameters[0].device)
+        if self.clip.CLIP_TYPE == FULL_MODEL:
+            clip_gradients(self.parameters, self.clip, norm)
 
 
 class EvalHook(hooks.EvalHook):
     """Detectron2's, which evaluates after the last step also where that was not made."""
 
     def after_train(self) -> None:
-        """Evaluate once all steps are made."""
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
-
-
-def is_curve(name: str) -> bool:
-    """Whether an event is a loss, the learning rate, a figure of the validation split or a speed (no other time)."""
-    return name == "lr" or name.startswith(("val/", SPEED)) or "loss" in name or name.startswith("transfer")

@@ -17,16 +17,12 @@ from nst_det.detection import box_head
 from nst_det.errors import UserError
 from nst_det.models import NORM_POLICIES, Bottomup
 
-# the constants in Detectron2's ROIPooler, for which it has no config key
-CANONICAL_BOX_SIZE = 224
-CANONICAL_LEVEL = 4
-
 
 class TimmBackbone(Bottomup, Backbone):
     """A :class:`~nst_det.models.Bottomup` that speaks Detectron2's backbone interface.
 
-    It assumes normalized images (Detectron2's meta-architecture does that) and gives ``res2`` .. ``res5``.  Weights
-    arrive later, through a checkpointer; one that brings a part of them only is refused.
+    It assumes normalized images, as Detectron2's meta-architectures give them.  Weights arrive later, through a
+    checkpointer; one that brings a part of them only is refused.
 
     Example:
         >>> backbone = TimmBackbone("resnet18", ["res3", "res4"])
@@ -45,27 +41,18 @@ class TimmBackbone(Bottomup, Backbone):
         self.register_load_state_dict_post_hook(_refuse_part)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each level."""
         return {name: ShapeSpec(channels=self.channels[name], stride=self.strides[name]) for name in self.channels}
 
-    @property
-    def size_divisibility(self) -> int:
-        """0: a convolutional network takes any size; with FPN on top, FPN asks for its largest stride."""
-        return 0
 
-
-def _refuse_part(module: nn.Module, incompatible: Any) -> None:
-    """Load hook: all of this bottom-up's weights arrive, or none."""
-    assert isinstance(module, TimmBackbone)
+def _refuse_part(module: Any, incompatible: Any) -> None:
     own = [key for key in module.state_dict() if not key.endswith("num_batches_tracked")]
     missing = [key for key in own if any(name == key or name.endswith(f".{key}") for name in incompatible.missing_keys)]
     if len(missing) < len(own):
         module.loaded = True
         if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise UserError(
                 f"the weights don't fit {module.arch}: {len(missing)} of {len(own)} entries of the bottom-up are "
-                f"missing or of another shape ({', '.join(missing[:3])}{more}); name weights of this architecture"
+                f"missing or of another shape ({', '.join(missing[:3])}); name weights of this architecture"
             )
 
 
@@ -91,33 +78,19 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The network of ``MODEL.TIMM`` alone: its levels ``MODEL.TIMM.OUT_FEATURES``.
-
-    Raises:
-        UserError: a key of MODEL.TIMM, or what it should freeze, can't be used.
-    """
+    """Build the network of ``MODEL.TIMM`` alone: its levels ``MODEL.TIMM.OUT_FEATURES``."""
     return _build(cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The network of ``MODEL.TIMM`` under Detectron2's FPN: ``p2`` .. ``p6`` as ``MODEL.FPN`` says.
-
-    Raises:
-        UserError: a key of MODEL.TIMM or MODEL.FPN can't be used.
-    """
+    """Build the network of ``MODEL.TIMM`` under Detectron2's FPN: ``p2`` .. ``p6``."""
     bottom_up = _build(cfg, input_shape)
     for name in cfg.MODEL.FPN.IN_FEATURES:
         if name not in bottom_up.channels:
             raise UserError(f"MODEL.FPN.IN_FEATURES: '{name}' is not among MODEL.TIMM.OUT_FEATURES")
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    fpn = cfg.MODEL.FPN
+    return FPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, LastLevelMaxPool(), fpn.FUSE_TYPE)
 
 
 def bottom_up_of(model: nn.Module) -> tuple[str, nn.Module]:
@@ -129,29 +102,22 @@ def bottom_up_of(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def check_frozen_random(model: nn.Module, filled: bool = False) -> None:
-    """Refuse a detector that would be trained with frozen layers that no weights were ever loaded into.
-
-    ``filled`` says whether any weights were named; a bottom-up of Detectron2's doesn't know it itself.
-    """
+    """Refuse a detector that would be trained with frozen layers that no weights were ever loaded into."""
     _, bottom_up = bottom_up_of(model)
+    # a bottom-up of Detectron2's doesn't know itself whether weights were loaded
     if bottom_up.loaded if isinstance(bottom_up, TimmBackbone) else filled:
         return
     frozen = [name for name, parameter in bottom_up.named_parameters() if not parameter.requires_grad]
     if frozen:
         raise UserError(
-            f"MODEL.WEIGHTS brought nothing for the bottom-up, but {len(frozen)} of its layers are frozen "
-            f"({', '.join(frozen[:3])}, ...): they would stay random; name backbone weights, or set "
-            "MODEL.BACKBONE.FREEZE_AT 0 and train the batch normalization"
+            f"MODEL.WEIGHTS brought nothing for the bottom-up, so its {len(frozen)} frozen layers ({frozen[0]}, ...) "
+            "would stay random; name backbone weights, or set MODEL.BACKBONE.FREEZE_AT 0 and train the normalization"
         )
 
 
 @ROI_HEADS_REGISTRY.register()
 class CanonicalROIHeads(StandardROIHeads):
-    """Detectron2's StandardROIHeads with ``MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE`` and ``CANONICAL_LEVEL``.
-
-    On small images every box is far below 224 pixels and would be pooled from ``p2``.  The weights have the same
-    names as those of StandardROIHeads.
-    """
+    """Detectron2's StandardROIHeads with ``MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE`` and ``CANONICAL_LEVEL``."""
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -164,18 +130,19 @@ class CanonicalROIHeads(StandardROIHeads):
 def choose_roi_heads(cfg: CfgNode) -> None:
     """Put :class:`CanonicalROIHeads` in place of StandardROIHeads where the canonical keys ask for it."""
     box = cfg.MODEL.ROI_BOX_HEAD
-    if (box.CANONICAL_BOX_SIZE, box.CANONICAL_LEVEL) == (CANONICAL_BOX_SIZE, CANONICAL_LEVEL):
+    # the constants in Detectron2's ROIPooler, for which it has no config key
+    if (box.CANONICAL_BOX_SIZE, box.CANONICAL_LEVEL) == (224, 4):
         return
     if cfg.MODEL.ROI_HEADS.NAME not in ("StandardROIHeads", "CanonicalROIHeads"):
         raise UserError(
-            f"MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE and CANONICAL_LEVEL: {cfg.MODEL.ROI_HEADS.NAME} doesn't read "
-            "them; use StandardROIHeads, or leave them at 224 and 4"
+            f"MODEL.ROI_BOX_HEAD: {cfg.MODEL.ROI_HEADS.NAME} doesn't read CANONICAL_BOX_SIZE and CANONICAL_LEVEL; use "
+            "StandardROIHeads, or leave them at 224 and 4"
         )
     cfg.MODEL.ROI_HEADS.NAME = "CanonicalROIHeads"
 
 
 def box_outputs(heads: Any, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Run Detectron2's RoI heads, or this project's, on boxes; see ``nst_det.detection.box_head.box_outputs``."""
+    """Run Detectron2's RoI heads, or this project's, on boxes; see :func:`nst_det.detection.box_head.box_outputs`."""
     own = [Boxes(of_image) for of_image in boxes]
     if isinstance(heads, Res5ROIHeads):
         features = heads._shared_roi_transform([maps[name] for name in heads.in_features], own).mean(dim=(2, 3))

@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
-from detectron2.data import detection_utils
-from detectron2.data import transforms as T
-from detectron2.modeling import build_backbone, build_model
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.modeling import build_model
 from fvcore.common.config import CfgNode as FvcoreNode
 from torch import Tensor, nn
 
@@ -24,33 +21,27 @@ from nst_det.detection.data import network_input
 from nst_det.detection.pipeline import WEIGHTS_FILE
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.detection.torchvision.roi_heads import Instances
-from nst_det.detectron2.checkpoint import load_whole
+from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import load_config
 from nst_det.errors import UserError
-from nst_det.models import count_parameters, load_plain
+from nst_det.models import load_plain
 
 FEATURE_LIMIT, BOX_LIMIT, SCORE_LIMIT = 1e-4, 0.05, 1e-3
 
 
 @dataclass
 class Parity:
-    """What was compared, and the largest differences.
-
-    Attributes:
-        images: number of images.
-        features: level -> largest absolute difference of the maps.
-        pixels: largest difference of the pixels that enter the backbones, after each engine's own resizing.
-        detections: number of detections by Detectron2.
-        unmatched: detections that only one engine has, farther from the score threshold than :data:`SCORE_LIMIT`.
-        box: largest difference of a corner between matched detections, in pixels.
-        score: largest difference of scores.
-    """
+    """The largest differences between the engines."""
 
     images: int = 0
+    # of the pixels that enter the backbones, after each engine's own resizing
     pixels: float = 0.0
+    # of the maps, by level
     features: dict[str, float] = field(default_factory=dict)
+    # by Detectron2; and those that only one engine has, farther from the score threshold than SCORE_LIMIT
     detections: int = 0
     unmatched: int = 0
+    # of the corners of matched detections in pixels, and of their scores
     box: float = 0.0
     score: float = 0.0
 
@@ -63,15 +54,16 @@ class Parity:
 
 @dataclass
 class Engines:
-    """The same weights in both engines, in evaluation mode on the CPU, and the torchvision engine's config."""
+    """The same weights in both engines, in evaluation mode on the CPU, and how each prepares an image."""
 
-    detectron2: nn.Module
+    detectron2: Any
+    mapper: DatasetMapper
     torchvision: Detector
     config: FvcoreNode
 
 
 def load_engines(config_file: str | Path, weights: str, overrides: Sequence[str] = ()) -> Engines:
-    """Build both detectors from one YAML, and fill both from one file, which may tell NUM_CLASSES too."""
+    """Build both detectors from one YAML, and fill both from one file."""
     overrides = [*overrides, "MODEL.WEIGHTS", weights, "MODEL.DEVICE", "cpu"]
     ours, theirs = load_detect_config(config_file, overrides), load_config(config_file, overrides)
     scores = load_plain(weights).get("roi_heads.box_predictor.cls_score.bias")
@@ -82,8 +74,8 @@ def load_engines(config_file: str | Path, weights: str, overrides: Sequence[str]
         resolve_classes(config, [str(index) for index in range(count)])
     detector, model = build_detector(ours).eval(), build_model(theirs).eval()
     load_weights(detector, ours)
-    load_whole(model, weights)
-    return Engines(model, detector, ours)
+    BackboneCheckpointer(model, whole=True).load(weights)
+    return Engines(model, DatasetMapper(theirs, False), detector, ours)
 
 
 @torch.no_grad()
@@ -91,36 +83,19 @@ def compare(engines: Engines, images: Sequence[str | Path]) -> Parity:
     """Run both engines on image files, each with its own reading and resizing, and compare."""
     parity = Parity()
     for path in images:
-        pixels = read_image(Path(path))
-        given = {"height": pixels.shape[0], "width": pixels.shape[1]}
-        theirs, ours = _pixels_of_detectron2(path, engines.config.INPUT), network_input(pixels, engines.config)
+        theirs = engines.mapper({"file_name": str(path)})
+        ours = {**theirs, "image": network_input(read_image(Path(path)), engines.config)}
         parity.images += 1
-        parity.pixels = max(parity.pixels, float((theirs.float() - ours.float()).abs().max()))
-        their_maps, their_found = _run_detectron2(engines.detectron2, {"image": theirs, **given})
-        our_maps, our_found = _run_torchvision(engines.torchvision, {"image": ours, **given})
+        parity.pixels = max(parity.pixels, float((theirs["image"].float() - ours["image"].float()).abs().max()))
+        their_maps = engines.detectron2.backbone(engines.detectron2.preprocess_image([theirs]).tensor)
+        our_maps = engines.torchvision.backbone(engines.torchvision.preprocess([ours["image"]])[0])
+        their_found = Instances(**detect(engines.detectron2, [theirs])[0])
+        our_found = Instances(**engines.torchvision([ours])[0])
         for level, map_ in their_maps.items():
             difference = float((map_ - our_maps[level]).abs().max())
             parity.features[level] = max(parity.features.get(level, 0.0), difference)
         match(parity, their_found, our_found, engines.config.MODEL.ROI_HEADS.SCORE_THRESH_TEST)
     return parity
-
-
-def _pixels_of_detectron2(path: str | Path, given: FvcoreNode) -> Tensor:
-    image = detection_utils.read_image(str(path), format=given.FORMAT)
-    resize = T.ResizeShortestEdge([given.MIN_SIZE_TEST, given.MIN_SIZE_TEST], given.MAX_SIZE_TEST)
-    image = resize.get_transform(image).apply_image(image)
-    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-
-
-def _run_detectron2(model: Any, item: dict[str, Any]) -> tuple[dict[str, Tensor], Instances]:
-    maps = model.backbone(model.preprocess_image([item]).tensor)
-    found = model([item])[0]["instances"]
-    return maps, Instances(found.pred_boxes.tensor, found.scores, found.pred_classes)
-
-
-def _run_torchvision(detector: Detector, item: dict[str, Any]) -> tuple[dict[str, Tensor], Instances]:
-    maps = detector.backbone(detector.preprocess([item["image"]])[0])
-    return maps, Instances(**detector([item])[0])
 
 
 def match(parity: Parity, theirs: Instances, ours: Instances, threshold: float) -> None:
@@ -140,21 +115,8 @@ def match(parity: Parity, theirs: Instances, ours: Instances, threshold: float) 
     parity.unmatched += int((free & (ours.scores > threshold + SCORE_LIMIT)).sum())
 
 
-class Pixels(nn.Module):
-    """A GeneralizedRCNN in evaluation mode that takes a batch as one tensor and gives plain tensors."""
-
-    def __init__(self, detector: Any) -> None:
-        super().__init__()
-        self.detector: Any = detector
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return boxes, scores and labels, image after image, of (B, 3, H, W) pixels 0..255."""
-        found = self.detector.inference([{"image": image} for image in images], do_postprocess=False)
-        return tuple(part for item in found for part in (item.pred_boxes.tensor, item.scores, item.pred_classes))
-
-
-def load_pixels(folder: Path, cfg: CfgNode, device: torch.device) -> tuple[Pixels, int]:
-    """Return the trained detector of a run, and the number of its parameters."""
+def load_run(folder: Path, cfg: CfgNode, device: torch.device) -> nn.Module:
+    """Return the trained detector of a run, in evaluation mode."""
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise UserError(f"{folder}: no {WEIGHTS_FILE} in it; finish this run by train-det first")
@@ -162,32 +124,13 @@ def load_pixels(folder: Path, cfg: CfgNode, device: torch.device) -> tuple[Pixel
     cfg.defrost()
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.MODEL.TIMM.PRETRAINED = str(weights), str(device), False
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(saved_classes(weights)) or cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    model = build_model(cfg)
-    load_whole(model, str(weights))
-    return Pixels(model.eval()), count_parameters(model)
+    model: nn.Module = build_model(cfg).eval()
+    BackboneCheckpointer(model, whole=True).load(str(weights))
+    return model
 
 
-class _Holder(nn.Module):
-    """A backbone in the place where a detector has it."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-
-def plain_maps(config: Path, weights: Path, images: Tensor) -> dict[str, Tensor]:
-    """Return ``res2`` .. ``res5`` of Detectron2's own ResNet, built and filled by Detectron2's own means."""
-    cfg = get_cfg()
-    cfg.merge_from_file(str(config))
-    cfg.MODEL.DEVICE = "cpu"
-    holder = _Holder(build_backbone(cfg)).eval()
-    checkpointer = DetectionCheckpointer(holder)
-    missing: list[str] = []
-    checkpointer._log_incompatible_keys = lambda incompatible: missing.extend(incompatible.missing_keys)
-    checkpointer.load(str(weights))
-    absent = [name for name in missing if name.startswith("backbone.bottom_up.")]
-    if absent:
-        raise UserError(f"{weights}: {len(absent)} entries of the bottom-up are missing ({', '.join(absent[:3])})")
-    with torch.no_grad():
-        maps: dict[str, Tensor] = holder.backbone.bottom_up(images)  # type: ignore[operator]
-    return maps
+def detect(model: Any, batch: list[dict[str, Any]], postprocess: bool = True) -> list[dict[str, Tensor]]:
+    """Return what a Detectron2 detector finds, in the torchvision engine's form."""
+    found = model.inference(batch, do_postprocess=postprocess)
+    instances = [item["instances"] if postprocess else item for item in found]
+    return [{"boxes": one.pred_boxes.tensor, "scores": one.scores, "labels": one.pred_classes} for one in instances]

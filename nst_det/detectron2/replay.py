@@ -1,4 +1,4 @@
-"""A step of the Detectron2 engine, run again from its file."""
+"""A step of the Detectron2 engine, run again from its dump."""
 
 from __future__ import annotations
 
@@ -24,11 +24,7 @@ from nst_det.models.io import pickles_are_trusted
 
 
 def rebuild(content: Mapping[str, Any]) -> Step:
-    """The model that Detectron2 builds from a dumped step's config, and a call that makes the step.
-
-    Raises:
-        UserError: the step needs more than boxes, or its teacher can't be built.
-    """
+    """Return the model that Detectron2 builds from a dumped step's config, and a call that makes the step."""
     cfg = _config(content["config"])
     model = DistillTrainer.build_model(cfg)
     student, transfer = student_of(model), transfer_of(model)
@@ -42,7 +38,11 @@ def rebuild(content: Mapping[str, Any]) -> Step:
     if dtype is not None and device.type == "cpu":
         reduce_backbones(model, dtype)
     model.train()
-    batch = [_item(item) for item in content["batch"]]
+    batch = []
+    for item in content["batch"]:
+        instances = Instances(tuple(item["image"].shape[-2:]))
+        instances.gt_boxes, instances.gt_classes = Boxes(item["boxes"]), item["labels"]
+        batch.append({**item, "instances": instances})
     seed, step, rank = content["seed"], content["step"], content["rank"]
 
     def run_step() -> tuple[dict[str, float], list[str]]:
@@ -61,7 +61,7 @@ def rebuild(content: Mapping[str, Any]) -> Step:
 def _config(tree: dict[str, Any]) -> CfgNode:
     cfg = get_cfg()
     add_config(cfg)
-    merge_tree(cfg, tree, "the step's file")
+    merge_tree(cfg, tree, "the dump")
     if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
         raise UserError("a step with masks, keypoints or loaded proposals can't be run again: its file has boxes alone")
     teacher = cfg.TEACHER.CONFIG_FILE
@@ -73,9 +73,3 @@ def _config(tree: dict[str, Any]) -> CfgNode:
     # the weights are those in the file, and what may be opened for the teacher is not the file's to say
     cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED, cfg.TRUST_PICKLE = "the step's", False, False
     return cfg
-
-
-def _item(item: Mapping[str, Any]) -> dict[str, Any]:
-    instances = Instances(tuple(item["image"].shape[-2:]))
-    instances.gt_boxes, instances.gt_classes = Boxes(item["boxes"]), item["labels"]
-    return {**item, "instances": instances}

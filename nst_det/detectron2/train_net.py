@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from nst_det.detection.checkpoint import save_weights
+from nst_det.detection.config import defrosted
 from nst_det.detection.pipeline import DETECTIONS_FILE, WEIGHTS_FILE, print_result
+from nst_det.detectron2.api import transfer_of
 from nst_det.detectron2.checkpoint import BackboneCheckpointer, numbered, step_of
 from nst_det.detectron2.config import VALIDATION, class_list, load_config, register_datasets, validation_config
 from nst_det.detectron2.trainer import DistillTrainer, inference_folder
@@ -33,21 +35,18 @@ from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.signals import EXIT_RESUME, Preempted, preemptible
 from nst_det.errors import UserError
 from nst_det.losses import parse_method
+from nst_det.models import count_parameters
 from nst_det.models.io import trusting_pickles
 
 log = logging.getLogger(__name__)
-RESULT_FILE = "result.json"
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train or evaluate, in as many processes as asked, or as one of those that torchrun started.
+    """Train or evaluate with Detectron2's arguments, in as many processes as asked, or as one of torchrun's; return 0.
 
     Args:
         args: ``config_file``, ``resume``, ``eval_only``, ``num_gpus`` (processes a machine; on a machine without a GPU
             they share the CPU), ``num_machines``, ``machine_rank``, ``dist_url`` and ``opts`` (``KEY VALUE`` pairs).
-
-    Returns:
-        0.
 
     Raises:
         UserError: an input can't be used, in whichever process it was found.
@@ -74,17 +73,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace) -> None:
+    where = {"num_machines": args.num_machines, "machine_rank": args.machine_rank, "dist_url": args.dist_url}
     try:
-        launch(
-            _run_and_exit,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        launch(_run_and_exit, args.num_gpus, **where, args=(args,))
     except ProcessRaisedException as error:
-        raise _from_process(error) from error
+        # the traceback of the process is all that is known of its error
+        marker = f"{UserError.__module__}.{UserError.__name__}: "
+        lines = [line for line in str(error).splitlines() if line.startswith(marker)]
+        raise UserError(lines[-1].removeprefix(marker)) if lines else error from error
     except ProcessExitedException as error:
         if error.exit_code == EXIT_RESUME:
             raise Preempted(signal.SIGTERM) from error
@@ -104,7 +100,7 @@ def _launch(args: argparse.Namespace) -> None:
 
 
 def _run_and_exit(args: argparse.Namespace) -> None:
-    """What ``launch`` starts, which learns of a signal by the exit code alone."""
+    """Run in a process of ``launch``, which learns of a signal by the exit code alone."""
     # Ctrl-C reaches the command's process group; the command passes it on, once
     os.setpgrp()
     try:
@@ -114,49 +110,44 @@ def _run_and_exit(args: argparse.Namespace) -> None:
         sys.exit(EXIT_RESUME)
 
 
-def _from_process(error: ProcessRaisedException) -> Exception:
-    marker = f"{UserError.__module__}.{UserError.__name__}: "
-    for line in reversed(str(error).splitlines()):
-        if line.startswith(marker):
-            return UserError(line.removeprefix(marker))
-    return error
-
-
 def run(args: argparse.Namespace) -> None:
-    """What each process does.  The first one owns the run folder."""
+    """Train or evaluate in this process; the first one owns the run folder."""
     keep_freed_memory()
     cfg = load_config(args.config_file or None, args.opts or [])
-    folder = RunFolder(cfg.OUTPUT_DIR)
-    if args.eval_only:
-        with trusting_pickles(cfg.TRUST_PICKLE), gpu_errors_in_one_line("lower INPUT.MIN_SIZE_TEST"):
-            evaluate(cfg, args)
-        return
-    smaller = "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, in another OUTPUT_DIR"
-    with ExitStack() as stack:
-        stack.enter_context(gpu_errors_in_one_line(smaller, lambda: would_resume([numbered(folder.path)], step_of)))
-        stack.enter_context(trusting_pickles(cfg.TRUST_PICKLE))
-        if comm.is_main_process():
-            stack.enter_context(folder.opened(cfg))
-        comm.synchronize()
-        if folder.done:
-            log.info("%s is done already", folder.path)
-        else:
-            default_setup(cfg, args)
-            set_float32_precision(cfg.FLOAT32_PRECISION, torch.device(cfg.MODEL.DEVICE))
-            share_log_file()
-            register_datasets(cfg)
-            train(cfg, folder, args.resume)
-        if comm.is_main_process():
-            print_result(folder.result(), cfg.OUTPUT_DIR)
+    with trusting_pickles(cfg.TRUST_PICKLE):
+        if args.eval_only:
+            with gpu_errors_in_one_line("lower INPUT.MIN_SIZE_TEST"):
+                evaluate(cfg, args)
+            return
+        folder = RunFolder(cfg.OUTPUT_DIR)
+        smaller = "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, in another OUTPUT_DIR"
+        with (
+            gpu_errors_in_one_line(smaller, lambda: would_resume([numbered(folder.path)], step_of)),
+            folder.opened(cfg) if comm.is_main_process() else nullcontext(),
+        ):
+            comm.synchronize()
+            if folder.done:
+                log.info("%s is done already", folder.path)
+            else:
+                _setup(cfg, cfg.OUTPUT_DIR, args)
+                train(cfg, folder, args.resume)
+            if comm.is_main_process():
+                print_result(folder.result(), cfg.OUTPUT_DIR)
 
 
-def share_log_file() -> None:
-    """What this project logs goes into Detectron2's ``log.txt`` too."""
-    own = logging.getLogger("nst_det")
-    own.setLevel(logging.INFO)
+def _setup(cfg: CfgNode, output_dir: str | Path, args: argparse.Namespace) -> None:
+    """Do Detectron2's setup, with its log and config in ``output_dir``; this project's log goes there too."""
+    own = cfg.clone()
+    with defrosted(own):
+        own.OUTPUT_DIR = str(output_dir)
+    default_setup(own, args)
+    set_float32_precision(cfg.FLOAT32_PRECISION, torch.device(cfg.MODEL.DEVICE))
+    logger = logging.getLogger("nst_det")
+    logger.setLevel(logging.INFO)
     for handler in logging.getLogger("detectron2").handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream not in (sys.stdout, sys.stderr):
-            own.addHandler(handler)
+            logger.addHandler(handler)
+    register_datasets(cfg)
 
 
 def train(cfg: CfgNode, folder: RunFolder, resume: bool) -> None:
@@ -178,13 +169,7 @@ def train(cfg: CfgNode, folder: RunFolder, resume: bool) -> None:
 
 
 def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Evaluate ``MODEL.WEIGHTS``, or with ``--resume`` what was trained in OUTPUT_DIR, on ``DATASETS.TEST``.
-
-    Everything is written to ``OUTPUT_DIR/inference``, so that a run's own files stay as they are.
-
-    Raises:
-        UserError: no weights, or weights that leave a part of the detector random.
-    """
+    """Evaluate ``MODEL.WEIGHTS``, or with ``--resume`` what was trained in OUTPUT_DIR, on ``DATASETS.TEST``."""
     weights = str(Path(cfg.OUTPUT_DIR) / WEIGHTS_FILE) if args.resume else cfg.MODEL.WEIGHTS
     if not weights or not cfg.DATASETS.TEST:
         raise UserError(
@@ -193,43 +178,37 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
     cfg.defrost()
     cfg.MODEL.WEIGHTS = weights
-    # Detectron2's log and config go beside the figures, not over those of a run
-    beside = cfg.clone()
-    beside.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "inference")
-    default_setup(beside, args)
-    device = torch.device(cfg.MODEL.DEVICE)
-    set_float32_precision(cfg.FLOAT32_PRECISION, device)
-    log.info(compute_line(device, None, cfg.DATALOADER.NUM_WORKERS))
-    register_datasets(cfg)
+    # next to the figures, so that a run's own files are left as they are
+    _setup(cfg, Path(cfg.OUTPUT_DIR) / "inference", args)
+    log.info(compute_line(torch.device(cfg.MODEL.DEVICE), None, cfg.DATALOADER.NUM_WORKERS))
     model = build_model(cfg)
-    parts = [name for name, _ in model.named_children()]
-    BackboneCheckpointer(model, complete=parts).load(weights)
+    BackboneCheckpointer(model, whole=True).load(weights)
     DistillTrainer.test(cfg, model)
     for name in cfg.DATASETS.TEST:
-        path = inference_folder(cfg, name) / RESULT_FILE
+        path = inference_folder(cfg, name) / "result.json"
         if comm.is_main_process() and path.exists():
             print_result(read_json(path), name)
 
 
 def run_result(cfg: CfgNode, trainer: DistillTrainer) -> dict[str, Any]:
-    """``result.json`` of a finished run: the fields that both engines write.
-
-    The AP values are those of the first of ``DATASETS.TEST``; without one, or with one that isn't ours, they are
-    missing.
-    """
-    folder = RunFolder(cfg.OUTPUT_DIR)
-    summary = inference_folder(cfg, cfg.DATASETS.TEST[0]) / RESULT_FILE if cfg.DATASETS.TEST else None
-    validation = validation_config(cfg)
-    validated = {} if validation is None else read_json(inference_folder(validation, VALIDATION) / RESULT_FILE)
+    """Return the content of ``result.json``: the fields that both engines write."""
+    figures: dict[str, Any] = {}
+    # of a data set that Detectron2 registers there are none
+    path = inference_folder(cfg, cfg.DATASETS.TEST[0]) / "result.json" if cfg.DATASETS.TEST else None
+    if path is not None and path.exists():
+        figures = read_json(path)
+    validation, transfer = validation_config(cfg), transfer_of(trainer.distilled)
+    if validation is not None:
+        figures["validation"] = read_json(inference_folder(validation, VALIDATION) / "result.json")
+        figures["checkpoints"] = trainer.checkpoints
     return {
-        **(read_json(summary) if summary is not None and summary.exists() else {}),
-        **({"validation": validated, "checkpoints": trainer.checkpoints} if validated else {}),
+        **figures,
         "seconds": round(trainer.state.seconds, 3),
         "steps": trainer.max_iter,
         "engine": "detectron2",
-        "params": sum(parameter.numel() for parameter in trainer.student.parameters()),
+        "params": count_parameters(trainer.student),
         "seed": cfg.SEED,
         "method": parse_method(cfg.METHOD).word,
-        "weights": trainer.weights,
-        "losses": last_losses(folder.metrics_path),
+        "weights": {} if transfer is None else dict(transfer.weights),
+        "losses": last_losses(RunFolder(cfg.OUTPUT_DIR).metrics_path),
     }

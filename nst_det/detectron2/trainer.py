@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -32,78 +31,31 @@ from nst_det.detection.trainer import broken_in, step_content
 from nst_det.detectron2.api import distill_from_config, student_of, transfer_of
 from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import class_list, validation_config
-from nst_det.detectron2.data import BoundedMapper, build_train_loader
+from nst_det.detectron2.data import ImageMapper, build_train_loader
 from nst_det.detectron2.evaluator import VocEvaluator
-from nst_det.detectron2.hooks import AfterBackwardHook, EvalHook, is_curve
+from nst_det.detectron2.hooks import FULL_MODEL, EvalHook, FiniteCheck
 from nst_det.detectron2.modeling import check_frozen_random
-from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line
 from nst_det.engine.distributed import wait_for_all
 from nst_det.engine.io import read_json
 from nst_det.engine.loader import end_workers_with_us
-from nst_det.engine.nan_guard import SKIP, NonFiniteGuard, NotFinite, gradient_norm, raise_together
+from nst_det.engine.metrics import SPEED
+from nst_det.engine.nan_guard import SKIP, NonFiniteGuard, NotFinite, raise_together
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything, seeded
-from nst_det.engine.solver import clip_gradients
-from nst_det.engine.train_state import TrainState
+from nst_det.engine.train_state import AveragedWeights, TrainState
 from nst_det.engine.trainer import MetricsHook, RollbackStep, SpeedHook, StopWhenAsked, TrainLoop, WallTime
 from nst_det.errors import UserError
 
-FULL_MODEL = "full_model"
-OPTIMIZERS = ("SGD", "ADAMW")
 log = logging.getLogger(__name__)
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of ``SOLVER``; with the defaults of the extra keys it is Detectron2's own.
-
-    Args:
-        cfg: reads SOLVER.OPTIMIZER and BACKBONE_MULTIPLIER besides Detectron2's keys.
-        model: a detector, or the :class:`~nst_det.detection.distiller.DistilledDetector` around it.
-
-    Raises:
-        UserError: an optimizer that isn't known.
-    """
-    solver = cfg.SOLVER
-    kind = solver.OPTIMIZER.upper()
-    if kind not in OPTIMIZERS:
-        raise UserError(f"SOLVER.OPTIMIZER: '{solver.OPTIMIZER}' is not one of {', '.join(OPTIMIZERS)}")
-    groups = get_default_optimizer_params(
-        model,
-        base_lr=solver.BASE_LR,
-        weight_decay=solver.WEIGHT_DECAY,
-        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-        bias_lr_factor=solver.BIAS_LR_FACTOR,
-        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if is_backbone(name) else 1.0,
-    )
-    on_gpu = next(model.parameters()).is_cuda
-    way: dict[str, Any] = {"fused": on_gpu, "foreach": not on_gpu}
-    if kind == "ADAMW":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **way
-        )
-    else:
-        optimizer = torch.optim.SGD(
-            groups,
-            lr=solver.BASE_LR,
-            momentum=solver.MOMENTUM,
-            nesterov=solver.NESTEROV,
-            weight_decay=solver.WEIGHT_DECAY,
-            **way,
-        )
-    # which clips entries, or each parameter by itself; the norm of all is the trainer's, see _after_backward
-    return optimizer if solver.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL else maybe_add_gradient_clipping(cfg, optimizer)
-
-
 def reduce_backbones(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the backbones of student and teacher compute in lower precision on the CPU, and give float32 maps.
-
-    Detectron2's mixed precision needs a GPU.  On the CPU the heads stay in float32, because a box coordinate above
-    128 has steps of a whole pixel in bfloat16; the torchvision engine does the same.
-    """
-    for part in (student_of(model), *((model.teacher,) if isinstance(model, DistilledDetector) else ())):
-        part.backbone.forward = partial(_reduced, part.backbone.forward, dtype)
+    """Let the backbones compute in lower precision on the CPU, where Detectron2's mixed precision doesn't work."""
+    # the heads stay in float32: in bfloat16 a coordinate above 128 has steps of a whole pixel
+    detectors: list[Any] = [student_of(model), *([model.teacher] if isinstance(model, DistilledDetector) else [])]
+    for detector in detectors:
+        detector.backbone.forward = partial(_reduced, detector.backbone.forward, dtype)
 
 
 def _reduced(forward: Callable[[Tensor], dict[str, Tensor]], dtype: torch.dtype, images: Tensor) -> dict[str, Tensor]:
@@ -138,42 +90,41 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
 
     Hooks, data parallelism, schedule, evaluation and events are Detectron2's.  What differs:
 
-    - the model in a checkpoint is the student alone; adapters of transfer terms stand with the optimizer's state
-    - batches and all random draws depend on the seed and the step, so that a resumed run repeats the
-      undisturbed one (``SEED`` not negative)
-    - ``SOLVER.OPTIMIZER``, ``SOLVER.BACKBONE_MULTIPLIER`` and backbone files as ``MODEL.WEIGHTS``
-    - several processes and mixed precision work on the CPU too; mixed precision is bf16
-    - a loss or gradient that is not finite is handled as ``SOLVER.NON_FINITE`` says, in all processes alike
-    - with ``SOLVER.EMA_DECAY`` the average of the weights is evaluated, and is the model in a checkpoint; the weights
-      in training stand with the optimizer's state
+    - the model in a checkpoint is the student alone, or with ``SOLVER.EMA_DECAY`` the average of its weights; adapters
+      of transfer terms, and the weights in training, are saved with the optimizer's state
+    - batches and all random draws depend on the seed and the step, so that a resumed run repeats the undisturbed one
+      (``SEED`` not negative)
+    - several processes and mixed precision work on the CPU too
+    - a loss or gradient that is not finite is handled by ``SOLVER.NON_FINITE``, in all processes alike
 
     Args:
         cfg: from :func:`~nst_det.detectron2.config.load_config`, with its data sets registered.
 
     Attributes:
         student: the detector alone.
-        state: what is saved of it beside what Detectron2 saves.
-        checkpoints: once done with a validation split, what :func:`~nst_det.detection.checkpoint.settle` says.
+        state: what a checkpoint has of it besides Detectron2's part.
+        checkpoints: after a training with a validation split, the record of the best and the last weights.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer makes all of this in its constructor, for a GPU in each process and with the wrapped model
         # in the checkpoint, so its constructor is not called
         TrainLoop.__init__(self)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        model = self.build_model(cfg)
+        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.distilled = model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        self._whole, self.student = model, student_of(model)
+        self.student = student_of(model)
         decay = cfg.SOLVER.EMA_DECAY
         # a copy of the student would have the teacher's hooks
         average = AveragedWeights(self.student, decay, self.build_student(cfg)) if decay else None
         guard = NonFiniteGuard(cfg.SOLVER.NON_FINITE, Path(cfg.OUTPUT_DIR), model)
         self.state = TrainState(self.student, transfer_of(model), guard, average)
-        self._device = next(model.parameters()).device
-        on_cpu = self._device.type == "cpu"
-        dtype = amp_dtype(cfg.SOLVER.AMP, self._device)
-        log.info(compute_line(self._device, dtype, cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.AMP.ENABLED))
+        self.device = next(model.parameters()).device
+        on_cpu = self.device.type == "cpu"
+        dtype = amp_dtype(cfg.SOLVER.AMP, self.device)
+        log.info(compute_line(self.device, dtype, cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.AMP.ENABLED))
         if dtype is not None and on_cpu:
             for network in [model] if average is None else [model, average.network]:
                 reduce_backbones(network, dtype)
@@ -189,14 +140,10 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.checkpointer.written = self.state.eval_model
-        self._seen: dict[str, Any] = {}
-        parallel.register_forward_pre_hook(self._see_batch)
-        parallel.register_forward_hook(self._see_losses)
-        self._trainer.register_hooks([AfterBackwardHook(self._after_backward)])
+        self.finite = FiniteCheck(model, parallel, cfg.SOLVER.CLIP_GRADIENTS)
+        self._trainer.register_hooks([self.finite])
         propose_together(self.student)
         self.checkpoints: dict[str, Any] = {}
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     @classmethod
@@ -213,26 +160,42 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See :mod:`nst_det.detectron2.trainer`."""
-        return build_optimizer(cfg, model)
+        """``SOLVER.OPTIMIZER`` and ``BACKBONE_MULTIPLIER``; with their defaults, Detectron2's own optimizer."""
+        solver = cfg.SOLVER
+        groups = get_default_optimizer_params(
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay=solver.WEIGHT_DECAY,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+            lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if is_backbone(name) else 1.0,
+        )
+        on_gpu = next(model.parameters()).is_cuda
+        common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "fused": on_gpu, "foreach": not on_gpu}
+        if solver.OPTIMIZER.upper() == "SGD":
+            momentum = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, **common, **momentum)
+        elif solver.OPTIMIZER.upper() == "ADAMW":
+            optimizer = torch.optim.AdamW(groups, **common)
+        else:
+            raise UserError(f"SOLVER.OPTIMIZER: '{solver.OPTIMIZER}' is not one of SGD, ADAMW")
+        # which clips entries, or each parameter by itself; the norm of all is clipped by a hook
+        by_hook = solver.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL
+        return optimizer if by_hook else maybe_add_gradient_clipping(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """See :mod:`nst_det.detectron2.data`."""
         return build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Detectron2's, with :class:`~nst_det.detectron2.data.BoundedMapper`."""
-        return end_workers_with_us(build_detection_test_loader(cfg, dataset_name, mapper=BoundedMapper(cfg, False)))
+        """Detectron2's, with :class:`~nst_det.detectron2.data.ImageMapper`."""
+        return end_workers_with_us(build_detection_test_loader(cfg, dataset_name, mapper=ImageMapper(cfg, False)))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Ours for data sets in ``DATASETS.VOC``; Detectron2's for what Detectron2 registers.
-
-        Raises:
-            UserError: no evaluator is known for this data set.
-        """
+        """Ours for data sets in ``DATASETS.VOC``; Detectron2's for what Detectron2 registers."""
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind == "nst_voc":
             return VocEvaluator(dataset_name, inference_folder(cfg, dataset_name))
@@ -243,23 +206,21 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         raise UserError(f"DATASETS.TEST: no evaluator for '{dataset_name}'; name its folder in DATASETS.VOC")
 
     def build_hooks(self) -> list[Any]:
-        """Detectron2's hooks, and those that all trainers share; the writers of metrics and checkpoints come last.
-
-        Where there is a validation split, evaluations during training are made there.
-        """
+        """Detectron2's hooks, and those that all trainers share; the writers of metrics and checkpoints come last."""
         cfg = self.cfg
+        # evaluations during training are made on the validation split where there is one
         evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, self._validate if cfg.DATASETS.VAL_FRACTION else self._test)
         own = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks() if hook]
         saving = [hook for hook in own if isinstance(hook, hooks.PeriodicCheckpointer)]
         return [
             # before the writers of Detectron2's events
-            SpeedHook(cfg.SOLVER.IMS_PER_BATCH, self._device),
+            SpeedHook(cfg.SOLVER.IMS_PER_BATCH, self.device),
             *(hook for hook in own if hook not in saving),
             MetricsHook(RunFolder(cfg.OUTPUT_DIR), wandb=cfg.WANDB),
             WallTime(self.state),
             # behind all that writes about a step, so that no kill leaves a gap
             *saving,
-            StopWhenAsked(self._device),
+            StopWhenAsked(self.device),
         ]
 
     def build_writers(self) -> list[EventWriter]:
@@ -268,12 +229,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         return [one for one in writers if self.cfg.TENSORBOARD or not isinstance(one, TensorboardXWriter)]
 
     def train(self) -> Any:
-        """As Detectron2's; SIGTERM and SIGINT end it after the step, saved.
-
-        Raises:
-            Preempted: one of them came.
-            UserError: a loss is not finite; the line names losses, levels and images.
-        """
+        """As Detectron2's; SIGTERM and SIGINT end it after the step, saved."""
         if self.state.guard.needs_first_checkpoint and not self.checkpointer.has_checkpoint():
             self.iter = -1
             self.save_step()
@@ -285,27 +241,22 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         return self._last_eval_results
 
     def before_step(self) -> None:
-        """Number the events of the step."""
         self.storage.iter = self.iter
         super().before_step()
 
     def after_train(self) -> None:
-        """Number the events that come last."""
         self.storage.iter = self.iter
         super().after_train()
 
     def run_step(self) -> None:
-        """As Detectron2's; where a loss or a gradient is not finite, in any process, the optimizer never sees it.
-
-        A negative SEED leaves chance to chance.
-        """
+        """As Detectron2's; where a loss or a gradient is not finite, in any process, the optimizer never sees it."""
         if self.cfg.SEED >= 0:
             seed_everything(self.cfg.SEED, "step", self.iter, comm.get_rank())
         self.state.guard.keep_buffers()
         try:
             DefaultTrainer.run_step(self)
         except NotFinite as error:
-            self._handle_nonfinite(str(error))
+            self._skip_or_roll_back(str(error))
         else:
             if self.state.average is not None:
                 self.state.average.update()
@@ -313,11 +264,11 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
     @property
     def scalars(self) -> Mapping[str, float]:
         """Losses, learning rate, validation and speed of this step among Detectron2's events."""
-        latest = self.storage.latest().items()
-        return {key: value for key, (value, at) in latest if at == self.iter and is_curve(key)}
+        latest = {name: value for name, (value, at) in self.storage.latest().items() if at == self.iter}
+        kept = ("val/", SPEED, "transfer")
+        return {k: v for k, v in latest.items() if k == "lr" or "loss" in k or k.startswith(kept)}
 
     def put_scalars(self, **values: float) -> None:
-        """Add to Detectron2's events."""
         self.storage.put_scalars(smoothing_hint=False, **values)
 
     @property
@@ -331,30 +282,12 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         """Save a checkpoint of the step that was made last, by Detectron2's name."""
         self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
 
-    def _see_batch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._seen = {"batch": inputs[0], "losses": {}}
-
-    def _see_losses(self, _: nn.Module, __: Any, losses: Any) -> None:
-        if isinstance(losses, dict):
-            self._seen["losses"] = losses
-
-    def _after_backward(self) -> None:
-        total, parameters = (
-            sum(value.detach() for value in self._seen["losses"].values()),
-            list(self._whole.parameters()),
-        )
-        norm = gradient_norm(parameters)
-        raise_together(not math.isfinite(total + norm), self._device)
-        if self.cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL:
-            clip_gradients(parameters, self.cfg.SOLVER.CLIP_GRADIENTS, norm)
-
-    def _handle_nonfinite(self, what: str) -> None:
-        """Do as SOLVER.NON_FINITE says about a step whose pass ended in :class:`NotFinite`."""
-        losses = {name: float(value.detach()) for name, value in self._seen["losses"].items()}
-        broken = [what] if what else broken_in(self._whole, losses)
+    def _skip_or_roll_back(self, what: str) -> None:
+        losses = {name: float(value.detach()) for name, value in self.finite.losses.items()}
+        broken = [what] if what else broken_in(self.distilled, losses)
         self.optimizer.zero_grad()
-        batch = self._seen["batch"]
-        content = partial(step_content, self._whole, self.cfg, self.cfg.SEED, batch, losses)
+        batch = self.finite.batch
+        content = partial(step_content, self.distilled, self.cfg, self.cfg.SEED, batch, losses)
         images = [str(item.get("image_id", item.get("file_name", "?"))) for item in batch]
         if self.state.guard.handle(self.iter, broken, images, content) == SKIP:
             return
@@ -390,9 +323,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         if comm.is_main_process():
             figures = read_json(inference_folder(own, own.DATASETS.TEST[0]) / "result.json")
             last = keep_best(folder, self.state.eval_model, class_list(self.cfg), done, figures)
-            for name in ("map", "map_area"):
-                if last[name] is not None:
-                    self.put_scalars(**{f"val/{name}": last[name]})
+            self.put_scalars(**{f"val/{name}": last[name] for name in ("map", "map_area") if last[name] is not None})
         if done == self.max_iter:
             comm.synchronize()
             self.checkpoints = settle(folder, self.state.eval_model, last, self.cfg.TEST.SELECT)
@@ -400,36 +331,24 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         return {f"validation/{name}": values for name, values in found.items()}
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; ``MODEL.WEIGHTS`` may be ``backbone://NAME``, and the loader begins at the right step.
-
-        Raises:
-            UserError: weights that don't fit, or layers that are frozen and random.
-        """
+        """As Detectron2's; ``MODEL.WEIGHTS`` may be ``backbone://NAME``, and the loader begins at the right step."""
         super().resume_or_load(resume)
         if self.state.average is not None and not self.state.average.steps:
             self.state.average.restart()
         check_frozen_random(self.student, filled=bool(self.cfg.MODEL.WEIGHTS) or self.start_iter > 0)
-        places = getattr(self.data_loader, "batch_sampler", None)
-        if isinstance(places, StepBatchSampler):
-            places.start = self.start_iter
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Transfer term to its weight, those that AUTO_WEIGHT chose among them."""
-        transfer = transfer_of(self._whole)
-        return {} if transfer is None else dict(transfer.weights)
+        sampler = getattr(self.data_loader, "batch_sampler", None)
+        if isinstance(sampler, StepBatchSampler):
+            sampler.start = self.start_iter
 
     def state_dict(self) -> dict[str, Any]:
-        """Detectron2's training state and ours."""
         return {**super().state_dict(), **self.state.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`state_dict`."""
         self.state.load_state_dict(state_dict)
         super().load_state_dict(state_dict)
 
 
 def inference_folder(cfg: CfgNode, dataset_name: str) -> Path:
-    """Where the evaluation on one of ``DATASETS.TEST`` is written."""
+    """Return where the evaluation on one of ``DATASETS.TEST`` is written."""
     folder = Path(cfg.OUTPUT_DIR) / "inference"
     return folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from nst_det.distillation.dataloader import Batch
+from nst_det.distillation.dataloader import Batch, Normalizer
+from nst_det.engine.device import autocast
 from nst_det.engine.distributed import gathered
 
 
@@ -22,12 +22,7 @@ class Accuracy:
 
 
 def correct_counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of a batch have the right class first, and among the first five: (2,) int64.
-
-    Args:
-        logits: (B, K).
-        labels: (B,).
-    """
+    """Return how many of a batch have the right class first, and among the first five: (2,) int64."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = best == labels[:, None]
     return torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
@@ -36,34 +31,25 @@ def correct_counts(logits: Tensor, labels: Tensor) -> Tensor:
 def measure(
     networks: Mapping[str, nn.Module],
     batches: Iterable[Batch],
-    normalize: Callable[[Tensor], Tensor],
-    autocast: Callable[[], AbstractContextManager[None]],
+    normalize: Normalizer,
+    precision: torch.dtype | None,
 ) -> dict[str, Accuracy]:
-    """The accuracy of every network, in evaluation mode, on the same batches; training modes are put back.
-
-    Args:
-        networks: classifiers by name; ``network(images)`` gives logits (B, classes).
-        batches: the validation split, or this process's share of it; what all found is added up.
-        normalize: uint8 images (B, 3, H, W) to what the networks take.
-        autocast: the precision in which the networks were trained.
-    """
-    training = {name: network.training for name, network in networks.items()}
-    counts = {name: torch.zeros(2, dtype=torch.long) for name in networks}
-    total = 0
+    """Return the accuracy of every network on this process's batches and those of all others; modes are put back."""
+    training = [network.training for network in networks.values()]
     for network in networks.values():
         network.eval()
+    counts, total = torch.zeros(len(networks), 2, dtype=torch.long, device=normalize.device), 0
     with torch.no_grad():
         for batch in batches:
-            images = normalize(batch.images)
-            labels = batch.labels.to(images.device)
+            images, labels = normalize(batch.images), batch.labels.to(normalize.device)
             total += len(labels)
-            for name, network in networks.items():
-                with autocast():
+            for row, network in zip(counts, networks.values()):
+                with autocast(normalize.device, precision):
                     logits = network(images)
-                counts[name] = counts[name].to(images.device) + correct_counts(logits.float(), labels)
-    shares = gathered((total, {name: count.cpu() for name, count in counts.items()}))
-    total = sum(share for share, _ in shares)
-    counts = {name: torch.stack([found[name] for _, found in shares]).sum(0) for name in networks}
-    for name, network in networks.items():
-        network.train(training[name])
-    return {name: Accuracy(*(count.double() / max(total, 1)).tolist()) for name, count in counts.items()}
+                row += correct_counts(logits.float(), labels)
+    for network, mode in zip(networks.values(), training):
+        network.train(mode)
+    shares = gathered((total, counts.cpu()))
+    total = sum(count for count, _ in shares)
+    fractions = torch.stack([found for _, found in shares]).sum(0).double() / max(total, 1)
+    return {name: Accuracy(*row) for name, row in zip(networks, fractions.tolist())}

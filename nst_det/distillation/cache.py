@@ -13,12 +13,13 @@ import logging
 import math
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from nst_det.distillation.augment import Views
 from nst_det.distillation.build import Teacher, for_losses
-from nst_det.distillation.dataloader import Normalizer, ViewBatches
+from nst_det.distillation.dataloader import Normalizer
 from nst_det.engine.config import expand_path
 from nst_det.engine.format import size
 from nst_det.engine.io import atomic_path, read_sealed_json, sha256_of_file, write_sealed_json
@@ -43,66 +44,66 @@ from nst_det.losses.registry import KINDS, OUTPUT
 
 log = logging.getLogger(__name__)
 INDEX = "index.json"
-VERSION = 2
+VERSION = 3
 GIB = 1 << 30
 SHARD_BYTES = 256 << 20
 MOST_SHARDS = 512
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 # images on which the losses are tried; in two parts, so that what is of the batch and not of an image shows itself
 IMAGES = 4
-# beside an output, what is computed of it is kept if it takes at most this part of its bytes
-SMALL = 1 / 16
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of one image on the teacher's side.
+    """A tensor of one image on the teacher's side."""
 
-    Attributes:
-        kind: ``logits``, ``maps`` or ``embedding``.
-        place: the level, or the kind again.
-        key: the Python literal under which losses share what they compute of the output; "" for the output itself.
-        shape: without the batch.
-        dtype: in which it is kept, such as ``float32``.
-        kept: False for an output that losses read only through what they compute of it.
-    """
-
+    # logits, maps or embedding
     kind: str
+    # the level, or the kind again
     place: str
+    # the Python literal under which losses share what they compute of the output; "" for the output itself
     key: str
     shape: tuple[int, ...]
     dtype: str
+    # False for an output that losses read only through what they compute of it
     kept: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or not isinstance(getattr(torch, self.dtype), torch.dtype):
+            raise ValueError(f"{self.kind} in {self.dtype}")
+        hash(ast.literal_eval(self.key or "''"))
 
     @property
     def name(self) -> str:
-        """``res4``, or ``res4 ('nst-gram', (14, 14))`` for what is computed of it."""
+        """Return ``res4``, or ``res4 ('nst-gram', (14, 14))`` for what is computed of it."""
         return f"{self.place} {self.key}" if self.key else self.place
 
     @property
     def shared_key(self) -> Hashable:
-        """Where :class:`ModelOutputs` keeps what losses share."""
+        """Return the key in :class:`ModelOutputs` of what losses share."""
         return (self.kind, self.place), ast.literal_eval(self.key)
 
     @property
     def bytes(self) -> int:
-        """Of one image; 0 if it isn't kept."""
+        """Return the bytes that are kept of one image."""
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize if self.kept else 0
 
 
-# kind and place of an output
-Source = tuple[str, str]
-# an output, whether losses read all of it, and what they read that is computed of it
-Read = tuple[Piece, bool, list[Piece]]
+class Reading(NamedTuple):
+    """What losses read of one output of the teacher: all of it, or what is computed of it."""
+
+    output: Piece
+    all_of_it: bool
+    computed: list[Piece]
 
 
 def total_bytes(pieces: Iterable[Piece]) -> int:
-    """Of one image."""
+    """Return the bytes that are kept of one image."""
     return sum(piece.bytes for piece in pieces)
 
 
 def assemble(pieces: Sequence[Piece], values: Mapping[str, Tensor], count: int, device: torch.device) -> ModelOutputs:
-    """The teacher's outputs for ``count`` images as losses read them, NaN where nothing is kept."""
+    """Return the teacher's outputs for ``count`` images as losses read them, NaN where nothing is kept."""
     raw = ModelOutputs()
     moved = {name: value.to(device, non_blocking=True) for name, value in values.items()}
     for piece in pieces:
@@ -120,7 +121,7 @@ def assemble(pieces: Sequence[Piece], values: Mapping[str, Tensor], count: int, 
 
 
 def is_stand_in(value: Tensor) -> bool:
-    """Whether :func:`assemble` put one NaN, seen as (B, ...), where nothing is kept since no loss reads it."""
+    """Return whether :func:`assemble` put one NaN, seen as (B, ...), where nothing is kept since no loss reads it."""
     return value.dim() > 0 and value.numel() > 1 and not any(value.stride())
 
 
@@ -137,41 +138,41 @@ class Trial:
     def __init__(self, losses: Mapping[str, TransferLoss], student: ModelOutputs, device: torch.device) -> None:
         self.losses = [copy.deepcopy(loss).to(device) for loss in losses.values() if loss.pairs]
         self.student, self.device = student, device
-        self.reads: dict[Source, set[str]] = {}
+        # kind and place of the teacher's outputs, and what the losses declare to read of it
+        self.reads: dict[tuple[str, str], set[str]] = defaultdict(set)
         for loss in self.losses:
             for name, pairs in loss.pairs.items():
                 for pair in pairs:
                     declared = getattr(loss.module(name, pair), "reads", (OUTPUT,))
-                    self.reads.setdefault((loss.kinds[name][1], pair.teacher), set()).update(declared)
+                    self.reads[loss.kinds[name][1], pair.teacher].update(declared)
 
-    def share(self, teacher: ModelOutputs) -> dict[tuple[Source, Hashable], Any]:
-        """What the losses compute of the teacher's outputs for any number of images, and share."""
+    def share(self, teacher: ModelOutputs) -> dict[Any, Any]:
+        """Return what the losses compute of the teacher's outputs for any number of images, and share."""
         rows = torch.arange(len(teacher.of(*next(iter(self.reads)))), device=self.device) % IMAGES
         with torch.no_grad(), seeded("trial"):
             for loss in self.losses:
                 loss(self.student.images(rows), teacher)
-        return cast(dict[tuple[Source, Hashable], Any], teacher.shared_so_far())
+        return teacher.shared_so_far()
 
-    def read(self, raw: ModelOutputs) -> list[Read]:
-        """What the losses read of each output of the trial's images."""
+    def read(self, raw: ModelOutputs) -> list[Reading]:
+        """Return what the losses read of each output of the trial's images."""
         whole, found = for_losses(raw), []
         shared = self.share(whole)
-        for (kind, place), reads in self.reads.items():
-            all_of_it, computed = OUTPUT in reads, []
-            storage = whole.of(kind, place).untyped_storage().data_ptr()
-            for (source, key), value in shared.items():
-                if source == (kind, place) and (key[0] if isinstance(key, tuple) else key) in reads:
+        for source, reads in self.reads.items():
+            output, all_of_it, computed = raw.of(*source), OUTPUT in reads, []
+            storage = whole.of(*source).untyped_storage().data_ptr()
+            for (place, key), value in shared.items():
+                if place == source and (key[0] if isinstance(key, tuple) else key) in reads:
                     if _can_be_kept(key, value) and value.untyped_storage().data_ptr() != storage:
-                        computed.append(Piece(kind, place, repr(key), tuple(value.shape[1:]), _dtype(value)))
+                        computed.append(_piece(source, repr(key), value))
                     else:
                         all_of_it = True
-            output = raw.of(kind, place)
-            found.append((Piece(kind, place, "", tuple(output.shape[1:]), _dtype(output)), all_of_it, computed))
+            found.append(Reading(_piece(source, "", output), all_of_it, computed))
         return found
 
     def values(self, raw: ModelOutputs, pieces: Sequence[Piece]) -> dict[str, Tensor]:
-        """What is kept of the teacher's outputs for some images."""
-        shared: Mapping[Any, Tensor] = self.share(for_losses(raw))
+        """Return what is kept of the teacher's outputs for some images."""
+        shared = self.share(for_losses(raw))
         return {
             piece.name: shared[piece.shared_key] if piece.key else raw.of(piece.kind, piece.place)
             for piece in pieces
@@ -191,8 +192,8 @@ class Trial:
                 )
 
     def _results(self, teacher: ModelOutputs) -> dict[str, list[Tensor]]:
-        """By term its value, a scalar, and the gradients in the student's outputs and the adapters."""
-        found: dict[str, list[Tensor]] = {}
+        """Return by term its value and the gradients in the student's outputs and the adapters."""
+        found: dict[str, list[Tensor]] = defaultdict(list)
         for loss in self.losses:
             student = self.student.images(torch.arange(IMAGES, device=self.device))
             leaves = [*(value.requires_grad_() for value in student.tensors()), *loss.parameters()]
@@ -201,36 +202,34 @@ class Trial:
                 values = loss(student, teacher)
             for name, value in values.items():
                 gradients = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
-                found.setdefault(name, []).extend([value.detach(), *(part for part in gradients if part is not None)])
+                found[name] += [value.detach(), *(part for part in gradients if part is not None)]
         return found
 
 
 def _can_be_kept(key: Hashable, value: Any) -> bool:
-    """Whether it is a tensor with a row an image, under a key that can be written to a file."""
+    """Return whether it is a tensor with a row an image, under a key that can be written to a file."""
     try:
         return isinstance(value, Tensor) and len(value) == IMAGES and bool(ast.literal_eval(repr(key)) == key)
     except (TypeError, ValueError, SyntaxError):
         return False
 
 
-def _dtype(value: Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
+def _piece(source: tuple[str, str], key: str, value: Tensor) -> Piece:
+    return Piece(*source, key, tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."))
 
 
-def what_to_keep(read: Sequence[Read]) -> list[Piece]:
-    """The pieces that take the fewest bytes."""
+def what_to_keep(read: Sequence[Reading]) -> list[Piece]:
+    """Return the pieces that take the fewest bytes."""
     chosen: list[Piece] = []
     for output, all_of_it, computed in read:
-        if all_of_it or total_bytes(computed) >= output.bytes:
-            chosen += [output, *(piece for piece in computed if piece.bytes <= SMALL * output.bytes)]
-        else:
-            chosen += [replace(output, kept=False), *computed]
+        whole = all_of_it or total_bytes(computed) >= output.bytes
+        chosen += [output] if whole else [replace(output, kept=False), *computed]
     return chosen
 
 
 @dataclass
 class Index:
-    """What stands in ``index.json``; a row is a view of an image."""
+    """The content of ``index.json``; a row is a view of an image."""
 
     # the keys that the outputs depend on
     claim: dict[str, Any]
@@ -240,16 +239,12 @@ class Index:
     shard_rows: int
     # the finished ones and the SHA-256 of their files
     shards: dict[int, str] = field(default_factory=dict)
-    version: int = VERSION
 
     @property
-    def count(self) -> int:
-        """Number of shards when all are written."""
-        return -(-self.rows // self.shard_rows)
-
-    def rows_of(self, shard: int) -> range:
-        """The rows of a shard."""
-        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
+    def spans(self) -> list[range]:
+        """Return the rows of each shard."""
+        firsts = range(0, self.rows, self.shard_rows)
+        return [range(first, min(first + self.shard_rows, self.rows)) for first in firsts]
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -264,22 +259,11 @@ def read_index(folder: Path) -> Index | None:
         return None
     values = read_sealed_json(path, "remove the folder to write the cache anew")
     try:
-        if values["version"] != VERSION:
-            raise UserError(f"{path}: a teacher cache of version {values['version']}; remove the folder")
-        pieces = [_piece(**piece) for piece in values["pieces"]]
+        pieces = [Piece(**{**piece, "shape": tuple(map(int, piece["shape"]))}) for piece in values["pieces"]]
         shards = {int(shard): str(sha256) for shard, sha256 in values["shards"].items()}
         return Index(dict(values["claim"]), pieces, int(values["rows"]), int(values["shard_rows"]), shards)
     except (KeyError, TypeError, ValueError, AttributeError, SyntaxError, MemoryError, RecursionError) as error:
         raise UserError(f"{path}: not the index of a teacher cache; remove the folder to write it anew") from error
-
-
-def _piece(shape: Sequence[int], **values: Any) -> Piece:
-    piece = Piece(**values, shape=tuple(map(int, shape)))
-    if piece.kind not in KINDS or not isinstance(getattr(torch, piece.dtype), torch.dtype):
-        raise ValueError(f"{piece.kind} in {piece.dtype}")
-    if piece.key:
-        hash(piece.shared_key)
-    return piece
 
 
 @contextmanager
@@ -289,16 +273,14 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             log.info("%s: waiting for another process that writes this teacher cache", folder)
-            lock.acquire()
+            held = lock.acquire()
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}); name another CACHE.DIR") from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 class TeacherCache:
@@ -307,29 +289,27 @@ class TeacherCache:
     def __init__(self, folder: Path, index: Index, device: torch.device) -> None:
         self.index, self.device = index, device
         self._kept = [piece.name for piece in index.pieces if piece.kept]
-        self._shards = [self._mapped(shard_path(folder, shard)) for shard in range(index.count)]
-
-    def _mapped(self, path: Path) -> dict[str, Tensor]:
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                return {name: file.get_tensor(name) for name in self._kept}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged ({error}); remove this file, and the next run writes it again") from error
+        self._shards: list[dict[str, Tensor]] = []
+        for path in (shard_path(folder, shard) for shard in range(len(index.spans))):
+            try:
+                with safe_open(str(path), framework="pt") as file:
+                    self._shards.append({name: file.get_tensor(name) for name in self._kept})
+            except (SafetensorError, OSError) as error:
+                remedy = "remove this file, and the next run writes it again"
+                raise UserError(f"{path}: damaged ({error}); {remedy}") from error
 
     def __call__(self, images: Tensor, rows: Tensor | None) -> ModelOutputs:
-        """The teacher's outputs for views ``rows`` (B,); ``images``, which show them, are not looked at."""
+        """Return the teacher's outputs for views ``rows`` (B,); ``images``, which show them, are not looked at."""
         assert rows is not None, "batches of views come with their rows"
-        values = {name: self._gather(name, rows) for name in self._kept}
-        return assemble(self.index.pieces, values, len(rows), self.device)
-
-    def _gather(self, name: str, rows: Tensor) -> Tensor:
         shards, within = rows // self.index.shard_rows, rows % self.index.shard_rows
-        first = self._shards[0][name]
-        found = torch.empty((len(rows), *first.shape[1:]), dtype=first.dtype)
-        for shard in shards.unique().tolist():
-            here = (shards == shard).nonzero()[:, 0]
-            found[here] = self._shards[shard][name][within[here]]
-        return found
+        values = {}
+        for name in self._kept:
+            first = self._shards[0][name]
+            values[name] = torch.empty((len(rows), *first.shape[1:]), dtype=first.dtype)
+            for shard in shards.unique().tolist():
+                here = (shards == shard).nonzero()[:, 0]
+                values[name][here] = self._shards[shard][name][within[here]]
+        return assemble(self.index.pieces, values, len(rows), self.device)
 
 
 class CacheWriter:
@@ -344,10 +324,11 @@ class CacheWriter:
         losses: Mapping[str, TransferLoss],
         claim: Mapping[str, Any],
     ) -> None:
-        self.config, self.views, self.teacher, self.claim = config, views, teacher, dict(claim)
+        self.config, self.views, self.teacher = config, views, teacher
+        self.claim = {**claim, "version": VERSION}
         self.folder = Path(expand_path(config.CACHE.DIR, "CACHE.DIR"))
         self.normalize = Normalizer(config.DATA.MEAN, config.DATA.STD, teacher.device)
-        images = self.normalize(views.images(torch.arange(IMAGES) % len(views)))
+        images = self.normalize(views[range(IMAGES)])
         levels = {level for loss in losses.values() for level in loss.student_levels}
         outputs = Teacher(student, levels, teacher.precision)(images)
         self.trial, self.raw = Trial(losses, outputs, teacher.device), teacher.raw(images)
@@ -361,22 +342,23 @@ class CacheWriter:
             index = read_index(self.folder)
             if index is None:
                 index = self._new_index(pieces)
-                self._allow(index)
-                write_sealed_json(self.folder / INDEX, asdict(index))
+                self._check_size(index)
+                self._save(index)
             self._check_claim(index)
             there = [shard for shard in index.shards if shard_path(self.folder, shard).exists()]
-            missing = [shard for shard in range(index.count) if shard not in there]
-            self._check_pieces(index, read, bool(missing))
+            missing = [shard for shard in range(len(index.spans)) if shard not in there]
+            self._check_pieces(index, read, unfinished=bool(missing))
             self._check_shards(index, there)
             if missing:
                 self._write(index, missing)
-        if self.config.CACHE.DTYPE != "auto":
-            log.warning(
-                "CACHE.DTYPE %s: the teacher's outputs are rounded, so the students differ from those of an uncached "
-                "run",
-                self.config.CACHE.DTYPE,
-            )
+        dtype = self.config.CACHE.DTYPE
+        if dtype != "auto":
+            text = "CACHE.DTYPE %s: the teacher's outputs are rounded, so the students differ from an uncached run's"
+            log.warning(text, dtype)
         return TeacherCache(self.folder, index, self.teacher.device)
+
+    def _save(self, index: Index) -> None:
+        write_sealed_json(self.folder / INDEX, asdict(index))
 
     def _new_index(self, pieces: Sequence[Piece]) -> Index:
         dtype = DTYPES.get(self.config.CACHE.DTYPE)
@@ -385,19 +367,19 @@ class CacheWriter:
             replace(piece, dtype=dtype) if dtype and piece.shape and piece.dtype == "float32" else piece
             for piece in pieces
         ]
-        batch, rows = self.config.SOLVER.IMS_PER_BATCH, len(self.views)
-        each = max(total_bytes(rounded), 1)
+        batch, rows, each = self.config.SOLVER.IMS_PER_BATCH, len(self.views), max(total_bytes(rounded), 1)
         wanted = max(SHARD_BYTES, each * rows // MOST_SHARDS)
         # whole batches: the teacher is asked in batches of the size that students see
         return Index(self.claim, rounded, rows, max(wanted // (each * batch), 1) * batch)
 
-    def _allow(self, index: Index) -> None:
-        """Say how large the cache will be, and refuse one that is too large."""
-        each, count = total_bytes(index.pieces), len(self.views.store)
+    def _check_size(self, index: Index) -> None:
+        """Log how large the cache will be, and refuse one that is too large."""
+        solver, count, limit = self.config.SOLVER, len(self.views.store), self.config.CACHE.MAX_GIB
         parts = ", ".join(f"{piece.name} {size(piece.bytes)}" for piece in index.pieces if piece.kept)
-        takes = f"{self.views.count} views of {count} images take {size(each * index.rows)} ({parts} each)"
+        needed, free = total_bytes(index.pieces) * index.rows, shutil.disk_usage(self.folder).free
+        takes = f"{self.views.count} views of {count} images take {size(needed)} ({parts} each)"
         log.info("teacher cache %s: %s", self.folder, takes)
-        reads = self.config.SOLVER.MAX_ITER * self.config.SOLVER.IMS_PER_BATCH
+        reads = solver.MAX_ITER * solver.IMS_PER_BATCH
         if reads < index.rows:
             log.warning(
                 "teacher cache: this run alone asks for %d views and would be faster without; a cache is for several "
@@ -405,29 +387,25 @@ class CacheWriter:
                 reads,
             )
         remedy = "take fewer CACHE.VIEWS, fewer or smaller TRANSFER.LEVELS, or CACHE.DTYPE fp16"
-        limit = self.config.CACHE.MAX_GIB
-        if each * index.rows > limit * GIB:
+        if needed > limit * GIB:
             raise UserError(f"CACHE.MAX_GIB: {takes}, more than {limit:g} GiB; raise it, or {remedy}")
-        free = shutil.disk_usage(self.folder).free
-        if each * index.rows > free:
+        if needed > free:
             raise UserError(
                 f"CACHE.DIR: {self.folder}: {takes}, but {size(free)} are free; name another folder, or {remedy}"
             )
 
-    def _check_claim(self, index: Index) -> None:
-        """Refuse a cache of another teacher or other data; the line names every key that differs."""
-        stale = [
-            f"{key} {index.claim.get(key)!r}, now {self.claim.get(key)!r}"
-            for key in sorted({*index.claim, *self.claim})
-            if index.claim.get(key) != self.claim.get(key)
-        ]
-        if stale:
-            raise UserError(
-                f"{self.folder}: this teacher cache was written with {'; '.join(stale)}; name another CACHE.DIR or "
-                "remove this one"
-            )
+    def _refuse(self, reason: str) -> None:
+        raise UserError(f"{self.folder}: this teacher cache {reason}; name another CACHE.DIR or remove this one")
 
-    def _check_pieces(self, index: Index, read: Sequence[Read], unfinished: bool) -> None:
+    def _check_claim(self, index: Index) -> None:
+        """Refuse a cache of another teacher or other data."""
+        before, now = index.claim, self.claim
+        keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if keys:
+            changes = "; ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in keys)
+            self._refuse(f"was written with {changes}")
+
+    def _check_pieces(self, index: Index, read: Sequence[Reading], unfinished: bool) -> None:
         """Refuse a cache without what the losses read."""
         kept = {piece.name: piece for piece in index.pieces if piece.kept}
         places, lacking = {piece.place for piece in index.pieces}, list[str]()
@@ -436,49 +414,43 @@ class CacheWriter:
                 needed = [output] if all_of_it or output.place not in places else computed
                 lacking += [piece.name for piece in needed if piece.name not in kept]
         if lacking:
-            raise UserError(
-                f"{self.folder}: this teacher cache has no {', '.join(lacking)}, but METHODS read it; it has "
-                f"{', '.join(kept)}; name another CACHE.DIR or remove this one"
-            )
+            self._refuse(f"has no {', '.join(lacking)}, but METHODS read it; it has {', '.join(kept)}")
         if unfinished:
             shared = self.trial.share(for_losses(self.raw))
             others = [name for name, piece in kept.items() if piece.key and piece.shared_key not in shared]
             if others:
-                raise UserError(
-                    f"{self.folder}: this teacher cache is unfinished, and only other METHODS compute its "
-                    f"{', '.join(others)}; finish it with them, or remove it"
+                self._refuse(
+                    f"is unfinished, and these METHODS don't compute its {', '.join(others)}; finish it with others"
                 )
 
     def _check_shards(self, index: Index, shards: Sequence[int]) -> None:
-        def intact(shard: int) -> bool:
-            return sha256_of_file(shard_path(self.folder, shard)) == index.shards[shard]
-
+        paths = [shard_path(self.folder, shard) for shard in shards]
         # hashing leaves Python's lock, so two threads are twice as fast
         with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
-            for shard, fits in zip(shards, pool.map(intact, shards)):
-                if not fits:
+            for shard, path, sha256 in zip(shards, paths, pool.map(sha256_of_file, paths)):
+                if sha256 != index.shards[shard]:
                     raise UserError(
-                        f"{shard_path(self.folder, shard)}: damaged (its SHA-256 is not the one in {INDEX}); remove "
-                        "this file, and the next run writes it again"
+                        f"{path}: damaged (its SHA-256 is not the one in {INDEX}); remove this file, and the next run "
+                        "writes it again"
                     )
 
     def _write(self, index: Index, missing: list[int]) -> None:
-        batch = self.config.SOLVER.IMS_PER_BATCH
-        starts = [row for shard in missing for row in index.rows_of(shard)[::batch]]
-        source = load(ViewBatches(self.views, batch), starts, self.config.DATALOADER.NUM_WORKERS)
-        with progress("teacher cache", len(starts)) as meter:
+        batch, spans = self.config.SOLVER.IMS_PER_BATCH, index.spans
+        # whole batches, the first rows again after the last
+        asked = [range(first, first + batch) for shard in missing for first in spans[shard][::batch]]
+        source = load(self.views, asked, self.config.DATALOADER.NUM_WORKERS)
+        with progress("teacher cache", len(asked)) as meter:
             for shard in missing:
-                rows = index.rows_of(shard)
                 parts: list[dict[str, Tensor]] = []
-                for _ in rows[::batch]:
-                    parts.append(self._ask(next(source).images, index.pieces))
+                for _ in spans[shard][::batch]:
+                    parts.append(self._ask(next(source), index.pieces))
                     meter.step()
-                tensors = {name: torch.cat([part[name] for part in parts])[: len(rows)] for name in parts[0]}
+                tensors = {name: torch.cat([part[name] for part in parts])[: len(spans[shard])] for name in parts[0]}
                 path = shard_path(self.folder, shard)
                 with atomic_path(path) as temporary:
                     save_file(tensors, str(temporary))
                 index.shards[shard] = sha256_of_file(path)
-                write_sealed_json(self.folder / INDEX, asdict(index))
+                self._save(index)
 
     def _ask(self, images: Tensor, pieces: Sequence[Piece]) -> dict[str, Tensor]:
         values = self.trial.values(self.teacher.raw(self.normalize(images)), pieces)

@@ -1,8 +1,8 @@
-"""The keys of stage one, with their defaults."""
+"""The keys of stage one: their defaults, and what their values may be."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,11 @@ from nst_det.engine.nan_guard import check_non_finite, non_finite_node
 from nst_det.errors import UserError
 from nst_det.losses import parse_method
 
-OPTIMIZERS = ("SGD", "ADAMW")
-CACHE_DTYPES = ("auto", "fp16", "bf16")
-VAL_SOURCES = ("auto", "train")
-SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR", "OneCycleLR")
-WARMUP_METHODS = ("linear", "constant")
-CLIP_TYPES = ("value", "norm", "full_model")
+OWN_KEYS = ("LEVELS", "WEIGHTS", "TERM_LEVELS", "OPTIONS", "AUTO_WEIGHT")
 
 
 def get_defaults() -> CfgNode:
-    """The full tree of known keys.  Iterations are optimizer steps; step 0 is the first."""
+    """Return the full tree of known keys.  Iterations are optimizer steps; step 0 is the first."""
     config = CfgNode()
     # names the backbone files: <NAME>-teacher, <NAME>-<method>-s<SEED>
     config.NAME = "stage-one"
@@ -47,7 +42,7 @@ def get_defaults() -> CfgNode:
     config.STUDENT.ARCH_KWARGS = CfgNode(new_allowed=True)
     config.TRANSFER = transfer_node()
     config.TRANSFER.LEVELS = ["res3", "res4"]
-    # a method's word -> LEVELS, WEIGHTS, TERM_LEVELS, OPTIONS or AUTO_WEIGHT that go over those above for this method
+    # method -> LEVELS, WEIGHTS, TERM_LEVELS, OPTIONS or AUTO_WEIGHT that override those above for this method
     config.TRANSFER.BY_METHOD = CfgNode(new_allowed=True)
     config.SOLVER = _solver()
     config.TEST = CfgNode({"EVAL_PERIOD": 0, "IMS_PER_BATCH": 128})
@@ -64,10 +59,10 @@ def get_defaults() -> CfgNode:
 
 def _data() -> CfgNode:
     node = CfgNode()
-    # train/CLASS/* and val/CLASS/* stand below it, or CLASS/*; $NAME is replaced from the environment
+    # has train/CLASS/* and val/CLASS/*, or CLASS/*; $NAME is replaced from the environment
     node.ROOT = ""
-    # auto validates on the val folder where there is one; train cuts the validation split out of the training images
-    # all the same, so that the val folder is left for the last word
+    # auto validates on the val folder where there is one; train holds the validation split out of the training images
+    # even so, and leaves the val folder for a final test
     node.VAL_FROM = "auto"
     # of each class, where the split is cut out; VAL_SEED chooses the images, the same whatever the SEED
     node.VAL_FRACTION = 0.1
@@ -113,7 +108,7 @@ def _cache() -> CfgNode:
     node.VIEWS = 0
     # of the views; not SEED, so that runs of several seeds can share a cache
     node.VIEW_SEED = 0
-    # where what the teacher says about each view is kept, so that it is asked once only; "" asks it at each step
+    # where the teacher's outputs for each view are kept, so that it runs once only; "" runs it at each step
     node.DIR = ""
     # auto keeps it as computed, to the bit; fp16 and bf16 round what is float32
     node.DTYPE = "auto"
@@ -163,167 +158,164 @@ def _solver() -> CfgNode:
     # a loss or gradient that is not finite: stop, skip the step, or roll back to the last checkpoint
     node.NON_FINITE = non_finite_node()
     # mixed precision; DTYPE is bf16, fp16, or auto: bf16 where the device is fast in it (NVIDIA's GPUs since Ampere,
-    # processors with AVX512-BF16), else float32; the log's first line says which
+    # processors with AVX512-BF16), else float32; the log's first line names it
     node.AMP = CfgNode({"ENABLED": True, "DTYPE": "auto"})
     node.CE_WEIGHT = 1.0
     node.LABEL_SMOOTHING = 0.0
     return node
 
 
-def load_distill_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
-    """Defaults, file and overrides, checked value by value.
+# key -> predicate of (its value, its node), and what is wanted of it
+Rules = Mapping[str, tuple[Callable[[Any, CfgNode], bool], str]]
 
-    Raises:
-        UserError: an unknown key, a wrong type, or a value out of range; the line names the key.
-    """
+
+def _one_of(*choices: str) -> tuple[Callable[[Any, CfgNode], bool], str]:
+    return lambda value, _: value in choices, f"one of {', '.join(choice or repr('') for choice in choices)}"
+
+
+def _from(least: float) -> tuple[Callable[[Any, CfgNode], bool], str]:
+    return lambda value, _: value is not None and value >= least, f"at least {least}"
+
+
+def _are_numbers(values: Sequence[Any], count: int) -> bool:
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    return len(values) == len(numbers) == count
+
+
+def _are_colors(values: Sequence[Any], _: CfgNode) -> bool:
+    return _are_numbers(values, 3) and all(0 <= value <= 1 for value in values)
+
+
+def _are_rising(values: Sequence[Any], _: CfgNode) -> bool:
+    return all(isinstance(value, int) and value > 0 for value in values) and list(values) == sorted(set(values))
+
+
+_ABOVE_0 = (lambda value, _: value > 0, "above 0")
+_INSIDE = (lambda value, _: 0 < value < 1, "a fraction between 0 and 1")
+_COLORS = (_are_colors, "three numbers on the 0..1 scale, in RGB order")
+AUGMENT_RULES: Rules = {
+    "SHIFT": _from(0),
+    "HFLIP": (lambda value, _: 0 <= value <= 1, "a probability from 0 to 1"),
+    "CROP_AREA": (
+        lambda area, _: not area or (_are_numbers(area, 2) and 0 < area[0] <= area[1] <= 1),
+        "[] or two fractions, smallest first, such as [0.08, 1.0]",
+    ),
+    "CROP_ASPECT": (lambda ratio, _: _are_numbers(ratio, 2) and 0 < ratio[0] <= ratio[1], "two ratios, smallest first"),
+    "COLOR_JITTER": (
+        lambda jitter, _: not jitter or (_are_numbers(jitter, 4) and min(jitter) >= 0 and jitter[3] <= 0.5),
+        "[] or brightness, contrast, saturation (0 or more) and hue (0..0.5)",
+    ),
+}
+SOLVER_RULES: Rules = {
+    "OPTIMIZER": _one_of("SGD", "ADAMW"),
+    "BASE_LR": _ABOVE_0,
+    "BASE_LR_END": (lambda value, node: 0 <= value <= node.BASE_LR, "from 0 to BASE_LR"),
+    "MOMENTUM": _from(0),
+    "NESTEROV": (lambda value, node: not value or node.MOMENTUM > 0, "False where MOMENTUM is 0"),
+    "WEIGHT_DECAY": _from(0),
+    "WEIGHT_DECAY_NORM": _from(0),
+    "MAX_ITER": _from(1),
+    # batch normalization needs two images
+    "IMS_PER_BATCH": _from(2),
+    "ACCUMULATE": _from(1),
+    "LR_SCHEDULER_NAME": _one_of("WarmupMultiStepLR", "WarmupCosineLR", "OneCycleLR"),
+    "STEPS": (_are_rising, "rising numbers of steps"),
+    "ONECYCLE_RISE": _INSIDE,
+    "WARMUP_ITERS": (lambda value, node: 0 <= value <= node.MAX_ITER, "from 0 to MAX_ITER"),
+    "WARMUP_METHOD": _one_of("linear", "constant"),
+    "CHECKPOINT_PERIOD": _from(1),
+    "CLIP_GRADIENTS.CLIP_TYPE": _one_of("value", "norm", "full_model"),
+    "CLIP_GRADIENTS.CLIP_VALUE": _ABOVE_0,
+    "EMA_DECAY": (lambda value, _: 0 <= value < 1, "0 for no average, or a fraction below 1 such as 0.999"),
+    "AMP.DTYPE": _one_of(*AMP_DTYPES),
+    "CE_WEIGHT": _from(0),
+    "LABEL_SMOOTHING": (lambda value, _: 0 <= value < 1, "from 0 to below 1"),
+}
+RULES: Rules = {
+    "FLOAT32_PRECISION": _one_of(*FLOAT32_PRECISIONS),
+    "METHODS": (
+        lambda values, _: all(isinstance(value, str) for value in values),
+        "a list of methods such as [ce, kd, nst-poly]",
+    ),
+    "DATA.ROOT": (lambda value, _: bool(value), "the path of an image folder"),
+    "DATA.VAL_FROM": _one_of("auto", "train"),
+    "DATA.VAL_FRACTION": _INSIDE,
+    "DATA.IMAGE_SIZE": _from(8),
+    "DATA.CROP_RATIO": (lambda value, _: 0 < value <= 1, "a fraction above 0 and up to 1"),
+    "DATA.MEAN": _COLORS,
+    "DATA.STD": (lambda values, node: _are_colors(values, node) and min(values) > 0, f"above 0, {_COLORS[1]}"),
+    "DATA.CACHE_GIB": _from(0),
+    "TEACHER.EXPECTED_TOP1": (lambda value, _: 0 <= value <= 1, "a fraction from 0 to 1"),
+    "CACHE.VIEWS": (lambda value, node: value >= (1 if node.DIR else 0), "0, or at least 1 where CACHE.DIR is set"),
+    "CACHE.DTYPE": _one_of("auto", "fp16", "bf16"),
+    "CACHE.DIR": (lambda value, node: value or node.DTYPE == "auto", "set where CACHE.DTYPE is not auto"),
+    "CACHE.MAX_GIB": _ABOVE_0,
+    "TEST.EVAL_PERIOD": _from(0),
+    "TEST.IMS_PER_BATCH": _from(1),
+    "LOG_PERIOD": _from(1),
+    # -1 takes what fits the machine
+    "DATALOADER.NUM_WORKERS": _from(-1),
+}
+
+
+def load_distill_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
+    """Return defaults, file and overrides, checked value by value."""
     config = load_config(get_defaults(), file, overrides)
     check_config(config)
     return config
 
 
 def check_config(config: CfgNode) -> None:
-    """Refuse values out of range before anything is read or written.
-
-    Raises:
-        UserError: the line names the key.
-    """
-    _check_data(config.DATA)
-    _check_solver(config.SOLVER, "SOLVER")
-    _check_solver(teacher_solver(config), "TEACHER.SOLVER")
-    _check_augment(teacher_augment(config), "TEACHER.AUGMENT")
-    _require(0 <= config.TEACHER.EXPECTED_TOP1 <= 1, "TEACHER.EXPECTED_TOP1", "a fraction from 0 to 1")
-    known = config.FLOAT32_PRECISION in FLOAT32_PRECISIONS
-    _require(known, "FLOAT32_PRECISION", f'one of {", ".join(FLOAT32_PRECISIONS[1:])}, or ""')
-    _require(config.TEST.EVAL_PERIOD >= 0, "TEST.EVAL_PERIOD", "a number of steps, 0 for the end only")
-    _require(config.TEST.IMS_PER_BATCH > 0, "TEST.IMS_PER_BATCH", "at least 1")
-    _require(config.LOG_PERIOD > 0, "LOG_PERIOD", "at least 1")
-    _require(
-        config.DATALOADER.NUM_WORKERS >= -1, "DATALOADER.NUM_WORKERS", "0 or more, or -1 for what fits the machine"
-    )
-    _check_cache(config.CACHE)
-    words = all(isinstance(word, str) for word in config.METHODS)
-    _require(words, "METHODS", "a list of method words such as [ce, kd, nst-poly]")
-    _check_by_method(config)
+    """Refuse values out of range before anything is read or written; the line names the key."""
+    _check(config, RULES)
+    solvers = {"SOLVER": config.SOLVER, "TEACHER.SOLVER": teacher_solver(config)}
+    for key, node in solvers.items():
+        _check(node, SOLVER_RULES, f"{key}.")
+        check_non_finite(node.NON_FINITE, f"{key}.NON_FINITE")
+    _check(config.DATA.AUGMENT, AUGMENT_RULES, "DATA.AUGMENT.")
+    _check(teacher_augment(config), AUGMENT_RULES, "TEACHER.AUGMENT.")
+    try:
+        methods = [parse_method(name).word for name in config.METHODS]
+    except ValueError as error:
+        raise UserError(f"METHODS: {error}") from error
+    for name, keys in plain(config.TRANSFER.BY_METHOD).items():
+        if methods and name not in methods:
+            raise UserError(f"config: TRANSFER.BY_METHOD.{name} must be one of METHODS: {', '.join(methods)}")
+        if not isinstance(keys, dict) or not set(keys) <= set(OWN_KEYS):
+            raise UserError(f"config: TRANSFER.BY_METHOD.{name} must be a mapping with {', '.join(OWN_KEYS)} alone")
+        transfer_of(config, name)
     check_wandb(config.WANDB, "config")
 
 
+def _check(config: CfgNode, rules: Rules, prefix: str = "") -> None:
+    for key, (fits, wanted) in rules.items():
+        node, *below = config, *key.split(".")
+        for part in below[:-1]:
+            node = node[part]
+        if not fits(node[below[-1]], node):
+            raise UserError(f"config: {prefix}{key} must be {wanted}")
+
+
 def teacher_solver(config: CfgNode) -> CfgNode:
-    """SOLVER with TEACHER.SOLVER's keys put over it."""
+    """Return SOLVER with TEACHER.SOLVER's keys put over it."""
     return _overlaid(config.SOLVER, config.TEACHER.SOLVER, "TEACHER.SOLVER")
 
 
 def teacher_augment(config: CfgNode) -> CfgNode:
-    """DATA.AUGMENT with TEACHER.AUGMENT's keys put over it."""
+    """Return DATA.AUGMENT with TEACHER.AUGMENT's keys put over it."""
     return _overlaid(config.DATA.AUGMENT, config.TEACHER.AUGMENT, "TEACHER.AUGMENT")
 
 
-def transfer_of(config: CfgNode, word: str) -> CfgNode:
-    """TRANSFER for one method: with what BY_METHOD has for its word put over it, and without BY_METHOD.
-
-    Args:
-        config: the whole config.
-        word: the method's canonical word.
-
-    Raises:
-        UserError: a key of BY_METHOD is unknown or has a value of the wrong type.
-    """
+def transfer_of(config: CfgNode, method: str) -> CfgNode:
+    """Return TRANSFER with the keys of BY_METHOD for one method, by its canonical name, put over it."""
     node = config.TRANSFER.clone()
     node.defrost()
-    changes = plain(node.pop("BY_METHOD")).get(word, {})
-    merge_tree(node, changes, f"config: TRANSFER.BY_METHOD.{word}")
-    return node
+    own = node.pop("BY_METHOD").get(method, {})
+    return _overlaid(node, own, f"config: TRANSFER.BY_METHOD.{method}")
 
 
-def _check_by_method(config: CfgNode) -> None:
-    try:
-        methods = [parse_method(word).word for word in config.METHODS]
-    except ValueError as error:
-        raise UserError(f"METHODS: {error}") from error
-    for word in config.TRANSFER.BY_METHOD:
-        _require(not methods or word in methods, f"TRANSFER.BY_METHOD.{word}", f"one of METHODS: {', '.join(methods)}")
-        known = ("LEVELS", "WEIGHTS", "TERM_LEVELS", "OPTIONS", "AUTO_WEIGHT")
-        keys = plain(config.TRANSFER.BY_METHOD[word])
-        named = isinstance(keys, dict) and set(keys) <= set(known)
-        _require(named, f"TRANSFER.BY_METHOD.{word}", f"a mapping with {', '.join(known)} alone")
-        transfer_of(config, word)
-
-
-def _overlaid(base: CfgNode, changes: CfgNode, key: str) -> CfgNode:
+def _overlaid(base: CfgNode, changes: CfgNode, source: str) -> CfgNode:
     result = base.clone()
     result.defrost()
-    merge_tree(result, plain(changes), key)
+    merge_tree(result, plain(changes), source)
     return result
-
-
-def _require(fits: bool, key: str, wanted: str) -> None:
-    if not fits:
-        raise UserError(f"config: {key} must be {wanted}")
-
-
-def _check_data(data: CfgNode) -> None:
-    _require(bool(data.ROOT), "DATA.ROOT", "the path of an image folder")
-    _require(data.IMAGE_SIZE >= 8, "DATA.IMAGE_SIZE", "at least 8 pixels")
-    _require(data.VAL_FROM in VAL_SOURCES, "DATA.VAL_FROM", f"one of {', '.join(VAL_SOURCES)}")
-    _require(0 < data.VAL_FRACTION < 1, "DATA.VAL_FRACTION", "a fraction between 0 and 1")
-    _require(0 < data.CROP_RATIO <= 1, "DATA.CROP_RATIO", "a fraction above 0 and up to 1")
-    _require(data.CACHE_GIB >= 0, "DATA.CACHE_GIB", "0 or more")
-    for key in ("MEAN", "STD"):
-        numbers = _are_numbers(data[key], 3) and all(0 <= value <= 1 for value in data[key])
-        _require(numbers, f"DATA.{key}", "three numbers on the 0..1 scale, in RGB order")
-    _require(all(value > 0 for value in data.STD), "DATA.STD", "above 0")
-    _check_augment(data.AUGMENT, "DATA.AUGMENT")
-
-
-def _check_cache(node: CfgNode) -> None:
-    _require(node.VIEWS >= 0, "CACHE.VIEWS", "a number of views of each image, 0 for new ones at each step")
-    _require(node.VIEWS > 0 or not node.DIR, "CACHE.VIEWS", "at least 1 where CACHE.DIR is set")
-    _require(node.DTYPE in CACHE_DTYPES, "CACHE.DTYPE", f"one of {', '.join(CACHE_DTYPES)}")
-    _require(node.DTYPE == "auto" or bool(node.DIR), "CACHE.DTYPE", "auto where CACHE.DIR is not set")
-    _require(node.MAX_GIB > 0, "CACHE.MAX_GIB", "above 0")
-
-
-def _check_augment(node: CfgNode, key: str) -> None:
-    _require(node.SHIFT >= 0, f"{key}.SHIFT", "a number of pixels, 0 or more")
-    _require(0 <= node.HFLIP <= 1, f"{key}.HFLIP", "a probability from 0 to 1")
-    area = not node.CROP_AREA or (_are_numbers(node.CROP_AREA, 2) and 0 < node.CROP_AREA[0] <= node.CROP_AREA[1] <= 1)
-    _require(area, f"{key}.CROP_AREA", "[] or two fractions, smallest first, such as [0.08, 1.0]")
-    aspect = _are_numbers(node.CROP_ASPECT, 2) and 0 < node.CROP_ASPECT[0] <= node.CROP_ASPECT[1]
-    _require(aspect, f"{key}.CROP_ASPECT", "two ratios, smallest first")
-    jitter = node.COLOR_JITTER
-    fits = not jitter or (_are_numbers(jitter, 4) and min(jitter) >= 0 and jitter[3] <= 0.5)
-    _require(fits, f"{key}.COLOR_JITTER", "[] or brightness, contrast, saturation (0 or more) and hue (0..0.5)")
-
-
-def _check_solver(node: CfgNode, key: str) -> None:
-    _require(node.OPTIMIZER in OPTIMIZERS, f"{key}.OPTIMIZER", f"one of {', '.join(OPTIMIZERS)}")
-    _require(node.LR_SCHEDULER_NAME in SCHEDULES, f"{key}.LR_SCHEDULER_NAME", f"one of {', '.join(SCHEDULES)}")
-    _require(node.WARMUP_METHOD in WARMUP_METHODS, f"{key}.WARMUP_METHOD", f"one of {', '.join(WARMUP_METHODS)}")
-    _require(node.AMP.DTYPE in AMP_DTYPES, f"{key}.AMP.DTYPE", f"one of {', '.join(AMP_DTYPES)}")
-    _require(node.BASE_LR > 0, f"{key}.BASE_LR", "above 0")
-    _require(node.MAX_ITER > 0, f"{key}.MAX_ITER", "at least 1")
-    _require(node.IMS_PER_BATCH > 1, f"{key}.IMS_PER_BATCH", "at least 2 (batch normalization needs two images)")
-    _require(node.ACCUMULATE >= 1, f"{key}.ACCUMULATE", "at least 1")
-    _require(node.MOMENTUM >= 0, f"{key}.MOMENTUM", "0 or more")
-    _require(not node.NESTEROV or node.MOMENTUM > 0, f"{key}.NESTEROV", "False where MOMENTUM is 0")
-    _require(0 <= node.WARMUP_ITERS <= node.MAX_ITER, f"{key}.WARMUP_ITERS", "from 0 to MAX_ITER")
-    _require(0 < node.ONECYCLE_RISE < 1, f"{key}.ONECYCLE_RISE", "a fraction between 0 and 1")
-    clip = node.CLIP_GRADIENTS
-    _require(clip.CLIP_TYPE in CLIP_TYPES, f"{key}.CLIP_GRADIENTS.CLIP_TYPE", f"one of {', '.join(CLIP_TYPES)}")
-    _require(clip.CLIP_VALUE > 0, f"{key}.CLIP_GRADIENTS.CLIP_VALUE", "above 0")
-    _require(0 <= node.BASE_LR_END <= node.BASE_LR, f"{key}.BASE_LR_END", "from 0 to BASE_LR")
-    _require(node.CHECKPOINT_PERIOD > 0, f"{key}.CHECKPOINT_PERIOD", "at least 1")
-    _require(node.WEIGHT_DECAY >= 0 and node.WEIGHT_DECAY_NORM >= 0, f"{key}.WEIGHT_DECAY", "0 or more")
-    _require(0 <= node.LABEL_SMOOTHING < 1, f"{key}.LABEL_SMOOTHING", "from 0 to below 1")
-    _require(0 <= node.EMA_DECAY < 1, f"{key}.EMA_DECAY", "0 for no average, or a fraction below 1 such as 0.999")
-    check_non_finite(node.NON_FINITE, f"{key}.NON_FINITE")
-    _require(node.CE_WEIGHT >= 0, f"{key}.CE_WEIGHT", "0 or more")
-    steps = all(isinstance(step, int) and step > 0 for step in node.STEPS) and list(node.STEPS) == sorted(
-        set(node.STEPS)
-    )
-    _require(steps, f"{key}.STEPS", "rising numbers of steps")
-
-
-def _are_numbers(values: Any, count: int) -> bool:
-    """Whether ``values`` is a list of ``count`` numbers."""
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    return len(values) == len(numbers) == count

@@ -1,19 +1,20 @@
-"""The data of stage one: an image folder, decoded when it is first used."""
+"""The data of stage one: batches of an image folder, each a function of (seed, step)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from nst_det.data.folders import ImageFolder, read_image_folder
-from nst_det.distillation.augment import ImageStore, Views, crop_and_jitter, shift_and_flip
+from nst_det.data.folders import read_image_folder
+from nst_det.distillation.augment import ImageStore, Views, augmented, draw_moves
 from nst_det.engine.config import expand_path
+from nst_det.engine.device import default_device
 from nst_det.engine.distributed import rank, share_of, world_size
 from nst_det.engine.loader import load
 from nst_det.engine.seeds import derive_seed
@@ -22,46 +23,30 @@ from nst_det.errors import UserError
 GIB = 1 << 30
 
 
-@dataclass
-class Batch:
-    """One batch before normalization.
+class Batch(NamedTuple):
+    """One batch before normalization."""
 
-    Attributes:
-        images: (B, 3, S, S) uint8 RGB.
-        labels: (B,) int64.
-        rows: (B,) int64, which views of which images these are (see :class:`~nst_det.distillation.augment.Views`); None
-            where each step draws its own.
-        names: B paths below the data's root, for messages.
-    """
-
+    # (B, 3, S, S) uint8 RGB
     images: Tensor
+    # (B,) int64
     labels: Tensor
-    rows: Tensor | None = None
+    # (B,) int64, which view of which image each is; see Views
+    rows: Tensor
+    # paths below the data's root, for messages
     names: tuple[str, ...] = ()
 
     def split(self, parts: int) -> list[Batch]:
-        """Equal parts one after another; B is a multiple of their number."""
+        """Return equal parts one after another; B is a multiple of their number."""
         size = len(self.labels) // parts
         cuts = [slice(start, start + size) for start in range(0, size * parts, size)]
-        rows = self.rows
-        return [
-            Batch(self.images[cut], self.labels[cut], None if rows is None else rows[cut], self.names[cut])
-            for cut in cuts
-        ]
+        return [Batch(self.images[cut], self.labels[cut], self.rows[cut], self.names[cut]) for cut in cuts]
 
 
-class TrainingBatches(Dataset[Batch]):
-    """The training batches by step: item k is the batch of step k, or this process's share of it.
+class TrainingBatches:
+    """Item k is the batch of step k, or this process's ``share`` of it; an image is augmented the same whoever gets it.
 
-    An epoch is a permutation seeded by (seed, epoch); batches run on over the end of an epoch.
-
-    Args:
-        store: training images.
-        batch_size: images a step.
-        seed: of the run.
-        augment: the DATA.AUGMENT node.
-        views: takes its views in place of augmentations drawn at each step.
-        share: which of a step's images to give; None gives all.  An image is augmented the same whoever gets it.
+    An epoch is a permutation seeded by (seed, epoch); batches run on over the end of an epoch.  With ``views``, epoch e
+    shows view e mod count of each image; without, each step draws its own augmentation.
     """
 
     def __init__(
@@ -75,88 +60,48 @@ class TrainingBatches(Dataset[Batch]):
     ) -> None:
         self.store, self.batch_size, self.seed, self.augment, self.views = store, batch_size, seed, augment, views
         self.share = share or slice(0, batch_size)
-        self._permutations: dict[int, Tensor] = {}
 
-    def indices(self, step: int) -> Tensor:
-        """Which images make the batch of ``step``: (B,) int64."""
-        return torch.cat([indices for _, indices in self._parts(step)])
-
-    def _parts(self, step: int) -> Iterator[tuple[int, Tensor]]:
-        """The epochs that the batch of ``step`` is in, and its images of each."""
+    def rows(self, step: int) -> Tensor:
+        """Return the rows of the batch of ``step``: (B,) int64."""
         count, first = len(self.store), step * self.batch_size
-        last = first + self.batch_size
-        for epoch in range(first // count, (last - 1) // count + 1):
-            start, stop = max(first - epoch * count, 0), min(last - epoch * count, count)
-            yield epoch, self._permutation(epoch)[start:stop]
-
-    def _permutation(self, epoch: int) -> Tensor:
-        if epoch not in self._permutations:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            # a batch at the end of an epoch needs the next one's as well
-            self._permutations = {key: value for key, value in self._permutations.items() if key == epoch - 1}
-            self._permutations[epoch] = torch.randperm(len(self.store), generator=generator)
-        return self._permutations[epoch]
+        epochs = torch.arange(first, first + self.batch_size) // count
+        places = torch.arange(first, first + self.batch_size) % count
+        indices = torch.cat(
+            [_permutation(count, self.seed, epoch)[places[epochs == epoch]] for epoch in epochs.unique().tolist()]
+        )
+        return indices if self.views is None else epochs % self.views.count * count + indices
 
     def __getitem__(self, step: int) -> Batch:
-        indices = self.indices(step)[self.share]
-        labels = self.store.labels[indices]
-        names = tuple(self.store.split.paths[index] for index in indices.tolist())
+        rows = self.rows(step)[self.share]
+        indices = rows % len(self.store)
         if self.views is not None:
-            rows = torch.cat([self.views.rows(epoch, part) for epoch, part in self._parts(step)])[self.share]
-            return Batch(self.views.images(rows), labels, rows, names)
-        if self.augment.CROP_AREA or self.augment.COLOR_JITTER:
-            images = self._cropped(step, indices)
+            images = self.views[rows]
         else:
-            images = self.store.squares(indices)
-        # a generator of its own: a worker may not touch that of a GPU
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "augment", step))
-        shift, flip = self.augment.SHIFT, self.augment.HFLIP
-        images = shift_and_flip(images, shift, flip, self.batch_size, self.share, generator)
-        return Batch(images, labels, names=names)
-
-    def _cropped(self, step: int, indices: Tensor) -> Tensor:
-        images = []
-        with torch.random.fork_rng(devices=[]):
-            for slot, index in enumerate(indices.tolist(), start=self.share.start):
-                # each by itself: how many numbers an image draws depends on its shape
-                torch.default_generator.manual_seed(derive_seed(self.seed, "crop", step, slot))
-                images.append(crop_and_jitter([self.store[index]], self.store.size, self.augment))
-        return torch.cat(images)
-
-    def steps(self, first: int, last: int, workers: int) -> Iterator[Batch]:
-        """The batches of steps ``first`` to ``last - 1``; the number of workers doesn't change them."""
-        return load(self, range(first, last), workers)
+            slots = range(self.share.start, self.share.stop)
+            seeds = (derive_seed(self.seed, "crop", step, slot) for slot in slots)
+            offsets, mirrored = draw_moves(self.batch_size, self.augment, self.seed, "augment", step)
+            offsets, mirrored = offsets[:, self.share], mirrored[self.share]
+            images = augmented(self.store, indices, seeds, offsets, mirrored, self.augment)
+        names = tuple(self.store.split.paths[index] for index in indices.tolist())
+        return Batch(images, self.store.labels[indices], rows, names)
 
 
-class ViewBatches(Dataset[Batch]):
-    """The views in order: item k is the ``batch_size`` rows from row k on, the first row again after the last."""
-
-    def __init__(self, views: Views, batch_size: int) -> None:
-        self.views, self.batch_size = views, batch_size
-
-    def __getitem__(self, first: int) -> Batch:
-        rows = torch.arange(first, first + self.batch_size) % len(self.views)
-        return Batch(self.views.images(rows), self.views.store.labels[rows % len(self.views.store)], rows)
+# a batch at the end of an epoch needs the next one's as well
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    return torch.randperm(count, generator=generator)
 
 
-class EvaluationBatches(Dataset[Batch]):
-    """All images in order: item k is the ``batch_size`` images from image k on."""
+class EvaluationBatches:
+    """All images in order: item k is the batch that begins with image k."""
 
     def __init__(self, store: ImageStore, batch_size: int) -> None:
         self.store, self.batch_size = store, batch_size
 
     def __getitem__(self, first: int) -> Batch:
         rows = torch.arange(first, min(first + self.batch_size, len(self.store)))
-        return Batch(self.store.squares(rows), self.store.labels[rows])
-
-
-def evaluation_batches(
-    store: ImageStore, batch_size: int, share: slice | None = None, workers: int = 0
-) -> Iterator[Batch]:
-    """All images once, in order; or of these batches those in ``share``.  The number of workers doesn't change them."""
-    firsts = range(0, len(store), batch_size)[share or slice(None)]
-    # what is decoded already needs none
-    return load(EvaluationBatches(store, batch_size), firsts, 0 if store.cached else workers)
+        return Batch(self.store.squares(rows), self.store.labels[rows], rows)
 
 
 class Normalizer:
@@ -168,7 +113,7 @@ class Normalizer:
         self._scale = 1 / (255 * torch.tensor(std, device=device))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 to the same size in float32."""
+        """Return (B, 3, H, W) float32 for the same in uint8."""
         width = images.shape[3]
         pixels = images.to(self.device, non_blocking=True).permute(0, 2, 3, 1).float().contiguous()
         # as wide as a row: one value a channel would break the vector loops into threes
@@ -177,61 +122,41 @@ class Normalizer:
 
 
 class StageOneData:
-    """Training batches by step, and the validation split.
-
-    Args:
-        config: the whole config of stage one.
-
-    Raises:
-        UserError: no image folder at DATA.ROOT, or nothing to validate on.
-    """
+    """The image folder at DATA.ROOT: training batches by step, and the validation split."""
 
     def __init__(self, config: CfgNode) -> None:
-        self.config = config
-        root = Path(expand_path(config.DATA.ROOT, "DATA.ROOT"))
-        data = config.DATA
-        self.folder: ImageFolder = read_image_folder(
-            root, data.VAL_FRACTION, data.VAL_SEED, always_cut=data.VAL_FROM == "train"
-        )
+        self.config, data = config, config.DATA
+        root = Path(expand_path(data.ROOT, "DATA.ROOT"))
+        always_cut = data.VAL_FROM == "train"
+        self.folder = read_image_folder(root, data.VAL_FRACTION, data.VAL_SEED, always_cut=always_cut)
         if not len(self.folder.val):
             raise UserError(f"{root}: no images to validate on; add a val folder or set DATA.VAL_FRACTION")
-        self.name = root.resolve().name
-        self.classes = list(self.folder.classes)
+        self.name, self.classes = root.resolve().name, list(self.folder.classes)
         self.fingerprint = self.folder.fingerprint()
-        self._stores: dict[str, ImageStore] = {}
+        self.normalize = Normalizer(data.MEAN, data.STD, default_device())
+        self._stores: dict[tuple[str, bool], ImageStore] = {}
 
-    def train_steps(
-        self, augment: CfgNode, batch_size: int, views: Views | None = None, accumulate: int = 1
-    ) -> Callable[[int, int], Iterator[Batch]]:
-        """``steps(first, last)``: this process's share of the training batches.
-
-        Args:
-            augment: a DATA.AUGMENT node.
-            batch_size: images of a step, of all processes.
-            views: takes its views in place of augmentations drawn at each step.
-            accumulate: parts into which each share will be cut.
-
-        Raises:
-            UserError: the batch can't be shared out evenly.
-        """
-        share = share_of(batch_size, "SOLVER.IMS_PER_BATCH", accumulate)
-        batches = TrainingBatches(self._train_store(augment), batch_size, self.config.SEED, augment, views, share)
-        workers = self.config.DATALOADER.NUM_WORKERS
-        return lambda first, last: batches.steps(first, last, workers)
+    def training(self, augment: CfgNode, solver: CfgNode, views: Views | None = None) -> TrainingBatches:
+        """Return this process's share of the training batches by step."""
+        share = share_of(solver.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH", solver.ACCUMULATE)
+        store, seed = self._training_store(augment), self.config.SEED
+        return TrainingBatches(store, solver.IMS_PER_BATCH, seed, augment, views, share)
 
     def views(self) -> Views | None:
-        """The fixed views of the students' images; None where CACHE.VIEWS is 0."""
+        """Return the fixed views of the students' images; None where CACHE.VIEWS is 0."""
         node, augment = self.config.CACHE, self.config.DATA.AUGMENT
-        return Views(self._train_store(augment), augment, node.VIEWS, node.VIEW_SEED) if node.VIEWS else None
+        return Views(self._training_store(augment), augment, node.VIEWS, node.VIEW_SEED) if node.VIEWS else None
 
     def validation(self) -> Iterator[Batch]:
-        """This process's share of the validation split, once."""
-        share = slice(rank(), None, world_size())
-        batch_size, workers = self.config.TEST.IMS_PER_BATCH, self.config.DATALOADER.NUM_WORKERS
-        return evaluation_batches(self._store("val", square=True), batch_size, share, workers)
+        """Return this process's share of the batches of the validation split."""
+        store, batch_size = self._store("val", square=True), self.config.TEST.IMS_PER_BATCH
+        firsts = range(0, len(store), batch_size)[rank() :: world_size()]
+        # images that are decoded already need no workers
+        workers = 0 if store.cached else self.config.DATALOADER.NUM_WORKERS
+        return load(EvaluationBatches(store, batch_size), firsts, workers)
 
     def description(self) -> dict[str, object]:
-        """The data's part of a card."""
+        """Return the data's part of a card."""
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -240,13 +165,12 @@ class StageOneData:
             "classes": len(self.classes),
         }
 
-    def _train_store(self, augment: CfgNode) -> ImageStore:
-        whole = bool(augment.CROP_AREA)
-        return self._store("train, whole" if whole else "train", square=not whole)
+    def _training_store(self, augment: CfgNode) -> ImageStore:
+        return self._store("train", square=not augment.CROP_AREA)
 
-    def _store(self, key: str, square: bool) -> ImageStore:
-        if key not in self._stores:
-            data = self.config.DATA
-            split = self.folder.val if key == "val" else self.folder.train
-            self._stores[key] = ImageStore(split, data.IMAGE_SIZE, data.CROP_RATIO, square, data.CACHE_GIB * GIB)
-        return self._stores[key]
+    def _store(self, name: str, square: bool) -> ImageStore:
+        if (name, square) not in self._stores:
+            data, split = self.config.DATA, self.folder.val if name == "val" else self.folder.train
+            limit = data.CACHE_GIB * GIB
+            self._stores[name, square] = ImageStore(split, data.IMAGE_SIZE, data.CROP_RATIO, square, limit)
+        return self._stores[name, square]

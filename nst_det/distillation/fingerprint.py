@@ -1,7 +1,6 @@
 """What makes a run of stage one the run that it is: the keys that may not change when it resumes.
 
-A student's claim leaves out all that only concerns other students, so that a method can be added to OUTPUT_DIR
-later, and whatever decides where and how fast, not what, is computed.
+A student's claim leaves out all that only concerns other students, so that a method can be added to OUTPUT_DIR later.
 """
 
 from __future__ import annotations
@@ -24,28 +23,8 @@ def student_claim(config: CfgNode, method: Method, fingerprint: str, teacher_sha
     resolved.defrost()
     resolved.TRANSFER = transfer_of(config, method.word)
     values = {key: value for key, value in flat(resolved).items() if _concerns_student(key, method)}
-    values |= {"METHOD": method.word, "DATA.FINGERPRINT": fingerprint}
-    if method.names:
-        values["TEACHER.SHA256"] = teacher_sha256
-    return dict(plain(values))
-
-
-def teacher_claim(config: CfgNode, fingerprint: str, sha256: str) -> dict[str, Any]:
-    """Return the resolved keys that the teacher depends on; ``sha256`` of TEACHER.WEIGHTS is "" without these."""
-    resolved = config.clone()
-    resolved.defrost()
-    resolved.SOLVER, resolved.DATA.AUGMENT = teacher_solver(config), teacher_augment(config)
-    what = (TEACHER,) if sha256 else (TEACHER, TRAINED_TEACHER)
-    values = {key: value for key, value in flat(resolved).items() if concerns(key, *what)}
-    values |= {"DATA.FINGERPRINT": fingerprint, "TEACHER.SHA256": sha256}
-    return dict(plain(values))
-
-
-def cache_claim(config: CfgNode, fingerprint: str, sha256: str, arch: str, precision: str) -> dict[str, Any]:
-    """Return what the outputs in a cache depend on, of the teacher ``arch`` that computes in ``precision``."""
-    values = {key: value for key, value in flat(config).items() if concerns(key, CACHE)}
-    values |= {"DATA.FINGERPRINT": fingerprint, "TEACHER.SHA256": sha256, "TEACHER.ARCH": arch, "precision": precision}
-    return dict(plain(values))
+    taught = {"TEACHER.SHA256": teacher_sha256} if method.names else {}
+    return dict(plain(values | {"METHOD": method.word, "DATA.FINGERPRINT": fingerprint} | taught))
 
 
 def _concerns_student(key: str, method: Method) -> bool:
@@ -55,3 +34,20 @@ def _concerns_student(key: str, method: Method) -> bool:
         return concerns(key, STUDENT)
     group, _, rest = key.removeprefix("TRANSFER.").partition(".")
     return bool(method.names) and (group not in KEYED_BY_TERM or rest.split(".")[0] in method.names)
+
+
+def teacher_claim(config: CfgNode, fingerprint: str, sha256: str) -> dict[str, Any]:
+    """Return the resolved keys that the teacher depends on; ``sha256`` of TEACHER.WEIGHTS is "" without these."""
+    resolved = config.clone()
+    resolved.defrost()
+    resolved.SOLVER, resolved.DATA.AUGMENT = teacher_solver(config), teacher_augment(config)
+    what = (TEACHER,) if sha256 else (TEACHER, TRAINED_TEACHER)
+    values = {key: value for key, value in flat(resolved).items() if concerns(key, *what)}
+    return dict(plain(values | {"DATA.FINGERPRINT": fingerprint, "TEACHER.SHA256": sha256}))
+
+
+def cache_claim(config: CfgNode, fingerprint: str, sha256: str, arch: str, precision: str) -> dict[str, Any]:
+    """Return what the outputs in a cache depend on, of the teacher ``arch`` that computes in ``precision``."""
+    values = {key: value for key, value in flat(config).items() if concerns(key, CACHE)}
+    values |= {"DATA.FINGERPRINT": fingerprint, "TEACHER.SHA256": sha256, "TEACHER.ARCH": arch, "precision": precision}
+    return dict(plain(values))

@@ -1,7 +1,8 @@
-"""Checkpoints of a run: never half written, checked before they are believed, the last two kept."""
+"""Checkpoints of a run: never half written, their checksums compared before they are read, the last two kept."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import zipfile
@@ -23,12 +24,7 @@ SCHEMA = 2
 
 
 def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any]) -> Path:
-    """Write ``folder/step-00000042.pt`` atomically and drop all but the newest :data:`KEPT`.
-
-    Args:
-        step: number of finished optimizer steps.
-        state: tensors, scalars, strings and containers of them (it is read back with ``weights_only=True``).
-    """
+    """Write ``folder/step-00000042.pt``, after ``step`` optimizer steps, and drop all but the newest :data:`KEPT`."""
     path = Path(folder) / f"step-{step:08d}.pt"
     write_state(path, {"schema": SCHEMA, "iteration": step - 1, **state})
     for old in checkpoints(folder)[:-KEPT]:
@@ -37,64 +33,47 @@ def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any]) -> Pat
 
 
 def check_schema(state: Any, source: str | Path) -> None:
-    """Refuse what another version wrote."""
     found = state.get("schema") if isinstance(state, dict) else None
     if found != SCHEMA:
         raise UserError(f"{source}: of schema {found}, this version reads {SCHEMA}; remove it to start again")
 
 
 def write_state(path: str | Path, state: dict[str, Any]) -> None:
-    """``torch.save``, atomically.
-
-    Raises:
-        UserError: it can't be written, such as on a full disk; what was there before stays.
-    """
     # through a file of Python's: where the disk is full, torch's own writer forgets the reason
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """Return the checkpoints in a folder, oldest first."""
     return sorted(path for path in Path(folder).glob("step-*.pt") if re.fullmatch(r"step-\d{8,}\.pt", path.name))
 
 
 def step_of(path: Path) -> int:
-    """The finished steps of a checkpoint, by its name."""
+    """Return the finished steps of a checkpoint, by its name."""
     return int(path.stem.removeprefix("step-"))
 
 
 def would_resume(runs: Iterable[Sequence[Path]], step: Callable[[Path], int] = step_of) -> str:
-    """What the same command would go on from, for a message about why it ended.
-
-    Args:
-        runs: the checkpoints of each network that was in training, oldest first.
-        step: of a checkpoint.
-    """
-    newest = [next(filter(_is_intact, reversed(paths)), None) for paths in runs]
-    found = [path for path in newest if path is not None]
-    if not found or len(found) < len(newest):
-        return "there is no checkpoint yet, so that the same command begins this training again"
+    """Return what the same command would resume from; ``runs`` has the checkpoints of each network, oldest first."""
+    nothing = "there is no checkpoint yet, so that the same command begins this training again"
+    found: list[Path] = []
+    for paths in runs:
+        for path in reversed(paths):
+            with contextlib.suppress(UserError):
+                check_intact(path)
+                found.append(path)
+                break
+        else:
+            return nothing
+    if not found:
+        return nothing
     behind = min(found, key=step)
-    return f"the same command goes on from step {step(behind)}, {behind}"
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        check_intact(path)
-    except UserError:
-        return False
-    return True
+    return f"the same command resumes from step {step(behind)}, {behind}"
 
 
 def load_latest_checkpoint(folder: str | Path) -> dict[str, Any] | None:
-    """The newest undamaged checkpoint, or None where there is none at all.
-
-    A damaged one is named in a warning and the one before it is taken.
-
-    Raises:
-        UserError: there are checkpoints, but every one is damaged.
-    """
+    """Read the newest undamaged checkpoint; None where there is none at all, an error where every one is damaged."""
     paths = checkpoints(folder)
     for path in reversed(paths):
         try:
@@ -110,12 +89,7 @@ def load_latest_checkpoint(folder: str | Path) -> dict[str, Any] | None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read one checkpoint onto the CPU; its checksums are compared first, and no code in it is executed.
-
-    Raises:
-        UserError: missing, damaged, or not a checkpoint.
-    """
-    path = Path(path)
+    """Read a checkpoint onto the CPU; no code in it is executed."""
     check_intact(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -127,11 +101,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_intact(path: str | Path) -> None:
-    """Compare the checksums in a file that torch wrote; none of it is unpickled.
-
-    Raises:
-        UserError: missing, or damaged.
-    """
+    """Compare the checksums in a file that torch wrote; none of it is unpickled."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -1,4 +1,4 @@
-"""What computes, in which precision, and what is said where a GPU fails."""
+"""What computes, in which precision, and the one line that reports a GPU that fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nst_det.errors import UserError
 
 AMP_DTYPES = ("auto", "bf16", "fp16")
 FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
-_WORDS = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NAMES = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # how messages of CUDA, its libraries and NCCL begin; loader processes and threads put their own lines before
 _OF_GPU = re.compile(r"(CUDA|cuDNN|CUDNN|cuBLAS|CUBLAS|NCCL|HIP|No CUDA|Unexpected error from cuda)\b")
 # each loader process has memory of its own
@@ -27,59 +27,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 1 << 30
 
 
-def amp_dtype(node: CfgNode, device: torch.device) -> torch.dtype | None:
-    """Return the dtype that :func:`autocast` takes by SOLVER.AMP; None is float32.
-
-    ``auto`` is bf16 where the device is fast in it (NVIDIA's GPUs since Ampere, processors with AVX512-BF16), and
-    float32 everywhere else: also on older GPUs, whose fp16 has a smaller range and needs a loss scale.
-
-    Raises:
-        UserError: an unknown DTYPE, or fp16 without a GPU.
-    """
-    if node.DTYPE not in AMP_DTYPES:
-        raise UserError(f"SOLVER.AMP.DTYPE: unknown precision '{node.DTYPE}'; use one of {', '.join(AMP_DTYPES)}")
-    if not node.ENABLED:
-        return None
-    if node.DTYPE == "fp16" and device.type != "cuda":
-        raise UserError("SOLVER.AMP.DTYPE: fp16 needs a GPU; use bf16, or set SOLVER.AMP.ENABLED False")
-    if node.DTYPE == "auto":
-        return torch.bfloat16 if has_fast_bf16(device) else None
-    return torch.bfloat16 if node.DTYPE == "bf16" else torch.float16
-
-
 def default_device() -> torch.device:
-    """The GPU of this process if there is one, else the CPU."""
+    """Return the GPU of this process if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def core_count() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def loader_workers(asked: int, on_cpu: bool) -> int:
-    """DATALOADER.NUM_WORKERS as it is in this run: of -1 none on a CPU, else one for each core of the run, up to 8.
-
-    A run of a comparison has the cores that its number of threads says; processes of torchrun's, which sets that to 1,
-    share those of their machine.
-
-    Args:
-        asked: the key's value.
-        on_cpu: whether the run computes there: its loader processes would take the cores that the training needs.
-    """
-    if asked >= 0 or on_cpu:
-        return max(asked, 0)
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = core_count() // together if together > 1 else min(core_count(), torch.get_num_threads())
-    return max(1, min(cores, MOST_WORKERS))
-
-
 def named_device(name: str, key: str = "--device") -> torch.device:
-    """The device that a user names (``cpu``, ``cuda``, ``cuda:1``); "" takes :func:`default_device`.
-
-    Raises:
-        UserError: no such device, or it is not here.
-    """
+    """Return the device that a user names (``cpu``, ``cuda``, ``cuda:1``); "" is :func:`default_device`."""
     if not name:
         return default_device()
     try:
@@ -91,8 +45,40 @@ def named_device(name: str, key: str = "--device") -> torch.device:
     return device
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 are faster than in float32 on this device."""
+def core_count() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loader_workers(asked: int, on_cpu: bool) -> int:
+    """Return DATALOADER.NUM_WORKERS, where -1 is none on a CPU, else one for each core of the run, up to 8."""
+    if asked >= 0 or on_cpu:
+        return max(asked, 0)
+    # a run of a comparison has as many cores as threads; torchrun sets these to 1, and its processes share the machine
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = core_count() // together if together > 1 else min(core_count(), torch.get_num_threads())
+    return max(1, min(cores, MOST_WORKERS))
+
+
+def amp_dtype(node: CfgNode, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of :func:`autocast` by SOLVER.AMP; None is float32.
+
+    ``auto`` is bf16 where the device is fast in it, and float32 everywhere else: also on older GPUs, whose fp16 has a
+    smaller range and needs a loss scale.
+    """
+    if node.DTYPE not in AMP_DTYPES:
+        raise UserError(f"SOLVER.AMP.DTYPE: unknown precision '{node.DTYPE}'; use one of {', '.join(AMP_DTYPES)}")
+    if not node.ENABLED:
+        return None
+    if node.DTYPE == "fp16" and device.type != "cuda":
+        raise UserError("SOLVER.AMP.DTYPE: fp16 needs a GPU; use bf16, or set SOLVER.AMP.ENABLED False")
+    if node.DTYPE == "auto":
+        return torch.bfloat16 if _has_fast_bf16(device) else None
+    return torch.bfloat16 if node.DTYPE == "bf16" else torch.float16
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    # NVIDIA's GPUs since Ampere, processors with AVX512-BF16
     if device.type == "cuda":
         return bool(torch.cuda.get_device_properties(device).major >= 8)
     supported: Callable[[], bool] | None = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -100,23 +86,17 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
-    """``torch.autocast`` in ``dtype``; None switches it off."""
+    """Return ``torch.autocast`` in ``dtype``; None switches it off."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def cast_frozen(
     model: nn.Module, dtype: torch.dtype | None, kinds: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
 ) -> None:
-    """Cast weights that don't change as :func:`autocast` would cast them anew in each pass, to the same bits.
+    """Cast frozen weights once, to the bits to which :func:`autocast` would cast them anew in each pass.
 
-    Autocast keeps only casts of weights that have a gradient.  Whatever else computes in float32 there, such as
-    normalization, stays as it is.
-
-    Args:
-        model: is called under autocast alone from here on.
-        dtype: of autocast; None changes nothing.
-        kinds: of layers whose own parameters enter one convolution or product as they are; subclasses may do otherwise
-            and are left to autocast.
+    ``kinds`` are layers whose own parameters enter one convolution or product as they are; all other layers, subclasses
+    among them, are left to autocast.
     """
     for layer in model.modules() if dtype is not None else ():
         if type(layer) in kinds:
@@ -125,14 +105,10 @@ def cast_frozen(
 
 
 def set_float32_precision(name: str, device: torch.device) -> None:
-    """FLOAT32_PRECISION: what float32 is on a GPU, in convolutions and matrix products alike; global, as torch has it.
+    """Set what float32 is on a GPU (FLOAT32_PRECISION), for convolutions and matrix products alike, in this process.
 
-    ``highest`` is float32.  ``high`` and ``medium`` are TF32: factors are rounded to 11 bits (relative 5e-4), sums are
-    float32, and tensor cores multiply.  "" leaves torch as it is: by default convolutions are TF32, products float32.
-    On the CPU float32 is float32.
-
-    Raises:
-        UserError: another name.
+    ``highest`` is float32, ``high`` and ``medium`` are TF32.  "" leaves torch as it is: by default convolutions are
+    TF32, products float32.  On the CPU float32 is float32.
     """
     if name not in FLOAT32_PRECISIONS:
         known = ", ".join(FLOAT32_PRECISIONS[1:])
@@ -146,42 +122,30 @@ def set_float32_precision(name: str, device: torch.device) -> None:
 def compute_line(
     device: torch.device, precision: torch.dtype | None, workers: int | None = None, mixed: bool = False
 ) -> str:
-    """What a run computes with, for the first line of its log.
-
-    Args:
-        device: with :func:`set_float32_precision` done.
-        precision: of the forward pass; None is float32.
-        workers: processes that load images; None where nothing is loaded by a loader.
-        mixed: bf16 was wanted where the device is fast in it.
-    """
-    words = [f"forward pass in {_WORDS[precision]}"]
+    """Return what a run computes with, for its log; ``mixed`` if bf16 was wanted where the device is fast in it."""
+    parts = [f"forward pass in {_NAMES[precision]}"]
     if mixed and precision is None:
-        words[0] += " (this device is not fast in bf16)"
+        parts[0] += " (this device is not fast in bf16)"
     if device.type == "cuda":
         products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         kinds = {"convolutions": convolutions, "matrix products": products}
-        words += [f"float32 {kind} in {'TF32' if tf32 else 'float32'}" for kind, tf32 in kinds.items()]
+        parts += [f"float32 {kind} in {'TF32' if tf32 else 'float32'}" for kind, tf32 in kinds.items()]
     if workers is not None:
-        words.append(f"{workers} loader workers")
-    return f"{device} ({machine_name(str(device))}): {', '.join(words)}"
+        parts.append(f"{workers} loader workers")
+    return f"{device} ({machine_name(str(device))}): {', '.join(parts)}"
 
 
 def is_gpu_error(error: BaseException) -> bool:
-    """Whether a GPU failed: its memory is full, or it is busy, lost or broken."""
+    """Return whether a GPU failed: its memory is full, or it is busy, lost or broken."""
     kinds = (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError))
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and _OF_GPU.match(str(error)) is not None)
 
 
 @contextmanager
 def gpu_errors_in_one_line(smaller: str, resumes: Callable[[], str] | None = None) -> Iterator[None]:
-    """Let a GPU that fails within the block end the command in one line.
+    """Report a GPU that fails within the block in one line, with ``smaller``, which takes less memory, as the remedy.
 
-    Args:
-        smaller: what takes less of its memory, such as "lower SOLVER.IMS_PER_BATCH".
-        resumes: says what the same command would go on from; asked only where a GPU failed.
-
-    Raises:
-        UserError: a GPU failed.
+    ``resumes`` tells what the same command would resume from, and is called only then.
     """
     try:
         yield
@@ -190,21 +154,18 @@ def gpu_errors_in_one_line(smaller: str, resumes: Callable[[], str] | None = Non
             raise
         lines = str(error).splitlines() or [type(error).__name__]
         line = next((line for line in lines if _OF_GPU.match(line)), lines[0])
-        said = ". ".join(line.split(". ")[:2]).rstrip(".")
+        fault = ". ".join(line.split(". ")[:2]).rstrip(".")
         remedy = "see nvidia-smi: free this GPU or reset it, or take another one by CUDA_VISIBLE_DEVICES"
-        if "out of memory" in said or "ALLOC_FAILED" in said:
+        if "out of memory" in fault or "ALLOC_FAILED" in fault:
             remedy = f"free its memory (nvidia-smi shows who has it), or {smaller}"
-        raise UserError("; ".join([said, remedy, *([resumes()] if resumes else [])])) from error
+        raise UserError("; ".join([fault, remedy, *([resumes()] if resumes else [])])) from error
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep up to 1 GiB of freed memory in place of handing each large tensor back to the kernel.
+    """Let glibc keep up to 1 GiB of freed memory; return whether the C library did.
 
     A training step frees and allocates the same tensors again and again; getting their pages anew from the kernel
-    takes a tenth of its time on a CPU.  Meant for the start of a command, since it concerns the whole process.
-
-    Returns:
-        Whether the C library took the setting; another one than glibc doesn't know it.
+    takes a tenth of its time on a CPU.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

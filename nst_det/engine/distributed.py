@@ -1,10 +1,8 @@
-"""Several processes that train one run together, as torchrun starts them.
+"""Several processes that train one run together, as torchrun starts them; all of it works in a single process too.
 
 Every process holds the same weights, optimizer state and running statistics, to the bit, after each step: gradients
 and statistics are averaged over all, everything else is drawn from (seed, step, image).  The main process alone owns
 the run folder; the others are sent what they need of it, so that no other machine needs the folder.
-
-Everything here may be called in a single process too.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nst_det.engine.device import gpu_errors_in_one_line
-from nst_det.engine.signals import StopRequest
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -32,12 +29,12 @@ T = TypeVar("T")
 
 
 def started_together() -> int:
-    """How many processes torchrun started with this one, whether or not they have met yet; 1 without it."""
+    """Return how many processes torchrun started with this one, whether or not they are connected yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start_processes(on_cpu: bool) -> None:
-    """Let the processes that torchrun started meet, by NCCL on GPUs and by gloo on the CPU; each takes its own GPU."""
+    """Connect the processes that torchrun started, by NCCL with a GPU each, or by gloo on the CPU."""
     if started_together() == 1 or dist.is_initialized():
         return
     on_cpu = on_cpu or not torch.cuda.is_available()
@@ -54,7 +51,7 @@ def start_processes(on_cpu: bool) -> None:
 
 
 def stop_processes() -> None:
-    """Part again, at the end of a command that ended well; a process that fails is ended by torchrun, with all."""
+    """Disconnect at the end of a command that ended well; a process that fails is ended by torchrun, with all."""
     if dist.is_initialized() and started_together() > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -62,7 +59,7 @@ def stop_processes() -> None:
 
 
 def speaks_of_error() -> bool:
-    """Whether this process reports why all of them end; of several that fail, the first to ask."""
+    """Return whether this process reports why all of them end: of several that fail, the first to ask."""
     if started_together() == 1:
         return True
     if not dist.is_initialized():
@@ -76,28 +73,24 @@ def speaks_of_error() -> bool:
 
 
 def world_size() -> int:
-    """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this process is, from 0; before they have met, which one it will be."""
+    """Return the number of this process, from 0, also before they are connected."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK", "0")) if started_together() > 1 else 0
 
 
 def is_main_process() -> bool:
-    """Whether this process is rank 0, which owns the run folder and logs."""
+    """Return whether this process is rank 0, which owns the run folder and logs."""
     return rank() == 0
 
 
 @cache
 def _host_group() -> Any:
-    """The group in which Python objects travel; made when all processes first ask for it together.
-
-    NCCL would take a pickled checkpoint through the memory of every GPU.
-    """
+    # NCCL would take a pickled checkpoint through the memory of every GPU
     return dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.get_backend() == "nccl" else None
 
 
@@ -112,7 +105,7 @@ def broadcast_from_rank0(compute: Callable[[], T]) -> T:
 
 
 def gathered(value: T) -> list[T]:
-    """The value of every process, by rank, in all of them."""
+    """Return the value of every process, by rank, in all of them."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -120,40 +113,8 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set anywhere; all processes must ask at the same place."""
-    if world_size() == 1:
-        return flag
-    found = torch.tensor(float(flag), device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
-
-
-def asked_to_stop(request: StopRequest, device: torch.device) -> bool:
-    """Whether a signal came to any of the processes; each of them knows then which, and can obey it."""
-    signum = largest_of_processes([request.signum], device)[0]
-    if signum:
-        # one that came to this process meanwhile stays for the next step
-        request.signum = signum
-    return signum != 0
-
-
-def wait_for_all() -> None:
-    """Return when every process has come here."""
-    if world_size() > 1:
-        dist.barrier()
-
-
-def mean_of_processes(values: Tensor) -> Tensor:
-    """The mean of a tensor (...,) over all processes, without gradient; it is changed in place."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-        values /= world_size()
-    return values
-
-
 def largest_of_processes(sizes: Sequence[int], device: torch.device) -> list[int]:
-    """The largest of each number over all processes."""
+    """Return the largest of each number over all processes."""
     if world_size() == 1:
         return list(sizes)
     found = torch.tensor(list(sizes), device=device)
@@ -161,28 +122,38 @@ def largest_of_processes(sizes: Sequence[int], device: torch.device) -> list[int
     return list(map(int, found.tolist()))
 
 
+def wait_for_all() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
 def copy_from_first(*modules: nn.Module) -> None:
-    """Parameters and buffers become those of the main process."""
     if world_size() > 1:
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.detach(), src=0)
 
 
+def mean_of_processes(values: Tensor) -> Tensor:
+    """Return the mean over all processes, without gradient; ``values`` are changed."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
 def average(tensors: Iterable[Tensor]) -> None:
-    """Floating point tensors of any shape (...,) become their mean over all processes, in one exchange, in place."""
+    """Change floating point tensors to their means over all processes, in one exchange."""
     tensors = list(tensors)
     if world_size() == 1 or not tensors:
         return
-    flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= world_size()
+    flat = mean_of_processes(torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors]))
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
         tensor.detach().copy_(mean.view(tensor.shape))
 
 
 def average_gradients(parameters: Iterable[Tensor], others: Iterable[Tensor] = ()) -> None:
-    """Gradients, and other floating point tensors, become their mean over all processes, in one exchange.
+    """Change gradients, and other floating point tensors, to their means over all processes, in one exchange.
 
     A parameter without a gradient in all processes keeps none; where only some have one, the others' is 0.
     """
@@ -198,21 +169,18 @@ def average_gradients(parameters: Iterable[Tensor], others: Iterable[Tensor] = (
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:
-    """The running means and variances (C,) that training changes: those of layers in training mode."""
-    found = []
-    for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training and layer.running_mean is not None:
-            assert layer.running_var is not None
-            found += [layer.running_mean, layer.running_var]
-    return found
+    """Return the running means and variances that training changes: those of layers in training mode."""
+    return [
+        statistic
+        for layer in module.modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training
+        for statistic in (layer.running_mean, layer.running_var)
+        if statistic is not None
+    ]
 
 
 def share_of(images: int, key: str, accumulate: int = 1) -> slice:
-    """Return the part of this process in a batch of ``images``, which it cuts into ``accumulate`` parts.
-
-    Raises:
-        UserError: the batch can't be cut into equal parts; the line names ``key``.
-    """
+    """Return this process's part of a batch, which it cuts into ``accumulate`` parts; ``key`` is named in errors."""
     parts = world_size() * accumulate
     if images % parts:
         into = [f"{world_size()} processes"] * (world_size() > 1) + [f"{accumulate} parts each"] * (accumulate > 1)
@@ -222,17 +190,13 @@ def share_of(images: int, key: str, accumulate: int = 1) -> slice:
 
 
 def log_batch(images: int, accumulate: int, rate: float) -> None:
-    """Say what a step is made of, and what the learning rate belongs to; silent for one process and one part."""
+    """Log what a step is made of, where it has several processes or parts, and what the learning rate belongs to."""
     processes = world_size()
     if processes * accumulate == 1 or not is_main_process():
         return
     each = images // (processes * accumulate)
     parts = f"{processes} processes x {each} images" + (f" x {accumulate} parts" if accumulate > 1 else "")
     log.info(
-        "%s = %d images a step (SOLVER.IMS_PER_BATCH); BASE_LR %g, MAX_ITER and the schedule are for steps of %d "
-        "images, and stay as they are with any number of processes",
-        parts,
-        images,
-        rate,
-        images,
+        f"{parts} = {images} images a step (SOLVER.IMS_PER_BATCH); BASE_LR {rate:g}, MAX_ITER and the schedule are for "
+        f"steps of {images} images, and stay as they are with any number of processes"
     )

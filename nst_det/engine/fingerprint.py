@@ -77,7 +77,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
 
 
 def concerns(key: str, *what: str) -> bool:
-    """Whether a dotted key concerns one of these."""
+    """Return whether a dotted key concerns one of these; the longest group that it is in counts."""
     group = key
     while group not in CONCERNS:
         group = group.rpartition(".")[0]

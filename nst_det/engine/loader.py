@@ -1,8 +1,4 @@
-"""Batches made ahead by worker processes: the same ones in the same order, whatever the number of workers.
-
-A :class:`~nst_det.errors.UserError` in a worker comes out as it is: the error itself knows its line in the traceback
-that a loader hands over.
-"""
+"""Batches made ahead by worker processes: the same ones in the same order, whatever the number of workers."""
 
 from __future__ import annotations
 
@@ -22,17 +18,10 @@ from nst_det.engine.signals import end_with_parent
 
 
 def load(source: Any, keys: Iterable[Any], workers: int, device: str = "cuda") -> Iterator[Any]:
-    """``source[key]`` for each key in turn; for a key that is a list, the list of its items.
+    """Give ``source[key]`` for each key in turn; for a key that is a list, the list of its items.
 
-    Args:
-        source: anything with ``[]``; what it gives depends on the key alone.
-        keys: may be without end.
-        workers: processes that work ahead; 0 makes each batch here, when it is asked for.
-        device: to which the batches will go; copies from workers to a GPU of this machine needn't wait.
-
-    Example:
-        >>> list(load({1: "one", 2: "two"}, [2, [1, 2]], workers=0))
-        ['two', ['one', 'two']]
+    What ``source`` gives depends on the key alone.  With 0 workers each batch is made here, when it is asked for; with
+    more they are pinned where ``device``, to which they will go, is a GPU.
     """
     batches = _Batches(source)
     if workers == 0:
@@ -61,9 +50,9 @@ class _Batches(Dataset[Any]):
 
 
 def end_workers_with_us(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The loader, whose workers will end when this process ends, however that ends; a signal to its group is its alone.
+    """Return the loader, whose workers will end when this process ends in any way, and get no signal to its group.
 
-    The workers must be started by a thread that lives as long as they are needed: Linux takes its end for the parent's.
+    The thread that starts the workers must live as long as they are needed: Linux takes its end for the parent's.
     """
     if loader.num_workers:
         loader.worker_init_fn = partial(_begin_worker, os.getpid(), loader.worker_init_fn)
@@ -81,15 +70,7 @@ def _begin_worker(parent: int, then: Callable[[int], None] | None, worker: int) 
 
 
 class Packed:
-    """A batch on its way from a worker: its tensors in one a dtype, as each costs both processes a file descriptor.
-
-    Args:
-        batch: tensors (...,) in anything that can be pickled.
-
-    Example:
-        >>> Packed([{"image": torch.ones(3, 2, 2), "id": "a"}, {"boxes": torch.zeros(0, 4)}]).unpack()[0]["id"]
-        'a'
-    """
+    """A pickled batch from a worker, in one tensor a dtype, as each costs both processes a file descriptor."""
 
     def __init__(self, batch: Any) -> None:
         file = io.BytesIO()
@@ -112,13 +93,15 @@ class Packed:
         return [self._flat[dtype].as_strided(size, stride, start) for dtype, size, stride, start in self._places]
 
     def pin_memory(self) -> Packed:
-        """The same in pinned memory, as a loader asks for it."""
+        """Return the same in pinned memory; the loader calls it."""
         self._flat = {dtype: flat.pin_memory() for dtype, flat in self._flat.items()}
         return self
 
     def unpack(self) -> Any:
-        """The batch; its tensors (...,) are views of this memory."""
-        return _Unpickler(io.BytesIO(self._rest), self._views()).load()
+        """Return the batch; its tensors are views of this memory."""
+        unpickler = pickle.Unpickler(io.BytesIO(self._rest))
+        unpickler.persistent_load = self._views().__getitem__  # type: ignore[method-assign]
+        return unpickler.load()
 
 
 class _Pickler(pickle.Pickler):
@@ -133,14 +116,3 @@ class _Pickler(pickle.Pickler):
             return None
         self.tensors.append(value)
         return len(self.tensors) - 1
-
-
-class _Unpickler(pickle.Unpickler):
-    """Puts tensors in."""
-
-    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
-        super().__init__(file)
-        self.tensors = tensors
-
-    def persistent_load(self, number: int) -> Tensor:
-        return self.tensors[number]

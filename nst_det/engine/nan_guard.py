@@ -1,9 +1,8 @@
 """A loss or a gradient that is not finite: found before the optimizer takes it, named, dumped and handled.
 
 A trainer asks for the loss and the norm of all gradients after each backward pass.  Where one is not finite the step is
-not made: the :class:`NonFiniteGuard` puts back what the forward pass changed, writes the batch and all that the step
-depends on to ``nonfinite/step-00000042.pt`` in the run folder, and does as SOLVER.NON_FINITE says.  ``nst-det replay``
-runs that step again (:func:`replay`).
+not made: :class:`NonFiniteGuard` restores what the forward pass changed, dumps all that the step depends on to
+``nonfinite/step-00000042.pt`` in the run folder, and follows SOLVER.NON_FINITE.  :func:`replay` runs the step again.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +24,30 @@ from torch import Tensor, nn
 
 from nst_det.engine.checkpoint import SCHEMA, check_schema, load_checkpoint, write_state
 from nst_det.engine.device import is_gpu_error
-from nst_det.engine.distributed import any_process, gathered, rank, world_size
-from nst_det.engine.format import ReprMixin
+from nst_det.engine.distributed import gathered, largest_of_processes, rank, world_size
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
 STOP, SKIP, BACK = POLICIES = ("stop", "skip", "back")
 SHOWN = 8
 NORM = "the norm of all gradients"
-_FIELDS = {"kind": str, "method": str, "seed": int, "not_finite": list, "images": list, "model": dict, "terms": dict}
 
 
 class NotFinite(UserError):
-    """A pass is not finite; the message says what, and is empty where the losses or another process tell."""
+    """A pass is not finite; the message names what, and is empty where the losses or another process tell."""
 
 
 def raise_together(failed: bool, device: torch.device, what: str = "") -> None:
-    """Raise :class:`NotFinite` in all processes if a pass failed in one; its message is ``what`` where it failed.
+    """Raise :class:`NotFinite` in all processes if a pass failed in one, with the message ``what`` where it failed.
 
     All must come here: one that ended alone would leave the others waiting for it.
     """
-    if any_process(failed, device):
+    if largest_of_processes([int(failed)], device)[0]:
         raise NotFinite(what if failed else "")
 
 
 def non_finite_node() -> CfgNode:
-    """SOLVER.NON_FINITE.
+    """Return SOLVER.NON_FINITE.
 
     POLICY is ``stop``, ``skip`` (the step is skipped, the schedule continues) or ``back`` (roll back to the last
     checkpoint, with the learning rate times LR_FACTOR from there on).  LIMIT is how often that may happen in one run.
@@ -76,21 +73,13 @@ def broken_values(
     """Name what is not finite in a pass of this process: loss terms, those of maps with their levels; else gradients.
 
     ``parts`` are the values of transfer terms at each place, see ``TransferLoss.parts``.
-
-    Example:
-        >>> nan = torch.tensor(math.nan)
-        >>> broken_values({"ce": 1.0, "at": math.nan}, {"at": {"res3": torch.ones(()), "res4": nan}})
-        ['at (res4)']
     """
     found = []
     for name, value in terms.items():
         if not math.isfinite(value):
             # stage two writes loss_transfer_at for the term at
-            places = [
-                place
-                for place, part in parts.get(name.removeprefix("loss_transfer_"), {}).items()
-                if not bool(part.isfinite())
-            ]
+            at = parts.get(name.removeprefix("loss_transfer_"), {})
+            places = [place for place, part in at.items() if not _finite(part)]
             found.append(f"{name} ({', '.join(places)})" if places else name)
     if found or world_size() > 1:
         # gradients that several processes have averaged tell nothing of this one
@@ -99,27 +88,17 @@ def broken_values(
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """L2 norm of the gradients of parameters of any shape (...,) together, a scalar; not finite if one entry isn't."""
+    """Return the L2 norm of all gradients together, a scalar; not finite if one entry isn't."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return nn.utils.get_total_norm(gradients, foreach=True)
 
 
 class NonFiniteGuard:
-    """How one network meets non-finite steps, and how often it has.
-
-    Args:
-        node: SOLVER.NON_FINITE.
-        folder: of the run.
-        model: what a forward pass changes in it (running statistics) is put back where the step is not made.
-        who: named in messages, such as the student's method.
-
-    Attributes:
-        count: steps skipped, or times rolled back.
-        rate: on the learning rate; less than 1 after rolling back.
-    """
+    """Follows SOLVER.NON_FINITE in the run of one network, ``who`` in its messages."""
 
     def __init__(self, node: CfgNode, folder: Path, model: nn.Module, who: str = "") -> None:
         self.node, self.folder, self.model, self.who = node, folder, model, f"{who}: " if who else ""
+        # steps skipped or times rolled back; on the learning rate, less than 1 after rolling back
         self.count, self.rate = 0, 1.0
         self._kept: list[tuple[Tensor, Tensor]] = []
 
@@ -129,32 +108,21 @@ class NonFiniteGuard:
         return bool(self.node.POLICY == BACK)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
         return {"count": self.count, "rate": self.rate}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`state_dict`."""
         self.count, self.rate = int(state["count"]), float(state["rate"])
 
     def keep_buffers(self) -> None:
-        """Remember them as they are before a step."""
         self._kept = [(own, own.clone()) for own in self.model.buffers()] if self.model.training else []
 
     def handle(
         self, step: int, names: Sequence[str], images: Sequence[str], content: Callable[[], Mapping[str, Any]]
     ) -> str:
-        """Put buffers back and dump the step; then return the policy, ``skip`` or ``back``, or stop.
+        """Restore buffers and dump the step; then stop, or return the policy, ``skip`` or ``back``.
 
-        Of several processes, all come here; the first one in which something was found writes.
-
-        Args:
-            step: in which it was found.
-            names: of what is not finite in this process.
-            images: ids of its batch.
-            content: of the dump; step, names and ids are added.
-
-        Raises:
-            UserError: the policy is to stop, or LIMIT is reached; names, ids and file are in the line.
+        ``names`` are what is not finite in this process and ``images`` the ids of its batch; ``content`` gives the rest
+        of the dump.  Of several processes, all come here; the first one in which something was found writes.
         """
         with torch.no_grad():
             for own, kept in self._kept:
@@ -168,7 +136,7 @@ class NonFiniteGuard:
         images = list(itertools.chain.from_iterable(everywhere[number][1] for number in found_in))
         if rank() == found_in[0]:
             write_state(path, {"schema": SCHEMA, **content(), "step": step, "not_finite": names, "images": images})
-        found = f"{self.who}not finite at step {step}: {listed(names)}; images {listed(images)}"
+        found = f"{self.who}not finite at step {step}: {_first(names)}; images {_first(images)}"
         kept_in = f"nst-det replay {path} runs this step again"
         policy = str(self.node.POLICY)
         if policy == STOP or self.count >= self.node.LIMIT:
@@ -194,69 +162,50 @@ class NonFiniteGuard:
         log.warning("%slearning rate times %g from here on", self.who, self.rate)
 
 
-def listed(names: Iterable[str]) -> str:
-    """Return the first few names on one line, and how many there are."""
-    all_names = [str(name) for name in names]
-    more = f", ... ({len(all_names)} in all)" if len(all_names) > SHOWN else ""
-    return ", ".join(all_names[:SHOWN]) + more
+def _first(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 @dataclass
-class Replayed(ReprMixin):
-    """One step, again; shows itself as a table of its loss terms.
-
-    Attributes:
-        recorded: loss term to its value in the run; empty where the pass ended before.
-        terms: loss term to its value now.
-        broken: what is not finite now; ``was_broken`` what was not in the run.
-        first: the first layer whose output was not finite though its inputs were, or "".
-    """
+class Replayed:
+    """One step, again: loss terms and what is not finite, now and in the run; the first layer with such an output."""
 
     who: str
-    recorded: dict[str, float]
     terms: dict[str, float]
+    recorded: dict[str, float]
     broken: list[str]
     was_broken: list[str]
-    images: list[str] = field(default_factory=list)
-    first: str = ""
+    images: list[str]
+    first: str
 
     @property
     def same(self) -> bool:
-        """Whether the same was found as in the run."""
         return self.broken == self.was_broken
 
     def __rich__(self) -> Table:
-        table = Table(title=Text(self.who))
-        table.add_column("term")
+        table = Table("term", title=Text(self.who))
         for name in ("in the run", "now"):
             table.add_column(name, justify="right")
         for name in dict.fromkeys([*self.recorded, *self.terms]):
-            table.add_row(Text(name), *(_number(values.get(name)) for values in (self.recorded, self.terms)))
+            values = (self.recorded.get(name), self.terms.get(name))
+            table.add_row(Text(name), *("-" if value is None else f"{value:.9g}" for value in values))
         return table
 
     @property
     def lines(self) -> list[str]:
-        """What was found, in words."""
         lines = [f"not finite now: {', '.join(self.broken) or 'nothing'}"]
         lines += ["the same as in the run"] if self.same else [f"in the run: {', '.join(self.was_broken)}"]
         lines += [f"first in the layer {self.first}"] if self.first else []
         return [*lines, f"images: {', '.join(self.images)}"]
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.9g}"
-
-
 def read_step(path: str | Path) -> dict[str, Any]:
-    """Read the dump of a step; no code in it is executed.
-
-    Raises:
-        UserError: missing, damaged, or not one.
-    """
+    """Read the dump of a step; no code in it is executed."""
     content = load_checkpoint(path)
     check_schema(content, path)
-    for name, kind in _FIELDS.items():
-        if not isinstance(content.get(name), kind):
+    for name in ("kind", "not_finite"):
+        if name not in content:
             raise UserError(f"{path}: not a step to run again ('{name}' is missing); name a file in a run's nonfinite/")
     return content
 
@@ -266,64 +215,35 @@ Step = tuple[nn.Module, Callable[[], tuple[dict[str, float], list[str]]]]
 
 
 def replay(content: dict[str, Any], path: str | Path, rebuild: Callable[[dict[str, Any]], Step]) -> Replayed:
-    """Run forward and backward of a dumped step again and find the first layer that was not finite.
+    """Run forward and backward of a dumped step again and find the first layer that was not finite."""
+    first: list[str] = []
 
-    Raises:
-        UserError: the dump is not whole, or what it needs is no longer there.
-    """
+    def look(name: str, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not _finite(output) and _finite(inputs):
+            first.append(name)
+
     try:
         model, run_step = rebuild(content)
-        terms: dict[str, float] = {}
-        with first_broken(model) as found:
-            try:
-                terms, broken = run_step()
-            except NotFinite as error:
-                broken = [str(error)]
+        for name, layer in model.named_modules():
+            # Detectron2's convolution has its normalization inside
+            if not list(layer.children()) or list(layer.parameters(recurse=False)):
+                layer.register_forward_hook(partial(look, name))
+        try:
+            terms, broken = run_step()
+        except NotFinite as error:
+            terms, broken = {}, [str(error)]
+        who = f"{content['kind']}, {content['method']}, step {content['step']}"
+        images, was_broken = (list(map(str, content[name])) for name in ("images", "not_finite"))
+        return Replayed(who, terms, dict(content["terms"]), broken, was_broken, images, first[0] if first else "")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         if is_gpu_error(error):
             raise
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: can't be run again ({reason}); use the version that wrote it") from error
-    who = f"{content['kind']}, {content['method']}, step {content['step']}"
-    images = [str(name) for name in content["images"]]
-    return Replayed(who, dict(content["terms"]), terms, broken, list(content["not_finite"]), images, found.name)
-
-
-@dataclass
-class FirstBroken:
-    """The first layer whose output is not finite though all its inputs are; "" if there is none."""
-
-    name: str = ""
-
-
-@contextmanager
-def first_broken(model: nn.Module) -> Iterator[FirstBroken]:
-    """Watch the layers of a model within the block."""
-    found = FirstBroken()
-
-    def look(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if not found.name and not _finite(output) and _finite(inputs):
-                found.name = name
-
-        return hook
-
-    # Detectron2's convolution has its normalization inside
-    layers = [
-        (name, layer)
-        for name, layer in model.named_modules()
-        if not list(layer.children()) or list(layer.parameters(recurse=False))
-    ]
-    handles = [layer.register_forward_hook(look(name)) for name, layer in layers]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _finite(value: Any) -> bool:
-    """Whether all floating point numbers in a nest of tensors are finite."""
+    """Return whether all floating point numbers in a nest of tensors are finite."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value).all())
     if isinstance(value, Mapping):

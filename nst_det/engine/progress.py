@@ -12,29 +12,22 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+log = logging.getLogger(__name__)
 console = Console(stderr=True)
 PLAIN_SECONDS = 15.0
 
 
 def is_silent() -> bool:
-    """Whether this is one of several processes of torchrun's, and not the first, which does the talking."""
+    """Return whether this is one of several processes of torchrun's, and not rank 0."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
 def is_live(console: Console) -> bool:
-    """Whether bars can move: on a terminal, or in a notebook that has ipywidgets."""
-    if is_silent():
-        return False
-    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+    """Return whether bars can move: on a terminal, or in a notebook that has ipywidgets."""
+    in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    return not is_silent() and (console.is_terminal or in_notebook)
 
 
 def start_logging(level: int = logging.INFO) -> None:
@@ -50,61 +43,42 @@ def start_logging(level: int = logging.INFO) -> None:
 
 
 class Meter:
-    """Counts steps of one task and shows them; made by :func:`progress`."""
+    """Counts the steps of one task and shows them; made by :func:`progress`."""
 
     def __init__(self, name: str, total: int, bar: Progress | None) -> None:
-        self._name, self._total, self._bar, self._done = name, total, bar, 0
+        self._name, self._total, self._bar = name, total, bar
         self._task = bar.add_task(name, total=total, note="") if bar else None
-        self._first = self._last = time.monotonic()
-        self._skipped = 0
+        self._began = self._last = time.monotonic()
+        self._done = self._skipped = 0
 
     def start_at(self, done: int) -> None:
-        """Say that ``done`` steps were finished by an earlier call; they don't count for the ETA."""
+        """Count ``done`` steps of an earlier call, which don't count for the ETA."""
         self._done = self._skipped = done
         if self._bar is not None and self._task is not None:
             self._bar.reset(self._task, total=self._total, completed=done)
 
     def step(self, values: Mapping[str, float] | None = None, more: Callable[[], str] | None = None) -> None:
-        """One step is done.
-
-        Args:
-            values: shown beside the bar, and in plain lines unless ``more`` is given.
-            more: what a plain line says, where there is room; asked only then.
-        """
+        """Count a step; ``values`` are shown with a bar, and in a plain line unless there is ``more`` for it."""
         self._done += 1
-        if self._bar is not None and self._task is not None:
-            note = "  ".join(f"{key} {value:.4g}" for key, value in (values or {}).items())
-            self._bar.update(self._task, advance=1, note=note)
-            return
+        note = "  ".join(f"{key} {value:.4g}" for key, value in (values or {}).items())
         now = time.monotonic()
-        if now - self._last >= PLAIN_SECONDS or self._done == self._total:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=1, note=note)
+        elif now - self._last >= PLAIN_SECONDS or self._done == self._total:
             self._last = now
-            rate = (now - self._first) / max(self._done - self._skipped, 1)
+            rate = (now - self._began) / max(self._done - self._skipped, 1)
             left = rate * (self._total - self._done)
-            note = more() if more else "  ".join(f"{key} {value:.4g}" for key, value in (values or {}).items())
-            logging.getLogger(__name__).info(
-                "%s %d/%d  %.3g s/it  ETA %.0f s  %s", self._name, self._done, self._total, rate, left, note
-            )
+            note = more() if more else note
+            log.info("%s %d/%d  %.3g s/it  ETA %.0f s  %s", self._name, self._done, self._total, rate, left, note)
 
 
 @contextmanager
 def progress(name: str, total: int) -> Iterator[Meter]:
-    """A meter of ``total`` steps, with ETA.
-
-    Example:
-        >>> with progress("teacher", 2) as meter:
-        ...     meter.step({"loss": 1.0})
-    """
+    """Give a meter of ``total`` steps."""
     if not is_live(console):
         yield Meter(name, total, None)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
+    text, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), note)
     with Progress(*columns, console=console) as bar:
         yield Meter(name, total, bar)

@@ -24,11 +24,12 @@ from nst_det.engine.io import read_json, remove_left_over, write_json, write_tex
 from nst_det.engine.metrics import read_metrics, speed_of
 from nst_det.errors import UserError
 
+# their versions decide numbers
 PACKAGES = ("nst_det", "torch", "torchvision", "timm", "detectron2", "numpy", "opencv-python-headless")
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of the packages that decide numbers, the commit of this code, the machine and the command."""
+    """Return the versions, the commit of this code, the machine and the command."""
     return {
         "versions": package_versions(),
         "commit": code_commit(),
@@ -42,7 +43,7 @@ def provenance() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of :data:`PACKAGES`; a package that is not installed is left out."""
+    """Return the versions of those of :data:`PACKAGES` that are installed."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -53,24 +54,19 @@ def package_versions() -> dict[str, str]:
 
 
 def code_commit() -> str | None:
-    """The git commit of this package's source, with ``+changes`` if files differ from it; None outside git."""
+    """Return the git commit of this source, with ``+changes`` if files differ from it; None outside git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return f"{commit}+changes" if _git(root, "status", "--porcelain", "-uno") else commit
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _git(root: Path, *words: str) -> str:
-    command = ["git", "-C", str(root), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-
 def machine_name(device: str) -> str:
-    """What computes: the name of the GPU for ``cuda`` and ``cuda:1``, of the processor for ``cpu``."""
+    """Return the name of the GPU for ``cuda`` and ``cuda:1``, of the processor for ``cpu``."""
     if device.startswith("cuda"):
         return _cuda_name(device) or device
     info = Path("/proc/cpuinfo")
@@ -86,11 +82,7 @@ def _cuda_name(device: str | None = None) -> str | None:
 
 
 class RunFolder:
-    """One run on disk.
-
-    ``config.json`` (resolved), ``provenance.json`` (one entry a start), ``metrics.jsonl``, ``checkpoints/`` and,
-    once the run is done, ``result.json``.
-    """
+    """One run: config.json, provenance.json, metrics.jsonl, checkpoints/ and, once it is done, result.json."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -101,11 +93,7 @@ class RunFolder:
 
     @contextmanager
     def opened(self, config: CfgNode | dict[str, Any]) -> Iterator[RunFolder]:
-        """Hold the folder for this process and write its config; a second process is refused.
-
-        Raises:
-            UserError: another process writes here, or the folder holds a run with another config.
-        """
+        """Hold the folder for this process alone and write its config; one that holds another run is refused."""
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -124,52 +112,45 @@ class RunFolder:
 
     def _claim(self, config: CfgNode | dict[str, Any]) -> None:
         for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
-            remove_left_over(folder, shared=False)
-        values = plain(flat(config) if isinstance(config, CfgNode) else config)
-        if self.config_path.exists():
-            before = read_json(self.config_path)
-            for key in sorted({*before, *values}):
-                if not _is_free(key) and before.get(key) != values.get(key):
-                    raise UserError(
-                        f"{self.path}: this folder holds a run with {key} {before.get(key)!r}, now it is "
-                        f"{values.get(key)!r}; name another folder or remove this one"
-                    )
-        else:
+            remove_left_over(folder, owned=True)
+        values = _values(config)
+        before = read_json(self.config_path) if self.config_path.exists() else values
+        for key in sorted({*before, *values}):
+            # a comparison's claim holds the keys of both stages
+            kept = concerns(key.removeprefix("DISTILL.").removeprefix("DETECT."), RESUME)
+            if kept and before.get(key) != values.get(key):
+                raise UserError(
+                    f"{self.path}: this folder holds a run with {key} {before.get(key)!r}, now it is "
+                    f"{values.get(key)!r}; name another folder or remove this one"
+                )
+        if not self.config_path.exists():
             write_json(self.config_path, values)
         if isinstance(config, CfgNode):
             write_text(self.path / "config.yaml", config.dump())
-        starts = read_json(self.path / "provenance.json") if (self.path / "provenance.json").exists() else []
-        write_json(self.path / "provenance.json", [*starts, provenance()])
+        history = self.path / "provenance.json"
+        write_json(history, [*(read_json(history) if history.exists() else []), provenance()])
 
     @property
     def done(self) -> bool:
-        """Whether the run has its result."""
         return self.result_path.exists()
 
     def result(self) -> dict[str, Any]:
-        """The result of a finished run.
-
-        Raises:
-            UserError: it is not finished, or its result file is damaged.
-        """
         result = read_json(self.result_path)
         if not isinstance(result, dict):
             raise UserError(f"{self.result_path}: not a result; remove it to run this again")
         return result
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write the result, and under ``speed`` how fast it was; from now on the run is done."""
+        """Write the result with the run's speed; from now on the run is done."""
         rows = read_metrics(self.metrics_path, speed=True) if self.metrics_path.exists() else []
         write_json(self.result_path, result | ({"speed": speed_of(rows)} if rows else {}))
 
 
-def _is_free(key: str) -> bool:
-    # a comparison's claim holds the keys of both stages
-    return not concerns(key.removeprefix("DISTILL.").removeprefix("DETECT."), RESUME)
+def _values(config: CfgNode | dict[str, Any]) -> dict[str, Any]:
+    return dict(plain(flat(config) if isinstance(config, CfgNode) else config))
 
 
 def config_hash(config: CfgNode | dict[str, Any]) -> str:
-    """Twelve hexadecimal digits that name a resolved config; keys that may differ when a run resumes don't count."""
-    values = plain(flat(config) if isinstance(config, CfgNode) else config)
-    text = json.dumps({key: value for key, value in values.items() if concerns(key, RESUME)}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """Return twelve hexadecimal digits that name a config; keys that may differ when a run resumes don't count."""
+    values = {key: value for key, value in _values(config).items() if concerns(key, RESUME)}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

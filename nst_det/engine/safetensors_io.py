@@ -17,16 +17,7 @@ from nst_det.errors import UserError
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
-    """Write tensors and what is to be said of them, atomically, with the checksum of both.
-
-    Args:
-        path: the file.
-        tensors: name to tensor (...,) of any type, on any device.
-        about: the file's metadata.
-
-    Raises:
-        UserError: the file can't be written.
-    """
+    """Write tensors with their metadata, atomically, and with the checksum of both."""
     kept = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
     metadata = {"format": "pt", **(about or {})}
     metadata[CHECKSUM_KEY] = _checksum(kept, metadata)
@@ -35,14 +26,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU; one without a checksum, such as somebody else's, is taken as it is.
-
-    Returns:
-        Name to tensor (...,).
-
-    Raises:
-        UserError: damaged, or not a safetensors file.
-    """
+    """Read the tensors onto the CPU; a file without a checksum is accepted as it is."""
     metadata = read_metadata(path)
     tensors = load_file(str(path))
     recorded = metadata.pop(CHECKSUM_KEY, None)
@@ -55,11 +39,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a ``.safetensors`` file says of itself; its tensors are not read, nor the checksum compared.
-
-    Raises:
-        UserError: damaged, or not a safetensors file.
-    """
+    """Read the metadata alone, without a look at the checksum."""
     try:
         with safe_open(str(path), framework="pt") as file:
             return dict(file.metadata() or {})

@@ -1,9 +1,8 @@
 """Randomness that depends on what is done, not on what was done before.
 
-Every random draw in training is made under a seed derived from (run seed, purpose, step).  Two consequences
-carry the project: a run that resumes at step k draws what the undisturbed run drew there, with no random
-state to save; and all methods of one seed see the same batches, the same augmentation and the same head
-initialization, so that they are compared in pairs.
+Every random draw in training is made under a seed derived from (run seed, purpose, step).  So a run that resumes at
+step k draws what the undisturbed run drew there, with no random state to save; and all methods of one seed see the same
+batches, augmentation and head initialization, so that they are compared in pairs.
 """
 
 from __future__ import annotations
@@ -18,14 +17,7 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any words and numbers; the same parts give the same seed on every machine.
-
-    Example:
-        >>> derive_seed(0, "batch", 17) == derive_seed(0, "batch", 17)
-        True
-        >>> derive_seed(0, "batch", 17) == derive_seed(1, "batch", 17)
-        False
-    """
+    """Return a 63-bit seed; the same parts give the same seed on every machine."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -40,11 +32,9 @@ def seed_everything(*parts: int | str) -> None:
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Run a block under ``seed_everything(*parts)`` and put the former random states back after it.
-
-    Of GPUs only where this process has begun to use them: a loader's worker may not ask for them.
-    """
+    """Run a block under ``seed_everything(*parts)`` and put the former random states back after it."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    # a loader's worker may not ask for GPUs
     with torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
         seed_everything(*parts)
         try:

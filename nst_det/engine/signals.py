@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT as a scheduler means them: finish the step, save it, and say that this can go on.
+"""SIGTERM and SIGINT as a scheduler means them: finish the step, save it, and exit with :data:`EXIT_RESUME`.
 
-A training command that was stopped so exits with :data:`EXIT_RESUME`; the same command resumes it, on the CPU to the
-same bits.  A second signal doesn't wait for the step: then the run resumes from the checkpoint before.
+The same command resumes, on the CPU to the same bits.  A second signal doesn't wait for the step: then the run resumes
+from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -19,18 +19,12 @@ from types import FrameType
 # EX_TEMPFAIL of <sysexits.h>, which job scripts know as "try again later"
 EXIT_RESUME = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-_Handler = Callable[[int, FrameType | None], None]
 PR_SET_PDEATHSIG = 1
 POLL_SECONDS = 0.5
 
 
 class Preempted(KeyboardInterrupt):
-    """A signal asked to stop, what is done is saved; in Python an interrupt like Ctrl-C's.
-
-    Attributes:
-        signum: which signal.
-    """
+    """A signal asked to stop, and what is done is saved."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -38,23 +32,9 @@ class Preempted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """What :func:`whole_steps` gives; :attr:`signum` is the signal that came, 0 until then."""
+    """The signal that asks to stop after this step; 0 until one comes."""
 
-    def __init__(self) -> None:
-        self.signum = 0
-
-    @property
-    def asked(self) -> bool:
-        """Whether to stop after this step."""
-        return self.signum != 0
-
-    def obey(self) -> None:
-        """Stop now; everything is saved.
-
-        Raises:
-            Preempted: always.
-        """
-        raise Preempted(self.signum)
+    signum = 0
 
 
 @contextmanager
@@ -75,23 +55,11 @@ def preemptible(once: bool = False) -> Iterator[None]:
 
 @contextmanager
 def whole_steps() -> Iterator[StopRequest]:
-    """Within the block the first signal is kept for the end of the step, a second one raises :class:`Preempted`.
-
-    The loop looks at ``asked`` after each step, saves, and calls ``obey()``.
-
-    Raises:
-        Preempted: a signal came during the last step, or one ended a loader process (schedulers may signal all).
-
-    Example:
-        >>> with whole_steps() as stop:
-        ...     for step in range(3):
-        ...         if stop.asked:
-        ...             stop.obey()
-    """
+    """Within the block the first signal is kept for the end of the step, a second one raises :class:`Preempted`."""
     request = StopRequest()
 
     def keep(signum: int, _frame: FrameType | None) -> None:
-        if request.asked:
+        if request.signum:
             raise Preempted(signum)
         request.signum = signum
 
@@ -99,16 +67,17 @@ def whole_steps() -> Iterator[StopRequest]:
         try:
             yield request
         except RuntimeError as error:
-            # how torch reports a loader process that is gone; the step was not done, the checkpoint before it counts
-            if request.asked:
+            # schedulers may signal all processes, and this is how torch reports a loader process that is gone
+            if request.signum:
                 raise Preempted(request.signum) from error
             raise
-    if request.asked:
-        request.obey()
+    # one that came during the last step
+    if request.signum:
+        raise Preempted(request.signum)
 
 
 @contextmanager
-def _handled(handler: _Handler) -> Iterator[None]:
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         # only the main thread may set handlers, and it alone gets signals
         yield
@@ -122,26 +91,17 @@ def _handled(handler: _Handler) -> Iterator[None]:
 
 
 def end_with_parent(parent: int) -> None:
-    """See to it that this process is killed when process ``parent`` ends, however that ends.
+    """Have this process killed when its parent, which was ``parent`` when it started, ends in any way."""
 
-    Linux's kernel does it; elsewhere a thread looks whether the parent is still the parent.
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    Args:
-        parent: the process that started this one; taken before, as it may be gone by now.
-
-    Example:
-        >>> end_with_parent(os.getppid())
-    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
-        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+        threading.Thread(target=watch, daemon=True).start()
     # it may have ended before the kernel was asked
     if os.getppid() != parent:
         os._exit(1)
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(POLL_SECONDS)
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from nst_det.engine.averaged import AveragedWeights
 from nst_det.engine.checkpoint import SCHEMA, check_schema, load_latest_checkpoint, save_checkpoint
 from nst_det.engine.device import is_gpu_error
 from nst_det.engine.distributed import broadcast_from_rank0, is_main_process
@@ -20,28 +22,42 @@ from nst_det.errors import UserError
 log = logging.getLogger(__name__)
 
 
-class TrainState:
-    """A network, the adapters of its transfer terms, the average of its weights, and its non-finite guard.
+class AveragedWeights:
+    """An exponential moving average of the weights in training (SOLVER.EMA_DECAY), by timm's ``ModelEmaV3``.
 
-    Args:
-        model: what is trained and written.
-        adapters: the transfer loss, whose parameters are trained too; None without one.
-        guard: see :class:`~nst_det.engine.nan_guard.NonFiniteGuard`.
-        average: of the model's weights, where SOLVER.EMA_DECAY is set.
-
-    Attributes:
-        seconds: that training took, in all calls together.
+    After optimizer step t = 1, 2, .. the average becomes ``d * average + (1 - d) * weights`` with
+    ``d = min(decay, 1 - t ** (-2 / 3))``: d rises, so that a short run doesn't keep the random weights that it began
+    with.  Running statistics of normalization are averaged alike; counters (``num_batches_tracked``) are copied.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapters: nn.Module | None,
-        guard: NonFiniteGuard,
-        average: AveragedWeights | None = None,
-    ) -> None:
-        self.model, self.adapters, self.guard, self.average = model, adapters, guard, average
-        self.seconds = 0.0
+    def __init__(self, trained: nn.Module, decay: float, build: nn.Module | None = None) -> None:
+        self._trained = trained
+        # ``build`` is another network of this build, where ``trained`` has hooks that a copy must not have
+        self._average = ModelEmaV3(trained if build is None else build, decay, use_warmup=True)
+        self.network: nn.Module = self._average.module.requires_grad_(False)
+        self.steps = 0
+
+    def update(self) -> None:
+        """Add the weights that an optimizer step has just made."""
+        self.steps += 1
+        self._average.update(self._trained, self.steps)
+
+    def restart(self) -> None:
+        """Become the weights in training, as before their first step."""
+        self.steps = 0
+        self._average.set(self._trained)
+
+
+@dataclass(eq=False, repr=False)
+class TrainState:
+    """A network, the adapters of its transfer terms, its non-finite guard, and the average of its weights."""
+
+    model: nn.Module
+    adapters: nn.Module | None
+    guard: NonFiniteGuard
+    average: AveragedWeights | None
+    # that training took, in all calls together
+    seconds: float = field(default=0.0, init=False)
 
     @property
     def eval_model(self) -> nn.Module:
@@ -49,7 +65,7 @@ class TrainState:
         return self.model if self.average is None else self.average.network
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has beside the model, which is :attr:`eval_model`."""
+        """Return what a checkpoint has besides the model, which is :attr:`eval_model`."""
         state = {
             "schema": SCHEMA,
             "seconds": self.seconds,
@@ -66,38 +82,29 @@ class TrainState:
         if ("averaged" in state) != (self.average is not None):
             raise UserError("SOLVER.EMA_DECAY: the checkpoint is of another run; set what it was trained with")
         if self.average is not None:
-            averaged = state["averaged"]
-            self.average.load_state_dict({"network": self.model.state_dict(), "steps": averaged["steps"]})
-            self.model.load_state_dict(averaged["trained"])
+            self.average.network.load_state_dict(self.model.state_dict())
+            self.average.steps = int(state["averaged"]["steps"])
+            self.model.load_state_dict(state["averaged"]["trained"])
         if self.adapters is not None:
             self.adapters.load_state_dict(state["adapters"])
         self.guard.load_state_dict(state["non_finite"])
         self.seconds = float(state["seconds"])
 
 
+@dataclass(eq=False, repr=False)
 class OptimizedState(TrainState):
-    """A :class:`TrainState` with its optimizer and its run folder; Detectron2 has its own of both.
+    """A :class:`TrainState` with its optimizer and its run folder; Detectron2 has its own of both."""
 
-    Attributes:
-        step: finished optimizer steps.
-        parameters: all that the optimizer trains.
-    """
+    optimizer: torch.optim.Optimizer
+    folder: RunFolder
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
+    # finished optimizer steps
+    step: int = field(default=0, init=False)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapters: nn.Module | None,
-        guard: NonFiniteGuard,
-        average: AveragedWeights | None,
-        optimizer: torch.optim.Optimizer,
-        folder: RunFolder,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
-        super().__init__(model, adapters, guard, average)
-        self.optimizer, self.folder = optimizer, folder
-        self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
-        self.parameters: list[Tensor] = [item for group in optimizer.param_groups for item in group["params"]]
-        self.step = 0
+    @cached_property
+    def parameters(self) -> list[Tensor]:
+        """All that the optimizer trains."""
+        return [item for group in self.optimizer.param_groups for item in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
         optimizer = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -109,17 +116,13 @@ class OptimizedState(TrainState):
         self.scaler.load_state_dict(state["scaler"])
 
     def save(self) -> None:
-        """Write a checkpoint; every process has the same bits, the main process writes."""
+        """Write a checkpoint in the main process; every process has the same bits."""
         if is_main_process():
             state = {"model": self.eval_model.state_dict(), "trainer": self.state_dict()}
             save_checkpoint(self.folder.checkpoints, self.step, state)
 
     def resume(self) -> None:
-        """Load the newest checkpoint, if there is one.
-
-        Raises:
-            UserError: it is of another run, or of another version.
-        """
+        """Load the newest checkpoint, if there is one."""
         state = broadcast_from_rank0(lambda: load_latest_checkpoint(self.folder.checkpoints))
         if state is None:
             if self.guard.needs_first_checkpoint:
@@ -140,7 +143,7 @@ class OptimizedState(TrainState):
         log.info("%s: resumes at step %d", self.folder.path, self.step)
 
     def optimizer_step(self, clip: Callable[[], None]) -> None:
-        """Take the gradients that are there; ``clip`` changes them before, at their true scale."""
+        """Apply the gradients that are there; ``clip`` changes them before, at their true scale."""
         scale = self.scaler.get_scale() if self.average is not None else 0.0
         self.scaler.unscale_(self.optimizer)
         clip()
@@ -155,7 +158,7 @@ class OptimizedState(TrainState):
     def skip_or_roll_back(
         self, broken: Sequence[str], images: Sequence[str], content: Callable[[], Mapping[str, Any]]
     ) -> None:
-        """Do as SOLVER.NON_FINITE says about a pass that was not finite; see :meth:`NonFiniteGuard.handle`."""
+        """Follow SOLVER.NON_FINITE after a pass that was not finite; see :meth:`NonFiniteGuard.handle`."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.guard.handle(self.step, broken, images, content) == SKIP:
             self.step += 1

@@ -1,24 +1,29 @@
-"""The training loop of both stages and of both detection engines, and the hooks around its steps."""
+"""The training loop of both stages and of both detection engines, and the hooks around its steps.
+
+Names are Detectron2's, so that its hooks work here and these hooks work in its trainer.  Step k draws from (seed, k)
+alone, so that on the CPU a resumed run ends with the bits of an undisturbed one.
+"""
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-from nst_det.engine.clock import GIB
-from nst_det.engine.distributed import asked_to_stop, is_main_process, wait_for_all
+from nst_det.engine.distributed import is_main_process, largest_of_processes, wait_for_all
+from nst_det.engine.format import GIB
 from nst_det.engine.metrics import MetricsWriter
 from nst_det.engine.progress import Meter, progress
 from nst_det.engine.run_dir import RunFolder
-from nst_det.engine.signals import StopRequest, whole_steps
+from nst_det.engine.signals import Preempted, StopRequest, whole_steps
 from nst_det.engine.train_state import TrainState
 
-# steps between two readings of the speed where no key says it; Detectron2 writes its own figures as often
+# steps between two readings of the speed where no key names them; Detectron2 writes its own as often
 SPEED_PERIOD = 20
 
 
@@ -27,39 +32,23 @@ class RollbackStep(Exception):
 
 
 class Hook:
-    """Does something around the steps of a trainer; the names are those of Detectron2's ``HookBase``."""
+    """Does something around the steps of a trainer, like Detectron2's ``HookBase``."""
 
     trainer: Any
 
-    def before_train(self) -> None:
-        """Begin at ``trainer.iter``; called again after a step that was rolled back."""
-
-    def before_step(self) -> None:
-        """Called before each step."""
-
-    def after_step(self) -> None:
-        """Called after each step that was made or skipped."""
-
-    def after_train(self) -> None:
-        """Called at the end, also after an error."""
+    # called again after a step that was rolled back
+    def before_train(self) -> None: ...
+    def before_step(self) -> None: ...
+    def after_step(self) -> None: ...
+    # called after an error too
+    def after_train(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
         return {}
 
 
 class TrainLoop:
-    """Steps ``start_iter`` to ``max_iter``; a trainer adds ``run_step`` and the hooks.
-
-    The names are Detectron2's, so that its hooks work here and these hooks work in its trainer.  Step k draws from
-    (seed, k) alone, so that on the CPU a resumed run ends with the bits of an undisturbed one.
-
-    Attributes:
-        iter: the step, from 0.
-        scalars: of this step, by their names in the metrics.
-        data_seconds: that this step waited for its batch.
-        stop: the signal that came, if any.
-    """
+    """Makes the steps from ``start_iter`` to before ``max_iter``; a trainer adds ``run_step``, ``save_step``, hooks."""
 
     def __init__(self) -> None:
         self.iter = self.start_iter = self.max_iter = 0
@@ -69,14 +58,13 @@ class TrainLoop:
         self._data_seconds = 0.0
 
     def register_hooks(self, hooks: Sequence[Any]) -> None:
-        """Add hooks, called in this order."""
         for hook in hooks:
             # a trainer and its hooks would keep each other alive
             hook.trainer = weakref.proxy(self)
         self._hooks.extend(hooks)
 
     def train(self) -> Any:
-        """Run all steps; SIGTERM and SIGINT end it after a step, saved."""
+        """Make all steps; SIGTERM and SIGINT end the run after a step, saved."""
         self.iter = self.start_iter
         with whole_steps() as self.stop:
             try:
@@ -94,11 +82,7 @@ class TrainLoop:
                 self.after_train()
 
     def run_step(self) -> None:
-        """Make step ``iter``.
-
-        Raises:
-            RollbackStep: it was not made, and ``iter`` is an earlier one now.
-        """
+        """Make step ``iter``, or set an earlier ``iter`` and raise :class:`RollbackStep`."""
         raise NotImplementedError
 
     def save_step(self) -> None:
@@ -107,11 +91,10 @@ class TrainLoop:
 
     @property
     def scalars(self) -> Mapping[str, float]:
-        """What this step has for the metrics."""
+        """What this step has for the metrics, by name."""
         return self._scalars
 
     def put_scalars(self, **values: float) -> None:
-        """Add to :attr:`scalars`."""
         self._scalars |= values
 
     @property
@@ -120,36 +103,45 @@ class TrainLoop:
         return self._data_seconds
 
     def before_train(self) -> None:
-        """Call the hooks."""
         for hook in self._hooks:
             hook.before_train()
 
     def before_step(self) -> None:
-        """Call the hooks."""
         self._scalars = {}
         for hook in self._hooks:
             hook.before_step()
 
     def after_step(self) -> None:
-        """Call the hooks."""
         for hook in self._hooks:
             hook.after_step()
 
     def after_train(self) -> None:
-        """Call the hooks."""
         for hook in self._hooks:
             hook.after_train()
 
 
+class Clock:
+    """Adds up seconds by part of a step: ``with clock("data"): ...``."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = self.now()
+        yield
+        self.seconds[part] += self.now() - start
+
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
 class SpeedHook(Hook):
-    """How fast the steps are, every ``period`` steps; the first of the hooks, as the others' time doesn't count.
+    """Reads the speed every ``period`` steps; the first of the hooks, as the others' time doesn't count.
 
     Adds ``speed/images_per_second``; ``speed/data_wait``, the share of the time that steps waited for data, 0..1; on a
-    GPU, which is never waited for, ``speed/gpu_memory_gib``, the most that was allocated at a time.
-
-    Args:
-        images: of a step, of all processes.
-        device: that computes; the peak of its memory is taken from now on.
+    GPU, which is never waited for, ``speed/gpu_memory_gib``, the peak.  ``images`` are of a step in all processes.
     """
 
     def __init__(self, images: int, device: torch.device, period: int = SPEED_PERIOD) -> None:
@@ -179,7 +171,7 @@ class SpeedHook(Hook):
 
 
 class WallTime(Hook):
-    """Counts the seconds of a :class:`~nst_det.engine.train_state.TrainState`, as its checkpoints have them."""
+    """Counts the seconds of a :class:`~nst_det.engine.train_state.TrainState`."""
 
     def __init__(self, state: TrainState) -> None:
         self.state, self._counted = state, 0.0
@@ -192,20 +184,27 @@ class WallTime(Hook):
         self.state.seconds, self._counted = self.state.seconds + now - self._counted, now
 
 
-class EvalHook(Hook):
-    """Calls ``evaluate`` every ``period`` steps (0 for never), and after the last step only where ``last`` says so."""
+class PeriodicHook(Hook):
+    """Calls something every ``period`` steps (0 for never), and after the last step if ``last``."""
 
-    def __init__(self, period: int, evaluate: Callable[[], None], last: bool = False) -> None:
-        self.period, self.evaluate, self.last = period, evaluate, last
+    def __init__(self, period: int, call: Callable[[], None], last: bool = False) -> None:
+        self.period, self.call, self.last = period, call, last
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if self.last if done == self.trainer.max_iter else self.period and done % self.period == 0:
-            self.evaluate()
+            self.call()
+
+
+class PeriodicCheckpointer(PeriodicHook):
+    """Saves every ``period`` steps and after the last; behind all that writes about a step, so no kill leaves a gap."""
+
+    def __init__(self, period: int) -> None:
+        super().__init__(period, lambda: self.trainer.save_step(), last=True)
 
 
 class MetricsHook(Hook):
-    """Writes the scalars of each step to ``metrics.jsonl`` of the run folder; the main process alone."""
+    """Writes the scalars of each step to ``metrics.jsonl``, in the main process."""
 
     def __init__(self, folder: RunFolder, tensorboard: bool = False, wandb: str = "") -> None:
         self.folder, self.board, self.wandb = folder, folder.path / "tensorboard" if tensorboard else None, wandb
@@ -227,13 +226,7 @@ class MetricsHook(Hook):
 
 
 class ProgressHook(Hook):
-    """Shows how far it is.
-
-    Args:
-        title: of the bar.
-        losses: of the step, shown beside a bar.
-        note: what a plain line says; asked only where one is written.
-    """
+    """Shows the progress, with ``losses`` at a bar, and ``note`` in a plain line now and then."""
 
     def __init__(self, title: str, losses: Callable[[], Mapping[str, float]], note: Callable[[], str]) -> None:
         self.title, self.losses, self.note = title, losses, note
@@ -253,21 +246,6 @@ class ProgressHook(Hook):
             self._shown.__exit__(None, None, None)
 
 
-class PeriodicCheckpointer(Hook):
-    """Saves every ``period`` steps and after the last; behind all that writes about a step.
-
-    What a checkpoint says is done has been evaluated and written down by then, so that no kill leaves a gap.
-    """
-
-    def __init__(self, period: int) -> None:
-        self.period = period
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self.period == 0 or done == self.trainer.max_iter:
-            self.trainer.save_step()
-
-
 class StopWhenAsked(Hook):
     """Saves and ends where a signal came to any of the processes; the last of the hooks."""
 
@@ -275,10 +253,11 @@ class StopWhenAsked(Hook):
         self.device, self.leaving = device, False
 
     def after_step(self) -> None:
-        if asked_to_stop(self.trainer.stop, self.device):
+        signum = largest_of_processes([self.trainer.stop.signum], self.device)[0]
+        if signum:
             self.trainer.save_step()
             self.leaving = True
-            self.trainer.stop.obey()
+            raise Preempted(signum)
 
     def after_train(self) -> None:
         if self.leaving:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,70 +15,48 @@ from nst_det.data.annotation import VocAnnotation
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """M annotated objects on I images.
+    """M annotated objects on I images, of K classes."""
 
-    Attributes:
-        image_ids: I ids, each once.
-        classes: K class names.
-        image: (M,) int64 index into ``image_ids``.
-        label: (M,) int64 index into ``classes``.
-        box: (M, 4) float64, 1-based inclusive.
-        difficult: (M,) bool.
-    """
-
-    image_ids: tuple[str, ...]
-    classes: tuple[str, ...]
-    image: np.ndarray
-    label: np.ndarray
-    box: np.ndarray
-    difficult: np.ndarray
+    image_ids: tuple[str, ...]  # I ids, each once
+    classes: tuple[str, ...]  # K names
+    image: np.ndarray  # (M,) int64 index into image_ids
+    label: np.ndarray  # (M,) int64 index into classes
+    box: np.ndarray  # (M, 4)
+    difficult: np.ndarray  # (M,) bool
 
     @staticmethod
     def from_annotations(annotations: Iterable[VocAnnotation], classes: Sequence[str]) -> GroundTruth:
-        """Flatten annotations; objects of other classes than ``classes`` are left out.
-
-        Raises:
-            ValueError: an image comes twice.
-        """
-        label_of = {name: label for label, name in enumerate(classes)}
-        ids: list[str] = []
-        rows = []
-        for index, annotation in enumerate(annotations):
-            ids.append(annotation.id)
-            rows += [
-                (index, label_of[item.name], item.box, item.difficult)
-                for item in annotation.objects
-                if item.name in label_of
-            ]
+        """Flatten annotations of distinct images; objects of other classes than ``classes`` are left out."""
+        annotations = list(annotations)
+        ids = tuple(annotation.id for annotation in annotations)
         if len(set(ids)) != len(ids):
             raise ValueError("an image comes twice in the ground truth")
+        label_of = {name: label for label, name in enumerate(classes)}
+        found = [
+            (index, label_of[item.name], item)
+            for index, annotation in enumerate(annotations)
+            for item in annotation.objects
+            if item.name in label_of
+        ]
         return GroundTruth(
-            tuple(ids),
+            ids,
             tuple(classes),
-            np.array([row[0] for row in rows], dtype=np.int64),
-            np.array([row[1] for row in rows], dtype=np.int64),
-            np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4),
-            np.array([row[3] for row in rows], dtype=bool),
+            np.array([index for index, _, _ in found], dtype=np.int64),
+            np.array([label for _, label, _ in found], dtype=np.int64),
+            np.array([item.box for _, _, item in found], dtype=np.float64).reshape(-1, 4),
+            np.array([item.difficult for _, _, item in found], dtype=bool),
         )
 
 
 @dataclass(frozen=True)
 class Detections:
-    """N detections, in the order in which ties of the score are broken.
+    """N detections, in the order in which ties of the score are broken."""
 
-    Attributes:
-        image_id: N ids, a list so that Python strings are kept as they are.
-        classes: K class names.
-        label: (N,) int64 index into ``classes``.
-        box: (N, 4) float64, 1-based inclusive.
-        score: (N,) float64.
-    """
-
-    image_id: list[str]
-    classes: tuple[str, ...]
-    label: np.ndarray
-    box: np.ndarray
-    score: np.ndarray
+    image_id: list[str]  # N ids
+    classes: tuple[str, ...]  # K names
+    label: np.ndarray  # (N,) int64 index into classes
+    box: np.ndarray  # (N, 4)
+    score: np.ndarray  # (N,) float64
 
     def __post_init__(self) -> None:
         count = len(self.image_id)
@@ -97,37 +74,31 @@ class Detections:
     def from_images(
         images: Iterable[tuple[str, np.ndarray, np.ndarray, np.ndarray]], classes: Sequence[str]
     ) -> Detections:
-        """Join what a detector found on each image.
-
-        Args:
-            images: (id, boxes (n, 4) xyxy 0-based continuous, labels (n,), scores (n,)) of each image.
-            classes: class names that the labels index.
-
-        Example:
-            >>> found = [("000001", np.array([[0.0, 0.0, 10.0, 20.0]]), np.array([0]), np.array([0.9]))]
-            >>> Detections.from_images(found, ["cat"]).box
-            array([[ 1.,  1., 10., 20.]])
-        """
+        """Join (id, boxes (n, 4) xyxy 0-based continuous, labels (n,), scores (n,)) of each image."""
         found = list(images)
-        ids = [id_ for id_, _, _, scores in found for _ in range(len(scores))]
         boxes = [np.asarray(boxes, dtype=np.float64).reshape(-1, 4) for _, boxes, _, _ in found]
-        labels = [np.asarray(labels, dtype=np.int64) for _, _, labels, _ in found]
-        scores = [np.asarray(scores, dtype=np.float64) for _, _, _, scores in found]
         return Detections(
-            ids,
+            [id_ for id_, _, _, scores in found for _ in range(len(scores))],
             tuple(classes),
-            np.concatenate([np.zeros(0, np.int64), *labels]),
+            np.concatenate([np.zeros(0, np.int64), *(np.asarray(labels, np.int64) for _, _, labels, _ in found)]),
             np.add(np.concatenate([np.zeros((0, 4)), *boxes]), (1, 1, 0, 0)),
-            np.concatenate([np.zeros(0), *scores]),
+            np.concatenate([np.zeros(0), *(np.asarray(scores, np.float64) for _, _, _, scores in found)]),
         )
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """Return COCO's results style: image_id and category by name, bbox (x, y, width, height) 0-based, score."""
-        corner = self.box - (1, 1, 0, 0)
-        sizes = corner[:, 2:] - corner[:, :2]
-        xywh = np.concatenate([corner[:, :2], sizes], axis=1).tolist()
-        rows = zip(self.image_id, self.label.tolist(), xywh, self.score.tolist())
-        return [
-            {"image_id": id_, "category": self.classes[label], "bbox": bbox, "score": score}
-            for id_, label, bbox, score in rows
-        ]
+    def indices(self, truth: GroundTruth) -> tuple[np.ndarray, np.ndarray]:
+        """Return image and label of each detection, (N,) int64 each, as ``truth`` counts them."""
+        image_of = {id_: index for index, id_ in enumerate(truth.image_ids)}
+        label_of = {name: label for label, name in enumerate(truth.classes)}
+        names = [self.classes[label] for label in self.label.tolist()]
+        for kind, known, given in (("image", image_of, self.image_id), ("class", label_of, names)):
+            unknown = next((name for name in given if name not in known), None)
+            if unknown is not None:
+                raise ValueError(f"a detection of {kind} {unknown!r}, which the ground truth doesn't have")
+        image, label = [image_of[id_] for id_ in self.image_id], [label_of[name] for name in names]
+        return np.array(image, dtype=np.int64), np.array(label, dtype=np.int64)
+
+
+def to_xywh(box: np.ndarray) -> np.ndarray:
+    """Return COCO's boxes (N, 4), x, y, width, height in pixels from 0, of boxes as here."""
+    corner = box - (1, 1, 0, 0)
+    return np.concatenate([corner[:, :2], corner[:, 2:] - corner[:, :2]], axis=1)

@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from nst_det.evaluation.boxes import Detections, GroundTruth
+from nst_det.evaluation.boxes import Detections, GroundTruth, to_xywh
 
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -30,11 +30,11 @@ class CocoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary and ``per_class`` for JSON; NaN as None."""
-        return {**_plain(self.summary), "per_class": _plain(self.per_class)}
-
-
-def _plain(figures: dict[str, float]) -> dict[str, float | None]:
-    return {name: None if np.isnan(value) else value for name, value in figures.items()}
+        summary, per_class = (
+            {name: None if np.isnan(value) else value for name, value in figures.items()}
+            for figures in (self.summary, self.per_class)
+        )
+        return {**summary, "per_class": per_class}
 
 
 def evaluate_coco(detections: Detections, truth: GroundTruth) -> CocoResult:
@@ -47,72 +47,35 @@ def evaluate_coco(detections: Detections, truth: GroundTruth) -> CocoResult:
     Raises:
         ValueError: a detection on an image, or of a class, that the ground truth doesn't have.
     """
-    image_of = {id_: number for number, id_ in enumerate(truth.image_ids, 1)}
-    label_of = {name: number for number, name in enumerate(truth.classes, 1)}
-    results = _results(detections, image_of, label_of)
+    image, label = detections.indices(truth)
     with contextlib.redirect_stdout(io.StringIO()):
-        gold = COCO()
-        gold.dataset = {
-            "info": {},
-            "images": [{"id": number} for number in image_of.values()],
-            "categories": [{"id": number, "name": name} for name, number in label_of.items()],
-            "annotations": _annotations(truth),
-        }
-        gold.createIndex()
-        found = gold.loadRes(results) if results else _nothing(gold)
+        gold = _coco(truth, truth.image, truth.label, truth.box, iscrowd=truth.difficult.astype(int))
+        found = _coco(truth, image, label, detections.box, score=detections.score)
         evaluation = COCOeval(gold, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    # thresholds, recalls, classes, areas (0: all), detections an image (-1: 100)
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    per_class = {name: _mean(precision[:, :, number - 1]) for name, number in label_of.items()}
+    per_class = {}
+    for number, name in enumerate(truth.classes):
+        # thresholds, recalls, classes, areas (0: all), detections an image (-1: 100)
+        precision = evaluation.eval["precision"][:, :, number, 0, -1]
+        counted = precision[precision > -1]
+        per_class[name] = float(counted.mean()) if counted.size else np.nan
     figures = [np.nan if value < 0 else float(value) for value in evaluation.stats[:6]]
     return CocoResult(dict(zip(SUMMARY, figures)), per_class)
 
 
-def _mean(precision: np.ndarray) -> float:
-    counted = precision[precision > -1]
-    return float(counted.mean()) if counted.size else np.nan
-
-
-def _xywh(box: np.ndarray) -> list[list[float]]:
-    xywh: list[list[float]] = np.concatenate([box[:, :2] - 1, box[:, 2:] - box[:, :2] + 1], axis=1).tolist()
-    return xywh
-
-
-def _annotations(truth: GroundTruth) -> list[dict[str, Any]]:
-    rows = zip(truth.image.tolist(), truth.label.tolist(), _xywh(truth.box), truth.difficult.tolist())
-    return [
-        {
-            "id": number,
-            "image_id": image + 1,
-            "category_id": label + 1,
-            "bbox": bbox,
-            "area": bbox[2] * bbox[3],
-            "iscrowd": int(difficult),
-        }
-        for number, (image, label, bbox, difficult) in enumerate(rows, 1)
-    ]
-
-
-def _results(detections: Detections, image_of: dict[str, int], label_of: dict[str, int]) -> list[dict[str, Any]]:
-    names = [detections.classes[label] for label in detections.label.tolist()]
-    rows = zip(detections.image_id, names, _xywh(detections.box), detections.score.tolist())
-    try:
-        return [
-            {"image_id": image_of[id_], "category_id": label_of[name], "bbox": bbox, "score": score}
-            for id_, name, bbox, score in rows
-        ]
-    except KeyError as error:
-        raise ValueError(
-            f"a detection on image or of class {error.args[0]!r}, which is not in the ground truth"
-        ) from None
-
-
-def _nothing(gold: COCO) -> COCO:
-    # pycocotools can't load an empty list
-    found = COCO()
-    found.dataset = {**gold.dataset, "annotations": []}
-    found.createIndex()
-    return found
+def _coco(truth: GroundTruth, image: np.ndarray, label: np.ndarray, box: np.ndarray, **values: np.ndarray) -> COCO:
+    """Return boxes as pycocotools has them; unlike its ``loadRes``, none at all are fine."""
+    boxes = to_xywh(box)
+    columns = {"image_id": image, "category_id": label, "bbox": boxes, "area": boxes[:, 2] * boxes[:, 3], **values}
+    rows = zip(*(column.tolist() for column in columns.values()))
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": number} for number in range(len(truth.image_ids))],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(truth.classes)],
+        # numbered from 1: pycocotools takes 0 for no match
+        "annotations": [{"id": number, **dict(zip(columns, row))} for number, row in enumerate(rows, 1)],
+    }
+    coco.createIndex()
+    return coco

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
 from nst_det.data.coco import coco_names
-from nst_det.engine.io import read_json, write_text
+from nst_det.data.safe_io import is_number, read_bytes, read_text, shown, shown_path
+from nst_det.engine.io import write_text
 from nst_det.errors import UserError
-from nst_det.evaluation.boxes import Detections
+from nst_det.evaluation.boxes import Detections, to_xywh
 
 MAX_FILE_BYTES = 1 << 30
+KIND = "file of detections"
 MAX_COORDINATE = 1e6
 
 
@@ -31,108 +32,75 @@ class CocoNames:
 
 
 def write_detections(path: str | Path, found: Detections) -> None:
-    """Write detections as JSON, one a line: readable, and a third of the size of indented JSON."""
-    lines = ",\n".join(json.dumps(record, allow_nan=False) for record in found.to_json())
+    """Write COCO's results style with image and category by name, one detection a line."""
+    rows = zip(found.image_id, found.label.tolist(), to_xywh(found.box).tolist(), found.score.tolist())
+    records = (
+        {"image_id": id_, "category": found.classes[label], "bbox": bbox, "score": score}
+        for id_, label, bbox, score in rows
+    )
+    lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
     write_text(path, f"[\n{lines}\n]\n")
 
 
 def read_detections(
     path: str | Path, image_ids: Sequence[str], classes: Sequence[str], split: str, names: CocoNames | None = None
 ) -> Detections:
-    """Read a folder of VOC results files, or a JSON file of ours or in COCO's results format.
+    """Read a folder of VOC results files of ``split``, or a JSON file of ours or in COCO's results format.
 
-    Args:
-        path: the folder or file.
-        image_ids: of the ground truth; a detection elsewhere is an error.
-        classes: of the ground truth.
-        split: picks the files ``*_det_SPLIT_CLASS.txt`` of a folder.
-        names: of the numbers in COCO results, see :func:`detections_from_json`.
+    ``image_ids`` and ``classes`` are those of the ground truth; a detection elsewhere is an error.
     """
     path = Path(path)
     if path.is_dir():
         return read_comp4(path, image_ids, classes, split)
-    return detections_from_json(read_json(_bounded(path)), image_ids, classes, str(path), names)
+    return detections_from_json(_read_json(path), image_ids, classes, shown_path(path), names)
 
 
 def read_coco_names(path: str | Path) -> CocoNames:
     """Read names from an annotation file in COCO's format: ``images`` (id, file_name) and ``categories`` (id, name)."""
-    tree = read_json(_bounded(Path(path)))
+    tree = _read_json(Path(path))
     images = coco_names(tree, "images", "file_name", str(path), int)
     stems = {number: PurePosixPath(file).stem for number, file in images.items()}
     return CocoNames(stems, coco_names(tree, "categories", "name", str(path), int))
 
 
-def _bounded(path: Path) -> Path:
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: not a regular file; name the file with the detections")
-    if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
-        raise UserError(f"{path}: more than {MAX_FILE_BYTES} bytes; keep at most 100 detections an image")
-    return path
+def _read_json(path: Path) -> Any:
+    data = read_bytes(path, MAX_FILE_BYTES, KIND)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{shown_path(path)}: not valid JSON ({error}); write it again") from error
 
 
 def read_comp4(folder: Path, image_ids: Sequence[str], classes: Sequence[str], split: str) -> Detections:
     """Read the devkit's results: ``comp3_det_`` or ``comp4_det_SPLIT_CLASS.txt``, lines ``id score x1 y1 x2 y2``.
 
-    Boxes are 1-based inclusive and taken as they stand.  A class without a file is an error; a file of a class that
-    isn't in ``classes`` is not read.
+    Boxes are 1-based inclusive.  A class without a file is an error; a file of another class is not read.
     """
-    files = [_results_file(folder, split, name) for name in classes]
-    known = set(image_ids)
-    ids: list[str] = []
-    labels, numbers = [], [np.zeros((0, 5))]
-    for label, file in enumerate(files):
-        # all lines at once, since there may be millions; only where that fails the bad line is looked for
-        words = _text(file).split()
-        found = words[::6]
-        try:
-            rows = np.array([words[column::6] for column in range(1, 6)], dtype=np.float64).T
-        except ValueError:
-            raise _bad_line(file, known) from None
-        bounded = np.isfinite(rows).all() and np.abs(rows[:, 1:]).max(initial=0) <= MAX_COORDINATE
-        if len(words) % 6 or not bounded or not known.issuperset(found):
-            raise _bad_line(file, known)
-        ids += found
-        labels.append(np.full(len(found), label, dtype=np.int64))
-        numbers.append(rows.reshape(-1, 5))
-    values = np.concatenate(numbers)
-    return Detections(ids, tuple(classes), np.concatenate(labels), values[:, 1:], values[:, 0])
-
-
-def _results_file(folder: Path, split: str, name: str) -> Path:
-    if "/" in name or "\0" in name:
-        raise UserError(f"{folder}: class {name!r} can't be part of a file name; give detections as JSON instead")
-    for prefix in ("comp4", "comp3"):
-        file = folder / f"{prefix}_det_{split}_{name}.txt"
-        if file.is_file():
-            return _bounded(file)
-    raise UserError(f"{folder}: no comp4_det_{split}_{name}.txt; add it (empty if nothing was found)")
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text; write it as lines 'id score x1 y1 x2 y2'") from error
-    except OSError as error:
-        raise UserError(f"{file}: can't be read ({error.strerror}); correct its permissions") from error
-
-
-def _bad_line(file: Path, known: set[str]) -> UserError:
-    """Return the error that names the first line that can't be used."""
-    for number, line in enumerate(_text(file).splitlines(), 1):
-        words = line.split()
-        if words and (len(words) != 6 or not all(map(_is_coordinate, words[1:]))):
-            return UserError(f"{file}: line {number}: '{line[:80]}' is not 'id score x1 y1 x2 y2' with finite numbers")
-        if words and words[0] not in known:
-            return UserError(f"{file}: line {number}: image {words[0][:80]} is not in the split; name the right split")
-    return UserError(f"{file}: lines must be 'id score x1 y1 x2 y2' with finite numbers")
-
-
-def _is_coordinate(word: str) -> bool:
-    try:
-        return abs(float(word)) <= MAX_COORDINATE
-    except ValueError:
-        return False
+    known, rows = set(image_ids), []
+    for label, name in enumerate(classes):
+        files = [folder / f"{competition}_det_{split}_{name}.txt" for competition in ("comp4", "comp3")]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            missing = shown(f"comp4_det_{split}_{name}.txt")
+            raise UserError(f"{shown_path(folder)}: no {missing}; add it (empty if nothing was found)")
+        for number, line in enumerate(read_text(file, MAX_FILE_BYTES, KIND).splitlines(), 1):
+            if not line.strip():
+                continue
+            at, (id_, *words) = f"{shown_path(file)}: line {number}", line.split()
+            try:
+                values = [float(word) for word in words]
+            except ValueError:
+                values = []
+            if (
+                len(values) != 5
+                or not is_number(values[0])
+                or not all(is_number(v, MAX_COORDINATE) for v in values[1:])
+            ):
+                raise UserError(f"{at}: '{shown(line, 80)}' is not 'id score x1 y1 x2 y2' with finite numbers")
+            if id_ not in known:
+                raise UserError(f"{at}: image {shown(id_, 80)} is not in the split {shown(split)}")
+            rows.append((id_, label, values))
+    return _detections(rows, classes)
 
 
 def detections_from_json(
@@ -140,58 +108,47 @@ def detections_from_json(
 ) -> Detections:
     """Return detections of a list of ``{image_id, category or category_id, bbox: [x, y, w, h] 0-based, score}``.
 
-    ``image_id`` is an id of the ground truth, or a number; ``category`` is a class name, ``category_id`` a number.
-    Numbers are looked up in ``names``.  Without it an image's number is the one that its id's digits make (1 for
-    ``000001``, 2008000002 for ``2008_000002``), and categories count from 1 in the order of ``classes``.  The error
-    names the entry by its place, counted from 0.
+    Images and categories are names, or numbers that are looked up in ``names``.  Without it an image's number is the
+    one that its id's digits make (1 for ``000001``, 2008000002 for ``2008_000002``), and categories count from 1 in
+    the order of ``classes``.  The error names the entry by its place in the list, from 0.
     """
     if not isinstance(entries, list):
         raise UserError(f"{source}: detections must be a list of objects with image_id, category, bbox and score")
-    if names is None:
-        names = CocoNames(_ids_by_number(image_ids), dict(enumerate(classes, 1)))
+    names = names or CocoNames(_ids_by_number(image_ids), dict(enumerate(classes, 1)))
     known, label_of = set(image_ids), {name: label for label, name in enumerate(classes)}
-    ids: list[str] = []
-    labels: list[int] = []
-    numbers: list[list[float]] = []
+    rows = []
     for place, entry in enumerate(entries):
-        where = f"{source}: detection {place}"
-        fields = entry if isinstance(entry, dict) else {}
-        given = fields.get("image_id")
-        id_ = names.images.get(given) if _is_int(given) else given
-        if not isinstance(id_, str) or id_ not in known:
-            raise UserError(f"{where}: image_id {given!r:.80} is no image of the split; name the right one")
-        given = category = fields.get("category")
-        if category is None:
-            given = fields.get("category_id")
-            category = names.categories.get(given) if _is_int(given) else None
-        if not isinstance(category, str) or category not in label_of:
-            raise UserError(f"{where}: category {given!r:.80} is not one of {', '.join(classes)}; name all classes")
-        ids.append(id_)
-        labels.append(label_of[category])
-        numbers.append(_numbers(fields.get("score"), fields.get("bbox"), where))
-    rows = np.array(numbers, dtype=np.float64).reshape(-1, 5)
-    box = np.concatenate([rows[:, 1:3] + 1, rows[:, 1:3] + rows[:, 3:5]], axis=1)
-    return Detections(ids, tuple(classes), np.array(labels, dtype=np.int64), box, rows[:, 0])
+        at, fields = f"{source}: detection {place}", entry if isinstance(entry, dict) else {}
+        image, score, bbox = fields.get("image_id"), fields.get("score"), fields.get("bbox")
+        category = fields.get("category_id") if fields.get("category") is None else fields["category"]
+        id_, name = _name(image, names.images), _name(category, names.categories)
+        if id_ not in known:
+            raise UserError(f"{at}: image_id {image!r:.80} is no image of the split")
+        if name not in label_of:
+            raise UserError(f"{at}: category {category!r:.80} is not one of {', '.join(classes)}; name all classes")
+        if not is_number(score):
+            raise UserError(f"{at}: score {score!r:.80} is not a finite number")
+        if not isinstance(bbox, list) or len(bbox) != 4 or not all(is_number(value, MAX_COORDINATE) for value in bbox):
+            raise UserError(f"{at}: bbox {bbox!r:.80} is not [x, y, width, height] in pixels")
+        x, y, width, height = bbox
+        if width < 0 or height < 0:
+            raise UserError(f"{at}: bbox {bbox!r:.80} has a negative size")
+        rows.append((id_, label_of[name], [score, x + 1, y + 1, x + width, y + height]))
+    return _detections(rows, classes)
 
 
-def _numbers(score: Any, bbox: Any, where: str) -> list[float]:
-    """Return score, x, y, width and height."""
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_finite, [*bbox, score])):
-        raise UserError(
-            f"{where}: needs a finite score and bbox [x, y, width, height], but has {score!r}, {bbox!r:.80}"
-        )
-    if bbox[2] < 0 or bbox[3] < 0 or max(map(abs, bbox)) > MAX_COORDINATE:
-        raise UserError(f"{where}: bbox {bbox!r:.80} has a negative size or lies too far out; write pixels")
-    return [float(score), *map(float, bbox)]
+def _detections(rows: Sequence[tuple[str, int, Sequence[float]]], classes: Sequence[str]) -> Detections:
+    """Join rows of id, label, and score and corners."""
+    labels = np.array([label for _, label, _ in rows], dtype=np.int64)
+    values = np.array([numbers for _, _, numbers in rows], dtype=np.float64).reshape(-1, 5)
+    return Detections([id_ for id_, _, _ in rows], tuple(classes), labels, values[:, 1:], values[:, 0])
 
 
-def _is_int(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    # a whole number may be too large for a float
-    return abs(value) < 1e18 if _is_int(value) else isinstance(value, float) and math.isfinite(value)
+def _name(given: Any, by_number: Mapping[int, str]) -> str:
+    """Return a name, or the one of a number; empty where it is neither."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        return by_number.get(given, "")
+    return given if isinstance(given, str) else ""
 
 
 def _ids_by_number(image_ids: Sequence[str]) -> dict[int, str]:

@@ -18,38 +18,22 @@ def summarize(found: Detections, truth: GroundTruth, coco: bool = True) -> tuple
     """Return VOC AP at overlaps 0.5, 0.55 .. 0.95, and what ``result.json`` holds of it.
 
     That is ``map`` (mean of the 11-point AP at overlap 0.5), ``map_area``, ``per_class`` and ``per_class_area`` (name
-    to AP), ``map_by_iou`` (overlap to mean 11-point AP), ``coco`` (AP, AP50, AP75, and APs, APm, APl of small, medium
-    and large objects; {} where ``coco`` is False, since pycocotools takes longer than all the rest), and ``objects``
-    (their number by size).  AP are 0..1, None where no object counts.
+    to AP), ``map_by_iou`` (overlap to mean 11-point AP), ``coco`` (AP, AP50, AP75, APs, APm, APl; {} where ``coco`` is
+    False, since pycocotools takes longer than all the rest), and ``objects`` (their number by size, without the
+    difficult ones).  AP are 0..1, None where no object counts.
     """
     voc = evaluate_voc(found, truth, THRESHOLDS)
     at_half = voc.to_dict()
-    figures = {
+    sides = truth.box[~truth.difficult, 2:] - truth.box[~truth.difficult, :2] + 1
+    area = sides.prod(axis=1)
+    small, large = int((area <= SMALL).sum()), int((area > MEDIUM).sum())
+    summary = evaluate_coco(found, truth).to_dict() if coco else {}
+    return voc, {
         "map": at_half["map"],
         "map_area": at_half["map_area"],
         "per_class": {name: numbers["ap11"] for name, numbers in at_half["per_class"].items()},
         "per_class_area": {name: numbers["ap_area"] for name, numbers in at_half["per_class"].items()},
         "map_by_iou": {str(threshold): voc.to_dict(threshold)["map"] for threshold in THRESHOLDS},
-        "coco": {},
-        "objects": objects_by_size(truth),
+        "coco": {name: summary[name] for name in SUMMARY if coco},
+        "objects": {"small": small, "medium": len(area) - small - large, "large": large},
     }
-    if coco:
-        summary = evaluate_coco(found, truth).to_dict()
-        figures["coco"] = {name: summary[name] for name in SUMMARY}
-    return voc, figures
-
-
-def objects_by_size(truth: GroundTruth) -> dict[str, int]:
-    """Count the objects that aren't difficult and are ``small``, ``medium`` and ``large`` by COCO's areas.
-
-    Example:
-        >>> import numpy as np
-        >>> box = np.array([[1.0, 1, 32, 32], [1, 1, 33, 32], [1, 1, 100, 100], [1, 1, 200, 200]])
-        >>> truth = GroundTruth(("a",), ("cat",), np.zeros(4, int), np.zeros(4, int), box, np.array([0, 0, 0, 1], bool))
-        >>> objects_by_size(truth)
-        {'small': 1, 'medium': 1, 'large': 1}
-    """
-    sides = truth.box[~truth.difficult, 2:] - truth.box[~truth.difficult, :2] + 1
-    area = sides.prod(axis=1)
-    small, large = int((area <= SMALL).sum()), int((area > MEDIUM).sum())
-    return {"small": small, "medium": len(area) - small - large, "large": large}

@@ -3,7 +3,7 @@
 What the devkit does, and this with it:
 
 - detections of a class are taken in the order of their score, equal scores in the order in which they were given;
-- each is compared with all objects of its class on its image, ``difficult`` ones too, and stands for the one with the
+- each is compared with all objects of its class on its image, ``difficult`` ones too, and matched to the one with the
   largest overlap (the first of several), whether or not that one has been found already;
 - overlap counts pixels, so that a box from 1 to 10 is 10 wide: (xmax - xmin + 1) * (ymax - ymin + 1);
 - overlap >= threshold on a ``difficult`` object counts neither way; on another one it is a hit the first time and a
@@ -22,10 +22,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from rich.jupyter import JupyterMixin
 from rich.markup import escape
 from rich.table import Table
 
-from nst_det.engine.format import ReprMixin
 from nst_det.evaluation.boxes import Detections, GroundTruth
 
 # the devkit's 0:0.1:1, whose fourth value is 0.30000000000000004: recall 66/220 is not at that point yet
@@ -34,10 +34,7 @@ ELEVEN_POINTS = np.arange(11) * 0.1
 
 @dataclass(frozen=True)
 class Curve:
-    """Precision and recall of one class after each counted detection, best score first.
-
-    Detections on difficult objects count neither way and have no entry.  All arrays are (n,) float64.
-    """
+    """Precision and recall of one class after each counted detection, best score first; all are (n,) float64."""
 
     recall: np.ndarray
     precision: np.ndarray
@@ -45,31 +42,21 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class VocResult(ReprMixin):
+class VocResult(JupyterMixin):
     """AP of K classes at T overlap thresholds; shows itself as the table of the first.
 
     A class without positives (no object that isn't difficult) has no AP: it is NaN in the arrays, None in
     :meth:`to_dict`, and left out of the mean.
-
-    Attributes:
-        classes: K names.
-        thresholds: T overlaps.
-        ap11: (T, K) 11-point AP, 0..1 or NaN.
-        ap_area: (T, K) area AP, 0..1 or NaN.
-        positives: (K,) objects that count.
-        difficult: (K,) objects that don't.
-        detections: (K,) detections.
-        curves: ``curves[t][k]``, see :class:`Curve`.
     """
 
-    classes: tuple[str, ...]
-    thresholds: tuple[float, ...]
-    ap11: np.ndarray
-    ap_area: np.ndarray
-    positives: np.ndarray
-    difficult: np.ndarray
-    detections: np.ndarray
-    curves: tuple[tuple[Curve, ...], ...]
+    classes: tuple[str, ...]  # K names
+    thresholds: tuple[float, ...]  # T overlaps
+    ap11: np.ndarray  # (T, K) 11-point AP, 0..1 or NaN
+    ap_area: np.ndarray  # (T, K) area AP, 0..1 or NaN
+    positives: np.ndarray  # (K,) objects that count
+    difficult: np.ndarray  # (K,) objects that don't
+    detections: np.ndarray  # (K,) detections
+    curves: tuple[tuple[Curve, ...], ...]  # curves[t][k]
 
     @cached_property
     def map11(self) -> np.ndarray:
@@ -86,39 +73,31 @@ class VocResult(ReprMixin):
         return ap[:, counted].mean(axis=1) if counted.any() else np.full(len(self.thresholds), np.nan)
 
     def to_dict(self, threshold: float | None = None) -> dict[str, Any]:
-        """``map`` (11-point), ``map_area``, ``per_class`` (name to ap11, ap_area and counts), all 0..1, for JSON.
+        """Return ``map`` (11-point), ``map_area``, ``per_class`` (name to ap11, ap_area and counts), for JSON.
 
-        Args:
-            threshold: one of ``thresholds``; None takes the first.
+        ``threshold`` is one of ``thresholds``; None takes the first.
         """
         t = 0 if threshold is None else self.thresholds.index(threshold)
-        return {
-            "iou": self.thresholds[t],
-            "map": _number(self.map11[t]),
-            "map_area": _number(self.map_area[t]),
-            "per_class": {
-                name: {
-                    "ap11": _number(self.ap11[t, k]),
-                    "ap_area": _number(self.ap_area[t, k]),
-                    "positives": int(self.positives[k]),
-                    "difficult": int(self.difficult[k]),
-                    "detections": int(self.detections[k]),
-                }
-                for k, name in enumerate(self.classes)
-            },
+        names = ("ap11", "ap_area", "positives", "difficult", "detections")
+        columns = (self.ap11[t], self.ap_area[t], self.positives, self.difficult, self.detections)
+        per_class = {
+            name: dict(zip(names, map(_plain, row)))
+            for name, *row in zip(self.classes, *(column.tolist() for column in columns))
         }
+        means = {"map": _plain(float(self.map11[t])), "map_area": _plain(float(self.map_area[t]))}
+        return {"iou": self.thresholds[t], **means, "per_class": per_class}
 
     def __rich__(self) -> Table:
         table = Table(title=f"VOC AP at IoU {self.thresholds[0]:g}")
         table.add_column("class")
         for column in ("AP 11-point", "AP area", "objects", "difficult", "detections"):
             table.add_column(column, justify="right")
-        counts = zip(self.positives.tolist(), self.difficult.tolist(), self.detections.tolist())
-        for k, (name, numbers) in enumerate(zip(self.classes, counts)):
-            table.add_row(escape(name), _cell(self.ap11[0, k]), _cell(self.ap_area[0, k]), *map(str, numbers))
+        counts = np.stack([self.positives, self.difficult, self.detections], axis=1)
+        for name, *ap, numbers in zip(self.classes, self.ap11[0], self.ap_area[0], counts):
+            table.add_row(escape(name), *map(_cell, ap), *map(str, numbers))
         table.add_section()
-        totals = (self.positives.sum(), self.difficult.sum(), self.detections.sum())
-        table.add_row("mean", _cell(self.map11[0]), _cell(self.map_area[0]), *map(str, totals), style="bold")
+        means = (self.map11[0], self.map_area[0])
+        table.add_row("mean", *map(_cell, means), *map(str, counts.sum(axis=0)), style="bold")
         without = int((self.positives == 0).sum())
         if without:
             table.caption = f"{without} of {len(self.classes)} classes have no object that counts, and no AP"
@@ -129,8 +108,8 @@ def _cell(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:.4f}"
 
 
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+def _plain(value: float) -> float | None:
+    return None if np.isnan(value) else value
 
 
 def evaluate_voc(detections: Detections, truth: GroundTruth, iou: float | Sequence[float] = 0.5) -> VocResult:
@@ -143,16 +122,9 @@ def evaluate_voc(detections: Detections, truth: GroundTruth, iou: float | Sequen
 
     Raises:
         ValueError: a detection on an image, or of a class, that the ground truth doesn't have.
-
-    Example:
-        >>> truth = GroundTruth(("a",), ("cat",), np.array([0]), np.array([0]),
-        ...                     np.array([[1.0, 1.0, 10.0, 10.0]]), np.array([False]))
-        >>> found = Detections(["a"], ("cat",), np.array([0]), np.array([[1.0, 1.0, 10.0, 8.0]]), np.array([0.9]))
-        >>> float(evaluate_voc(found, truth).map11[0])
-        1.0
     """
     thresholds = (float(iou),) if isinstance(iou, int | float) else tuple(float(value) for value in iou)
-    image, label = _indices(detections, truth)
+    image, label = detections.indices(truth)
     # best score first; lexsort keeps the given order of equal scores
     order = np.lexsort((-detections.score, label))
     image, label, score = image[order], label[order], detections.score[order]
@@ -163,11 +135,14 @@ def evaluate_voc(detections: Detections, truth: GroundTruth, iou: float | Sequen
     curves = []
     for threshold in thresholds:
         hit, counted = _judge(overlap >= threshold, match, truth.difficult)
-        classes = [slice(ends[k], ends[k + 1]) for k in range(count)]
-        curves.append(
-            tuple(_curve(hit[part], counted[part], score[part], int(positives[k])) for k, part in enumerate(classes))
-        )
-    ap = [[_average_precision(curve, int(n)) for curve, n in zip(row, positives)] for row in curves]
+        row = []
+        for start, end, objects in zip(ends, ends[1:], positives):
+            taken = counted[start:end]
+            hits = np.cumsum(hit[start:end][taken], dtype=np.float64)
+            recall = hits / objects if objects else np.full(len(hits), np.nan)
+            row.append(Curve(recall, hits / np.arange(1, len(hits) + 1), score[start:end][taken]))
+        curves.append(tuple(row))
+    ap = [[_average_precision(curve) if n else (np.nan, np.nan) for curve, n in zip(row, positives)] for row in curves]
     values = np.array(ap, dtype=np.float64).reshape(len(thresholds), count, 2)
     return VocResult(
         classes=truth.classes,
@@ -181,34 +156,17 @@ def evaluate_voc(detections: Detections, truth: GroundTruth, iou: float | Sequen
     )
 
 
-def _indices(detections: Detections, truth: GroundTruth) -> tuple[np.ndarray, np.ndarray]:
-    """Image and label of each detection as indices of the ground truth."""
-    image_of = {id_: index for index, id_ in enumerate(truth.image_ids)}
-    label_of = {name: label for label, name in enumerate(truth.classes)}
-    try:
-        image = np.fromiter((image_of[id_] for id_ in detections.image_id), np.int64, len(detections))
-    except KeyError as error:
-        raise ValueError(f"a detection on image {error.args[0]!r}, which the ground truth doesn't have") from None
-    labels = np.array([label_of.get(name, -1) for name in detections.classes], dtype=np.int64)
-    label = labels[detections.label] if len(detections) else np.zeros(0, np.int64)
-    if (label < 0).any():
-        name = detections.classes[detections.label[np.flatnonzero(label < 0)[0]]]
-        raise ValueError(f"a detection of class {name!r}, which the ground truth doesn't have")
-    return image, label
-
-
 def _best_match(
     image: np.ndarray, label: np.ndarray, box: np.ndarray, truth: GroundTruth
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each detection the largest overlap with an object of its class on its image, and that object (or -1)."""
+    """Return each detection's largest overlap with an object of its class on its image, and that object (or -1)."""
     count = len(truth.classes)
     # objects grouped by image and class; each group keeps the order of the annotation
     group = truth.image * count + truth.label
     by_group = np.argsort(group, kind="stable")
     wanted = image * count + label
     first = np.searchsorted(group[by_group], wanted, side="left")
-    last = np.searchsorted(group[by_group], wanted, side="right")
-    pairs = last - first
+    pairs = np.searchsorted(group[by_group], wanted, side="right") - first
     overlap = np.full(len(image), -np.inf)
     match = np.full(len(image), -1, dtype=np.int64)
     some = np.flatnonzero(pairs)
@@ -219,31 +177,25 @@ def _best_match(
     rows = np.repeat(np.arange(len(some)), pairs[some])
     target = by_group[first[some][rows] + np.arange(starts[-1]) - starts[rows]]
     values = _overlap(box[some][rows], truth.box[target])
-    best = np.maximum.reduceat(values, starts[:-1])
+    overlap[some] = best = np.maximum.reduceat(values, starts[:-1])
     # the first object that reaches the maximum
     at = np.flatnonzero(values == best[rows])
-    chosen = at[np.unique(rows[at], return_index=True)[1]]
-    overlap[some] = best
-    match[some] = target[chosen]
+    match[some] = target[at[np.unique(rows[at], return_index=True)[1]]]
     return overlap, match
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of boxes row by row, (P,), with the devkit's + 1 and its order of operations."""
+    """Return intersection over union of boxes row by row, (P,), with the devkit's + 1 and its order of operations."""
     sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + 1
     shared = sides[:, 0] * sides[:, 1]
-    union = _area(a) + _area(b) - shared
-    touching = (sides > 0).all(axis=1)
+    area_a, area_b = ((box[:, 2] - box[:, 0] + 1) * (box[:, 3] - box[:, 1] + 1) for box in (a, b))
     # boxes that don't meet overlap with nothing, so that even threshold 0 doesn't match them
-    return np.divide(shared, union, out=np.full(len(shared), -np.inf), where=touching)
-
-
-def _area(box: np.ndarray) -> np.ndarray:
-    return (box[:, 2] - box[:, 0] + 1) * (box[:, 3] - box[:, 1] + 1)
+    touching = (sides > 0).all(axis=1)
+    return np.divide(shared, area_a + area_b - shared, out=np.full(len(shared), -np.inf), where=touching)
 
 
 def _judge(enough: np.ndarray, match: np.ndarray, difficult: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which detections are hits, and which count at all; detections come best first within a class."""
+    """Return which detections are hits, and which count at all; they come best first within a class."""
     matched = np.flatnonzero(enough)
     on_difficult = difficult[match[matched]]
     counted = np.ones(len(enough), dtype=bool)
@@ -256,16 +208,8 @@ def _judge(enough: np.ndarray, match: np.ndarray, difficult: np.ndarray) -> tupl
     return hit, counted
 
 
-def _curve(hit: np.ndarray, counted: np.ndarray, score: np.ndarray, positives: int) -> Curve:
-    hits = np.cumsum(hit[counted], dtype=np.float64)
-    recall = hits / positives if positives else np.full(len(hits), np.nan)
-    return Curve(recall, hits / np.arange(1, len(hits) + 1), score[counted])
-
-
-def _average_precision(curve: Curve, positives: int) -> tuple[float, float]:
-    """11-point and area AP of one curve."""
-    if not positives:
-        return np.nan, np.nan
+def _average_precision(curve: Curve) -> tuple[float, float]:
+    """Return 11-point and area AP of a class that has positives."""
     # the best precision at this recall or a higher one; 0 beyond the last
     best = np.append(np.maximum.accumulate(curve.precision[::-1])[::-1], 0.0)
     eleven = best[np.searchsorted(curve.recall, ELEVEN_POINTS, side="left")].sum() / 11

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, by name, and in words how near it is to the original."""
+    """What was written, by name, and how near it is to the original."""
 
     files: dict[str, Path]
     agreement: str

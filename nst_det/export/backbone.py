@@ -27,13 +27,7 @@ TORCHVISION_ARCHS = (
 def export_timm(weights: str, output: str | Path) -> Exported:
     """Write a folder that timm reads: ``model.safetensors``, ``config.json`` and a model card ``README.md``.
 
-    Args:
-        weights: ``backbone://NAME`` or a backbone file.
-        output: the folder to make.
-
-    Raises:
-        UserError: the folder is there, the backbone can't be read, takes BGR images, or computes other logits when
-            timm reads it back (nothing is left behind then).
+    A backbone that computes other logits when timm reads it back is refused, and nothing is left behind.
     """
     output = Path(output)
     if output.exists():
@@ -62,16 +56,7 @@ def export_timm(weights: str, output: str | Path) -> Exported:
 
 
 def export_torchvision(weights: str, output: str | Path) -> Exported:
-    """Write a state dict for one of torchvision's ResNets, classifier included, and a model card beside it.
-
-    Args:
-        weights: ``backbone://NAME`` or a backbone file.
-        output: ends in ``.pth``; the card goes beside it, with ``.md``.
-
-    Raises:
-        UserError: torchvision has no such network, the backbone can't be read, or torchvision's network computes other
-            logits (nothing is left behind then).
-    """
+    """Write a state dict for one of torchvision's ResNets, classifier included, and a model card ``.md`` next to it."""
     output = Path(output)
     if output.suffix != ".pth":
         raise UserError(f"--output {output}: the file must end in .pth")
@@ -87,17 +72,13 @@ def export_torchvision(weights: str, output: str | Path) -> Exported:
         again = torchvision.models.get_model(arch, weights=None, num_classes=card.num_classes)
         again.load_state_dict(torch.load(temporary, weights_only=True))
         agreement = _compare(model, again, card, output)
-    beside = output.with_suffix(".md")
-    write_text(beside, backbone_card(card, output.stem, "torchvision", f"{agreement} on noise", output.name))
-    return Exported({"weights": output, "card": beside}, agreement)
+    text = backbone_card(card, output.stem, "torchvision", f"{agreement} on noise", output.name)
+    write_text(output.with_suffix(".md"), text)
+    return Exported({"weights": output, "card": output.with_suffix(".md")}, agreement)
 
 
 def export_detectron2(weights: str, output: str | Path, arch: str = "") -> Exported:
-    """Write a ResNet's weights, config and model card for a plain Detectron2.
-
-    Arguments and errors as ``nst_det.detectron2.export.export_backbone``.  There is no card with ``arch``:
-    somebody's plain weights say nothing of themselves.
-    """
+    """Write a ResNet's weights, config and, without ``arch``, model card for a plain Detectron2."""
     from nst_det.detectron2 import INSTALL_PAGE
     from nst_det.detectron2.export import PARITY_LIMIT, export_backbone
 
@@ -107,10 +88,8 @@ def export_detectron2(weights: str, output: str | Path, arch: str = "") -> Expor
         agreement = f"{exported.parity:.2g} largest difference of res2..res5 (limit {PARITY_LIMIT:g})"
     files = {"weights": exported.weights, "config": exported.config}
     if not arch:
-        files["card"] = beside = exported.weights.with_suffix(".md")
-        write_text(
-            beside, backbone_card(load_card(weights), beside.stem, "detectron2", agreement, exported.config.name)
-        )
+        path = files["card"] = exported.weights.with_suffix(".md")
+        write_text(path, backbone_card(load_card(weights), path.stem, "detectron2", agreement, exported.config.name))
     return Exported(files, agreement)
 
 

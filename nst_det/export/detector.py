@@ -48,21 +48,10 @@ Detect = Callable[[np.ndarray], Detections]
 def export_detector(
     run_folder: str | Path, output: str | Path, form: str, images: Sequence[str | Path] = ()
 ) -> Exported:
-    """Write the detector of a finished run as one file, compare it with PyTorch, and write its model card beside it.
+    """Write the detector of a run of the torchvision engine as one file, compare it with PyTorch, and write its card.
 
-    The graph takes ``image``, (3, H, W) uint8 RGB of any H and W, already resized as the run's INPUT.MIN_SIZE_TEST and
-    MAX_SIZE_TEST say, and gives ``boxes`` (N, 4) xyxy in pixels of it, ``scores`` (N,) and ``labels`` (N,) from 0.
-    Normalization, padding and non-maximum suppression are inside.
-
-    Args:
-        run_folder: of the torchvision engine.
-        output: ends in ``.onnx`` or ``.pt2``; the card goes beside it, with ``.md``.
-        form: ``onnx`` or ``torch-export`` (see :func:`trace` for the smallest image of the latter).
-        images: to compare on, at most :data:`MOST_IMAGES` of them are used; empty takes the run's test images.
-
-    Raises:
-        UserError: no such run, a library is missing, no images to compare on, or other detections than the
-            detector's (nothing is left behind then).
+    The graph is :class:`DetectorGraph`, for images already resized as the run's INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST
+    say.  It is compared on ``images``, or the run's test images; with other detections nothing is left behind.
     """
     output = Path(output)
     if output.suffix != SUFFIXES[form]:
@@ -98,9 +87,9 @@ def export_detector(
         found = compare_detections(graph, written, inputs, *limits)
         found.check(output)
     card = output.with_suffix(".md")
-    write_text(card, detector_card(run_folder, config, classes, output.name, form, found.line()))
+    write_text(card, detector_card(run_folder, config, classes, output.name, form, str(found)))
     note = f"; on {ties} of them anchors have equal scores, whose order PyTorch leaves open" if ties else ""
-    return Exported({"detector": output, "card": card}, found.line() + note)
+    return Exported({"detector": output, "card": card}, f"{found}{note}")
 
 
 def require_onnx() -> None:
@@ -114,11 +103,8 @@ def require_onnx() -> None:
 
 
 def trace(detector: Detector) -> ExportedProgram:
-    """Return the graph of a detector on the CPU, for images of any size.
-
-    ``torch.export`` itself holds it to images whose sides are longer than the largest stride (64 pixels with FPN): it
-    takes a map of one row for another program.  ONNX has no such limit.
-    """
+    """Return the graph of a detector on the CPU, for images of any size."""
+    # torch.export itself wants sides longer than the largest stride (64 pixels with FPN); ONNX has no such limit
     image = torch.zeros(3, *TRACED_SIZE, dtype=torch.uint8)
     sizes = {INPUT_NAME: {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}}
     with torch.no_grad():
@@ -186,28 +172,27 @@ def _in_torch(module: Callable[[Tensor], Iterable[Tensor]]) -> Detect:
 
 
 def _detect(detector: Detector, image: Tensor) -> list[Tensor]:
-    pixels = image.flip(0) if detector.input_format == "BGR" else image
-    found: dict[str, Tensor] = detector([{"image": pixels}])[0]
+    found: dict[str, Tensor] = detector([{"image": _in_own_order(detector, image)}])[0]
     return [found[name] for name in OUTPUT_NAMES]
+
+
+def _in_own_order(detector: Detector, image: Tensor) -> Tensor:
+    return image.flip(0) if detector.input_format == "BGR" else image
 
 
 def equal_scores(detector: Detector, image: np.ndarray) -> int:
     """Count the anchors, of those that become proposals of an image (3, H, W) RGB, that share their score."""
-    pixels = torch.from_numpy(image[::-1].copy() if detector.input_format == "BGR" else image)
     rpn = detector.proposal_generator
     with torch.no_grad():
-        images, _ = detector.preprocess([pixels])
+        images, _ = detector.preprocess([_in_own_order(detector, torch.from_numpy(image))])
         maps = detector.backbone(images)
-        logits, _ = rpn.rpn_head([maps[name] for name in rpn.settings.in_features])
-    best = [row[0].topk(min(rpn.settings.pre_nms[1], row.shape[1])).values for row in logits]
+        logits, _ = rpn.rpn_head([maps[name] for name in rpn.settings.IN_FEATURES])
+    best = [row[0].topk(min(rpn.settings.PRE_NMS_TOPK_TEST, row.shape[1])).values for row in logits]
     return sum(len(row) - len(row.unique()) for row in best)
 
 
 def read_images(config: CfgNode, classes: Sequence[str], named: Sequence[str | Path]) -> Iterator[np.ndarray]:
-    """Yield at most :data:`MOST_IMAGES` images (3, H, W) uint8 RGB, resized as at evaluation.
-
-    They are those ``named``, files and folders; without any, the first of the run's DATASETS.TEST.
-    """
+    """Yield at most :data:`MOST_IMAGES` of the named images, or the run's test images, resized as at evaluation."""
     if not named:
         try:
             data = open_voc(config, "DATASETS.TEST", classes)[0]
@@ -248,6 +233,13 @@ class Difference:
     # there may be, to the last one's score: either detector may be right
     borderline: int = 0
 
+    def __str__(self) -> str:
+        border = f", {self.borderline} on the edge of the score threshold" if self.borderline else ""
+        return (
+            f"{self.images} images, {self.detections} detections: boxes within {self.boxes:.1e} px (limit "
+            f"{BOX_LIMIT:g}), scores within {self.scores:.1e} (limit {SCORE_LIMIT:g}){border}"
+        )
+
     def check(self, output: Path) -> None:
         """Raise UserError if a detection has no partner within :data:`BOX_LIMIT` and :data:`SCORE_LIMIT`."""
         if self.alone:
@@ -256,22 +248,11 @@ class Difference:
                 f"{BOX_LIMIT:g} px or {SCORE_LIMIT:g} in score, so nothing was exported"
             )
 
-    def line(self) -> str:
-        """Return one line for people."""
-        border = f", {self.borderline} on the edge of the score threshold" if self.borderline else ""
-        return (
-            f"{self.images} images, {self.detections} detections: boxes within {self.boxes:.1e} px (limit "
-            f"{BOX_LIMIT:g}), scores within {self.scores:.1e} (limit {SCORE_LIMIT:g}){border}"
-        )
-
 
 def compare_detections(
     first: Detect, second: Detect, images: Iterable[np.ndarray], threshold: float = 0.0, most: int = -1
 ) -> Difference:
-    """Run both on the same images (3, H, W).
-
-    ``threshold`` is the least score of a detection, 0..1; ``most`` how many an image may have, -1 for any number.
-    """
+    """Compare two detectors with the least score ``threshold`` and at most ``most`` detections an image (-1: any)."""
     total = Difference()
     for image in images:
         mine, theirs = first(image), second(image)
@@ -290,11 +271,7 @@ def compare_detections(
 
 
 def partners(mine: Detections, theirs: Detections) -> tuple[list[tuple[int, int]], list[float]]:
-    """Pair detections of one label whose boxes and scores are within the limits.
-
-    Returns:
-        (row of mine, row of theirs), and the scores of those of either side that have no partner.
-    """
+    """Pair detections of one label within the limits: (row of mine, of theirs), and the scores of all without one."""
     free = np.ones(len(theirs[1]), dtype=bool)
     pairs: list[tuple[int, int]] = []
     alone: list[float] = []

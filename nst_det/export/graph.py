@@ -20,12 +20,7 @@ class DetectorGraph(nn.Module):
         self.multiple = max(detector.backbone.size_divisibility, 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Detect on ``image``, (3, H, W) uint8 RGB, resized as INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST say.
-
-        Returns:
-            boxes (N, 4) float32 xyxy in pixels of ``image``, scores (N,) float32 0..1, labels (N,) int64 from 0, the
-            best first.
-        """
+        """Return (N, 4) xyxy boxes in pixels of (3, H, W) uint8 RGB, (N,) scores and (N,) int64 labels, best first."""
         size = image.shape[1], image.shape[2]
         maps = self.detector.backbone(self._normalized(image))
         proposals, valid = self._propose(maps, size)
@@ -42,20 +37,20 @@ class DetectorGraph(nn.Module):
         """Return (P, 4) proposals, best first, and (P,) whether there is one in this row."""
         rpn = self.detector.proposal_generator
         settings = rpn.settings
-        levels = [maps[name] for name in settings.in_features]
+        levels = [maps[name] for name in settings.IN_FEATURES]
         boxes, scores = [], []
         for anchors, logits, deltas in zip(rpn.anchors(levels), *rpn.rpn_head(levels)):
-            count = settings.pre_nms[1]
+            count = settings.PRE_NMS_TOPK_TEST
             best, index = best_first(F.pad(logits[0], (0, count), value=-torch.inf), count)
             rows, places = (F.pad(x, (0, 0, 0, count))[index] for x in (deltas[0], anchors))
             found = clip(rpn.coder.decode_rows(rows, places), size)
-            usable = torch.isfinite(found).all(1) & larger_than(found, settings.min_size)
+            usable = torch.isfinite(found).all(1) & larger_than(found, rpn.min_size)
             best = torch.where(usable, best, -torch.inf)
-            kept = torch.zeros_like(usable).index_fill(0, kept_by_nms(found, best, settings.nms_threshold), True)
+            kept = torch.zeros_like(usable).index_fill(0, kept_by_nms(found, best, settings.NMS_THRESH), True)
             boxes.append(found)
             scores.append(torch.where(kept, best, -torch.inf))
         all_scores, all_boxes = torch.cat(scores), torch.cat(boxes)
-        best, index = best_first(all_scores, min(settings.post_nms[1], len(levels) * settings.pre_nms[1]))
+        best, index = best_first(all_scores, min(settings.POST_NMS_TOPK_TEST, len(levels) * settings.PRE_NMS_TOPK_TEST))
         valid = torch.isfinite(best)
         return torch.where(valid[:, None], all_boxes[index], 0.0), valid
 
@@ -64,18 +59,18 @@ class DetectorGraph(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.detector.roi_heads
         settings = heads.settings
-        features = heads.box_pooler([maps[name] for name in settings.in_features], [proposals])
+        features = heads.box_pooler([maps[name] for name in settings.IN_FEATURES], [proposals])
         logits, deltas = heads.box_predictor(heads.box_head(features))
         boxes = heads.coder.decode_rows(deltas, proposals).unflatten(1, (-1, 4))
         probabilities = F.softmax(logits, dim=1)
         usable = valid & torch.isfinite(boxes).all(2).all(1) & torch.isfinite(probabilities).all(1)
-        candidates = (probabilities[:, :-1] > settings.score_threshold) & usable[:, None]
+        candidates = (probabilities[:, :-1] > settings.SCORE_THRESH_TEST) & usable[:, None]
         rows, labels = torch.nonzero(candidates).unbind(1)
         found = clip(boxes[rows, labels if boxes.shape[1] > 1 else 0], size)
         scores = probabilities[rows, labels]
-        best = kept_by_nms(moved_apart(found, labels, size), scores, settings.nms_threshold)
-        if settings.detections >= 0:
-            best = best[: settings.detections]
+        best = kept_by_nms(moved_apart(found, labels, size), scores, settings.NMS_THRESH_TEST)
+        if heads.detections >= 0:
+            best = best[: heads.detections]
         found, scores, labels = found[best], scores[best], labels[best]
         some = larger_than(found, 0)
         return found[some], scores[some], labels[some]

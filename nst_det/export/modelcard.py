@@ -1,12 +1,8 @@
-"""Model cards: Markdown with the metadata that the Hugging Face hub reads, from what a run wrote about itself.
-
-The text is in ``templates/``.  It says nothing that the run, or the backbone's card, doesn't say: what was not measured
-is called so.
-"""
+"""Model cards: Markdown with the metadata that the Hugging Face hub reads, from what a run wrote about itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +15,35 @@ from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.models import Card, load_card
 
-LIBRARIES = {"onnx": "onnx", "torch-export": "pytorch", "timm": "timm", "torchvision": "torchvision"}
+# that read a form of another name
+LIBRARIES = {"torch-export": "pytorch"}
 
 
 def detector_card(
     run_folder: str | Path, config: CfgNode, classes: Sequence[str], file: str, form: str, agreement: str
 ) -> str:
-    """Return the card of a detector, exported as ``file``.
-
-    ``form`` is ``onnx`` or ``torch-export``; ``agreement`` says how near the file is to the detector.
-    """
+    """Return the card of a detector, exported as ``file`` in the form ``onnx`` or ``torch-export``."""
     folder = RunFolder(run_folder)
     result = folder.result() if folder.done else {}
     measured_on = ", ".join(_data_sets(config, "TEST"))
-    arch = config.MODEL.TIMM.ARCH
-    name = f"{folder.path.resolve().name}-{arch}"
+    name = f"{folder.path.resolve().name}-{config.MODEL.TIMM.ARCH}"
     means = _measured({"mAP, IoU 0.5 (11-point)": result.get("map"), "mAP, IoU 0.5 (area)": result.get("map_area")})
     others = {f"COCO {key}": value for key, value in (result.get("coco") or {}).items()}
     others |= {f"AP of {key} (11-point)": value for key, value in (result.get("per_class") or {}).items()}
-    metrics = [
-        EvalResult(
-            task_type="object-detection",
-            dataset_type="-".join(config.DATASETS.TEST),
-            dataset_name=measured_on,
-            metric_type="mean_average_precision",
-            metric_name=label,
-            metric_value=value,
-        )
-        for label, value in means.items()
-    ]
+    task, data = "object-detection", "-".join(config.DATASETS.TEST)
     return _render(
         "detector.md",
-        _metadata(name, LIBRARIES[form], "object-detection", "faster-rcnn", metrics),
+        form,
+        (task, "faster-rcnn"),
+        [
+            EvalResult(task, data, measured_on, "mean_average_precision", value, metric_name=label)
+            for label, value in means.items()
+        ],
         name=name,
-        form=form,
         file=file,
         agreement=agreement,
         config=config,
-        arch=arch,
+        arch=config.MODEL.TIMM.ARCH,
         classes=list(classes),
         result=result,
         origin=_origin(folder.path),
@@ -67,20 +54,17 @@ def detector_card(
 
 
 def backbone_card(card: Card, name: str, form: str, agreement: str, file: str, own_arch: bool = False) -> str:
-    """Return the card of a backbone, exported as ``file``.
-
-    ``form`` is ``timm``, ``torchvision`` or ``detectron2``; ``own_arch``: timm needs this package to build it.
-    """
-    data = str(card.data.get("name", "")) or "not known"
-    metrics = [
-        EvalResult("image-classification", data, data, metric, value, dataset_split="validation")
-        for metric, value in _measured({"accuracy": card.top1, "top_5_accuracy": card.top5}).items()
-    ]
+    """Return the card of a backbone, exported as ``file``; with ``own_arch`` timm needs this package to build it."""
+    task, data = "image-classification", str(card.data.get("name", "")) or "not known"
     return _render(
         "backbone.md",
-        _metadata(name, LIBRARIES.get(form, form), "image-classification", "backbone", metrics),
+        form,
+        (task, "backbone"),
+        [
+            EvalResult(task, data, data, metric, value, dataset_split="validation")
+            for metric, value in _measured({"accuracy": card.top1, "top_5_accuracy": card.top5}).items()
+        ],
         name=name,
-        form=form,
         file=file,
         agreement=agreement,
         card=card,
@@ -91,23 +75,28 @@ def backbone_card(card: Card, name: str, form: str, agreement: str, file: str, o
     )
 
 
-def _render(template: str, metadata: ModelCardData, **values: Any) -> str:
-    environment = Environment(
-        loader=PackageLoader("nst_det.export"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(cell=_cell, known=_known, method=_method, numbers=_numbers, thousands=_thousands)
-    return environment.get_template(template).render(metadata=metadata.to_yaml(), **values)
-
-
-def _metadata(name: str, library: str, task: str, tag: str, metrics: list[EvalResult]) -> ModelCardData:
-    return ModelCardData(
-        library_name=library,
-        pipeline_tag=task,
-        tags=[tag, "knowledge-distillation", "nst_det"],
+def _render(
+    template: str, form: str, task_and_tag: tuple[str, str], metrics: list[EvalResult], name: str, **values: Any
+) -> str:
+    metadata = ModelCardData(
+        library_name=LIBRARIES.get(form, form),
+        pipeline_tag=task_and_tag[0],
+        tags=[task_and_tag[1], "knowledge-distillation", "nst_det"],
         # without results the hub wants neither
         model_name=name if metrics else None,
         eval_results=metrics or None,
     )
+    environment = Environment(
+        loader=PackageLoader("nst_det.export"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        cell=lambda text: " ".join(text.split()).replace("|", "\\|"),
+        known=lambda value: "not known" if value is None else str(value),
+        method=_method,
+        numbers=lambda values: "(" + ", ".join(f"{value:g}" for value in values) + ")",
+        thousands=lambda value: "not known" if value is None else f"{value:,}",
+    )
+    return environment.get_template(template).render(metadata=metadata.to_yaml(), form=form, name=name, **values)
 
 
 def _measured(values: Mapping[str, float | None]) -> dict[str, float]:
@@ -138,20 +127,3 @@ def _origin(folder: Path) -> str:
 
 def _method(method: str, none: str) -> str:
     return none if method in ("", "ce") else f"`{method}`"
-
-
-def _known(value: Any) -> str:
-    return "not known" if value is None else str(value)
-
-
-def _thousands(value: Any) -> str:
-    return "not known" if value is None else f"{value:,}"
-
-
-def _numbers(values: Iterable[float]) -> str:
-    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
-
-
-def _cell(text: str) -> str:
-    """Return text that stays within a cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|")

@@ -13,7 +13,7 @@ from nst_det.losses.locality_preserving import lp_loss  # isort: skip
 from nst_det.losses.cwd import cwd_loss  # isort: skip
 from nst_det.losses.pkd import pkd_loss  # isort: skip
 from nst_det.losses.mgd import generation_loss  # isort: skip
-from nst_det.losses.loss import PairShape, TransferLoss, build_transfer, pair_shapes
+from nst_det.losses.loss import TransferLoss, build_transfer, pair_shapes
 from nst_det.losses.loss_balance import TermBalance, gradient_norms
 from nst_det.losses.method import LABELS_ONLY, Method, parse_method
 
@@ -23,7 +23,6 @@ __all__ = [
     "LossSpec",
     "Method",
     "ModelOutputs",
-    "PairShape",
     "TermBalance",
     "TransferLoss",
     "at_loss",

@@ -6,10 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.ops import Shared, at_size, check_maps, common_size, compute_now, teacher_at, unit
-from nst_det.losses.registry import LayerPair, LossSpec, register_term
+from nst_det.losses.registry import LayerPair, register_term
 
-# On a sum of fourth powers of activations, so it must be far smaller than on a sum of squares; the gradient at zero
-# is 0 all the same, because |f|^p with p > 1 is flat there.
+# Far smaller than on a sum of squares, since this is on one of fourth powers; the gradient at zero is 0 all the same.
 EPS = 1e-12
 
 
@@ -20,16 +19,10 @@ def attention(maps: Tensor, power: float = 2.0) -> Tensor:
 
 
 def at_loss(student: Tensor, teacher: Tensor, power: float = 2.0, shared: Shared = compute_now) -> Tensor:
-    """Mean squared difference of the two attention vectors, over positions and batch.
+    """Mean squared difference of the attention of maps (B, C_S, H, W) and (B, C_T, H', W'), over positions and batch.
 
-    Args:
-        student: map (B, C_S, H, W).
-        teacher: map (B, C_T, H', W'), of any channel count; no gradient goes there.
-        power: p >= 1.
-        shared: keeps the teacher's attention for other students.
-
-    Returns:
-        A scalar in [0, 4 / (H*W)]; it doesn't change when a map is scaled.
+    A scalar in [0, 4 / (H*W)] that doesn't change when a map is scaled; ``power`` is p >= 1.  No gradient goes to the
+    teacher; ``shared`` keeps its attention for other students.
     """
     check_maps(student, teacher)
     size = common_size(student, teacher)
@@ -37,6 +30,13 @@ def at_loss(student: Tensor, teacher: Tensor, power: float = 2.0, shared: Shared
     return F.mse_loss(attention(at_size(student, size), power), wanted)
 
 
+@register_term(
+    "at",
+    level="maps",
+    weight=1000.0,
+    source="the AT authors' code and RepDistiller (beta 1000)",
+    summary="where the energy of all channels sits",
+)
 class AT(nn.Module):
     """The term ``at``."""
 
@@ -49,18 +49,4 @@ class AT(nn.Module):
         self.power = power
 
     def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
-        """Maps (B, C_S, H, W) and (B, C_T, H', W') to a scalar."""
         return at_loss(student, teacher, self.power, shared)
-
-
-register_term(
-    LossSpec(
-        name="at",
-        level="maps",
-        weight=1000.0,
-        source="the AT authors' code and RepDistiller (beta 1000)",
-        summary="where the energy of all channels sits",
-        build=AT,
-        options={"power": 2.0},
-    )
-)

@@ -6,27 +6,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.ops import Shared, at_size, channel_adapter, check_maps, common_size, compute_now, teacher_at
-from nst_det.losses.registry import LayerPair, LossSpec, register_term
+from nst_det.losses.registry import LayerPair, register_term
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, shared: Shared = compute_now) -> Tensor:
     """``tau^2 / (B C) sum KL(softmax(t / tau) || softmax(s / tau))`` with the softmax over the positions of a channel.
 
-    Args:
-        student: map (B, C, H, W).
-        teacher: map (B, C, H', W'), the larger one is averaged down; no gradient goes there.
-        temperature: tau > 0.
-        shared: keeps the teacher's distributions for other students.
-
-    Returns:
-        A scalar >= 0; it doesn't change when a constant is added to a channel.
-
-    Raises:
-        ValueError: the channel counts differ.
+    Maps are (B, C, H, W) and (B, C, H', W'), the larger one is averaged down; a scalar >= 0 that doesn't change when a
+    constant is added to a channel.  No gradient goes to the teacher; ``shared`` keeps its part for other students.
     """
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(f"cwd compares maps of one channel count, not {student.shape[1]} and {teacher.shape[1]}")
-    check_maps(student, teacher)
+    check_maps(student, teacher, same_channels=True)
     size = common_size(student, teacher)
 
     def log_distribution(maps: Tensor) -> Tensor:
@@ -37,6 +26,13 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, shared:
     return divergence * temperature**2 / (student.shape[0] * student.shape[1])
 
 
+@register_term(
+    "cwd",
+    level="maps",
+    weight=10.0,
+    source="mmrazor, Faster R-CNN on FPN p2..p6 (10 a level, tau 1)",
+    summary="where each channel looks",
+)
 class CWD(nn.Module):
     """The term ``cwd``; a 1x1 convolution on the student where the channel counts differ."""
 
@@ -50,21 +46,6 @@ class CWD(nn.Module):
         self.adapter = channel_adapter(pair.student_channels, pair.teacher_channels)
 
     def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
-        """Maps (B, C_S, H, W) and (B, C_T, H', W') to a scalar."""
         check_maps(student, teacher)
         small = at_size(student, common_size(student, teacher))
         return cwd_loss(self.adapter(small), teacher, self.temperature, shared)
-
-
-register_term(
-    LossSpec(
-        name="cwd",
-        level="maps",
-        weight=10.0,
-        source="mmrazor, Faster R-CNN on FPN p2..p6 (10 a level, tau 1)",
-        summary="where each channel looks",
-        build=CWD,
-        options={"temperature": 1.0},
-        needs_widths=True,
-    )
-)

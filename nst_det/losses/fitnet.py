@@ -6,28 +6,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.ops import Shared, aligned, checked_grid, compute_now, gridded, spread
-from nst_det.losses.registry import LayerPair, LossSpec, register_term
+from nst_det.losses.registry import LayerPair, register_term
 
 REGRESSORS = ("conv", "conv-bn-relu")
 
 
 def hint_loss(student: Tensor, teacher: Tensor, shared: Shared = compute_now) -> Tensor:
-    """Mean squared difference of two maps (B, C, H, W) of equal C, the larger pooled down; a scalar.
-
-    Raises:
-        ValueError: the channel counts differ.
-    """
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(f"fitnet compares maps of one channel count, not {student.shape[1]} and {teacher.shape[1]}")
-    small, target = aligned(student, teacher, shared)
+    """Mean squared difference of two maps (B, C, H, W) of equal C, the larger pooled down; a scalar."""
+    small, target = aligned(student, teacher, shared, same_channels=True)
     return F.mse_loss(small, target)
 
 
+@register_term(
+    "fitnet",
+    level="maps",
+    weight=100.0,
+    source="RepDistiller (beta 100); the NST paper's 1e2 (not verified)",
+    summary="the map itself, through a trained 1x1 convolution",
+    vectors=True,
+)
 class FitNet(nn.Module):
-    """The term ``fitnet``: a 1x1 regressor from the student's channels to the teacher's, and :func:`hint_loss`.
-
-    The regressor of a vector spreads it over a grid of positions.
-    """
+    """The term ``fitnet``: a trained 1x1 regressor to the teacher's channels; for a vector to a grid."""
 
     reads = ("aligned",)
 
@@ -41,21 +40,5 @@ class FitNet(nn.Module):
         self.regressor = nn.Sequential(conv, *([] if plain else [nn.BatchNorm2d(pair.teacher_channels), nn.ReLU()]))
 
     def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
-        """Maps (B, C_S, H, W) and (B, C_T, H', W') to a scalar."""
         small, target = gridded(student, teacher, self.grid, shared)
         return F.mse_loss(self.regressor(small), target)
-
-
-register_term(
-    LossSpec(
-        name="fitnet",
-        level="maps",
-        weight=100.0,
-        source="RepDistiller (beta 100); the NST paper's 1e2 (not verified)",
-        summary="the map itself, through a trained 1x1 convolution",
-        build=FitNet,
-        options={"regressor": "conv", "grid": 4},
-        needs_widths=True,
-        vectors=True,
-    )
-)

@@ -9,23 +9,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nst_det.losses.ops import Shared, compute_now, full_precision
-from nst_det.losses.registry import OUTPUT, LayerPair, LossSpec, register_term
+from nst_det.losses.registry import OUTPUT, LayerPair, register_term
 
 NEIGHBORS_SIGMA = "neighbors"
 SMALLEST_VARIANCE = 1e-12
 
 
 def neighbor_weights(teacher: Tensor, k: int, sigma: float | str) -> tuple[Tensor, Tensor]:
-    """The ``k`` nearest samples of each in the teacher's embedding, and their weights.
-
-    Args:
-        teacher: (B, D).
-        k: at most B - 1 are found.
-        sigma: a length, or ``neighbors``: sigma^2 is the batch mean of the squared distances to the neighbors.
-
-    Returns:
-        Indices (B, k) and weights ``exp(-d^2 / sigma^2)`` (B, k); a sample is not its own neighbor.
-    """
+    """Return the k nearest samples of each in an embedding (B, D), indices (B, k), and weights exp(-d^2 / sigma^2)."""
     embedding = full_precision(teacher)
     # centering changes no distance and keeps the digits that a common offset would eat
     embedding = embedding - embedding.mean(0)
@@ -41,20 +32,10 @@ def neighbor_weights(teacher: Tensor, k: int, sigma: float | str) -> tuple[Tenso
 def lp_loss(
     student: Tensor, teacher: Tensor, k: int = 5, sigma: float | str = NEIGHBORS_SIGMA, shared: Shared = compute_now
 ) -> Tensor:
-    """``1/B sum_i sum_{j in N_k(i)} alpha_ij |s_i - s_j|^2``, neighbors and alpha from the teacher.
+    """``1/B sum_i sum_{j in N_k(i)} alpha_ij |s_i - s_j|^2`` of embeddings (B, D_S) and (B, D_T): a scalar >= 0.
 
-    Args:
-        student: embedding (B, D_S).
-        teacher: embedding (B, D_T) of the same samples; no gradient goes there.
-        k: neighbors of each sample.
-        sigma: see :func:`neighbor_weights`.
-        shared: keeps neighbors and weights for other students.
-
-    Returns:
-        A scalar >= 0; 0 for a single sample.
-
-    Raises:
-        ValueError: the two aren't embeddings of one batch.
+    The ``k`` neighbors of a sample and alpha come from the teacher; ``sigma`` is a length, or ``neighbors``: sigma^2 is
+    the batch mean of the squared distances to the neighbors.  A single sample has the value 0.
     """
     if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
         raise ValueError(f"lp needs embeddings (B, D) of one B, not {tuple(student.shape)} and {tuple(teacher.shape)}")
@@ -65,6 +46,13 @@ def lp_loss(
     return (weights * (x[:, None] - x[indices]).square().sum(2)).sum() / len(x)
 
 
+@register_term(
+    "lp",
+    level="embedding",
+    weight=0.01,
+    source="ours, like k and sigma: of the size of cross-entropy at the start; the paper's aren't known",
+    summary="which samples of the batch are neighbors",
+)
 class LP(nn.Module):
     """The term ``lp``."""
 
@@ -80,18 +68,4 @@ class LP(nn.Module):
         self.k, self.sigma = int(k), sigma
 
     def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
-        """Embeddings (B, D_S) and (B, D_T) to a scalar."""
         return lp_loss(student, teacher, self.k, self.sigma, shared)
-
-
-register_term(
-    LossSpec(
-        name="lp",
-        level="embedding",
-        weight=0.01,
-        source="ours, like k and sigma: of the size of cross-entropy at the start; the paper's aren't known",
-        summary="which samples of the batch are neighbors",
-        build=LP,
-        options={"k": 5, "sigma": NEIGHBORS_SIGMA},
-    )
-)

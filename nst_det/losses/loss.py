@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -51,6 +50,7 @@ class TransferLoss(nn.Module):
         self.options = {name: dict(options[name]) for name in pairs}
         self.balance = GradientBalance(self.weights, shares or {})
         self.pairs = {name: tuple(places) for name, places in pairs.items()}
+        self.kinds = {name: (get_term(name).student_kind, get_term(name).level) for name in pairs}
         self.terms = nn.ModuleDict(
             {
                 name: nn.ModuleDict({pair.label: get_term(name).build(pair, **options[name]) for pair in places})
@@ -58,7 +58,6 @@ class TransferLoss(nn.Module):
             }
         )
         self.parts: dict[str, dict[str, Tensor]] = {}
-        self.kinds = {name: (get_term(name).student_kind, get_term(name).level) for name in self.pairs}
 
     @property
     def student_levels(self) -> tuple[str, ...]:
@@ -76,6 +75,10 @@ class TransferLoss(nn.Module):
         """The kinds of output (``logits``, ``maps``, ``embedding``) read from ``student`` or ``teacher``."""
         return frozenset(kinds[who == "teacher"] for kinds in self.kinds.values())
 
+    def module(self, term: str, pair: LayerPair) -> nn.Module:
+        """What compares one of a term's pairs."""
+        return cast(nn.ModuleDict, self.terms[term])[pair.label]
+
     def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> dict[str, Tensor]:
         """Each term by name: its weight times its value, a scalar in float32 even under autocast.
 
@@ -85,26 +88,22 @@ class TransferLoss(nn.Module):
             ValueError: an output that a term reads isn't there, or has a shape that can't be compared.
         """
         values: dict[str, Tensor] = {}
-        for name in self.pairs:
-            modules = cast(nn.ModuleDict, self.terms[name])
+        for name, pairs in self.pairs.items():
             student_kind, teacher_kind = self.kinds[name]
             parts = {}
-            for pair in self.pairs[name]:
-                reply = teacher.of(teacher_kind, pair.teacher)
+            for pair in pairs:
+                target = teacher.of(teacher_kind, pair.teacher)
                 shared = partial(_shared, teacher, (teacher_kind, pair.teacher))
-                with torch.autocast(reply.device.type, enabled=False):
-                    parts[pair.label] = modules[pair.label](student.of(student_kind, pair.student), reply, shared)
+                with torch.autocast(target.device.type, enabled=False):
+                    value = self.module(name, pair)(student.of(student_kind, pair.student), target, shared)
+                parts[pair.label] = value
             values[name] = self.weights[name] * torch.stack(list(parts.values())).sum()
             self.parts[name] = {label: value.detach() for label, value in parts.items()}
         return values
 
-    def module(self, term: str, pair: LayerPair) -> nn.Module:
-        """What compares one of a term's pairs."""
-        return cast(nn.ModuleDict, self.terms[term])[pair.label]
-
     def extra_repr(self) -> str:
         """The method and its weights."""
-        return f"{self.method.word}, weights={self.weights}"
+        return f"{self.method}, weights={self.weights}"
 
 
 def _shared(teacher: ModelOutputs, place: tuple[str, str], key: Hashable, compute: Any) -> Any:
@@ -129,7 +128,7 @@ def build_transfer(
     """The losses of ``method`` for one student and one teacher.
 
     Args:
-        method: a word such as ``kd+nst-poly:50``, or a parsed one; ``ce`` gives no terms.
+        method: such as ``kd+nst-poly:50``, or a parsed one; ``ce`` gives no terms.
         levels: where maps are compared: a level's name if both have it, ``(student's, teacher's)`` or
             ``"student:teacher"`` where they differ.
         student_channels: the student's levels and their channel counts.
@@ -138,12 +137,12 @@ def build_transfer(
         student_embedding: length of the student's embedding, for terms that have parameters there.
         teacher_embedding: the teacher's.
         student_vectors: those of the student's levels that have no positions.
-        weights: term to weight, used where the word has none; the term's default comes last.
-        term_levels: term to its own levels instead of ``levels``; a student's level that stands in ``levels`` keeps
+        weights: term to weight, used where the method has none; the term's default comes last.
+        term_levels: term to its own levels instead of ``levels``; a student's level that is in ``levels`` keeps
             its partner there.
         options: term to its options (``{"kd": {"temperature": 2.0}}``).
         auto_weight: term to the share of the task's gradient norm at the student's backbone that its weight is to
-            give it (see ``GradientBalance``); goes before ``weights``, not before the word.
+            give it (see ``GradientBalance``); goes before ``weights``, not before a weight in the method.
             These four may name terms that this method lacks, so that one configuration serves several methods.
 
     Returns:
@@ -161,34 +160,34 @@ def build_transfer(
         ['nst-poly']
     """
     method = parse_method(method)
-    weights, options, term_levels, wished = weights or {}, options or {}, term_levels or {}, auto_weight or {}
-    for name in (*weights, *options, *term_levels, *wished):
+    weights, options, term_levels, auto_weight = weights or {}, options or {}, term_levels or {}, auto_weight or {}
+    for name in (*weights, *options, *term_levels, *auto_weight):
         get_term(name)
-    channels = (student_channels or {}, teacher_channels or {})
     partners = _level_pairs(levels, {})
-    widths = {
-        ("student", "logits"): num_classes,
-        ("teacher", "logits"): num_classes,
-        ("student", "embedding"): student_embedding,
-        ("teacher", "embedding"): teacher_embedding,
-    }
+    widths = {"logits": (num_classes, num_classes), "embedding": (student_embedding, teacher_embedding)}
     chosen: dict[str, float] = {}
     shares: dict[str, float] = {}
     pairs: dict[str, list[LayerPair]] = {}
+    all_options: dict[str, dict[str, Any]] = {}
     for name, weight in method:
         term = get_term(name)
         in_config = check_weight(name, weights.get(name, term.weight))
         chosen[name] = in_config if weight is None else weight
-        if weight is None and name in wished:
+        if weight is None and name in auto_weight:
             # until the first step is measured it has the weight that it would have had, but something to scale
-            shares[name], chosen[name] = _checked_share(name, wished[name]), in_config or 1.0
+            shares[name], chosen[name] = _checked_share(name, auto_weight[name]), in_config or 1.0
         if term.level == "maps":
             places = _level_pairs(term_levels[name], dict(partners)) if term_levels.get(name) else partners
-            pairs[name] = _map_pairs(term, places, *channels, student_vectors)
+            pairs[name] = _map_pairs(term, places, student_channels or {}, teacher_channels or {}, student_vectors)
         else:
-            pairs[name] = [_vector_pair(term, widths)]
-    checked = {name: _checked_options(get_term(name), options) for name in pairs}
-    return TransferLoss(method, chosen, pairs, checked, shares)
+            student, teacher = widths[term.student_kind][0], widths[term.level][1]
+            pairs[name] = [LayerPair(term.student_kind, term.level, student or 0, teacher or 0)]
+        given = dict(options.get(name) or {})
+        for key in given:
+            if key not in term.options:
+                raise ValueError(f"{name} has no option '{key}'; it has {_listed(term.options)}")
+        all_options[name] = {**term.options, **given}
+    return TransferLoss(method, chosen, pairs, all_options, shares)
 
 
 def _checked_share(name: str, share: float) -> float:
@@ -233,69 +232,18 @@ def _map_pairs(
     return [LayerPair(s, t, student[s], teacher[t], s in vectors) for s, t in places]
 
 
-def _vector_pair(term: LossSpec, widths: Mapping[tuple[str, str], int | None]) -> LayerPair:
-    student, teacher = widths["student", term.student_kind], widths["teacher", term.level]
-    if term.needs_widths and not (student and teacher):
-        missing = f"student's {term.student_kind}" if not student else f"teacher's {term.level}"
-        raise ValueError(f"{term.name} has parameters: the width of the {missing} must be given")
-    return LayerPair(term.student_kind, term.level, student or 0, teacher or 0)
-
-
-def _checked_options(term: LossSpec, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    given = dict(options.get(term.name) or {})
-    for key in given:
-        if key not in term.options:
-            raise ValueError(f"{term.name} has no option '{key}'; it has {_listed(term.options)}")
-    return {**term.options, **given}
-
-
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
-
-
-@dataclass(frozen=True)
-class PairShape:
-    """One line of a shape report.
-
-    Attributes:
-        term: the term's name.
-        student: the student's level or kind of output.
-        teacher: the teacher's.
-        student_shape: without the batch, (C, H, W) for maps.
-        teacher_shape: the same for the teacher.
-        student_stride: of a map, in pixels; None where it isn't known.
-        teacher_stride: the same for the teacher.
-        alignment: what is done about a difference, in words; ``none`` where sizes agree.
-    """
-
-    term: str
-    student: str
-    teacher: str
-    student_shape: tuple[int, ...]
-    teacher_shape: tuple[int, ...]
-    student_stride: int | None
-    teacher_stride: int | None
-    alignment: str
-
-    @property
-    def cells(self) -> tuple[str, str, str, str]:
-        """What stands under :data:`HEADINGS`."""
-
-        def place(name: str, shape: tuple[int, ...], stride: int | None) -> str:
-            return f"{name}: {' x '.join(map(str, shape))}" + (f", stride {stride}" if stride else "")
-
-        student = place(self.student, self.student_shape, self.student_stride)
-        return self.term, student, place(self.teacher, self.teacher_shape, self.teacher_stride), self.alignment
 
 
 def pair_shapes(
     loss: TransferLoss,
     student: ModelOutputs,
     teacher: ModelOutputs,
-    student_strides: Mapping[str, int] | None = None,
-    teacher_strides: Mapping[str, int] | None = None,
-) -> list[PairShape]:
-    """Each pair that ``loss`` compares in these outputs.
+    student_strides: Mapping[str, int],
+    teacher_strides: Mapping[str, int],
+) -> list[tuple[str, str, str, str]]:
+    """The pairs that ``loss`` compares in these outputs, as rows of a table with :data:`HEADINGS`.
 
     Args:
         loss: of one method.
@@ -304,10 +252,18 @@ def pair_shapes(
         student_strides: level to stride, where it is known.
         teacher_strides: the same for the teacher.
 
+    Returns:
+        Term, place and shape (without the batch) of student and teacher, and what is done where sizes differ.
+
     Raises:
         ValueError: an output that a term reads isn't there.
     """
-    lines = []
+
+    def place(name: str, output: Tensor, strides: Mapping[str, int]) -> str:
+        stride = f", stride {strides[name]}" if strides.get(name) else ""
+        return f"{name}: {' x '.join(map(str, output.shape[1:]))}{stride}"
+
+    rows = []
     for name, pairs in loss.pairs.items():
         student_kind, teacher_kind = loss.kinds[name]
         for pair in pairs:
@@ -319,7 +275,9 @@ def pair_shapes(
                 height, width = common_size(mine, theirs)
                 sides = [who for who, x in (("student", mine), ("teacher", theirs)) if x.shape[2:] != (height, width)]
                 alignment = f"{' and '.join(sides)} averaged down to {height} x {width}"
-            shapes = tuple(mine.shape[1:]), tuple(theirs.shape[1:])
-            strides = (student_strides or {}).get(pair.student), (teacher_strides or {}).get(pair.teacher)
-            lines.append(PairShape(name, pair.student, pair.teacher, *shapes, *strides, alignment))
-    return lines
+            mine_at, theirs_at = (
+                place(pair.student, mine, student_strides),
+                place(pair.teacher, theirs, teacher_strides),
+            )
+            rows.append((name, mine_at, theirs_at, alignment))
+    return rows

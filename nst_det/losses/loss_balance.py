@@ -43,14 +43,14 @@ class TermBalance:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """What stands under :data:`HEADINGS`."""
+        """The row under :data:`HEADINGS`."""
         wished = "" if self.share is None else f"{self.share:.3g}"
         ratio = "?" if self.ratio is None else f"{self.ratio:.3g}"
         return self.term, f"{self.weight:.4g}", f"{self.value:.4g}", f"{self.norm:.3g}", ratio, wished
 
     @property
     def one_sided(self) -> bool:
-        """Whether term and task are more than 10:1 apart, in either direction."""
+        """Whether the gradients of term and task are more than 10:1 apart, in either direction."""
         return self.weight > 0 and self.ratio is not None and not 1 / LIMIT <= self.ratio <= LIMIT
 
     @property
@@ -74,7 +74,7 @@ def gradient_norms(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Te
         parameters: leaves that require a gradient; a loss needn't depend on all of them.
 
     Returns:
-        (number of losses,), float32, 0 where a loss depends on none of the parameters, inf where it isn't finite.
+        (L,) norms in float32, 0 where a loss depends on none of the parameters, inf where it isn't finite.
     """
     norms = []
     with torch.autocast(losses[0].device.type, enabled=False):
@@ -88,20 +88,12 @@ def gradient_norms(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Te
 
 
 class GradientBalance(nn.Module):
-    """Measures the terms of one method against the task in the first steps, and sets the weights that are to be chosen.
+    """Measure the terms of one method against the task in the first steps, and set the weights that are to be chosen.
 
-    A term with a share gets the weight at which its gradient in the backbone's parameters has that share of the task's
-    gradient norm: in each of the first :data:`STEPS` steps by the median of what was measured so far, then for good.
-    What was measured is in the state dict, so that a resumed run has the same weights.  Several processes measure
-    their own images and take the mean of the norms.
-
-    Args:
-        weights: term to weight; the entries of terms with a share are changed here.
-        shares: term to the wished ratio of gradient norms, term / task.
-
-    Attributes:
-        measured: steps so far.
-        lines: the report, once the last of these steps is measured.
+    A term with a share (the wished ratio of gradient norms, term / task) gets the weight at which it has that share: in
+    each of the first :data:`STEPS` steps by the median of what was measured so far, then for good.  What was measured
+    is in the state dict, so that a resumed run has the same weights.  Several processes measure their own images and
+    take the mean of the norms.  ``weights`` are changed in place; ``lines`` is the report, after the last step.
     """
 
     norms: Tensor
@@ -122,18 +114,10 @@ class GradientBalance(nn.Module):
         return bool(self.weights) and self.measured < len(self.norms) and due
 
     def forward(self, task: Tensor, terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Measure one step.
+        """Measure one step; return the terms by the weights that hold now.
 
-        Args:
-            task: the loss that the student has without a teacher, a scalar.
-            terms: what :class:`~nst_det.losses.TransferLoss` gave in this step.
-            parameters: the trainable ones of the student's backbone.
-
-        Returns:
-            The terms by the weights that hold now.
-
-        Raises:
-            ValueError: a weight is to be chosen for a term that has no gradient there.
+        ``task`` is the student's loss without a teacher, ``terms`` are this step's, ``parameters`` the trainable ones
+        of the student's backbone.  A ValueError says that a term to be weighed has no gradient there.
         """
         before = dict(self.weights)
         norms = gradient_norms([task, *terms.values()], parameters)

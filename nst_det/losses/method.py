@@ -12,19 +12,19 @@ LABELS_ONLY = "ce"
 
 @dataclass(frozen=True)
 class Method:
-    """A sum of transfer terms, each with the weight that the word gives it.
+    """A sum of transfer terms with their weights; two are equal exactly if their canonical forms (``word``) are.
 
     Cross-entropy with the labels is the task and always there; the method ``ce`` is the one without any term.
 
     Attributes:
-        weights: term to the weight in the word, None where the word has none; in the registry's order.
+        weights: term to its weight, None where the method gives none; in the registry's order.
     """
 
     weights: tuple[tuple[str, float | None], ...] = ()
 
     @property
     def word(self) -> str:
-        """The canonical word: two methods are equal exactly if their words are."""
+        """The canonical form."""
         parts = (name if weight is None else f"{name}:{_shortest(weight)}" for name, weight in self.weights)
         return "+".join(parts) or LABELS_ONLY
 
@@ -46,16 +46,16 @@ def _shortest(weight: float) -> str:
 
 
 def parse_method(word: str | Method) -> Method:
-    """A method from its word.
+    """A method from a string.
 
     Args:
         word: term names joined by ``+``, each with ``:weight`` if it isn't to be the default; ``ce`` for none.
 
     Returns:
-        The method, its terms in the registry's order whatever their order in the word.
+        The method, its terms in the registry's order.
 
     Raises:
-        ValueError: an empty word, an unknown or repeated term, a weight that isn't a finite number >= 0.
+        ValueError: an empty string, an unknown or repeated term, a weight that isn't a finite number >= 0.
 
     Example:
         >>> parse_method("nst-poly+kd:0.9").word
@@ -73,12 +73,11 @@ def parse_method(word: str | Method) -> Method:
             raise ValueError(f"method '{word}': a term is missing; write for example kd+nst-poly:50")
         if name == LABELS_ONLY:
             raise ValueError(f"method '{word}': ce (labels only) is in every method; leave it out of a sum")
+        if name in found:
+            raise ValueError(f"method '{word}': the term '{name}' is named twice")
         try:
             get_term(name)
-            weight = check_weight(name, number) if colon else None
+            found[name] = check_weight(name, number) if colon else None
         except ValueError as error:
             raise ValueError(f"method '{word}': {error}") from None
-        if name in found:
-            raise ValueError(f"method '{word}': the term '{name}' stands there twice")
-        found[name] = weight
     return Method(tuple((name, found[name]) for name in terms() if name in found))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nst_det.losses.ops import Shared, aligned, channel_adapter
-from nst_det.losses.registry import LayerPair, LossSpec, register_term
+from nst_det.losses.registry import LayerPair, register_term
 
 
 def generation_loss(generated: Tensor, teacher: Tensor) -> Tensor:
@@ -14,10 +14,17 @@ def generation_loss(generated: Tensor, teacher: Tensor) -> Tensor:
     return (generated - teacher).square().sum() / len(teacher)
 
 
+@register_term(
+    "mgd",
+    level="maps",
+    weight=5e-7,
+    source="the MGD authors' code for two-stage detectors (alpha 5e-7, 45 % masked)",
+    summary="the map itself, generated from a masked one",
+)
 class MGD(nn.Module):
-    """The term ``mgd``: masks positions of the student's map and generates the teacher's by two 3x3 convolutions.
+    """The term ``mgd``: two 3x3 convolutions generate the teacher's map from a masked one of the student.
 
-    The mask is drawn from torch's global generator of the maps' device, in training mode only.
+    In training mode alone a mask of positions is drawn, from torch's global generator of the maps' device.
     """
 
     reads = ("aligned",)
@@ -34,24 +41,9 @@ class MGD(nn.Module):
         )
 
     def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
-        """Maps (B, C_S, H, W) and (B, C_T, H', W') to a scalar."""
         small, target = aligned(student, teacher, shared)
         small = self.adapter(small)
         if self.training:
             batch, _, height, width = small.shape
             small = small * (torch.rand(batch, 1, height, width, device=small.device) >= self.masked)
         return generation_loss(self.generator(small), target)
-
-
-register_term(
-    LossSpec(
-        name="mgd",
-        level="maps",
-        weight=5e-7,
-        source="the MGD authors' code for two-stage detectors (alpha 5e-7, 45 % masked)",
-        summary="the map itself, generated from a masked one",
-        build=MGD,
-        options={"masked": 0.45},
-        needs_widths=True,
-    )
-)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from nst_det.losses.mmd import KERNELS, mmd
 from nst_det.losses.ops import Shared, at_size, check_maps, common_size, compute_now, teacher_at
-from nst_det.losses.registry import LayerPair, LossSpec, register_term
+from nst_det.losses.registry import LayerPair, register_term
 
 
 def nst_loss(
@@ -136,7 +136,7 @@ class NST(nn.Module):
     # which of them depends on kernel and shapes; "nst-maps" are the teacher's maps themselves
     reads = ("nst-mean", "nst-gram", "nst-maps", "nst-scale", "nst-poly", "nst-products")
 
-    def __init__(self, pair: LayerPair, kernel: str, center: bool = False, relu: bool = False) -> None:
+    def __init__(self, kernel: str, pair: LayerPair, center: bool = False, relu: bool = False) -> None:
         super().__init__()
         self.kernel, self.center, self.relu = kernel, center, relu
 
@@ -157,20 +157,9 @@ class NST(nn.Module):
         return maps - maps.mean((2, 3), keepdim=True) if self.center else maps
 
 
-def _register(kernel: str, weight: float, source: str, summary: str) -> None:
-    register_term(
-        LossSpec(
-            name=f"nst-{kernel}",
-            level="maps",
-            weight=weight,
-            source=source,
-            summary=summary,
-            build=lambda pair, **options: NST(pair, kernel, **options),
-            options={"center": False, "relu": False},
-        )
-    )
-
-
-_register("linear", 50.0, "the NST paper's 5e1 (not verified)", "the mean of the normalized channel maps")
-_register("poly", 50.0, "the NST authors' code and RepDistiller (50)", "which positions are active together")
-_register("gaussian", 100.0, "the NST paper's 1e2 (not verified)", "the distribution of the normalized channel maps")
+for _kernel, _weight, _source, _summary in (
+    ("linear", 50.0, "the NST paper's 5e1 (not verified)", "the mean of the normalized channel maps"),
+    ("poly", 50.0, "the NST authors' code and RepDistiller (50)", "which positions are active together"),
+    ("gaussian", 100.0, "the NST paper's 1e2 (not verified)", "the distribution of the normalized channel maps"),
+):
+    register_term(f"nst-{_kernel}", "maps", _weight, _source, _summary)(partial(NST, _kernel))

@@ -24,7 +24,7 @@ class ModelOutputs:
 
     Example:
         >>> teacher = ModelOutputs(logits=torch.zeros(2, 10), maps={"res4": torch.rand(2, 8, 7, 7)})
-        >>> teacher.shared("mean", lambda: teacher.map("res4").mean()).ndim
+        >>> teacher.shared("mean", lambda: teacher.maps["res4"].mean()).ndim
         0
     """
 
@@ -34,22 +34,22 @@ class ModelOutputs:
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """The value kept under ``key``; the first call computes it, without gradient."""
+        """Return the value kept under ``key``; the first call computes it, without gradient."""
         if key not in self._memo:
             with torch.no_grad():
                 self._memo[key] = compute()
         return self._memo[key]
 
     def keep(self, key: Hashable, value: Any) -> None:
-        """Put ``value`` under ``key``, where :meth:`shared` finds it."""
+        """Put ``value`` where :meth:`shared` finds it."""
         self._memo[key] = value
 
     def shared_so_far(self) -> dict[Hashable, Any]:
-        """All that was asked of :meth:`shared`, by key."""
+        """Return all that was asked of :meth:`shared`, by key."""
         return dict(self._memo)
 
     def images(self, rows: Any) -> ModelOutputs:
-        """The outputs for some images (a slice, or indices), without what losses share."""
+        """Return the outputs for some images (a slice, or indices), without what losses share."""
         return ModelOutputs(
             None if self.logits is None else self.logits[rows],
             {level: value[rows] for level, value in self.maps.items()},
@@ -57,27 +57,15 @@ class ModelOutputs:
         )
 
     def tensors(self) -> list[Tensor]:
-        """All outputs there are."""
+        """Return all outputs there are."""
         return [value for value in (self.logits, *self.maps.values(), self.embedding) if value is not None]
 
-    def map(self, level: str) -> Tensor:
-        """The map (B, C, H, W) of a level.
-
-        Raises:
-            ValueError: the network gave no such level.
-        """
-        if level not in self.maps:
-            raise ValueError(f"no map '{level}' among the outputs; there are {', '.join(self.maps) or 'none'}")
-        return self.maps[level]
-
-    def of(self, kind: str, level: str | None = None) -> Tensor:
-        """The output of one kind: ``logits``, ``embedding``, or ``maps`` with a level.
-
-        Raises:
-            ValueError: it isn't there.
-        """
+    def of(self, kind: str, level: str = "") -> Tensor:
+        """Return the output of one kind: ``logits``, ``embedding``, or the map of ``level`` for ``maps``."""
         if kind == "maps":
-            return self.map(str(level))
+            if level not in self.maps:
+                raise ValueError(f"no map '{level}' among the outputs; there are {', '.join(self.maps) or 'none'}")
+            return self.maps[level]
         value: Tensor | None = self.logits if kind == "logits" else self.embedding
         if value is None:
             raise ValueError(f"no {kind} among the outputs, but a transfer term reads them")

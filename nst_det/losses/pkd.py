@@ -6,46 +6,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.ops import EPS, Shared, aligned, compute_now
-from nst_det.losses.registry import LayerPair, LossSpec, register_term
+from nst_det.losses.registry import LayerPair, register_term
 
 
 def standardize(maps: Tensor) -> Tensor:
-    """Each channel with mean 0 and variance 1 over batch and positions: (B, C, H, W) to the same shape.
-
-    The variance is the unbiased one plus 1e-6, so that a constant channel gives zeros and a finite gradient.
-    """
-    variance, mean = _variance_and_mean(maps)
-    return (maps - mean) * (variance + EPS).rsqrt()
-
-
-def _variance_and_mean(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Unbiased variance and mean of each channel, (1, C, 1, 1)."""
+    """Return maps (B, C, H, W) of which each channel has mean 0 and variance 1 over batch and positions."""
     mean = maps.mean((0, 2, 3), keepdim=True)
     count = max(1, maps.numel() // maps.shape[1] - 1)
-    return (maps - mean).square().sum((0, 2, 3), keepdim=True) / count, mean
+    # unbiased, and 1e-6 more, so that a constant channel gives zeros and a finite gradient
+    variance = (maps - mean).square().sum((0, 2, 3), keepdim=True) / count
+    return (maps - mean) * (variance + EPS).rsqrt()
 
 
 def pkd_loss(student: Tensor, teacher: Tensor, shared: Shared = compute_now) -> Tensor:
     """Half the mean squared difference of the standardized maps: 1 - Pearson's r, averaged over the channels.
 
-    Args:
-        student: map (B, C, H, W).
-        teacher: map (B, C, H', W'), the larger one is averaged down; no gradient goes there.
-        shared: keeps the teacher's standardized map for other students.
-
-    Returns:
-        A scalar in [0, 2]; it doesn't change under a positive scale and a shift of a channel.
-
-    Raises:
-        ValueError: the channel counts differ.
+    Maps are (B, C, H, W) and (B, C, H', W'), the larger one is averaged down; a scalar in [0, 2] that doesn't change
+    under a positive scale and a shift of a channel.  No gradient goes to the teacher; ``shared`` keeps its part.
     """
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(f"pkd compares channel by channel, but there are {student.shape[1]} and {teacher.shape[1]}")
-    small, large = aligned(student, teacher, shared)
+    small, large = aligned(student, teacher, shared, same_channels=True)
     target = shared(("pkd", tuple(large.shape[2:])), lambda: standardize(large))
     return F.mse_loss(standardize(small), target) / 2
 
 
+@register_term(
+    "pkd",
+    level="maps",
+    weight=6.0,
+    source="mmrazor, two-stage detectors on FPN p2..p5 (6 a level)",
+    summary="each channel up to scale and shift",
+)
 class PKD(nn.Module):
     """The term ``pkd``."""
 
@@ -61,18 +51,4 @@ class PKD(nn.Module):
             )
 
     def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
-        """Maps (B, C, H, W) and (B, C, H', W') to a scalar."""
         return pkd_loss(student, teacher, shared)
-
-
-register_term(
-    LossSpec(
-        name="pkd",
-        level="maps",
-        weight=6.0,
-        source="mmrazor, two-stage detectors on FPN p2..p5 (6 a level)",
-        summary="each channel up to scale and shift",
-        build=PKD,
-        needs_widths=True,
-    )
-)

@@ -1,18 +1,15 @@
-"""The terms that a method can be made of.
-
-A term is one transfer loss at one kind of output.  Each file of this folder registers its own; code outside the
-package does the same with :func:`register_term` and may then use its name in any method.
-"""
+"""The terms that a method can be made of: each file of this folder registers its own, as other packages may."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -20,10 +17,12 @@ KINDS = ("logits", "maps", "embedding")
 # in a loss's ``reads``: the teacher's output itself
 OUTPUT = "output"
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-# modules that register terms from outside, separated by commas; imported when terms are first looked up
+# modules that register terms from outside, separated by commas; imported when terms are looked up
 VARIABLE = "NST_DET_TERMS"
-# words of the comparison that aren't sums of terms
+# methods of the comparison that aren't sums of terms
 RESERVED = ("ce", "scratch")
+
+Build = TypeVar("Build", bound=Callable[..., nn.Module])
 
 
 @dataclass(frozen=True)
@@ -55,18 +54,13 @@ class LossSpec:
     """One transfer loss as the methods know it.
 
     Attributes:
-        name: its word in a method: lower case, digits, hyphens.
+        name: in a method: lower case, digits, hyphens.
         level: the kind of output compared: ``logits``, ``maps`` or ``embedding``.
         weight: the default weight on its value.
         source: where the default weight comes from.
-        summary: what is handed over, in a few words.
+        summary: what the student learns from it, in a few words.
         build: ``build(pair, **options)`` gives a module; ``module(student, teacher, shared)`` gives a scalar.
-            Its class may declare ``reads``: what it reads of the teacher's output, ``"output"`` for all of it, or the
-            names (first entries of the keys) under which it asks ``shared`` for what each image has by itself, such
-            as ``("attention",)``.  A teacher cache keeps these alone; without a declaration it keeps the output.
-        options: the names it takes and their defaults.
-        student_level: the student's kind of output where it isn't ``level``.
-        needs_widths: the module has parameters shaped by the pair's channels, so these must be known.
+        student_kind: the kind of output read from the student.
         vectors: the module also compares a student's vector with a teacher's map (:attr:`LayerPair.vector`).
     """
 
@@ -76,47 +70,50 @@ class LossSpec:
     source: str
     summary: str
     build: Callable[..., nn.Module]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    student_level: str | None = None
-    needs_widths: bool = False
+    student_kind: str
     vectors: bool = False
 
     @property
-    def student_kind(self) -> str:
-        """The kind of output read from the student."""
-        return self.student_level or self.level
+    def options(self) -> dict[str, Any]:
+        """The options it takes and their defaults: the parameters of ``build`` after the pair."""
+        _, *parameters = inspect.signature(self.build).parameters.values()
+        return {parameter.name: parameter.default for parameter in parameters}
 
 
 _TERMS: dict[str, LossSpec] = {}
-_IMPORTED: set[str] = set()
 
 
-def register_term(term: LossSpec) -> LossSpec:
-    """Make ``term`` usable in methods, after all others in a method's canonical word.
+def register_term(
+    name: str, level: str, weight: float, source: str, summary: str, student_kind: str = "", vectors: bool = False
+) -> Callable[[Build], Build]:
+    """Decorate the class of a loss, to make it a term of methods; the parameters are those of :class:`LossSpec`.
+
+    The class may declare what it ``reads`` of the teacher's output: the names (first entries of the keys) under which
+    it asks ``shared`` for what each image has by itself, such as ``("attention",)``.  A teacher cache keeps these
+    alone; without a declaration, or for ``"output"``, it keeps the output.
 
     Raises:
-        ValueError: the name is taken, reserved or can't stand in a word; the kind or the weight isn't valid.
+        ValueError: the name is taken, reserved or can't be part of a method; the kind or the weight isn't valid.
     """
-    if not NAME.fullmatch(term.name) or term.name in RESERVED:
-        raise ValueError(f"'{term.name}' can't name a term; use lower case, digits and hyphens, and none of {RESERVED}")
-    if term.name in _TERMS:
-        raise ValueError(f"the term '{term.name}' is registered already")
-    for kind in (term.level, term.student_kind):
-        if kind not in KINDS:
-            raise ValueError(f"the term '{term.name}' reads '{kind}'; a term reads one of {', '.join(KINDS)}")
-    check_weight(term.name, term.weight)
-    _TERMS[term.name] = term
-    return term
+    if not NAME.fullmatch(name) or name in RESERVED:
+        raise ValueError(f"'{name}' can't name a term; use lower case, digits and hyphens, and none of {RESERVED}")
+    if name in _TERMS:
+        raise ValueError(f"the term '{name}' is registered already")
+    student_kind = student_kind or level
+    if not {level, student_kind} <= set(KINDS):
+        raise ValueError(f"the term '{name}' reads '{student_kind}' and '{level}'; a term reads {', '.join(KINDS)}")
+    check_weight(name, weight)
+
+    def register(build: Build) -> Build:
+        _TERMS[name] = LossSpec(name, level, weight, source, summary, build, student_kind, vectors)
+        return build
+
+    return register
 
 
 def unregister_term(name: str) -> None:
-    """Forget a term that was registered from outside (for tests and notebooks).
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    get_term(name)
-    del _TERMS[name]
+    """Forget a term that was registered from outside; a ValueError if there is none of that name."""
+    del _TERMS[get_term(name).name]
 
 
 def terms() -> dict[str, LossSpec]:
@@ -125,42 +122,24 @@ def terms() -> dict[str, LossSpec]:
     Raises:
         ValueError: a module named there can't be imported.
     """
-    _import_outside()
+    for module in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"${VARIABLE}: can't import '{module}': {error}") from error
     return dict(_TERMS)
 
 
 def get_term(name: str) -> LossSpec:
-    """The term of that name.
-
-    Raises:
-        ValueError: there is none; the message lists those there are.
-    """
-    _import_outside()
-    if name not in _TERMS:
-        raise ValueError(f"unknown term '{name}'; known: {', '.join(_TERMS)}")
-    return _TERMS[name]
-
-
-def _import_outside() -> None:
-    named = [part.strip() for part in os.environ.get(VARIABLE, "").split(",") if part.strip()]
-    for module in named:
-        if module in _IMPORTED:
-            continue
-        # before the import, since the module itself may look terms up
-        _IMPORTED.add(module)
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            _IMPORTED.discard(module)
-            raise ValueError(f"${VARIABLE}: can't import '{module}': {error}") from error
+    """The term of that name; a ValueError lists those there are if it is none of them."""
+    known = terms()
+    if name not in known:
+        raise ValueError(f"unknown term '{name}'; known: {', '.join(known)}")
+    return known[name]
 
 
 def check_weight(name: str, weight: float | str) -> float:
-    """``weight`` as a float.
-
-    Raises:
-        ValueError: it isn't a finite number >= 0.
-    """
+    """Return ``weight`` as a float; refuse what isn't a finite number >= 0."""
     try:
         value = float(weight)
     except (TypeError, ValueError):

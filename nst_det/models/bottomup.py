@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from nst_det.models.build import (
     forward_outputs,
     probe_image,
     probe_size,
-    same_maps,
     stride_of,
     take_levels,
 )
@@ -35,21 +34,14 @@ class Bottomup(nn.Module):
     It assumes that images are normalized as the weights expect.  The timm model is made whole, filled strictly,
     and only then cut down to what the levels need, so that no unused parameter remains.
 
-    Args:
-        arch: timm name.
-        levels: of ``res2`` .. ``res5``.
-        arch_kwargs: further arguments of the timm model.
-        state_dict: weights of the whole classifier; None leaves random weights.
-        num_classes: classes of the classifier in ``state_dict``.
-        pretrained: take timm's published weights.
+    ``arch``, ``arch_kwargs`` and ``pretrained`` are those of :func:`create_model`, ``levels`` of ``res2`` .. ``res5``;
+    ``state_dict`` has the weights of the whole classifier of ``num_classes``, None leaves random ones.  A ValueError
+    says what of it is unknown or doesn't fit.
 
     Attributes:
         channels: level -> channels.
         strides: level -> stride in pixels.
         loaded: whether the weights come from a file or from timm, not from a random generator.
-
-    Raises:
-        ValueError: unknown architecture or level, or a state dict that doesn't fit it whole.
 
     Example:
         >>> bottomup = Bottomup("nst_resnet10_w32", ["res3", "res4"])
@@ -81,7 +73,7 @@ class Bottomup(nn.Module):
         self.channels = {name: info.channels for name, info in taken.items()}
         self.strides = {name: info.stride for name, info in taken.items()}
         self._pruned_keys = whole - set(model.state_dict())
-        self._fixed: set[str] = set()
+        self._frozen_norms: set[str] = set()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) normalized images to maps (B, C, H / stride, W / stride) by level."""
@@ -91,14 +83,9 @@ class Bottomup(nn.Module):
         return dict(zip(self.channels, maps))
 
     def load_classifier(self, state_dict: Mapping[str, Tensor], source: str) -> None:
-        """Fill from the state dict of the whole classifier; what was cut off is left out, the rest must fit.
+        """Fill from the state dict of the whole classifier, of which all but what was cut off must fit.
 
-        Args:
-            state_dict: the classifier's, by timm's names.
-            source: named in the error.
-
-        Raises:
-            ValueError: names missing or unexpected, or shapes that differ.
+        A ValueError names ``source``, and the names that are missing or unexpected or of other shapes.
         """
         kept = {key: value for key, value in state_dict.items() if key not in self._pruned_keys}
         load_strict(self.model, kept, source)
@@ -108,35 +95,31 @@ class Bottomup(nn.Module):
         """Freeze all layers that the last map of stride ``2**at`` depends on, batch normalization included.
 
         The numbers are Detectron2's ``MODEL.BACKBONE.FREEZE_AT``: 0 freezes nothing, 1 the stem, 2 the stem and
-        the stage of ``res2``, and so on to 5.
-
-        Raises:
-            ValueError: the network has no map of that stride, or the layers to freeze have random weights.
+        the stage of ``res2``, and so on to 5.  A ValueError says that the network has no map of that stride, or that
+        the layers to freeze have random weights.
         """
         if at == 0:
             return
         if not 0 < at <= 5:
             raise ValueError(f"freeze at {at}: use 0 (nothing) to 5 (all)")
-        frozen = set(self._names_below(at))
-        self._guard(frozen, allow_random, f"freezing at {at}", "freeze at 0")
+        frozen = self._names_below(at)
+        self._check_loaded(frozen, allow_random, f"freezing at {at}", "freeze at 0")
         for name, parameter in self.model.named_parameters():
             if name in frozen:
                 parameter.requires_grad_(False)
-        for prefix, layer in batch_norms(self.model):
-            if any(f"{prefix}.{name}" in frozen for name, _ in layer.named_parameters()):
-                self._fix(prefix, layer)
+        norms = dict(batch_norms(self.model))
+        self._freeze_norms({name: norms[name] for name in norms if f"{name}.weight" in frozen})
 
     def set_norm(self, policy: str, allow_random: bool = False) -> None:
-        """Say how batch normalization trains: ``frozen``, ``train``, or ``sync`` (over all processes).
+        """Choose how batch normalization trains: ``frozen``, ``train``, or ``sync`` (over all processes).
 
-        Raises:
-            ValueError: unknown policy, or ``frozen`` on random weights (it would mean no normalization at all).
+        A ValueError says that the policy is unknown, or ``frozen`` on random weights (which would mean no
+        normalization at all).
         """
         if policy == "frozen":
-            layers = dict(batch_norms(self.model))
-            self._guard(layers, allow_random, "freezing batch normalization", "train it")
-            for name, layer in layers.items():
-                self._fix(name, layer)
+            norms = dict(batch_norms(self.model))
+            self._check_loaded(set(norms), allow_random, "freezing batch normalization", "train it")
+            self._freeze_norms(norms)
         elif policy == "sync":
             self.model = sync_batch_norm(self.model)
         elif policy != "train":
@@ -145,40 +128,39 @@ class Bottomup(nn.Module):
     def train(self, mode: bool = True) -> Bottomup:
         """As ``nn.Module.train``; frozen batch normalization stays in evaluation mode."""
         super().train(mode)
-        for name in self._fixed:
+        for name in self._frozen_norms:
             self.model.get_submodule(name).eval()
         return self
 
-    def _fix(self, name: str, layer: _BatchNorm) -> None:
-        """Make the layer affine; it stays the layer that it was, so that the names in its state dict don't change."""
-        layer.eval().requires_grad_(False)
-        self._fixed.add(name)
+    def _freeze_norms(self, layers: Mapping[str, _BatchNorm]) -> None:
+        # each stays the layer that it was, so that the names in its state dict don't change
+        for name, layer in layers.items():
+            layer.eval().requires_grad_(False)
+            self._frozen_norms.add(name)
 
-    def _guard(self, layers: Iterable[str], allow_random: bool, what: str, remedy: str) -> None:
-        names = sorted(layers)
-        if not self.loaded and names and not allow_random:
+    def _check_loaded(self, layers: Collection[str], allow_random: bool, what: str, remedy: str) -> None:
+        if not self.loaded and layers and not allow_random:
             raise ValueError(
-                f"{what} would freeze layers with random weights: {first_names(names)}; load a backbone first, "
-                f"or {remedy}"
+                f"{what} would freeze layers with random weights: {first_names(sorted(layers))}; load a backbone "
+                f"first, or {remedy}"
             )
 
-    def _names_below(self, at: int) -> list[str]:
-        """Names of the parameters that the last map of stride ``2**at`` depends on, found by its gradient."""
+    def _names_below(self, at: int) -> set[str]:
+        """Return the parameters that the last map of stride ``2**at`` depends on, found by its gradient."""
         if 2**at >= max(self.strides.values()):
-            return [name for name, _ in self.model.named_parameters()]
+            return {name for name, _ in self.model.named_parameters()}
         # on a copy, so that no flag and no statistic of this one is touched
         model = copy.deepcopy(self.model).eval().requires_grad_(True)
         names, parameters = zip(*model.named_parameters())
         size = probe_size(model)
         with torch.enable_grad():
-            maps = model.forward_intermediates(  # type: ignore[operator]
-                probe_image(model, size), intermediates_only=True
-            )
+            image = probe_image(model, size)
+            maps = model.forward_intermediates(image, intermediates_only=True)  # type: ignore[operator]
             last = [map_ for map_ in maps if stride_of(map_, size) == 2**at]
             if not last:
                 raise ValueError(f"{self.arch} has no map of stride {2**at}, so it can't be frozen at {at}")
             grads = torch.autograd.grad(last[-1].sum(), parameters, allow_unused=True)
-        return [name for name, grad in zip(names, grads) if grad is not None]
+        return {name for name, grad in zip(names, grads) if grad is not None}
 
 
 def load_into(model: nn.Module, path: str | Path) -> Card:
@@ -193,12 +175,12 @@ def load_into(model: nn.Module, path: str | Path) -> Card:
     """
     state_dict, card = load_backbone(path)
     try:
-        if isinstance(model, Bottomup):
-            if model.arch.split(".")[0] != card.arch.split(".")[0]:
-                raise ValueError(f"{path}: holds {card.arch}, the model is {model.arch}")
+        if not isinstance(model, Bottomup):
+            load_strict(model, state_dict, str(path))
+        elif model.arch.split(".")[0] == card.arch.split(".")[0]:
             model.load_classifier(state_dict, str(path))
         else:
-            load_strict(model, state_dict, str(path))
+            raise UserError(f"{path}: holds {card.arch}, the model is {model.arch}")
     except ValueError as error:
         raise UserError(str(error)) from error
     return card
@@ -207,17 +189,10 @@ def load_into(model: nn.Module, path: str | Path) -> Card:
 def classifier_from_file(path: str | Path) -> tuple[nn.Module, Card]:
     """The whole classifier in a backbone file, in evaluation mode on the CPU, and its card.
 
-    Args:
-        path: a ``.safetensors`` path or ``backbone://NAME``.
-
-    Raises:
-        UserError: as :func:`load_backbone`.
+    ``path`` is a ``.safetensors`` path or ``backbone://NAME``; errors are those of :func:`load_backbone`.
     """
     state_dict, card = load_backbone(path)
-    try:
-        classifier = create_model(card.arch, card.num_classes, **card.arch_kwargs)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    classifier = create_model(card.arch, card.num_classes, **card.arch_kwargs)
     load_strict(classifier, state_dict, str(path))
     return classifier.eval(), card
 
@@ -243,14 +218,11 @@ def prove_parity(path: str | Path, size: int | None = None) -> float:
     """The largest absolute difference between the classifier's maps and the bottom-up's, on the same images.
 
     Both are built from the file independently and run in evaluation mode; 0.0 means that the detector starts
-    from exactly what stage one trained.
+    from exactly what stage one trained, infinity that shapes differ.
 
     Args:
-        path: a ``.safetensors`` path or ``backbone://NAME``.
+        path: a ``.safetensors`` path or ``backbone://NAME``; errors are those of :func:`load_backbone`.
         size: side of the images of seeded noise; None takes the card's.
-
-    Raises:
-        UserError: as :func:`load_backbone`.
     """
     classifier, card = classifier_from_file(path)
     levels = feature_levels(classifier)
@@ -258,4 +230,7 @@ def prove_parity(path: str | Path, size: int | None = None) -> float:
     side = size or int(card.input.get("size") or 64)
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return same_maps(forward_outputs(classifier, images, levels).maps, bottomup(images))
+        wanted, found = forward_outputs(classifier, images, levels).maps, bottomup(images)
+    if any(found[name].shape != wanted[name].shape for name in wanted):
+        return float("inf")
+    return max(float((found[name] - wanted[name]).abs().max()) for name in wanted)

@@ -19,19 +19,11 @@ from nst_det.models import inception_bn, small  # noqa: F401 (registers these ne
 
 # timm's arguments that load weights or read files: an architecture from a card must never reach them
 NOT_ARCHITECTURE = (
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "checkpoint_path",
-    "cache_dir",
-    "features_only",
-    "scriptable",
-    "exportable",
-    "no_jit",
-    "num_classes",
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
+    *("features_only", "scriptable", "exportable", "no_jit", "num_classes"),
 )
 LARGEST_NUMBER = 1 << 16
-# the keys of Detectron2's MODEL.RESNETS.NORM that speak of batch normalization
+# the values of Detectron2's MODEL.RESNETS.NORM that mean batch normalization
 NORM_POLICIES = {"FrozenBN": "frozen", "BN": "train", "SyncBN": "sync"}
 # stride 4, 8, 16, 32
 LEVELS = ("res2", "res3", "res4", "res5")
@@ -78,22 +70,14 @@ def check_arch(arch: str, arch_kwargs: Mapping[str, Any]) -> None:
         if key in NOT_ARCHITECTURE:
             raise ValueError(f"architecture argument '{key}' is not allowed; leave it out")
         for item in value if isinstance(value, list | tuple) else [value]:
-            if not isinstance(item, bool | int | float | str | None) or (
-                isinstance(item, int | float) and abs(item) > LARGEST_NUMBER
-            ):
+            too_large = isinstance(item, int | float) and abs(item) > LARGEST_NUMBER
+            if too_large or not isinstance(item, bool | int | float | str | None):
                 raise ValueError(f"architecture argument '{key}' must be a number up to {LARGEST_NUMBER}, text or list")
 
 
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable and frozen parameters; buffers don't count."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def same_maps(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> float:
-    """Return the largest absolute difference between maps by level; infinite if shapes differ."""
-    if first.keys() != second.keys() or any(first[key].shape != second[key].shape for key in first):
-        return float("inf")
-    return max((float((first[key] - second[key]).abs().max()) for key in first), default=0.0)
 
 
 def batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
@@ -118,10 +102,8 @@ class LevelInfo:
 def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
     """The levels of a timm model: the last map of stride 4, 8, 16 and 32, as far as it has them.
 
-    A model with ``vector_levels`` gives its hidden vectors by these names instead, with stride 0.
-
-    A black image is sent through the model once, in evaluation mode and without gradients; the model is left
-    as it was.
+    A model with ``vector_levels`` gives its hidden vectors by these names instead, with stride 0.  A black image is
+    sent through the model once, in evaluation mode and without gradients; the model is left as it was.
 
     Args:
         model: a timm model with ``forward_intermediates``.
@@ -154,11 +136,7 @@ def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
 
 
 def take_levels(available: Mapping[str, LevelInfo], names: Sequence[str], arch: str) -> dict[str, LevelInfo]:
-    """The named levels, by stride.
-
-    Raises:
-        ValueError: a level that the model doesn't have; the line lists those that it has.
-    """
+    """The named levels, by stride; a ValueError about one that the model doesn't have lists those that it has."""
     if not names:
         raise ValueError(f"no levels asked of {arch}; it has {', '.join(available)}")
     for name in names:
@@ -170,7 +148,7 @@ def take_levels(available: Mapping[str, LevelInfo], names: Sequence[str], arch: 
 
 
 def probe_image(model: nn.Module, size: int) -> Tensor:
-    """A black image (1, C, size, size) on the model's device."""
+    """Return a black image (1, C, size, size) on the model's device."""
     parameter = next(model.parameters())
     channels = getattr(model, "in_chans", None) or getattr(model, "default_cfg", {}).get("input_size", (3,))[0]
     return torch.zeros(1, channels, size, size, device=parameter.device, dtype=parameter.dtype)
@@ -189,20 +167,20 @@ def probe_size(model: nn.Module) -> int:
 
 
 def _maps(model: nn.Module, size: int) -> list[Tensor]:
-    with _evaluating(model), torch.no_grad():
-        maps: list[Tensor] = model.forward_intermediates(  # type: ignore[operator]
-            probe_image(model, size), intermediates_only=True
-        )
+    with _evaluating(model):
+        image = probe_image(model, size)
+        maps: list[Tensor] = model.forward_intermediates(image, intermediates_only=True)  # type: ignore[operator]
     return maps
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; each module's own mode is put back after the block."""
+    """Evaluate without gradients; each module's own mode is restored after the block."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for module in training:
             module.training = True
@@ -242,13 +220,13 @@ def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, Level
 
 
 def probe_outputs(model: nn.Module, levels: Mapping[str, LevelInfo], size: int) -> ModelOutputs:
-    """What :func:`forward_outputs` gives for one black image of ``size`` pixels; the model is left as it was."""
-    with _evaluating(model), torch.no_grad():
+    """Return :func:`forward_outputs` of one black image of ``size`` pixels; the model is left as it was."""
+    with _evaluating(model):
         return forward_outputs(model, probe_image(model, size), levels)
 
 
 def backbone_parameters(model: nn.Module) -> list[Tensor]:
-    """The trainable parameters of a classifier without those of its last layer, weight (K, D) and bias (K,)."""
+    """Return the trainable parameters of a classifier without those of its last layer, weight (K, D) and bias (K,)."""
     last = {id(parameter) for parameter in model.get_classifier().parameters()}  # type: ignore[operator]
     return [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in last]
 

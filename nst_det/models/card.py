@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nst_det.errors import UserError
@@ -15,14 +15,14 @@ INPUT_TOLERANCE = 1e-4
 
 @dataclass
 class Card:
-    """What stands in ``NAME.json``.
+    """The content of ``NAME.json``.
 
     Attributes:
         arch: timm name; with ``arch_kwargs`` and ``num_classes`` it builds the classifier.
         classes: names of the classes in the order of the logits; empty if unknown.
         levels: level -> {"stride", "channels"}.
         input: {"channel_order", "mean", "std", "size"}; mean and std on the 0..1 scale, in that channel order.
-        method: the transfer method's word, ``ce`` for labels only, or where the weights come from.
+        method: the transfer method, ``ce`` for labels only, or where the weights come from.
         weights: loss weights by term.
         teacher: name, arch, top1 and weights' sha256 of the teacher, or empty.
         data: name, fingerprint, images and classes of the training data.
@@ -50,35 +50,15 @@ class Card:
     config: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """The card as JSON values."""
-        return asdict(self)
-
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
-    "arch": str,
-    "num_classes": int,
-    "classes": list,
-    "method": str,
-    "date": str,
-    "sha256": str,
-    "top1": (int, float, type(None)),
-    "top5": (int, float, type(None)),
-    "seed": (int, type(None)),
-    "steps": (int, type(None)),
-    "params": (int, type(None)),
+    **{"str": str, "int": int, "list": list, "dict": dict},
+    **{"float | None": (int, float, type(None)), "int | None": (int, type(None))},
 }
 
 
 def input_contract(mean: Sequence[float], std: Sequence[float], order: str, size: int) -> dict[str, Any]:
-    """The ``input`` part of a card.
-
-    Args:
-        mean: per channel, 0..1, in ``order``.
-        std: as ``mean``.
-        order: ``RGB`` or ``BGR``.
-        size: side of the training images in pixels.
-    """
+    """The ``input`` part of a card: mean and std per channel (0..1, in ``order``, RGB or BGR), image size in pixels."""
     return {"channel_order": order, "mean": list(mean), "std": list(std), "size": size}
 
 
@@ -90,19 +70,19 @@ def card_from_json(value: Any, source: str) -> Card:
 
     if not isinstance(value, dict):
         raise UserError(f"{source}: not a backbone card (a mapping of fields is expected); write the backbone again")
-    known = {item.name for item in fields(Card)}
     for name in ("arch", "num_classes", "input", "sha256"):
         if name not in value:
             raise refuse(name, "is missing; write the backbone again")
-    for name, item in value.items():
-        if name in known and (not isinstance(item, _TYPES.get(name, dict)) or isinstance(item, bool)):
-            raise refuse(name, f"has the wrong type ({type(item).__name__})")
-    card = Card(**{name: item for name, item in value.items() if name in known})
+    known = {item.name: str(item.type).split("[")[0] for item in fields(Card) if item.name in value}
+    for name, kind in known.items():
+        if not isinstance(value[name], _TYPES[kind]) or isinstance(value[name], bool):
+            raise refuse(name, f"has the wrong type ({type(value[name]).__name__})")
+    card = Card(**{name: value[name] for name in known})
     if card.input.get("channel_order") not in CHANNEL_ORDERS:
         raise refuse("input.channel_order", "must be RGB or BGR")
     for name in ("mean", "std"):
         numbers = card.input.get(name)
-        if not isinstance(numbers, list) or len(numbers) != 3 or not all(map(_is_number, numbers)):
+        if not isinstance(numbers, list) or len(numbers) != 3 or not all(map(_is_share, numbers)):
             raise refuse(f"input.{name}", "must be three numbers on the 0..1 scale")
     try:
         check_arch(card.arch, card.arch_kwargs)
@@ -113,7 +93,7 @@ def card_from_json(value: Any, source: str) -> Card:
     return card
 
 
-def _is_number(value: Any) -> bool:
+def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
@@ -122,9 +102,9 @@ def check_input_contract(card: Card, mean: Sequence[float], std: Sequence[float]
 
     Args:
         card: of the weights.
-        mean: per channel, what will be subtracted, 0..1, in ``order``.
-        std: per channel, what will be divided by, 0..1, in ``order``.
-        order: ``RGB`` or ``BGR``.
+        mean: per channel, what will be subtracted, 0..1, in ``order`` (RGB or BGR).
+        std: per channel, what will be divided by, likewise.
+        order: of the channels now.
 
     Raises:
         UserError: one line with both sides.

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ConvNormAct, create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -72,10 +71,9 @@ def _conv(channels: int, out: int, size: int = 1, stride: int = 1, act: bool = T
 
 
 class Inception(nn.Module):
-    """Three or four branches side by side, concatenated; gives the map before its ReLU.
+    """Three or four branches, concatenated: (B, C, H, W) to a map before its ReLU, of half the size if it halves.
 
-    The pooled input that a halving block hands on went through a ReLU already, so that the ReLU after the
-    concatenation leaves it as it is.
+    The pooled input that a halving block hands on went through a ReLU already, which a second one leaves as it is.
     """
 
     def __init__(self, channels: int, widths: Widths) -> None:
@@ -96,7 +94,6 @@ class Inception(nn.Module):
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C', H, W), or half of H and W."""
         return torch.cat([branch(x) for branch in self.branches], 1)
 
 
@@ -105,18 +102,10 @@ class InceptionBN(nn.Module):
 
     Intermediate maps are the last ones of stride 2, 4, 8, 16 and 32: conv1, conv2, 3b, 4d and 5b.
 
-    Args:
-        num_classes: classes of the classifier; 0 for none.
-        in_chans: channels of the image.
-        global_pool: timm's name of the pooling before the classifier; "" for none.
-        drop_rate: dropout probability before the classifier.
-        pre_activation_taps: give intermediate maps before their ReLU: True for all, or the blocks for which
-            (``["5b"]`` is what the NST authors' code compares).  What the network computes stays the same.
-        stride16_tap: the block that gives the map of stride 16: 4a, 4b, 4c or 4d (the last one).  The NST paper's
-            detector reads 4b.
-
-    Raises:
-        ValueError: a block that gives no intermediate map.
+    ``pre_activation_taps`` gives intermediate maps before their ReLU: True for all, or the blocks for which (``["5b"]``
+    is what the NST authors' code compares); what the network computes stays the same.  ``stride16_tap`` is the block
+    that gives the map of stride 16: 4a, 4b, 4c or 4d (the last one); the NST paper's detector reads 4b.  The rest is
+    timm's.
 
     Example:
         >>> maps = InceptionBN().eval().forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
@@ -135,17 +124,13 @@ class InceptionBN(nn.Module):
     ) -> None:
         super().__init__()
         if stride16_tap not in STRIDE16_TAPS:
-            raise ValueError(
-                f"inception_bn: stride16_tap must be one of {', '.join(STRIDE16_TAPS)}, not {stride16_tap!r}"
-            )
+            taps = ", ".join(STRIDE16_TAPS)
+            raise ValueError(f"inception_bn: stride16_tap must be one of {taps}, not {stride16_tap!r}")
         self.taps = ("conv1", "conv2", "3b", stride16_tap, "5b")
         if isinstance(pre_activation_taps, bool):
             pre_activation_taps = self.taps if pre_activation_taps else ()
-        for name in pre_activation_taps:
-            if name not in self.taps:
-                raise ValueError(
-                    f"inception_bn: pre_activation_taps names {name!r}; the taps are {', '.join(self.taps)}"
-                )
+        for name in set(pre_activation_taps) - set(self.taps):
+            raise ValueError(f"inception_bn: pre_activation_taps names {name!r}; the taps are {', '.join(self.taps)}")
         self.pre_activation_taps = frozenset(pre_activation_taps)
         self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
 
@@ -241,25 +226,12 @@ class InceptionBN(nn.Module):
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to logits (B, K)."""
         return self.forward_head(self.forward_features(x))
 
 
+# the rest is timm's defaults: 1000 classes, 224 pixels, ImageNet's mean and std
 default_cfgs = generate_default_cfgs(
-    {
-        "inception_bn.untrained": {
-            "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "pool_size": (7, 7),
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "blocks.conv1.conv",
-            "classifier": "fc",
-        }
-    }
+    {"inception_bn.untrained": {"pool_size": (7, 7), "first_conv": "blocks.conv1.conv", "classifier": "fc"}}
 )
 
 

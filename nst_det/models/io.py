@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,10 @@ from nst_det.models.registry import resolve
 SHOWN = 4
 # a counter that old files lack and frozen layers never read
 OPTIONAL_SUFFIX = "num_batches_tracked"
-log = logging.getLogger(__name__)
-_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 LARGEST_CARD = 16 << 20
 LARGEST_WEIGHTS = 16 << 30
+log = logging.getLogger(__name__)
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
 def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
@@ -58,8 +58,7 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
     Raises:
         ValueError: one line with the missing names, the unexpected names and the shapes that differ.
     """
-    own = model.state_dict()
-    check_shapes({key: tuple(value.shape) for key, value in state_dict.items()}, own, source)
+    check_shapes({key: tuple(value.shape) for key, value in state_dict.items()}, model.state_dict(), source)
     model.load_state_dict(dict(state_dict), strict=False)
 
 
@@ -110,21 +109,20 @@ def load_pickled(path: str | Path) -> Any:
     nothing.  A pickle with anything else in it (Detectron2's ``.pkl`` files have NumPy arrays) is opened only where
     pickles are trusted.
     """
-    path = Path(path)
     try:
         with open(path, "rb") as file:
-            start = file.read(4)
+            start = file.read(2)
     except OSError as error:
         raise UserError(f"{path}: weights can't be read ({error.strerror}); correct the path") from error
-    zipped, pickled = start[:2] == b"PK", start[:1] == b"\x80"
-    if not zipped and not pickled:
+    zipped = start == b"PK"
+    if not zipped and start[:1] != b"\x80":
         raise UserError(f"{path}: not a weights file (neither torch's nor a pickle); get it again, or correct the path")
     if zipped:
         check_intact(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler raises whatever it stumbles over
-        if not _holds_pickle(path):
+        if zipped and not any(name.endswith("data.pkl") for name in zipfile.ZipFile(path).namelist()):
             raise UserError(f"{path}: not a weights file of torch ({type(error).__name__}); get it again") from error
         if not _trusted.get():
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -133,24 +131,13 @@ def load_pickled(path: str | Path) -> Any:
                 "and opening such a file runs whatever code its author put there; take weights as .safetensors, or if "
                 "you trust where it is from, add --trust-pickle (in a config: TRUST_PICKLE True)"
             ) from error
-    return _open_trusted(path, zipped)
-
-
-def _holds_pickle(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return True
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("data.pkl") for name in archive.namelist())
-
-
-def _open_trusted(path: Path, zipped: bool) -> Any:
     log.warning("%s: a pickle, opened because TRUST_PICKLE says so", path)
     try:
-        if zipped:
-            return torch.load(path, map_location="cpu", weights_only=False)
         try:
             return torch.load(path, map_location="cpu", weights_only=False)
-        except Exception:  # not torch's; a plain pickle then, as in Detectron2's model zoo
+        except Exception:  # a plain pickle then, as in Detectron2's model zoo
+            if zipped:
+                raise
             with open(path, "rb") as file:
                 return pickle.load(file, encoding="latin1")
     except Exception as error:  # a pickle raises whatever its author wants
@@ -161,7 +148,7 @@ def save_backbone(path: str | Path, model: nn.Module, card: Card) -> Card:
     """Write a classifier and its card, both atomically; the card goes last, so a file without one is unfinished.
 
     Args:
-        path: ends in ``.safetensors``; the card stands beside it.
+        path: ends in ``.safetensors``; the card is written next to it.
         model: the whole timm classifier, head included.
         card: levels, params, versions, date and sha256 are filled in where they are empty.
 
@@ -190,7 +177,7 @@ def save_backbone(path: str | Path, model: nn.Module, card: Card) -> Card:
         date=card.date or datetime.now(timezone.utc).isoformat(timespec="seconds"),
         sha256=sha256_of_file(path),
     )
-    write_sealed_json(card_path(path), card.to_json())
+    write_sealed_json(card_path(path), asdict(card))
     return card
 
 
@@ -200,7 +187,7 @@ def card_path(path: str | Path) -> Path:
 
 
 def load_card(path: str | Path) -> Card:
-    """Read and check the card beside a backbone file, or of ``backbone://NAME``.
+    """Read and check the card of a backbone file, or of ``backbone://NAME``.
 
     A card without its checksum (``content_sha256``), written by hand, is read as well.
 
@@ -249,7 +236,7 @@ def load_backbone(path: str | Path) -> tuple[dict[str, Tensor], Card]:
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
     if path.stat().st_size > LARGEST_WEIGHTS:
-        raise UserError(f"{path}: {path.stat().st_size} bytes is too large for a backbone")
+        raise UserError(f"{path}: {path.stat().st_size} bytes is too large for weights; correct the path")
     try:
         with safe_open(str(path), framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
@@ -260,8 +247,8 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
 def load_plain(path: str | Path) -> dict[str, Tensor]:
     """A bare state dict from somebody else's file, by an architecture that the user names.
 
-    ``.safetensors`` is read as such, all else by :func:`~nst_det.models.io.load_pickled`: nothing in the file
-    is executed.  torchvision's ResNet files fit timm's ResNets as they are.
+    Nothing in the file is executed, unless it is a pickle that is trusted.  torchvision's ResNet files fit timm's
+    ResNets as they are.
 
     Raises:
         UserError: no such file, damaged, or not a state dict.
@@ -269,8 +256,6 @@ def load_plain(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; correct the path")
-    if path.stat().st_size > LARGEST_WEIGHTS:
-        raise UserError(f"{path}: {path.stat().st_size} bytes is too large for weights; correct the path")
     if path.suffix == ".safetensors":
         _header(path)
         return read_tensors(path)
@@ -292,14 +277,12 @@ def list_backbones(folders: Sequence[Path]) -> tuple[list[tuple[str, Card]], lis
     """Return names and cards of all backbones in ``folders``, and one line for each file that can't be used."""
     found: dict[str, Card] = {}
     faults = []
-    for folder in folders:
-        for path in sorted(folder.glob("*.safetensors")):
-            if path.stem in found:
-                continue
-            try:
+    for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
+        try:
+            if path.stem not in found:
                 found[path.stem] = load_card(path)
-            except UserError as error:
-                faults.append(str(error))
+        except UserError as error:
+            faults.append(str(error))
     return sorted(found.items()), faults
 
 

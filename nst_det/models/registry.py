@@ -13,7 +13,7 @@ from nst_det.errors import UserError
 
 PREFIX = "backbone://"
 VARIABLE = "NST_DET_BACKBONES"
-# a method's word with weights is part of a name: kd:0.9+nst-poly
+# a method with weights is part of a name: kd:0.9+nst-poly
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+:=,@-]{0,199}")
 
 
@@ -40,29 +40,23 @@ def check_name(name: str) -> str:
     return name
 
 
-def find_backbone(name: str) -> Path:
-    """The ``.safetensors`` file of a registered backbone; the first folder that has it wins.
+def resolve(path: str | Path) -> Path:
+    """A path as it is, or the file behind ``backbone://NAME``: the first folder that has it wins.
 
     Raises:
         UserError: a name that can't be one, or that no folder has.
     """
-    file = f"{check_name(name).removesuffix('.safetensors')}.safetensors"
-    folders = registry_folders()
-    for folder in folders:
-        if (folder / file).is_file():
-            return folder / file
-    where = ", ".join(str(folder) for folder in folders)
-    raise UserError(f"{PREFIX}{name}: not found in {where}; nst-det backbones lists those there are")
-
-
-def resolve(path: str | Path) -> Path:
-    """A path as it is, or the file behind ``backbone://NAME``."""
-    text = str(path)
     # Path("backbone://x") has folded the slashes
-    for prefix in (PREFIX, "backbone:/"):
-        if text.startswith(prefix):
-            return find_backbone(text.removeprefix(prefix))
-    return Path(text).expanduser()
+    scheme = re.match(r"backbone://?", str(path))
+    if not scheme:
+        return Path(path).expanduser()
+    name = check_name(str(path)[scheme.end() :])
+    files = [folder / f"{name.removesuffix('.safetensors')}.safetensors" for folder in registry_folders()]
+    for file in files:
+        if file.is_file():
+            return file
+    where = ", ".join(str(file.parent) for file in files)
+    raise UserError(f"{PREFIX}{name}: not found in {where}; nst-det backbones lists those there are")
 
 
 class BackboneHandler(PathHandler):
@@ -85,8 +79,7 @@ class BackboneHandler(PathHandler):
         except UserError:
             return False
 
-    def _isfile(self, path: str, **kwargs: Any) -> bool:
-        return self._exists(path)
+    _isfile = _exists
 
     def _isdir(self, path: str, **kwargs: Any) -> bool:
         return False

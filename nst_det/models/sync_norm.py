@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nst_det.engine.distributed import world_size
 
@@ -25,32 +25,18 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
+        return _Sum.forward(ctx, gradient)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
     """torch's on a GPU.  On the CPU the same by gloo, and with a single process plain batch normalization."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) to the same."""
         if x.device.type != "cpu":
             return super().forward(x)
-        if self.training and world_size() > 1:
-            return self._over_processes(x)
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
-        statistics = (self.running_mean, self.running_var)
-        return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self._rate(), self.eps)
-
-    def _rate(self) -> float:
-        """How much of the running statistics a batch takes over."""
-        if self.momentum is not None:
-            return self.momentum
-        return 1 / max(float(self.num_batches_tracked or 1), 1.0)
-
-    def _over_processes(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            plain: Tensor = _BatchNorm.forward(self, x)
+            return plain
         axes, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
         values = x.float()
         sums = _Sum.apply(torch.cat([values.sum(axes), values.new_tensor([values.numel() / values.shape[1]])]))
@@ -61,9 +47,10 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         variance = _Sum.apply(centered.square().sum(axes)) / count
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
+            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             with torch.no_grad():
-                self.running_mean.lerp_(mean, self._rate())
-                self.running_var.lerp_(variance * count / (count - 1), self._rate())
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * count / (count - 1), momentum)
         scaled = centered * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             scaled = scaled * self.weight.view(shape) + self.bias.view(shape)
@@ -75,7 +62,7 @@ class _WithAct(SyncBatchNormAct, SyncBatchNorm):
 
 
 def sync_batch_norm(module: nn.Module) -> nn.Module:
-    """All batch normalization replaced by one over all processes, of the same values and names."""
+    """Replace all batch normalization by one over all processes, of the same values and names."""
     converted: nn.Module = convert_sync_batchnorm(module)
     for layer in converted.modules():
         if isinstance(layer, nn.SyncBatchNorm):

@@ -1,8 +1,4 @@
-"""Tables and pictures of a finished comparison.
-
-:func:`write_report` makes ``results.csv``, ``table.md``, ``table.tex`` and ``index.html`` (one self-contained
-file) from what ``nst-det compare`` put into ``results.json`` and from the run folders beside it.
-"""
+"""Tables and pictures of a finished comparison."""
 
 from __future__ import annotations
 
@@ -16,17 +12,10 @@ __all__ = ["write_report"]
 
 
 def write_report(results: ComparisonResult, folder: str | Path, runs: str | Path) -> None:
-    """Write the report of a comparison; equal input gives equal bytes.
+    """Write ``results.csv``, ``table.md``, ``table.tex`` and the self-contained ``index.html`` into ``folder``.
 
-    Run folders that are gone cost the report its curves or sample images, never its numbers.
-
-    Args:
-        results: what was found, see :class:`~nst_det.comparison.result.ComparisonResult`.
-        folder: where the files go.
-        runs: the folder of the comparison; run folders in ``results`` are relative to it.
-
-    Raises:
-        UserError: ``folder`` can't be written.
+    Equal input gives equal bytes.  Run folders in ``results`` are relative to ``runs``, the folder of the comparison;
+    those that are gone cost the report its curves or sample images, never its numbers.
     """
     from nst_det.engine.io import write_text
     from nst_det.report.page import render_page

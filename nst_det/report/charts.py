@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
-from nst_det.comparison.result import BASELINE, MARKS, ComparisonResult, RowResult
+from nst_det.comparison.result import BASELINE, MARKS, ComparisonResult
+from nst_det.engine.metrics import TOTALS
 from nst_det.report.curves import RECALLS, Curve, Curves, Precision
-from nst_det.report.svg import INK, MUTED, SURFACE, method_color, new_axes, to_svg
-from nst_det.report.tables import fraction, signed
+from nst_det.report.svg import CSS_COLORS, INK, METHOD_COLORS, MUTED, STYLE, SURFACE, new_axes, to_svg
+from nst_det.report.tables import fraction
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# inches: the two charts that stand side by side, and those of which three do
+# inches: the two charts that are side by side, and those of which three are
 WIDE, SMALL, CURVE = 4.7, (3.5, 2.6), (3.5, 2.2)
 LINES = ("-", "--", ":", "-.")
 MARKERS = "osD^vP"
@@ -39,83 +41,147 @@ class Look:
 
     color: str
     line: str
-    marker: str
+    marker: str = ""
+
+    @property
+    def css(self) -> str:
+        """The color on the page."""
+        return CSS_COLORS[self.color]
+
+    @property
+    def stroke(self) -> dict[str, Any]:
+        """Arguments of a line in ``axes.plot``."""
+        return {"color": self.color, "ls": self.line, "lw": 1.5}
 
 
-def looks(methods: Sequence[str]) -> dict[str, Look]:
+Looks = Mapping[str, Look]
+
+
+def method_looks(methods: Sequence[str]) -> dict[str, Look]:
     """Return a look for each: the baseline in ink, the marks in grey, each other method in a color of its own."""
     chosen = {BASELINE: Look(INK, "-", "o")}
     chosen |= {mark: Look(MUTED, line, marker) for mark, line, marker in zip(MARKS, (":", "-.", "--"), "vX^")}
     for index, method in enumerate(method for method in methods if method not in chosen):
-        line = LINES[(index // 10 + index % 2) % len(LINES)]
-        chosen[method] = Look(method_color(index), line, MARKERS[index % len(MARKERS)])
+        turn, color = divmod(index, len(METHOD_COLORS))
+        line = LINES[(turn + index % 2) % len(LINES)]
+        chosen[method] = Look(METHOD_COLORS[color], line, MARKERS[index % len(MARKERS)])
     return {method: chosen[method] for method in methods}
 
 
-def shorten(name: str, length: int = 20) -> str:
-    """Return a name that fits beside a chart.
+def draw_charts(
+    results: ComparisonResult,
+    looks: Looks,
+    distill: Mapping[str, Curves],
+    detect: Mapping[str, Curves],
+    precision: Mapping[str, Mapping[str, Precision]],
+) -> dict[str, Any]:
+    """Return all charts of the page by name; None and empty lists where nothing is known."""
+    methods = dict.fromkeys(method for curves in precision.values() for method in curves)
+    mean = {method: np.mean([curves[method] for curves in precision.values()], axis=0) for method in methods}
+    by_class = enumerate(precision.items())
+    with rc_context(fname=STYLE):
+        return {
+            "bars": _map_bars(results, looks),
+            "scatter": _top1_scatter(results, looks),
+            "precision": _precision_panel(mean, looks, "precision") if mean else None,
+            "precision_by_class": [_precision_panel(one, looks, f"precision{n}", name) for n, (name, one) in by_class],
+            "overlap": _overlap_chart(results, looks),
+            "sizes": _size_chart(results, looks),
+            "distill_terms": _term_panels(distill["loss"], "terms"),
+            "levels": _term_panels(distill["level"], "levels"),
+            "distill_accuracy": _panels(distill["accuracy"], looks, "accuracy"),
+            "detect_losses": _panels(detect["loss"], looks, "loss", log_scale=True),
+            "detect_accuracy": _panels(detect["accuracy"], looks, "detector"),
+        }
 
-    Example:
-        >>> shorten("a-very-long-method-name", 10)
-        'a-very-lo…'
-    """
+
+def shorten(name: str, length: int = 20) -> str:
+    """Return a name that fits next to a chart."""
     name = " ".join(name.split())
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _svg(axes: Axes, name: str, label: str) -> str:
-    return to_svg(axes.figure, name, label)  # type: ignore[arg-type]
-
-
-def map_bars(results: ComparisonResult, look: Mapping[str, Look]) -> str:
+def _map_bars(results: ComparisonResult, looks: Looks) -> Markup:
     """Draw mAP of each row as a bar, its spread over seeds as a whisker, each seed as a dot."""
-    with new_axes(WIDE, 0.9 + 0.36 * len(results.rows)) as axes:
-        ends = []
-        for at, row in enumerate(results.rows):
-            color, seeds = look[row.method].color, [one.map for one in row.per_seed.values()]
-            axes.barh(at, row.map, height=0.62, color=color, alpha=0.3, linewidth=0)
-            axes.errorbar(row.map, at, xerr=row.map_std, color=color, capsize=3.5, elinewidth=1.5)
-            axes.plot(seeds, [at] * len(seeds), "o", color=color, markersize=3.6, mew=0, alpha=0.9)
-            ends.append(max([row.map + (row.map_std or 0), *seeds]))
-            text: Any = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "weight": "bold"}
-            axes.annotate(fraction(row.map), (ends[-1], at), **text)
-        axes.set_yticks(range(len(results.rows)), [shorten(row.method) for row in results.rows])
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.set_xlim(0, min(max(max(ends) * 1.16, 0.05), 1.12))
-        axes.set_xlabel("mAP at IoU 0.5 (11-point)")
-        axes.spines["left"].set_visible(False)
-        parts = [f"{row.method} {fraction(row.map)}" for row in results.rows]
-        return _svg(axes, "bars", f"Bar chart of mAP by method: {', '.join(parts)}")
+    axes = new_axes(WIDE, 0.9 + 0.36 * len(results.rows))
+    ends = []
+    for at, row in enumerate(results.rows):
+        color, seeds = looks[row.method].color, [one.map for one in row.per_seed.values()]
+        axes.barh(at, row.map, height=0.62, color=color, alpha=0.3, linewidth=0)
+        axes.errorbar(row.map, at, xerr=row.map_std, color=color, capsize=3.5, elinewidth=1.5)
+        axes.plot(seeds, [at] * len(seeds), "o", color=color, markersize=3.6, mew=0, alpha=0.9)
+        ends.append(max([row.map + (row.map_std or 0), *seeds]))
+        text: Any = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "weight": "bold"}
+        axes.annotate(fraction(row.map), (ends[-1], at), **text)
+    axes.set_yticks(range(len(results.rows)), [shorten(row.method) for row in results.rows])
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set(xlim=(0, min(max(max(ends) * 1.16, 0.05), 1.12)), xlabel="mAP at IoU 0.5 (11-point)")
+    axes.spines["left"].set_visible(False)
+    values = ", ".join(f"{row.method} {fraction(row.map)}" for row in results.rows)
+    return to_svg(axes, "bars", f"Bar chart of mAP by method: {values}")
 
 
-def top1_scatter(results: ComparisonResult, look: Mapping[str, Look]) -> str | None:
+def _top1_scatter(results: ComparisonResult, looks: Looks) -> Markup | None:
     """Draw stage one's top-1 against the detector's mAP; None where fewer than two rows have a top-1."""
     rows = [row for row in results.rows if row.top1 is not None]
     if len(rows) < 2:
         return None
     # below the chart there is a line of the legend for three rows
-    with new_axes(WIDE, 3.3 + 0.17 * (len(rows) // 3)) as axes:
-        for row in rows:
-            one = look[row.method]
-            if len(row.seeds) > 1:
-                points = [(seed.top1, seed.map) for seed in row.per_seed.values()]
-                axes.plot(*zip(*points), one.marker, color=one.color, ms=3.5, alpha=0.5, mew=0)
-            mean: Any = {"ms": 8, "mec": SURFACE, "mew": 1, "label": shorten(row.method)}
-            axes.plot(row.top1 or 0.0, row.map, one.marker, color=one.color, **mean)
-        axes.margins(0.08)
-        axes.set_xlabel("top-1 accuracy of the backbone (stage one)")
-        axes.set_ylabel("mAP (11-point)")
-        axes.figure.legend(loc="outside lower center", ncols=3, handletextpad=0.3)
-        parts = [f"{row.method} {fraction(row.top1)} to {fraction(row.map)}" for row in rows]
-        return _svg(axes, "scatter", f"Scatter plot of top-1 accuracy against mAP: {', '.join(parts)}")
+    axes = new_axes(WIDE, 3.3 + 0.17 * (len(rows) // 3))
+    for row in rows:
+        look = looks[row.method]
+        if len(row.seeds) > 1:
+            points = [(seed.top1, seed.map) for seed in row.per_seed.values()]
+            axes.plot(*zip(*points), look.marker, color=look.color, ms=3.5, alpha=0.5, mew=0)
+        mean: Any = {"ms": 8, "mec": SURFACE, "mew": 1, "label": shorten(row.method)}
+        axes.plot(row.top1 or 0.0, row.map, look.marker, color=look.color, **mean)
+    axes.margins(0.08)
+    axes.set(xlabel="top-1 accuracy of the backbone (stage one)", ylabel="mAP (11-point)")
+    axes.figure.legend(loc="outside lower center", ncols=3, handletextpad=0.3)
+    values = ", ".join(f"{row.method} {fraction(row.top1)} to {fraction(row.map)}" for row in rows)
+    return to_svg(axes, "scatter", f"Scatter plot of top-1 accuracy against mAP: {values}")
 
 
-def _plot_curves(axes: Axes, curves: Mapping[str, Curve], title: str, log_scale: bool) -> str:
-    """Finish a chart of curves over steps; returns where each ends, in words."""
-    from matplotlib.ticker import LogLocator
+def _panels(curves: Curves, looks: Looks, prefix: str, log_scale: bool = False) -> list[Markup]:
+    """Draw each quantity over steps: one line a method, with a band from the lowest to the highest seed."""
+    drawn = []
+    for index, (quantity, methods) in enumerate(curves.items()):
+        title = TITLES.get(quantity, quantity)
+        axes = new_axes(*CURVE)
+        for method, curve in methods.items():
+            look = looks[method]
+            marker = look.marker if len(curve.steps) < 8 else ""
+            axes.plot(curve.steps, curve.mean, marker=marker, ms=3.5, **look.stroke)
+            if np.any(curve.high > curve.low):
+                axes.fill_between(curve.steps, curve.low, curve.high, color=look.color, alpha=0.12, linewidth=0)
+        drawn.append(_finish_curves(axes, methods, f"{prefix}{index}", title, title, log_scale))
+    return drawn
 
+
+def _term_panels(curves: Curves, prefix: str) -> list[Markup]:
+    """Draw all loss terms of each method on one logarithmic axis: their balance, which a sum of them would hide."""
+    by_method: Curves = {}
+    for name, methods in curves.items():
+        if (term := name.removeprefix("loss/").removeprefix("level/")) not in TOTALS:
+            for method, curve in methods.items():
+                by_method.setdefault(method, {})[term] = curve
+    drawn = []
+    for index, (method, terms) in enumerate(by_method.items()):
+        axes = new_axes(*CURVE)
+        for number, (term, curve) in enumerate(terms.items()):
+            look = Look(METHOD_COLORS[number % len(METHOD_COLORS)], LINES[number % len(LINES)])
+            axes.plot(curve.steps, curve.mean, label=shorten(term), **look.stroke)
+        axes.legend(handlelength=1.6, borderpad=0.1)
+        drawn.append(_finish_curves(axes, terms, f"{prefix}{index}", method, f"Loss terms of {method}", True))
+    return drawn
+
+
+def _finish_curves(
+    axes: Axes, curves: Mapping[str, Curve], name: str, title: str, what: str, log_scale: bool
+) -> Markup:
+    """Return a chart over steps, whose axis is logarithmic if it is wanted and all curves are above zero."""
     if log_scale and all(np.all(curve.low > 0) for curve in curves.values()):
         axes.set_yscale("log")
         low, high = axes.get_ylim()
@@ -124,91 +190,23 @@ def _plot_curves(axes: Axes, curves: Mapping[str, Curve], title: str, log_scale:
         axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_major_formatter("{x:.3g}")
         axes.yaxis.set_minor_formatter("")
-    axes.set_title(shorten(title, 40))
-    axes.set_xlabel("step")
-    return ", ".join(f"{name} ends at {curve.mean[-1]:.3g}" for name, curve in curves.items())
+    axes.set(title=shorten(title, 40), xlabel="step")
+    ends = ", ".join(f"{curve_name} ends at {curve.mean[-1]:.3g}" for curve_name, curve in curves.items())
+    return to_svg(axes, name, f"{what} over training steps: {ends}")
 
 
-def panels(curves: Curves, look: Mapping[str, Look], prefix: str, log_scale: bool) -> list[str]:
-    """Draw each quantity over steps: one line a method, with a band from the lowest to the highest seed."""
-    drawn = []
-    for index, (quantity, methods) in enumerate(curves.items()):
-        title = TITLES.get(quantity, quantity)
-        with new_axes(*CURVE) as axes:
-            for method, curve in methods.items():
-                one = look[method]
-                marker = one.marker if len(curve.steps) < 8 else ""
-                axes.plot(curve.steps, curve.mean, color=one.color, ls=one.line, lw=1.5, marker=marker, ms=3.5)
-                if np.any(curve.high > curve.low):
-                    axes.fill_between(curve.steps, curve.low, curve.high, color=one.color, alpha=0.12, linewidth=0)
-            ends = _plot_curves(axes, methods, title, log_scale)
-            drawn.append(_svg(axes, f"{prefix}{index}", f"{title} over training steps: {ends}"))
-    return drawn
-
-
-def term_panels(curves: Curves, prefix: str) -> list[str]:
-    """Draw all loss terms of each method on one logarithmic axis: their balance."""
-    by_method: dict[str, dict[str, Curve]] = {}
-    for term, methods in curves.items():
-        for method, curve in methods.items():
-            by_method.setdefault(method, {})[term] = curve
-    drawn = []
-    for index, (method, terms) in enumerate(by_method.items()):
-        with new_axes(*CURVE) as axes:
-            for number, (term, curve) in enumerate(terms.items()):
-                line: Any = {"ls": LINES[number % len(LINES)], "lw": 1.5, "label": shorten(term)}
-                axes.plot(curve.steps, curve.mean, color=method_color(number), **line)
-            ends = _plot_curves(axes, terms, method, log_scale=True)
-            axes.legend(handlelength=1.6, borderpad=0.1)
-            drawn.append(_svg(axes, f"{prefix}{index}", f"Loss terms of {method} over training steps: {ends}"))
-    return drawn
-
-
-def forest(row: RowResult, reach: float) -> str | None:
-    """Draw a row's difference to ce with its interval on an axis from ``-reach`` to ``reach``, 120 units wide.
-
-    An end of the interval beyond the axis is drawn as an arrow.
-    """
-    from markupsafe import Markup
-
-    if reach <= 0:
-        return None
-
-    def at(value: float) -> float:
-        return round(60 + 54 * max(-1.0, min(1.0, value / reach)), 2)
-
-    label = f"difference {signed(row.delta_vs_ce)}"
-    parts = ['<line x1="60" y1="0" x2="60" y2="20" class="zero"/>']
-    if row.delta_interval is not None:
-        low, high = row.delta_interval
-        label += f", interval {signed(low)} to {signed(high)}"
-        parts.append(f'<line x1="{at(low)}" y1="10" x2="{at(high)}" y2="10" class="reach"/>')
-        parts += ['<path d="M9 6 L4 10 L9 14" class="arrow"/>'] if low < -reach else []
-        parts += ['<path d="M111 6 L116 10 L111 14" class="arrow"/>'] if high > reach else []
-    parts.append(f'<circle cx="{at(row.delta_vs_ce)}" cy="10" r="4"/>')
-    return Markup(f'<svg class="forest" viewBox="0 0 120 20" role="img" aria-label="{label}">{"".join(parts)}</svg>')
-
-
-def forest_reach(results: ComparisonResult) -> float:
-    """Return half the axis of all forest plots: it holds every difference, and intervals up to twice the largest."""
-    largest = max(abs(row.delta_vs_ce) for row in results.rows)
-    ends = [abs(end) for row in results.rows for end in row.delta_interval or ()]
-    return max(largest, min(max(ends, default=0.0), 2 * largest)) * 1.05
-
-
-def precision_panel(curves: Mapping[str, Precision], look: Mapping[str, Look], name: str, title: str = "") -> str:
+def _precision_panel(curves: Mapping[str, Precision], looks: Looks, name: str, title: str = "") -> Markup:
     """Draw precision over recall, one line a method."""
-    with new_axes(*SMALL) as axes:
-        for method, precision in curves.items():
-            axes.plot(RECALLS, precision, color=look[method].color, ls=look[method].line, lw=1.5)
-        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title=shorten(title, 40))
-        # what a reader of the words can use: how precise at half of the objects
-        halves = [f"{method} {fraction(float(p[len(RECALLS) // 2]), 2)}" for method, p in curves.items()]
-        label = f"Precision over recall, {title or 'mean over classes'}; at recall 0.5: {', '.join(halves)}"
-        return _svg(axes, name, label)
+    axes = new_axes(*SMALL)
+    for method, precision in curves.items():
+        axes.plot(RECALLS, precision, **looks[method].stroke)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title=shorten(title, 40))
+    # what a reader of the words can use: how precise at half of the objects
+    halves = ", ".join(f"{method} {fraction(float(p[len(RECALLS) // 2]), 2)}" for method, p in curves.items())
+    return to_svg(axes, name, f"Precision over recall, {title or 'mean over classes'}; at recall 0.5: {halves}")
 
 
-def overlap_chart(results: ComparisonResult, look: Mapping[str, Look]) -> str | None:
+def _overlap_chart(results: ComparisonResult, looks: Looks) -> Markup | None:
     """Draw mAP over the overlap that a detection needs, one line a row; None where no row knows it."""
     known = {
         row.method: {float(iou): ap for iou, ap in row.map_by_iou.items() if ap is not None}
@@ -217,39 +215,38 @@ def overlap_chart(results: ComparisonResult, look: Mapping[str, Look]) -> str | 
     }
     if not known:
         return None
-    with new_axes(*SMALL) as axes:
-        for method, points in known.items():
-            one = look[method]
-            axes.plot(list(points), list(points.values()), color=one.color, ls=one.line, marker=one.marker, ms=3.5)
-        _from_zero(axes)
-        axes.set(xlabel="overlap (IoU) that a detection needs", ylabel="mAP (11-point)")
-        last = max(max(points) for points in known.values())
-        ends = [f"{name} {fraction(points.get(0.5))} to {fraction(points.get(last))}" for name, points in known.items()]
-        return _svg(axes, "overlap", f"mAP from IoU 0.5 to {last:g}: {', '.join(ends)}")
+    axes = new_axes(*SMALL)
+    for method, points in known.items():
+        axes.plot(list(points), list(points.values()), marker=looks[method].marker, ms=3.5, **looks[method].stroke)
+    _start_at_zero(axes)
+    axes.set(xlabel="overlap (IoU) that a detection needs", ylabel="mAP (11-point)")
+    last = max(max(points) for points in known.values())
+    ends = [f"{name} {fraction(points.get(0.5))} to {fraction(points.get(last))}" for name, points in known.items()]
+    return to_svg(axes, "overlap", f"mAP from IoU 0.5 to {last:g}: {', '.join(ends)}")
 
 
-def size_chart(results: ComparisonResult, look: Mapping[str, Look]) -> str | None:
+def _size_chart(results: ComparisonResult, looks: Looks) -> Markup | None:
     """Draw COCO AP of small, medium and large objects, one mark a row; None where no row knows it."""
     shown = [key for key in SIZES if any(row.coco.get(key) is not None for row in results.rows)]
     rows = [row for row in results.rows if any(row.coco.get(key) is not None for key in shown)]
     if not rows:
         return None
-    with new_axes(*SMALL) as axes:
-        for row, place in zip(rows, np.linspace(-0.3, 0.3, len(rows)) if len(rows) > 1 else [0.0]):
-            one = look[row.method]
-            points = [(at + place, ap) for at, key in enumerate(shown) if (ap := row.coco.get(key)) is not None]
-            xs, ys = zip(*points)
-            axes.vlines(xs, 0, ys, color=one.color, lw=1, alpha=0.5)
-            axes.plot(xs, ys, one.marker, color=one.color, ms=6, mew=0)
-        counts = [rows[0].objects.get(SIZES[key]) for key in shown]
-        under = ["" if n is None else f"{n} object{'' if n == 1 else 's'}" for n in counts]
-        axes.set_xticks(range(len(shown)), [f"{SIZES[key]}\n{text}" for key, text in zip(shown, under)])
-        axes.grid(axis="x", visible=False)
-        _from_zero(axes)
-        axes.set_ylabel("AP (COCO, IoU 0.5 to 0.95)")
-        parts = [f"{row.method} {', '.join(f'{SIZES[k]} {fraction(row.coco.get(k))}' for k in shown)}" for row in rows]
-        return _svg(axes, "sizes", f"AP by size of the objects: {'; '.join(parts)}")
+    axes = new_axes(*SMALL)
+    for row, place in zip(rows, np.linspace(-0.3, 0.3, len(rows)) if len(rows) > 1 else [0.0]):
+        look = looks[row.method]
+        xs, ys = zip(*[(at + place, ap) for at, key in enumerate(shown) if (ap := row.coco.get(key)) is not None])
+        axes.vlines(xs, 0, ys, color=look.color, lw=1, alpha=0.5)
+        axes.plot(xs, ys, look.marker, color=look.color, ms=6, mew=0)
+    counts = [rows[0].objects.get(SIZES[key]) for key in shown]
+    under = ["" if n is None else f"{n} object{'' if n == 1 else 's'}" for n in counts]
+    axes.set_xticks(range(len(shown)), [f"{SIZES[key]}\n{text}" for key, text in zip(shown, under)])
+    axes.grid(axis="x", visible=False)
+    _start_at_zero(axes)
+    axes.set_ylabel("AP (COCO, IoU 0.5 to 0.95)")
+    values = [", ".join(f"{SIZES[key]} {fraction(row.coco.get(key))}" for key in shown) for row in rows]
+    parts = "; ".join(f"{row.method} {text}" for row, text in zip(rows, values))
+    return to_svg(axes, "sizes", f"AP by size of the objects: {parts}")
 
 
-def _from_zero(axes: Axes) -> None:
+def _start_at_zero(axes: Axes) -> None:
     axes.set_ylim(0, min(1.02, max(0.05, axes.get_ylim()[1])))

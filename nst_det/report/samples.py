@@ -1,17 +1,18 @@
-"""Sample images: what each method finds beside what is there, the worst misses first."""
+"""Sample images: what each method finds and what is there, the worst misses first."""
 
 from __future__ import annotations
 
 import base64
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from nst_det.comparison.result import BASELINE, ComparisonResult
 from nst_det.data.annotation import VocAnnotation
@@ -27,42 +28,16 @@ SCORE_THRESHOLD = 0.5
 IOU_THRESHOLD = 0.5
 IMAGES = 6
 LONGEST_SIDE = 400
-# panels beside the ground truth: the baseline, the leading row, the one after it
+# panels next to the ground truth: the baseline, the leading row, the one after it
 FIRST_PANELS = 3
 FOUND, MISSED, FALSE, TRUE, DIFFICULT = "found", "missed", "false", "true", "difficult"
 # class, score, xyxy in 0-based continuous pixels; the best score first
 Found = Sequence[tuple[str, float, NDArray[Any]]]
 
 
-def open_test(run: Path, classes: Sequence[str]) -> list[VocDataset]:
-    """Return the data sets that a run was tested on; its ``config.json`` names them.
-
-    Raises:
-        UserError: the config or the data can't be read any more.
-    """
-    config = read_json(run / "config.json")
-    opened = []
-    for name in _value(config, "DATASETS.TEST", run):
-        root, split = (_value(config, f"DATASETS.VOC.{name}.{field}", run) for field in ("ROOT", "SPLIT"))
-        opened.append(VocDataset(expand_path(root, f"DATASETS.VOC.{name}.ROOT"), split, classes))
-    return opened
-
-
-def _value(config: Any, key: str, run: Path) -> Any:
-    if not isinstance(config, dict) or not config.get(key):
-        raise UserError(f"{run / 'config.json'}: {key} is missing; the report can't find the test images")
-    return config[key]
-
-
-def read_found(run: Path, image_ids: Sequence[str], classes: Sequence[str]) -> Detections:
-    """Return what the detector of a run found on its test images."""
-    path = run / "detections.json"
-    return detections_from_json(read_json(path), image_ids, classes, str(path))
-
-
 @dataclass(frozen=True)
 class Box:
-    """A box to draw, in pixels of the shown image; ``kind`` is found, missed, false, true or difficult."""
+    """A box to draw, in pixels of the image; ``kind`` is found, missed, false, true or difficult."""
 
     x: float
     y: float
@@ -78,56 +53,74 @@ class Panel:
     """One image as one method sees it (or as it is)."""
 
     title: str
-    boxes: tuple[Box, ...]
-    found: int = 0
-    missed: int = 0
-    false: int = 0
+    boxes: list[Box]
+
+    def count(self, kind: str) -> int:
+        """Return how many boxes are of a kind."""
+        return sum(box.kind == kind for box in self.boxes)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with the ground truth, the panels to look at first, and those of the other rows."""
+    """One image, a small JPEG as data URI, the ground truth, the panels to look at first, and those of other rows."""
 
     image_id: str
-    data: str  # data URI of a JPEG
+    data: str
     width: int
     height: int
-    objects: int
     truth: Panel
-    panels: tuple[Panel, ...]
-    more: tuple[Panel, ...] = ()
+    panels: list[Panel]
+    more: list[Panel]
 
 
 @dataclass(frozen=True)
 class Samples:
     """The chosen images, the row they were chosen by, or why there are none."""
 
-    samples: tuple[Sample, ...] = ()
+    samples: Sequence[Sample] = ()
     leader: str = ""
     seed: str = ""
     images: int = 0
     reason: str = ""
 
 
-def choose_samples(results: ComparisonResult, runs: Path, count: int = IMAGES) -> Samples:
-    """Choose the ``count`` images on which the leading row misses most, with every row's detections on them.
+def open_test(run: Path, classes: Sequence[str]) -> list[VocDataset]:
+    """Return the data sets that a run was tested on, as its ``config.json`` names them."""
+    config = read_json(run / "config.json")
 
-    Detections are those of the first seed with a score of at least :data:`SCORE_THRESHOLD`; one finds an object
-    by the rule of PASCAL VOC (same class, IoU >= 0.5 in whole pixels, each object once, difficult ones don't count).
+    def value(key: str) -> Any:
+        if not isinstance(config, dict) or not config.get(key):
+            raise UserError(f"{run / 'config.json'}: {key} is missing; the report can't find the test images")
+        return config[key]
+
+    opened = []
+    for name in value("DATASETS.TEST"):
+        root, split = (f"DATASETS.VOC.{name}.{field}" for field in ("ROOT", "SPLIT"))
+        opened.append(VocDataset(expand_path(value(root), root), value(split), classes))
+    return opened
+
+
+def read_detections(run: Path, image_ids: Sequence[str], classes: Sequence[str]) -> Detections:
+    """Return what the detector of a run found on its test images."""
+    path = run / "detections.json"
+    return detections_from_json(read_json(path), image_ids, classes, str(path))
+
+
+def choose_samples(results: ComparisonResult, runs: Path) -> Samples:
+    """Choose the :data:`IMAGES` images on which the leading row misses most, with every row's detections on them.
+
+    Detections are those of the first seed with a score of at least :data:`SCORE_THRESHOLD`.
     """
     leader = results.leader
     assert leader is not None, "every comparison has the row ce"
     seed = min(leader.per_seed, key=int)
     folders = {row.method: runs / row.per_seed[seed].run for row in results.rows if seed in row.per_seed}
     try:
-        truth = [
-            (annotation, data.image_path(annotation.id))
-            for data in open_test(folders[leader.method], results.classes)
-            for annotation in data.annotations()
-        ]
-        ids = [annotation.id for annotation, _ in truth]
+        tests = open_test(folders[leader.method], results.classes)
+        truth = [(image, data.image_path(image.id)) for data in tests for image in data.annotations()]
+        ids = [image.id for image, _ in truth]
         by_row = {
-            method: _by_image(read_found(folder, ids, results.classes))
+            method: _by_image(read_detections(folder, ids, results.classes))
             for method, folder in folders.items()
             if (folder / "detections.json").exists()
         }
@@ -136,15 +129,26 @@ def choose_samples(results: ComparisonResult, runs: Path, count: int = IMAGES) -
         return Samples(reason="the test images or the detections can't be read any more")
     if leader.method not in by_row:
         return Samples(reason=f"{leader.method} has no detections.json")
-    ranked = sorted(truth, key=lambda image: _badness(image[0], by_row[leader.method]))
+
+    def panel(method: str, image: VocAnnotation) -> Panel:
+        return _panel(method, image, by_row[method].get(image.id, ()))
+
+    def badness(entry: tuple[VocAnnotation, Path]) -> tuple[int, int, str]:
+        shown = panel(leader.method, entry[0])
+        return -shown.count(MISSED), -shown.count(FALSE), entry[0].id
+
     best = sorted(results.methods, key=lambda row: -row.map)
     first = [name for name in (BASELINE, *(row.method for row in best)) if name in by_row][:FIRST_PANELS]
     samples: list[Sample] = []
-    for annotation, path in ranked:
-        if len(samples) < count and (picture := _picture(path)) is not None:
-            samples.append(_sample(annotation, picture, by_row, first))
+    for image, path in sorted(truth, key=badness):
+        if len(samples) < IMAGES and (picture := _read_picture(path)) is not None:
+            objects = zip(image.boxes, image.names, image.difficult)
+            boxes = [_box(box, label, DIFFICULT if hard else TRUE) for box, label, hard in objects]
+            panels = [panel(method, image) for method in first]
+            more = [panel(method, image) for method in by_row if method not in first]
+            samples.append(Sample(image.id, *picture, Panel("ground truth", boxes), panels, more))
     reason = "" if samples else "none of the test images can be read any more"
-    return Samples(tuple(samples), leader.method, seed, len(truth), reason)
+    return Samples(samples, leader.method, seed, len(truth), reason)
 
 
 def _by_image(found: Detections) -> dict[str, list[tuple[str, float, NDArray[Any]]]]:
@@ -156,18 +160,15 @@ def _by_image(found: Detections) -> dict[str, list[tuple[str, float, NDArray[Any
     return by_image
 
 
-def _badness(image: VocAnnotation, detections: Mapping[str, Found]) -> tuple[int, int, str]:
-    found, kinds = match(image, detections.get(image.id, ()))
-    return -int(np.sum(~found & ~image.difficult)), -kinds.count(FALSE), image.id
-
-
 def match(image: VocAnnotation, detections: Found) -> tuple[NDArray[np.bool_], list[str]]:
-    """Return which objects are found, and whether each detection is ``found``, ``false`` or on a ``difficult`` one."""
+    """Return which objects are found, and whether each detection is ``found``, ``false`` or on a ``difficult`` one.
+
+    The rule is PASCAL VOC's: same class, IoU >= 0.5 in whole pixels, each object once, difficult ones don't count.
+    """
     found = np.zeros(len(image.names), dtype=bool)
-    same_class = {label: np.array([name == label for name in image.names]) for label, _, _ in detections}
     kinds = []
     for label, _, box in detections:
-        overlaps = np.where(same_class[label], _iou(box, image.boxes), -1.0) if len(found) else np.zeros(0)
+        overlaps = np.where([name == label for name in image.names], _iou(box, image.boxes), -1.0)
         best = int(np.argmax(overlaps)) if len(overlaps) else -1
         if best < 0 or overlaps[best] < IOU_THRESHOLD:
             kinds.append(FALSE)
@@ -187,50 +188,29 @@ def _iou(box: NDArray[Any], boxes: NDArray[Any]) -> NDArray[np.float64]:
     return inner / np.maximum(outer, 1e-9)
 
 
-def _sample(
-    image: VocAnnotation,
-    picture: tuple[str, int, int, float],
-    by_row: Mapping[str, Mapping[str, Found]],
-    first: list[str],
-) -> Sample:
-    data, width, height, scale = picture
-    truth = [
-        _box(box, scale, label, DIFFICULT if hard else TRUE)
-        for box, label, hard in zip(image.boxes, image.names, image.difficult)
-    ]
-    panels = {method: _panel(method, image, found.get(image.id, ()), scale) for method, found in by_row.items()}
-    more = tuple(panel for method, panel in panels.items() if method not in first)
-    objects = int(np.sum(~image.difficult))
-    shown = tuple(panels[method] for method in first)
-    return Sample(image.id, data, width, height, objects, Panel("ground truth", tuple(truth)), shown, more)
-
-
-def _panel(method: str, image: VocAnnotation, detections: Found, scale: float) -> Panel:
+def _panel(method: str, image: VocAnnotation, detections: Found) -> Panel:
     found, kinds = match(image, detections)
     missed = np.flatnonzero(~found & ~image.difficult)
-    boxes = [_box(image.boxes[index], scale, image.names[index], MISSED) for index in missed]
-    boxes += [_box(box, scale, label, kind, score) for (label, score, box), kind in zip(detections, kinds)]
-    return Panel(method, tuple(boxes), int(found.sum()), len(missed), kinds.count(FALSE))
+    boxes = [_box(image.boxes[index], image.names[index], MISSED) for index in missed]
+    boxes += [_box(box, label, kind, score) for (label, score, box), kind in zip(detections, kinds)]
+    return Panel(method, boxes)
 
 
-def _box(box: NDArray[Any], scale: float, label: str, kind: str, score: float | None = None) -> Box:
-    x, y, right, bottom = (round(float(value) * scale, 1) for value in box)
+def _box(box: NDArray[Any], label: str, kind: str, score: float | None = None) -> Box:
+    x, y, right, bottom = (round(float(value), 1) for value in box)
     return Box(x, y, round(right - x, 1), round(bottom - y, 1), label, kind, score)
 
 
-def _picture(path: Path) -> tuple[str, int, int, float] | None:
-    """Return a small JPEG of an image as a data URI, its size and its scale; None where it can't be read."""
-    from PIL import Image, UnidentifiedImageError
-
+def _read_picture(path: Path) -> tuple[str, int, int] | None:
+    """Return a small JPEG of an image as data URI, and the image's width and height; None where it can't be read."""
     try:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            picture = image.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         log.warning("%s: left out of the report (%s)", path, type(error).__name__)
         return None
-    scale = min(1.0, LONGEST_SIDE / max(rgb.size))
-    rgb.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    width, height = picture.size
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     out = io.BytesIO()
-    rgb.save(out, "JPEG", quality=82)
-    data = f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
-    return data, rgb.width, rgb.height, scale
+    picture.save(out, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", width, height

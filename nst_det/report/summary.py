@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from nst_det.comparison.result import BASELINE, ComparisonResult, RowResult
 from nst_det.comparison.statistics import BETTER, NOISE, SINGLE, WORSE
 from nst_det.engine.metrics import TOTALS
-from nst_det.report.curves import Curves, Training
+from nst_det.report.curves import Curves
 from nst_det.report.tables import fraction, interval_text, signed
 
 QUESTION = "Which transfer method gives the better detector?"
@@ -20,23 +20,21 @@ MOST_NAMES = 4
 PAPER = {"ce": 75.6, "kd": 76.0, "fitnet": 76.6, "at": 76.5, "nst-poly": 76.8, "kd+nst-poly": 77.2}
 # top-1 error in percent on ImageNet's validation set, table 3 (the same students, single crop)
 PAPER_ERROR = {
-    "ce": 25.74,
-    "kd": 24.56,
-    "fitnet": 25.30,
-    "at": 25.10,
-    "nst-poly": 24.82,
-    "kd+fitnet": 24.48,
-    "kd+at": 24.64,
-    "kd+nst-poly": 24.34,
+    **{"ce": 25.74, "kd": 24.56, "fitnet": 25.30, "at": 25.10, "nst-poly": 24.82},
+    **{"kd+fitnet": 24.48, "kd+at": 24.64, "kd+nst-poly": 24.34},
+}
+# every method of the paper beats its baseline, so that only a row told to be worse than ce contradicts it
+DIRECTIONS = {
+    BETTER: "agrees",
+    WORSE: "contradicts the paper",
+    NOISE: "can't be told",
+    SINGLE: "can't be told (one seed)",
 }
 TRANSFER = "loss_transfer_"
 
 
 def conclusion(results: ComparisonResult) -> str:
-    """Return the result in one or two sentences, made from the verdicts alone.
-
-    With a single seed it says that there is no spread to judge by and names no winner.
-    """
+    """Return the result in one or two sentences, made from the verdicts alone; with one seed it names no winner."""
     methods, leader = results.methods, results.leader
     if not methods or leader is None:
         return "No transfer method was compared: there is nothing to tell apart yet."
@@ -71,7 +69,7 @@ def caveats(results: ComparisonResult) -> list[str]:
     told = [row for row in results.methods if row.verdict in (BETTER, WORSE)]
     if lost := [row for row in told if row.p_holm is not None and row.p_holm >= 0.05]:
         notes.append(
-            f"Each interval stands for its row alone. With Holm's correction for the number of rows, "
+            "Each interval is that of its row alone. With Holm's correction for the number of rows, "
             f"{_names(lost)} would no longer count as told from ce (p ≥ 0.05)."
         )
     notes += [note for note in (not_above(results), unequal_weights(results)) if note]
@@ -116,65 +114,42 @@ def unequal_weights(results: ComparisonResult) -> str | None:
         return None
     parts = "; ".join(f"{source}: {', '.join(methods)}" for source, methods in by_source.items())
     return (
-        f"Weights are not of equal standing ({parts}), so a difference between two methods may be one of their "
+        f"Weights were not chosen alike ({parts}), so a difference between two methods may be one of their "
         "weights; nst-det tune searches all of them with the same budget."
     )
 
 
-def _names(rows: list[RowResult]) -> str:
+def _names(rows: Sequence[RowResult]) -> str:
     return _listed([row.method for row in rows])
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-@dataclass(frozen=True)
-class PaperLine:
-    """One row beside the paper's, as fractions: mAP on VOC 2007 test (table 4), top-1 on ImageNet (table 3).
+def against_paper(results: ComparisonResult) -> list[dict[str, Any]]:
+    """Return each row that the paper has and the paper's numbers, fractions; [] where none of its methods was compared.
 
-    ``paper`` and ``here`` are the differences in mAP to the baseline, ``direction`` says how they agree.
+    ``paper`` and ``here`` are the differences in mAP to ce.
     """
-
-    method: str
-    paper_map: float | None
-    map: float
-    paper: float | None
-    here: float | None
-    paper_top1: float
-    top1: float | None
-    direction: str
-
-
-def against_paper(results: ComparisonResult) -> list[PaperLine]:
-    """Return each row that the paper has, with the paper's numbers; [] where no method of the paper was compared.
-
-    In the paper every method beats the baseline, with one number each and no spread; so a row contradicts it
-    only where the row is told to be worse than ce.
-    """
-    directions = {
-        BETTER: "agrees",
-        WORSE: "contradicts the paper",
-        NOISE: "can't be told",
-        SINGLE: "can't be told (one seed)",
-    }
     lines = []
     for row in results.rows:
-        if row.method in PAPER_ERROR:
-            told = row.is_method and row.method in PAPER
-            missing = "the baseline" if row.method == BASELINE else "not in table 4"
-            line = PaperLine(
-                method=row.method,
-                paper_map=PAPER[row.method] / 100 if row.method in PAPER else None,
-                map=row.map,
-                paper=(PAPER[row.method] - PAPER[BASELINE]) / 100 if told else None,
-                here=row.delta_vs_ce if row.is_method else None,
-                paper_top1=1 - PAPER_ERROR[row.method] / 100,
-                top1=row.top1,
-                direction=directions[row.verdict] if told else missing,
-            )
-            lines.append(line)
-    return lines if any(line.method != BASELINE for line in lines) else []
+        if row.method not in PAPER_ERROR:
+            continue
+        told = row.is_method and row.method in PAPER
+        missing = "the baseline" if row.method == BASELINE else "not in table 4"
+        line = {
+            "method": row.method,
+            "paper_map": PAPER[row.method] / 100 if row.method in PAPER else None,
+            "map": row.map,
+            "paper": (PAPER[row.method] - PAPER[BASELINE]) / 100 if told else None,
+            "here": row.delta_vs_ce if row.is_method else None,
+            "paper_top1": 1 - PAPER_ERROR[row.method] / 100,
+            "top1": row.top1,
+            "direction": DIRECTIONS[row.verdict] if told else missing,
+        }
+        lines.append(line)
+    return lines if any(line["method"] != BASELINE for line in lines) else []
 
 
 def paper_order(results: ComparisonResult) -> str | None:
@@ -190,63 +165,38 @@ def paper_order(results: ComparisonResult) -> str | None:
     return text + f"this comparison {' > '.join(here)}: the paper's order is not reproduced here."
 
 
-@dataclass(frozen=True)
-class CheckpointLine:
-    """A row's best and last checkpoint on the validation split: mAP are means over seeds, steps those of the best."""
-
-    method: str
-    best: float
-    steps: tuple[int, ...]
-    last: float
-    tested: str
-
-
-def checkpoint_lines(results: ComparisonResult) -> list[CheckpointLine]:
-    """Return best and last checkpoint of each row that was looked at on a validation split."""
+def checkpoint_lines(results: ComparisonResult) -> list[dict[str, Any]]:
+    """Return mAP (means over seeds) of the best and last checkpoint on the validation split, and steps of the best."""
     lines = []
     for row in results.rows:
-        known = [(one.best.map, one.last.map, one) for seed in row.per_seed.values() if (one := seed.checkpoints)]
-        found = [(best, last, one) for best, last, one in known if best is not None and last is not None]
-        if found:
-            best, last = (fmean(values[at] for values in found) for at in (0, 1))  # type: ignore[misc]
-            steps = tuple(one.best.step for _, _, one in found)
-            lines.append(CheckpointLine(row.method, best, steps, last, found[0][2].tested))
+        known = [one for seed in row.per_seed.values() if (one := seed.checkpoints)]
+        known = [one for one in known if one.best.map is not None and one.last.map is not None]
+        if known:
+            best, last = (fmean(getattr(one, name).map for one in known) for name in ("best", "last"))
+            line = {"method": row.method, "best": best, "last": last, "steps": [one.best.step for one in known]}
+            lines.append({**line, "tested": known[0].tested})
     return lines
 
 
-@dataclass(frozen=True)
-class TermShare:
-    """One weighted term of one method: its value at the start and at the end, and its share of the sum there, 0..1."""
-
-    stage: str
-    method: str
-    term: str
-    first: float
-    last: float
-    first_share: float
-    last_share: float
-
-
-def term_shares(training: Training) -> list[TermShare]:
-    """Return the terms of all methods that have a term beside the task's own loss; means over seeds.
+def term_shares(distill_losses: Curves, detect_losses: Curves) -> list[dict[str, Any]]:
+    """Return the terms, means over seeds, of all methods that have a term besides the task's own loss.
 
     In stage two the detector's own losses are one line, because they are what the transfer terms work against.
     """
     lines = []
-    for method, terms in _by_method(training.distill_losses).items():
+    for method, terms in _ends_by_method(distill_losses).items():
         lines += _shares("one", method, terms)
-    for method, terms in _by_method(training.detect_losses).items():
-        taught = {name.removeprefix(TRANSFER): ends for name, ends in terms.items() if name.startswith(TRANSFER)}
+    for method, terms in _ends_by_method(detect_losses).items():
         own = [ends for name, ends in terms.items() if not name.startswith(TRANSFER)]
+        taught = {name.removeprefix(TRANSFER): ends for name, ends in terms.items() if name.startswith(TRANSFER)}
         if taught and own:
-            sums = (sum(first for first, _ in own), sum(last for _, last in own))
-            lines += _shares("two", method, {"the detector's own": sums, **taught})
-        else:
-            lines += _shares("two", method, taught)
+            first, last = zip(*own)
+            taught = {"the detector's own": (sum(first), sum(last)), **taught}
+        lines += _shares("two", method, taught)
     return lines
 
 
-def _by_method(curves: Curves) -> dict[str, dict[str, tuple[float, float]]]:
+def _ends_by_method(curves: Curves) -> dict[str, dict[str, tuple[float, float]]]:
     """Return the first and last value of each term, by method; sums of terms are left out."""
     methods: dict[str, dict[str, tuple[float, float]]] = {}
     for name, by_method in curves.items():
@@ -256,8 +206,13 @@ def _by_method(curves: Curves) -> dict[str, dict[str, tuple[float, float]]]:
     return methods
 
 
-def _shares(stage: str, method: str, ends: Mapping[str, tuple[float, float]]) -> list[TermShare]:
+def _shares(stage: str, method: str, ends: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    """Return the value of each term at the start and at the end, and its share of the sum there, 0..1."""
     if len(ends) < 2:
         return []
     first, last = (sum(value[at] for value in ends.values()) or 1.0 for at in (0, 1))
-    return [TermShare(stage, method, name, a, b, a / first, b / last) for name, (a, b) in ends.items()]
+    line = {"stage": stage, "method": method}
+    return [
+        {**line, "term": term, "first": a, "last": b, "first_share": a / first, "last_share": b / last}
+        for term, (a, b) in ends.items()
+    ]

@@ -27,24 +27,10 @@ SHOWN_CHANNELS = 8
 
 
 def linear_cka(first: Tensor, second: Tensor) -> float:
-    """Compute the linear centered kernel alignment of two representations of the same P points.
+    """Compute the linear centered kernel alignment of representations (P, C) and (P, D) of the same P points.
 
-    With columns centered, ``|Y'X|^2 / (|X'X| |Y'Y|)`` in Frobenius norms.  It needs many more points than channels:
-    with fewer, any two representations are near 1.
-
-    Args:
-        first: (P, C).
-        second: (P, D).
-
-    Returns:
-        0..1; NaN where one is the same at all points.
-
-    Source: Kornblith et al. 2019 (arXiv 1905.00414), equation 3 and section 3.
-
-    Example:
-        >>> points = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-        >>> round(linear_cka(points, 3 * points.flip(1) + 1), 6)
-        1.0
+    With columns centered, ``|Y'X|^2 / (|X'X| |Y'Y|)`` in Frobenius norms (Kornblith et al. 2019, arXiv 1905.00414,
+    equation 3): 0..1, NaN where one is the same at all points.  With fewer points than channels any two are near 1.
     """
     x, y = (part.double() - part.double().mean(0) for part in (first, second))
     cross = torch.linalg.matrix_norm(y.T @ x).square()
@@ -52,11 +38,7 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
 
 
 def unit_channels(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each channel of (I, C, H, W) maps over all images as a unit vector, and whether it is alive.
-
-    Returns:
-        (C, I * H * W) of norm 1, zeros for a dead channel; and (C,) bool.
-    """
+    """Return (C, I * H * W) unit vectors of the channels of (I, C, H, W) maps, 0 for a dead one, and (C,) if alive."""
     rows = maps.transpose(0, 1).flatten(1).double()
     norms = torch.linalg.vector_norm(rows, dim=1)
     alive = norms >= DEAD_NORM
@@ -64,11 +46,9 @@ def unit_channels(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def principal_plane(points: Tensor) -> tuple[Tensor, float]:
-    """Project (P, N) points, at least two, onto the plane in which they spread most.
+    """Project (P, N) points, at least two, onto the (P, 2) plane with most variance, and return its share of it, 0..1.
 
-    Returns:
-        (P, 2) coordinates, the longer axis first, each axis turned so that its farthest point is positive; and the part
-        of the variance that lies in the plane, 0..1.
+    The longer axis comes first; each axis is turned so that its farthest point is positive.
     """
     centered = points.double() - points.double().mean(0)
     left, sizes, _ = torch.linalg.svd(centered, full_matrices=False)
@@ -81,10 +61,7 @@ def principal_plane(points: Tensor) -> tuple[Tensor, float]:
 
 
 def tsne_plane(points: Tensor, seed: int = 0) -> Tensor:
-    """Project (P, N) points, at least five, onto a plane (P, 2) that keeps neighbors together, by scikit-learn.
-
-    Source: van der Maaten & Hinton 2008, https://jmlr.org/papers/v9/vandermaaten08a.html.
-    """
+    """Project (P, N) points, at least five, onto a plane (P, 2) by t-SNE (van der Maaten & Hinton 2008)."""
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
@@ -104,11 +81,7 @@ class FeatureMaps:
 
 
 def read_squares(paths: Sequence[str], size: int) -> tuple[list[str], Tensor]:
-    """Read the central squares of images and of folders of images, ``size`` pixels a side.
-
-    Returns:
-        I names, and (I, 3, size, size) uint8, RGB.
-    """
+    """Read the central squares of images and folders of images: I names, and (I, 3, size, size) uint8, RGB."""
     sources = find_sources(paths)
     if len(sources) > MOST_IMAGES or any(map(is_video, sources)):
         raise UserError(f"--image: {len(sources)} files; name at most {MOST_IMAGES}, and no video")
@@ -164,24 +137,18 @@ class Plane:
 
 @dataclass(frozen=True)
 class Level:
-    """How near the students are to the teacher, which is the first network, at one level.
-
-    Attributes:
-        name: ``res2`` .. ``res5``.
-        mmd: MMD^2 by kernel, of each student: the unweighted NST losses (arXiv 1707.01219, equations 4 to 7).
-        nearest: mean cosine, 0..1, of the teacher's live channels with the nearest of each student.
-        dead: channels without activity, of each network.
-        shown: (M, K) channels of M networks in K columns: the teacher's with most activity, and of each student the
-            one that is active at the most similar places.
-        cosine: (M, K) of these with the teacher's, -1..1; 1 for the teacher.
-        planes: PCA's and, where it was asked for, t-SNE's.
-    """
+    """How near the students are to the teacher, the first of M networks, at one level, ``res2`` .. ``res5``."""
 
     name: str
+    # of each student, by kernel: the unweighted NST losses (arXiv 1707.01219, equations 4 to 7)
     mmd: list[dict[str, float]]
+    # of each student: mean cosine, 0..1, of the teacher's live channels with the student's nearest
     nearest: list[float]
+    # of each network: channels without activity
     dead: list[int]
+    # (M, K): the teacher's K most active channels, and each student's that are active at the most similar places
     shown: Tensor
+    # (M, K), -1..1, of these with the teacher's
     cosine: Tensor
     planes: list[Plane]
 
@@ -217,11 +184,9 @@ def compare_level(networks: Sequence[FeatureMaps], name: str, with_tsne: bool = 
 
 
 def cka_of_levels(student: FeatureMaps, teacher: FeatureMaps, levels: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Compute linear CKA of each level of a student with each of the teacher, a point for each position.
+    """Compute (L, L) linear CKA of a student's levels (rows) with the teacher's, a point for each position.
 
-    Returns:
-        (L, L) values 0..1, a row a level of the student, a column one of the teacher; and (L, L) bool, whether there
-        were no more positions than channels, so that the value says nothing.
+    The second matrix is where there were no more positions than channels, so that the value says nothing.
     """
     values = torch.zeros(len(levels), len(levels), dtype=torch.float64)
     few = torch.zeros(len(levels), len(levels), dtype=torch.bool)

@@ -8,10 +8,10 @@ import threading
 import pytest
 from filelock import FileLock
 
-from nst_det.cli import main
-from nst_det.data.download import RELEASES, RemoteFile, VocRelease, download_voc, fetch, unpack
+from nst_det.data.download import RELEASES, VocRelease, download_voc, fetch, unpack
 from nst_det.data.voc import VocDataset
 from nst_det.errors import UserError
+from tests.helpers.voc import obj, xml
 
 
 class Server:
@@ -38,38 +38,27 @@ class Server:
 
     def answer(self, handler):
         _, kind, name = handler.path.split("/")
-        wanted = handler.headers.get("Range")
-        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
+        start = int(re.fullmatch(r"bytes=(\d+)-", handler.headers["Range"])[1])
         self.asked.append((kind, start))
         content = self.files[name]
         if kind == "missing":
-            handler.send_error(404)
-            return
+            return handler.send_error(404)
         if kind == "dead":
             handler.close_connection = True
-            return
+            return None
         if kind == "redirect":
             handler.send_response(302)
             handler.send_header("Location", "file:///etc/hostname")
-            handler.end_headers()
-            return
-        if kind == "other":
-            content = bytes(255 - byte for byte in content)
-        if kind == "long":
-            content += b"more"
-        if kind == "whole":
-            start = 0
-        total = len(content)
-        if kind == "shifted" and start:
-            start += 1
-        handler.send_response(206 if wanted and kind != "whole" else 200)
-        if wanted and kind != "whole":
-            handler.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+            return handler.end_headers()
+        content = {"other": bytes(255 - byte for byte in content), "long": content + b"more"}.get(kind, content)
+        start = 0 if kind == "whole" else start + 1 if kind == "shifted" and start else start
+        handler.send_response(200 if kind == "whole" else 206)
+        if kind not in ("whole", "long"):
+            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if kind != "long":
-            handler.send_header("Content-Length", str(total - start))
+            handler.send_header("Content-Length", str(len(content) - start))
         handler.end_headers()
-        body = content[start:]
-        handler.wfile.write(body[: self.piece] if kind == "cut" else body)
+        return handler.wfile.write(content[start:][: self.piece if kind == "cut" else None])
 
 
 @pytest.fixture(autouse=True)
@@ -90,12 +79,14 @@ def server():
 
 
 @pytest.fixture
-def remote(server):
-    def build(*kinds):
-        mirrors = tuple(f"{server.url}/{kind}" for kind in kinds)
-        return RemoteFile("data.tar", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), mirrors)
+def get(server, tmp_path):
+    """Fetch CONTENT from folders of the server."""
 
-    return build
+    def get(*kinds, mirrors=()):
+        mirrors = [*mirrors, *(f"{server.url}/{kind}" for kind in kinds)]
+        return fetch(tmp_path / "data.tar", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), mirrors)
+
+    return get
 
 
 TABLE = {
@@ -116,44 +107,40 @@ TABLE = {
 
 
 @pytest.mark.parametrize("case", TABLE)
-def test_what_is_asked_for(remote, server, tmp_path, case):
+def test_what_is_asked_for(get, server, tmp_path, case):
     part, mirrors, asked = TABLE[case]
     if part:
         (tmp_path / "data.tar.part").write_bytes(part)
     for _ in range(2):
-        assert fetch(remote(*mirrors), tmp_path).read_bytes() == CONTENT
+        assert get(*mirrors).read_bytes() == CONTENT
         assert server.asked == asked
     assert [p.name for p in tmp_path.iterdir()] == ["data.tar"]
 
 
-def test_no_mirror_left_names_every_reason_and_keeps_the_part(remote, server, tmp_path):
+def test_no_mirror_left_names_every_reason_and_keeps_the_part(get, server, tmp_path):
     (tmp_path / "data.tar.part").write_bytes(CONTENT[:3000])
     with pytest.raises(UserError) as caught:
-        fetch(remote("missing", "dead"), tmp_path)
-    said = str(caught.value)
-    assert f"{server.url}/missing/data.tar: HTTP 404" in said
-    assert f"{server.url}/dead/data.tar: " in said
-    assert "--mirror" in said
+        get("missing", "dead")
+    for key in (f"{server.url}/missing/data.tar: HTTP 404", f"{server.url}/dead/data.tar: ", "--mirror"):
+        assert key in str(caught.value)
     assert (tmp_path / "data.tar.part").read_bytes() == CONTENT[:3000]
-    with pytest.raises(UserError, match=r"another file \(SHA-256"):
-        fetch(remote("other"), tmp_path)
+    with pytest.raises(UserError, match="SHA-256"):
+        get("other")
     assert not (tmp_path / "data.tar").exists()
 
 
-def test_a_named_mirror_comes_first_and_must_be_http(remote, server, tmp_path):
-    fetch(remote("dead"), tmp_path, [f"{server.url}/good/"])
-    assert server.asked == [("good", 0)]
+def test_a_mirror_must_be_http(get):
     for bad in ("file:///etc", "ftp://x/y", "/etc", "http://"):
-        with pytest.raises(UserError, match="not an http or https URL"):
-            fetch(remote("good"), tmp_path, [bad])
+        with pytest.raises(UserError, match=f"--mirror {bad}"):
+            get("good", mirrors=[bad])
 
 
-def test_another_process_and_a_full_disk(remote, tmp_path, monkeypatch):
+def test_another_process_and_a_full_disk(get, tmp_path, monkeypatch):
     with FileLock(tmp_path / "data.tar.lock"), pytest.raises(UserError, match=r"data\.tar.*another process"):
-        fetch(remote("good"), tmp_path)
+        get("good")
     monkeypatch.setattr("nst_det.data.download.RESERVE", 1 << 60)
     with pytest.raises(UserError, match="MB are free"):
-        fetch(remote("good"), tmp_path)
+        get("good")
 
 
 def tar_of(*members):
@@ -185,14 +172,11 @@ def tar_of(*members):
         (".", b"x"),
     ],
 )
-@pytest.mark.parametrize("filters", [True, False])
-def test_nothing_is_written_outside(tmp_path, monkeypatch, member, filters):
-    if not filters:  # as in Python 3.10.11 and older
-        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+def test_nothing_is_written_outside(tmp_path, member):
     archive, inside = tmp_path / "a.tar", tmp_path / "inside"
     archive.write_bytes(tar_of(("first.txt", b"1"), member))
     inside.mkdir()
-    with pytest.raises(UserError, match="leads outside|is a link or a device"):
+    with pytest.raises(UserError, match=r"a\.tar: .*(outside|a link or a device)"):
         unpack(archive, inside)
     assert [p.name for p in inside.iterdir()] == ["first.txt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "inside"]
@@ -200,30 +184,22 @@ def test_nothing_is_written_outside(tmp_path, monkeypatch, member, filters):
 
 def test_what_is_no_archive_or_too_large(tmp_path, monkeypatch):
     archive = tmp_path / "a.tar"
-    archive.write_bytes(b"no archive at all" * 100)
-    with pytest.raises(UserError, match="damaged archive"):
-        unpack(archive, tmp_path)
     whole = tar_of(("a.txt", bytes(5000)))
-    archive.write_bytes(whole[:2000])
-    with pytest.raises(UserError, match="damaged archive"):
-        unpack(archive, tmp_path)
+    for content in (b"no archive at all" * 100, whole[:2000]):
+        archive.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.tar: a damaged archive"):
+            unpack(archive, tmp_path)
     monkeypatch.setattr("nst_det.data.download.LARGEST_MEMBER", 4999)
     archive.write_bytes(whole)
-    with pytest.raises(UserError, match="a.txt has 5000 bytes"):
+    with pytest.raises(UserError, match=r"a\.txt has 5000 bytes"):
         unpack(archive, tmp_path)
-
-
-XML = (
-    "<annotation><size><width>4</width><height>3</height></size><object><name>cat</name><bndbox>"
-    "<xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></object></annotation>"
-)
 
 
 def voc_tar(split, ids, leave_out=""):
     top = "VOCdevkit/VOC2007"
     members = [(f"{top}/ImageSets/Main/{split}.txt", "".join(f"{id_}\n" for id_ in ids).encode())]
     for id_ in ids:
-        members.append((f"{top}/Annotations/{id_}.xml", XML.encode()))
+        members.append((f"{top}/Annotations/{id_}.xml", xml(obj()).encode()))
         if id_ != leave_out:
             members.append((f"{top}/JPEGImages/{id_}.jpg", b"not read here"))
     return tar_of((top, tarfile.DIRTYPE, ""), *members)
@@ -233,11 +209,8 @@ def voc_tar(split, ids, leave_out=""):
 def release(server):
     def build(**archives):
         server.files = {f"{name}.tar": content for name, content in archives.items()}
-        files = tuple(
-            RemoteFile(name, len(content), hashlib.sha256(content).hexdigest(), (f"{server.url}/good",))
-            for name, content in server.files.items()
-        )
-        return VocRelease(2007, files, {"trainval": 2, "test": 1})
+        files = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in server.files.items()}
+        return VocRelease(2007, files, {"trainval": 2, "test": 1}, (f"{server.url}/good",))
 
     return build
 
@@ -268,27 +241,22 @@ def test_a_release_that_is_not_whole_gets_no_name(release, tmp_path):
         download_voc(short, tmp_path / "other")
 
 
-def test_the_command_line(release, server, tmp_path, monkeypatch, capsys):
+def test_the_command(release, tmp_path, monkeypatch, cli, capsys):
     voc = release(first=voc_tar("trainval", ["000001", "000002"]), second=voc_tar("test", ["000003"]))
     monkeypatch.setitem(RELEASES, "voc2007", voc)
-    with pytest.raises(SystemExit) as ended:
-        main(["download", "voc2007", "--output", str(tmp_path), "--keep-archives"])
-    assert ended.value.code == 0
-    said = capsys.readouterr().out
-    assert f"VOC_ROOT={tmp_path / 'VOCdevkit'}" in said
-    assert "images: trainval 2, test 1" in said
+    assert cli("download", "voc2007", "--output", tmp_path, "--keep-archives") == 0
+    printed = capsys.readouterr().out
+    assert f"VOC_ROOT={tmp_path / 'VOCdevkit'}" in printed
+    assert "images: trainval 2, test 1" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["VOCdevkit", "first.tar", "second.tar"]
 
 
 def test_the_known_releases_are_well_formed():
-    assert set(RELEASES) == {"voc2007", "voc2012"}
-    for name, release in RELEASES.items():
-        assert name == f"voc{release.year}"
-        for file in release.archives:
-            assert re.fullmatch(r"[0-9a-f]{64}", file.sha256)
-            assert len(file.mirrors) > 2
-            assert all(mirror.startswith("http") and "{" not in mirror for mirror in file.mirrors)
-            # tar archives come in blocks of 512 bytes
-            assert file.size % 512 == 0
-    sizes = [file.size for release in RELEASES.values() for file in release.archives]
+    assert [release.year for release in RELEASES.values()] == [2007, 2012]
+    sizes = []
+    for release in RELEASES.values():
+        assert len(release.mirrors) > 2
+        for size, sha256 in release.archives.values():
+            assert re.fullmatch(r"[0-9a-f]{64}", sha256)
+            sizes.append(size)
     assert sizes == [460_032_000, 451_020_800, 1_999_639_040]

@@ -8,6 +8,7 @@ from PIL import Image
 
 from nst_det.data.images import MAX_IMAGE_PIXELS, decode_image, image_size, read_image
 from nst_det.errors import UserError
+from tests.helpers.voc import jpeg, write
 
 
 def encode(array_or_image, format="PNG", **options):
@@ -59,23 +60,20 @@ def test_exif_orientation_is_applied(orientation, expected):
     assert image_size(data, "x") == (expected.shape[1], expected.shape[0])
 
 
-def test_a_truncated_image_is_named(voc, tmp_path):
-    path = voc.write(tmp_path / "cut.jpg", voc.jpeg()[:-200])
-    with pytest.raises(UserError, match=r"cut\.jpg: can't be decoded as an image \(image file is truncated.*; replace"):
-        read_image(path)
-
-
-@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a\1\0\1\0\0\0\0;"])
-def test_what_is_no_image_is_named(data):
-    with pytest.raises(UserError, match="^it: can't be decoded as an image"):
-        decode_image(data, "it")
-    with pytest.raises(UserError, match="^it: can't be decoded as an image"):
-        image_size(data, "it")
+@pytest.mark.parametrize(
+    "data", [b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a\1\0\1\0\0\0\0;", jpeg()[:-200]]
+)
+def test_what_is_no_image_is_named(tmp_path, data):
+    with pytest.raises(UserError, match=r"cut\.jpg: can't be decoded as an image"):
+        read_image(write(tmp_path / "cut.jpg", data))
+    if len(data) < 100:
+        with pytest.raises(UserError, match="^it: can't be decoded as an image"):
+            image_size(data, "it")
 
 
 def test_sixteen_bits_a_channel_are_refused_rather_than_cut():
     deep = np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000
-    with pytest.raises(UserError, match="more than 8 bits a channel"):
+    with pytest.raises(UserError, match="^x: .*8 bits"):
         decode_image(encode(deep), "x")
 
 
@@ -87,14 +85,14 @@ def with_size(jpeg_bytes, width, height):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [9000, 12000, 65535])
-def test_a_header_that_claims_a_huge_image_is_refused_before_decoding(voc, side):
+def test_a_header_that_claims_a_huge_image_is_refused_before_decoding(side):
     assert side * side > MAX_IMAGE_PIXELS
-    with pytest.raises(UserError, match="more than 80000000 pixels; scale it down or remove it"):
-        decode_image(with_size(voc.jpeg(), side, side), "x")
+    with pytest.raises(UserError, match=f"^x: .*{MAX_IMAGE_PIXELS}"):
+        decode_image(with_size(jpeg(), side, side), "x")
 
 
-def test_pillows_own_warning_is_not_printed_beside_the_error(voc, tmp_path):
-    path = voc.write(tmp_path / "big.jpg", with_size(voc.jpeg(), 12000, 12000))
+def test_pillows_own_warning_is_not_printed_beside_the_error(tmp_path):
+    path = write(tmp_path / "big.jpg", with_size(jpeg(), 12000, 12000))
     script = (
         "import sys; from nst_det.data.images import read_image; from nst_det.errors import UserError\n"
         "try: read_image(sys.argv[1])\n"

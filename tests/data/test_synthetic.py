@@ -8,16 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nst_det.cli import main
 from nst_det.data import synthetic
-from nst_det.data.annotation import box_fault
 from nst_det.data.folders import read_image_folder
 from nst_det.data.images import read_image
 from nst_det.data.synthetic import (
     CLASSES,
     OUTLINES,
     GenerateSettings,
-    Look,
     annotate,
     draw_scene,
     fill,
@@ -28,6 +25,7 @@ from nst_det.data.synthetic import (
 )
 from nst_det.data.voc import VocDataset
 from nst_det.errors import UserError
+from tests.helpers.voc import write
 
 SMALL = GenerateSettings(
     classification_images=110, classification_val_images=20, detection_images=24, detection_test_images=6
@@ -74,8 +72,7 @@ def test_the_voc_folder(generated):
             assert max(image.shape) == 160
             assert 1 <= len(annotation.objects) <= 6
             part.labels(annotation)
-            for item in annotation.objects:
-                assert box_fault(item.box, annotation.width, annotation.height) is None
+            assert not any(map(annotation.box_fault, range(len(annotation.objects))))
     difficult = np.concatenate([a.difficult for a in data.annotations()])
     assert 0.02 < difficult.mean() < 0.3
 
@@ -94,20 +91,19 @@ def test_another_seed_gives_other_pictures(generated, tmp_path):
     assert all(name.startswith("shapes_voc/ImageSets/") for name in same)
 
 
-def test_a_finished_one_is_kept_and_another_one_refused(tmp_path, voc):
+def test_a_finished_one_is_kept_and_another_one_refused(tmp_path):
     settings = settings_from(TINY)
     output = generate_data(tmp_path / "data", settings, workers=1)
-    marked = voc.write(output / "mine.txt", "kept")
+    marked = write(output / "mine.txt", "kept")
     assert generate_data(output, settings, workers=1) == output
     assert marked.read_text() == "kept"
     with pytest.raises(UserError, match=r"data: .*seed 0, not 5"):
         generate_data(output, settings_from({**TINY, "seed": 5}), workers=1)
-    voc.write(tmp_path / "other" / "thesis.txt", "x")
-    with pytest.raises(UserError, match="other: "):
-        generate_data(tmp_path / "other", settings, workers=1)
-    voc.write(tmp_path / "file", "x")
-    with pytest.raises(UserError, match="file: "):
-        generate_data(tmp_path / "file", settings, workers=1)
+    write(tmp_path / "other" / "thesis.txt")
+    write(tmp_path / "file")
+    for name in ("other", "file"):
+        with pytest.raises(UserError, match=f"{name}: "):
+            generate_data(tmp_path / name, settings, workers=1)
 
 
 def test_nothing_appears_under_the_name_before_all_is_there(tmp_path, monkeypatch):
@@ -130,52 +126,47 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", script, tmp_path / "data"], env=environment, check=False)
     assert [path.name.startswith(".data.") for path in tmp_path.iterdir()] == [True]
-    settings = settings_from(TINY)
-    generate_data(tmp_path / "data", settings, workers=1)
+    generate_data(tmp_path / "data", settings_from(TINY), workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize(
-    ("values", "key"),
+    ("name", "value", "limits"),
     [
-        ({"detection_images": 1}, "detection_images is 1; .* from 2 to"),
-        ({"classification_classes": 13}, "classification_classes is 13; .* from 2 to 12"),
-        ({"detection_classes": 11}, "detection_classes is 11; .* from 1 to 10"),
-        ({"seed": -1}, "seed is -1"),
-        ({"contrast": 250}, "contrast is 250.0; .* from 0 to 200"),
-        ({"rotation": float("nan")}, "rotation is nan"),
-        ({"classes": 3}, "classes"),
-        ({"seed": "x"}, "seed .*'x'"),
-        ({"seed": True}, "seed .*True"),
-        ({"seed": 1.5}, "seed .*1.5"),
+        ("detection_images", 1, "from 2 to"),
+        ("classification_classes", 13, "from 2 to 12"),
+        ("detection_classes", 11, "from 1 to 10"),
+        ("seed", -1, "from 0"),
+        ("contrast", 250, "from 0 to 200"),
+        ("rotation", float("nan"), "from 0"),
+        ("classes", 3, "known"),
+        ("seed", "x", "from 0"),
+        ("noise", "x", "from 0"),
+        ("seed", True, "from 0"),
+        ("seed", 1.5, "from 0"),
     ],
 )
-def test_settings_that_make_no_sense(values, key):
-    with pytest.raises(UserError, match=key):
-        settings_from(values)
+def test_settings_out_of_range(name, value, limits):
+    with pytest.raises(UserError, match=rf"\b{name}\b.*{limits}"):
+        settings_from({name: value})
 
 
-def test_the_command(tmp_path, capsys):
-    words = ["generate-data", "--output", str(tmp_path / "d"), "--workers", "1", "--seed", "3"]
-    words += ["--classification-images", "10", "--classification-val-images", "10", "--detection-images", "2"]
-    words += ["--detection-test-images", "1", "--noise", "2.5"]
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 0
+def test_the_command(tmp_path, cli, capsys):
+    words = ["generate-data", "--output", tmp_path / "d", "--workers", 1, "--seed", 3, "--noise", 2.5]
+    words += [f"--{name.replace('_', '-')}={count}" for name, count in TINY.items()]
+    assert cli(*words) == 0
     settings = json.loads((tmp_path / "d" / "settings.json").read_text())
     assert settings["seed"] == 3
-    assert settings["look"]["noise"] == 2.5
+    assert settings["noise"] == 2.5
     assert len(VocDataset(tmp_path / "d" / "shapes_voc", "test", classes=CLASSES)) == 1
-    with pytest.raises(SystemExit) as stop:
-        main([*words, "--detection-classes", "99"])
-    assert stop.value.code == 2
-    assert "detection_classes is 99; give a number from 1 to 10" in capsys.readouterr().err
+    assert cli(*words, "--detection-classes", 99) == 2
+    assert "detection_classes is 99" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(OUTLINES))
-def test_outlines_are_about_as_large_as_said_and_fill_as_much_as_computed(name):
+def test_outlines_have_about_the_size_and_area_of_their_numbers(name):
     for seed in range(5):
-        placed = place(np.random.default_rng(seed), name, (50.0, 50.0), 20.0, Look())
+        placed = place(np.random.default_rng(seed), name, (50.0, 50.0), 20.0, 30.0)
         x0, y0, x1, y1 = placed.bounds
         assert 18 < max(x1 - x0, y1 - y0) < 60
         painted = fill(placed, 100, 100).astype(float).sum() / 255
@@ -190,13 +181,13 @@ def test_colors_and_places_tell_nothing_about_the_class():
     colors = np.stack([object_color(rng, ground, 100) for _ in range(300)])
     assert np.linalg.norm(colors - ground, axis=1).min() >= 100
     # the same draws, another class: only the outline differs
-    square = draw_scene(np.random.default_rng(7), "a", ("square",), Look())[1]
-    star = draw_scene(np.random.default_rng(7), "a", ("star",), Look())[1]
+    square = draw_scene(np.random.default_rng(7), "a", ("square",), GenerateSettings())[1]
+    star = draw_scene(np.random.default_rng(7), "a", ("star",), GenerateSettings())[1]
     assert (square.width, square.height) == (star.width, star.height)
 
 
 def test_a_box_holds_exactly_the_visible_pixels():
-    placed = place(np.random.default_rng(0), "square", (20.0, 20.0), 10.0, Look())
+    placed = place(np.random.default_rng(0), "square", (20.0, 20.0), 10.0, 30.0)
     seen = np.zeros((40, 40), bool)
     seen[5:15, 8:31] = True
     found = annotate(placed, seen)
@@ -209,7 +200,7 @@ def test_a_box_holds_exactly_the_visible_pixels():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_of_two_processes_the_faster_one_wins_and_the_other_takes_its_data(tmp_path, monkeypatch, seed):
+def test_of_two_processes_the_second_takes_the_data_of_the_first(tmp_path, monkeypatch, seed):
     draw, output = synthetic.draw_chunk, tmp_path / "data"
 
     def overtaken(*chunk):

@@ -12,6 +12,7 @@ from nst_det.detection.config import detector_transfer_node
 from nst_det.detection.distiller import distill
 from nst_det.detection.torchvision import build_detector
 from nst_det.errors import UserError
+from tests.helpers.detection import step, with_instances
 
 WIDE = {"MODEL.TIMM.ARCH": "nst_resnet18_w48", "MODEL.FPN.OUT_CHANNELS": 24, "MODEL.ROI_BOX_HEAD.FC_DIM": 40}
 
@@ -31,11 +32,6 @@ def teacher(talkative):
     for parameter in detector.roi_heads.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return detector
-
-
-def step(model, batch):
-    torch.manual_seed(0)
-    return model(batch)
 
 
 def by_hand(detector, maps, boxes):
@@ -98,14 +94,6 @@ def test_gradient_reaches_the_students_backbone_and_box_head_alone(talkative, te
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_a_teacher_that_is_the_student_has_nothing_to_say(talkative, batch):
-    student = talkative()
-    model = distill(student, copy.deepcopy(student), *node()).train()
-    # the teacher normalizes by running statistics, so the student must too
-    student.backbone.eval()
-    assert float(step(model, batch)["loss_transfer_kd"].detach()) == pytest.approx(0, abs=1e-6)
-
-
 def test_all_kinds_of_terms_together(talkative, teacher, batch):
     model = distill(talkative(), teacher, *node("kd+vid-logits+lp+nst-poly")).train()
     losses = step(model, batch)
@@ -128,67 +116,33 @@ def test_images_without_any_proposal_give_zero(talkative, teacher, batch):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.student.parameters())
 
 
-def test_in_evaluation_nothing_is_kept_and_the_teacher_is_not_asked(talkative, teacher, batch):
-    model = distill(talkative(), teacher, *node())
-    called = []
-    teacher.roi_heads.box_head.register_forward_hook(lambda *_: called.append(True))
-    with torch.no_grad():
-        model.eval()(batch)
-    assert called == []
-    assert model._tap._outputs is None
-    model.train()
-    step(model, batch)
-    assert called == [True]
-    assert model._tap._outputs is None
-    assert model._tap._boxes == []
-
-
 def test_other_classes_are_one_line_unless_no_term_compares_them(talkative, small, batch):
     other = build_detector(small({**WIDE, "MODEL.ROI_HEADS.NUM_CLASSES": 7}), 1)
-    said = "METHOD kd.nst-poly: kd compares class by class, but the student has 3 classes and the teacher 7"
-    with pytest.raises(UserError, match=said) as raised:
+    with pytest.raises(UserError, match="METHOD kd.nst-poly: kd .* 3 classes and the teacher 7"):
         distill(talkative(), other, *node("kd+nst-poly"))
-    assert "\n" not in str(raised.value)
     model = distill(talkative(), other, *node("vid-logits+lp")).train()
     assert step(model, batch)["loss_transfer_vid-logits"].isfinite()
 
 
 def test_a_detector_without_such_a_box_head_is_one_line(talkative, teacher):
-    student = talkative()
+    student, sigmoid = talkative(), talkative()
     student.roi_heads = torch.nn.ModuleList()
-    with pytest.raises(UserError, match="METHOD kd: it reads logits of a box head, and ModuleList has not"):
-        distill(student, teacher, *node())
-    del student.roi_heads
-    with pytest.raises(UserError, match="and Detector has not one; use terms on feature maps"):
-        distill(student, teacher, *node())
-    sigmoid = talkative()
     sigmoid.roi_heads.box_predictor.use_sigmoid_ce = True
-    with pytest.raises(UserError, match="set MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False"):
-        distill(sigmoid, teacher, *node())
-
-
-def test_a_student_that_passes_its_box_head_by_is_an_error(talkative, teacher, batch):
-    model = distill(talkative(), teacher, *node()).train()
-    model.student.roi_heads.forward = lambda *_: ([], {})
-    with pytest.raises(RuntimeError, match="didn't call its box head"):
-        step(model, batch)
+    for detector, named in ((student, "METHOD kd: .*ModuleList"), (sigmoid, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE")):
+        with pytest.raises(UserError, match=named):
+            distill(detector, teacher, *node())
 
 
 @pytest.mark.detectron2
 def test_both_engines_agree(talkative, teacher, small_words, base_file, exhaustive, batch):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from detectron2.modeling import build_model
-    from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage
 
     from nst_det.detectron2.config import load_config
     from nst_det.detectron2.modeling import box_outputs
 
-    inputs = []
-    for item in batch:
-        objects = Instances(tuple(item["image"].shape[-2:]))
-        objects.gt_boxes, objects.gt_classes = Boxes(item["boxes"]), item["labels"]
-        inputs.append({**item, "instances": objects})
+    inputs = with_instances(batch)
     ours = talkative(exhaustive)
     their_student, their_teacher = (build_model(load_config(base_file, small_words(c))) for c in (exhaustive, WIDE))
     their_student.load_state_dict(ours.state_dict())

@@ -1,3 +1,5 @@
+"""``nst-det predict`` on a finished run, and the files that it writes."""
+
 import csv
 import json
 import shutil
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nst_det.cli import main
+from nst_det.data.annotation import read_annotation
 from nst_det.data.voc import VocDataset
 from nst_det.detection.checkpoint import save_weights
 from nst_det.detection.data import evaluation_batches
@@ -23,72 +25,63 @@ THRESHOLD = 0.15
 
 
 @pytest.fixture
-def trained(talkative, on_shapes, shapes):
-    """A run folder as train-det leaves it, of a detector that was never trained but says much."""
+def run(talkative, on_shapes, shapes):
+    """A run folder as train-det leaves it, of a detector that was never trained but detects much."""
     data = VocDataset(shapes, "trainval")
-    changes = {"MODEL.ROI_HEADS.NUM_CLASSES": len(data.classes), "MODEL.ROI_HEADS.SCORE_THRESH_TEST": THRESHOLD}
-    config = on_shapes("run", changes)
-    config.defrost()
-    config.ENGINE = "torchvision"
-    config.freeze()
-    detector = talkative(changes)
+    changes = {
+        "MODEL.ROI_HEADS.NUM_CLASSES": len(data.classes), "MODEL.ROI_HEADS.SCORE_THRESH_TEST": THRESHOLD,
+        "ENGINE": "torchvision",
+    }  # fmt: skip
+    config, detector = on_shapes("run", changes), talkative(changes)
     folder = RunFolder(config.OUTPUT_DIR)
     with folder.opened(config):
         save_weights(folder.path / "model.safetensors", detector, data.classes)
         test = VocDataset(shapes, "test", data.classes)
         detector.backbone.to(memory_format=torch.channels_last)
-        found = detect(detector, evaluation_batches(config, test), test)
-        write_detections(folder.path / "detections.json", found)
+        write_detections(folder.path / "detections.json", detect(detector, evaluation_batches(config, test), test))
         folder.finish({})
-    return folder.path, test
+    return folder.path
 
 
 @pytest.fixture
-def images(trained, tmp_path):
-    _, test = trained
-    folder = tmp_path / "images"
+def images(shapes, tmp_path):
+    """A folder with the run's test images."""
+    folder, test = tmp_path / "images", VocDataset(shapes, "test")
     folder.mkdir()
     for id_ in test.ids:
         shutil.copy(test.image_path(id_), folder)
     return folder
 
 
-def call(*words):
-    with pytest.raises(SystemExit) as ended:
-        main(["predict", *map(str, words)])
-    return ended.value.code
+@pytest.fixture
+def command(cli, run, images, tmp_path):
+    """``command(*options)``: runs it on the images, and gives its exit code and what is in the output folder."""
+
+    def call(*options, inputs=images):
+        out = tmp_path / "out"
+        code = cli("predict", inputs, "--run", run, "--output", out, "--threshold", THRESHOLD, *options)
+        return code, out
+
+    return call
 
 
-def test_json_equals_what_the_run_itself_detected(trained, images, tmp_path):
-    run, test = trained
-    out = tmp_path / "out"
-    assert call(images, "--run", run, "--output", out, "--threshold", THRESHOLD, "--device", "cpu") == 0
+def test_json_equals_what_the_run_itself_detected(run, command, images, shapes):
+    code, out = command("--device", "cpu")
     own = json.loads((run / "detections.json").read_text())
+    assert (code, json.loads((out / "detections.json").read_text())) == (0, own)
     assert len(own) > 20
     assert len({entry["category"] for entry in own}) > 1
-    assert json.loads((out / "detections.json").read_text()) == own
-    found = read_detections(out / "detections.json", test.ids, test.classes, "test")
-    assert len(found) == len(own)
+    test = VocDataset(shapes, "test", VocDataset(shapes, "trainval").classes)
+    assert len(read_detections(out / "detections.json", test.ids, test.classes, "test")) == len(own)
     assert sorted(path.stem for path in (out / "images").iterdir()) == sorted(test.ids)
 
 
-def test_damaged_weights_are_one_line(trained, images, tmp_path, capsys):
-    weights = trained[0] / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert call(images, "--run", trained[0], "--output", tmp_path / "out") == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nst-det: ")]
-    assert len(said) == 1
-    assert f"{weights}: damaged (its content is not what was written: SHA-256 differs); get it again" in said[0]
-
-
-def test_voc_round_trips_exactly(trained, images, tmp_path):
-    run, test = trained
+def test_voc_round_trips_exactly(run, command, images):
     detector, config, classes = load_run(run)
     found = {p.id: p for p in predict(detector, config, read_sources(find_sources([images])))}
-    assert call(images, "--run", run, "--output", tmp_path / "out", "--threshold", THRESHOLD, "--format", "voc") == 0
-    read = VocDataset(tmp_path / "out" / "voc", "predicted", classes)
-    assert read.ids == tuple(found) == tuple(sorted(test.ids))
+    _, out = command("--format", "voc")
+    read = VocDataset(out / "voc", "predicted", classes)
+    assert read.ids == tuple(found) == tuple(sorted(path.stem for path in images.iterdir()))
     for id_ in read.ids:
         annotation = read.annotation(id_)
         assert (annotation.width, annotation.height) == (found[id_].width, found[id_].height)
@@ -97,32 +90,31 @@ def test_voc_round_trips_exactly(trained, images, tmp_path):
     assert sum(len(p.boxes) for p in found.values()) > 20
 
 
-def test_names_are_escaped_in_xml_and_boxes_are_one_based(tmp_path):
-    box = np.array([[0.0, 2.5, 10.0, 20.125]], np.float32)
-    one = Prediction(
-        "a", "dir/<a>.jpg", 30, 40, box, np.array([0]), np.array([0.5], np.float32), np.zeros((40, 30, 3), np.uint8)
-    )
-    text = voc_annotation(one, ["cats & <dogs>"])
-    assert "<xmin>1.0</xmin>" in text
-    assert "<ymin>3.5</ymin>" in text
-    assert "<ymax>20.125</ymax>" in text
-    (tmp_path / "a.xml").write_text(text)
-    from nst_det.data.annotation import read_annotation
+def prediction(box, image):
+    height, width = image.shape[:2]
+    scores = np.array([0.5], np.float32)
+    return Prediction("a", "dir/<a>.jpg", width, height, np.array([box], np.float32), np.array([1]), scores, image)
 
+
+def test_names_are_escaped_in_xml_and_boxes_are_one_based(tmp_path):
+    one = prediction([0.0, 2.5, 10.0, 20.125], np.zeros((40, 30, 3), np.uint8))
+    text = voc_annotation(one, ["x", "cats & <dogs>"])
+    for line in ("<xmin>1.0</xmin>", "<ymin>3.5</ymin>", "<ymax>20.125</ymax>"):
+        assert line in text
+    (tmp_path / "a.xml").write_text(text)
     annotation = read_annotation(tmp_path / "a.xml")
     assert annotation.names == ("cats & <dogs>",)
     assert annotation.objects[0].box == (1.0, 3.5, 10.0, 20.125)
 
 
-def test_csv_threshold_and_classes(trained, images, tmp_path):
-    run, _ = trained
+def test_csv_threshold_and_classes(run, command):
     own = json.loads((run / "detections.json").read_text())
     scores = sorted(entry["score"] for entry in own)
     threshold = (scores[len(scores) // 2] + scores[len(scores) // 2 + 1]) / 2
     name = own[0]["category"]
-    words = ["--threshold", threshold, "--classes", name, "--format", "csv"]
-    assert call(images, "--run", run, "--output", tmp_path / "out", *words) == 0
-    with open(tmp_path / "out" / "detections.csv", newline="") as file:
+    code, out = command("--threshold", threshold, "--classes", name, "--format", "csv")
+    assert code == 0
+    with open(out / "detections.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     wanted = [entry for entry in own if entry["score"] > threshold and entry["category"] == name]
     assert len(rows) == len(wanted) < len(own)
@@ -131,34 +123,32 @@ def test_csv_threshold_and_classes(trained, images, tmp_path):
         got = [float(row[key]) for key in ("score", "xmin", "ymin", "xmax", "ymax")]
         assert got == pytest.approx([entry["score"], x, y, x + width, y + height], abs=1e-4)
         assert (row["image_id"], Path(row["file"]).name) == (entry["image_id"], f"{entry['image_id']}.jpg")
-    assert not (tmp_path / "out" / "images").exists()
+    assert not (out / "images").exists()
 
 
-def test_an_unreadable_image_is_named_at_the_end_and_the_others_are_done(trained, images, tmp_path, capsys):
-    run, _ = trained
+def test_an_unreadable_image_is_named_at_the_end_and_the_others_are_done(run, command, images, capsys):
     (images / "broken.jpg").write_bytes(b"no image")
-    out = tmp_path / "out"
-    assert call(images, "--run", run, "--output", out, "--threshold", THRESHOLD) == 2
-    said = capsys.readouterr()
-    assert "1 of 5 files could not be read" in said.err
-    assert "broken.jpg: can't be decoded" in said.err
-    assert "4 images" in said.out
+    code, out = command()
+    printed = capsys.readouterr()
+    assert code == 2
+    assert "1 of 5 files" in printed.err
+    assert "broken.jpg" in printed.err
+    assert "4 images" in printed.out
     assert json.loads((out / "detections.json").read_text()) == json.loads((run / "detections.json").read_text())
 
 
-def test_a_gpu_that_is_full_is_one_line(trained, images, tmp_path, monkeypatch, capsys):
+def test_a_gpu_that_is_full_is_one_line(command, monkeypatch, capsys):
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB. GPU 0 has")
 
     monkeypatch.setattr("nst_det.detection.torchvision.Detector.forward", full)
-    assert call(images, "--run", trained[0], "--output", tmp_path / "out", "--device", "cpu") == 2
-    said = capsys.readouterr()
-    assert said.out.startswith("cpu (")
-    assert "--device" in said.err.splitlines()[-1]
+    assert command("--device", "cpu")[0] == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("cpu (")
+    assert "--device" in printed.err.splitlines()[-1]
 
 
-def test_frames_of_a_video(trained, tmp_path):
-    run, _ = trained
+def test_frames_of_a_video(command, tmp_path):
     path = tmp_path / "clip.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
     for level in (0, 80, 160, 240, 120):
@@ -167,15 +157,13 @@ def test_frames_of_a_video(trained, tmp_path):
     frames = list(read_sources(find_sources([path]), every=2))
     assert [id_ for id_, _, _ in frames] == ["clip_000001", "clip_000003", "clip_000005"]
     assert [round(float(pixels.mean()), -1) for _, _, pixels in frames] == [0, 160, 120]
-    assert call(path, "--run", run, "--output", tmp_path / "out", "--every", 2, "--format", "images") == 0
-    assert len(list((tmp_path / "out" / "images").iterdir())) == 3
+    code, out = command("--every", 2, "--format", "images", inputs=path)
+    assert (code, len(list((out / "images").iterdir()))) == (0, 3)
 
 
 def test_drawing_marks_the_box_and_nothing_else():
     image = np.full((120, 160, 3), 7, np.uint8)
-    box = np.array([[40.0, 50.0, 100.0, 90.0]], np.float32)
-    one = Prediction("a", "a.jpg", 160, 120, box, np.array([1]), np.array([0.9], np.float32), image)
-    drawn = draw(one, ["cat", "dog"])
+    drawn = draw(prediction([40.0, 50.0, 100.0, 90.0], image), ["cat", "dog"])
     assert (image == 7).all()
     for row, column in ((50, 99), (89, 60), (70, 40), (70, 99)):
         assert (drawn[row, column] != 7).any()
@@ -184,45 +172,41 @@ def test_drawing_marks_the_box_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words", "message"),
+    ("file", "content", "options", "named"),
     [
-        (lambda run: (run / "model.safetensors").unlink(), [], "no model.safetensors in it; finish this run"),
-        (lambda run: shutil.rmtree(run), [], "no such folder; name the folder of a finished detector run"),
-        (lambda run: (run / "config.yaml").write_text("MODEL: {}\nENGINE: detectron2"), [], "only runs of the torchv"),
-        (lambda run: (run / "config.yaml").write_text("NAME: x"), [], "not the config of a detector"),
-        (lambda run: (run / "model.safetensors").write_bytes(b"x" * 40), [], "model.safetensors"),
-        (None, ["--threshold", "2"], "--threshold: 2.0 is not a score"),
-        (None, ["--format", "pdf"], "--format: 'pdf': choose from images, json, voc, csv"),
-        (None, ["--classes", "unicorn"], "--classes: this detector doesn't know 'unicorn'; it knows"),
-        (None, ["--device", "abacus"], "--device: 'abacus' can't be used here"),
-        (None, ["--every", "0"], "--every: 0; give 1 or more"),
+        ("model.safetensors", None, [], "model.safetensors"),
+        ("model.safetensors", b"x" * 40, [], "model.safetensors"),
+        ("config.yaml", None, [], "config.yaml"),
+        ("config.yaml", b"MODEL: {}\nENGINE: detectron2", [], "ENGINE is detectron2"),
+        ("config.yaml", b"NAME: x", [], "config.yaml"),
+        ("", None, ["--run", "nowhere"], "nowhere"),
+        ("", None, ["--threshold", "2"], "--threshold"),
+        ("", None, ["--format", "pdf"], "--format"),
+        ("", None, ["--classes", "unicorn"], "--classes"),
+        ("", None, ["--device", "abacus"], "--device"),
+        ("", None, ["--every", "0"], "--every"),
     ],
 )
-def test_bad_input_is_one_clear_line(trained, images, tmp_path, capsys, spoil, words, message):
-    run, _ = trained
-    if spoil:
-        spoil(run)
-    assert call(images, "--run", run, "--output", tmp_path / "out", *words) == 2
-    said = capsys.readouterr().err.strip()
-    assert message in said
-    assert "\n" not in said
-    assert not (tmp_path / "out").exists()
+def test_bad_input_is_one_clear_line(run, command, capsys, file, content, options, named):
+    if content is not None:
+        (run / file).write_bytes(content)
+    elif file:
+        (run / file).unlink()
+    code, out = command(*options)
+    printed = capsys.readouterr().err.strip()
+    assert code == 2
+    assert named in printed
+    assert "\n" not in printed
+    assert not out.exists()
 
 
 def test_bad_paths(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "a.jpg").touch()
-    (tmp_path / "a.png").touch()
-    (tmp_path / "notes.txt").touch()
-    for paths, message in (
-        (["nowhere"], "no such file or folder"),
-        (["empty"], "no image or video in this folder"),
-        (["notes.txt"], "neither an image nor a video"),
-        (["a.png", "one"], "has the same name as .*a.png"),
-    ):
-        with pytest.raises(UserError, match=message):
-            find_sources([tmp_path / path for path in paths])
+    for name in ("empty", "one"):
+        (tmp_path / name).mkdir()
+    for name in ("one/a.jpg", "a.png", "notes.txt"):
+        (tmp_path / name).touch()
     (tmp_path / "film.mp4").write_bytes(b"no video")
-    with pytest.raises(UserError, match="film.mp4: can't be read as a video"):
-        list(read_sources(find_sources([tmp_path / "film.mp4"])))
+    for paths, named in ((["nowhere"], "nowhere"), (["empty"], "empty"), (["notes.txt"], "notes.txt"),
+                         (["a.png", "one"], "a.jpg.*a.png"), (["film.mp4"], "film.mp4")):  # fmt: skip
+        with pytest.raises(UserError, match=named):
+            list(read_sources(find_sources([tmp_path / path for path in paths])))

@@ -1,3 +1,5 @@
+"""What is validated on, and which weights are tested and written; with and without an average of them."""
+
 import json
 
 import pytest
@@ -6,138 +8,170 @@ from safetensors.torch import load_file
 
 from nst_det.data.splits import hold_out
 from nst_det.data.voc import VocDataset
-from nst_det.detection import data as dataset
-from nst_det.detection import pipeline as evaluation
-from nst_det.detection import pipeline as stage
+from nst_det.detection import data, pipeline
+from nst_det.detection.checkpoint import BEST_FILE
 from nst_det.detection.data import split_training
+from nst_det.detection.pipeline import train_detector
+from nst_det.detection.trainer import Trainer
+from nst_det.engine.checkpoint import checkpoints, load_checkpoint
 from nst_det.engine.metrics import read_metrics
+from nst_det.engine.nan_guard import NotFinite
 from nst_det.errors import UserError
+from tests.helpers.detection import same_bits
+
+VALIDATED = {"DATASETS.VAL_FRACTION": 0.25, "SOLVER.MAX_ITER": 4, "TEST.EVAL_PERIOD": 2}
+# reached at the fourth of six steps
+DECAY = 0.6
+AVERAGED = {"SOLVER.EMA_DECAY": DECAY, "DATASETS.TEST": []}
+
+
+def copy(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
 
 
 @pytest.fixture
-def config(small, shapes, tmp_path):
-    voc = {"train": {"ROOT": str(shapes), "SPLIT": "trainval"}, "test": {"ROOT": str(shapes), "SPLIT": "test"}}
+def evaluated(monkeypatch):
+    """What is evaluated: (ids of the images, weights) each time."""
+    seen, detect = [], pipeline.detect
 
-    def make(**changes):
-        return small(
-            {
-                "MODEL.ROI_HEADS.NUM_CLASSES": 0,
-                "DATASETS.VOC": voc,
-                "DATASETS.TRAIN": ["train"],
-                "DATASETS.TEST": [],
-                "DATASETS.VAL_FRACTION": 0.25,
-                "SOLVER.MAX_ITER": 4,
-                "TEST.EVAL_PERIOD": 2,
-                "OUTPUT_DIR": str(tmp_path / "run"),
-            }
-            | {key.replace("__", "."): value for key, value in changes.items()}
-        )
+    def recorded(detector, batches, over):
+        seen.append((tuple(item.id for item in over.annotations()), copy(detector)))
+        return detect(detector, batches, over)
 
-    return make
+    monkeypatch.setattr(pipeline, "detect", recorded)
+    return seen
 
 
-def test_a_run_trains_on_the_rest_and_validates_on_what_was_kept(config, shapes, tmp_path, monkeypatch):
-    data = VocDataset(shapes, "trainval")
-    left, kept = hold_out(data, 0.25)
-    trained, evaluated, opened = set(), [], []
-    listed, found = dataset.list_items, evaluation.detect
+def test_a_run_trains_on_the_rest_and_validates_on_what_was_kept(on_shapes, shapes, tmp_path, monkeypatch, evaluated):
+    whole = VocDataset(shapes, "trainval")
+    left, kept = hold_out(whole, 0.25)
+    trained, listed = set(), data.list_items
 
-    def list_items(sets, *rest):
-        items = listed(sets, *rest)
+    def list_items(*given):
+        items = listed(*given)
         trained.update(item.id for item in items)
         return items
 
-    def detect(detector, batches, over):
-        evaluated.append([a.id for a in over.annotations()])
-        return found(detector, batches, over)
-
-    class Opened(VocDataset):
-        def __init__(self, root, split, classes=None):
-            opened.append(split)
-            super().__init__(root, split, classes)
-
-    monkeypatch.setattr(dataset, "list_items", list_items)
-    monkeypatch.setattr(dataset, "VocDataset", Opened)
-    monkeypatch.setattr(stage, "detect", detect)
-    result = stage.train_detector(config())
+    monkeypatch.setattr(data, "list_items", list_items)
+    result = train_detector(on_shapes("run", {**VALIDATED, "DATASETS.TEST": []}))
     assert trained
     assert trained <= set(left.ids)
     # once in the middle and once at the end
-    assert evaluated == [list(kept.ids)] * 2
-    assert set(opened) == {"trainval"}
+    assert [ids for ids, _ in evaluated] == [kept.ids] * 2
     assert 0 <= result["validation"]["map"] <= 1
     assert "map" not in result
     assert json.loads((tmp_path / "run" / "result.json").read_text())["validation"] == result["validation"]
-
-
-def test_test_data_is_evaluated_at_the_end_only(config, shapes, monkeypatch):
-    evaluated = []
-
-    def detect(detector, batches, over):
-        evaluated.append(tuple(a.id for a in over.annotations()))
-        return found(detector, batches, over)
-
-    found = evaluation.detect
-    monkeypatch.setattr(stage, "detect", detect)
-    result = stage.train_detector(config(DATASETS__TEST=["test"], TEST__EVAL_PERIOD=3))
-    kept = hold_out(VocDataset(shapes, "trainval"), 0.25)[1].ids
-    assert evaluated == [kept, kept, VocDataset(shapes, "test").ids]
-    assert "map" in result
-    assert "map" in result["validation"]
+    assert split_training(on_shapes(), [whole]) == ([whole], None)
 
 
 @pytest.mark.parametrize(("select", "maps"), [("best", (0.5, 0.25)), ("last", (0.5, 0.25)), ("best", (0.25, 0.5))])
-def test_the_best_checkpoint_is_chosen_without_the_test_split(config, shapes, tmp_path, monkeypatch, select, maps):
-    seen, tested = [], []
-    said = iter([*maps, 0.125])
-
-    def score(found, over):
-        seen.append(tuple(a.id for a in over.annotations()))
-        return {"map": next(said), "map_area": 0.0}
-
-    def detect(detector, batches, over):
-        tested.append({name: value.clone() for name, value in detector.state_dict().items()})
-        return []
-
-    monkeypatch.setattr(stage, "score", score)
-    monkeypatch.setattr(stage, "detect", detect)
-    monkeypatch.setattr(stage, "write_detections", lambda path, found: None)
-    result = stage.train_detector(config(DATASETS__TEST=["test"], TEST__SELECT=select))
-    middle, last, chosen = tested
+def test_the_best_checkpoint_is_chosen_without_the_test_split(
+    on_shapes, shapes, tmp_path, monkeypatch, evaluated, select, maps
+):
+    figures = iter([*maps, 0.125])
+    monkeypatch.setattr(pipeline, "score", lambda *_: {"map": next(figures), "map_area": 0.0})
+    result = train_detector(on_shapes("run", {**VALIDATED, "TEST.SELECT": select}))
+    (_, middle), (_, last), (tested, chosen) = evaluated
     best = middle if maps[0] > maps[1] else last
-    assert not torch.equal(middle["backbone.fpn_output2.weight"], last["backbone.fpn_output2.weight"])
+    assert not same_bits(middle, last)
     # the test split is looked at once, by the chosen weights, which are those that are kept
-    assert seen.count(VocDataset(shapes, "test").ids) == 1
-    assert seen[-1] == VocDataset(shapes, "test").ids
-    kept = load_file(tmp_path / "run" / "model.safetensors")
-    for name, value in (best if select == "best" else last).items():
-        assert torch.equal(chosen[name], value)
-        assert torch.equal(kept[name], value)
-    saved = load_file(tmp_path / "run" / "model_best.safetensors")
-    assert all(torch.equal(saved[name], value) for name, value in best.items())
+    kept = hold_out(VocDataset(shapes, "trainval"), 0.25)[1].ids
+    assert [ids for ids, _ in evaluated] == [kept, kept, tested]
+    assert tested == VocDataset(shapes, "test").ids
+    assert same_bits(chosen, best if select == "best" else last)
+    assert same_bits(chosen, load_file(tmp_path / "run" / "model.safetensors"))
+    assert same_bits(best, load_file(tmp_path / "run" / BEST_FILE))
     assert result["checkpoints"] == {
         "best": {"step": 2 if best is middle else 4, "map": max(maps), "map_area": 0.0},
         "last": {"step": 4, "map": maps[1], "map_area": 0.0},
         "tested": select,
     }
-    assert result["map"] == 0.125
+    assert (result["map"], result["validation"]["map"]) == (0.125, maps[1])
     row = read_metrics(tmp_path / "run" / "metrics.jsonl")[1]
     assert row["val/map"] == maps[0]
     assert "map" not in row
 
 
-def test_best_without_a_validation_split_is_refused(config):
-    with pytest.raises(UserError, match=r"TEST\.SELECT best needs a validation split"):
-        config(DATASETS__VAL_FRACTION=0.0, TEST__SELECT="best")
-    with pytest.raises(UserError, match=r"TEST\.SELECT 'first' is not one of last, best"):
-        config(TEST__SELECT="first")
+@pytest.fixture
+def trained(monkeypatch):
+    """Step -> the weights in training after it, where the optimizer made it."""
+    states, step = {}, Trainer.run_step
+
+    def recorded(self):
+        average = self.state.average
+        steps = average.steps if average else 0
+        step(self)
+        if not average or average.steps > steps:
+            states[self.state.step] = copy(self.model)
+
+    monkeypatch.setattr(Trainer, "run_step", recorded)
+    return states
 
 
-def test_without_a_share_nothing_is_cut(config, shapes):
-    whole = VocDataset(shapes, "trainval")
-    assert split_training(config(DATASETS__VAL_FRACTION=0.0), [whole]) == ([whole], None)
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_a_share_out_of_range_names_its_key(config):
-    with pytest.raises(UserError, match=r"DATASETS\.VAL_FRACTION is 1\.0"):
-        stage.train_detector(config(DATASETS__VAL_FRACTION=1.0))
+def test_the_average_is_evaluated_chosen_and_written(
+    on_shapes, tmp_path, taught, trained, averaged_in_float64, evaluated, monkeypatch
+):
+    # of three evaluations the second is the best
+    figures = iter([{"map": 0.1}, {"map": 0.3}, {"map": 0.2}])
+    monkeypatch.setattr(pipeline, "score", lambda *_: next(figures))
+    choice = {"DATASETS.VAL_FRACTION": 0.25, "TEST.EVAL_PERIOD": 2, "TEST.SELECT": "best"}
+    result = train_detector(on_shapes("run", {**AVERAGED, **taught, **choice}))
+    assert result["checkpoints"]["best"]["step"] == 4
+    averages = [weights for _, weights in evaluated]
+    assert len(averages) == 3
+    for done, found in zip((2, 4, 6), averages):
+        assert_close(found, averaged_in_float64([trained[step] for step in range(1, done + 1)], DECAY))
+    for name in (BEST_FILE, "model.safetensors"):
+        assert same_bits(load_file(tmp_path / "run" / name), averages[1])
+    # the checkpoint has both, of the last step
+    state = load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    averaged = state["trainer"]["averaged"]
+    assert averaged["steps"] == 6
+    assert same_bits(state["model"], averages[2])
+    assert same_bits(averaged["trained"], trained[6])
+
+
+def test_training_is_as_without_an_average_and_resumes(on_shapes, tmp_path, taught, trained, stops_after_saving):
+    train_detector(on_shapes("one", {**AVERAGED, **taught}))
+    last = trained[6]
+    train_detector(on_shapes("without", {**AVERAGED, **taught, "SOLVER.EMA_DECAY": 0}))
+    assert same_bits(load_file(tmp_path / "without" / "model.safetensors"), last)
+    assert read_metrics(tmp_path / "one" / "metrics.jsonl") == read_metrics(tmp_path / "without" / "metrics.jsonl")
+    with stops_after_saving(3), pytest.raises(UserError, match="stopped"):
+        train_detector(on_shapes("two", {**AVERAGED, **taught}))
+    train_detector(on_shapes("two", {**AVERAGED, **taught}))
+    names = ("one", "two", "without")
+    one, two, without = (load_checkpoint(checkpoints(tmp_path / name / "checkpoints")[-1]) for name in names)
+    assert "averaged" not in without["trainer"]
+    first, second = (state["trainer"]["averaged"] for state in (one, two))
+    assert first["steps"] == second["steps"] == 6
+    assert same_bits(first["trained"], second["trained"])
+    for state in (two["model"], load_file(tmp_path / "two" / "model.safetensors")):
+        assert same_bits(state, one["model"])
+
+
+@pytest.mark.parametrize("policy", ["skip", "back"])
+def test_a_step_that_failed_is_not_in_the_average(
+    on_shapes, tmp_path, trained, averaged_in_float64, monkeypatch, policy
+):
+    backward, left = Trainer.backward, [4]
+
+    def failing(self, batch):
+        found = backward(self, batch)
+        if self.iter in left:
+            left.remove(self.iter)
+            raise NotFinite("the test's step")
+        return found
+
+    monkeypatch.setattr(Trainer, "backward", failing)
+    train_detector(on_shapes("run", {**AVERAGED, "SOLVER.NON_FINITE.POLICY": policy, "SOLVER.ACCUMULATE": 2}))
+    steps = [1, 2, 3, 4, 6] if policy == "skip" else [1, 2, 3, 4, 5, 6]
+    assert sorted(trained) == steps
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    assert_close(found, averaged_in_float64([trained[step] for step in steps], DECAY))

@@ -1,26 +1,28 @@
-"""SOLVER.EMA_DECAY with Detectron2's trainer: what is evaluated and written, stops and faults."""
-
-import json
+"""Which weights are evaluated and written: averages of SOLVER.EMA_DECAY, and those that a validation split chose."""
 
 import pytest
 import torch
 
-pytest.importorskip(
-    "detectron2",
-    reason="Detectron2 is not installed: https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
-)
+pytest.importorskip("detectron2")
 pytestmark = pytest.mark.detectron2
 
-from safetensors.torch import load_file  # noqa: E402
+from detectron2.data import DatasetCatalog
+from safetensors.torch import load_file
 
-from nst_det.detectron2 import DistillTrainer  # noqa: E402
-from nst_det.detectron2.config import load_config, register_datasets  # noqa: E402
-from nst_det.engine.metrics import read_metrics  # noqa: E402
-from nst_det.errors import UserError  # noqa: E402
+from nst_det.data.splits import hold_out
+from nst_det.data.voc import VocDataset
+from nst_det.detectron2 import DistillTrainer, trainer
+from nst_det.detectron2.config import VALIDATION
+from nst_det.detectron2.train_net import train as train_net
+from nst_det.engine.io import read_json
+from nst_det.engine.metrics import read_metrics
+from nst_det.engine.run_dir import RunFolder
+from nst_det.errors import UserError
 
 # reached at the fourth of six steps
 DECAY = 0.6
 AVERAGED = ["SOLVER.EMA_DECAY", DECAY]
+VALIDATED = ["DATASETS.VAL_FRACTION", 0.25, "TEST.EVAL_PERIOD", 3]
 
 
 @pytest.fixture
@@ -38,21 +40,18 @@ def trained(monkeypatch):
     return states
 
 
-def taught(tiny_teacher):
-    return [
-        *("METHOD", "fitnet:1+nst-poly:1", "TRANSFER.LEVELS", "['p2', 'p3']"),
-        *("TEACHER.CONFIG_FILE", tiny_teacher[0], "TEACHER.WEIGHTS", tiny_teacher[1]),
-    ]
-
-
 def assert_close(found, expected):
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+def same(first, second):
+    return all(torch.equal(second[name], value) for name, value in first.items())
+
+
 def test_the_average_is_evaluated_chosen_and_written(
-    command, tiny_yaml, tiny_teacher, tmp_path, trained, averaged_in_float64, monkeypatch
+    train, taught, tmp_path, trained, averaged_in_float64, monkeypatch
 ):
     evaluated, test = [], DistillTrainer.test.__func__
 
@@ -62,88 +61,95 @@ def test_the_average_is_evaluated_chosen_and_written(
 
     monkeypatch.setattr(DistillTrainer, "test", classmethod(seen))
     folder = tmp_path / "run"
-    opts = [*AVERAGED, *taught(tiny_teacher), "DATASETS.VAL_FRACTION", 0.25, "TEST.EVAL_PERIOD", 3]
-    assert command("--config-file", tiny_yaml, *opts, "OUTPUT_DIR", folder) == 0
+    assert train(folder, *AVERAGED, *VALIDATED, *taught("fitnet:1+nst-poly:1", ["p2", "p3"]), test=True) == 0
     expected = {done: averaged_in_float64([trained[s] for s in range(1, done + 1)], DECAY) for done in (3, 6)}
     # in the middle, at the end, and on the test set
     assert len(evaluated) == 3
     for done, found in zip((3, 6, 6), evaluated):
         assert_close(found, expected[done])
-    best = json.loads((folder / "result.json").read_text())["checkpoints"]["best"]["step"]
+    best = read_json(folder / "result.json")["checkpoints"]["best"]["step"]
     assert_close(load_file(folder / "model_best.safetensors"), expected[best])
     assert_close(load_file(folder / "model.safetensors"), expected[6])
-    # the model in a checkpoint is the one to use; what goes on being trained stands beside it
+    # the model in a checkpoint is the one to use, the one in training is in the trainer's state
     saved = torch.load(folder / "model_final.pth")
-    assert all(torch.equal(saved["model"][name], value) for name, value in evaluated[-1].items())
+    assert same(saved["model"], evaluated[-1])
     assert saved["trainer"]["averaged"]["steps"] == 6
-    assert all(torch.equal(saved["trainer"]["averaged"]["trained"][name], value) for name, value in trained[6].items())
+    assert same(saved["trainer"]["averaged"]["trained"], trained[6])
 
 
-def test_training_is_as_without(command, tiny_yaml, whole, tmp_path):
-    opts = [*AVERAGED, "DATASETS.TEST", "[]", "OUTPUT_DIR", tmp_path / "run"]
-    assert command("--config-file", tiny_yaml, *opts) == 0
+def test_training_is_as_without(train, whole, tmp_path):
+    assert train(tmp_path / "run", *AVERAGED) == 0
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == read_metrics(whole / "metrics.jsonl")
     averaged, plain = (torch.load(folder / "model_final.pth") for folder in (tmp_path / "run", whole))
-    in_training = averaged["trainer"]["averaged"]["trained"]
-    assert all(torch.equal(in_training[name], value) for name, value in plain["model"].items())
+    assert same(averaged["trainer"]["averaged"]["trained"], plain["model"])
     assert "averaged" not in plain["trainer"]
 
 
-def test_a_run_that_goes_on_ends_with_the_same_bits(command, tiny_yaml, tiny_teacher, tmp_path, monkeypatch):
-    words = ["--config-file", tiny_yaml, *AVERAGED, *taught(tiny_teacher), "DATASETS.TEST", "[]", "OUTPUT_DIR"]
-    assert command(*words, tmp_path / "one") == 0
-    run_step = DistillTrainer.run_step
+def test_a_resumed_run_ends_with_the_same_bits(train, taught, tmp_path, at_step):
+    def stop(_):
+        raise UserError("stopped")
 
-    def stopped(self):
-        if self.iter == 4:
-            raise UserError("stopped")
-        run_step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillTrainer, "run_step", stopped)
-        assert command(*words, tmp_path / "two") == 2
+    words = [*AVERAGED, *taught("fitnet:1+nst-poly:1", ["p2", "p3"])]
+    assert train(tmp_path / "one", *words) == 0
+    with at_step(4, stop):
+        assert train(tmp_path / "two", *words) == 2
     assert (tmp_path / "two" / "last_checkpoint").read_text() == "model_0000002.pth"
-    assert command(*words, tmp_path / "two") == 0
+    assert train(tmp_path / "two", *words) == 0
     one, two = (torch.load(tmp_path / name / "model_final.pth") for name in ("one", "two"))
     averaged = [saved["trainer"]["averaged"] for saved in (one, two)]
     assert averaged[0]["steps"] == averaged[1]["steps"] == 6
-    for first, second in ((one["model"], two["model"]), (averaged[0]["trained"], averaged[1]["trained"])):
-        assert all(torch.equal(second[name], value) for name, value in first.items())
+    assert same(one["model"], two["model"])
+    assert same(averaged[0]["trained"], averaged[1]["trained"])
     assert read_metrics(tmp_path / "one" / "metrics.jsonl") == read_metrics(tmp_path / "two" / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("policy", ["skip", "back"])
-def test_a_step_that_failed_is_not_in_it(command, tiny_yaml, tmp_path, trained, averaged_in_float64, poisoned, policy):
-    poisoned(step=4)
-    opts = [*AVERAGED, "DATASETS.TEST", "[]", "SOLVER.NON_FINITE.POLICY", policy, "OUTPUT_DIR", tmp_path / "run"]
-    assert command("--config-file", tiny_yaml, *opts) == 0
-    steps = [1, 2, 3, 4, 6] if policy == "skip" else [1, 2, 3, 4, 5, 6]
+@pytest.mark.parametrize(("policy", "steps"), [("skip", [1, 2, 3, 4, 6]), ("back", [1, 2, 3, 4, 5, 6])])
+def test_a_step_that_failed_is_not_in_it(train, tmp_path, trained, averaged_in_float64, poisoned, policy, steps):
+    poisoned(4)
+    assert train(tmp_path / "run", *AVERAGED, "SOLVER.NON_FINITE.POLICY", policy) == 0
     assert sorted(trained) == steps
     expected = averaged_in_float64([trained[step] for step in steps], DECAY)
     assert_close(load_file(tmp_path / "run" / "model.safetensors"), expected)
 
 
-def test_before_the_first_step_it_is_what_was_loaded(tiny_yaml, tmp_path):
-    opts = ["SOLVER.EMA_DECAY", "0.6", "MODEL.WEIGHTS", "backbone://small", "OUTPUT_DIR", str(tmp_path)]
-    cfg = load_config(tiny_yaml, opts)
-    register_datasets(cfg)
-    trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume=False)
-    found = trainer.state.eval_model.state_dict()
-    assert trainer.state.eval_model is not trainer.student
-    assert all(torch.equal(found[name], value) for name, value in trainer.student.state_dict().items())
+def test_before_the_first_step_it_is_what_was_loaded(configured):
+    made = DistillTrainer(configured(*AVERAGED, "MODEL.WEIGHTS", "backbone://small"))
+    made.resume_or_load(resume=False)
+    assert made.state.eval_model is not made.student
+    assert same(made.state.eval_model.state_dict(), made.student.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("opts", "said"),
-    [
-        (["SOLVER.EMA_DECAY", "1.5"], "SOLVER.EMA_DECAY is 1.5; set it to 0 for no average"),
-        (
-            ["SOLVER.EMA_DECAY", "0.9", "TEST.PRECISE_BN.ENABLED", "True"],
-            "SOLVER.EMA_DECAY 0.9: TEST.PRECISE_BN measures the statistics of the weights in training",
-        ),
-    ],
-)
-def test_what_can_not_be_followed_is_refused(tiny_yaml, opts, said):
-    with pytest.raises(UserError, match=said):
-        load_config(tiny_yaml, opts)
+def test_a_run_validates_on_the_images_that_were_kept_and_tests_at_the_end(configured, voc_root, tmp_path):
+    cfg = configured(*VALIDATED)
+    # the very images that the torchvision engine keeps
+    left, kept = hold_out(VocDataset(voc_root, "train"), 0.25)
+    assert [item["image_id"] for item in DatasetCatalog.get("tiny_train")] == list(left.ids)
+    assert [item["image_id"] for item in DatasetCatalog.get(VALIDATION)] == list(kept.ids)
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    with folder.opened(cfg):
+        train_net(cfg, folder, resume=False)
+    result = folder.result()
+    assert 0 <= result["validation"]["map"] <= 1
+    assert 0 <= result["map"] <= 1
+    checkpoints = result["checkpoints"]
+    assert checkpoints["last"] == {"step": 6, **{name: result["validation"][name] for name in ("map", "map_area")}}
+    assert checkpoints["best"]["map"] >= checkpoints["last"]["map"]
+    rows = {row["step"]: row for row in read_metrics(folder.metrics_path)}
+    assert max(rows[2]["val/map"], checkpoints["last"]["map"]) == checkpoints["best"]["map"]
+    found = read_json(tmp_path / "run" / VALIDATION / "inference" / "detections.json")
+    assert {item["image_id"] for item in found} <= set(kept.ids)
+
+
+def test_the_best_weights_are_tested_and_kept(configured, tmp_path, monkeypatch):
+    measured = iter([{"map": 0.5, "map_area": 0.5}, {"map": 0.25, "map_area": 0.25}])
+    read = trainer.read_json
+    monkeypatch.setattr(trainer, "read_json", lambda path: next(measured) if VALIDATION in str(path) else read(path))
+    cfg = configured(*VALIDATED, "TEST.SELECT", "best")
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    with folder.opened(cfg):
+        train_net(cfg, folder, resume=False)
+    best, kept = (load_file(tmp_path / "run" / name) for name in ("model_best.safetensors", "model.safetensors"))
+    assert same(best, kept)
+    assert not same(best, torch.load(tmp_path / "run" / "model_final.pth")["model"])
+    assert folder.result()["checkpoints"]["best"] == {"step": 3, "map": 0.5, "map_area": 0.5}
+    assert folder.result()["checkpoints"]["tested"] == "best"

@@ -6,21 +6,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip(
-    "detectron2",
-    reason="Detectron2 is not installed: https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
-)
+pytest.importorskip("detectron2")
 pytestmark = [pytest.mark.detectron2, pytest.mark.slow]
 
-from nst_det.cli import main  # noqa: E402
-from nst_det.comparison.config import load_comparison  # noqa: E402
-from nst_det.comparison.estimate import estimate  # noqa: E402
-from nst_det.comparison.launch_local import Machine  # noqa: E402
-from nst_det.comparison.plan import make_plan  # noqa: E402
+from nst_det.comparison.config import load_comparison
+from nst_det.comparison.estimate import estimate
+from nst_det.comparison.launch_local import Machine
+from nst_det.comparison.plan import make_plan
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_yaml, tmp_path_factory):
+def tiny(cli, tiny_yaml, tmp_path_factory):
     """The config of a comparison, and the folder in which it was made."""
     folder = tmp_path_factory.mktemp("tiny")
     draw = np.random.default_rng(0)
@@ -53,9 +49,7 @@ DETECT: {{CONFIG: {tiny_yaml}, OPTS: [SOLVER.MAX_ITER, 12]}}
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        with pytest.raises(SystemExit) as left:
-            main(["compare", "--config-file", str(folder / "compare.yaml"), "--jobs", "2"])
-    assert left.value.code == 0
+        assert cli("compare", "--config-file", folder / "compare.yaml", "--jobs", "2") == 0
     return folder / "compare.yaml", folder / "out"
 
 

@@ -8,48 +8,51 @@ from torchvision.models import resnet18, resnet50, resnext50_32x4d
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from nst_det.cli import main
 from nst_det.detectron2.convert import (
     RESNET,
     convert,
     detect_form,
-    renamed,
     resnet_from_detectron2,
-    resnet_shape,
+    resnet_keys,
     resnet_to_detectron2,
 )
 from nst_det.errors import UserError
 from nst_det.models import create_model
 
 
-def torchvision_detector():
+@pytest.fixture
+def torchvisions():
+    """The state dict of torchvision's own Faster R-CNN."""
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
-    return FasterRCNN(backbone, num_classes=4)
+    return FasterRCNN(backbone, num_classes=4).state_dict()
 
 
-def test_torchvisions_faster_rcnn_there_and_back():
-    state = torchvision_detector().state_dict()
-    ours = convert(state, "timm")
+def test_torchvisions_faster_rcnn_there_and_back(torchvisions):
+    ours = convert(torchvisions, "timm")
     assert detect_form(ours) == "timm"
     assert ours["roi_heads.box_predictor.cls_score.weight"].shape == (4, 1024)
     # background is the first of torchvision's classes and the last of ours
-    scores = state["roi_heads.box_predictor.cls_score.bias"]
+    scores = torchvisions["roi_heads.box_predictor.cls_score.bias"]
     assert torch.equal(ours["roi_heads.box_predictor.cls_score.bias"], torch.cat((scores[1:], scores[:1])))
     assert ours["roi_heads.box_predictor.bbox_pred.weight"].shape == (12, 1024)
-    assert torch.equal(ours["backbone.fpn_lateral2.weight"], state["backbone.fpn.inner_blocks.0.0.weight"])
+    assert torch.equal(ours["backbone.fpn_lateral2.weight"], torchvisions["backbone.fpn.inner_blocks.0.0.weight"])
     again = convert(ours, "torchvision")
-    assert again.keys() == state.keys()
+    assert again.keys() == torchvisions.keys()
     for name, value in again.items():
         if name.startswith("roi_heads.box_predictor.bbox_pred"):
-            assert torch.equal(value[4:], state[name][4:])
+            assert torch.equal(value[4:], torchvisions[name][4:])
             assert not value[:4].any()
         else:
-            assert torch.equal(value, state[name]), name
+            assert torch.equal(value, torchvisions[name]), name
+    # names of torchvision before 0.13 are read too
+    old = {re.sub(r"(_blocks\.\d|head\.conv)(\.0)+\.(weight|bias)$", r"\1.\3", name): v for name, v in again.items()}
+    assert old.keys() != again.keys()
+    assert convert(old, "timm").keys() == ours.keys()
 
 
-def test_a_resnet_takes_detectron2s_names_and_back():
-    ours = convert(torchvision_detector().state_dict(), "timm")
+def test_a_detector_takes_detectron2s_names_and_back(torchvisions):
+    ours = convert(torchvisions, "timm")
     theirs = convert(ours, "detectron2")
     assert detect_form(theirs) == "detectron2"
     assert "backbone.bottom_up.res5.1.conv2.norm.running_var" in theirs
@@ -61,32 +64,11 @@ def test_a_resnet_takes_detectron2s_names_and_back():
     assert all(torch.equal(again[name], ours[name]) for name in ours)
 
 
-def test_names_of_torchvision_before_0_13_are_read():
-    new = torchvision_detector().state_dict()
-    old = {re.sub(r"(_blocks\.\d|head\.conv)(\.0)+\.(weight|bias)$", r"\1.\3", name): new[name] for name in new}
-    assert old.keys() != new.keys()
-    assert convert(old, "timm").keys() == convert(new, "timm").keys()
-
-
-def test_what_has_no_place_is_refused():
-    state = torchvision_detector().state_dict()
-    with pytest.raises(UserError, match="mask_head"):
-        convert({**state, "roi_heads.mask_head.0.0.weight": torch.zeros(1)}, "timm")
-    with pytest.raises(UserError, match="not the weights of a detector"):
-        detect_form({"conv1.weight": torch.zeros(1)})
-    mobile = {"backbone.bottom_up.model.conv_stem.weight": torch.zeros(16, 3, 3, 3)}
-    with pytest.raises(UserError, match="conv_stem"):
-        convert(mobile, "detectron2")
-
-
-def test_the_command_writes_and_says_what(tmp_path, capsys):
-    torch.save(torchvision_detector().state_dict(), tmp_path / "in.pth")
-    with pytest.raises(SystemExit) as left:
-        main(f"convert --weights {tmp_path}/in.pth --to detectron2 --output {tmp_path}/out.pth".split())
-    assert left.value.code == 0
+def test_the_command_writes_another_form(cli, torchvisions, tmp_path, capsys):
+    torch.save(torchvisions, tmp_path / "in.pth")
+    assert cli("convert", "--weights", tmp_path / "in.pth", "--to", "detectron2", "--output", tmp_path / "o.pth") == 0
     assert "from torchvision to detectron2" in capsys.readouterr().out
-    written = torch.load(tmp_path / "out.pth")["model"]
-    assert "backbone.bottom_up.stem.conv1.weight" in written
+    assert "backbone.bottom_up.stem.conv1.weight" in torch.load(tmp_path / "o.pth")["model"]
 
 
 @pytest.mark.parametrize(
@@ -100,35 +82,11 @@ def test_the_command_writes_and_says_what(tmp_path, capsys):
         ("layer2.0.downsample.1.weight", "res3.0.shortcut.norm.weight"),
     ],
 )
-def test_a_name_goes_to_detectron2s_and_back(name, target):
-    assert renamed(name, RESNET) == target
-    assert renamed(target, RESNET, back=True) == name
+def test_names_of_a_resnet(name, target):
+    assert RESNET[name] == target
 
 
-def test_other_networks_are_refused_by_name():
-    with pytest.raises(UserError, match="blocks\\.0\\.conv"):
-        resnet_to_detectron2({"blocks.0.conv.weight": torch.zeros(1)})
-    with pytest.raises(UserError, match="not a plain ResNet"):
-        resnet_shape(create_model("mobilenetv3_small_050", 3).state_dict())
-    with pytest.raises(UserError, match="can't be built"):
-        resnet_shape(create_model("nst_resnet10_w32", 3).state_dict())
-
-
-def test_a_deep_stem_is_refused():
-    with pytest.raises(UserError, match="build_timm_fpn_backbone"):
-        resnet_shape(create_model("resnet50d", 3).state_dict())
-
-
-@pytest.mark.parametrize(
-    ("build", "expected"),
-    [(resnet18, (18, 1, 64, 64)), (resnet50, (50, 1, 64, 256)), (resnext50_32x4d, (50, 32, 4, 256))],
-)
-def test_the_shape_is_read_off_the_weights(build, expected):
-    shape = resnet_shape(build(num_classes=2).state_dict())
-    assert (shape.depth, shape.groups, shape.width_per_group, shape.res2_channels) == expected
-
-
-def test_there_and_back_is_the_same_network():
+def test_a_resnet_there_and_back_is_the_same_network():
     state = {key: value for key, value in resnet18(num_classes=2).state_dict().items() if not key.startswith("fc.")}
     again = resnet_from_detectron2(resnet_to_detectron2(state))
     assert again.keys() == state.keys()
@@ -139,3 +97,31 @@ def test_another_epsilon_goes_into_the_variance():
     state = {"bn1.running_var": torch.tensor([0.5, 2.0])}
     moved = resnet_to_detectron2(state, eps=1e-3)["stem.conv1.norm.running_var"]
     torch.testing.assert_close(moved + 1e-5, state["bn1.running_var"] + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("build", "depth", "groups", "width", "channels"),
+    [(resnet18, 18, 1, 64, 64), (resnet50, 50, 1, 64, 256), (resnext50_32x4d, 50, 32, 4, 256)],
+)
+def test_the_keys_are_read_off_the_weights(build, depth, groups, width, channels):
+    keys = resnet_keys(build(num_classes=2).state_dict())
+    assert keys["STEM_OUT_CHANNELS"] == 64
+    assert (keys["DEPTH"], keys["NUM_GROUPS"]) == (depth, groups)
+    assert (keys["WIDTH_PER_GROUP"], keys["RES2_OUT_CHANNELS"]) == (width, channels)
+
+
+@pytest.mark.parametrize(
+    ("refuse", "named"),
+    [
+        (lambda state: convert({**state, "roi_heads.mask_head.0.weight": torch.zeros(1)}, "timm"), "mask_head"),
+        (lambda _: detect_form({"conv1.weight": torch.zeros(1)}), "conv1.weight"),
+        (lambda _: convert({"backbone.bottom_up.model.conv_stem.weight": torch.zeros(1)}, "detectron2"), "conv_stem"),
+        (lambda _: resnet_to_detectron2({"blocks.0.conv.weight": torch.zeros(1)}), r"blocks\.0\.conv"),
+        (lambda _: resnet_keys(create_model("mobilenetv3_small_050", 3).state_dict()), "no conv1 and layer1"),
+        (lambda _: resnet_keys(create_model("nst_resnet10_w32", 3).state_dict()), "basic blocks"),
+        (lambda _: resnet_keys(create_model("resnet50d", 3).state_dict()), "build_timm_fpn_backbone"),
+    ],
+)
+def test_other_networks_are_refused(torchvisions, refuse, named):
+    with pytest.raises(UserError, match=named):
+        refuse(torchvisions)

@@ -1,149 +1,205 @@
-"""Detectron2's own ResNet as the target, and backbone files in its checkpointer."""
+"""Backbone files in Detectron2's models and checkpointers, and Detectron2's own ResNet as the target of export."""
 
 import logging
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 
-detectron2 = pytest.importorskip(
-    "detectron2",
-    reason="Detectron2 is not installed: https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
-)
+pytest.importorskip("detectron2")
 pytestmark = pytest.mark.detectron2
 
-from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
-from detectron2.config import get_cfg  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
-
-from nst_det.cli import main  # noqa: E402
-from nst_det.detectron2.checkpoint import BackboneCheckpointer  # noqa: E402
-from nst_det.detectron2.export import export_backbone  # noqa: E402
-from nst_det.errors import UserError  # noqa: E402
-from nst_det.models import bottomup_from_file  # noqa: E402
-
-PLAIN = """
-import sys, json, torch
-sys.modules["nst_det"] = None  # an import of it would fail
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-cfg = get_cfg()
-cfg.merge_from_file(sys.argv[1])
-cfg.MODEL.DEVICE = "cpu"
-cfg.MODEL.WEIGHTS = sys.argv[2]
-model = build_model(cfg).eval()
-checkpointer = DetectionCheckpointer(model)
-missing = []
-checkpointer._log_incompatible_keys = lambda found: missing.extend(found.missing_keys)
-checkpointer.load(cfg.MODEL.WEIGHTS)
-images = torch.randn(2, 3, 160, 224, generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    maps = model.backbone.bottom_up(images)
-torch.save({"missing": missing, "maps": maps, "format": model.input_format}, sys.argv[3])
-"""
+from torch import nn
+
+from nst_det.detectron2 import add_config
+from nst_det.detectron2.checkpoint import BackboneCheckpointer
+from nst_det.detectron2.export import export_backbone
+from nst_det.detectron2.modeling import check_frozen_random
+from nst_det.errors import UserError
+from nst_det.models import bottomup_from_file
+
+LEVELS = ["res2", "res3", "res4", "res5"]
 
 
-def run_plain(code, *arguments):
-    """Run code in a process from which the checkout is out of reach."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "NST_DET_BACKBONES")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd="/",
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def noise(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def timm_cfg(fpn=True, weights="later", arch="resnet18"):
+    cfg = get_cfg()
+    add_config(cfg)
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.ARCH, cfg.INPUT.FORMAT = "cpu", weights, arch, "RGB"
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NAME = 3, "StandardROIHeads"
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC, cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 1, 16
+    if fpn:
+        cfg.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
+        cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.FPN.OUT_CHANNELS = LEVELS, 16
+        cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+        cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    else:
+        cfg.MODEL.BACKBONE.NAME, cfg.MODEL.TIMM.OUT_FEATURES = "build_timm_backbone", ["res4"]
+    return cfg
+
+
+@pytest.mark.parametrize(("name", "arch"), [("r18", "resnet18"), ("mobile", "mobilenetv3_small_050")])
+@pytest.mark.parametrize("checkpointer", [BackboneCheckpointer, DetectionCheckpointer])
+def test_the_file_fills_the_bottom_up(name, arch, checkpointer):
+    model = build_model(timm_cfg(arch=arch))
+    assert {key: (spec.channels, spec.stride) for key, spec in model.backbone.output_shape().items()} == {
+        f"p{level}": (16, 2**level) for level in range(2, 7)
+    }
+    assert model.backbone.size_divisibility == 32
+    checkpointer(model).load(f"backbone://{name}")
+    images = noise(1, 3, 64, 96)
+    with torch.no_grad():
+        wanted = bottomup_from_file(f"backbone://{name}").eval()(images)
+        got = model.eval().backbone.bottom_up(images)
+    assert all(torch.equal(got[level], wanted[level]) for level in wanted)
+
+
+def test_a_backbone_without_fpn():
+    model = build_model(timm_cfg(fpn=False))
+    shape = model.backbone.output_shape()
+    assert list(shape) == ["res4"]
+    assert (shape["res4"].channels, shape["res4"].stride) == (256, 16)
+    # what res5 alone needs is not there
+    assert not any("layer4" in name for name, _ in model.named_parameters())
+    BackboneCheckpointer(model).load("backbone://r18")
+    assert model.backbone(noise(1, 3, 70, 96))["res4"].shape == (1, 256, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("norm", "at", "trained_norms", "frozen_stages"),
+    [("FrozenBN", 2, 0, ("conv1", "layer1")), ("BN", 0, 20, ()), ("BN", 3, 20 - 10, ("conv1", "layer1", "layer2"))],
+)
+def test_norm_policy_and_freeze_at(norm, at, trained_norms, frozen_stages):
+    cfg = timm_cfg()
+    cfg.MODEL.TIMM.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = norm, at
+    bottom_up = build_model(cfg).train().backbone.bottom_up
+    norms = [layer for layer in bottom_up.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert len(norms) == 20
+    assert sum(layer.training for layer in norms) == trained_norms
+    assert sum(layer.weight.requires_grad for layer in norms) == trained_norms
+    frozen = {
+        name.split(".")[1]
+        for name, parameter in bottom_up.named_parameters()
+        if name.endswith("weight") and parameter.ndim == 4 and not parameter.requires_grad
+    }
+    assert frozen == set(frozen_stages)
+
+
+def test_weights_that_bring_nothing_for_frozen_layers(tmp_path):
+    model = build_model(timm_cfg())
+    heads = {key: value for key, value in model.state_dict().items() if key.startswith("roi_heads")}
+    torch.save({"model": heads}, tmp_path / "heads.pth")
+    BackboneCheckpointer(model).load(str(tmp_path / "heads.pth"))
+    with pytest.raises(UserError, match="MODEL.WEIGHTS"):
+        check_frozen_random(model)
+    BackboneCheckpointer(model).load("backbone://r18")
+    check_frozen_random(model)
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("r18", ".pkl"), ("r50", ".pkl"), ("r18", ".pth")])
-def test_a_plain_detectron2_computes_the_same_maps(name, suffix, tmp_path):
+def test_a_plain_detectron2_computes_the_same_maps(plain_detectron2, name, suffix, tmp_path):
     exported = export_backbone(f"backbone://{name}", tmp_path / f"out{suffix}")
     assert exported.parity is not None
     assert exported.parity <= 1e-4
-
-    run_plain(PLAIN, exported.config, exported.weights, tmp_path / "seen.pt")
-    seen = torch.load(tmp_path / "seen.pt")
+    images = noise(2, 3, 160, 224)
+    seen = plain_detectron2(exported.config, exported.weights, images)
     assert seen["format"] == "RGB"
     assert [key for key in seen["missing"] if key.startswith("backbone.bottom_up")] == []
     assert any(key.startswith("backbone.fpn_") for key in seen["missing"])
-    images = torch.randn(2, 3, 160, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = bottomup_from_file(f"backbone://{name}").eval()(images)
     for level, map_ in wanted.items():
         torch.testing.assert_close(seen["maps"][level], map_, atol=1e-4, rtol=0)
 
 
-def test_the_command_prints_files_and_parity(tmp_path, capsys):
-    with pytest.raises(SystemExit) as left:
-        main(["export", "--format", "detectron2", "--weights", "backbone://r18", "--output", str(tmp_path / "x.pkl")])
-    assert left.value.code == 0
+def test_the_command_prints_files_and_parity(cli, tmp_path, capsys):
+    assert cli("export", "--format", "detectron2", "--weights", "backbone://r18", "--output", tmp_path / "x.pkl") == 0
     printed = capsys.readouterr().out
     assert "x.yaml" in printed
     assert "compared  " in printed
-    with open(tmp_path / "x.pkl", "rb") as file:
-        content = pickle.load(file)
+    content = pickle.loads((tmp_path / "x.pkl").read_bytes())
     assert not any("fc" in key.split(".") for key in content["model"])
 
 
-def test_what_detectron2_cannot_build_is_refused_and_nothing_is_left(tmp_path):
+def test_a_network_that_detectron2_can_not_build(tmp_path):
     with pytest.raises(UserError, match="build_timm_fpn_backbone"):
         export_backbone("backbone://small", tmp_path / "x.pkl")
     assert list(tmp_path.iterdir()) == []
 
 
-def resnet_cfg(tmp_path, **resnets):
-    config = export_backbone("backbone://r18", tmp_path / "e.pkl").config
-    cfg = get_cfg()
-    cfg.merge_from_file(str(config))
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.WEIGHTS = ""
-    for key, value in resnets.items():
-        cfg.MODEL.RESNETS[key] = value
-    return cfg
+@pytest.fixture
+def resnet_cfg(tmp_path):
+    """``resnet_cfg(name)``: of Detectron2's own ResNet, as it is exported with a backbone file."""
+
+    def configure(name="r18"):
+        cfg = get_cfg()
+        cfg.merge_from_file(str(export_backbone(f"backbone://{name}", tmp_path / f"{name}.pkl").config))
+        cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+        return cfg
+
+    return configure
 
 
-def test_backbone_paths_fill_detectron2s_resnet(tmp_path, caplog):
-    cfg = resnet_cfg(tmp_path)
-    exact, plain = build_model(cfg), build_model(cfg)
+def test_the_file_fills_detectron2s_resnet(resnet_cfg, caplog):
+    exact, plain = build_model(resnet_cfg()), build_model(resnet_cfg())
     with caplog.at_level(logging.INFO):
         BackboneCheckpointer(exact).load("backbone://r18")
     assert "FPN (" in caplog.text
     assert "RoI heads (" in caplog.text
     # Detectron2's own class, which knows the scheme from its path manager
     DetectionCheckpointer(plain).load("backbone://r18")
-    for (name, one), other in zip(
-        exact.backbone.bottom_up.state_dict().items(), plain.backbone.bottom_up.state_dict().values()
-    ):
-        assert torch.equal(one, other), name
-    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    states = [model.backbone.bottom_up.state_dict() for model in (exact, plain)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    images = noise(1, 3, 64, 64)
     with torch.no_grad():
         wanted = bottomup_from_file("backbone://r18").eval()(images)
         got = exact.eval().backbone.bottom_up(images)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 
 
-def test_another_depth_and_other_pixels_are_refused(tmp_path):
-    with pytest.raises(UserError, match="don't fit"):
-        BackboneCheckpointer(build_model(resnet_cfg(tmp_path))).load("backbone://r50")
-    cfg = resnet_cfg(tmp_path)
-    cfg.INPUT.FORMAT = "BGR"
-    with pytest.raises(UserError, match="INPUT.FORMAT RGB"):
-        BackboneCheckpointer(build_model(cfg)).load("backbone://r18")
-    cfg = resnet_cfg(tmp_path)
-    cfg.MODEL.PIXEL_STD = [1.0, 1.0, 1.0]
-    with pytest.raises(UserError, match="PIXEL_STD"):
-        BackboneCheckpointer(build_model(cfg)).load("backbone://r18")
+def test_a_resnet_without_fpn_takes_res5_into_its_heads(resnet_cfg):
+    cfg = resnet_cfg("r50")
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.OUT_FEATURES = "build_resnet_backbone", ["res4"]
+    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
+    cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ANCHOR_GENERATOR.SIZES = "Res5ROIHeads", [[32]]
+    model = build_model(cfg)
+    BackboneCheckpointer(model).load("backbone://r50")
+    wanted = bottomup_from_file("backbone://r50").state_dict()
+    assert torch.equal(model.backbone.res4[5].conv3.weight, wanted["model.layer3.5.conv3.weight"])
+    assert torch.equal(model.roi_heads.res5[2].conv3.weight, wanted["model.layer4.2.conv3.weight"])
 
 
-def test_stride_in_1x1_is_refused(tmp_path):
-    config = export_backbone("backbone://r50", tmp_path / "e.pkl").config
-    cfg = get_cfg()
-    cfg.merge_from_file(str(config))
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = "cpu", "", True
-    with pytest.raises(UserError, match="STRIDE_IN_1X1 False"):
-        BackboneCheckpointer(build_model(cfg)).load("backbone://r50")
+def test_weights_that_do_not_fit(resnet_cfg, tmp_path):
+    with pytest.raises(UserError, match="resnet50, the model is resnet18"):
+        BackboneCheckpointer(build_model(timm_cfg())).load("backbone://r50")
+    with pytest.raises(UserError, match="r50.safetensors.* MODEL.RESNETS"):
+        BackboneCheckpointer(build_model(resnet_cfg())).load("backbone://r50")
+    model = build_model(timm_cfg())
+    part = {key: value for key, value in model.state_dict().items() if "layer3" not in key}
+    torch.save({"model": part}, tmp_path / "part.pth")
+    with pytest.raises(UserError, match=r"layer3\.0\.conv1\.weight"):
+        DetectionCheckpointer(model).load(str(tmp_path / "part.pth"))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("r18", "INPUT.FORMAT", "BGR"),
+        ("r18", "MODEL.PIXEL_STD", [1.0, 1.0, 1.0]),
+        ("r50", "MODEL.RESNETS.STRIDE_IN_1X1", True),
+    ],
+)
+def test_a_config_that_gives_it_other_pixels_or_strides(resnet_cfg, name, key, value):
+    cfg = resnet_cfg(name)
+    cfg.merge_from_list([key, value])
+    with pytest.raises(UserError, match=f"{name}.safetensors.*{key}"):
+        BackboneCheckpointer(build_model(cfg)).load(f"backbone://{name}")

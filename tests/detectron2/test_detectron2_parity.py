@@ -6,31 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip(
-    "detectron2",
-    reason="Detectron2 is not installed: https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
-)
+pytest.importorskip("detectron2")
 pytestmark = pytest.mark.detectron2
 
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
-from detectron2.utils.events import EventStorage  # noqa: E402
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
-from nst_det.cli import main  # noqa: E402
-from nst_det.detection.checkpoint import save_weights  # noqa: E402
-from nst_det.detection.config import load_detect_config, resolve_classes  # noqa: E402
-from nst_det.detection.data import evaluation_batches  # noqa: E402
-from nst_det.detection.pipeline import (  # noqa: E402
-    detect,
-    score,
-    train_detector,
-)
-from nst_det.detection.torchvision import build_detector  # noqa: E402
-from nst_det.detection.torchvision.roi_heads import Instances  # noqa: E402
-from nst_det.detectron2 import DistillTrainer  # noqa: E402
-from nst_det.detectron2.config import load_config, register_datasets  # noqa: E402
-from nst_det.detectron2.parity import Parity, compare, load_engines, match  # noqa: E402
-from nst_det.engine.io import read_json  # noqa: E402
+from nst_det.detection.checkpoint import save_weights
+from nst_det.detection.config import load_detect_config, resolve_classes
+from nst_det.detection.data import evaluation_batches
+from nst_det.detection.pipeline import detect, score, train_detector
+from nst_det.detection.torchvision import build_detector
+from nst_det.detection.torchvision.roi_heads import Instances
+from nst_det.detectron2 import DistillTrainer
+from nst_det.detectron2.config import load_config, register_datasets
+from nst_det.detectron2.parity import Parity, compare, load_engines, match
+from nst_det.engine.io import read_json
 
 QUICK = str(Path(__file__).resolve().parents[2] / "configs" / "detect" / "quick" / "bccd_base.yaml")
 EXHAUSTIVE = [
@@ -129,7 +121,7 @@ def trained(real_data, tmp_path_factory):
 
 
 @pytest.mark.real_data
-def test_the_same_features_and_detections_on_real_images(trained, real_data, capsys):
+def test_the_same_features_and_detections_on_real_images(trained, real_data, cli, capsys):
     opts, weights = trained
     images = [str(path) for path in sorted((real_data / "bccd" / "JPEGImages").glob("*.jpg"))[:20]]
     found = compare(load_engines(QUICK, weights, opts), images)
@@ -141,9 +133,8 @@ def test_the_same_features_and_detections_on_real_images(trained, real_data, cap
     assert (found.unmatched, found.passed) == (0, True)
     assert found.box <= 0.05
     assert found.score <= 1e-3
-    with pytest.raises(SystemExit) as left:
-        main(["parity", "--config-file", QUICK, "--weights", weights, "--image", *images[:2], "--opts", *opts])
-    assert left.value.code == 0
+    words = ["--config-file", QUICK, "--weights", weights, "--image", *images[:2], "--opts", *opts]
+    assert cli("parity", *words) == 0
     assert "the same detector" in capsys.readouterr().out
 
 
@@ -165,18 +156,14 @@ def test_the_same_map_on_real_images(trained, tmp_path):
 
 
 def test_each_engine_reads_the_others_weights(tiny_yaml, tmp_path):
-    ours = train_detector(
-        load_detect_config(
-            tiny_yaml, ["ENGINE", "torchvision", "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", str(tmp_path / "ours")]
-        )
-    )
-    assert math.isfinite(ours["map"])
-    weights = tmp_path / "ours" / "model.safetensors"
-    engines = load_engines(tiny_yaml, str(weights), ["ENGINE", "torchvision"])
+    engine = ["ENGINE", "torchvision"]
+    opts = [*engine, "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", str(tmp_path / "ours")]
+    assert math.isfinite(train_detector(load_detect_config(tiny_yaml, opts))["map"])
+    engines = load_engines(tiny_yaml, str(tmp_path / "ours" / "model.safetensors"), engine)
     state = engines.detectron2.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in engines.torchvision.state_dict().items())
     torch.save({"model": state, "iteration": 5}, tmp_path / "theirs.pth")
-    again = load_engines(tiny_yaml, str(tmp_path / "theirs.pth"), ["ENGINE", "torchvision"])
+    again = load_engines(tiny_yaml, str(tmp_path / "theirs.pth"), engine)
     assert torch.equal(again.torchvision.state_dict()["backbone.fpn_output2.bias"], state["backbone.fpn_output2.bias"])
     save_weights(tmp_path / "again.safetensors", again.torchvision, ["bar", "square"])
-    load_engines(tiny_yaml, str(tmp_path / "again.safetensors"), ["ENGINE", "torchvision"])
+    load_engines(tiny_yaml, str(tmp_path / "again.safetensors"), engine)

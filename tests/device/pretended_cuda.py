@@ -53,30 +53,17 @@ class PretendedCuda:
     """GPUs that this process pretends to have, from :meth:`begin` on and until it ends: have a process for it.
 
     Every operator passes a dispatcher that computes on the CPU and gives tensors which call themselves ``cuda:0`` or
-    ``cuda:1``.  What it shows:
+    ``cuda:1``.  It counts operators that launch something and waits of the host; it refuses tensors of two devices, and
+    CUDA in a process that was forked after CUDA was used; it notes questions to ``torch.cuda`` about a device.
 
-    - mixed devices: an operator that gets tensors of two devices raises, as CUDA would
-    - launches: operators that start at least one kernel or copy on a GPU; views and empty tensors don't
-    - waits of the host: ``item``, ``nonzero``, indexing by a mask, NMS, copies to the host, and copies to the GPU that
-      aren't ``non_blocking``
-    - CUDA in a process that was forked after CUDA was used raises
-    - questions to ``torch.cuda`` about a device, with the device that they are about
-
-    What it can't show: times; the bits of CUDA's kernels and what cuDNN chooses; memory; how many kernels an operator
-    is (a convolution's backward pass is one operator and two or three kernels); whether work on other streams is in
-    order; whether memory is pinned: each ``non_blocking`` copy counts as one that doesn't wait; a generator of another
-    device.  Autocast takes the CPU's lists of operators, which are nearly CUDA's.  Empty tensors on the CPU pass
-    everywhere.
-
-    Attributes:
-        counts: where launches and waits are added up at present; None for nowhere.
-        questions: (name of the question, index of the device, place) since the beginning, or since they were cleared.
-        used: CUDA was used in this process.
-        forked: this process was forked after that, so that CUDA can't be used in it.
+    It can't show times, memory, the bits of CUDA's kernels, how many kernels an operator is, whether other streams are
+    in order, or whether memory is pinned.  Autocast takes the CPU's lists of operators, which are nearly CUDA's.
     """
 
     def __init__(self) -> None:
+        # None counts nothing
         self.counts: Counts | None = None
+        # name, index of the device, place
         self.questions: list[tuple[str, int, str]] = []
         self.used = self.forked = False
 
@@ -92,17 +79,15 @@ class PretendedCuda:
         _Dispatcher().__enter__()
 
     def launch(self, what: str) -> None:
-        """An operator that starts something."""
         if self.counts is not None:
             self.counts.launches[f"{_place()} {what}"] += 1
 
     def wait(self, what: str) -> None:
-        """The host waits."""
         if self.counts is not None:
             self.counts.waits[f"{_place()} {what}"] += 1
 
     def use(self) -> None:
-        """CUDA is used: refuse it in a forked process, in torch's words."""
+        """CUDA is used: refuse it in a forked process, with torch's message."""
         if self.forked:
             raise RuntimeError(
                 "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must use the "
@@ -213,7 +198,7 @@ def _place() -> str:
 
 
 class PretendedTensor(torch.Tensor):
-    """A tensor that says it is on a GPU, around the one that has the data.
+    """A tensor that pretends to be on a GPU, around the one that has the data.
 
     C++ takes it for one on the CPU, for autograd and autocast to work; so moving it is done in Python, see :func:`_to`.
     """
@@ -272,7 +257,7 @@ class PretendedTensor(torch.Tensor):
         return self.on_cpu.data_ptr()
 
     def __reduce_ex__(self, protocol: int) -> Any:
-        # a file has the data; who reads it says by map_location where to
+        # a file has the data; map_location moves it
         return self.on_cpu.__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PretendedTensor":
@@ -367,7 +352,7 @@ def _data(value: Any) -> Any:
 
 
 def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Run an operator where its tensors are, on the CPU if none says that it is on a GPU."""
+    """Run an operator where its tensors are, on the CPU if none pretends to be on a GPU."""
     there = [value for value in tree_leaves((args, kwargs)) if isinstance(value, PretendedTensor)]
     device = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     if not there and (device is None or device.type != "cuda"):

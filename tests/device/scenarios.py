@@ -37,20 +37,24 @@ Moment = tuple[str, int]
 
 FOUND: dict[str, dict[str, Any]] = {}
 ALL: tuple[Moment, ...] = ()
-# a rate that makes the second step's loss no number
+# a rate that makes the second step's loss non-finite
 BREAKS = {"SOLVER.BASE_LR": 1e30, "SOLVER.MAX_ITER": 2, "SOLVER.NON_FINITE.POLICY": "skip"}
 WORKERS = {"SOLVER.MAX_ITER": 1, "DATALOADER.NUM_WORKERS": 2}
-STAGE_ONE_STEP = (("nst_det.distillation.loop:one_step", 2), ("nst_det.distillation.loop:one_step", 3))
-STAGE_ONE_EVALUATION = (
-    ("nst_det.distillation.pipeline:measure", 1),
-    ("nst_det.distillation.trainer:StudentTrainer.record", 1),
-)
-STAGE_TWO_STEP = (("nst_det.detection.trainer:Trainer.run_step", 2), ("nst_det.detection.trainer:Trainer.run_step", 3))
+# nearly all that a step can do
+EVERY = {
+    "SOLVER.MAX_ITER": 2,
+    "SOLVER.OPTIMIZER": "ADAMW",
+    "SOLVER.EMA_DECAY": 0.9,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "TEST.EVAL_PERIOD": 1,
+}
+EVERY_DET = {**EVERY, "MODEL.DEVICE": "cuda:1", "DATASETS.VAL_FRACTION": 0.3}
+STAGE_ONE_STEP = tuple(("nst_det.distillation.loop:one_step", call) for call in (2, 3))
+MEASURE, RECORD = "nst_det.distillation.loop:measure", "nst_det.distillation.trainer:StudentTrainer.record"
+STAGE_ONE_EVALUATION = ((MEASURE, 1), (RECORD, 1))
+STAGE_TWO_STEP = tuple(("nst_det.detection.trainer:Trainer.run_step", call) for call in (2, 3))
 STAGE_TWO_EVALUATION = (("nst_det.detection.pipeline:detect", 1), ("nst_det.detection.pipeline:score", 1))
-DETECTRON2_STEP = (
-    ("nst_det.detectron2.trainer:DistillTrainer.run_step", 2),
-    ("nst_det.detectron2.trainer:DistillTrainer.run_step", 3),
-)
+DETECTRON2_STEP = tuple(("nst_det.detectron2.trainer:DistillTrainer.run_step", call) for call in (2, 3))
 
 
 class Stopped(Exception):
@@ -59,12 +63,9 @@ class Stopped(Exception):
 
 @contextmanager
 def scenario(name: str, counted: tuple[Moment, ...] | None = None, device: str = "") -> Iterator[None]:
-    """Note under a name what a block raises, and what it does.
+    """Note what a block raises, and launches and waits between the ``counted`` moments (ALL, or None for none).
 
-    Args:
-        name: of the scenario.
-        counted: the moments between which launches and waits are counted; ALL, or None for nothing.
-        device: that computes, and about which alone this package may ask.
+    ``device`` is the only one about which this package may ask.
     """
     pretended.questions.clear()
     counts, error = Counts(), ""
@@ -131,26 +132,21 @@ def stopped_at(moment: Moment) -> Iterator[None]:
 def nst_det(*words: Any) -> None:
     """Run a command line that must end well."""
     try:
-        with redirect_stderr(io.StringIO()) as said:
+        with redirect_stderr(io.StringIO()) as errors:
             main([str(word) for word in words])
     except SystemExit as left:
         if left.code:
-            raise AssertionError(f"nst-det {words[0]} ended with {left.code}: {said.getvalue()}") from left
+            raise AssertionError(f"nst-det {words[0]} ended with {left.code}: {errors.getvalue()}") from left
 
 
 class Folder:
     """A folder with generated data, and the command lines on it."""
 
     def __init__(self, path: Path) -> None:
-        settings = GenerateSettings(
-            classification_images=24,
-            classification_val_images=12,
-            classification_classes=3,
-            detection_images=12,
-            detection_test_images=1,
-            detection_classes=3,
-        )
-        self.path, self.data = path, generate_data(path / "data", settings, workers=1)
+        classification = {"classification_images": 24, "classification_val_images": 12, "classification_classes": 3}
+        detection = {"detection_images": 12, "detection_test_images": 1, "detection_classes": 3}
+        self.path = path
+        self.data = generate_data(path / "data", GenerateSettings(**classification, **detection), workers=1)
         os.environ["NST_DET_BACKBONES"] = str(path / "backbones")
 
     def distill(self, output: str, **values: Any) -> None:
@@ -232,15 +228,9 @@ def losses() -> None:
     for term in terms():
         # PKD has no adapter
         theirs = widths if term == "pkd" else {"res3": 24, "res4": 48}
-        loss = build_transfer(
-            term,
-            levels=list(widths),
-            student_channels=widths,
-            teacher_channels=theirs,
-            num_classes=5,
-            student_embedding=32,
-            teacher_embedding=32,
-        ).to("cuda:1")
+        vectors = {"num_classes": 5, "student_embedding": 32, "teacher_embedding": 32}
+        maps = {"levels": list(widths), "student_channels": widths, "teacher_channels": theirs}
+        loss = build_transfer(term, **maps, **vectors).to("cuda:1")
         student, teacher = outputs(widths, learns=True), outputs(theirs, learns=False)
         with scenario(f"loss {term}", ALL, "cuda:1"):
             sum(loss(student, teacher).values()).backward()
@@ -256,17 +246,8 @@ def stage_one(folder: Folder) -> None:
             folder.distill("deep", METHODS=[method], **deep)
     with scenario("stage one, evaluation", STAGE_ONE_EVALUATION):
         folder.distill("evaluated", METHODS=["ce"])
-    every = {
-        "METHODS": ["ce", "+".join(terms())],
-        "SOLVER.MAX_ITER": 2,
-        "SOLVER.OPTIMIZER": "ADAMW",
-        "SOLVER.EMA_DECAY": 0.9,
-        "SOLVER.CLIP_GRADIENTS": {"ENABLED": True, "CLIP_VALUE": 1.0},
-        "SOLVER.ACCUMULATE": 2,
-        "LOG_PERIOD": 1,
-        "SOLVER.CHECKPOINT_PERIOD": 1,
-        "TEST.EVAL_PERIOD": 1,
-    }
+    clipped = {"SOLVER.CLIP_GRADIENTS": {"ENABLED": True, "CLIP_VALUE": 1.0}, "SOLVER.ACCUMULATE": 2}
+    every = {**EVERY, **clipped, "METHODS": ["ce", "+".join(terms())], "LOG_PERIOD": 1}
     with scenario("stage one, every term, resumed"):
         with stopped_at(("nst_det.distillation.loop:one_step", 3)):
             folder.distill("resumed", **every)
@@ -296,19 +277,10 @@ def stage_two(folder: Folder) -> None:
             folder.detect(method, **r18, **{"DATASETS.TEST": []}, **folder.taught(method, "teacher"))
     with scenario("stage two, evaluation", STAGE_TWO_EVALUATION, "cuda:1"):
         folder.detect("evaluated", **{"MODEL.DEVICE": "cuda:1"})
-    every = {
-        "MODEL.DEVICE": "cuda:1",
-        "SOLVER.MAX_ITER": 2,
-        "SOLVER.OPTIMIZER": "ADAMW",
-        "SOLVER.EMA_DECAY": 0.9,
-        "SOLVER.CLIP_GRADIENTS": {"ENABLED": True, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0},
-        "SOLVER.ACCUMULATE": 2,
-        "SOLVER.CHECKPOINT_PERIOD": 1,
-        "TEST.EVAL_PERIOD": 1,
-        "DATASETS.VAL_FRACTION": 0.3,
-        # the others at the box heads
-        **folder.taught("+".join(terms()), "evaluated"),
-    }
+    clip = {"ENABLED": True, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0}
+    # terms that don't compare maps learn at the box heads
+    every = {**EVERY_DET, **folder.taught("+".join(terms()), "evaluated")}
+    every |= {"SOLVER.CLIP_GRADIENTS": clip, "SOLVER.ACCUMULATE": 2}
     with scenario("stage two, every term, resumed", device="cuda:1"):
         with stopped_at(("nst_det.detection.trainer:Trainer.run_step", 2)):
             folder.detect("resumed", **every)
@@ -327,16 +299,7 @@ def detectron2(folder: Folder) -> None:
     for method in ("nst-poly", "cwd"):
         with scenario(f"detectron2, {method}@det", DETECTRON2_STEP):
             folder.detect(method, **engine, **{"DATASETS.TEST": []}, **folder.taught(method, "teacher"))
-    every = {
-        "MODEL.DEVICE": "cuda:1",
-        "SOLVER.MAX_ITER": 2,
-        "SOLVER.OPTIMIZER": "ADAMW",
-        "SOLVER.EMA_DECAY": 0.9,
-        "SOLVER.CHECKPOINT_PERIOD": 1,
-        "TEST.EVAL_PERIOD": 1,
-        "DATASETS.VAL_FRACTION": 0.3,
-        **folder.taught("+".join(terms()), "teacher"),
-    }
+    every = {**EVERY_DET, **folder.taught("+".join(terms()), "teacher")}
     with scenario("detectron2, every term, resumed", device="cuda:1"):
         with stopped_at(("nst_det.detectron2.trainer:DistillTrainer.run_step", 2)):
             folder.detect("resumed", **engine, **every)
@@ -351,7 +314,7 @@ def detectron2(folder: Folder) -> None:
 
 
 def commands(folder: Folder) -> None:
-    """Every word that computes on a device, after a short run of each stage on the second GPU."""
+    """Every command that computes on a device, after a short run of each stage on the second GPU."""
     with scenario("runs for the commands"):
         folder.distill("distilled", METHODS=["ce", "kd"])
         folder.detect("run", **{"MODEL.DEVICE": "cuda:1", "INPUT.MIN_SIZE_TEST": 96, "INPUT.MAX_SIZE_TEST": 96})

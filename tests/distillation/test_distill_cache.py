@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import re
 import shutil
 
 import pytest
@@ -12,10 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nst_det.distillation import cache as cache_writing
-from nst_det.distillation import pipeline as stage
+from nst_det.distillation import pipeline
 from nst_det.distillation.build import Teacher, initial_student
 from nst_det.distillation.cache import (
-    VERSION,
     Piece,
     TeacherCache,
     Trial,
@@ -25,95 +23,67 @@ from nst_det.distillation.cache import (
     total_bytes,
     what_to_keep,
 )
-from nst_det.distillation.config import load_distill_config
-from nst_det.distillation.pipeline import distill
 from nst_det.distillation.trainer import broken_outputs
 from nst_det.engine.io import write_sealed_json
-from nst_det.engine.metrics import read_metrics
 from nst_det.errors import UserError
-from nst_det.losses import LossSpec, ModelOutputs, build_transfer, register_term, terms, unregister_term
+from nst_det.losses import ModelOutputs, build_transfer, register_term, terms, unregister_term
 from nst_det.models import load_card, save_backbone
+from tests.helpers.stage_one import config, metrics
+from tests.helpers.stage_one import run as run_small
 
 METHODS = ["ce", "nst-poly", "kd+at"]
 VIEWS, IMAGES, BATCH = 2, 24, 7
 ROWS = VIEWS * IMAGES
-
-
-def words(images, output, **changes):
-    values = {
-        "NAME": "cached",
-        "OUTPUT_DIR": output,
-        "REGISTRY": output / "backbones",
-        "METHODS": METHODS,
-        "DATA.ROOT": images,
-        "DATA.IMAGE_SIZE": 32,
-        "DATA.AUGMENT.SHIFT": 2,
-        "DATA.AUGMENT.HFLIP": 0.5,
-        "TEACHER.ARCH": "nst_resnet10_w32",
-        "TEACHER.SOLVER": {"MAX_ITER": 2},
-        "TRANSFER.LEVELS": ["res3", "res4"],
-        "SOLVER.BASE_LR": 1e-3,
-        # two epochs and a half: every view is read, some again
-        "SOLVER.MAX_ITER": 9,
-        "SOLVER.IMS_PER_BATCH": BATCH,
-        "SOLVER.AMP.ENABLED": False,
-        "LOG_PERIOD": 1,
-        "CACHE.VIEWS": VIEWS,
-        **changes,
-    }
-    return [str(word) for pair in values.items() for word in pair]
-
-
-def run(images, output, **changes):
-    return distill(load_distill_config(None, words(images, output, **changes)))
-
-
-@pytest.fixture(scope="module")
-def teacher(images, tmp_path_factory):
-    torch.set_num_threads(1)
-    return run(images, tmp_path_factory.mktemp("teacher"), METHODS=[])["teacher"]["backbone"]
-
-
-@pytest.fixture(scope="module")
-def cached(images, teacher, tmp_path_factory):
-    """A run that wrote its cache in shards of one batch."""
-    folder = tmp_path_factory.mktemp("cached")
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_writing, "SHARD_BYTES", 1)
-        results = run(images, folder / "run", **{"TEACHER.WEIGHTS": teacher, "CACHE.DIR": folder / "cache"})
-    return folder / "cache", results
+# nine steps are two epochs and a half: every view is read, some again
+KEYS = {"METHODS": METHODS, "CACHE.VIEWS": VIEWS, "SOLVER.MAX_ITER": 9, "SOLVER.AMP.ENABLED": False}
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """How many images each pass of a teacher saw."""
-    seen, real = [], Teacher.raw
+def run(images, taught):
+    """``run(output, folder)``: a run with a cache in ``folder``, or with none."""
 
-    def raw(self, images):
-        seen.append(len(images))
-        return real(self, images)
+    def start(output, folder="", source=images, **keys):
+        return run_small(source, output, **{**KEYS, **taught, "CACHE.DIR": folder, **keys})
 
-    monkeypatch.setattr(Teacher, "raw", raw)
-    return seen
+    return start
+
+
+@pytest.fixture(scope="module")
+def cached(images, finished, tmp_path_factory):
+    """A cache in shards of one batch, and the results of the run that wrote it."""
+    folder = tmp_path_factory.mktemp("cached")
+    torch.set_num_threads(1)
+    keys = {"TEACHER.WEIGHTS": finished[1]["teacher"]["backbone"], "CACHE.DIR": folder / "cache"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_writing, "SHARD_BYTES", 1)
+        return folder / "cache", run_small(images, folder / "run", **KEYS, **keys)
 
 
 @pytest.fixture
 def untrained(monkeypatch):
     """Training would raise another error."""
-    monkeypatch.setattr(stage, "train_side_by_side", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(pipeline, "StageOneTrainer", lambda *_: 1 / 0)
 
 
-def losses(folder, method):
-    return read_metrics(folder / "students" / method / "metrics.jsonl")
+def hashes(results, methods):
+    return [results[method]["sha256"] for method in methods]
 
 
-def test_cached_and_uncached_runs_are_equal_to_the_bit(images, teacher, cached, tmp_path):
-    _, results = cached
-    live = run(images, tmp_path, **{"TEACHER.WEIGHTS": teacher})
-    assert [live[word]["sha256"] for word in METHODS] == [results[word]["sha256"] for word in METHODS]
-    other = run(images, tmp_path / "other", METHODS=["ce"], **{"TEACHER.WEIGHTS": teacher, "CACHE.VIEW_SEED": 1})
+def written(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+
+
+def test_cached_and_uncached_runs_are_equal_to_the_bit(run, cached, tmp_path):
+    live = run(tmp_path)
+    assert hashes(live, METHODS) == hashes(cached[1], METHODS)
+    other = run(tmp_path / "other", METHODS=["ce"], **{"CACHE.VIEW_SEED": 1})
     assert other["ce"]["sha256"] != live["ce"]["sha256"], "the views come from their seed"
+
+
+def test_every_registered_term_learns_the_same_from_a_cache(run, tmp_path):
+    keys = {"METHODS": list(terms()), "SOLVER.MAX_ITER": 2}
+    live, kept = run(tmp_path / "live", **keys), run(tmp_path / "kept", tmp_path / "cache", **keys)
+    assert hashes(live, terms()) == hashes(kept, terms())
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [((3, 3), (3, 3)), ((4, 4), (8, 8)), ((12, 12), (12, 12))])
@@ -163,53 +133,41 @@ class Square(nn.Module):
 
 
 @pytest.mark.parametrize("reads", [None, ("energy",), ("energy", "output")])
-def test_a_loss_from_outside_declares_too_little_or_nothing(images, teacher, tmp_path, untrained, reads):
+def test_a_loss_from_outside_declares_too_little_or_nothing(run, tmp_path, untrained, monkeypatch, reads):
     if reads:
-        Square.reads = reads
-    register_term(LossSpec("square", "maps", 1.0, "the test", "energies", Square))
-    keys = {"TEACHER.WEIGHTS": teacher, "CACHE.DIR": tmp_path / "cache", "METHODS": ["square+at"]}
-    error = UserError if reads == ("energy",) else ZeroDivisionError
+        monkeypatch.setattr(Square, "reads", reads, raising=False)
+    register_term("square", "maps", 1.0, "the test", "energies")(Square)
+    too_little = reads == ("energy",)
     try:
-        with pytest.raises(error) as caught:
-            run(images, tmp_path, **keys)
+        with pytest.raises(UserError if too_little else ZeroDivisionError) as caught:
+            run(tmp_path, tmp_path / "cache", METHODS=["square+at"])
     finally:
         unregister_term("square")
-        Square.__dict__.get("reads") and delattr(Square, "reads")
-    if error is UserError:
-        assert re.fullmatch("CACHE.DIR: the term square .*`reads`.*", str(caught.value))
+    if too_little:
+        assert "CACHE.DIR: the term square reads more" in str(caught.value)
         assert not (tmp_path / "cache").exists()
     else:
-        assert {"res3", "res4"} < set(load_file(shard_path(tmp_path / "cache", 0)))
+        assert {"res3", "res4"} == set(load_file(shard_path(tmp_path / "cache", 0)))
 
 
-def test_every_registered_term_learns_the_same_from_a_cache(images, teacher, tmp_path):
-    methods = list(terms())
-    live = run(images, tmp_path / "live", METHODS=methods, **{"TEACHER.WEIGHTS": teacher, "SOLVER.MAX_ITER": 2})
-    keys = {"TEACHER.WEIGHTS": teacher, "CACHE.DIR": tmp_path / "cache", "SOLVER.MAX_ITER": 2}
-    kept = run(images, tmp_path / "kept", METHODS=methods, **keys)
-    assert {word: live[word]["sha256"] for word in methods} == {word: kept[word]["sha256"] for word in methods}
-
-
-def test_a_finished_cache_is_asked_in_the_teachers_place(images, teacher, cached, counted, tmp_path):
-    folder, results = cached
-    shards = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    again = run(images, tmp_path, **{"TEACHER.WEIGHTS": teacher, "CACHE.DIR": folder})
-    # the trial alone: what the student and the teacher say about four images
-    assert sum(counted) <= 2 * 4
+def test_a_finished_cache_is_asked_in_the_teachers_place(run, cached, tmp_path, monkeypatch):
+    (folder, results), asked, raw = cached, [], Teacher.raw
+    monkeypatch.setattr(Teacher, "raw", lambda self, images: (asked.append(len(images)), raw(self, images))[1])
+    shards = written(folder)
+    again = run(tmp_path, folder)
+    # the trial alone: student and teacher on four images
+    assert sum(asked) <= 2 * 4
     assert again["kd+at"]["sha256"] == results["kd+at"]["sha256"]
-    assert shards == {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert shards == written(folder)
     # fewer methods read less of it
-    fewer = run(images, tmp_path / "at", METHODS=["kd+at"], **{"TEACHER.WEIGHTS": teacher, "CACHE.DIR": folder})
-    assert fewer["kd+at"]["sha256"] == results["kd+at"]["sha256"]
+    assert run(tmp_path / "at", folder, METHODS=["kd+at"])["kd+at"]["sha256"] == results["kd+at"]["sha256"]
 
 
-def test_attention_maps_are_kept_in_place_of_maps(images, teacher, tmp_path, caplog):
+def test_attention_maps_are_kept_in_place_of_maps(run, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    keys = {"TEACHER.WEIGHTS": teacher, "CACHE.DIR": tmp_path / "cache", "SOLVER.MAX_ITER": 1}
-    run(images, tmp_path, METHODS=["kd+at"], **keys)
+    run(tmp_path, tmp_path / "cache", METHODS=["kd+at"], **{"SOLVER.MAX_ITER": 1, "SOLVER.WARMUP_ITERS": 0})
     stored = load_file(shard_path(tmp_path / "cache", 0))
-    shapes = {name: tuple(value.shape) for name, value in stored.items()}
-    assert shapes == {
+    assert {name: tuple(value.shape) for name, value in stored.items()} == {
         "logits": (ROWS, 3),
         "res3 ('attention', 2.0, (4, 4))": (ROWS, 16),
         "res4 ('attention', 2.0, (2, 2))": (ROWS, 4),
@@ -220,54 +178,48 @@ def test_attention_maps_are_kept_in_place_of_maps(images, teacher, tmp_path, cap
     assert "this run alone asks for 7 views and would be faster without" in caplog.text
 
 
-def test_a_stopped_writer_goes_on(images, teacher, cached, tmp_path, monkeypatch):
-    folder, _ = cached
-    keys = {"TEACHER.WEIGHTS": teacher, "CACHE.DIR": tmp_path / "cache"}
+def test_a_stopped_writer_resumes(run, cached, tmp_path, monkeypatch):
+    folder, save = tmp_path / "cache", cache_writing.save_file
     monkeypatch.setattr(cache_writing, "SHARD_BYTES", 1)
-    real = cache_writing.save_file
 
     def stopping(tensors, path):
         if ".00003." in path:
             raise KeyboardInterrupt
-        real(tensors, path)
+        save(tensors, path)
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_writing, "save_file", stopping)
         with pytest.raises(KeyboardInterrupt):
-            run(images, tmp_path, **keys)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")}
+            run(tmp_path, folder)
+    before = written(folder)
     assert len(before) == 3
-    with pytest.raises(UserError, match=r"unfinished, .*'attention'.*; finish it"):
-        run(images, tmp_path / "fewer", METHODS=["nst-poly"], **keys)
+    with pytest.raises(UserError, match=rf"{folder}: .*unfinished.*'attention'"):
+        run(tmp_path / "fewer", folder, METHODS=["nst-poly"])
     # a shard's rows are the same whatever the size of a batch now; one of 5 doesn't divide a shard of 7
-    run(images, tmp_path / "other", **keys, **{"SOLVER.IMS_PER_BATCH": 5, "SOLVER.MAX_ITER": 1})
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    shards = [json.loads((path / "index.json").read_text())["shards"] for path in (folder, tmp_path / "cache")]
+    run(tmp_path / "other", folder, **{"SOLVER.IMS_PER_BATCH": 5, "SOLVER.MAX_ITER": 2})
+    assert before.items() < written(folder).items()
+    shards = [json.loads((path / "index.json").read_text())["shards"] for path in (cached[0], folder)]
     assert shards[0] == shards[1]
     assert len(shards[0]) == 7
 
 
-def test_a_damaged_file_is_named_and_can_be_written_again(images, teacher, cached, tmp_path, untrained):
+def test_a_damaged_file_is_named_and_can_be_written_again(run, cached, tmp_path, untrained):
     folder = tmp_path / "cache"
     shutil.copytree(cached[0], folder)
-    keys = {"TEACHER.WEIGHTS": teacher, "CACHE.DIR": folder}
-    path = shard_path(folder, 4)
+    path, index = shard_path(folder, 4), folder / "index.json"
     whole = path.read_bytes()
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    with pytest.raises(UserError, match=rf"{path}: damaged \(its SHA-256 .* remove this file") as caught:
-        run(images, tmp_path, **keys)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=rf"{path}: damaged .* remove this file"):
+        run(tmp_path, folder)
     path.unlink()
     with pytest.raises(ZeroDivisionError):
-        run(images, tmp_path, **keys)
+        run(tmp_path, folder)
     assert path.read_bytes() == whole
-    index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps({**index, "rows": index["rows"] + 1}))
-    with pytest.raises(UserError, match=r"index.json: damaged, or edited by hand .*; remove the folder to write"):
-        run(images, tmp_path, **keys)
-    (folder / "index.json").write_text("{}")
-    with pytest.raises(UserError, match=r"index.json: not the index of a teacher cache; remove the folder"):
-        run(images, tmp_path, **keys)
+    values = json.loads(index.read_text())
+    for content in ({**values, "rows": values["rows"] + 1}, {}):
+        index.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=rf"{index}: .*remove the folder"):
+            run(tmp_path, folder)
 
 
 @pytest.mark.parametrize(
@@ -280,107 +232,81 @@ def test_a_damaged_file_is_named_and_can_be_written_again(images, teacher, cache
 )
 def test_an_index_made_by_hand_is_refused(tmp_path, changed):
     piece = {"kind": "maps", "place": "res3", "key": "", "shape": [4, 2, 2], "dtype": "float32", "kept": True}
-    values = {"claim": {}, "pieces": [piece], "rows": 4, "shard_rows": 4, "shards": {}, "version": VERSION}
+    values = {"claim": {}, "pieces": [piece], "rows": 4, "shard_rows": 4, "shards": {}}
     write_sealed_json(tmp_path / "index.json", values)
     assert read_index(tmp_path).pieces == [Piece("maps", "res3", "", (4, 2, 2), "float32")]
     write_sealed_json(tmp_path / "index.json", {**values, "pieces": [{**piece, **changed}]})
-    with pytest.raises(UserError, match=r"index.json: not the index of a teacher cache; remove the folder"):
+    with pytest.raises(UserError, match=r"index.json: .*remove the folder"):
         read_index(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "named"),
     [
-        ({"DATA.AUGMENT.SHIFT": 3}, "was written with DATA.AUGMENT.SHIFT 2, now 3; name another CACHE.DIR or remove"),
-        ({"DATA.IMAGE_SIZE": 48}, "was written with DATA.IMAGE_SIZE 32, now 48; name another CACHE.DIR or remove"),
-        (
-            {"CACHE.VIEWS": 1, "CACHE.DTYPE": "fp16"},
-            "was written with CACHE.DTYPE 'auto', now 'fp16'; CACHE.VIEWS 2, now 1; name",
-        ),
-        (
-            {"SOLVER.AMP": {"ENABLED": True, "DTYPE": "bf16"}},
-            "was written with precision 'float32', now 'bfloat16'; name another CACHE.DIR or remove",
-        ),
-        ({"TRANSFER.LEVELS": ["res3", "res5"]}, "has no res5, but METHODS read it; it has .*logits.*; name"),
-        ({"METHODS": ["at", "fitnet"]}, r"has no res3, res4, but METHODS read it; it has res3"),
-        ({"METHODS": ["lp"]}, "has no embedding, but METHODS read it; it has res3"),
+        ({"DATA.AUGMENT.SHIFT": 3}, "DATA.AUGMENT.SHIFT 2, now 3"),
+        ({"DATA.IMAGE_SIZE": 48}, "DATA.IMAGE_SIZE 32, now 48"),
+        ({"CACHE.VIEWS": 1, "CACHE.DTYPE": "fp16"}, "CACHE.DTYPE 'auto', now 'fp16'; CACHE.VIEWS 2, now 1"),
+        ({"SOLVER.AMP": {"ENABLED": True, "DTYPE": "bf16"}}, "precision 'float32', now 'bfloat16'"),
+        ({"TRANSFER.LEVELS": ["res3", "res5"]}, "no res5, .* has .*logits"),
+        ({"METHODS": ["at", "fitnet"]}, "no res3, res4, .* has res3"),
+        ({"METHODS": ["lp"]}, "no embedding, .* has res3"),
     ],
 )
-def test_a_stale_cache_is_refused(images, teacher, cached, tmp_path, untrained, keys, says):
+def test_a_stale_cache_is_refused(run, cached, tmp_path, untrained, keys, named):
     folder = cached[0]
     if keys.get("METHODS") == ["at", "fitnet"]:
         # one that keeps no maps
         folder = tmp_path / "cache"
         with pytest.raises(ZeroDivisionError):
-            run(images, tmp_path / "at", METHODS=["at"], **{"TEACHER.WEIGHTS": teacher, "CACHE.DIR": folder})
-    with pytest.raises(UserError, match=f"{folder}: this teacher cache {says}") as caught:
-        run(images, tmp_path, **{"TEACHER.WEIGHTS": teacher, "CACHE.DIR": folder, **keys})
+            run(tmp_path / "at", folder, METHODS=["at"])
+    with pytest.raises(UserError, match=f"{folder}: .*{named}") as caught:
+        run(tmp_path, folder, **keys)
     assert "\n" not in str(caught.value)
 
 
-def test_a_cache_of_another_teacher_or_of_other_data_is_refused(images, teacher, cached, tmp_path, untrained):
-    keys = {"CACHE.DIR": cached[0]}
-    other = tmp_path / "other.safetensors"
-    network = initial_student(load_distill_config(None, words(images, tmp_path)), 3)
-    card = load_card(teacher)
-    save_backbone(other, network.model, card)
-    with pytest.raises(UserError, match=f"written with TEACHER.SHA256 '{card.sha256}', now '[0-9a-f]{{64}}'; name"):
-        run(images, tmp_path / "a", **keys, **{"TEACHER.WEIGHTS": other})
-    more = tmp_path / "more"
+def test_a_cache_of_another_teacher_or_of_other_data_is_refused(run, images, taught, cached, tmp_path, untrained):
+    other, more = tmp_path / "other.safetensors", tmp_path / "more"
+    card = load_card(taught["TEACHER.WEIGHTS"])
+    save_backbone(other, initial_student(config(images, tmp_path), 3).model, card)
+    with pytest.raises(UserError, match=f"TEACHER.SHA256 '{card.sha256}', now '[0-9a-f]{{64}}'"):
+        run(tmp_path / "a", cached[0], **{"TEACHER.WEIGHTS": other})
     shutil.copytree(images, more)
     shutil.copy(more / "train" / "class0" / "000.png", more / "train" / "class0" / "new.png")
-    with pytest.raises(UserError, match="written with DATA.FINGERPRINT '[0-9a-f]{64}', now '[0-9a-f]{64}'; name"):
-        run(more, tmp_path / "b", **keys, **{"TEACHER.WEIGHTS": teacher})
+    with pytest.raises(UserError, match="DATA.FINGERPRINT '[0-9a-f]{64}', now '[0-9a-f]{64}'"):
+        run(tmp_path / "b", cached[0], more)
 
 
-def test_a_cache_that_is_too_large_is_refused_before_it_is_written(images, teacher, tmp_path, untrained, monkeypatch):
-    folder = tmp_path / "cache"
-    keys = {"TEACHER.WEIGHTS": teacher, "CACHE.DIR": folder, "METHODS": ["kd+at"]}
-    size = r"2 views of 24 images take 4.312 KiB \(logits 12 B, res3 .* each\)"
-    with pytest.raises(UserError, match=f"CACHE.MAX_GIB: {size}, more than 1e-06 GiB; raise it, or take fewer"):
-        run(images, tmp_path, **keys, **{"CACHE.MAX_GIB": 1e-6})
+def test_a_cache_that_is_too_large_is_refused_before_it_is_written(run, tmp_path, untrained, monkeypatch):
+    folder, size = tmp_path / "cache", r"2 views of 24 images take 4.312 KiB"
+    with pytest.raises(UserError, match=f"CACHE.MAX_GIB: {size}"):
+        run(tmp_path, folder, METHODS=["kd+at"], **{"CACHE.MAX_GIB": 1e-6})
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4000))
-    with pytest.raises(UserError, match=rf"CACHE.DIR: {folder}: {size}, but 3.906 KiB are free; name another folder"):
-        run(images, tmp_path, **keys)
+    with pytest.raises(UserError, match=f"CACHE.DIR: {folder}: {size}"):
+        run(tmp_path, folder, METHODS=["kd+at"])
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
-def test_rounding_is_said_aloud(images, teacher, cached, tmp_path, caplog):
-    keys = {"TEACHER.WEIGHTS": teacher, "CACHE.DIR": tmp_path / "cache", "CACHE.DTYPE": "fp16"}
-    rounded = run(images, tmp_path, **keys)
+def test_rounding_is_logged(run, cached, tmp_path, caplog):
+    (folder, exact), keys = cached, {"CACHE.DTYPE": "fp16"}
+    rounded = run(tmp_path, tmp_path / "cache", **keys)
     assert "CACHE.DTYPE fp16: the teacher's outputs are rounded" in caplog.text
     stored = load_file(shard_path(tmp_path / "cache", 0))
     assert {value.dtype for value in stored.values()} == {torch.float16}
-    exact, _ = cached
-    assert rounded["ce"]["sha256"] == cached[1]["ce"]["sha256"]
-    assert rounded["kd+at"]["sha256"] != cached[1]["kd+at"]["sha256"]
-    first = [losses(folder, "kd+at")[0]["loss/kd"] for folder in (tmp_path, exact.parent / "run")]
+    assert rounded["ce"]["sha256"] == exact["ce"]["sha256"]
+    assert rounded["kd+at"]["sha256"] != exact["kd+at"]["sha256"]
+    first = [metrics(output, "kd+at")[0]["loss/kd"] for output in (tmp_path, folder.parent / "run")]
     assert first[0] == pytest.approx(first[1], rel=1e-2)
 
 
-def test_views_need_a_number(tmp_path):
-    with pytest.raises(UserError, match=re.escape("CACHE.VIEWS must be at least 1 where CACHE.DIR is set")):
-        load_distill_config(None, words(tmp_path, tmp_path, **{"CACHE.VIEWS": 0, "CACHE.DIR": tmp_path}))
-    with pytest.raises(UserError, match=re.escape("CACHE.DTYPE must be auto where CACHE.DIR is not set")):
-        load_distill_config(None, words(tmp_path, tmp_path, **{"CACHE.DTYPE": "fp16"}))
-
-
-def test_what_is_not_kept_is_not_taken_for_broken(images, teacher, tmp_path, monkeypatch):
-    said = []
-    real = TeacherCache.__call__
-
-    def call(self, images, rows):
-        said.append(real(self, images, rows))
-        return said[-1]
-
-    monkeypatch.setattr(TeacherCache, "__call__", call)
-    keys = {"TEACHER.WEIGHTS": teacher, "CACHE.DIR": tmp_path / "cache", "SOLVER.MAX_ITER": 1}
-    run(images, tmp_path, METHODS=["at"], **keys)
-    outputs = said[0]
-    assert outputs.map("res3").shape == (BATCH, 64, 4, 4)
-    assert outputs.map("res3").isnan().all()
+def test_what_is_not_kept_is_not_taken_for_broken(run, tmp_path, monkeypatch):
+    seen, call = [], TeacherCache.__call__
+    monkeypatch.setattr(TeacherCache, "__call__", lambda *args: (seen.append(call(*args)), seen[-1])[1])
+    run(tmp_path, tmp_path / "cache", METHODS=["at"], **{"SOLVER.MAX_ITER": 2})
+    outputs = seen[0]
+    assert outputs.maps["res3"].shape == (BATCH, 64, 4, 4)
+    assert outputs.maps["res3"].isnan().all()
     assert outputs.logits is None
     assert broken_outputs(outputs) == []
-    outputs.maps["res3"] = outputs.map("res3").clone()
+    outputs.maps["res3"] = outputs.maps["res3"].clone()
     assert broken_outputs(outputs) == ["the teacher's map res3"]

@@ -1,5 +1,6 @@
+"""Batches of stage one: augmentation against NumPy, what a batch depends on, views, workers, accuracy."""
+
 import signal
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,50 +11,38 @@ from PIL import Image
 
 from nst_det.data.folders import read_image_folder
 from nst_det.distillation.accuracy import correct_counts, measure
-from nst_det.distillation.augment import ImageStore, Views, center_square, crop_and_jitter, shift_and_flip
+from nst_det.distillation.augment import ImageStore, Views, center_square, crop_and_jitter, move
 from nst_det.distillation.config import get_defaults
-from nst_det.distillation.dataloader import Batch, Normalizer, TrainingBatches, evaluation_batches
-from nst_det.engine.device import autocast
-from nst_det.engine.seeds import seeded
+from nst_det.distillation.dataloader import Batch, EvaluationBatches, Normalizer, TrainingBatches
+from nst_det.engine.loader import load
 from nst_det.errors import UserError
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 5), st.floats(0, 1), st.integers(1, 4), st.integers(6, 9), st.integers(6, 9), st.integers(0, 99))
-def test_shift_and_flip_against_numpy(shift, flip, count, height, width, seed):
-    images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
-    with seeded(seed):
-        moved = shift_and_flip(images, shift, flip)
-    with seeded(seed):
-        offsets, mirrored = torch.randint(-shift, shift + 1, (2, count)), torch.rand(count) < flip
-    for row in range(count):
-        padded = np.pad(images[row].numpy(), ((0, 0), (shift, shift), (shift, shift)), mode="reflect")
-        top, left = shift + offsets[0, row].item(), shift + offsets[1, row].item()
+def test_moves_against_numpy(shift, flip, count, height, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+    offsets = torch.randint(-shift, shift + 1, (2, count), generator=generator)
+    mirrored = torch.rand(count, generator=generator) < flip
+    for row, moved in enumerate(move(images, offsets, mirrored)):
         # mirrored first: columns are reversed, then moved
-        if mirrored[row]:
-            padded = np.pad(images[row].numpy()[:, :, ::-1], ((0, 0), (shift, shift), (shift, shift)), mode="reflect")
-            left = shift - offsets[1, row].item()
-        wanted = padded[:, top : top + height, left : left + width]
-        assert np.array_equal(moved[row].numpy(), wanted)
+        pixels = images[row].numpy()[:, :, ::-1] if mirrored[row] else images[row].numpy()
+        padded = np.pad(pixels, ((0, 0), (shift, shift), (shift, shift)), mode="reflect")
+        top = shift + offsets[0, row].item()
+        left = shift + (-1 if mirrored[row] else 1) * offsets[1, row].item()
+        assert np.array_equal(moved.numpy(), padded[:, top : top + height, left : left + width])
 
 
-def test_no_augmentation_gives_the_same_images():
-    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    assert shift_and_flip(images, 0, 0.0) is images
-    assert torch.equal(shift_and_flip(images, 0, 1.0), images.flip(3))
-
-
-def test_crops_have_the_size_asked_for():
-    augment = get_defaults().DATA.AUGMENT
-    augment.CROP_AREA, augment.COLOR_JITTER = [0.2, 1.0], [0.4, 0.4, 0.4, 0.1]
+def test_crops_have_the_size_asked_for_and_depend_on_their_seeds():
+    augment = augmentation(CROP_AREA=[0.2, 1.0], COLOR_JITTER=[0.4, 0.4, 0.4, 0.1])
     whole = [torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8), torch.zeros(3, 20, 50, dtype=torch.uint8)]
-    with seeded(1):
-        first = crop_and_jitter(whole, 16, augment)
-    with seeded(1):
-        again = crop_and_jitter(whole, 16, augment)
-    assert first.shape == (2, 3, 16, 16)
-    assert first.dtype == torch.uint8
+    before = torch.get_rng_state()
+    first, again = (crop_and_jitter(whole, 16, [1, 2], augment) for _ in range(2))
+    assert (first.shape, first.dtype) == ((2, 3, 16, 16), torch.uint8)
     assert torch.equal(first, again)
+    assert torch.equal(first[:1], crop_and_jitter(whole[:1], 16, [1], augment))
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_center_square_against_pillow():
@@ -69,24 +58,32 @@ def test_center_square_against_pillow():
 def test_normalizing_against_float64():
     images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
-    wanted = (images.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(
-        3, 1, 1
-    )
-    given_ = Normalizer(mean, std, torch.device("cpu"))(images)
-    assert given_.dtype == torch.float32
-    assert given_.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(given_.double(), wanted, atol=1e-6)
+    means, stds = (torch.tensor(values).double().view(3, 1, 1) for values in (mean, std))
+    found = Normalizer(mean, std, torch.device("cpu"))(images)
+    assert found.dtype == torch.float32
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(found.double(), (images.double() / 255 - means) / stds, atol=1e-6)
 
 
-def batches(split, seed=0, limit=1e9, size=32, square=True, **augment):
+def augmentation(**keys):
     node = get_defaults().DATA.AUGMENT
-    node.merge_from_list([item for pair in augment.items() for item in pair])
-    return TrainingBatches(ImageStore(split, size, 1.0, square, limit), 7, seed, node)
+    node.merge_from_list([item for pair in keys.items() for item in pair])
+    return node
+
+
+def batches(split, size=7, seed=0, limit=1e9, views=0, **keys):
+    augment = augmentation(**keys)
+    store = ImageStore(split, 32, 1.0, not augment.CROP_AREA, limit)
+    return TrainingBatches(store, size, seed, augment, Views(store, augment, views, 5) if views else None)
+
+
+def same(one, other):
+    return all(torch.equal(*pair) for pair in zip(one[:3], other[:3], strict=True)) and one.names == other.names
 
 
 def test_every_epoch_shows_each_image_once(images):
     train = batches(read_image_folder(images).train)
-    seen = torch.cat([train.indices(step) for step in range(24)])
+    seen = torch.cat([train.rows(step) for step in range(24)])
     assert len(seen) == 7 * 24
     for epoch in range(7):
         assert sorted(seen[24 * epoch : 24 * (epoch + 1)].tolist()) == list(range(24))
@@ -95,63 +92,104 @@ def test_every_epoch_shows_each_image_once(images):
 
 def test_a_batch_larger_than_the_data_runs_through_several_epochs(images):
     split = read_image_folder(images).train.select(np.arange(3))
-    seen = batches(split).indices(4).tolist()
+    seen = batches(split).rows(4).tolist()
     assert len(seen) == 7
     assert sorted(seen[2:5]) == [0, 1, 2]
 
 
 def test_a_batch_depends_on_seed_and_step_alone(images):
-    split = read_image_folder(images).train
-    options = {"SHIFT": 3, "HFLIP": 0.5}
-    straight = list(batches(split, **options).steps(0, 6, 0))
-    for other in (
-        list(batches(split, **options).steps(4, 6, 0)),
-        list(batches(split, **options).steps(4, 6, 2)),
-        list(batches(split, limit=0, **options).steps(4, 6, 0)),
-    ):
-        for mine, its in zip(straight[4:], other, strict=True):
-            assert torch.equal(mine.images, its.images)
-            assert torch.equal(mine.labels, its.labels)
-    changed = batches(split, seed=1, **options)[4]
-    assert not torch.equal(changed.images, straight[4].images)
-
-
-def test_random_state_outside_is_left_alone(images):
-    train = batches(read_image_folder(images).train, SHIFT=3)
-    torch.manual_seed(5)
-    wanted = torch.rand(3)
-    torch.manual_seed(5)
-    train[0]
-    assert torch.equal(torch.rand(3), wanted)
+    split, keys = read_image_folder(images).train, {"SHIFT": 3, "HFLIP": 0.5}
+    train, before = batches(split, **keys), torch.get_rng_state()
+    straight = [train[step] for step in range(6)]
+    assert torch.equal(before, torch.get_rng_state())
+    for workers, limit in ((0, 1e9), (2, 1e9), (0, 0)):
+        other = load(batches(split, limit=limit, **keys), range(4, 6), workers)
+        assert all(same(*pair) for pair in zip(straight[4:], other, strict=True))
+    assert not torch.equal(batches(split, seed=1, **keys)[4].images, straight[4].images)
 
 
 def test_labels_go_with_their_images(images):
-    folder = read_image_folder(images)
-    store = ImageStore(folder.train, 32, 1.0, True, 1e9)
-    assert store.cached
-    for batch in batches(folder.train).steps(0, 3, 0):
-        for image, label in zip(batch.images, batch.labels):
+    train = batches(read_image_folder(images).train)
+    assert train.store.cached
+    for step in range(3):
+        for image, label in zip(train[step].images, train[step].labels):
             band = image[:, int(label) * 32 // 3 : (int(label) + 1) * 32 // 3].float().mean()
             assert band < 80, "the band of its class is the dark one"
-    rows = list(evaluation_batches(store, 10))
-    assert [len(batch.labels) for batch in rows] == [10, 10, 4]
-    assert torch.equal(torch.cat([batch.labels for batch in rows]), store.labels)
+
+
+@pytest.mark.parametrize("area", [[], [0.3, 1.0]])
+def test_a_view_of_an_image_depends_on_nothing_beside_it(images, area):
+    split, keys = read_image_folder(images).train, {"SHIFT": 3, "HFLIP": 0.5, "CROP_AREA": area}
+    views = batches(split, views=3, **keys).views
+    rows, before = torch.tensor([71, 2, 26, 50, 3]), torch.get_rng_state()
+    together = views[rows]
+    alone = torch.cat([batches(split, views=3, **keys).views[row[None]] for row in rows])
+    assert torch.equal(together, alone)
+    assert torch.equal(together[1:2], views[range(74, 75)]), "after the last row comes the first"
+    assert torch.equal(before, torch.get_rng_state())
+    assert len({image.numpy().tobytes() for image in together[1:4]}) == 3, "image 2 in three views"
+    assert not torch.equal(together, Views(views.store, views.augment, 3, seed=6)[rows])
+
+
+def test_the_view_of_an_epoch_is_its_number_modulo_the_views(images):
+    train = batches(read_image_folder(images).train, size=16, views=2, SHIFT=3)
+    plain = batches(read_image_folder(images).train, size=16)
+    rows = torch.cat([train[step].rows for step in range(6)])
+    # 96 images: four epochs of 24, the views 0, 1, 0, 1
+    assert (rows // 24).tolist() == [0] * 24 + [1] * 24 + [0] * 24 + [1] * 24
+    assert rows.bincount().tolist() == [2] * 48
+    assert torch.equal(rows % 24, torch.cat([plain.rows(step) for step in range(6)]))
+    assert torch.equal(train[1].images, train.views[train[1].rows])
+    assert torch.equal(train[1].labels, train.store.labels[train[1].rows % 24])
+
+
+@pytest.mark.parametrize("crop", [[], [0.3, 1.0]])
+@pytest.mark.parametrize("views", [0, 2])
+def test_workers_ask_no_gpu_for_anything(images, crop, views, cuda_in_use):
+    train = batches(read_image_folder(images).train, views=views, SHIFT=3, HFLIP=0.5, CROP_AREA=crop)
+    assert all(same(train[step], batch) for step, batch in enumerate(load(train, range(4), 2)))
+
+
+@pytest.mark.parametrize("limit", [0, 1e9])
+def test_workers_give_the_same_images_to_evaluate_on(images, limit, cuda_in_use):
+    store = ImageStore(read_image_folder(images).train, 24, 0.8, True, limit)
+    evaluation, firsts = EvaluationBatches(store, 7), range(0, 24, 7)
+    alone = [evaluation[first] for first in firsts]
+    assert [len(batch.labels) for batch in alone] == [7, 7, 7, 3]
+    assert torch.equal(torch.cat([batch.labels for batch in alone]), store.labels)
+    assert all(same(*pair) for pair in zip(alone, load(evaluation, firsts, 2), strict=True))
 
 
 def test_an_unreadable_image_is_named_also_by_a_worker(tmp_path, images):
-    split = read_image_folder(images).train
     (tmp_path / "a").mkdir()
-    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(tmp_path / "a" / "0.png")
-    (tmp_path / "a" / "1.png").write_bytes((split.path(0)).read_bytes()[:200])
-    broken = read_image_folder(tmp_path, val_fraction=0).train
-    with pytest.raises(UserError, match="1.png: can't be decoded"):
-        ImageStore(broken, 32, 1.0, True, 1e9)
-    train = TrainingBatches(ImageStore.__new__(ImageStore), 2, 0, get_defaults().DATA.AUGMENT)
-    train.store.split, train.store.size, train.store.crop_ratio = broken, 32, 1.0
-    train.store.square, train.store.cached, train.store.labels = True, False, torch.zeros(2, dtype=torch.long)
-    with pytest.raises(UserError, match="1.png: can't be decoded") as caught:
-        list(train.steps(0, 1, 1))
-    assert "Traceback" not in str(caught.value)
+    (tmp_path / "a" / "1.png").write_bytes(next(images.rglob("*.png")).read_bytes()[:200])
+    split = read_image_folder(tmp_path, val_fraction=0).train
+    named = f"^{tmp_path}/a/1.png: can't be decoded"
+    with pytest.raises(UserError, match=named):
+        batches(split)
+    for source in (batches(split, limit=0), EvaluationBatches(batches(split, limit=0).store, 2)):
+        for workers in (0, 1):
+            with pytest.raises(UserError, match=named) as caught:
+                list(load(source, range(1), workers))
+            assert "Traceback" not in str(caught.value)
+
+
+LOADERS = """
+import sys
+from nst_det.data.folders import read_image_folder
+from nst_det.distillation.augment import ImageStore
+from nst_det.distillation.config import get_defaults
+from nst_det.distillation.dataloader import EvaluationBatches, TrainingBatches
+from nst_det.engine.loader import load
+kept, read = (ImageStore(read_image_folder(sys.argv[1]).train, 32, 1.0, True, limit) for limit in (1e9, 0))
+train = TrainingBatches(kept, 300, 0, get_defaults().DATA.AUGMENT)
+loaders = [load(train, range(10**6), 8), load(EvaluationBatches(read, 1), range(24), 4)]
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_training_however_that_ends(images, signum, left_behind):
+    assert left_behind(LOADERS, signum, images) == []
 
 
 def test_correct_counts_by_hand():
@@ -172,90 +210,9 @@ def test_accuracy_of_several_networks_in_one_pass():
             return torch.nn.functional.one_hot(torch.full((len(images),), self.label), 7).float()
 
     networks = {"zero": Fixed(0).train(), "one": Fixed(1).eval()}
-    data = [Batch(torch.zeros(2, 3, 4, 4), torch.tensor([0, 0])), Batch(torch.zeros(1, 3, 4, 4), torch.tensor([1]))]
-    result = measure(networks, data, lambda images: images, lambda: autocast(torch.device("cpu"), None))
+    labels = torch.tensor([0, 0]), torch.tensor([1])
+    data = [Batch(torch.zeros(len(some), 3, 4, 4, dtype=torch.uint8), some, some) for some in labels]
+    result = measure(networks, data, Normalizer([0.5] * 3, [0.5] * 3, torch.device("cpu")), None)
     assert (result["zero"].top1, result["one"].top1) == pytest.approx((2 / 3, 1 / 3))
     assert networks["zero"].training
     assert not networks["one"].training
-
-
-@pytest.mark.parametrize("area", [[], [0.3, 1.0]])
-def test_a_view_of_an_image_depends_on_nothing_beside_it(images, area):
-    augment = get_defaults().DATA.AUGMENT
-    augment.SHIFT, augment.HFLIP, augment.CROP_AREA = 3, 0.5, area
-    store = ImageStore(read_image_folder(images).train, 32, 1.0, not area, 1e9)
-    views = Views(store, augment, 3, seed=5)
-    rows = torch.tensor([71, 2, 26, 50, 3])
-    together = views.images(rows)
-    before = torch.get_rng_state()
-    alone = torch.cat([Views(store, augment, 3, seed=5).images(row[None]) for row in rows])
-    assert torch.equal(together, alone)
-    assert torch.equal(before, torch.get_rng_state())
-    assert len({image.numpy().tobytes() for image in together[1:4]}) == 3, "image 2 in three views"
-    other = Views(store, augment, 3, seed=6).images(rows)
-    assert not torch.equal(together, other)
-
-
-def test_the_view_of_an_epoch_is_its_number_modulo_the_views(images):
-    augment = get_defaults().DATA.AUGMENT
-    augment.SHIFT = 3
-    store = ImageStore(read_image_folder(images).train, 32, 1.0, True, 1e9)
-    views = Views(store, augment, 2, seed=0)
-    batches = TrainingBatches(store, 16, 0, augment, views)
-    rows = torch.cat([batches[step].rows for step in range(6)])
-    # 96 images: four epochs of 24, the views 0, 1, 0, 1
-    assert (rows // 24).tolist() == [0] * 24 + [1] * 24 + [0] * 24 + [1] * 24
-    assert rows.bincount().tolist() == [2] * 48
-    assert torch.equal(rows % 24, torch.cat([batches.indices(step) for step in range(6)]))
-    assert torch.equal(batches[1].images, views.images(batches[1].rows))
-    assert torch.equal(batches[1].labels, store.labels[batches[1].rows % 24])
-
-
-def whole(batch):
-    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in asdict(batch).items()}
-
-
-@pytest.mark.parametrize("crop", [[], [0.3, 1.0]])
-@pytest.mark.parametrize("views", [0, 2])
-def test_workers_ask_no_gpu_for_anything(images, crop, views, cuda_in_use):
-    train = batches(read_image_folder(images).train, square=not crop, SHIFT=3, HFLIP=0.5, CROP_AREA=crop)
-    train.views = Views(train.store, train.augment, views, 5) if views else None
-    alone = [whole(batch) for batch in train.steps(0, 4, 0)]
-    assert [whole(batch) for batch in train.steps(0, 4, 2)] == alone
-
-
-@pytest.mark.parametrize("limit", [0, 1e9])
-def test_workers_give_the_same_images_to_evaluate_on(images, limit, cuda_in_use):
-    store = ImageStore(read_image_folder(images).train, 24, 0.8, True, limit)
-    alone = [whole(batch) for batch in evaluation_batches(store, 7)]
-    assert [len(batch["labels"]) for batch in alone] == [7, 7, 7, 3]
-    assert [whole(batch) for batch in evaluation_batches(store, 7, workers=2)] == alone
-    share = slice(1, None, 2)
-    assert [whole(batch) for batch in evaluation_batches(store, 7, share, workers=2)] == alone[share]
-
-
-def test_an_unreadable_image_is_named_in_evaluation_too(tmp_path, images):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "1.png").write_bytes(next(images.rglob("*.png")).read_bytes()[:200])
-    store = ImageStore(read_image_folder(tmp_path, val_fraction=0).train, 32, 1.0, True, 0)
-    for workers in (0, 1):
-        with pytest.raises(UserError, match=f"^{tmp_path}/a/1.png: ") as caught:
-            list(evaluation_batches(store, 2, workers=workers))
-        assert "Traceback" not in str(caught.value)
-
-
-LOADERS = """
-import sys
-from nst_det.data.folders import read_image_folder
-from nst_det.distillation.config import get_defaults
-from nst_det.distillation.dataloader import TrainingBatches, evaluation_batches
-from nst_det.distillation.augment import ImageStore
-kept, read = (ImageStore(read_image_folder(sys.argv[1]).train, 32, 1.0, True, limit) for limit in (1e9, 0))
-train = TrainingBatches(kept, 300, 0, get_defaults().DATA.AUGMENT)
-loaders = [train.steps(0, 10**6, 8), evaluation_batches(read, 1, workers=4)]
-"""
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_workers_end_with_the_training_however_that_ends(images, signum, left_behind):
-    assert left_behind(LOADERS, signum, images) == []

@@ -7,7 +7,6 @@ from torch import nn
 
 from nst_det.engine import distributed as processes
 from nst_det.engine.distributed import (
-    any_process,
     average_gradients,
     broadcast_from_rank0,
     copy_from_first,
@@ -24,19 +23,10 @@ from nst_det.models.sync_norm import sync_batch_norm
 
 
 def test_a_process_alone_is_the_first():
-    assert (
-        rank(),
-        gathered("a"),
-        broadcast_from_rank0(lambda: 3),
-        largest_of_processes([2, 1], torch.device("cpu")),
-    ) == (
-        0,
-        ["a"],
-        3,
-        [2, 1],
-    )
+    largest = largest_of_processes([2, 1], torch.device("cpu"))
+    assert (rank(), gathered("a"), broadcast_from_rank0(lambda: 3), largest) == (0, ["a"], 3, [2, 1])
     assert share_of(7, "IMS") == slice(0, 7)
-    with pytest.raises(UserError, match="IMS: 7 images a step can't be shared out to 2 parts each; use a multiple"):
+    with pytest.raises(UserError, match="^IMS: 7 "):
         share_of(7, "IMS", accumulate=2)
 
 
@@ -57,7 +47,6 @@ def together():
         "share": share_of(8, "IMS", 2),
         "gathered": gathered(mine),
         "first": broadcast_from_rank0(lambda: mine),
-        "any": (any_process(mine == 1, torch.device("cpu")), any_process(False, torch.device("cpu"))),
         "largest": largest_of_processes([3 + mine, 9 - mine], torch.device("cpu")),
         "weight": layer.weight.tolist(),
     }
@@ -74,7 +63,6 @@ def test_what_processes_do_together(in_processes):
         "other": [5.0],
         "gathered": [0, 1],
         "first": 0,
-        "any": (True, False),
         "largest": [4, 9],
         "weight": [[0.0, 0.0]],
     }
@@ -105,7 +93,7 @@ def failing():
     return spoken, speaks_of_error()
 
 
-def test_one_process_says_why_all_end(in_processes, monkeypatch):
+def test_one_process_reports_why_all_end(in_processes, monkeypatch):
     assert speaks_of_error()
     assert sorted(in_processes(failing)) == [(False, False), (True, False)]
     # before they have met: one a machine
@@ -158,13 +146,13 @@ def test_synchronized_normalization_in_one_process_is_the_plain_one():
     assert all(torch.equal(plain.state_dict()[name], value) for name, value in layer.state_dict().items())
 
 
-def test_what_a_step_is_made_of_is_said(monkeypatch, caplog):
+def test_the_parts_of_a_step_are_logged(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     log_batch(16, 1, 0.1)
     assert not caplog.text
     monkeypatch.setattr(processes, "world_size", lambda: 4)
     log_batch(16, 2, 0.1)
-    assert "4 processes x 2 images x 2 parts = 16 images a step (SOLVER.IMS_PER_BATCH); BASE_LR 0.1" in caplog.text
+    assert "4 processes x 2 images x 2 parts = 16 images" in caplog.text
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -172,5 +160,5 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="torchrun started 2 processes here, but there are 1 GPUs"):
+    with pytest.raises(UserError, match="2 processes .* 1 GPU"):
         start_processes(on_cpu=False)

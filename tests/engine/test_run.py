@@ -1,8 +1,17 @@
+"""Run folders, their metrics and what shows progress."""
+
+import importlib.util
 import json
+import logging
+import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from nst_det.engine.metrics import MetricsWriter, read_metrics
+from nst_det.engine import progress as module
+from nst_det.engine.metrics import MetricsWriter, check_wandb, loss_note, read_metrics, speed_of
+from nst_det.engine.progress import progress
 from nst_det.engine.run_dir import RunFolder, config_hash
 from nst_det.errors import UserError
 
@@ -19,29 +28,34 @@ def test_a_finished_run_gives_its_result(tmp_path):
 
 
 def test_another_config_is_refused_but_free_keys_may_differ(tmp_path):
-    with RunFolder(tmp_path).opened({"A": 1, "OUTPUT_DIR": "x", "T": (1, 2)}):
-        pass
-    with RunFolder(tmp_path).opened({"A": 1, "OUTPUT_DIR": "y", "T": [1, 2]}):
-        pass
-    for values in ({"MODEL.DEVICE": "cpu", "DATALOADER.NUM_WORKERS": 0}, {"MODEL.DEVICE": "cuda"}):
-        with RunFolder(tmp_path).opened({"A": 1, "T": [1, 2], **values}):
+    first = {"A": 1, "T": (1, 2), "OUTPUT_DIR": "x"}
+    for values in (first, {**first, "OUTPUT_DIR": "y", "MODEL.DEVICE": "cpu"}, {"A": 1, "T": [1, 2]}):
+        with RunFolder(tmp_path).opened(values):
             pass
-    with pytest.raises(UserError, match="holds a run with A 1, now it is 2"), RunFolder(tmp_path).opened({"A": 2}):
+    with pytest.raises(UserError, match=f"^{tmp_path}: .* A 1"), RunFolder(tmp_path).opened({"A": 2, "T": [1, 2]}):
         pass
-
-
-def test_a_second_writer_is_refused(tmp_path):
     with (
-        RunFolder(tmp_path).opened({"A": 1}),
-        pytest.raises(UserError, match="another process is writing"),
-        RunFolder(tmp_path).opened({"A": 1}),
+        RunFolder(tmp_path).opened(first),
+        pytest.raises(UserError, match=f"^{tmp_path}: another process"),
+        RunFolder(tmp_path).opened(first),
     ):
         pass
+    assert config_hash(first) == config_hash({**first, "OUTPUT_DIR": "y"}) != config_hash({**first, "A": 2})
 
 
-def test_config_hash_ignores_where():
-    assert config_hash({"A": 1, "OUTPUT_DIR": "x"}) == config_hash({"A": 1, "OUTPUT_DIR": "y"})
-    assert config_hash({"A": 1}) != config_hash({"A": 2})
+def test_a_result_has_the_speed_of_all_calls_and_metrics_do_not(tmp_path):
+    run = RunFolder(tmp_path)
+    readings = [(10.0, 0.5, 1.0), (90.0, 0.1, 3.0), (20.0, 0.3, 2.0)]
+    names = ("images_per_second", "data_wait", "gpu_memory_gib")
+    for start, rows in ((0, readings[:2]), (2, readings[2:])):
+        with MetricsWriter(run.metrics_path, start) as metrics:
+            for step, values in enumerate(rows, start):
+                metrics.write(step, {"loss": 1.0} | {f"speed/{name}": value for name, value in zip(names, values)})
+    run.finish({"map": 0.5})
+    # medians, and the peak of the memory
+    assert run.result() == {"map": 0.5, "speed": dict(zip(names, (20.0, 0.3, 3.0)))}
+    assert read_metrics(run.metrics_path) == [{"step": step, "loss": 1.0} for step in range(3)]
+    assert speed_of(read_metrics(run.metrics_path)) == {}
 
 
 def test_metrics_of_a_resumed_run_equal_an_undisturbed_ones(tmp_path):
@@ -58,21 +72,83 @@ def test_metrics_of_a_resumed_run_equal_an_undisturbed_ones(tmp_path):
     assert (tmp_path / "parts.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
-def test_metrics_write_nan_as_null_and_name_a_bad_line(tmp_path):
+def test_metrics_go_to_the_file_tensorboard_and_wandb(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path, sent, begun = tmp_path / "m.jsonl", [], []
+    run = SimpleNamespace(log=lambda values, step: sent.append((step, values)), finish=lambda: sent.append("end"))
+    wandb = SimpleNamespace(init=lambda **given: begun.append(given) or run, Error=RuntimeError, __spec__=1)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with MetricsWriter(path, tensorboard=tmp_path / "board", wandb="shapes") as metrics:
+        metrics.write(0, {"loss": 1.5, "broken": math.nan})
+        metrics.write(1, {"loss": 0.5})
+    assert read_metrics(path) == [{"step": 0, "loss": 1.5, "broken": None}, {"step": 1, "loss": 0.5}]
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(0, 1.5), (1, 0.5)]
+    assert [(given["project"], given["dir"]) for given in begun] == [("shapes", str(tmp_path))]
+    # values that are not finite are left out
+    assert sent == [(0, {"loss": 1.5}), (1, {"loss": 0.5}), "end"]
+
+
+@pytest.mark.parametrize("line", ["x", "[1]", '{"loss": 1}'])
+def test_a_damaged_row_is_named(tmp_path, line):
     path = tmp_path / "m.jsonl"
-    with MetricsWriter(path) as metrics:
-        metrics.write(0, {"loss": float("nan")})
-    assert read_metrics(path) == [{"step": 0, "loss": None}]
-    path.write_text('x\n{"step": 1}\n')
-    with pytest.raises(UserError, match=r"m\.jsonl: line 1 is not JSON"):
+    path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n')
+    with pytest.raises(UserError, match=f"^{path}: line 2 "):
         read_metrics(path)
 
 
-def test_tensorboard_gets_the_same_scalars(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_without_wandb_the_key_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_wandb("", "a.yaml")
+    with pytest.raises(UserError, match=r"^a\.yaml: WANDB 'shapes'"):
+        check_wandb("shapes", "a.yaml")
+    with pytest.raises(UserError, match="WANDB 'shapes'"):
+        MetricsWriter(tmp_path / "metrics.jsonl", wandb="shapes")
 
-    with MetricsWriter(tmp_path / "m.jsonl", tensorboard=tmp_path / "board") as metrics:
-        metrics.write(0, {"loss": 1.5})
-        metrics.write(1, {"loss": 0.5})
-    board = EventAccumulator(str(tmp_path / "board")).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(0, 1.5), (1, 0.5)]
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_a_wandb_run_that_stays_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = RunFolder(tmp_path / "detect" / "seed0" / "kd")
+    with folder.opened({"SOLVER.MAX_ITER": 3}), MetricsWriter(folder.metrics_path, wandb="shapes") as metrics:
+        for step in range(3):
+            metrics.write(step, {"loss_cls": 1 / (step + 1)})
+    # its service has written all once it has ended
+    importlib.import_module("wandb").teardown()
+    (written,) = (folder.path / "wandb").glob("offline-run-*/*.wandb")
+    assert all(repr(1 / (step + 1)).encode() in written.read_bytes() for step in (1, 2))
+
+
+def test_progress_is_a_plain_line_now_and_then_and_at_the_end(monkeypatch, caplog):
+    now, asked = [0.0], []
+    monkeypatch.setattr(module, "is_live", lambda console: False)
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    caplog.set_level(logging.INFO)
+
+    def lines(steps, *given):
+        caplog.clear()
+        with progress("students", 8) as meter:
+            for _ in range(steps):
+                now[0] += 4
+                meter.step(*given)
+        return [record.getMessage() for record in caplog.records]
+
+    assert lines(8, {"ce": 1.5}) == [
+        "students 4/8  4 s/it  ETA 16 s  ce 1.5",
+        "students 8/8  4 s/it  ETA 0 s  ce 1.5",
+    ]
+    # a longer note is made only where a line is written
+    assert lines(5, {"kd": 3.0}, lambda: asked.append(1) or "total 3") == ["students 4/8  4 s/it  ETA 16 s  total 3"]
+    assert len(asked) == 1
+
+
+def test_losses_of_both_stages_their_sum_first():
+    one = {"step": 1, "loss/ce": 2.0, "loss/at": 0.125, "level/at@res4": 0.01, "loss/total": 2.125, "lr": 0.1}
+    assert loss_note(one) == "total 2.125  ce 2  at 0.125"
+    two = {"step": 1, "loss_cls": 1.25, "loss_transfer_cwd": None, "total_loss": math.nan, "lr": 0.1, "map": 0.5}
+    assert loss_note(two) == "total_loss nan  loss_cls 1.25"
+    assert loss_note(one, 2) == "total 2.125  ce 2"
+    assert loss_note({"step": 1, "val/top1": 0.5}) == ""

@@ -5,38 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nst_det.data.annotation import VocAnnotation
 from nst_det.data.voc import VocDataset
 from nst_det.engine.io import read_json
 from nst_det.evaluation.boxes import Detections, GroundTruth
+from nst_det.evaluation.coco import evaluate_coco
 from nst_det.evaluation.io import read_detections
 from nst_det.evaluation.voc import evaluate_voc
+from tests.helpers.boxes import CLASSES, found, truth
 
-CLASSES = ("cat", "dog")
 # no overlap with one another
 A, B, C = (1, 1, 10, 10), (21, 21, 30, 30), (41, 41, 60, 60)
-
-
-def truth(objects, classes=CLASSES, images=("a", "b", "c")):
-    """``objects``: (image, class, box, difficult)."""
-    return GroundTruth(
-        tuple(images),
-        tuple(classes),
-        np.array([images.index(o[0]) for o in objects], dtype=np.int64),
-        np.array([classes.index(o[1]) for o in objects], dtype=np.int64),
-        np.array([o[2] for o in objects], dtype=np.float64).reshape(-1, 4),
-        np.array([len(o) > 3 and o[3] for o in objects], dtype=bool),
-    )
-
-
-def found(rows, classes=CLASSES):
-    """``rows``: (image, class, box, score)."""
-    return Detections(
-        [r[0] for r in rows],
-        tuple(classes),
-        np.array([classes.index(r[1]) for r in rows], dtype=np.int64),
-        np.array([r[2] for r in rows], dtype=np.float64).reshape(-1, 4),
-        np.array([r[3] for r in rows], dtype=np.float64),
-    )
 
 
 def devkit(detections, gold, name, threshold):
@@ -102,14 +81,9 @@ def test_a_second_detection_of_the_same_object_is_a_false_positive():
     gold = truth([("a", "cat", A), ("b", "cat", B)])
     rows = found([("a", "cat", A, 0.9), ("a", "cat", A, 0.8), ("b", "cat", B, 0.7)])
     assert ap(rows, gold) == pytest.approx(((6 + 5 * 2 / 3) / 11, 0.5 + 0.5 * 2 / 3), abs=1e-15)
-
-
-def test_the_best_overlap_decides_even_if_that_object_is_taken_and_another_would_do():
-    near = (1, 1, 10, 12)
-    gold = truth([("a", "cat", A), ("a", "cat", near)])
-    # both match A best; the second is no hit on `near` though it overlaps it by 100/120
-    rows = found([("a", "cat", A, 0.9), ("a", "cat", A, 0.8)])
-    assert ap(rows, gold) == pytest.approx((6 / 11, 0.5), abs=1e-15)
+    # also where it would do for another object: both match A best, the second overlaps the other by 100/120
+    gold = truth([("a", "cat", A), ("a", "cat", (1, 1, 10, 12))])
+    assert ap(found([("a", "cat", A, 0.9), ("a", "cat", A, 0.8)]), gold) == pytest.approx((6 / 11, 0.5), abs=1e-15)
 
 
 def test_of_equal_overlaps_the_first_object_is_taken():
@@ -148,9 +122,7 @@ def test_a_class_without_positives_has_no_ap_and_is_left_out_of_the_mean():
 
 def test_no_detections_give_zero():
     result = evaluate_voc(found([]), truth([("a", "cat", A)]))
-    assert result.ap11[0, 0] == 0
-    assert result.ap_area[0, 0] == 0
-    assert result.map11[0] == 0
+    assert (result.ap11[0, 0], result.ap_area[0, 0], result.map11[0]) == (0, 0, 0)
 
 
 def test_ties_keep_the_given_order():
@@ -175,16 +147,23 @@ def test_recall_of_exactly_three_tenths_does_not_reach_the_fourth_point():
     assert ap(rows, gold) == pytest.approx((3 / 11, 0.3))
 
 
-def test_a_detection_in_the_wrong_image_or_of_the_wrong_class_is_refused():
+@pytest.mark.parametrize("evaluate", [evaluate_voc, evaluate_coco])
+def test_a_detection_in_the_wrong_image_or_of_the_wrong_class_is_refused(evaluate):
     gold = truth([("a", "cat", A)])
-    with pytest.raises(ValueError, match="image 'z', which the ground truth doesn't have"):
-        evaluate_voc(found([("z", "cat", A, 0.9)]), gold)
-    with pytest.raises(ValueError, match="class 'cow', which the ground truth doesn't have"):
-        evaluate_voc(found([("a", "cow", A, 0.9)], classes=("cat", "cow")), gold)
-    with pytest.raises(ValueError, match="not finite"):
+    for row, classes, key in ((("z", "cat", A, 0.9), CLASSES, "image 'z'"), (("a", "cow", A, 0.9), ["cow"], "'cow'")):
+        with pytest.raises(ValueError, match=key):
+            evaluate(found([row], classes), gold)
+
+
+def test_detections_are_finite_and_of_known_labels():
+    with pytest.raises(ValueError, match="finite"):
         found([("a", "cat", A, math.nan)])
-    with pytest.raises(ValueError, match="label is not in"):
+    with pytest.raises(ValueError, match="label"):
         Detections(["a"], CLASSES, np.array([2]), np.ones((1, 4)), np.ones(1))
+    with pytest.raises(ValueError, match="twice"):
+        GroundTruth.from_annotations([VocAnnotation("a", 9, 9, ())] * 2, CLASSES)
+    joined = Detections.from_images([("a", [[0, 0, 10, 20]], [1], [0.5]), ("b", [], [], [])], CLASSES)
+    assert (joined.image_id, joined.box.tolist(), joined.label.tolist()) == (["a"], [[1, 1, 10, 20]], [1])
 
 
 def test_classes_in_another_order_are_matched_by_name():

@@ -1,9 +1,8 @@
-import logging
+"""A few steps of both stages on textured shapes, on a GPU or on the CPU."""
+
 import os
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from nst_det.distillation.pipeline import distill
 from nst_det.engine.metrics import read_metrics
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-STAGE_ONE: dict[str, Any] = {
+STAGE_ONE = {
     "DATALOADER.NUM_WORKERS": 0,
     "TEACHER.EXPECTED_TOP1": 0,
     "TEACHER.SOLVER": {"MAX_ITER": 3, "BASE_LR": 0.001},
@@ -26,7 +25,7 @@ STAGE_ONE: dict[str, Any] = {
     "SOLVER.CHECKPOINT_PERIOD": 2,
     "LOG_PERIOD": 1,
 }
-STAGE_TWO: dict[str, Any] = {
+STAGE_TWO = {
     "MODEL.FPN.OUT_CHANNELS": 32,
     "DATALOADER.NUM_WORKERS": 0,
     "SOLVER.BASE_LR": 0.0005,
@@ -40,7 +39,7 @@ STAGE_TWO: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def gpu_device() -> str:
+def gpu_device():
     """``cuda``; with NST_DET_GPU_TESTS_ON_CPU=1 ``cpu``, which tries the tests themselves."""
     if os.environ.get("NST_DET_GPU_TESTS_ON_CPU") == "1":
         return "cpu"
@@ -50,23 +49,13 @@ def gpu_device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _float32_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is said to be float32 is that."""
+def _float32_convolutions(monkeypatch):
+    """Convolutions in float32 are not in TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    """A command logs to the standard error of its test, which is closed after it."""
-    yield
-    for name in (None, "nst_det", "detectron2", "fvcore"):
-        logger = logging.getLogger(name)
-        for handler in [item for item in logger.handlers if isinstance(item, logging.StreamHandler)]:
-            logger.removeHandler(handler)
-
-
 @contextmanager
-def computing_on(device: str) -> Iterator[None]:
+def computing_on(device):
     """The block computes there: a GPU's memory is used in it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -76,49 +65,40 @@ def computing_on(device: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def generated(tmp_path_factory):
     """Textured shapes: an image folder of 4 classes and a VOC folder of 3."""
-    settings = GenerateSettings(
-        classification_images=48,
-        classification_val_images=8,
-        classification_classes=4,
-        detection_images=12,
-        detection_test_images=4,
-        detection_classes=3,
-    )
+    classification = {"classification_images": 48, "classification_val_images": 8, "classification_classes": 4}
+    detection = {"detection_images": 12, "detection_test_images": 4, "detection_classes": 3}
+    settings = GenerateSettings(**classification, **detection)
     return generate_data(tmp_path_factory.mktemp("generated") / "data", settings, workers=1)
 
 
 @pytest.fixture(autouse=True)
-def _named_data(generated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _named_data(generated, monkeypatch):
     monkeypatch.setenv("NST_DET_SHAPES", str(generated))
 
 
-def words_of(*layers: dict[str, Any]) -> list[str]:
+def words_of(*layers):
     merged = {key: value for layer in layers for key, value in layer.items()}
     return [str(word) for pair in merged.items() for word in pair]
 
 
 @pytest.fixture(scope="session")
-def stage_one_config(generated: Path) -> Callable[..., Any]:
+def stage_one_config(generated):
     """``stage_one_config(folder, keys)``: the config of a few steps at 64 pixels."""
 
-    def config(folder: Path, keys: dict[str, Any] | None = None) -> Any:
-        places = {
-            "DATA.ROOT": generated / CLASSIFICATION,
-            "OUTPUT_DIR": folder,
-            "REGISTRY": folder / "backbones",
-        }
+    def config(folder, keys=None):
+        places = {"DATA.ROOT": generated / CLASSIFICATION, "OUTPUT_DIR": folder, "REGISTRY": folder / "backbones"}
         return load_distill_config(CONFIGS / "distill" / "shapes.yaml", words_of(STAGE_ONE, places, keys or {}))
 
     return config
 
 
 @pytest.fixture(scope="session")
-def stage_one(stage_one_config: Callable[..., Any], gpu_device: str) -> Callable[..., dict[str, Any]]:
+def stage_one(stage_one_config, gpu_device):
     """``stage_one(folder, keys, on=device)``: results of a run, and the metrics of each student under ``rows``."""
 
-    def run(folder: Path, keys: dict[str, Any] | None = None, on: str = "") -> dict[str, Any]:
+    def run(folder, keys=None, on=""):
         with pytest.MonkeyPatch.context() as patch:
             if on == "cpu":
                 patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -133,27 +113,24 @@ def stage_one(stage_one_config: Callable[..., Any], gpu_device: str) -> Callable
 
 
 @pytest.fixture(scope="session")
-def backbones(stage_one: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def backbones(stage_one, tmp_path_factory):
     """A first run in bfloat16: a teacher, and students of several methods side by side."""
     methods = ["ce", "kd+nst-poly", "fitnet+at", "nst-gaussian", "vid+lp"]
     return stage_one(tmp_path_factory.mktemp("first"), {"METHODS": methods, "SOLVER.AMP.DTYPE": "bf16"})
 
 
 @pytest.fixture
-def from_teacher(backbones: dict[str, Any]) -> dict[str, Any]:
+def from_teacher(backbones):
     """Keys of a float32 run with the first run's teacher."""
-    return {
-        "TEACHER.WEIGHTS": backbones["teacher"]["backbone"],
-        "METHODS": ["kd+nst-poly"],
-        "SOLVER.AMP.ENABLED": False,
-    }
+    teacher = backbones["teacher"]["backbone"]
+    return {"TEACHER.WEIGHTS": teacher, "METHODS": ["kd+nst-poly"], "SOLVER.AMP.ENABLED": False}
 
 
 @pytest.fixture(scope="session")
-def detector_words(generated: Path, gpu_device: str) -> Callable[..., list[str]]:
+def detector_words(generated, gpu_device):
     """``detector_words(folder, engine, keys)``: ``KEY VALUE`` pairs on top of :func:`detector_config`."""
 
-    def words(folder: Path, engine: str, keys: dict[str, Any] | None = None) -> list[str]:
+    def words(folder, engine, keys=None):
         places = {"ENGINE": engine, "OUTPUT_DIR": folder, "MODEL.DEVICE": gpu_device}
         return words_of(STAGE_TWO, places, keys or {})
 
@@ -161,18 +138,16 @@ def detector_words(generated: Path, gpu_device: str) -> Callable[..., list[str]]
 
 
 @pytest.fixture(scope="session")
-def detector_config() -> Path:
+def detector_config():
     """The demo's detector."""
     return CONFIGS / "detect" / "shapes.yaml"
 
 
 @pytest.fixture(scope="session")
-def stage_two(
-    detector_words: Callable[..., list[str]], detector_config: Path, gpu_device: str
-) -> Callable[..., list[dict[str, Any]]]:
+def stage_two(detector_words, detector_config, gpu_device):
     """``stage_two(folder, engine, keys, on=device)``: the metrics of a run of ``nst-det train-det``."""
 
-    def run(folder: Path, engine: str, keys: dict[str, Any] | None = None, on: str = "") -> list[dict[str, Any]]:
+    def run(folder, engine, keys=None, on=""):
         keys = {**(keys or {}), **({"MODEL.DEVICE": on} if on else {})}
         words = ["--config-file", str(detector_config), *detector_words(folder, engine, keys)]
         with computing_on(on or gpu_device), pytest.raises(SystemExit) as left:
@@ -184,13 +159,11 @@ def stage_two(
 
 
 @pytest.fixture(scope="session")
-def detectors(
-    stage_two: Callable[..., Any], generated: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def detectors(stage_two, generated, tmp_path_factory):
     """``detectors(engine)``: the folder of a first run of plain training."""
-    made: dict[str, Path] = {}
+    made = {}
 
-    def trained(engine: str) -> Path:
+    def trained(engine):
         if engine not in made:
             folder = tmp_path_factory.mktemp(engine) / "run"
             with pytest.MonkeyPatch.context() as patch:
@@ -203,10 +176,10 @@ def detectors(
 
 
 @pytest.fixture
-def taught(detectors: Callable[[str], Path], detector_config: Path, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+def taught(detectors, detector_config, tmp_path):
     """``taught(engine)``: keys of a student with ``nst-poly`` on two levels, from that first run's detector."""
 
-    def keys(engine: str) -> dict[str, Any]:
+    def keys(engine):
         teacher = tmp_path / "teacher.yaml"
         teacher.write_text(f"_BASE_: {detector_config}\nMODEL: {{FPN: {{OUT_CHANNELS: 32}}}}\n")
         return {

@@ -5,15 +5,14 @@ block, and is counted below, so that it can't become more unseen.  A line that a
 """
 
 import importlib
-import importlib.util
 import itertools
 import logging
 import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,9 @@ import yaml
 
 import nst_det
 from nst_det.cli import build_parser
+from nst_det.data.synthetic import DETECTION, generate_data
+from tests.guide import shim
+from tests.helpers.voc import SMALL_DATA
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 README = CHECKOUT / "README.md"
@@ -28,10 +30,10 @@ PAGES = [README, *sorted((CHECKOUT / "docs" / "tutorials").glob("*.md"), key=lam
 # page -> reasons, as they stand above the blocks
 NOT_RUN = {
     "README.md": [
-        "takes minutes and installs from a package index; what it runs is tested by itself",
         "installs from a package index",
         "installs from a package index, and takes minutes",
         "needs data that is not part of the project",
+        "takes minutes and installs from a package index; what it runs is tested by itself",
     ],
     "detectron2.md": [
         "needs Detectron2; tests/detectron2/test_detectron2_library.py runs the same",
@@ -40,9 +42,6 @@ NOT_RUN = {
         "needs Detectron2",
     ],
 }
-_spec = importlib.util.spec_from_file_location("guide_shim", Path(__file__).with_name("shim.py"))
-shim = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(shim)
 BLOCK = re.compile(
     r"(?:^<!-- test: (?P<note>.*?) -->\n)?^(?P<fence>```+)(?P<language>.*?)\n(?P<text>.*?)^(?P=fence)$", re.M | re.S
 )
@@ -73,17 +72,12 @@ def test_what_is_not_run_is_known():
     assert {name: reasons for name, reasons in found.items() if reasons} == NOT_RUN
 
 
-def test_no_command_hides_in_a_block_without_a_language():
-    for page in [*PAGES, *(CHECKOUT / "docs").rglob("*.md")]:
-        for block in blocks(page):
-            assert block.language or not COMMAND.search(block.text), f"{page.name}: {block.text}"
-
-
 @pytest.mark.parametrize("page", sorted({*PAGES, *(CHECKOUT / "docs").rglob("*.md")}), ids=lambda path: path.name)
 def test_commands_and_files_in_all_pages_exist(page):
     parser = build_parser()
     text = page.read_text(encoding="utf-8")
     for block in blocks(page):
+        assert block.language or not COMMAND.search(block.text), f"{page.name}: {block.text}"
         for line in block.commands if block.language in ("bash", "sh") else []:
             words = shlex.split(line, comments=True)
             words = words[words.index("nst-det") :] if "nst-det" in words else []
@@ -108,22 +102,36 @@ def test_words_and_options_in_the_text_exist():
 
 
 @pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """A folder as a new user has it: 30 images of one's own in VOC layout, without lists, and nothing else."""
+    voc = generate_data(tmp_path / "generated", SMALL_DATA, workers=1) / DETECTION
+    folder = tmp_path / "new user"
+    for name in ("Annotations", "JPEGImages"):
+        shutil.copytree(voc / name, folder / "my_images" / name)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("NST_DET_BACKBONES", str(tmp_path / "registry"))
+    return folder
+
+
+@pytest.fixture
 def terminal(empty_folder, tmp_path):
     """Does a shell line or Python text in the new user's folder; gives what it printed.
 
     In a forked process where that is the same as in a new one, so that torch is not imported a dozen times.
     """
     (empty_folder / "configs").symlink_to(CHECKOUT / "configs")
-    preload()
+    # what the commands import when they are called
+    stages = ("distillation.pipeline", "detection.pipeline", "detection.predict", "comparison.pipeline")
+    for name in (*stages, "report.page", "api"):
+        importlib.import_module(f"nst_det.{name}")
 
     def run(text, begin):
-        start, said = time.monotonic(), tmp_path / "said.txt"
-        process = multiprocessing.get_context("fork").Process(target=in_fork, args=(begin, said))
+        output = tmp_path / "output.txt"
+        process = multiprocessing.get_context("fork").Process(target=in_fork, args=(begin, output))
         process.start()
         process.join(300)
-        print(f"{time.monotonic() - start:5.1f} s  {text.splitlines()[0]}")
-        assert process.exitcode == 0, f"{text}\n{said.read_text()[-4000:]}"
-        return said.read_text()
+        assert process.exitcode == 0, f"{text}\n{output.read_text()[-4000:]}"
+        return output.read_text()
 
     def terminal(text, language):
         if language == "python":
@@ -140,8 +148,8 @@ def terminal(empty_folder, tmp_path):
     return terminal
 
 
-def in_fork(begin, said):
-    with open(said, "w", buffering=1, encoding="utf-8") as file:
+def in_fork(begin, output):
+    with open(output, "w", buffering=1, encoding="utf-8") as file:
         sys.stdout = sys.stderr = file
         os.environ |= {"COLUMNS": "160", "OMP_NUM_THREADS": "1"}
         # as in a new process: logging is not configured, and torch takes one thread
@@ -149,21 +157,8 @@ def in_fork(begin, said):
         begin()
 
 
-def preload():
-    """What the commands import when they are called."""
-    for name in (
-        "distillation.pipeline",
-        "detection.pipeline",
-        "detection.predict",
-        "comparison.pipeline",
-        "report.page",
-        "api",
-    ):
-        importlib.import_module(f"nst_det.{name}")
-
-
 def test_every_block_runs(terminal, empty_folder):
-    said = {}
+    printed = {}
     for page in PAGES:
         for block in blocks(page):
             if block.kind == "file":
@@ -173,15 +168,15 @@ def test_every_block_runs(terminal, empty_folder):
                 for line in block.commands:
                     # without its comment
                     command = shlex.join(shlex.split(line, comments=True))
-                    if command not in said:
-                        said[command] = terminal(line, block.language)
+                    if command not in printed:
+                        printed[command] = terminal(line, block.language)
             elif block.kind == "run" and block.language == "python":
-                said[block.text] = terminal(block.text, block.language)
+                printed[block.text] = terminal(block.text, block.language)
     # what a new user is told, is there
-    named = next(text for line, text in said.items() if " init " in line)
-    assert shlex.join(shlex.split(re.search(r"^next +(.*)$", named, re.MULTILINE)[1])) in said
+    named = next(text for line, text in printed.items() if " init " in line)
+    assert shlex.join(shlex.split(re.search(r"^next +(.*)$", named, re.MULTILINE)[1])) in printed
     report = empty_folder / "my_project" / "output" / "report" / "index.html"
-    first_look = next(text for line, text in said.items() if "compare" in line)
+    first_look = next(text for line, text in printed.items() if "compare" in line)
     assert f"report: {report}" in first_look
     assert "nst-poly" in report.read_text(encoding="utf-8")
     predictions = empty_folder / "predictions"

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import shutil
 
 import cv2
@@ -103,29 +104,51 @@ def snapshot(root):
     found = {}
     for path in sorted(root.rglob("*")):
         status = path.lstat()
-        content = (status.st_size, status.st_mtime_ns)
         if path.is_symlink():
             content = path.readlink()
         elif path.is_file() and status.st_size < LARGE:
             content = path.read_bytes()
-        found[path.relative_to(root)] = content if path.is_symlink() or path.is_file() else None
+        else:
+            content = (status.st_size, status.st_mtime_ns) if path.is_file() else None
+        found[path.relative_to(root)] = content
     return found
+
+
+# TREE is the folder of the inputs, OUT one beside it
+COMMANDS = {
+    "evaluate": "evaluate --voc-root TREE/voc --split train --detections TREE/detections.json",
+    "results": "evaluate --voc-root TREE/voc --split train --detections TREE/results",
+    "check": "backbones --check b",
+    "registry": "backbones --check",
+    "root": "backbones --root TREE/nowhere",
+    "replay": "replay TREE/checkpoints/step-00000003.pt",
+    "convert": "convert --weights TREE/w.pth --to detectron2 --output OUT/c.pth",
+    "zoo": "convert --weights TREE/w.pkl --to detectron2 --output TREE/c.pth",
+    "detect": "train-det --config-file TREE/detect.yaml OUTPUT_DIR OUT",
+    "distill": "distill --config-file TREE/distill.yaml OUTPUT_DIR OUT REGISTRY OUT/backbones",
+    "compare": "compare --config-file TREE/compare.yaml --output OUT",
+    "report": "report TREE",
+    "init": "init OUT/project --voc TREE/voc",
+}
 
 
 @pytest.fixture
 def refused(tmp_path):
-    """Run a command that can't use its input; the one line that it says about that."""
+    """Run a command that can't use its input, and return the one line that it prints about that."""
 
-    def call(root, *words):
+    def call(root, name, *more):
         before = snapshot(root)
-        said, shown = io.StringIO(), io.StringIO()
+        places = {"TREE": str(root), "OUT": str(root.parent / "out")}
+        words = [re.sub(r"^(TREE|OUT)\b", lambda found: places[found[0]], word) for word in COMMANDS[name].split()]
+        errors, output = io.StringIO(), io.StringIO()
         logging.getLogger().handlers.clear()
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        lines = [line for line in said.getvalue().splitlines() if line.startswith("nst-det: ")]
-        assert stop.value.code == 2, said.getvalue() + shown.getvalue()
-        assert "Traceback" not in said.getvalue() + shown.getvalue()
-        assert len(lines) == 1, said.getvalue()
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output), pytest.raises(SystemExit) as stop:
+            main([*words, *more])
+        printed = errors.getvalue() + output.getvalue()
+        lines = [line for line in errors.getvalue().splitlines() if line.startswith("nst-det: ")]
+        assert stop.value.code == 2, printed
+        assert "Traceback" not in printed
+        assert len(lines) == 1, printed
         assert lines[0].isprintable()
         assert len(lines[0]) < 1500
         assert snapshot(root) == before, lines[0]
@@ -133,41 +156,3 @@ def refused(tmp_path):
         return lines[0]
 
     return call
-
-
-def words_of(root, kind, *more):
-    """The words of a command on the tree, writing beside it."""
-    out = root.parent / "out"
-    return {
-        "evaluate": [
-            "evaluate",
-            "--voc-root",
-            root / "voc",
-            "--split",
-            "train",
-            "--detections",
-            root / "detections.json",
-        ],
-        "results": ["evaluate", "--voc-root", root / "voc", "--split", "train", "--detections", root / "results"],
-        "check": ["backbones", "--check", "b"],
-        "replay": ["replay", root / "checkpoints" / "step-00000003.pt"],
-        "convert": ["convert", "--weights", root / "w.pth", "--to", "detectron2", "--output", out / "c.pth"],
-        "detect": ["train-det", "--config-file", root / "detect.yaml", "OUTPUT_DIR", out],
-        "distill": [
-            "distill",
-            "--config-file",
-            root / "distill.yaml",
-            "OUTPUT_DIR",
-            out,
-            "REGISTRY",
-            out / "backbones",
-        ],
-        "compare": ["compare", "--config-file", root / "compare.yaml", "--output", out],
-        "report": ["report", root],
-        "init": ["init", out / "project", "--voc", root / "voc"],
-    }[kind] + list(more)
-
-
-@pytest.fixture
-def words():
-    return words_of

@@ -1,16 +1,13 @@
 """The parsers of tests/fuzz/fuzz_parsers.py under hypothesis: nothing but a UserError comes out."""
 
-import importlib.util
-from pathlib import Path
+import json
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-FILE = Path(__file__).resolve().parents[1] / "fuzz" / "fuzz_parsers.py"
-spec = importlib.util.spec_from_file_location("fuzz_parsers", FILE)
-fuzz = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fuzz)
+from tests.fuzz import fuzz_parsers as fuzz
+
 PARSERS = fuzz._parsers()
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -50,8 +47,6 @@ def test_mutated_and_random_bytes(name, data):
 @given(value=json_values, data=st.data())
 @FUZZ
 def test_json_in_which_some_values_are_others(name, value, data):
-    import json
-
     tree = json.loads(fuzz.SEEDS[name])
     node = tree
     while isinstance(node, dict | list) and node:

@@ -1,12 +1,10 @@
-"""A malicious pickle, an XML bomb, a path that leads out, a script as a name: none runs, each is named."""
+"""A malicious pickle, a script as a name: none runs, each is named."""
 
 import copy
 import importlib.util
 import json
 import os
 import pickle
-import re
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nst_det.cli import main
+from nst_det.cli import build_parser
 from nst_det.engine.checkpoint import load_checkpoint
 from nst_det.errors import UserError
 from nst_det.models import load_plain
@@ -45,67 +43,33 @@ def evil_files(folder):
     return sorted(folder.iterdir())
 
 
-def test_a_malicious_pickle_is_not_opened_and_the_reason_said(tmp_path):
+def test_a_malicious_pickle_is_not_opened_and_the_reason_given(tmp_path):
     files = evil_files(tmp_path)
     assert len(files) == 4
     for path in files:
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError, match=f"^{path}: not opened: it is a pickle.*--trust-pickle"):
             load_plain(path)
-        line = str(error.value)
-        assert line.startswith(f"{path}: not opened: it is a pickle that holds more than weights")
-        assert "runs whatever code its author put there" in line
-        assert "--trust-pickle" in line
-        with pytest.raises(UserError, match="damaged checkpoint, or not one"):
+        with pytest.raises(UserError, match=f"{path.name}: damaged"):
             load_checkpoint(path)
 
 
-def test_an_honest_pickle_is_opened_only_where_that_is_said(tmp_path):
+def test_an_honest_pickle_is_opened_only_where_the_user_trusts_it(tmp_path):
     path = tmp_path / "zoo.pkl"
     weights = {"a.weight": np.arange(3, dtype=np.float32)}
     path.write_bytes(pickle.dumps({"model": weights, "__author__": "Detectron2 Model Zoo"}))
-    with pytest.raises(UserError, match="not opened"):
-        load_plain(path)
     with trusting_pickles():
-        loaded = load_plain(path)
-    assert torch.equal(loaded["a.weight"], torch.arange(3.0))
-    with trusting_pickles(False), pytest.raises(UserError, match="not opened"):
+        assert torch.equal(load_plain(path)["a.weight"], torch.arange(3.0))
+    with trusting_pickles(False), pytest.raises(UserError, match=r"zoo\.pkl: not opened"):
         load_plain(path)
 
 
 @pytest.mark.parametrize("command", ["train-det", "distill", "compare", "convert", "replay"])
 def test_the_flag_is_there_and_off(command):
-    from nst_det.cli import build_parser
-
     words = {"convert": ["--weights", "w", "--to", "timm", "--output", "o"], "replay": ["f"]}
     given = [command, *words.get(command, ["--config-file", "c"])]
     assert build_parser().parse_args(given).trust_pickle is False
     first, *rest = given
     assert build_parser().parse_args([first, "--trust-pickle", *rest]).trust_pickle is True
-
-
-def test_an_xml_bomb_is_refused_at_once(tree, refused, words):
-    laughs = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 10))
-    bomb = f'<!DOCTYPE a [<!ENTITY l0 "ha">{laughs}]><annotation>&l9;</annotation>'
-    (tree / "voc" / "Annotations" / "a.xml").write_text(bomb)
-    began = time.monotonic()
-    line = refused(tree, *words(tree, "evaluate"))
-    assert time.monotonic() - began < 10
-    assert re.search(r"Annotations/a\.xml: XML with a DOCTYPE or entities is refused", line)
-
-
-@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "a/../../b"])
-def test_a_path_that_leads_out_is_not_followed(tree, refused, words, name):
-    assert "can't name a backbone" in refused(tree, *words(tree, "detect", "MODEL.WEIGHTS", f"backbone://{name}"))
-    (tree / "voc" / "ImageSets" / "Main" / "train.txt").write_text(f"{name}\n")
-    assert f"line 1: '{name}' could lead to another folder" in refused(tree, *words(tree, "evaluate"))
-
-
-def test_a_link_that_leads_out_is_not_followed(tree, refused, words):
-    outside = tree.parent / "outside.xml"
-    outside.write_text((tree / "voc" / "Annotations" / "a.xml").read_text())
-    (tree / "voc" / "Annotations" / "a.xml").unlink()
-    (tree / "voc" / "Annotations" / "a.xml").symlink_to(outside)
-    assert re.search(r"Annotations/a\.xml: .*outside", refused(tree, *words(tree, "evaluate")))
 
 
 class Tags(HTMLParser):
@@ -137,10 +101,10 @@ def report_numbers():
     return module
 
 
-def test_a_script_as_a_name_stands_in_the_report_as_text(tmp_path):
+def test_a_script_as_a_name_is_text_in_the_report(tmp_path):
     made = report_numbers()
-    results = made.build_results(classes=(SCRIPT, ATTRIBUTE, *made.CLASSES[2:]))
     calm = copy.deepcopy(made.build_results())
+    results = made.build_results(classes=(SCRIPT, ATTRIBUTE, *calm["classes"][2:]))
     results["name"] = SCRIPT
     results["settings"] |= {"DATA": SCRIPT, ATTRIBUTE: "x"}
     results["provenance"] |= {"command": SCRIPT, "platform": ATTRIBUTE}
@@ -161,14 +125,11 @@ def test_a_script_as_a_name_stands_in_the_report_as_text(tmp_path):
     assert "&lt;script&gt;document.title=" in pages["evil"]
 
 
-def test_a_script_as_a_class_in_the_data_is_a_name_like_any_other(tree, tmp_path, capsys):
+def test_a_script_as_a_class_in_the_data_is_a_name_like_any_other(tree, cli, capsys):
     path = tree / "voc" / "Annotations" / "a.xml"
     path.write_text(path.read_text().replace("<name>cup<", "<name>&lt;script&gt;x&lt;/script&gt;<"))
-    (tree / "detections.json").write_text(
-        json.dumps([{"image_id": "a", "category": "<script>x</script>", "bbox": [1, 1, 5, 5], "score": 0.5}])
-    )
-    words = ["evaluate", "--voc-root", tree / "voc", "--split", "train", "--detections", tree / "detections.json"]
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    assert left.value.code == 0
+    entry = {"image_id": "a", "category": "<script>x</script>", "bbox": [1, 1, 5, 5], "score": 0.5}
+    file = tree / "detections.json"
+    file.write_text(json.dumps([entry]))
+    assert cli("evaluate", "--voc-root", tree / "voc", "--split", "train", "--detections", file) == 0
     assert "<script>" in capsys.readouterr().out

@@ -11,53 +11,30 @@ from nst_det.losses.loss_balance import STEPS, GradientBalance
 CHANNELS = {"res4": 6}
 
 
-def two_losses():
-    """A product of two parameters and a square, whose gradients are written down by hand."""
+def test_the_norms_are_those_of_the_gradients_written_by_hand():
     a = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
     b = torch.tensor([0.5, 4.0, -1.0], requires_grad=True)
-    return a, b, 3 * (a * b).sum(), (b**2).sum()
-
-
-def test_the_norms_are_those_of_the_gradients_written_by_hand():
-    a, b, product, square = two_losses()
+    product, square = 3 * (a * b).sum(), (b**2).sum()
     elsewhere = torch.tensor(7.0, requires_grad=True)
     norms = gradient_norms([product, square, elsewhere * 2, torch.tensor(1.0)], [a, b])
     # d/da 3ab = 3b, d/db 3ab = 3a, d/db b^2 = 2b
-    by_hand = [
-        3 * math.sqrt(0.25 + 16 + 1 + 1 + 4 + 9),
-        2 * math.sqrt(0.25 + 16 + 1),
-        0,
-        0,
-    ]
+    by_hand = [3 * math.sqrt(0.25 + 16 + 1 + 1 + 4 + 9), 2 * math.sqrt(0.25 + 16 + 1), 0, 0]
     assert norms.tolist() == pytest.approx(by_hand, rel=1e-6)
     assert a.grad is None
     (product + square).backward()
     torch.testing.assert_close(b.grad, 3 * a.detach() + 2 * b.detach())
+    zeros = torch.zeros(2, requires_grad=True)
+    assert gradient_norms([zeros.sqrt().sum(), (zeros / 0).sum()], [zeros]).tolist() == [math.inf, math.inf]
 
 
-def test_a_gradient_that_is_not_finite_is_inf():
-    a = torch.zeros(2, requires_grad=True)
-    assert gradient_norms([a.sqrt().sum(), (a / 0).sum()], [a]).tolist() == [math.inf, math.inf]
-
-
-@pytest.mark.parametrize(
-    ("weight", "ratio", "one_sided"),
-    [
-        (1, 10.5, True),
-        (1, 9.5, False),
-        (1, 0.11, False),
-        (1, 0.09, True),
-        (1, 0, True),
-        (0, 0, False),
-        (1, None, False),
-    ],
-)
-def test_beyond_ten_to_one_there_is_a_warning(weight, ratio, one_sided):
-    line = TermBalance("at", weight, 0.1, 1.0, ratio)
-    assert line.one_sided == one_sided
-    if one_sided:
+@pytest.mark.parametrize("ratio", [10.5, 9.5, 0.11, 0.09, 0, None])
+def test_beyond_ten_to_one_there_is_a_warning(ratio):
+    line = TermBalance("at", 1, 0.1, 1.0, ratio)
+    assert line.one_sided == (ratio in (10.5, 0.09, 0))
+    assert not TermBalance("at", 0, 0.1, 1.0, ratio).one_sided
+    if line.one_sided:
         assert "\n" not in line.warning
-        assert "gradient of at at the student's backbone" in line.warning
+        assert " at at " in line.warning
 
 
 def teacher_and_student(seed=0):
@@ -121,29 +98,30 @@ def test_the_share_after_scaling_is_the_one_that_was_wished():
     assert lines["kd"].value == pytest.approx(float(terms["kd"].detach()))
 
 
-def test_what_was_measured_is_in_the_state_dict_and_the_run_goes_on_alike():
-    settings = {"auto_weight": {"nst-poly": 1.0}}
-    backbone, head = teacher_and_student()
-    whole, values = build("nst-poly", **settings), []
-    for index in range(STEPS + 1):
-        task, terms = step(whole, backbone, head, index)
-        if whole.balance.wants(index):
-            terms = whole.balance(task, terms, list(backbone.parameters()))
+def run(loss, backbone, head, steps):
+    """The values of nst-poly in some steps, and the state dict after the first three of them."""
+    values, saved = [], {}
+    for index in steps:
+        task, terms = step(loss, backbone, head, index)
+        if loss.balance.wants(index):
+            terms = loss.balance(task, terms, list(backbone.parameters()))
         values.append(terms["nst-poly"].detach())
         if index == 2:
-            saved = copy.deepcopy(whole.state_dict())
-    gone_on = build("nst-poly", **settings)
-    gone_on.load_state_dict(saved)
-    assert gone_on.balance.measured == 3
-    for index in range(3, STEPS + 1):
-        task, terms = step(gone_on, backbone, head, index)
-        if gone_on.balance.wants(index):
-            terms = gone_on.balance(task, terms, list(backbone.parameters()))
-        assert torch.equal(terms["nst-poly"].detach(), values[index])
-    assert gone_on.weights == whole.weights
-    done = build("nst-poly", **settings)
+            saved = copy.deepcopy(loss.state_dict())
+    return values, saved
+
+
+def test_what_was_measured_is_in_the_state_dict_and_a_resumed_run_is_the_same():
+    settings = {"auto_weight": {"nst-poly": 1.0}}
+    backbone, head = teacher_and_student()
+    whole = build("nst-poly", **settings)
+    values, saved = run(whole, backbone, head, range(STEPS + 1))
+    resumed, done = build("nst-poly", **settings), build("nst-poly", **settings)
+    resumed.load_state_dict(saved)
+    assert resumed.balance.measured == 3
+    assert run(resumed, backbone, head, range(3, STEPS + 1))[0] == values[3:]
     done.load_state_dict(whole.state_dict())
-    assert done.weights == whole.weights
+    assert done.weights == resumed.weights == whole.weights
     assert not done.balance.wants(STEPS)
 
 
@@ -161,7 +139,7 @@ def test_without_shares_one_step_is_measured_and_nothing_is_changed_or_saved():
     for line in loss.balance.lines:
         assert line.norm == pytest.approx(norm_of(terms[line.term], backbone), rel=1e-5)
         assert line.ratio == pytest.approx(line.norm / norm_of(task, backbone), rel=1e-5)
-    # a run that goes on is not measured again
+    # a resumed run is not measured again
     assert not build("kd").balance.wants(3)
     assert not build("ce").balance.wants(0)
 
@@ -182,26 +160,10 @@ def test_a_measured_step_goes_backward_to_the_same_bits():
     assert all(torch.equal(one, other) for one, other in zip(*gradients))
 
 
-def test_a_weight_in_the_word_goes_before_auto_weight():
+def test_a_weight_in_the_method_goes_before_auto_weight():
     loss = build("at:3+nst-poly", auto_weight={"at": 1.0, "nst-poly": 1.0}, weights={"nst-poly": 0})
     assert loss.balance.shares == {"nst-poly": 1.0}
     assert loss.weights == {"at": 3.0, "nst-poly": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("shares", "said"),
-    [
-        ({"nst-pol": 1}, "unknown term 'nst-pol'"),
-        ({"at": 0}, "the share of 'at' must be a finite number above 0, not 0"),
-        ({"at": -1.0}, "above 0"),
-        ({"at": "half"}, "not 'half'"),
-        ({"at": True}, "not True"),
-        ({"at": math.nan}, "above 0"),
-    ],
-)
-def test_shares_that_cannot_be_are_one_line(shares, said):
-    with pytest.raises(ValueError, match=said):
-        build("at", auto_weight=shares)
 
 
 def test_a_term_that_does_not_reach_the_backbone_gets_no_weight():

@@ -1,4 +1,4 @@
-"""A method from outside the package, in the four steps that docs/methods.md shows."""
+"""A method from outside the package, in the three steps that docs/methods.md shows."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nst_det.losses import LossSpec, ModelOutputs, build_transfer, parse_method, register_term, terms, unregister_term
+from nst_det.losses import ModelOutputs, build_transfer, parse_method, register_term, terms, unregister_term
 from nst_det.losses.ops import aligned, unit
 
 
@@ -20,7 +20,7 @@ def similarity_loss(student, teacher, shared):
     return (unit(x @ x.T) - target).square().mean()
 
 
-# 2. the module that a pair of levels gets
+# 2. the module that a pair of levels gets, and its entry in the registry
 class Similarity(nn.Module):
     def __init__(self, pair, scale=1.0):
         super().__init__()
@@ -30,28 +30,25 @@ class Similarity(nn.Module):
         return self.scale * similarity_loss(student, teacher, shared)
 
 
-# 3. its entry in the registry
-SIMILARITY = LossSpec(
-    name="sp",
-    level="maps",
-    weight=3000.0,
-    source="RepDistiller (beta 3000)",
-    summary="which samples of the batch have similar maps",
-    build=Similarity,
-    options={"scale": 1.0},
-)
+ENTRY = {
+    "name": "sp",
+    "level": "maps",
+    "weight": 3000.0,
+    "source": "RepDistiller (beta 3000)",
+    "summary": "which samples of the batch have similar maps",
+}
 
 
 @pytest.fixture
 def _registered():
-    register_term(SIMILARITY)
+    register_term(**ENTRY)(Similarity)
     yield
     unregister_term("sp")
 
 
 @pytest.mark.usefixtures("_registered")
 def test_a_method_from_outside_is_a_method_like_any_other():
-    # 4. its word, wherever a method is named
+    # 3. its name, wherever a method is named
     assert parse_method("sp:10+kd").word == "kd+sp:10"
     loss = build_transfer(
         "sp+nst-poly",
@@ -84,31 +81,32 @@ def test_a_method_from_outside_is_a_method_like_any_other():
 )
 def test_a_term_that_cannot_be_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
-        register_term(LossSpec(**{**vars(SIMILARITY), **changes}))
+        register_term(**{**ENTRY, **changes})(Similarity)
     assert list(terms()).count("sp") == 1
     assert "rkd" not in terms()
 
 
 def test_what_was_unregistered_is_unknown():
-    with pytest.raises(ValueError, match="unknown term 'sp'"):
-        parse_method("sp")
-    with pytest.raises(ValueError, match="unknown term 'sp'"):
-        unregister_term("sp")
+    for look_up in (parse_method, unregister_term):
+        with pytest.raises(ValueError, match="unknown term 'sp'"):
+            look_up("sp")
 
 
 def test_a_module_named_in_the_environment_adds_its_terms_to_every_command(tmp_path):
     (tmp_path / "my_terms.py").write_text(
         "from torch import nn\n"
-        "from nst_det.losses import LossSpec, register_term\n"
-        "register_term(LossSpec('sp', 'maps', 3000.0, 'RepDistiller (beta 3000)', 'similar samples', nn.Identity))\n"
+        "from nst_det.losses import register_term\n"
+        "@register_term('sp', 'maps', 3000.0, 'RepDistiller (beta 3000)', 'similar samples')\n"
+        "class Similarity(nn.Identity):\n"
+        "    pass\n"
     )
-    environment = {**os.environ, "NST_DET_TERMS": "my_terms", "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "nst_det", "methods", "kd+sp"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "similar samples" in done.stdout
-    environment["NST_DET_TERMS"] = "no_such_terms"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "$NST_DET_TERMS: can't import 'no_such_terms'" in done.stderr
-    assert done.stderr.count("\n") == 1
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    for module, code, named in (
+        ("my_terms", 0, "similar samples"),
+        ("no_such_terms", 2, "$NST_DET_TERMS: can't import 'no_such"),
+    ):
+        environment = {**os.environ, "NST_DET_TERMS": module, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
+        command = [sys.executable, "-m", "nst_det", "methods", "kd+sp"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert named in done.stdout + done.stderr

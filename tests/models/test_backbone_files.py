@@ -19,6 +19,7 @@ from nst_det.models import (
     load_card,
     load_into,
     load_plain,
+    load_strict,
     prove_parity,
     save_backbone,
 )
@@ -74,16 +75,9 @@ def test_round_trip(saved):
     assert (card.arch, card.num_classes, card.method, card.top1, card.seed) == ("nst_resnet10_w32", 5, "kd", 0.5, 3)
     assert card.levels["res4"] == {"stride": 16, "channels": 128}
     assert card.params == sum(p.numel() for p in model.parameters())
-    assert card.versions["torch"] == torch.__version__.split("+")[0] or card.versions["torch"] == torch.__version__
+    assert torch.__version__.startswith(card.versions["torch"])
     assert card.input == {"channel_order": "RGB", "mean": MEAN, "std": STD, "size": 32}
     assert load_card(path) == card
-
-
-def test_channels_last_weights_are_saved_as_they_are(tmp_path, saved):
-    path = tmp_path / "last.safetensors"
-    save_backbone(path, create_model("nst_resnet10_w32", 5).to(memory_format=torch.channels_last), make_card())
-    state, _ = load_backbone(path)
-    assert state["conv1.weight"].shape == (32, 3, 3, 3)
 
 
 def test_a_classifier_and_a_bottom_up_are_filled(saved):
@@ -113,52 +107,49 @@ def test_parity_is_zero_and_a_difference_is_seen(saved, monkeypatch):
     assert prove_parity(path) > 1e-3
 
 
-def test_another_architecture_is_refused(saved):
-    path, _ = saved
-    with pytest.raises(UserError, match="holds nst_resnet10_w32, the model is resnet18"):
-        load_into(Bottomup("resnet18"), path)
-    with pytest.raises(UserError, match="don't fit the model.*missing.*other shapes"):
-        load_into(create_model("resnet18", 5), path)
-    with pytest.raises(UserError, match=r"other shapes \(fc.weight 5x256 for 9x256"):
-        load_into(create_model("nst_resnet10_w32", 9), path)
-    with pytest.raises(UserError, match="has no level 'res9'"):
-        bottomup_from_file(path, ["res9"])
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda path: load_into(Bottomup("resnet18"), path), "nst_resnet10_w32.*resnet18"),
+        (lambda path: load_into(create_model("resnet18", 5), path), "missing.*other shapes"),
+        (lambda path: load_into(create_model("nst_resnet10_w32", 9), path), "fc.weight 5x256 for 9x256"),
+        (lambda path: bottomup_from_file(path, ["res9"]), "'res9'"),
+    ],
+)
+def test_another_architecture_is_refused(saved, make, named):
+    with pytest.raises(UserError, match=f"small.safetensors.*{named}"):
+        make(saved[0])
+
+
+MISSING = object()
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "says"),
+    ("field", "value", "named"),
     [
-        ("sha256", "0" * 64, "the weights are not those of the card"),
-        ("arch", "resnet18", "don't fit the model"),
-        ("arch", "hf-hub:x/y", "field 'arch': unknown architecture"),
-        ("arch", 3, "field 'arch' has the wrong type"),
-        ("arch_kwargs", {"checkpoint_path": "/etc/passwd"}, "'checkpoint_path' is not allowed"),
-        ("arch_kwargs", {"width": 7}, "doesn't take these arguments"),
-        ("num_classes", 10**9, "outside 1 to 1000000"),
-        ("num_classes", True, "wrong type"),
-        ("num_classes", 6, "other shapes"),
-        ("classes", "abc", "field 'classes' has the wrong type"),
-        ("input", {"channel_order": "GBR", "mean": MEAN, "std": STD}, "'input.channel_order' must be RGB or BGR"),
-        ("input", {"channel_order": "RGB", "mean": [123.7, 116.3, 103.5], "std": STD}, "'input.mean' must be three"),
-        ("input", {"channel_order": "RGB", "mean": MEAN, "std": [0.2, 0.2]}, "'input.std' must be three"),
-        ("top1", "good", "field 'top1' has the wrong type"),
+        *((field, MISSING, f"'{field}' is missing") for field in ("arch", "num_classes", "input", "sha256")),
+        ("sha256", "0" * 64, "sha256"),
+        ("arch", "resnet18", "fit"),
+        ("arch", "hf-hub:x/y", "'arch'"),
+        ("arch", 3, "'arch'"),
+        ("arch_kwargs", {"checkpoint_path": "/etc/passwd"}, "'checkpoint_path'"),
+        ("arch_kwargs", {"width": 7}, "width"),
+        ("num_classes", 10**9, "'num_classes'"),
+        ("num_classes", True, "'num_classes'"),
+        ("num_classes", 6, "fc.weight"),
+        ("classes", "abc", "'classes'"),
+        ("top1", "good", "'top1'"),
+        ("input", {"channel_order": "GBR", "mean": MEAN, "std": STD}, "'input.channel_order'"),
+        ("input", {"channel_order": "RGB", "mean": [123.7, 116.3, 103.5], "std": STD}, "'input.mean'"),
+        ("input", {"channel_order": "RGB", "mean": MEAN, "std": [0.2, 0.2]}, "'input.std'"),
     ],
 )
-def test_a_card_that_cant_be_right_is_refused(copied, field, value, says):
+def test_a_card_that_cant_be_right_is_one_line(copied, field, value, named):
     path, card = copied
-    write_card(path, {**card, field: value})
-    with pytest.raises(UserError, match=says) as caught:
+    write_card(path, {key: item for key, item in {**card, field: value}.items() if item is not MISSING})
+    with pytest.raises(UserError, match=f"small.*{named}") as caught:
         load_backbone(path)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("missing", ["arch", "num_classes", "input", "sha256"])
-def test_a_card_without_a_field(copied, missing):
-    path, card = copied
-    del card[missing]
-    write_card(path, card)
-    with pytest.raises(UserError, match=f"field '{missing}' is missing"):
-        load_backbone(path)
 
 
 def test_a_card_that_is_not_as_it_was_written(copied):
@@ -179,35 +170,28 @@ def test_a_card_that_is_not_as_it_was_written(copied):
             load_backbone(path)
 
 
-def test_damaged_files(copied):
-    path, card = copied
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="damaged, or not a safetensors file"):
-        load_backbone(path)
-    path.write_bytes(b"")
-    with pytest.raises(UserError, match="damaged, or not a safetensors file"):
-        load_backbone(path)
-    flipped = bytearray(whole)
-    flipped[-5] ^= 1
-    path.write_bytes(bytes(flipped))
-    with pytest.raises(UserError, match="sha256 differs"):
-        load_backbone(path)
-    path.with_suffix(".json").write_text("[1, 2]")
-    with pytest.raises(UserError, match="not a backbone card"):
-        load_backbone(path)
-    path.with_suffix(".json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        load_backbone(path)
-    path.with_suffix(".json").unlink()
-    with pytest.raises(UserError, match="its card small.json is missing"):
-        load_backbone(path)
-    path.unlink()
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("small.safetensors", lambda whole: whole[: len(whole) // 2], "small.safetensors.*damaged"),
+        ("small.safetensors", lambda whole: b"", "small.safetensors.*damaged"),
+        ("small.safetensors", lambda whole: whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "sha256"),
+        ("small.safetensors", None, "small.safetensors"),
+        ("small.json", lambda whole: b"[1, 2]", "small.json"),
+        ("small.json", lambda whole: b"{", "small.json.*JSON"),
+        ("small.json", None, "small.json is missing"),
+    ],
+)
+def test_damaged_files(copied, file, content, named):
+    path = copied[0].with_name(file)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(UserError, match=named):
+        load_backbone(copied[0])
     with pytest.raises(UserError, match="no such backbone file"):
-        load_backbone(path)
-    write_card(path, card)
-    with pytest.raises(UserError, match="its card is here, the weights are not"):
-        load_backbone(path)
+        load_backbone(copied[0].with_name("other.safetensors"))
 
 
 def test_a_file_that_is_being_replaced_has_no_card(saved, tmp_path, monkeypatch):
@@ -224,27 +208,26 @@ def test_the_input_contract(saved):
     card = load_card(saved[0])
     check_input_contract(card, MEAN, STD)
     check_input_contract(card, [0.48501, 0.456, 0.406], STD)
-    with pytest.raises(UserError, match=r"mean \(0.485, 0.456, 0.406\) in RGB, now mean is \(0.5, 0.5, 0.5\) in RGB"):
-        check_input_contract(card, [0.5] * 3, STD)
-    with pytest.raises(UserError, match="trained with std"):
-        check_input_contract(card, MEAN, [1 / 255] * 3)
-    with pytest.raises(UserError, match="trained on RGB images, now they are BGR"):
-        check_input_contract(card, MEAN, STD, "BGR")
+    for other, named in (
+        (([0.5] * 3, STD), r"mean \(0.485, 0.456, 0.406\).*\(0.5, 0.5, 0.5\)"),
+        ((MEAN, [1 / 255] * 3), "std"),
+        ((MEAN, STD, "BGR"), "RGB.*BGR"),
+    ):
+        with pytest.raises(UserError, match=named):
+            check_input_contract(card, *other)
 
 
-def test_torchvisions_resnet_fits_timms(tmp_path):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_torchvisions_resnet_fits_timms(tmp_path, wrapped):
     theirs = torchvision.models.resnet18(num_classes=4).eval()
-    for name in ("plain.pth", "wrapped.pth"):
-        state = theirs.state_dict()
-        if name == "wrapped.pth":
-            state = {"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}
-        torch.save(state, tmp_path / name)
-        model = timm.create_model("resnet18", num_classes=4).eval()
-        from nst_det.models import load_strict
-
-        load_strict(model, load_plain(tmp_path / name), name)
-        images = torch.randn(1, 3, 64, 64)
-        assert torch.allclose(model(images), theirs(images), atol=1e-5)
+    state = theirs.state_dict()
+    if wrapped:
+        state = {"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}
+    torch.save(state, tmp_path / "theirs.pth")
+    model = timm.create_model("resnet18", num_classes=4).eval()
+    load_strict(model, load_plain(tmp_path / "theirs.pth"), "theirs")
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.allclose(model(images), theirs(images), atol=1e-5)
 
 
 class Trap:
@@ -263,12 +246,9 @@ def test_a_pickle_is_not_executed(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_what_is_no_state_dict(tmp_path):
+@pytest.mark.parametrize("name", ["list.pth", "text.pth", "none.pth"])
+def test_what_is_no_state_dict(tmp_path, name):
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError, match="not a state dict"):
-        load_plain(tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(UserError, match="not a weights file"):
-        load_plain(tmp_path / "text.pth")
-    with pytest.raises(UserError, match="no such weights file"):
-        load_plain(tmp_path / "none.pth")
+    with pytest.raises(UserError, match=name):
+        load_plain(tmp_path / name)

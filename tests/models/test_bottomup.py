@@ -41,32 +41,23 @@ def test_layers_above_the_highest_level_are_gone():
     assert not any(key.startswith(("model.layer4", "model.fc")) for key in bottomup.state_dict())
 
 
-def test_frozen_batch_norm_keeps_names_and_equals_evaluation():
-    model, bottomup = classifier_and_bottomup("resnet18")
-    keys = list(bottomup.state_dict())
-    bottomup.set_norm("frozen")
-    bottomup.train()
-    images = torch.randn(4, 3, 64, 64)
+# timm's layer with a built-in activation in the second; drop path and dropout are off in its maps
+@pytest.mark.parametrize("arch", ["resnet18", "efficientnet_b0"])
+def test_frozen_batch_norm_keeps_names_and_equals_evaluation(arch):
+    model, bottomup = classifier_and_bottomup(arch)
     before = copy.deepcopy(bottomup.state_dict())
-    maps = bottomup(images)
+    bottomup.set_norm("frozen")
+    images = torch.randn(4, 3, 64, 64)
+    maps = bottomup.train()(images)
     wanted = forward_outputs(model, images, feature_levels(model)).maps
     assert all(torch.equal(maps[name], wanted[name]) for name in maps)
-    assert list(bottomup.state_dict()) == keys
-    assert all(torch.equal(before[key], value) for key, value in bottomup.state_dict().items())
+    after = bottomup.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(before[key], after[key]) for key in before)
     norms = dict(batch_norms(bottomup))
     assert norms
     assert not any(p.requires_grad for layer in norms.values() for p in layer.parameters())
-    assert bottomup.model.conv1.weight.requires_grad
-
-
-def test_frozen_batch_norm_keeps_timms_built_in_activation():
-    model, bottomup = classifier_and_bottomup("efficientnet_b0")
-    bottomup.set_norm("frozen")
-    images = torch.randn(1, 3, 64, 64)
-    maps = bottomup.train()(images)
-    # drop path and dropout are off in the maps of this network's evaluation mode
-    wanted = forward_outputs(model, images, feature_levels(model)).maps
-    assert all(torch.equal(maps[name], wanted[name]) for name in maps)
+    assert any(p.requires_grad for p in bottomup.parameters())
 
 
 def test_sync_keeps_names_and_values():
@@ -77,11 +68,6 @@ def test_sync_keeps_names_and_values():
     after = bottomup.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_unknown_norm_policy():
-    with pytest.raises(ValueError, match="unknown norm policy 'group'; use frozen, train or sync"):
-        classifier_and_bottomup("nst_resnet10_w32")[1].set_norm("group")
 
 
 @pytest.mark.parametrize(
@@ -108,18 +94,24 @@ def test_freezing_finds_the_layers_of_a_network_without_stage_names():
     _, bottomup = classifier_and_bottomup("mobilenetv3_large_100")
     bottomup.freeze(2)
     frozen = {name for name, p in bottomup.named_parameters() if not p.requires_grad}
-    maps = bottomup.eval()(torch.randn(1, 3, 64, 64))
-    for parameter in bottomup.parameters():
-        parameter.requires_grad_(True)
+    names, parameters = zip(*bottomup.eval().requires_grad_(True).named_parameters())
     maps = bottomup(torch.randn(1, 3, 64, 64))
-    names, parameters = zip(*bottomup.named_parameters())
     grads = torch.autograd.grad(maps["res2"].sum(), parameters, allow_unused=True)
     assert frozen == {name for name, grad in zip(names, grads) if grad is not None}
 
 
-def test_a_stride_that_is_not_there_cant_be_frozen_at():
-    with pytest.raises(ValueError, match="convnext_atto has no map of stride 2, so it can't be frozen at 1"):
-        classifier_and_bottomup("convnext_atto")[1].freeze(1)
+@pytest.mark.parametrize(
+    ("arch", "use", "named"),
+    [
+        ("convnext_atto", lambda bottomup: bottomup.freeze(1), "convnext_atto.*stride 2"),
+        ("nst_resnet10_w32", lambda bottomup: bottomup.freeze(6), "6"),
+        ("nst_resnet10_w32", lambda bottomup: bottomup.set_norm("group"), "'group'.*frozen, train or sync"),
+        ("nst_resnet10_w32", lambda bottomup: Bottomup(bottomup.arch, ["p3"]), "'p3'.*res2, res3, res4, res5"),
+    ],
+)
+def test_what_cannot_be_asked(arch, use, named):
+    with pytest.raises(ValueError, match=named):
+        use(classifier_and_bottomup(arch)[1])
 
 
 def test_random_layers_are_not_frozen_unasked():
@@ -150,8 +142,3 @@ def test_weights_that_dont_fit_are_named_and_nothing_is_copied():
         assert len(str(caught.value)) < 700
     after = bottomup.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_unknown_level_lists_those_there_are():
-    with pytest.raises(ValueError, match="nst_resnet10_w32 has no level 'p3'; it has res2, res3, res4, res5"):
-        Bottomup("nst_resnet10_w32", ["p3"])

@@ -40,10 +40,9 @@ def test_levels_are_its_hidden_vectors(model):
     assert embedding_width(model) == 1024
     maps = model.forward_intermediates(torch.zeros(2, 3, 8, 8), indices=[-1], intermediates_only=True)
     assert [tuple(map_.shape) for map_ in maps] == [(2, 1024, 1, 1)]
-    with pytest.raises(ValueError, match="nst_mlp_w1024 has no level 'res4'; it has hidden1, hidden2"):
-        Bottomup("nst_mlp_w1024", ["res4"], SMALL)
-    with pytest.raises(ValueError, match="nst_mlp_w1024: 'hidden1' is a vector, and a detector needs maps"):
-        Bottomup("nst_mlp_w1024", ["hidden1"], SMALL)
+    for level in ("res4", "hidden1"):
+        with pytest.raises(ValueError, match=f"nst_mlp_w1024.*'{level}'"):
+            Bottomup("nst_mlp_w1024", [level], SMALL)
 
 
 @pytest.mark.parametrize(("width", "millions"), [(1024, 6.3), (2048, 16.7), (4096, 50.3)])
@@ -51,12 +50,3 @@ def test_parameters(width, millions):
     with torch.device("meta"):
         model = create_model(f"nst_mlp_w{width}", 1000)
     assert count_parameters(model) == pytest.approx(millions * 1e6, rel=0.01)
-
-
-def test_what_it_does_not_take(model):
-    with pytest.raises(ValueError, match="MLPs have no pretrained weights"):
-        create_model("nst_mlp_w1024", 5, pretrained=True)
-    with pytest.raises(ValueError, match="width, depth and img_size of at least 1, not 1024, 0, 32"):
-        create_model("nst_mlp_w1024", 5, depth=0)
-    with pytest.raises(ValueError, match="as NCHW, not NLC"):
-        model.forward_intermediates(torch.zeros(1, 3, 8, 8), output_fmt="NLC")

@@ -6,14 +6,15 @@ import pytest
 
 from nst_det.data.annotation import VocAnnotation, VocObject
 from nst_det.report.samples import choose_samples, match, open_test
+from tests.helpers.finished import typed
 
 
 def image(boxes, labels, difficult):
     """Boxes are 0-based and continuous, those of an annotation count from 1."""
-    objects = [
-        VocObject(name, (x + 1, y + 1, r, b), bool(d)) for (x, y, r, b), name, d in zip(boxes, labels, difficult)
-    ]
-    return VocAnnotation("x", 50, 10, tuple(objects))
+    found = zip(boxes, labels, difficult)
+    return VocAnnotation(
+        "x", 50, 10, tuple(VocObject(n, (x + 1, y + 1, r, b), bool(d)) for (x, y, r, b), n, d in found)
+    )
 
 
 def annotations(folder):
@@ -22,11 +23,11 @@ def annotations(folder):
 
 
 @pytest.fixture
-def copied(comparison, tmp_path):
+def copied(finished, tmp_path):
     """A copy of the comparison that may be damaged."""
-    copy = shutil.copytree(comparison[0], tmp_path / "copy")
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
     for config in copy.rglob("config.json"):
-        config.write_text(config.read_text().replace(str(comparison[0]), str(copy)))
+        config.write_text(config.read_text().replace(str(finished[0]), str(copy)))
     return copy
 
 
@@ -42,17 +43,14 @@ def test_match_by_the_rule_of_voc():
     found, kinds = match(truth, detections)
     assert kinds == ["found", "false", "false", "difficult", "false"]
     assert found.tolist() == [True, False, False]
-
-
-def test_match_nothing():
-    found, kinds = match(image([], [], []), [("cat", 0.9, np.array([0.0, 0, 1, 1]))])
+    found, kinds = match(image([], [], []), detections[:1])
     assert (len(found), kinds) == (0, ["false"])
-    assert match(image([[0, 0, 1, 1]], ["cat"], [0]), [])[0].tolist() == [False]
+    assert match(truth, [])[0].tolist() == [False] * 3
 
 
-def test_worst_misses_come_first(comparison, as_results):
-    folder, tree = comparison
-    chosen = choose_samples(as_results(tree), folder)
+def test_worst_misses_come_first(finished):
+    folder, tree, _ = finished
+    chosen = choose_samples(typed(tree), folder)
     assert (chosen.leader, chosen.seed, chosen.images, len(chosen.samples)) == ("fitnet", "0", 16, 6)
     # independently: every image's misses of fitnet, seed 0
     entries = json.loads((folder / "detect/seed0/fitnet/detections.json").read_text())
@@ -70,39 +68,41 @@ def test_worst_misses_come_first(comparison, as_results):
                         left.remove(index)
                         break
         missed[image_id] = len(left)
-    shown = [next(panel for panel in sample.panels if panel.title == "fitnet").missed for sample in chosen.samples]
+    shown = [next(panel for panel in one.panels if panel.title == "fitnet").count("missed") for one in chosen.samples]
     assert shown == sorted(missed.values(), reverse=True)[:6]
     assert [missed[sample.image_id] for sample in chosen.samples] == shown
     for sample in chosen.samples:
         assert [panel.title for panel in sample.panels] == ["ce", "fitnet", "kd+nst-poly"]
         assert [panel.title for panel in sample.more] == ["scratch", "kd", "at", "nst-poly"]
         assert len(sample.truth.boxes) == len(truth[sample.image_id].names)
-        assert all(panel.found + panel.missed == sample.objects for panel in sample.panels + sample.more)
+        for panel in sample.panels + sample.more:
+            assert panel.count("found") + panel.count("missed") == sample.truth.count("true")
         assert sample.data.startswith("data:image/jpeg;base64,/9j/")
 
 
-def test_box_in_shown_pixels(comparison, as_results, monkeypatch):
-    folder, tree = comparison
+def test_boxes_are_in_pixels_of_the_image_whose_picture_may_be_smaller(finished, monkeypatch):
+    folder, tree, _ = finished
+    large = choose_samples(typed(tree), folder).samples[0]
     monkeypatch.setattr("nst_det.report.samples.LONGEST_SIDE", 80)  # half of the images' 160
-    sample = choose_samples(as_results(tree), folder).samples[0]
-    assert (sample.width, sample.height) == (80, 60)
+    sample = choose_samples(typed(tree), folder).samples[0]
+    assert (sample.width, sample.height) == (160, 120)
+    assert len(sample.data) < len(large.data) / 2
     box = sample.truth.boxes[0]
-    expected = annotations(folder)[sample.image_id].boxes[0] / 2
-    assert [box.x, box.y] == pytest.approx(expected[:2], abs=0.05)
-    assert [box.x + box.width, box.y + box.height] == pytest.approx(expected[2:], abs=0.1)
+    expected = annotations(folder)[sample.image_id].boxes[0]
+    assert [box.x, box.y, box.x + box.width, box.y + box.height] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("gone", ["data", "detect/seed0/fitnet/detections.json", "detect"])
-def test_a_reason_is_given_where_files_are_gone(comparison, as_results, copied, gone):
+def test_a_reason_is_given_where_files_are_gone(finished, copied, gone):
     victim = copied / gone
     shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
-    chosen = choose_samples(as_results(comparison[1]), copied)
-    assert chosen.samples == ()
+    chosen = choose_samples(typed(finished[1]), copied)
+    assert not chosen.samples
     assert chosen.reason
 
 
-def test_an_unreadable_image_is_passed_over(comparison, as_results, copied):
-    results = as_results(comparison[1])
+def test_an_unreadable_image_is_passed_over(finished, copied):
+    results = typed(finished[1])
     before = choose_samples(results, copied).samples
     (copied / "data/JPEGImages" / f"{before[0].image_id}.jpg").write_bytes(b"no image")
     after = choose_samples(results, copied).samples

@@ -7,7 +7,8 @@ import pytest
 
 from nst_det.comparison.result import ComparisonResult
 from nst_det.errors import UserError
-from nst_det.report.tables import csv_table, fraction, latex_escape, latex_table, markdown_table, seconds_text, signed
+from nst_det.report.tables import csv_table, duration, fraction, latex_escape, latex_table, markdown_table, signed
+from tests.helpers.finished import build_results, typed
 
 HOSTILE = "a|b_c*</td><script>alert(1)</script>&\\ $x$"
 
@@ -16,10 +17,10 @@ def lines_of_csv(results):
     return list(csv.DictReader(io.StringIO(csv_table(results))))
 
 
-def test_csv_holds_every_digit(make_results, as_results):
-    tree = make_results()
+def test_csv_holds_every_digit():
+    tree = build_results()
     tree["rows"][0]["per_class"]["star"] = None
-    lines = lines_of_csv(as_results(tree))
+    lines = lines_of_csv(typed(tree))
     assert lines[0]["ap_11point:star"] == ""
     for line, row in zip(lines, tree["rows"], strict=True):
         row |= {"map_11point": row["map"], "latency_seconds": row["cost"]["latency"]["median"], **row["cost"]}
@@ -35,9 +36,9 @@ def test_csv_holds_every_digit(make_results, as_results):
         assert float(line["coco_ap_medium"]) == row["coco"]["APm"]
 
 
-def test_markdown_shows_the_numbers_and_the_sentence(make_results, as_results):
-    tree = make_results()
-    text = markdown_table(as_results(tree), "the sentence")
+def test_markdown_shows_the_numbers_and_the_sentence():
+    tree = build_results()
+    text = markdown_table(typed(tree), "the sentence")
     assert text.startswith("the sentence\n")
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("|")}
     for row in tree["rows"]:
@@ -51,9 +52,9 @@ def test_markdown_shows_the_numbers_and_the_sentence(make_results, as_results):
     assert len({line.count("|") for line in lines.values()}) == 1
 
 
-def test_latex_shows_the_numbers(make_results, as_results):
-    tree = make_results()
-    text = latex_table(as_results(tree), "100 % of it")
+def test_latex_shows_the_numbers():
+    tree = build_results()
+    text = latex_table(typed(tree), "100 % of it")
     assert r"100 \% of it" in text
     body = text[text.index(r"\midrule") : text.index(r"\bottomrule")].splitlines()[1:]
     assert [line.split(" & ")[0] for line in body] == [row["method"] for row in tree["rows"]]
@@ -65,9 +66,9 @@ def test_latex_shows_the_numbers(make_results, as_results):
     assert {line.count(" & ") + 1 for line in body} == {len(columns[1])}
 
 
-def test_hostile_names_stay_text(make_results, as_results):
+def test_hostile_names_stay_text():
     numbers = {HOSTILE: ((0.5, 0.6, 0.7), (0.5, 0.6, 0.7)), "ce": ((0.5, 0.5, 0.4), (0.1, 0.2, 0.3))}
-    results = as_results(make_results(numbers=numbers))
+    results = typed(build_results(numbers=numbers))
     markdown = markdown_table(results, HOSTILE)
     assert "<script" not in markdown
     assert r"a\|b\_c\*" in markdown
@@ -78,13 +79,13 @@ def test_hostile_names_stay_text(make_results, as_results):
     )
 
 
-def test_one_seed_has_no_spread(make_results, as_results):
-    tree = make_results(seeds=1)
-    text = markdown_table(as_results(tree), "")
+def test_one_seed_has_no_spread():
+    tree = build_results(seeds=1)
+    text = markdown_table(typed(tree), "")
     assert "±" not in text
     assert f"| {tree['rows'][3]['map']:.3f} |" in text
     assert "can't be told from noise" in text
-    line = lines_of_csv(as_results(tree))[3]
+    line = lines_of_csv(typed(tree))[3]
     assert (line["map_std"], line["delta_low"], line["verdict"]) == ("", "", "single seed")
 
 
@@ -92,7 +93,7 @@ def test_numbers_as_text():
     assert [signed(x) for x in (0.1234, -0.1236, 0.0, -0.0001, None)] == ["+0.123", "−0.124", "0.000", "0.000", "–"]
     assert fraction(None) == "–"
     texts = ["0.0 s", "120.0 s", "10 min", "2 h 1 min"]
-    assert [seconds_text(x) for x in (0.04, 119.96, 600, 3600 * 2 + 60)] == texts
+    assert [duration(x) for x in (0.04, 119.96, 600, 3600 * 2 + 60)] == texts
 
 
 @pytest.mark.parametrize(
@@ -110,8 +111,8 @@ def test_numbers_as_text():
         ("rows.0.cost.latency.p10", lambda tree: tree["rows"][0]["cost"]["latency"].pop("p10")),
     ],
 )
-def test_a_damaged_field_is_named(make_results, tmp_path, key, change):
-    tree = make_results()
+def test_a_damaged_field_is_named(tmp_path, key, change):
+    tree = build_results()
     change(tree)
     path = tmp_path / "results.json"
     path.write_text(json.dumps(tree))

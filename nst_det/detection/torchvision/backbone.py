@@ -1,4 +1,4 @@
-"""What stands between pixels and heads: a timm bottom-up, alone or under a feature pyramid."""
+"""The network below the heads: a timm bottom-up, alone or under a feature pyramid."""
 
 from __future__ import annotations
 
@@ -31,24 +31,14 @@ class BackboneOnly(Bottomup):
 
     @property
     def bottom_up(self) -> Bottomup:
-        """The bottom-up: itself."""
         return self
 
     def output_shape(self) -> dict[str, Shape]:
-        """Channels and stride of each level."""
         return {name: Shape(self.channels[name], self.strides[name]) for name in self.channels}
 
 
 class Fpn(nn.Module):
-    """Feature pyramid (Lin et al. 2017, https://arxiv.org/abs/1612.03144), with ``p6`` picked from ``p5``.
-
-    Images must be padded to a multiple of ``size_divisibility``, so that every map is exactly twice the next.
-
-    Example:
-        >>> fpn = Fpn(Bottomup("nst_resnet10_w32"), ["res2", "res3", "res4", "res5"], channels=16)
-        >>> list(fpn.output_shape())
-        ['p2', 'p3', 'p4', 'p5', 'p6']
-    """
+    """Feature pyramid (Lin et al. 2017, https://arxiv.org/abs/1612.03144), with ``p6`` picked from ``p5``."""
 
     def __init__(self, bottom_up: Bottomup, in_features: Sequence[str], channels: int, average: bool = False) -> None:
         super().__init__()
@@ -58,6 +48,7 @@ class Fpn(nn.Module):
         if any(below * 2 != above for below, above in itertools.pairwise(strides)):
             raise ValueError(f"FPN levels {', '.join(in_features)}: each must have twice the stride of the one before")
         self.levels = [int(math.log2(stride)) for stride in strides]
+        # images are padded to a multiple of it, so that every map is exactly twice the next
         self.size_divisibility = strides[-1]
         for level, name in zip(self.levels, in_features):
             self.add_module(f"fpn_lateral{level}", nn.Conv2d(bottom_up.channels[name], channels, 1))
@@ -71,7 +62,7 @@ class Fpn(nn.Module):
                     c2_xavier_fill(self.get_submodule(f"fpn_{kind}{level}"))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) normalized images to maps (B, channels, H / stride, W / stride): ``p2`` .. ``p6``."""
+        """Return maps (B, channels, H / stride, W / stride) of (B, 3, H, W) normalized images: ``p2`` .. ``p6``."""
         maps = self.bottom_up(images)
         above: Tensor | None = None
         pyramid: dict[str, Tensor] = {}
@@ -87,17 +78,15 @@ class Fpn(nn.Module):
         return dict(sorted(pyramid.items()))
 
     def output_shape(self) -> dict[str, Shape]:
-        """Channels and stride of each level."""
         return {f"p{level}": Shape(self.channels, 2**level) for level in [*self.levels, self.levels[-1] + 1]}
 
 
 def build_backbone(config: CfgNode, seed: int) -> BackboneOnly | Fpn:
-    """The backbone of MODEL.BACKBONE and MODEL.TIMM, nothing frozen yet."""
+    """Return the backbone of MODEL.BACKBONE and MODEL.TIMM, nothing frozen yet."""
     timm, fpn = config.MODEL.TIMM, config.MODEL.FPN
-    with_fpn = config.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone"
+    kind = Bottomup if config.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone" else BackboneOnly
     try:
         with seeded(seed, "init", "bottom_up"):
-            kind = Bottomup if with_fpn else BackboneOnly
             bottom_up = kind(timm.ARCH, timm.OUT_FEATURES, dict(timm.KWARGS), pretrained=timm.PRETRAINED)
         if isinstance(bottom_up, BackboneOnly):
             return bottom_up

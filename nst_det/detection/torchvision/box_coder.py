@@ -1,4 +1,4 @@
-"""Anchors, box coding and sampling: the arithmetic on boxes."""
+"""Anchors, box coding, matching and sampling: the arithmetic on boxes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,17 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection import _utils
 from torchvision.ops import box_iou
 
-# of the matcher: an anchor or proposal that is trained on neither as object nor as background
+# an anchor or proposal that is trained on neither as object nor as background
 IGNORED = -1
 # what the random choices for each image of a batch are drawn from
 Generators = Sequence[torch.Generator | None]
 
 
 class Anchors(nn.Module):
-    """Anchors of every cell of every level.
-
-    Example:
-        >>> anchors = Anchors([[32]], [[1.0]], [16])
-        >>> anchors([torch.zeros(1, 8, 2, 2)])[0][3].tolist()
-        [0.0, 0.0, 32.0, 32.0]
-    """
+    """(H * W * A, 4) xyxy of each level: rows, then columns, then the anchors of a cell."""
 
     def __init__(
         self,
@@ -37,31 +31,30 @@ class Anchors(nn.Module):
         self.strides, self.offset = list(strides), offset
         sizes = list(sizes) * len(self.strides) if len(sizes) == 1 else sizes
         aspect_ratios = list(aspect_ratios) * len(self.strides) if len(aspect_ratios) == 1 else aspect_ratios
-        for level, (level_sizes, level_ratios) in enumerate(zip(sizes, aspect_ratios)):
-            self.register_buffer(f"cell{level}", cell_anchors(level_sizes, level_ratios), persistent=False)
-        counts = {len(level_sizes) * len(level_ratios) for level_sizes, level_ratios in zip(sizes, aspect_ratios)}
-        if len(counts) != 1:
-            raise ValueError(f"every level needs as many anchors a cell, there are {sorted(counts)}")
-        self.per_cell = counts.pop()
+        cells = [cell_anchors(*of_level) for of_level in zip(sizes, aspect_ratios)]
+        for level, cell in enumerate(cells):
+            self.register_buffer(f"cell{level}", cell, persistent=False)
+        self.per_cell = len(cells[0])
+        if any(len(cell) != self.per_cell for cell in cells):
+            raise ValueError(f"every level needs as many anchors a cell, there are {sorted({*map(len, cells)})}")
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """(H * W * A, 4) xyxy a level for maps (B, C, H, W): rows, then columns, then the anchors of a cell."""
-        return [self._level(level, map_.shape[-2], map_.shape[-1]) for level, map_ in enumerate(maps)]
-
-    def _level(self, level: int, height: int, width: int) -> Tensor:
-        cell = self.get_buffer(f"cell{level}")
-        stride = self.strides[level]
-        y, x = torch.meshgrid(
-            (torch.arange(height, dtype=torch.float32, device=cell.device) + self.offset) * stride,
-            (torch.arange(width, dtype=torch.float32, device=cell.device) + self.offset) * stride,
-            indexing="ij",
-        )
-        shifts = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
-        return (shifts + cell).reshape(-1, 4)
+        """Return the anchors of maps (B, C, H, W), level by level."""
+        anchors = []
+        for level, (map_, stride) in enumerate(zip(maps, self.strides)):
+            cell = self.get_buffer(f"cell{level}")
+            rows, columns = (
+                (torch.arange(side, dtype=torch.float32, device=cell.device) + self.offset) * stride
+                for side in map_.shape[-2:]
+            )
+            y, x = torch.meshgrid(rows, columns, indexing="ij")
+            shifts = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
+            anchors.append((shifts + cell).reshape(-1, 4))
+        return anchors
 
 
 def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
-    """(len(sizes) * len(aspect_ratios), 4) anchors around (0, 0), a size's ratios side by side."""
+    """Return (len(sizes) * len(aspect_ratios), 4) anchors around (0, 0), all ratios of a size in a row."""
     rows = []
     for size in sizes:
         for ratio in aspect_ratios:
@@ -71,21 +64,21 @@ def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tens
     return torch.tensor(rows, dtype=torch.float32)
 
 
-class Box2BoxTransform(BoxCoder):
-    """Detectron2's coding of boxes as deltas, by torchvision's coder."""
+class BoxCoder(_utils.BoxCoder):
+    """Detectron2's Box2BoxTransform, by torchvision's coder."""
 
     def decode_rows(self, deltas: Tensor, boxes: Tensor) -> Tensor:
-        """(N, ..., K * 4) deltas applied to (N, ..., 4) boxes in pixels, of the same leading shape."""
+        """Apply (N, ..., K * 4) deltas to (N, ..., 4) boxes in pixels, of the same leading shape."""
         flat: Tensor = self.decode_single(deltas.flatten(0, -2), boxes.flatten(0, -2))
         return flat.reshape(deltas.shape)
 
     def regression_loss(self, deltas: Tensor, boxes: Tensor, targets: Tensor, beta: float) -> Tensor:
-        """Sum of the smooth L1 distances between (N, 4) deltas and those that lead from boxes to targets."""
+        """Sum the smooth L1 distances between (N, 4) deltas and those that lead from boxes to targets."""
         return smooth_l1_sum(deltas, self.encode_single(targets, boxes), beta)
 
 
 def smooth_l1_sum(predicted: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Summed smooth L1 distance of two (N, D) tensors, a scalar; quadratic below ``beta``, plain L1 for beta 0."""
+    """Return the summed smooth L1 distance, a scalar; quadratic below ``beta``, plain L1 for beta 0."""
     if beta < 1e-5:
         return F.l1_loss(predicted, target, reduction="sum")
     return F.smooth_l1_loss(predicted, target, beta=beta, reduction="sum")
@@ -94,18 +87,9 @@ def smooth_l1_sum(predicted: Tensor, target: Tensor, beta: float) -> Tensor:
 def match(
     truth: Tensor, boxes: Tensor, thresholds: Sequence[float], labels: Sequence[int], low_quality: bool
 ) -> tuple[Tensor, Tensor]:
-    """Deal boxes to objects by IoU.
+    """Return, of (N, 4) boxes, the (N,) index of the object in ``truth`` (M, 4) with the highest IoU, and (N,) label.
 
-    Args:
-        truth: (M, 4) boxes of the objects.
-        boxes: (N, 4) anchors or proposals.
-        thresholds: ascending bounds between the labels.
-        labels: one more than thresholds; -1 ignored, 0 background, 1 object.
-        low_quality: also call the best anchors of each object (ties included) objects, however low their IoU; which
-            object they learn is left as it is.
-
-    Returns:
-        (N,) index of the object with the highest IoU (0 without objects), and (N,) label.
+    ``labels`` (-1 ignored, 0 background, 1 object) are one more than the ascending ``thresholds`` between them.
     """
     if len(truth) == 0:
         return boxes.new_zeros(len(boxes), dtype=torch.int64), boxes.new_full((len(boxes),), labels[0]).long()
@@ -115,6 +99,8 @@ def match(
     kinds = torch.tensor(list(labels), device=best.device)
     label = kinds[torch.bucketize(best, bounds, right=True)]
     if low_quality:
+        # the best anchors of each object, ties included, learn something however low their IoU is: not necessarily
+        # this object, as in Detectron2
         label[(iou == iou.max(dim=1, keepdim=True).values).any(dim=0)] = 1
     return index, label
 
@@ -122,15 +108,7 @@ def match(
 def sample(
     label: Tensor, background: int, count: int, positive_fraction: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Random indices of objects and of background: as many objects as the fraction allows, background for the rest.
-
-    Args:
-        label: (N,) :data:`IGNORED`, ``background``, or any other number for an object.
-        background: the label that means background.
-        count: how many of both together.
-        positive_fraction: of ``count``, the most that may be objects.
-        generator: on the labels' device; None takes torch's own.
-    """
+    """Draw indices of objects, at most that fraction of ``count``, and of background for the rest, by (N,) labels."""
     positive = torch.nonzero((label != IGNORED) & (label != background)).squeeze(1)
     negative = torch.nonzero(label == background).squeeze(1)
     positives = min(len(positive), int(count * positive_fraction))
@@ -141,12 +119,12 @@ def sample(
 
 
 def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """(..., 4) boxes cut off at an image of (height, width)."""
+    """Cut (..., 4) boxes off at an image of (height, width)."""
     height, width = size
     limits = boxes.new_tensor([width, height, width, height])
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
 def larger_than(boxes: Tensor, side: float) -> Tensor:
-    """(N,) whether both sides of (N, 4) boxes are longer than ``side``."""
+    """Return (N,) whether both sides of (N, 4) boxes are longer than ``side``."""
     return ((boxes[:, 2] - boxes[:, 0]) > side) & ((boxes[:, 3] - boxes[:, 1]) > side)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, roi_align
 
 from nst_det.detection.torchvision.backbone import Shape
-from nst_det.detection.torchvision.box_coder import Box2BoxTransform, Generators, clip, larger_than, match, sample
+from nst_det.detection.torchvision.box_coder import BoxCoder, Generators, clip, larger_than, match, sample
 from nst_det.engine.distributed import mean_of_processes, world_size
 from nst_det.errors import UserError
 
@@ -29,16 +28,7 @@ class Instances(NamedTuple):
 
 
 class Pooler(nn.Module):
-    """RoIAlign, each box on the level of its size (FPN, equation 1).
-
-    Args:
-        strides: of the levels, each twice the one before.
-        resolution: side of the pooled map.
-        sampling_ratio: samples a bin and side; 0 takes as many as the bin has pixels.
-        aligned: half a pixel is taken off, as in ROIAlignV2.
-        canonical_size: side of a box in pixels that belongs on ...
-        canonical_level: ... this level.
-    """
+    """RoIAlign, each box on the level of its size (FPN, equation 1)."""
 
     def __init__(
         self,
@@ -51,7 +41,9 @@ class Pooler(nn.Module):
     ) -> None:
         super().__init__()
         self.strides, self.resolution = list(strides), resolution
+        # samples a bin and side, 0 for as many as the bin has pixels; ROIAlignV2 takes half a pixel off (aligned)
         self.sampling_ratio, self.aligned = sampling_ratio, aligned
+        # a box with sides of this many pixels belongs on this level
         self.canonical_size, self.canonical_level = canonical_size, canonical_level
         self.lowest, self.highest = (stride.bit_length() - 1 for stride in (self.strides[0], self.strides[-1]))
 
@@ -79,10 +71,7 @@ class Pooler(nn.Module):
 
 
 class BoxHead(nn.Sequential):
-    """Convolutions (``conv1`` ..), then fully connected layers (``fc1`` ..), each followed by ReLU.
-
-    ``width`` is that of what comes out, flattened.
-    """
+    """Convolutions (``conv1`` ..), then fully connected layers (``fc1`` ..), each with ReLU, to (N, ``width``)."""
 
     def __init__(self, channels: int, resolution: int, convs: Sequence[int], fcs: Sequence[int]) -> None:
         super().__init__()
@@ -115,36 +104,39 @@ class BoxPredictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, width) to logits (N, classes + 1) and deltas (N, 4 * classes), or (N, 4)."""
+        """Return logits (N, classes + 1) and deltas (N, 4 * classes), or (N, 4), of features (N, width)."""
         return self.cls_score(features), self.bbox_pred(features)
 
 
-@dataclass
-class RoiSettings:
-    """Numbers of the box head, from MODEL.ROI_HEADS, MODEL.ROI_BOX_HEAD and TEST."""
-
-    in_features: list[str]
-    classes: int
-    thresholds: list[float]
-    batch_size: int
-    positive_fraction: float
-    append_truth: bool
-    beta: float
-    box_weight: float
-    score_threshold: float
-    nms_threshold: float
-    detections: int
-
-
 class RoiHeads(nn.Module):
-    """Detections, or in training the losses ``loss_cls`` and ``loss_box_reg``."""
+    """Detections, or in training the losses ``loss_cls`` and ``loss_box_reg``, on levels of the given shapes."""
 
-    def __init__(
-        self, pooler: Pooler, head: BoxHead, predictor: BoxPredictor, coder: Box2BoxTransform, settings: RoiSettings
-    ) -> None:
+    def __init__(self, config: CfgNode, shapes: dict[str, Shape]) -> None:
         super().__init__()
-        self.box_pooler, self.box_head, self.box_predictor = pooler, head, predictor
-        self.coder, self.settings = coder, settings
+        # MODEL.ROI_HEADS and ROI_BOX_HEAD
+        self.settings, self.box_settings = config.MODEL.ROI_HEADS.clone(), config.MODEL.ROI_BOX_HEAD.clone()
+        self.detections = config.TEST.DETECTIONS_PER_IMAGE
+        box, classes = self.box_settings, self.settings.NUM_CLASSES
+        levels = [shapes[name] for name in self.settings.IN_FEATURES]
+        strides = [level.stride for level in levels]
+        if len({level.channels for level in levels}) != 1:
+            raise UserError("MODEL.ROI_HEADS.IN_FEATURES: these levels have different numbers of channels")
+        if any(below * 2 != above for below, above in itertools.pairwise(strides)):
+            raise UserError("MODEL.ROI_HEADS.IN_FEATURES: each level must have twice the stride of the one before")
+        if box.NUM_CONV + box.NUM_FC < 1:
+            raise UserError("MODEL.ROI_BOX_HEAD: NUM_CONV and NUM_FC are both 0; set NUM_FC to 2, as Detectron2 does")
+        self.box_pooler = Pooler(
+            strides,
+            box.POOLER_RESOLUTION,
+            box.POOLER_SAMPLING_RATIO,
+            box.POOLER_TYPE == "ROIAlignV2",
+            box.CANONICAL_BOX_SIZE,
+            box.CANONICAL_LEVEL,
+        )
+        convs, fcs = [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC
+        self.box_head = BoxHead(levels[0].channels, box.POOLER_RESOLUTION, convs, fcs)
+        self.box_predictor = BoxPredictor(self.box_head.width, classes, box.CLS_AGNOSTIC_BBOX_REG)
+        self.coder = BoxCoder(tuple(box.BBOX_REG_WEIGHTS))
 
     def forward(
         self,
@@ -154,101 +146,78 @@ class RoiHeads(nn.Module):
         truth: Sequence[tuple[Tensor, Tensor]] | None = None,
         generators: Generators = (),
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """Classify and refine proposals.
+        """Return the detections of each image, or the losses if ``truth`` has its (M, 4) boxes and (M,) labels.
 
-        Args:
-            maps: level -> (B, C, H, W), float32.
-            proposals: (N, 4) of each image.
-            sizes: (height, width) of each image without padding.
-            truth: (M, 4) boxes and (M,) labels of each image's objects; given in training.
-            generators: what chooses the proposals of each image; where it is empty, torch's own generator does.
-
-        Returns:
-            The detections of each image (none in training), and the losses (none in inference).
+        ``maps`` are (B, C, H, W) float32 by level, ``proposals`` (N, 4) and ``sizes`` (height, width) of each image.
         """
-        levels = [maps[name] for name in self.settings.in_features]
+        levels = [maps[name] for name in self.settings.IN_FEATURES]
         if truth is None:
-            logits, deltas = self._predict(levels, proposals)
-            return self._detect(logits, deltas, proposals, sizes), {}
+            logits, deltas = self.box_predictor(self.box_head(self.box_pooler(levels, proposals)))
+            return self.detect(logits, deltas, proposals, sizes), {}
         given = zip(proposals, truth, generators or itertools.repeat(None))
-        chosen = [self._sample(found, *objects, generator) for found, objects, generator in given]
-        logits, deltas = self._predict(levels, [rois for rois, _, _ in chosen])
+        chosen = [self.sample_proposals(found, *objects, generator) for found, objects, generator in given]
+        logits, deltas = self.box_predictor(self.box_head(self.box_pooler(levels, [rois for rois, _, _ in chosen])))
         boxes, targets, labels = (torch.cat(parts) for parts in zip(*chosen))
-        return [], self._losses(logits, deltas, boxes, targets, labels)
+        return [], self.losses(logits, deltas, boxes, targets, labels)
 
     def box_outputs(self, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """What the box head says about given boxes, for a detector that learns from this one.
-
-        Args:
-            maps: level -> (B, C, H, W), float32.
-            boxes: (N, 4) of each image, xyxy in pixels of the network's input.
-
-        Returns:
-            What enters the predictor (R, D) and the logits (R, classes + 1), background last; R is the sum of N.
-        """
-        pooled = self.box_pooler([maps[name] for name in self.settings.in_features], boxes)
-        features: Tensor = self.box_head(pooled)
+        """Return, for (N, 4) boxes of each image, the predictor's input (R, D) and the logits (R, classes + 1)."""
+        features: Tensor = self.box_head(self.box_pooler([maps[name] for name in self.settings.IN_FEATURES], boxes))
         return features, self.box_predictor.cls_score(features)
 
-    def _predict(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        predicted: tuple[Tensor, Tensor] = self.box_predictor(self.box_head(self.box_pooler(levels, boxes)))
-        return predicted
-
     @torch.no_grad()
-    def _sample(
+    def sample_proposals(
         self, proposals: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(R, 4) proposals to train on, (R, 4) their objects' boxes, (R,) labels."""
-        settings = self.settings
-        if settings.append_truth:
+        """Draw (R, 4) proposals of an image to train on, with (R, 4) their objects' boxes and (R,) labels."""
+        settings, background = self.settings, self.settings.NUM_CLASSES
+        if settings.PROPOSAL_APPEND_GT:
             proposals = torch.cat((proposals, boxes))
-        index, kind = match(boxes, proposals, settings.thresholds, (0, 1), low_quality=False)
-        label = torch.full_like(index, settings.classes)
+        index, kind = match(boxes, proposals, settings.IOU_THRESHOLDS, (0, 1), low_quality=False)
+        label = torch.full_like(index, background)
         if len(boxes):
             label = torch.where(kind == 1, labels[index], label)
-        positive, negative = sample(label, settings.classes, settings.batch_size, settings.positive_fraction, generator)
+        count = settings.BATCH_SIZE_PER_IMAGE
+        positive, negative = sample(label, background, count, settings.POSITIVE_FRACTION, generator)
         chosen = torch.cat((positive, negative))
-        # background has no object; its own box stands in and is never read
+        # background has no object; its own box takes that place and is never read
         targets = boxes[index[chosen]] if len(boxes) else proposals[chosen]
         return proposals[chosen], targets, label[chosen]
 
-    def _losses(
+    def losses(
         self, logits: Tensor, deltas: Tensor, boxes: Tensor, targets: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        settings = self.settings
-        positive = torch.nonzero(labels < settings.classes).squeeze(1)
+        settings = self.box_settings
+        positive = torch.nonzero(labels < self.settings.NUM_CLASSES).squeeze(1)
         rows = deltas.unflatten(1, (deltas.shape[1] // 4, 4))
         agnostic = rows.shape[1] == 1
         found = rows[positive, 0 if agnostic else labels[positive]]
-        distance = self.coder.regression_loss(found, boxes[positive], targets[positive], settings.beta)
+        distance = self.coder.regression_loss(found, boxes[positive], targets[positive], settings.SMOOTH_L1_BETA)
         # over all RoIs, so that an object weighs the same in every batch; no RoI at all gives 0, not NaN
         count = max(len(labels), 1) if world_size() == 1 else mean_of_processes(logits.new_tensor(len(labels))).clamp(1)
         classification = F.cross_entropy(logits, labels, reduction="sum") / count
-        return {
-            "loss_cls": classification,
-            "loss_box_reg": distance / count * settings.box_weight,
-        }
+        return {"loss_cls": classification, "loss_box_reg": distance / count * settings.BBOX_REG_LOSS_WEIGHT}
 
-    def _detect(
+    def detect(
         self, logits: Tensor, deltas: Tensor, proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Instances]:
+        """Return the detections of each image that are above the score threshold and that NMS keeps."""
+        settings, detections = self.settings, []
         counts = [len(found) for found in proposals]
-        boxes = self.coder.decode_rows(deltas, torch.cat(list(proposals)))
-        scores = F.softmax(logits, dim=1)
-        return [self._detect_image(*parts) for parts in zip(boxes.split(counts), scores.split(counts), sizes)]
-
-    def _detect_image(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Instances:
-        settings = self.settings
-        finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
-        boxes, scores = boxes[finite], scores[finite, :-1]
-        rows, labels = torch.nonzero(scores > settings.score_threshold, as_tuple=True)
-        by_class = clip(boxes.unflatten(1, (boxes.shape[1] // 4, 4)), size)
-        chosen = by_class[rows, 0 if by_class.shape[1] == 1 else labels]
-        confidence = scores[rows, labels]
-        best = batched_nms(chosen, confidence, labels, settings.nms_threshold)
-        if settings.detections >= 0:
-            best = best[: settings.detections]
-        return Instances(chosen[best], confidence[best], labels[best])
+        all_boxes = self.coder.decode_rows(deltas, torch.cat(list(proposals))).split(counts)
+        all_scores = F.softmax(logits, dim=1).split(counts)
+        for boxes, scores, size in zip(all_boxes, all_scores, sizes):
+            finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
+            boxes, scores = boxes[finite], scores[finite, :-1]
+            rows, labels = torch.nonzero(scores > settings.SCORE_THRESH_TEST, as_tuple=True)
+            by_class = clip(boxes.unflatten(1, (boxes.shape[1] // 4, 4)), size)
+            chosen = by_class[rows, 0 if by_class.shape[1] == 1 else labels]
+            confidence = scores[rows, labels]
+            best = batched_nms(chosen, confidence, labels, settings.NMS_THRESH_TEST)
+            if self.detections >= 0:
+                best = best[: self.detections]
+            detections.append(Instances(chosen[best], confidence[best], labels[best]))
+        return detections
 
 
 def postprocess(found: Instances, seen: tuple[int, int], size: tuple[int, int]) -> Instances:
@@ -257,40 +226,3 @@ def postprocess(found: Instances, seen: tuple[int, int], size: tuple[int, int]) 
     boxes = clip(found.boxes * found.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y]), size)
     kept = larger_than(boxes, 0)
     return Instances(boxes[kept], found.scores[kept], found.labels[kept])
-
-
-def build_roi_heads(config: CfgNode, shapes: dict[str, Shape]) -> RoiHeads:
-    """Return the RoI heads of MODEL.ROI_HEADS and MODEL.ROI_BOX_HEAD on levels of the given shapes."""
-    roi, box = config.MODEL.ROI_HEADS, config.MODEL.ROI_BOX_HEAD
-    levels = [shapes[name] for name in roi.IN_FEATURES]
-    strides = [level.stride for level in levels]
-    if len({level.channels for level in levels}) != 1:
-        raise UserError("MODEL.ROI_HEADS.IN_FEATURES: these levels have different numbers of channels")
-    if any(below * 2 != above for below, above in itertools.pairwise(strides)):
-        raise UserError("MODEL.ROI_HEADS.IN_FEATURES: each level must have twice the stride of the one before")
-    if box.NUM_CONV + box.NUM_FC < 1:
-        raise UserError("MODEL.ROI_BOX_HEAD: NUM_CONV and NUM_FC are both 0; set NUM_FC to 2, as Detectron2's FPN does")
-    pooler = Pooler(
-        strides,
-        box.POOLER_RESOLUTION,
-        box.POOLER_SAMPLING_RATIO,
-        box.POOLER_TYPE == "ROIAlignV2",
-        box.CANONICAL_BOX_SIZE,
-        box.CANONICAL_LEVEL,
-    )
-    head = BoxHead(levels[0].channels, box.POOLER_RESOLUTION, [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC)
-    settings = RoiSettings(
-        in_features=list(roi.IN_FEATURES),
-        classes=roi.NUM_CLASSES,
-        thresholds=list(roi.IOU_THRESHOLDS),
-        batch_size=roi.BATCH_SIZE_PER_IMAGE,
-        positive_fraction=roi.POSITIVE_FRACTION,
-        append_truth=roi.PROPOSAL_APPEND_GT,
-        beta=box.SMOOTH_L1_BETA,
-        box_weight=box.BBOX_REG_LOSS_WEIGHT,
-        score_threshold=roi.SCORE_THRESH_TEST,
-        nms_threshold=roi.NMS_THRESH_TEST,
-        detections=config.TEST.DETECTIONS_PER_IMAGE,
-    )
-    predictor = BoxPredictor(head.width, roi.NUM_CLASSES, box.CLS_AGNOSTIC_BBOX_REG)
-    return RoiHeads(pooler, head, predictor, Box2BoxTransform(tuple(box.BBOX_REG_WEIGHTS)), settings)

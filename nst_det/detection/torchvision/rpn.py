@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from nst_det.detection.torchvision.backbone import Shape
 from nst_det.detection.torchvision.box_coder import (
     IGNORED,
     Anchors,
-    Box2BoxTransform,
+    BoxCoder,
     Generators,
     clip,
     larger_than,
@@ -60,30 +59,24 @@ class RpnHead(nn.Module):
         return logits, deltas
 
 
-@dataclass
-class RpnSettings:
-    """Numbers of the proposal network, from MODEL.RPN and MODEL.PROPOSAL_GENERATOR; pairs are (train, test)."""
-
-    in_features: list[str]
-    thresholds: list[float]
-    batch_size: int
-    positive_fraction: float
-    boundary: float
-    pre_nms: tuple[int, int]
-    post_nms: tuple[int, int]
-    nms_threshold: float
-    min_size: float
-    beta: float
-    cls_weight: float
-    loc_weight: float
-
-
 class Rpn(nn.Module):
-    """Proposals, and in training the losses ``loss_rpn_cls`` and ``loss_rpn_loc``."""
+    """Proposals, and in training the losses ``loss_rpn_cls`` and ``loss_rpn_loc``, on levels of the given shapes."""
 
-    def __init__(self, head: RpnHead, anchors: Anchors, coder: Box2BoxTransform, settings: RpnSettings) -> None:
+    def __init__(self, config: CfgNode, shapes: dict[str, Shape]) -> None:
         super().__init__()
-        self.rpn_head, self.anchors, self.coder, self.settings = head, anchors, coder, settings
+        # MODEL.RPN
+        self.settings = settings = config.MODEL.RPN.clone()
+        self.min_size, generator = config.MODEL.PROPOSAL_GENERATOR.MIN_SIZE, config.MODEL.ANCHOR_GENERATOR
+        levels = [shapes[name] for name in settings.IN_FEATURES]
+        if len({level.channels for level in levels}) != 1:
+            raise UserError("MODEL.RPN.IN_FEATURES: these levels have different numbers of channels")
+        try:
+            strides = [level.stride for level in levels]
+            self.anchors = Anchors(generator.SIZES, generator.ASPECT_RATIOS, strides, generator.OFFSET)
+        except ValueError as error:
+            raise UserError(f"MODEL.ANCHOR_GENERATOR: {error}") from error
+        self.rpn_head = RpnHead(levels[0].channels, self.anchors.per_cell, settings.CONV_DIMS)
+        self.coder = BoxCoder(tuple(settings.BBOX_REG_WEIGHTS))
 
     def forward(
         self,
@@ -92,28 +85,18 @@ class Rpn(nn.Module):
         truth: Sequence[Tensor] | None = None,
         generators: Generators = (),
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Propose boxes.
+        """Return (N, 4) proposals of each image, best first, and the losses, if ``truth`` has its (M, 4) objects.
 
-        Args:
-            maps: level -> (B, C, H, W), float32.
-            sizes: (height, width) of each image without padding.
-            truth: (M, 4) boxes of each image's objects; given in training.
-            generators: what chooses the anchors of each image; where it is empty, torch's own generator does.
-
-        Returns:
-            (N, 4) proposals of each image, best first, and the losses.
-
-        Raises:
-            NotFinite: training diverged, so that proposals are not finite here or in another process.
+        ``maps`` are (B, C, H, W) float32 by level; ``sizes`` (height, width) of each image without padding.
         """
-        levels = [maps[name] for name in self.settings.in_features]
+        levels = [maps[name] for name in self.settings.IN_FEATURES]
         anchors = self.anchors(levels)
         logits, deltas = self.rpn_head(levels)
-        losses = {} if truth is None else self._losses(anchors, logits, deltas, sizes, truth, generators)
+        losses = {} if truth is None else self.losses(anchors, logits, deltas, sizes, truth, generators)
         with torch.no_grad():
-            return self._propose(anchors, logits, deltas, sizes), losses
+            return self.propose(anchors, logits, deltas, sizes), losses
 
-    def _losses(
+    def losses(
         self,
         anchors: list[Tensor],
         logits: list[Tensor],
@@ -122,41 +105,43 @@ class Rpn(nn.Module):
         truth: Sequence[Tensor],
         generators: Generators = (),
     ) -> dict[str, Tensor]:
+        """Return both losses; where there are no generators, torch's own draws the anchors to train on."""
         settings, all_anchors = self.settings, torch.cat(anchors)
         all_logits, all_deltas = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
         scores, labels = [], []
         distance = all_logits.new_zeros(())
         given = zip(truth, sizes, generators or itertools.repeat(None))
-        for image, (boxes, size, generator) in enumerate(given):
-            index, label = match(boxes, all_anchors, settings.thresholds, (0, IGNORED, 1), low_quality=True)
-            if settings.boundary >= 0:
-                label[~_inside(all_anchors, size, settings.boundary)] = IGNORED
-            positive, negative = sample(label, 0, settings.batch_size, settings.positive_fraction, generator)
+        for image, (boxes, (height, width), generator) in enumerate(given):
+            index, label = match(boxes, all_anchors, settings.IOU_THRESHOLDS, (0, IGNORED, 1), low_quality=True)
+            if settings.BOUNDARY_THRESH >= 0:
+                margin = settings.BOUNDARY_THRESH
+                begins_inside = (all_anchors[:, :2] >= -margin).all(dim=1)
+                limits = all_anchors.new_tensor([width + margin, height + margin])
+                label[~(begins_inside & (all_anchors[:, 2:] < limits).all(dim=1))] = IGNORED
+            count = settings.BATCH_SIZE_PER_IMAGE
+            positive, negative = sample(label, 0, count, settings.POSITIVE_FRACTION, generator)
             scores.append(all_logits[image, torch.cat((positive, negative))])
             labels.append(torch.cat((torch.ones_like(positive), torch.zeros_like(negative))))
-            targets = boxes[index[positive]]
-            found = all_deltas[image, positive]
-            distance = distance + self.coder.regression_loss(found, all_anchors[positive], targets, settings.beta)
+            found, places, targets = all_deltas[image, positive], all_anchors[positive], boxes[index[positive]]
+            distance = distance + self.coder.regression_loss(found, places, targets, settings.SMOOTH_L1_BETA)
         objectness = F.binary_cross_entropy_with_logits(
             torch.cat(scores), torch.cat(labels).to(all_logits.dtype), reduction="sum"
         )
-        normalizer = settings.batch_size * len(truth)
+        normalizer = settings.BATCH_SIZE_PER_IMAGE * len(truth)
         return {
-            "loss_rpn_cls": objectness / normalizer * settings.cls_weight,
-            "loss_rpn_loc": distance / normalizer * settings.loc_weight,
+            "loss_rpn_cls": objectness / normalizer * settings.LOSS_WEIGHT,
+            "loss_rpn_loc": distance / normalizer * (settings.LOSS_WEIGHT * settings.BBOX_REG_LOSS_WEIGHT),
         }
 
-    def _propose(
-        self,
-        anchors: list[Tensor],
-        logits: list[Tensor],
-        deltas: list[Tensor],
-        sizes: Sequence[tuple[int, int]],
+    def propose(
+        self, anchors: list[Tensor], logits: list[Tensor], deltas: list[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        settings, phase = self.settings, 0 if self.training else 1
+        """Return the proposals; in training, those that are not finite in any process raise NotFinite in all."""
+        settings, phase = self.settings, "TRAIN" if self.training else "TEST"
+        before_nms, after_nms = settings[f"PRE_NMS_TOPK_{phase}"], settings[f"POST_NMS_TOPK_{phase}"]
         boxes, scores, levels = [], [], []
         for level, (level_anchors, level_logits, level_deltas) in enumerate(zip(anchors, logits, deltas)):
-            best, index = level_logits.topk(min(settings.pre_nms[phase], level_logits.shape[1]), dim=1)
+            best, index = level_logits.topk(min(before_nms, level_logits.shape[1]), dim=1)
             rows = level_deltas.gather(1, index[..., None].expand(-1, -1, 4))
             boxes.append(self.coder.decode_rows(rows, level_anchors[index]))
             scores.append(best)
@@ -165,55 +150,13 @@ class Rpn(nn.Module):
         finite = torch.isfinite(all_boxes).all(dim=2) & torch.isfinite(all_scores)
         if self.training:
             broken = all_levels[~finite.all(dim=0)].unique().tolist()
-            names = ", ".join(settings.in_features[level] for level in broken)
+            names = ", ".join(settings.IN_FEATURES[level] for level in broken)
             raise_together(bool(names), all_boxes.device, f"the RPN's proposals, which are not finite on {names}")
         proposals = []
         for image, size in enumerate(sizes):
             found = clip(all_boxes[image], size)
-            kept = torch.nonzero(finite[image] & larger_than(found, settings.min_size)).squeeze(1)
+            kept = torch.nonzero(finite[image] & larger_than(found, self.min_size)).squeeze(1)
             found, score = found[kept], all_scores[image, kept]
-            best = batched_nms(found, score, all_levels[kept], settings.nms_threshold)
-            proposals.append(found[best[: settings.post_nms[phase]]])
+            best = batched_nms(found, score, all_levels[kept], settings.NMS_THRESH)
+            proposals.append(found[best[:after_nms]])
         return proposals
-
-
-def _inside(boxes: Tensor, size: tuple[int, int], margin: float) -> Tensor:
-    height, width = size
-    return (
-        (boxes[:, 0] >= -margin)
-        & (boxes[:, 1] >= -margin)
-        & (boxes[:, 2] < width + margin)
-        & (boxes[:, 3] < height + margin)
-    )
-
-
-def build_rpn(config: CfgNode, shapes: dict[str, Shape]) -> Rpn:
-    """Return the proposal network of MODEL.RPN on levels of the given shapes."""
-    rpn, generator = config.MODEL.RPN, config.MODEL.ANCHOR_GENERATOR
-    levels = [shapes[name] for name in rpn.IN_FEATURES]
-    if len({level.channels for level in levels}) != 1:
-        raise UserError(
-            "MODEL.RPN.IN_FEATURES: these levels have different numbers of channels, one head can't read all"
-        )
-    try:
-        anchors = Anchors(
-            generator.SIZES, generator.ASPECT_RATIOS, [level.stride for level in levels], generator.OFFSET
-        )
-    except ValueError as error:
-        raise UserError(f"MODEL.ANCHOR_GENERATOR: {error}") from error
-    settings = RpnSettings(
-        in_features=list(rpn.IN_FEATURES),
-        thresholds=list(rpn.IOU_THRESHOLDS),
-        batch_size=rpn.BATCH_SIZE_PER_IMAGE,
-        positive_fraction=rpn.POSITIVE_FRACTION,
-        boundary=rpn.BOUNDARY_THRESH,
-        pre_nms=(rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
-        post_nms=(rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
-        nms_threshold=rpn.NMS_THRESH,
-        min_size=config.MODEL.PROPOSAL_GENERATOR.MIN_SIZE,
-        beta=rpn.SMOOTH_L1_BETA,
-        cls_weight=rpn.LOSS_WEIGHT,
-        loc_weight=rpn.LOSS_WEIGHT * rpn.BBOX_REG_LOSS_WEIGHT,
-    )
-    head = RpnHead(levels[0].channels, anchors.per_cell, rpn.CONV_DIMS)
-    return Rpn(head, anchors, Box2BoxTransform(tuple(rpn.BBOX_REG_WEIGHTS)), settings)

@@ -1,0 +1,78 @@
+"""What can't be followed ends the command with one line that names the key or the file."""
+
+import re
+
+import pytest
+from torch.multiprocessing import ProcessRaisedException
+
+pytest.importorskip("detectron2")
+pytestmark = pytest.mark.detectron2
+
+from nst_det.detectron2 import DistillTrainer
+from nst_det.detectron2.config import load_config
+from nst_det.engine.run_dir import RunFolder
+from nst_det.errors import UserError
+
+TEACHER = ["METHOD", "nst-poly", "TEACHER.CONFIG_FILE"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["MODEL.WIGHTS", "x"], "unknown key MODEL.WIGHTS; did you mean MODEL.WEIGHTS"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth: .* MODEL.WEIGHTS"),
+        (["MODEL.WEIGHTS", "backbone://nobody"], "backbone://nobody"),
+        (["MODEL.WEIGHTS", __file__], "test_detectron2_refused.py"),
+        (["SOLVER.OPTIMIZER", "LION"], "SOLVER.OPTIMIZER"),
+        (["SOLVER.ACCUMULATE", "2"], "SOLVER.ACCUMULATE"),
+        (["SOLVER.EMA_DECAY", "1.5"], "SOLVER.EMA_DECAY"),
+        (["SOLVER.EMA_DECAY", "0.9", "TEST.PRECISE_BN.ENABLED", "True"], "SOLVER.EMA_DECAY .* TEST.PRECISE_BN"),
+        (["DATASETS.TRAIN", "['voc_x']"], "add DATASETS.VOC.voc_x"),
+        (["DATASETS.VAL_FRACTION", "0.25", "DATASETS.TRAIN", "[tiny_test]"], "DATASETS.VAL_FRACTION: tiny_test"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "7"], "MODEL.ROI_HEADS.NUM_CLASSES"),
+        (["MODEL.TIMM.NORM", "LN"], "MODEL.TIMM.NORM"),
+        (["MODEL.TIMM.ARCH", "resnet1"], "MODEL.TIMM: .*resnet1"),
+        (["MODEL.TIMM.OUT_FEATURES", "['res3', 'res4']"], "MODEL.FPN.IN_FEATURES"),
+        # layers that would be frozen and random
+        (["MODEL.TIMM.NORM", "FrozenBN"], "random weights"),
+        (["MODEL.BACKBONE.FREEZE_AT", "2"], "random weights"),
+        (["METHOD", "nst-poly"], "needs a teacher"),
+        ([*TEACHER, "nowhere.yaml"], "nowhere.yaml"),
+        ([*TEACHER, "{teacher}"], "TEACHER.WEIGHTS"),
+        ([*TEACHER, "{teacher}", "TEACHER.WEIGHTS", "{weights}", "TRANSFER.LEVELS", "['p9']"], "p9"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_values(train, tiny_teacher, tmp_path, capsys, words, named):
+    words = [word.format(teacher=tiny_teacher[0], weights=tiny_teacher[1]) for word in words]
+    assert train(tmp_path / "run", *words, test=True) == 2
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(named, found), found
+
+
+def test_a_teacher_of_other_classes(configured, taught, tiny_teacher, tmp_path):
+    config = tmp_path / "teacher.yaml"
+    config.write_text(f"_BASE_: {tiny_teacher[0]}\nDATASETS: {{CLASSES: [square, bar]}}\n")
+    with pytest.raises(UserError, match="bar, square.* square, bar"):
+        DistillTrainer(configured(*taught("kd", teacher=(str(config), tiny_teacher[1]))))
+
+
+def test_an_error_in_a_process(train, tmp_path, monkeypatch, capsys):
+    trace = "Traceback ...\n  File ...\nnst_det.errors.UserError: SOLVER.OPTIMIZER: wrong\n"
+
+    def fail(*_, **__):
+        raise ProcessRaisedException(trace, 0, 1)
+
+    monkeypatch.setattr("nst_det.detectron2.train_net.launch", fail)
+    assert train(tmp_path / "run", flags=["--num-gpus", "2"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "nst-det: SOLVER.OPTIMIZER: wrong"
+    assert train(tmp_path / "run", "SOLVER.IMS_PER_BATCH", "3", flags=["--num-gpus", "2"]) == 2
+    assert "SOLVER.IMS_PER_BATCH 3" in capsys.readouterr().err
+
+
+def test_another_runs_folder(train, tiny_yaml, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with RunFolder(folder).opened(load_config(tiny_yaml, ["OUTPUT_DIR", str(folder), "SEED", "9"])):
+        pass
+    assert train(folder, test=True) == 2
+    assert "SEED 9" in capsys.readouterr().err
