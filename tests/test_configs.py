@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from nst_det.comparison.config import default_config as compare_keys
 from nst_det.comparison.config import load_comparison
 from nst_det.comparison.plan import DATA, make_plan, run_config
 from nst_det.comparison.stages import check_distill_losses
 from nst_det.detection.config import load_detect_config, voc_roots
 from nst_det.detection.torchvision import build_detector
 from nst_det.distillation.config import load_distill_config
-from nst_det.engine.config import expand_path, read_yaml
+from nst_det.engine.config import expand_path, flat, read_yaml
 from nst_det.losses import parse_method
+from nst_det.tune.config import default_config as tune_keys
 from nst_det.tune.config import load_tuning
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -79,6 +81,12 @@ def test_compare(file, tmp_path):
         before.add(run.name)
         if run.kind != DATA:
             run_config(comparison, run)
+
+
+@pytest.mark.parametrize(("defaults", "page"), [(compare_keys, "compare"), (tune_keys, "tune")])
+def test_every_key_is_explained(defaults, page):
+    text = (CONFIGS.parent / "docs" / "reference" / f"{page}.md").read_text()
+    assert [key for key in flat(defaults()) if f"`{key}`" not in text] == []
 
 
 @files("tune")

@@ -109,30 +109,7 @@ def weights_from(
 
 
 def default_config() -> CfgNode:
-    """Return the keys of a comparison with their defaults.
-
-    =====================  ===========================================================================================
-    NAME                   begins the names of the backbone files
-    OUTPUT_DIR             where everything is written; "" takes output/NAME
-    ENGINE                 detector engine: auto, detectron2 or torchvision
-    METHODS                transfer methods beside ``ce`` (labels only).  A term marked ``@det`` works in stage two,
-                           from a teacher detector (``cwd@det``, ``kd+nst-poly@det``)
-    SEEDS                  one whole set of rows a seed
-    TUNED                  the tuned.yaml of ``nst-det tune``: weights and levels of the methods in it; "" takes none
-    ROWS                   more detectors: ``scratch`` (random backbone, always among them), ``no-fpn`` (as ce, without
-                           FPN: the difference is what FPN brings), ``teacher`` (the teacher's backbone, an upper mark)
-    JOBS                   runs side by side; 0 takes one a GPU, or without a GPU one a core.  Those on GPUs share
-                           the cores; what runs on the CPU beside them is not counted
-    THREADS                CPU threads of stage one (a detector has one); 0 takes the cores, at most 8
-    DATA.GENERATE          settings of the generated data set; {} generates none
-    DATA.ROOT              where it is written; "" takes OUTPUT_DIR/data
-    DISTILL.CONFIG, .OPTS  stage one's YAML (relative to this file) and KEY VALUE pairs on top of it
-    DETECT.CONFIG, .OPTS   the same of stage two
-    DETECT.SCRATCH_OPTS    KEY VALUE pairs for the row ``scratch`` alone; NO_FPN_OPTS and TEACHER_OPTS alike.  The last
-                           are also for the detector that teaches rows with ``@det`` (trained once, with seed 0, unless
-                           stage two's config names one by TEACHER)
-    =====================  ===========================================================================================
-    """
+    """Return the keys with their defaults; what they mean is in ``docs/reference/compare.md``."""
     config = CfgNode({"NAME": "comparison", "OUTPUT_DIR": "", "ENGINE": "auto", "JOBS": 0, "THREADS": 0})
     config.METHODS, config.SEEDS, config.ROWS, config.TUNED = ["kd", "nst-poly"], [0], [SCRATCH], ""
     config.DATA = CfgNode({"ROOT": ""})

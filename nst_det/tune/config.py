@@ -81,24 +81,7 @@ def space_of(word: str, base: Comparison, config: CfgNode, source: str) -> Space
 
 
 def default_config() -> CfgNode:
-    """Return the keys of a search with their defaults.
-
-    ==================  ==============================================================================================
-    COMPARE             the comparison's YAML (relative to this file): methods, data and both stages
-    OPTS                KEY VALUE pairs on top of it, as ``nst-det compare`` takes them
-    OUTPUT_DIR          where everything is written; "" takes output/NAME_tune, with the comparison's NAME
-    METHODS             methods to search for; [] takes the comparison's
-    TRIALS              settings tried for each method; the first is the configured one
-    SEEDS               each setting is trained once for each of them
-    SEED                of the search itself
-    OBJECTIVE           top1 (of the student) or map (of its detector, 11-point); a method with ``@det`` takes map
-    VAL_FRACTION        share of the training images (of each class) that is kept from training and judged on
-    VAL_SEED            chooses these images
-    WEIGHT              each term's weight is searched from the configured one times WEIGHT[0] to times WEIGHT[1]
-    LEVELS, DET_LEVELS  lists of levels to choose from in stage one and two, beside the configured ones
-    OPTIONS             term -> option -> values to choose from, beside the configured one
-    ==================  ==============================================================================================
-    """
+    """Return the keys with their defaults; what they mean is in ``docs/reference/tune.md``."""
     config = CfgNode({"COMPARE": "", "OPTS": [], "OUTPUT_DIR": "", "METHODS": [], "TRIALS": 8, "SEEDS": [0], "SEED": 0})
     config.OBJECTIVE, config.VAL_FRACTION, config.VAL_SEED, config.WEIGHT = TOP1, 0.2, 0, [0.1, 10.0]
     config.LEVELS, config.DET_LEVELS = [], []
