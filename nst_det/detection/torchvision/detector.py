@@ -38,7 +38,7 @@ class Detector(nn.Module):
         self.amp: torch.dtype | None = None
 
     def forward(self, batch: Sequence[dict[str, Any]]) -> Any:
-        """Return the losses (name to scalar) in training, else a dict of :class:`Instances` an image.
+        """Return the losses (name to scalar) in training, else a dict of ``Instances`` an image.
 
         Each dict has ``image`` (3, H, W), 0..255, in ``input_format``; in training ``boxes`` (M, 4) xyxy in its pixels,
         ``labels`` (M,) from 0 and perhaps ``seed``, of the choice of anchors and proposals; else perhaps ``height`` and
