@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from scipy import stats
 
-from nst_det.comparison.result import BASELINE, ComparisonResult, RowResult
+from nst_det.comparison.result import BASELINE, TEACHER, ComparisonResult, RowResult
 from nst_det.report import charts, summary, tables
 from nst_det.report.curves import read_curves, read_precision
 from nst_det.report.samples import SCORE_THRESHOLD, choose_samples
@@ -61,7 +61,7 @@ def render_page(results: ComparisonResult, runs: Path) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         looks=looks,
         reach=_forest_reach(results),
-        best=max((row.map for row in results.methods), default=None),
+        best=max((row.map for row in results.rows if row.method != TEACHER), default=None),
         rank=_rank_correlation(results),
         ap_cell=lambda row, name: _heat_cell(row.per_class.get(name)),
         area_cell=lambda row, name: _heat_cell(row.per_class_area.get(name)),

@@ -34,14 +34,33 @@ TRANSFER = "loss_transfer_"
 
 
 def conclusion(results: ComparisonResult) -> str:
-    """Return the result in one or two sentences, made from the verdicts alone; with one seed it names no winner."""
+    """Return the result in some sentences, made from means and verdicts alone; with one seed it names no winner."""
     methods, leader = results.methods, results.leader
     if not methods or leader is None:
         return "No transfer method was compared: there is nothing to tell apart yet."
+    return " ".join(part for part in (harm(results), _of_methods(results, leader)) if part)
+
+
+def harm(results: ComparisonResult) -> str | None:
+    """Return that a random backbone has a higher mAP than ce or than every method; None where it has not."""
+    scratch, baseline = results.row("scratch"), results.row(BASELINE)
+    if scratch is None or baseline is None:
+        return None
+    lower = [row for row in (baseline, *results.methods) if round(scratch.map - row.map, 3) > 0]
+    if baseline not in lower:
+        return None
+    which = "every other row" if len(lower) == len(results.methods) + 1 else "ce (labels only)"
+    told = "did harm" if scratch.verdict == BETTER else "brought nothing"
+    text = f"Stage one {told}: a random backbone (scratch) has a mAP of {fraction(scratch.map)}, above {which}"
+    return text + (f" ({fraction(baseline.map)})." if which != "every other row" else ".")
+
+
+def _of_methods(results: ComparisonResult, leader: RowResult) -> str:
+    methods = results.methods
     if all(row.verdict == SINGLE for row in methods):
         return (
-            f"With one seed there is no spread to judge by: {leader.method} has the highest mAP "
-            f"({fraction(leader.map)}, {signed(leader.delta_vs_ce)} against ce), "
+            f"With one seed there is no spread to judge by: of the transfer methods {leader.method} has the highest "
+            f"mAP ({fraction(leader.map)}, {signed(leader.delta_vs_ce)} against ce), "
             "but another seed may order the rows otherwise."
         )
     ordered = sorted(methods, key=lambda row: -row.delta_vs_ce)
@@ -76,9 +95,7 @@ def caveats(results: ComparisonResult) -> list[str]:
     scratch, baseline, bare = (results.row(method) for method in ("scratch", BASELINE, "no-fpn"))
     if scratch and baseline:
         gain = signed(baseline.map - scratch.map)
-        notes.append(
-            f"Stage one itself: a backbone trained with labels only (ce) gives {gain} mAP against a random one."
-        )
+        notes.append(f"Stage one with labels only: the mAP of ce is {gain} against that of a random backbone.")
     if bare:
         notes.append(
             f"FPN itself: without it the detector on the backbone of ce has mAP {fraction(bare.map)}, "
@@ -98,7 +115,9 @@ def not_above(results: ComparisonResult) -> str | None:
     """Return which methods have no higher mAP than ce, and by how much; None where there is nothing to compare."""
     if not results.methods:
         return None
-    below = sorted((row for row in results.methods if row.delta_vs_ce <= 0), key=lambda row: row.delta_vs_ce)
+    # by the digits that the table has
+    below = [row for row in results.methods if round(row.delta_vs_ce, 3) <= 0]
+    below.sort(key=lambda row: row.delta_vs_ce)
     if not below:
         return "Each method's row has a higher mAP than ce."
     return f"Not above ce: {_listed([f'{row.method} ({signed(row.delta_vs_ce)})' for row in below])}."
