@@ -1,5 +1,6 @@
 """A small comparison as ``nst-det compare`` leaves it: results, run folders, a VOC folder with images."""
 
+import copy
 import json
 import math
 import random
@@ -72,7 +73,7 @@ def build_row(method, maps, top1, numbers, classes):
         "speed_backbone": {"images_per_second": 812.25, "data_wait": 0.125} if top1 else {},
         "speed_detector": {"images_per_second": 34.5, "data_wait": 0.5, "gpu_memory_gib": 3.25},
         "params": 1934567,
-        "cost": dict(COST),
+        "cost": copy.deepcopy(COST),
         "map_by_iou": {str((50 + 5 * i) / 100): mean * (1 - 0.09 * i) for i in range(10)},
         "coco": {"AP": mean / 2, "AP50": mean, "AP75": mean / 2, "APs": mean / 3, "APm": mean / 1.5, "APl": None},
         "objects": {"small": 12, "medium": 30, "large": 0},
