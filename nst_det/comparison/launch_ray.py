@@ -30,7 +30,7 @@ def require_ray() -> Any:
         import ray
     except ImportError as error:
         raise UserError(
-            "--launcher ray: Ray is not installed; pip install 'nst_det[ray]', or leave --launcher out to run here"
+            "--launcher ray: Ray is not installed; pip install ray, or leave --launcher out to run here"
         ) from error
     return ray
 

@@ -99,7 +99,8 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--format onnx: {error.name} is not installed; pip install 'nst_det[export]'") from error
+        missing = f"--format onnx: {error.name} is not installed"
+        raise UserError(f"{missing}; pip install onnx onnxruntime onnxscript") from error
 
 
 def trace(detector: Detector) -> ExportedProgram:

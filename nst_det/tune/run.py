@@ -62,7 +62,7 @@ def tune(tuning: Tuning, jobs: int = 0, command: Command | None = None) -> tuple
     try:
         import optuna  # noqa: F401
     except ImportError as error:
-        raise UserError("nst-det tune needs Optuna; install it with: pip install 'nst_det[tune]'") from error
+        raise UserError("nst-det tune needs Optuna; install it with: pip install optuna") from error
     evaluator = Evaluator(tuning, jobs, command)
     evaluator.check()
     with RunFolder(tuning.folder).opened(tuning.claim):

@@ -65,7 +65,7 @@ def tsne_plane(points: Tensor, seed: int = 0) -> Tensor:
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise UserError("--tsne: scikit-learn is not installed; pip install 'nst_det[look]'") from error
+        raise UserError("--tsne: scikit-learn is not installed; pip install scikit-learn") from error
     perplexity = min(30.0, (len(points) - 1) / 4)
     plane = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(points.float().numpy())
     return torch.from_numpy(plane)
