@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-gpu test-ray lint docs clean
+.PHONY: demo test test-fast test-gpu test-ray lint docs clean
 
 demo: $(READY)
 	$(VENV)/bin/nst-det compare --config-file configs/compare/demo.yaml --output output/demo
@@ -11,6 +11,10 @@ demo: $(READY)
 test: $(READY) lint
 	@$(VENV)/bin/python tools/sizes.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto -m "not detectron2 and not gpu"
+
+# what a change breaks most often, within a minute on 2 cores: no training, no other processes
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto -m "not slow and not detectron2 and not gpu"
 
 # on a machine with a GPU, which make test hides; with Detectron2 in another Python: python3 -m pytest -v -m gpu
 test-gpu: $(READY)

@@ -19,11 +19,31 @@ from nst_det.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 HANGS_AFTER_SECONDS = 180
+# files whose tests train, or start processes, for longer than a quick look allows; `make test-fast` leaves them out
+SLOW = {
+    "test_api.py", "test_doctor.py", "test_gpu_check.py", "golden/test_golden_curves.py",
+    "device/test_pretended_cuda.py", "guide/test_guide.py", "guide/test_site.py", "report/test_browser.py",
+    "comparison/test_end_to_end.py", "comparison/test_estimate.py", "comparison/test_launch.py", "tune/test_tune.py",
+    "engine/test_loader.py", "export/test_detector.py", "detectron2/test_detectron2_absent.py",
+    "detection/test_data.py", "detection/test_distiller.py", "detection/test_processes.py",
+    "detection/test_training.py", "detection/test_validation.py",
+    "distillation/test_distill_cache.py", "distillation/test_distill_faults.py",
+    "distillation/test_distill_images.py", "distillation/test_distill_mlp.py",
+    "distillation/test_distill_optimizer.py", "distillation/test_distill_processes.py",
+    "distillation/test_distill_stage.py",
+}  # fmt: skip
 # tests want equal bits, which no GPU promises, and fork: none sees a GPU, nor does a process that it starts, unless
 # those marked gpu are asked for; done before anything imports torch
 VISIBLE, ON_CPU = "CUDA_VISIBLE_DEVICES", "NST_DET_GPU_TESTS_ON_CPU"
 _GIVEN = os.environ.get(VISIBLE)
 os.environ[VISIBLE] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow files."""
+    for item in items:
+        if item.path.relative_to(CHECKOUT / "tests").as_posix() in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_configure(config: pytest.Config) -> None:
