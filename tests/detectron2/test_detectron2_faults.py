@@ -114,7 +114,7 @@ def test_a_full_disk(train, tmp_path, monkeypatch, last_line):
 
 @pytest.mark.parametrize("cached", [1024, 0])
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(("content", "fault"), [(PNG, "80000000 pixels|100000x100000"), (b"no image", "decoded")])
+@pytest.mark.parametrize(("content", "fault"), [(PNG, "80000000 pixels|100000x100000"), (b"no image", "no JPEG")])
 def test_an_image_is_too_large_or_damaged(
     train, voc_root, tiny_yaml, tmp_path, last_line, cached, workers, content, fault
 ):
