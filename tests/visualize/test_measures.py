@@ -85,5 +85,5 @@ def test_tsne_separates_two_clouds_and_repeats():
 
 def test_tsne_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(UserError, match=r"pip install 'nst_det\[look\]'"):
+    with pytest.raises(UserError, match="pip install scikit-learn"):
         tsne_plane(random(9, 3))
