@@ -387,7 +387,6 @@ def respelled(pairs: Mapping[str, str], error: str, otherwise: Mapping[str, str]
         # an older checkout may have a value where the key is a group now
         names = [name for name in (key, key.rpartition(".")[0]) if name]
         named = [match.start() for name in names for match in re.finditer(rf"(?<![\w.]){re.escape(name)}(?!\w)", line)]
-        named = named if key else []
         # a file may be named by itself, or by what stands beside it
         if key in otherwise and str(Path(value).with_suffix("")) in line:
             named.append(0)

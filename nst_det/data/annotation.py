@@ -135,14 +135,19 @@ def parse_xml(data: bytes) -> Element:
 
 
 def parse_annotation(data: bytes, name: str) -> tuple[VocAnnotation | None, list[str]]:
-    """Return the annotation ``name`` with the objects that can be read, and a line for everything that is wrong.
-
-    There is none where the size or all the XML can't be read.
-    """
+    """Parse XML and return what :func:`annotation_from` does of it; no annotation where it can't be parsed."""
     try:
         root = parse_xml(data)
     except UserError as error:
         return None, [str(error)]
+    return annotation_from(root, name)
+
+
+def annotation_from(root: Element, name: str) -> tuple[VocAnnotation | None, list[str]]:
+    """Return the annotation ``name`` with the objects that can be read, and a line for everything that is wrong.
+
+    There is none where the size can't be read.
+    """
     problems: list[str] = []
     width, height = (_number(root, f"size/{side}", problems, side=True) for side in ("width", "height"))
     objects = [_object(element, number, problems) for number, element in enumerate(root.findall("object"), 1)]

@@ -10,11 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, parse_annotation, parse_xml
+from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, annotation_from, parse_xml
 from nst_det.data.folders import EXTENSIONS, class_folders
-from nst_det.data.images import MAX_IMAGE_BYTES, decode_image, image_orientation
+from nst_det.data.images import MAX_IMAGE_BYTES, decode_oriented
 from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, shown, shown_path
-from nst_det.data.voc import IMAGE_EXTENSIONS, existing_split_path, find_voc_root, image_names, scan_list
+from nst_det.data.voc import (
+    IMAGE_EXTENSIONS,
+    annotation_files,
+    existing_split_path,
+    find_voc_root,
+    image_names,
+    scan_list,
+)
 from nst_det.engine.device import core_count
 from nst_det.errors import UserError
 
@@ -96,12 +103,10 @@ def _check_images(report: Report, paths: Sequence[Path], workers: int) -> dict[P
     def decode(path: Path) -> _Decoded | UserError:
         try:
             data = read_bytes(path, MAX_IMAGE_BYTES, "image")
-            height, width, _ = decode_image(data, shown_path(path)).shape
+            image, orientation = decode_oriented(data, shown_path(path))
         except UserError as error:
             return error
-        return _Decoded(
-            f"{width}x{height}", hashlib.sha256(data).hexdigest(), image_orientation(data, shown_path(path))
-        )
+        return _Decoded(f"{image.shape[1]}x{image.shape[0]}", hashlib.sha256(data).hexdigest(), orientation)
 
     report.counts["images"] = len(paths)
     decoded = {}
@@ -168,7 +173,7 @@ def _check_voc(root: Path, splits: Sequence[str] | None, classes: Sequence[str] 
     report = Report(root, "VOC folder")
     lists = _check_lists(report, splits)
     images = _image_files(report)
-    annotated = {path.stem: path for path in sorted((root / "Annotations").iterdir()) if _is_annotation(path)}
+    annotated = annotation_files(root)
     if splits is not None:
         listed = {id_ for ids in lists.values() for id_ in ids}
         images, annotated = ({id_: files[id_] for id_ in files if id_ in listed} for files in (images, annotated))
@@ -273,10 +278,6 @@ def _leads_out(report: Report, path: Path) -> bool:
     return outside
 
 
-def _is_annotation(path: Path) -> bool:
-    return path.suffix == ".xml" and not path.name.startswith(".")
-
-
 def _check_annotation(
     report: Report, path: Path, classes: Sequence[str] | None, images: dict[str, Path]
 ) -> VocAnnotation | None:
@@ -284,16 +285,16 @@ def _check_annotation(
     if problem:
         report.add("bad annotation", path, f"its name {problem}; rename it")
     try:
-        data = read_bytes(path, MAX_XML_BYTES, "annotation")
+        root = parse_xml(read_bytes(path, MAX_XML_BYTES, "annotation"))
     except UserError as error:
         report.add("bad annotation", path, error)
         return None
-    annotation, problems = parse_annotation(data, path.stem)
+    annotation, problems = annotation_from(root, path.stem)
     for text in problems:
         report.add("bad annotation", path, text)
     if annotation is None:
         return None
-    filename = parse_xml(data).findtext("filename") or ""
+    filename = root.findtext("filename") or ""
     if "/" in filename or "\\" in filename or filename in (".", ".."):
         report.add("leads outside", path, f"filename '{shown(filename)}' leads elsewhere (it isn't followed)")
     elif Path(filename.strip()).stem != path.stem and Path(filename.strip()).stem in images:

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 
 from nst_det.data.safe_io import name_problem, shown, shown_path
-from nst_det.data.voc import image_names, read_split
+from nst_det.data.voc import annotation_files, image_names, read_split
 from nst_det.engine.io import cannot_write, sha256_of_file
 from nst_det.engine.progress import Meter, progress
 from nst_det.errors import UserError
@@ -224,7 +224,7 @@ def check_release(root: Path, release: VocRelease) -> None:
     if not (root / "Annotations").is_dir():
         raise UserError(f"{shown_path(root)}: no Annotations in it; {remedy}")
     images = image_names(root / "JPEGImages")
-    annotated = {path.stem for path in (root / "Annotations").iterdir() if path.suffix == ".xml"}
+    annotated = annotation_files(root)
     for split, count in release.splits.items():
         ids = read_split(root, split)
         lost = [id_ for id_ in ids if id_ not in images or id_ not in annotated]

@@ -64,11 +64,16 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     Grey and palette images become RGB, transparency is dropped, EXIF orientation is applied.  Errors call it ``name``:
     not an image, truncated, more than :data:`MAX_IMAGE_PIXELS`, or more than 8 bits a channel.
     """
+    return decode_oriented(data, name)[0]
+
+
+def decode_oriented(data: bytes, name: str) -> tuple[np.ndarray, int]:
+    """Return what :func:`decode_image` does, and the EXIF orientation: 1 is upright, from 5 on sides are exchanged."""
     image, orientation = _opened(data, name)
     try:
         image.load()
         upright = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-        return np.array(upright.convert("RGB"))
+        return np.array(upright.convert("RGB")), orientation
     except Exception as error:  # Pillow's decoders raise all kinds of errors
         raise _undecodable(name, error) from error
 
@@ -78,11 +83,6 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     image, orientation = _opened(data, name)
     # from 5 on, the image lies on its side
     return (image.height, image.width) if orientation >= 5 else (image.width, image.height)
-
-
-def image_orientation(data: bytes, name: str) -> int:
-    """Return the EXIF orientation, 1 (upright) to 8; from 5 on, width and height are exchanged."""
-    return _opened(data, name)[1]
 
 
 def _opened(data: bytes, name: str) -> tuple[Image.Image, int]:

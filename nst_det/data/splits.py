@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nst_det.data.annotation import VocAnnotation
 from nst_det.data.safe_io import shown, shown_path
-from nst_det.data.voc import VocDataset, image_names, read_split, split_names, write_split
+from nst_det.data.voc import VocDataset, annotation_files, image_names, read_split, split_names, write_split
 from nst_det.errors import UserError
 
 # lists to train and to test on that belong together, the best first
@@ -116,8 +116,7 @@ def ids_to_cut(root: Path) -> tuple[str, ...]:
         )
     if names:
         return read_split(root, (known or names)[0])
-    annotated = {path.stem for path in (root / "Annotations").glob("[!.]*.xml")}
-    ids = tuple(sorted(annotated & set(image_names(root / "JPEGImages"))))
+    ids = tuple(sorted(annotation_files(root).keys() & image_names(root / "JPEGImages").keys()))
     if not ids:
         raise UserError(f"{shown_path(root)}: no image with an annotation of the same name; add some")
     return ids

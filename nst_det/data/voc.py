@@ -227,6 +227,12 @@ def class_names(names: Iterable[str]) -> tuple[str, ...]:
     return VOC_CLASSES if found and found <= set(VOC_CLASSES) else tuple(sorted(found))
 
 
+def annotation_files(root: Path) -> dict[str, Path]:
+    """Return the file of every annotation of a VOC folder by its stem; a Mac's ``._ID.xml`` are none."""
+    files = sorted((root / "Annotations").iterdir())
+    return {path.stem: path for path in files if path.suffix == ".xml" and not path.name.startswith(".")}
+
+
 def image_names(folder: Path) -> dict[str, str]:
     """Return the file name of every image in a folder by its stem; of several the first extension wins."""
     try:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from nst_det.engine.device import FLOAT32_PRECISIONS
+from nst_det.engine.solver import CLIP_TYPES
 
 
 class Limited(NamedTuple):
@@ -164,7 +165,7 @@ HONORED: dict[str, Any] = {
     "SOLVER.BIAS_LR_FACTOR": 1.0,
     "SOLVER.WEIGHT_DECAY_BIAS": None,
     "SOLVER.CLIP_GRADIENTS.ENABLED": False,
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of("value", "norm", "full_model"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of(*CLIP_TYPES),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 1.0,
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": 2.0,
     "SOLVER.AMP.ENABLED": False,

@@ -10,9 +10,7 @@ from detectron2.engine import HookBase, hooks
 from torch import nn
 
 from nst_det.engine.nan_guard import gradient_norm, raise_together
-from nst_det.engine.solver import clip_gradients
-
-FULL_MODEL = "full_model"
+from nst_det.engine.solver import FULL_MODEL, clip_gradients
 
 
 class FiniteCheck(HookBase):

@@ -12,6 +12,7 @@ from nst_det.engine.config import load_config, merge_tree, plain, transfer_node
 from nst_det.engine.device import AMP_DTYPES, FLOAT32_PRECISIONS
 from nst_det.engine.metrics import check_wandb
 from nst_det.engine.nan_guard import check_non_finite, non_finite_node
+from nst_det.engine.solver import CLIP_TYPES, FULL_MODEL
 from nst_det.errors import UserError
 from nst_det.losses import parse_method
 
@@ -150,7 +151,7 @@ def _solver() -> CfgNode:
     # steps between checkpoints
     node.CHECKPOINT_PERIOD = 500
     # CLIP_VALUE limits each entry (value), each parameter's norm (norm), or that of all gradients together (full_model)
-    node.CLIP_GRADIENTS = CfgNode({"ENABLED": False, "CLIP_TYPE": "full_model", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0})
+    node.CLIP_GRADIENTS = CfgNode({"ENABLED": False, "CLIP_TYPE": FULL_MODEL, "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0})
     # of an exponential moving average of the weights: 0 for none, else below 1, such as 0.999; the average is what is
     # validated and written, running statistics averaged too; it begins as the first step's weights, and the decay
     # rises to this value: 1 - t ** (-2 / 3) after t steps.  One pass over the weights a step
@@ -224,7 +225,7 @@ SOLVER_RULES: Rules = {
     "WARMUP_ITERS": (lambda value, node: 0 <= value <= node.MAX_ITER, "from 0 to MAX_ITER"),
     "WARMUP_METHOD": _one_of("linear", "constant"),
     "CHECKPOINT_PERIOD": _from(1),
-    "CLIP_GRADIENTS.CLIP_TYPE": _one_of("value", "norm", "full_model"),
+    "CLIP_GRADIENTS.CLIP_TYPE": _one_of(*CLIP_TYPES),
     "CLIP_GRADIENTS.CLIP_VALUE": _ABOVE_0,
     "EMA_DECAY": (lambda value, _: 0 <= value < 1, "0 for no average, or a fraction below 1 such as 0.999"),
     "AMP.DTYPE": _one_of(*AMP_DTYPES),
