@@ -32,10 +32,14 @@ def shown_path(path: str | Path) -> str:
 def read_bytes(path: Path, limit: int, what: str) -> bytes:
     """Read a regular file of at most ``limit`` bytes; ``what`` is the kind of file for the error ("annotation")."""
     name = shown_path(path)
+    too_large = UserError(f"{name}: {what} of more than {limit} bytes; split it or remove it")
     try:
+        status = os.stat(path)
         # a pipe would block for ever
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{name}: not a regular file; put the {what} itself there")
+        if status.st_size > limit:
+            raise too_large
         with open(path, "rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError as error:
@@ -44,8 +48,9 @@ def read_bytes(path: Path, limit: int, what: str) -> bytes:
         raise UserError(f"{name}: {what} can't be read ({error.strerror}); correct its permissions") from error
     except ValueError as error:
         raise UserError(f"{name}: not the name of a file ({error})") from error
+    # it may have grown
     if len(data) > limit:
-        raise UserError(f"{name}: {what} of more than {limit} bytes; split it or remove it")
+        raise too_large
     return data
 
 
