@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 
@@ -27,7 +28,7 @@ INIT_IMAGES = (
     argument("--device", None, "to fit sizes and schedules to (default: cuda if there)", choices=("cpu", "cuda")),
 )
 def init(args: argparse.Namespace) -> None:
-    """Make a project for your own VOC folder or COCO JSON: three configs that fit, and data for stage one."""
+    """Make a project for your own VOC folder or COCO JSON: configs that fit, and data for stage one."""
     from nst_det.data.coco import CocoSource
     from nst_det.data.safe_io import shown_path
     from nst_det.engine.device import default_device
@@ -60,8 +61,8 @@ def init(args: argparse.Namespace) -> None:
     if project.small > 0.1:
         print(f"          {project.small:.0%} of the {project.objects} objects are smaller than 8 pixels at this size;")
         print("          raise INPUT.MIN_SIZE_* and MAX_SIZE_* and the anchors in detect.yaml")
-    compare = f"nst-det compare --config-file {args.project}/compare.yaml"
-    print(f'next      {compare} SEEDS "[0]" METHODS "[ce, nst-poly]"')
+    compare = shlex.join(["nst-det", "compare", args.project])
+    print(f"next      {compare} --seeds 0 --methods ce,nst-poly")
     print(f"          for a first look; {compare} adds all methods and seeds")
     print(f"then      nst-det predict IMAGES --run {args.project}/output/detect/seed0/nst-poly")
 

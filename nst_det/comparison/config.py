@@ -12,9 +12,27 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from nst_det.comparison.result import BASELINE, NO_FPN, SCRATCH, TEACHER
-from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_generated, check_stages_fit, errors_of, load_stage
+from nst_det.comparison.stages import (
+    DETECT,
+    DISTILL,
+    TITLES,
+    check_generated,
+    check_stages_fit,
+    data_fingerprints,
+    errors_of,
+    load_stage,
+)
 from nst_det.detection.config import choose_engine, wanted_engine
-from nst_det.engine.config import expand_path, flat, key_values, load_config, merge_overrides, plain, read_yaml
+from nst_det.engine.config import (
+    config_file,
+    expand_path,
+    flat,
+    key_values,
+    load_config,
+    merge_overrides,
+    plain,
+    read_yaml,
+)
 from nst_det.engine.device import core_count
 from nst_det.engine.fingerprint import RESUME, RUN, concerns
 from nst_det.engine.io import read_json
@@ -139,6 +157,10 @@ class Comparison:
     tuned: Mapping[str, Tuned]  # what a search found, by method string
     claim: dict[str, Any]  # what must not change between two calls on one folder
 
+    def inputs(self) -> dict[str, str]:
+        """Return the fingerprints of data and weights, by key; of generated data its settings in the claim say all."""
+        return {} if self.generate else data_fingerprints(self.distill, self.detect)
+
     @property
     def students(self) -> tuple[str, ...]:
         """The methods of stage one, each once, ``ce`` first."""
@@ -156,6 +178,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
 
     ``overrides`` are KEY VALUE pairs; ``DISTILL.X.Y 3`` and ``DETECT.X.Y 3`` set X.Y of that stage's own config.
     """
+    file = config_file(file, "compare.yaml")
     pairs, known = key_values(overrides), flat(default_config())
     # for a stage's own config
     forwarded = [pair for pair in pairs if pair[0] not in known and pair[0].startswith((f"{DISTILL}.", f"{DETECT}."))]

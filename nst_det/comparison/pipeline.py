@@ -37,7 +37,7 @@ def compare(
     configs = checked_configs(comparison, runs)
     machine = this_machine(jobs or comparison.jobs)
     folder = comparison.folder
-    with RunFolder(folder).opened(comparison.claim):
+    with RunFolder(folder).opened(comparison.claim, comparison.inputs()):
         if ray_address is None:
             launch(runs, configs, folder, machine, LocalLauncher(folder, machine, command))
         else:

@@ -28,6 +28,7 @@ from nst_det.detection.config import (
 )
 from nst_det.detection.data import data_classes, evaluation_batches, open_voc, split_training, training_batches
 from nst_det.detection.distiller import DistilledDetector, distill, level_channels, wants_teacher
+from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.detection.trainer import Trainer, train
 from nst_det.engine.checkpoint import checkpoints, would_resume
@@ -112,7 +113,7 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
     _begin(config)
     classes = data_classes(config)
     resolve_classes(config, classes)
-    with folder.opened(config) if is_main_process() else nullcontext():
+    with folder.opened(config, input_fingerprints(config, classes)) if is_main_process() else nullcontext():
         if broadcast_from_rank0(lambda: folder.done):
             log.info("%s is done already", folder.path)
             return broadcast_from_rank0(folder.result)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.engine.config import load_config, merge_tree, plain, transfer_node
+from nst_det.engine.config import config_file, load_config, merge_tree, plain, transfer_node
 from nst_det.engine.device import AMP_DTYPES, FLOAT32_PRECISIONS
 from nst_det.engine.metrics import check_wandb
 from nst_det.engine.nan_guard import check_non_finite, non_finite_node
@@ -261,7 +261,7 @@ RULES: Rules = {
 
 def load_distill_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
     """Return defaults, file and overrides, checked value by value."""
-    config = load_config(get_defaults(), file, overrides)
+    config = load_config(get_defaults(), file and config_file(file, "distill.yaml"), overrides)
     check_config(config)
     return config
 

@@ -1,4 +1,4 @@
-"""What fits a data set, and the three YAMLs of a project: whole, and depending on no other file."""
+"""What fits a data set, and the four YAMLs of a project: whole, and depending on no other file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import numpy as np
 
 from nst_det.data.annotation import VocAnnotation, usable_boxes
 from nst_det.detection.data import resized_shape
+from nst_det.engine.config import places
 
 # of the levels p2 .. p6
 STRIDES = (4, 8, 16, 32, 64)
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SMALLEST_SIDE = 64
-FILES = ("distill.yaml", "detect.yaml", "compare.yaml")
+FILES = ("distill.yaml", "detect.yaml", "compare.yaml", "tune.yaml")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def render(values: Values) -> dict[str, str]:
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     # JSON is YAML, with names and paths quoted
     environment.filters["json"] = partial(json.dumps, ensure_ascii=False, default=str)
-    return {file: environment.get_template(file).render(vars(values)) for file in FILES}
+    roots = {key: places(getattr(values, key), values.folder) for key in ("voc", "images")}
+    return {file: environment.get_template(file).render({**vars(values), **roots}) for file in FILES}
 
 
 def fit_size(annotations: Sequence[VocAnnotation], largest: int) -> tuple[int, int]:

@@ -11,8 +11,9 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from nst_det.comparison.config import Comparison, load_comparison, path_beside, require
+from nst_det.comparison.plan import finished_teacher
 from nst_det.comparison.result import BASELINE
-from nst_det.engine.config import expand_path, flat, load_config, plain
+from nst_det.engine.config import config_file, expand_path, flat, load_config, plain
 from nst_det.engine.fingerprint import RESUME, concerns
 from nst_det.errors import UserError
 from nst_det.losses.registry import get_term
@@ -112,6 +113,7 @@ class Tuning:
 
 def load_tuning(file: str | Path, output: str | Path | None = None, overrides: Sequence[str] = ()) -> Tuning:
     """Read and check a search; ``output`` replaces OUTPUT_DIR, ``overrides`` are KEY VALUE pairs."""
+    file = config_file(file, "tune.yaml")
     config = load_config(default_config(), file, overrides)
     low, high = config.WEIGHT if len(config.WEIGHT) == 2 else (0, 0)
     around_one = "two factors around 1, smallest first, such as [0.1, 10.0]"
@@ -128,8 +130,11 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
     require(config, fits, str(file))
     compare = path_beside(config.COMPARE, "COMPARE", file, overrides)
     opts = [str(word) for word in config.OPTS]
-    named = str(output or config.OUTPUT_DIR) or f"output/{load_comparison(compare, None, opts).name}_tune"
+    comparison = load_comparison(compare, None, opts)
+    named = str(output or config.OUTPUT_DIR) or f"output/{comparison.name}_tune"
     folder = Path(expand_path(named, "OUTPUT_DIR")).resolve()
+    # a search that has begun to train its own keeps it
+    teacher = "" if (folder / "teacher").exists() else finished_teacher(comparison)
     # test data stays out: both stages are judged on a part of their training images, and name no other
     settings = {
         "DISTILL.DATA.VAL_FROM": "train",
@@ -143,6 +148,7 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
         "ROWS": [],
         "SEEDS": list(config.SEEDS),
         **({"METHODS": list(config.METHODS)} if config.METHODS else {}),
+        **({"DISTILL.TEACHER.WEIGHTS": teacher} if teacher else {}),
     }
     base = load_comparison(compare, folder, [*opts, *(str(word) for pair in settings.items() for word in pair)])
     spaces = {word: space_of(word, base, config, str(file)) for word in base.methods if word != BASELINE}
@@ -155,6 +161,8 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
         "objective": config.OBJECTIVE,
         "validation": f"{config.VAL_FRACTION:g} of the training images, chosen by seed {config.VAL_SEED}",
         "steps": {"stage one": base.distill.SOLVER.MAX_ITER, "stage two": base.detect.SOLVER.MAX_ITER},
+        # which has seen the images that students are judged on
+        "teacher": "the comparison's" if teacher else "given" if base.distill.TEACHER.WEIGHTS else "trained here",
         "weights": f"configured weight times {config.WEIGHT[0]:g} to {config.WEIGHT[1]:g}",
     }
     return Tuning(

@@ -27,9 +27,9 @@ def voc(thirty, tmp_path):
 def test_thirty_images_become_a_comparison(voc, tmp_path, cli, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli("init", "my_project", "--voc", "voc", "--device", "cpu") == 0
-    assert "nst-det compare --config-file my_project/compare.yaml" in capsys.readouterr().out
+    assert "nst-det compare my_project --seeds 0 --methods ce,nst-poly" in capsys.readouterr().out
     monkeypatch.chdir("/")
-    comparison = load_comparison(tmp_path / "my_project" / "compare.yaml")
+    comparison = load_comparison(tmp_path / "my_project")
     runs = make_plan(comparison)
     for run in runs:
         run_config(comparison, run)
@@ -105,7 +105,7 @@ def test_names_that_yaml_would_read_otherwise(voc, tmp_path):
         path.write_text(path.read_text().replace("<name>square</name>", "<name>no</name>"))
     odd = voc.rename(tmp_path / "it's: #1 {x}")
     init_project(tmp_path / "007", odd)
-    datasets = yaml.safe_load((tmp_path / "007" / "detect.yaml").read_text())["DATASETS"]
+    datasets = read_yaml(tmp_path / "007" / "detect.yaml")["DATASETS"]
     assert datasets["VOC"]["own_train"]["ROOT"] == str(odd)
     assert "no" in datasets["CLASSES"]
     assert tuple(datasets["CLASSES"]) == VocDataset(odd, "trainval").classes
