@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
-from pathlib import Path
 
 from nst_det.cli.command import argument, command, flag, one_of
-from nst_det.errors import UserError
 
 INIT_IMAGES = (
     "with --coco: the folder of its images, or one for each file. With --voc: classification data for stage one, a "
@@ -29,22 +27,11 @@ INIT_IMAGES = (
 )
 def init(args: argparse.Namespace) -> None:
     """Make a project for your own VOC folder or COCO JSON: configs that fit, and data for stage one."""
-    from nst_det.data.coco import CocoSource
+    from nst_det import api
     from nst_det.data.safe_io import shown_path
-    from nst_det.engine.device import default_device
-    from nst_det.scaffold.init import init_project
 
-    images = args.images
-    data: str | CocoSource = args.voc
-    if args.coco:
-        if not images:
-            raise UserError("--coco: name the folder of its images by --images")
-        data = CocoSource(tuple(map(Path, args.coco)), tuple(map(Path, images)))
-        images = []
-    if len(images) > 1:
-        raise UserError("--images: one folder of classification data; with --coco there may be two")
-    device = args.device or default_device().type
-    project = init_project(args.project, data, images[0] if images else None, args.train, args.test, device)
+    given = {"images": args.images, "train": args.train, "test": args.test, "device": args.device or ""}
+    project = api.init(args.project, args.voc, coco=args.coco or (), **given)
     values, report = project.values, project.report
     root = shown_path(report.root)
     print(f"data      {root}: {report.summary()}")
