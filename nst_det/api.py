@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nst_det.errors import UserError
     from nst_det.evaluation.boxes import Detections, GroundTruth
     from nst_det.evaluation.voc import VocResult
-    from nst_det.export import Exported
+    from nst_det.exporting import Exported
     from nst_det.models import Card
     from nst_det.scaffold.init import Project
 
@@ -400,10 +400,10 @@ def export(
     if images and not of_detector:
         raise UserError("--images: only detectors are compared on images; leave it out")
     if of_detector:
-        from nst_det.export.detector import export_detector
+        from nst_det.exporting.detector import export_detector
 
         return export_detector(run, output, format, images)
-    from nst_det.export import backbone
+    from nst_det.exporting import backbone
 
     if format == "detectron2":
         return backbone.export_detectron2(str(weights), output, arch)

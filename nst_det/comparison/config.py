@@ -22,7 +22,7 @@ from nst_det.comparison.stages import (
     errors_of,
     load_stage,
 )
-from nst_det.detection.config import choose_engine, wanted_engine
+from nst_det.detection.config import ENGINES, choose_engine, wanted_engine
 from nst_det.engine.config import (
     config_file,
     expand_path,
@@ -36,6 +36,7 @@ from nst_det.engine.config import (
 from nst_det.engine.device import core_count
 from nst_det.engine.fingerprint import RESUME, RUN, concerns
 from nst_det.engine.io import read_json
+from nst_det.engine.keys import Key, config_tree, one_of
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.losses import LABELS_ONLY, Method, parse_method
@@ -126,15 +127,44 @@ def weights_from(
     return ", ".join(dict.fromkeys(sources))
 
 
-def default_config() -> CfgNode:
-    """Return the keys with their defaults; what they mean is in ``docs/reference/compare.md``."""
-    config = CfgNode({"NAME": "comparison", "OUTPUT_DIR": "", "ENGINE": "auto", "JOBS": 0, "THREADS": 0})
-    config.METHODS, config.SEEDS, config.ROWS, config.TUNED = ["kd", "nst-poly"], [0], [SCRATCH], ""
-    config.DATA = CfgNode({"ROOT": ""})
-    config.DATA.GENERATE = CfgNode(new_allowed=True)
-    config.DISTILL = CfgNode({"CONFIG": "", "OPTS": []})
-    config.DETECT = CfgNode({"CONFIG": "", "OPTS": [], **{key: [] for key in ROW_OPTS.values()}})
-    return config
+KEYS = {
+    "NAME": Key("comparison", "begins the names of the backbone files"),
+    "OUTPUT_DIR": Key("", 'where everything is written; "" takes output/NAME'),
+    "ENGINE": one_of("engine of the detectors; auto takes Detectron2 where it is installed", *ENGINES),
+    "METHODS": Key(
+        ["kd", "nst-poly"],
+        "transfer methods beside ce (labels only); a term marked @det works in stage two, from a teacher detector "
+        "(cwd@det, kd+nst-poly@det)",
+    ),
+    "SEEDS": Key([0], "one whole set of rows a seed"),
+    "ROWS": Key(
+        [SCRATCH],
+        "more detectors: scratch (random backbone, always among them), no-fpn (as ce, without FPN: the difference is "
+        "what FPN brings), teacher (the teacher's backbone, an upper mark)",
+    ),
+    "TUNED": Key("", 'the tuned.yaml of nst-det tune: weights and levels of the methods in it; "" takes none'),
+    "JOBS": Key(
+        0,
+        "runs side by side; 0 takes one a GPU, or without a GPU one a core; those on GPUs share the cores, "
+        "and what runs "
+        "on the CPU beside them is not counted",
+    ),
+    "THREADS": Key(0, "CPU threads of stage one (a detector has one); 0 takes the cores, at most 8"),
+    "DATA.GENERATE": Key({}, "settings of the generated data set; {} generates none"),
+    "DATA.ROOT": Key("", 'where it is written; "" takes OUTPUT_DIR/data'),
+    "DISTILL.CONFIG": Key("", "stage one's YAML, relative to this file"),
+    "DISTILL.OPTS": Key([], "KEY VALUE pairs on top of it"),
+    "DETECT.CONFIG": Key("", "stage two's YAML, relative to this file"),
+    "DETECT.OPTS": Key([], "KEY VALUE pairs on top of it"),
+    "DETECT.SCRATCH_OPTS": Key([], "KEY VALUE pairs for the row scratch alone"),
+    "DETECT.NO_FPN_OPTS": Key([], "KEY VALUE pairs for the row no-fpn alone"),
+    "DETECT.TEACHER_OPTS": Key(
+        [],
+        "KEY VALUE pairs for the row teacher, and for the detector that teaches rows with @det (trained "
+        "once, with seed "
+        "0, unless stage two's config names one by TEACHER)",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -179,11 +209,11 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     ``overrides`` are KEY VALUE pairs; ``DISTILL.X.Y 3`` and ``DETECT.X.Y 3`` set X.Y of that stage's own config.
     """
     file = config_file(file, "compare.yaml")
-    pairs, known = key_values(overrides), flat(default_config())
+    pairs, known = key_values(overrides), KEYS
     # for a stage's own config
     forwarded = [pair for pair in pairs if pair[0] not in known and pair[0].startswith((f"{DISTILL}.", f"{DETECT}."))]
     own = [word for pair in pairs if pair not in forwarded for word in pair]
-    config = load_config(default_config(), file, own)
+    config = load_config(config_tree(KEYS), file, own)
     with errors_of(f"{file}: NAME"):
         check_name(config.NAME)
     with errors_of(f"{file}: METHODS", ValueError):

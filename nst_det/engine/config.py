@@ -236,22 +236,3 @@ def expand_path(text: str, key: str) -> str:
             f"{key}: the environment variable {missing[1]} is not set; set it, or give {key} on the command line"
         )
     return expanded
-
-
-def transfer_node() -> CfgNode:
-    """Return the ``TRANSFER`` keys that both stages share.
-
-    LEVELS are feature levels of the student, or ``student:teacher`` pairs (``res3:res4``).  The others are keyed by
-    term (``{at: 10.0}``, ``{kd: {temperature: 2.0}}``, ``{fitnet: [res4]}``).  A term's weight is that in the method
-    (``at:10``), else by AUTO_WEIGHT (see :class:`nst_det.losses.loss_balance.GradientBalance`), else that in WEIGHTS,
-    else its default.
-    """
-    node = CfgNode()
-    node.LEVELS = []
-    # assigned one by one: CfgNode({...}) would forget new_allowed
-    node.WEIGHTS = CfgNode(new_allowed=True)
-    node.TERM_LEVELS = CfgNode(new_allowed=True)
-    node.OPTIONS = CfgNode(new_allowed=True)
-    node.AUTO_WEIGHT = CfgNode(new_allowed=True)
-    node.WARMUP_ITERS = 0
-    return node

@@ -237,7 +237,9 @@ def test_from_python_any_form_of_an_image_gives_what_predict_gives(run, command,
         assert list(found.names) == [entry["category"] for entry in mine]
         assert [detector.classes[label] for label in found.labels] == list(found.names)
         np.testing.assert_allclose(found.scores, [entry["score"] for entry in mine], atol=1e-5)
-        np.testing.assert_allclose(found.boxes, [entry["bbox"] for entry in mine], atol=1e-3)
+        # COCO's boxes have a width and a height
+        corners = [[x, y, x + width, y + height] for x, y, width, height in (entry["bbox"] for entry in mine)]
+        np.testing.assert_allclose(found.boxes, corners, atol=1e-3)
         assert (found.boxes.dtype, found.scores.dtype, found.labels.dtype) == (np.float32, np.float32, np.int64)
     assert seen == len(wanted) > 20
     pixels = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)

@@ -12,8 +12,8 @@ from nst_det.engine.config import (
     places,
     plain,
     read_yaml,
-    transfer_node,
 )
+from nst_det.engine.keys import transfer_node
 from nst_det.errors import UserError
 
 # ten times itself, six times over
