@@ -85,7 +85,7 @@ def _shortened(run: Run, config: CfgNode) -> CfgNode:
     config.TEST.EVAL_PERIOD = 0
     config.SOLVER.CHECKPOINT_PERIOD = STEPS // 2
     if run.detects:
-        config.TEST.SELECT = "last"
+        config.TEST.SELECT, config.TEST.PATIENCE = "last", 0
         return config
     config.LOG_PERIOD = 1
     config.TEACHER.EXPECTED_TOP1, config.CACHE.DIR, config.CACHE.DTYPE = 0.0, "", "auto"

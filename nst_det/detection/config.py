@@ -104,6 +104,9 @@ ADDED: dict[str, Key] = {
         LAST,
         BEST,
     ),
+    "TEST.PATIENCE": at_least(
+        "early stopping: validations in a row without a higher mAP after which training stops; 0 never stops it", 0, 0
+    ),
     "DATALOADER.CACHE_IMAGES_MB": at_least(
         "decoded images are kept in memory if all of a set fit in this", 0, default=1024
     ),
@@ -172,11 +175,12 @@ def check_added_keys(config: CfgNode, source: str) -> None:
     """Refuse values of this project's keys that neither engine can follow."""
     for key, value, limit in _wrong_values(config, ADDED):
         raise UserError(f"{source}: {key} is {value!r}; set it to {limit.wanted}")
-    if config.TEST.SELECT == BEST and not (config.DATASETS.VAL_FRACTION and config.TEST.EVAL_PERIOD):
-        raise UserError(
-            f"{source}: TEST.SELECT best needs a validation split to choose by, and when to look at it; set "
-            "DATASETS.VAL_FRACTION (such as 0.2) and TEST.EVAL_PERIOD, or SELECT last"
-        )
+    for key, off in (("SELECT", LAST), ("PATIENCE", 0)):
+        if config.TEST[key] != off and not (config.DATASETS.VAL_FRACTION and config.TEST.EVAL_PERIOD):
+            raise UserError(
+                f"{source}: TEST.{key} {config.TEST[key]} needs a validation split to choose by, and when to look at "
+                f"it; set DATASETS.VAL_FRACTION (such as 0.2) and TEST.EVAL_PERIOD, or TEST.{key} {off}"
+            )
     if config.SOLVER.EMA_DECAY and config.TEST.PRECISE_BN.ENABLED:
         raise UserError(
             f"{source}: SOLVER.EMA_DECAY {config.SOLVER.EMA_DECAY}: TEST.PRECISE_BN measures the statistics of the "

@@ -17,7 +17,14 @@ from fvcore.common.config import CfgNode
 from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detection.box_head import check_class_names, reads_box_head
-from nst_det.detection.checkpoint import keep_best, load_weights, save_weights, saved_classes, settle
+from nst_det.detection.checkpoint import (
+    keep_best,
+    load_weights,
+    patience_is_over,
+    save_weights,
+    saved_classes,
+    settle,
+)
 from nst_det.detection.config import (
     defrosted,
     listed_classes,
@@ -136,14 +143,17 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
         def batches_from(step: int) -> Iterable[list[dict[str, Any]]]:
             return training_batches(config, sets, seed, step)
 
+        def is_over(step: int) -> bool:
+            return broadcast_from_rank0(lambda: patience_is_over(folder.path, step, config.TEST))
+
         trainer = Trainer(model, config, seed, folder, batches_from, average)
-        train(trainer, folder, evaluate)
+        train(trainer, folder, evaluate, is_over)
         validated: dict[str, Any] = {}
         if validation is not None:
             found = _evaluate(kept, config, validation)
 
             def settled() -> dict[str, Any]:
-                last = keep_best(folder.path, kept, classes, config.SOLVER.MAX_ITER, found)
+                last = keep_best(folder.path, kept, classes, trainer.max_iter, found)
                 return settle(folder.path, kept, last, config.TEST.SELECT)
 
             validated = {"validation": found, "checkpoints": broadcast_from_rank0(settled)}
@@ -154,7 +164,7 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
         result = {
             **_evaluate(kept, config, data, folder.path / DETECTIONS_FILE),
             "seconds": trainer.state.seconds,
-            "steps": config.SOLVER.MAX_ITER,
+            "steps": trainer.max_iter,
             "engine": "torchvision",
             "params": count_parameters(student),
             "seed": seed,

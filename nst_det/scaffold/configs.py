@@ -20,6 +20,11 @@ from nst_det.engine.config import places
 STRIDES = (4, 8, 16, 32, 64)
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SMALLEST_SIDE = 64
+# the detector pads images to multiples of it, the stride of res5
+PADDING = 32
+# share of the training images that a detector is validated on, and how often at least
+VAL_FRACTION, VALIDATIONS = 0.2, 5
+ROUND = (10, 20, 25, 50, 100, 200, 250, 500, 1000)
 FILES = ("distill.yaml", "detect.yaml", "compare.yaml", "tune.yaml")
 
 
@@ -64,6 +69,8 @@ class Values:
     teacher: Schedule
     student: Schedule
     detection: Schedule
+    period: int  # steps of stage two between validations
+    val_fraction: float  # of the training images; 0 where they are too few
 
 
 def render(values: Values) -> dict[str, str]:
@@ -79,12 +86,14 @@ def render(values: Values) -> dict[str, str]:
 def fit_size(annotations: Sequence[VocAnnotation], largest: int) -> tuple[int, int]:
     """Return the shortest and the longest side of an image, in pixels: medians, the longest at most ``largest``.
 
-    Images are never enlarged, except where the shortest side would fall below :data:`SMALLEST_SIDE`.
+    They are multiples of :data:`PADDING`.  Images are never enlarged, except where the shortest side would fall below
+    :data:`SMALLEST_SIDE`.
     """
     short = float(np.median([min(item.width, item.height) for item in annotations]))
     long = float(np.median([max(item.width, item.height) for item in annotations]))
     scale = max(min(1.0, largest / long), SMALLEST_SIDE / short)
-    return round(short * scale), round(long * scale)
+    shortest = max(int(short * scale) // PADDING * PADDING, SMALLEST_SIDE)
+    return shortest, math.ceil(shortest * long / short / PADDING) * PADDING
 
 
 def box_sizes(annotations: Sequence[VocAnnotation], shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,5 +140,11 @@ def fit_distillation(images: int, device: str) -> tuple[Schedule, Schedule]:
     return Schedule(teacher, batch), Schedule(_clamp(10 * images / batch, 150, 900 * longer), batch)
 
 
+def fit_period(iterations: int) -> int:
+    """Return a round number of steps between two validations, and between two checkpoints."""
+    return max(number for number in ROUND if number * VALIDATIONS <= max(iterations, ROUND[0] * VALIDATIONS))
+
+
 def _clamp(value: float, low: int, high: int) -> int:
-    return min(max(math.ceil(value), low), high)
+    """Return a round number of steps within the bounds."""
+    return min(max(math.ceil(value / 50) * 50, low), high)

@@ -12,18 +12,20 @@ from nst_det.data.check import Report, check_data
 from nst_det.data.coco import CocoSource, convert_coco
 from nst_det.data.folders import read_image_folder
 from nst_det.data.safe_io import shown_path
-from nst_det.data.splits import TEST_FRACTION, cut_test_ids, ids_to_cut, known_pair, write_pair
+from nst_det.data.splits import TEST_FRACTION, cut_test_ids, hold_out, ids_to_cut, known_pair, write_pair
 from nst_det.data.voc import VocDataset, find_voc_root, split_path
 from nst_det.engine.io import atomic_folder, write_text
 from nst_det.errors import UserError
 from nst_det.models import check_name
 from nst_det.scaffold.configs import (
     PRESETS,
+    VAL_FRACTION,
     Values,
     box_sizes,
     fit_anchors,
     fit_detection,
     fit_distillation,
+    fit_period,
     fit_size,
     render,
 )
@@ -124,6 +126,8 @@ def _write_project(
         image_root, count = found.root.resolve(), len(found.train)
         note = f"{len(found.classes)} classes, {count} images to train on"
     teacher, student = fit_distillation(count, device)
+    left, val_fraction = _validated(VocDataset(root, train, classes))
+    detection = fit_detection(sum(bool(item.objects) for item in left.annotations()), device)
     values = Values(
         name=folder.name,
         folder=folder,
@@ -140,12 +144,23 @@ def _write_project(
         most_objects=max(len(item.objects) for item in [*learned, *tested]),
         teacher=teacher,
         student=student,
-        detection=fit_detection(sum(bool(item.objects) for item in learned), device),
+        detection=detection,
+        period=fit_period(detection.iterations),
+        val_fraction=val_fraction,
     )
     for file, text in render(values).items():
         write_text(made / file, text)
     small = float((sizes < 8).mean())
     return Project(values, report, (len(learned), len(tested)), len(sizes), small, cut)
+
+
+def _validated(data: VocDataset) -> tuple[VocDataset, float]:
+    """Return what is left to train on, and the share that is validated on; all and 0 where the images are too few."""
+    try:
+        left, _ = hold_out(data, VAL_FRACTION)
+    except UserError:
+        return data, 0.0
+    return (left, VAL_FRACTION) if {name for item in left.annotations() for name in item.names} else (data, 0.0)
 
 
 def _refuse_broken(report: Report, remedy: str) -> None:
