@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 
-from nst_det.data.folders import EXTENSIONS
-from nst_det.data.images import read_image
+from nst_det.data.images import EXTENSIONS, read_image
 from nst_det.data.safe_io import shown_path
 from nst_det.detection.checkpoint import load_weights, saved_classes
 from nst_det.detection.config import defrosted, listed_classes, load_detect_config
