@@ -13,8 +13,7 @@ import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
 
-from nst_det.data.folders import EXTENSIONS
-from nst_det.data.images import decode_image, read_image
+from nst_det.data.images import EXTENSIONS, decode_image, read_image
 from nst_det.data.safe_io import shown_path
 from nst_det.detection.checkpoint import load_weights, saved_classes
 from nst_det.detection.config import defrosted, listed_classes, load_detect_config

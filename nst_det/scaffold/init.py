@@ -11,9 +11,10 @@ from nst_det.data.annotation import read_annotation
 from nst_det.data.check import Report, check_data
 from nst_det.data.coco import CocoSource, convert_coco
 from nst_det.data.folders import read_image_folder
+from nst_det.data.layouts import convert_layout, find_layout
 from nst_det.data.safe_io import shown_path
 from nst_det.data.splits import TEST_FRACTION, cut_test_ids, hold_out, ids_to_cut, known_pair, write_pair
-from nst_det.data.voc import VocDataset, find_voc_root, split_path
+from nst_det.data.voc import VocDataset, annotation_files, find_voc_root, split_path
 from nst_det.engine.io import atomic_folder, write_text
 from nst_det.errors import UserError
 from nst_det.models import check_name
@@ -57,14 +58,16 @@ def init_project(
     test: str = "",
     device: str = "cpu",
 ) -> Project:
-    """Make a project for a VOC folder, or for COCO annotations, which become one inside the project.
+    """Make a project for a folder of images with boxes, or for COCO annotations.
+
+    What is not in VOC's layout becomes a VOC folder inside the project.
 
     Where the folder has no lists to train and test on, a fifth of the images is held out and the lists
     ``nst_det_train`` and ``nst_det_test`` are written into its ``ImageSets/Main``; nothing else in it is changed.
 
     Args:
         folder: the project to make; its last part names the backbone files.
-        voc: see :func:`nst_det.data.voc.find_voc_root`; or COCO annotations.
+        voc: a folder with a layout that :func:`nst_det.data.layouts.find_layout` knows; or COCO annotations.
         images: an image folder for stage one; None cuts crops out of the images.
         train: list to train on; "" takes those there are, or cuts them.
         test: list to test on.
@@ -80,11 +83,17 @@ def init_project(
     cut: list[Path] = []
     try:
         with atomic_folder(folder, "name another project") as made:
-            root = convert_coco(voc, made / CONVERTED) if isinstance(voc, CocoSource) else find_voc_root(voc)
+            layout = None if isinstance(voc, CocoSource) else find_layout(voc)
+            if isinstance(voc, CocoSource):
+                root = convert_coco(voc, made / CONVERTED)
+            else:
+                root = layout.root if layout else find_voc_root(voc)
             report = check_data(root, [train, test] if train and test else None)
             # where it will be
             report = replace(report, root=folder / root.relative_to(made)) if remedy else report
             _refuse_broken(report, remedy or f"nst-det check-data {shown_path(root)} lists all")
+            if layout and not layout.is_voc:
+                root = convert_layout(layout, made / CONVERTED)
             lists = known_pair(root, train, test)
             if lists is None:
                 lists = _cut_lists(root)
@@ -131,7 +140,7 @@ def _write_project(
     values = Values(
         name=folder.name,
         folder=folder,
-        voc=report.root,
+        voc=folder / root.relative_to(made) if root.is_relative_to(made) else root,
         train=train,
         test=test,
         classes=classes,
@@ -171,8 +180,8 @@ def _refuse_broken(report: Report, remedy: str) -> None:
 
 
 def _cut_lists(root: Path) -> tuple[str, str]:
-    ids = ids_to_cut(root)
-    classes_of = {id_: read_annotation(root / "Annotations" / f"{id_}.xml").names for id_ in ids}
+    ids, files = ids_to_cut(root), annotation_files(root)
+    classes_of = {id_: read_annotation(files[id_]).names for id_ in ids}
     held = cut_test_ids(classes_of, TEST_FRACTION)
     if not held or len(held) == len(ids):
         raise UserError(

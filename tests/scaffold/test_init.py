@@ -15,6 +15,8 @@ from nst_det.data.voc import VocDataset
 from nst_det.detection.config import load_detect_config
 from nst_det.engine.config import flat, read_yaml
 from nst_det.scaffold.init import init_project
+from tests.helpers.layouts import LAYOUTS
+from tests.helpers.voc import write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -158,6 +160,36 @@ def test_one_file_is_cut(thirty, tmp_path):
     project = init_project(tmp_path / "mine", source)
     assert (project.cut, sum(project.images)) == (True, 24)
     assert project.values.voc == project.report.root == tmp_path / "mine" / "data" / "voc"
+
+
+@pytest.mark.parametrize("name", ["flat", "Roboflow", "lower-case", "YOLO above"])
+def test_init_takes_it_and_leaves_it_as_it_is(thirty, tmp_path, cli, name):
+    root = tmp_path / "data"
+    data = VocDataset(thirty, "trainval")
+    for number, id_ in enumerate(data.ids):
+        split = "test" if number % 4 == 0 else "train"
+        item = data.annotation(id_)
+        sides = np.array([item.width, item.height])
+        low, high = item.boxes[:, :2] / sides, item.boxes[:, 2:] / sides
+        rows = np.hstack([data.labels(item)[:, None], (low + high) / 2, high - low]).round(6).tolist()
+        labels = "\n".join(" ".join(map(str, row)) for row in rows)
+        for file in LAYOUTS[name][0].format(id_, split).split():
+            path = write(root / file, labels)
+            source = {".jpg": data.image_path(id_), ".xml": data.annotation_path(id_)}.get(path.suffix)
+            if source:
+                shutil.copy(source, path)
+    if name.startswith("YOLO"):
+        write(root / "data.yaml", f"names: {list(data.classes)}")
+    before = sorted(root.rglob("*"))
+    assert cli("init", tmp_path / "mine", "--voc", root, "--device", "cpu") == 0
+    assert sorted(root.rglob("*")) == before
+    made = tmp_path / "mine" / "data" / "voc"
+    pair = ("train", "test") if LAYOUTS[name][2] else ("nst_det_train", "nst_det_test")
+    parts = [VocDataset(made, split, data.classes) for split in pair]
+    assert sorted(parts[0].ids + parts[1].ids) == sorted(data.ids)
+    for part in parts:
+        for item in part.annotations():
+            np.testing.assert_allclose(item.boxes, data.annotation(item.id).boxes, atol=2e-3)
 
 
 # FOLDER has the data: voc (an image is cut off), JSON files, and an empty folder
