@@ -275,7 +275,7 @@ def load_detector(run: str | Path, *, threshold: float = 0.5, device: str = "") 
     Example:
         >>> import nst_det
         >>> detector = nst_det.load_detector("my_project/output/detect/seed0/ce", threshold=0.0)
-        >>> found = detector("my_images/JPEGImages/test_00000.jpg")
+        >>> found = detector("my_images/JPEGImages/000001.jpg")
         >>> found.boxes.shape == (len(found.scores), 4), set(found.names) <= set(detector.classes)
         (True, True)
     """

@@ -147,4 +147,5 @@ def fit_period(iterations: int) -> int:
 
 def _clamp(value: float, low: int, high: int) -> int:
     """Return a round number of steps within the bounds."""
-    return min(max(math.ceil(value / 50) * 50, low), high)
+    unit = 50 if value <= 1000 else 100
+    return min(max(math.ceil(value / unit) * unit, low), high)

@@ -11,6 +11,7 @@ from nst_det.comparison.plan import make_plan, run_config
 from nst_det.comparison.stages import check_data_folders
 from nst_det.data.coco import CocoSource
 from nst_det.data.folders import read_image_folder
+from nst_det.data.splits import hold_out
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import load_detect_config
 from nst_det.engine.config import flat, read_yaml
@@ -48,8 +49,16 @@ def test_thirty_images_become_a_comparison(voc, tmp_path, cli, capsys, monkeypat
     # anchors by hand; these images are 160 pixels at most already
     shapes = np.array([(a.width, a.height) for a in train.annotations()])
     shortest, longest = detect.INPUT.MIN_SIZE_TEST, detect.INPUT.MAX_SIZE_TEST
-    assert shortest == round(float(np.median(shapes.min(axis=1))))
-    assert longest == round(float(np.median(shapes.max(axis=1)))) <= 160
+    short, long = np.median(shapes.min(axis=1)), np.median(shapes.max(axis=1))
+    # no image is padded, and none enlarged
+    assert (shortest % 32, longest % 32) == (0, 0)
+    assert 0 <= short - shortest < 32
+    assert 0 <= longest - shortest * long / short < 32
+    # the weights that are best on a part of the training images are tested
+    kept = hold_out(train, detect.DATASETS.VAL_FRACTION)[1]
+    assert 3 <= len(kept) <= 8
+    assert (detect.TEST.SELECT, detect.TEST.EVAL_PERIOD, detect.TEST.PATIENCE) == ("best", 25, 0)
+    assert detect.SOLVER.CHECKPOINT_PERIOD == 25
     sides, names = [], []
     for annotation in train.annotations():
         sizes = annotation.width, annotation.height
@@ -79,6 +88,7 @@ def test_the_detector_is_the_small_one_of_the_packaged_configs(thirty, tmp_path)
     fitted = {"MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE"}
     fitted |= {f"INPUT.{edge}_SIZE_{when}" for edge in ("MIN", "MAX") for when in ("TRAIN", "TEST")}
     fitted |= {"SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "OUTPUT_DIR"}
+    fitted |= {"TEST.SELECT", "TEST.EVAL_PERIOD"}
     assert {key for key in differing if not key.startswith("DATASETS.")} <= fitted
     assert "_BASE_" not in (tmp_path / "mine" / "detect.yaml").read_text()
     assert (project.images, project.cut) == ((24, 6), False)
