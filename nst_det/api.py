@@ -385,7 +385,7 @@ def export(
         >>> import nst_det
         >>> backbone = "my_project/output/backbones/my_project-ce-s0.safetensors"
         >>> sorted(nst_det.export("for_timm", "timm", weights=backbone).files)
-        ['card', 'config', 'weights']
+        ['card', 'weights']
     """
     from nst_det.errors import UserError
 

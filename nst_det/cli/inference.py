@@ -17,7 +17,7 @@ from nst_det.cli.command import DEVICE, TRUST_PICKLE, argument, command, flag, o
     argument("--classes", "NAME", "only these classes (default: all)", nargs="+"),
     DEVICE,
     argument("--every", "N", "take each N-th frame of a video", type=int, default=1),
-    epilog="exit code: 0 if every image was read, 2 if one was not (the others are done all the same). "
+    epilog="exit code: 0 if every image was read, 2 if one was not (the others are processed anyway). "
     "To score detections.json by nst-det evaluate, take --threshold 0.02 or less: AP counts low scores too.",
 )
 def predict(args: argparse.Namespace) -> int:
