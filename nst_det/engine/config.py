@@ -95,7 +95,10 @@ def places(path: str | Path, folder: Path) -> str | list[str]:
         return str(path)
     absolute = os.path.abspath(os.path.expanduser(path))
     relative = os.path.relpath(absolute, folder.resolve())
-    return [relative, absolute] if relative.startswith("..") else f"./{relative}"
+    # with a slash, which tells a path
+    return (
+        [f"{relative}/" if relative == ".." else relative, absolute] if relative.startswith("..") else f"./{relative}"
+    )
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

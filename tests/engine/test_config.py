@@ -153,18 +153,20 @@ def test_a_data_set_is_found_where_either_or_both_folders_are_moved(tmp_path, mo
     monkeypatch.chdir(tmp_path / "home")
     assert places("images", project) == roots["a"]
     assert places("$DATA/images", project) == "$DATA/images"
-    write(project / "x.yaml", yaml.safe_dump({"A": {"ROOT": roots["a"]}, "B": {"ROOT": roots["b"]}}))
+    # a project inside its images
+    roots["c"] = places(".", project)
+    write(project / "x.yaml", yaml.safe_dump({name.upper(): {"ROOT": root} for name, root in roots.items()}))
 
     def found(folder):
         tree = read_yaml(folder / "x.yaml")
-        return [tree[name]["ROOT"] for name in "AB"]
+        return [tree[name]["ROOT"] for name in "ABC"]
 
     (tmp_path / "deep" / "er").mkdir(parents=True)
     moved = project.rename(tmp_path / "deep" / "er" / "project")
-    assert found(moved) == [f"{tmp_path}/home/images", f"{moved}/crops"]
+    assert found(moved)[:2] == [f"{tmp_path}/home/images", f"{moved}/crops"]
     moved.rename(tmp_path / "home" / "again")
     home = (tmp_path / "home").rename(tmp_path / "elsewhere")
-    assert found(home / "again") == [f"{home}/images", f"{home}/again/crops"]
+    assert found(home / "again") == [f"{home}/images", f"{home}/again/crops", str(home)]
 
 
 def test_expand_path(monkeypatch):
