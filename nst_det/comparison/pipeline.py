@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
+from rich.markup import escape
 from rich.table import Table
 
 import nst_det.report
@@ -124,8 +125,9 @@ def results_table(results: ComparisonResult) -> Table:
     """Return the rows as a table: fractions with three digits."""
     rows, several = results.rows, len(results.seeds) > 1
     title = f"VOC mAP at IoU 0.5, 11-point; engine {results.engine}"
-    caption = None if several else "One seed: there is no spread to judge differences by."
-    table = Table(title=title, caption=caption)
+    notes = [] if several else ["One seed: there is no spread to judge differences by."]
+    notes += [f"{row.method}: {'; '.join(row.differs)}" for row in rows if row.differs]
+    table = Table(title=title, caption=escape("\n".join(notes)) or None)
     spread, interval = (["±"], ["95 % interval"]) if several else ([], [])
     for head in ("row", "mAP", *spread, "area", "vs ce", *interval, "top-1", "seconds", "verdict", "weights"):
         table.add_column(head, justify="left" if head in ("row", "verdict", "weights") else "right")
@@ -140,7 +142,7 @@ def results_table(results: ComparisonResult) -> Table:
             "top-1": "-" if row.top1 is None else f"{row.top1:.3f}",
             "seconds": f"{row.seconds:.0f}",
             "verdict": row.verdict,
-            "weights": row.weights,
+            "weights": row.weights_text,
         }
         shown = [cells[str(column.header)] for column in table.columns]
         table.add_row(*shown, end_section=bool(after and after.stage != row.stage))

@@ -94,7 +94,8 @@ def caveats(results: ComparisonResult) -> list[str]:
     scratch, baseline, bare = (results.row(method) for method in ("scratch", BASELINE, "no-fpn"))
     if scratch and baseline:
         gain = signed(baseline.map - scratch.map)
-        notes.append(f"Stage one with labels only: the mAP of ce is {gain} against that of a random backbone.")
+        unlike = f", which is trained with {'; '.join(scratch.differs)}" if scratch.differs else ""
+        notes.append(f"Stage one with labels only: the mAP of ce is {gain} against that of a random backbone{unlike}.")
     if bare:
         notes.append(
             f"FPN itself: without it the detector on the backbone of ce has mAP {fraction(bare.map)}, "
@@ -127,7 +128,7 @@ def unequal_weights(results: ComparisonResult) -> str | None:
     by_source: dict[str, list[str]] = {}
     for row in results.methods:
         if row.weights:
-            by_source.setdefault(row.weights, []).append(row.method)
+            by_source.setdefault(row.weights_from, []).append(row.method)
     if len(by_source) < 2:
         return None
     parts = "; ".join(f"{source}: {', '.join(methods)}" for source, methods in by_source.items())

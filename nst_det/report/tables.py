@@ -62,7 +62,9 @@ def values_of(row: RowResult) -> dict[str, Any]:
     sizes = {"": "AP", "_small": "APs", "_medium": "APm", "_large": "APl"}
     speeds = ("images_per_second", "data_wait", "gpu_memory_gib")
     return {
-        **{name: getattr(row, name) for name in ("method", "stage", "weights")},
+        **{name: getattr(row, name) for name in ("method", "stage")},
+        "weights": row.weights_text,
+        "differs": "; ".join(row.differs),
         "map_11point": row.map,
         **{name: getattr(row, name) for name in ("map_std", "map_area", "delta_vs_ce")},
         "delta_low": low,
@@ -109,7 +111,7 @@ def _training_note(row: RowResult) -> str:
     return f"stage one {duration(row.seconds_backbone)}, stage two {duration(row.seconds_detector)}"
 
 
-# LaTeX takes all but the last three
+# LaTeX takes all but the last four
 COLUMNS = (
     Column("method", lambda row: row.method, align="l"),
     Column(
@@ -133,7 +135,8 @@ COLUMNS = (
     _number("training", "seconds", duration, "stage one's share and stage two, a mean over seeds", _training_note),
     Column("seeds", lambda row: ", ".join(map(str, row.seeds)), align="l"),
     Column("transfer", lambda row: row.stage or MISSING, align="l"),
-    Column("weights", lambda row: row.weights or MISSING, align="l"),
+    Column("weights", lambda row: row.weights_text or MISSING, align="l"),
+    Column("differs from ce in", lambda row: "; ".join(row.differs) or MISSING, align="l"),
 )
 
 
@@ -199,7 +202,7 @@ def latex_escape(text: str) -> str:
 
 def latex_table(results: ComparisonResult, sentence: str) -> str:
     """Return a ``table`` environment for the booktabs package; the highest mAP of a transfer method is bold."""
-    columns = COLUMNS[:-3]
+    columns = COLUMNS[:-4]
     best = max((row.map for row in results.methods), default=None)
     lines = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering"]
     lines += [f"\\caption{{{latex_escape(sentence)} {latex_escape(legend(results))}}}"]

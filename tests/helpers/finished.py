@@ -58,7 +58,7 @@ def build_row(method, maps, top1, numbers, classes):
         "map_std": std,
         "map_area": mean * 1.03,
         "stage": "backbone" if top1 and not is_baseline else "",
-        "weights": "",
+        **{"weights": [], "differs": []},
         "backbone": [],
         "seeds": list(range(len(maps))),
         "delta_vs_ce": difference.mean,

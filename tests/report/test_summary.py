@@ -110,11 +110,20 @@ def test_rows_that_are_not_above_ce_are_named_with_their_distance(methods, expec
 
 
 def test_unequal_weights_are_named():
-    tuned = "tuned: 8 trials"
-    text = unequal_weights(results("weights", {"kd": tuned, "at": "default weight", "fitnet": tuned}))
-    assert "(tuned: 8 trials: kd, fitnet; default weight: at)" in text
+    tuned, default = (
+        [{"term": "kd", "weight": 2.5, "source": source, "trials": trials}]
+        for source, trials in (("tuned", 8), ("default", None))
+    )
+    text = unequal_weights(results("weights", {"kd": tuned, "at": default, "fitnet": tuned}))
+    assert "(tuned (8 trials): kd, fitnet; default: at)" in text
     assert unequal_weights(results()) is None
     assert unequal_weights(results("weights", {"kd": tuned, "at": tuned})) is None
+
+
+def test_what_a_random_backbone_is_trained_with_is_said_where_it_is_compared():
+    rate = "SOLVER.BACKBONE_MULTIPLIER 1.0 (ce: 0.3)"
+    notes = caveats(results("differs", {"scratch": [rate]}))
+    assert [rate in note for note in notes if "random backbone" in note] == [True]
 
 
 def test_against_the_paper():
