@@ -21,9 +21,11 @@ from nst_det.comparison.launch_ray import RayLauncher, connected
 from nst_det.comparison.plan import DATA, STUDENTS, Run, make_plan, run_config, teacher_detector_name, total_steps
 from nst_det.comparison.result import BASELINE, ComparisonResult
 from nst_det.comparison.stages import check_data_folders, check_detector_losses, check_distill_losses
+from nst_det.distillation.fingerprint import student_claim
 from nst_det.engine.format import duration, print_table, size
 from nst_det.engine.io import write_text
 from nst_det.engine.run_dir import RunFolder
+from nst_det.losses import parse_method
 
 
 def compare(
@@ -35,6 +37,7 @@ def compare(
     is that of the Ray cluster that does the runs, "" for one on this machine.
     """
     runs = make_plan(comparison)
+    check_folders(comparison, runs)
     configs = checked_configs(comparison, runs)
     machine = this_machine(jobs or comparison.jobs)
     folder = comparison.folder
@@ -48,6 +51,16 @@ def compare(
         results.save(folder / "report" / "results.json")
         nst_det.report.write_report(results, folder / "report", folder)
     return results
+
+
+def check_folders(comparison: Comparison, runs: Sequence[Run]) -> None:
+    """Refuse a folder that holds another comparison, or runs whose terms had other weights, levels or options."""
+    RunFolder(comparison.folder).check(comparison.claim)
+    for run in (run for run in runs if run.detects or run.kind == STUDENTS):
+        config = run_config(comparison, run)
+        for folder in run.folders:
+            claim = config if run.detects else student_claim(config, parse_method(folder.name), "", "")
+            RunFolder(folder).check(claim, "TRANSFER.")
 
 
 def launch(
@@ -83,6 +96,14 @@ def run_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNod
     return {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
 
 
+def print_plan(comparison: Comparison) -> list[Run]:
+    """Print the runs and what is done of them, after the checks of folders that the comparison itself makes."""
+    runs = make_plan(comparison)
+    check_folders(comparison, runs)
+    print_table(plan_table(comparison, runs))
+    return runs
+
+
 def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, Estimate] | None = None) -> Table:
     """Return the runs, what is done of them already, and what they take by ``found``, where that is known."""
     done = sum(run.done for run in runs)
@@ -102,8 +123,7 @@ def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, 
 
 def dry_run(comparison: Comparison, jobs: int = 0) -> None:
     """Print the plan at once, then what it takes, measured on a few steps of each kind of run."""
-    runs = make_plan(comparison)
-    print_table(plan_table(comparison, runs))
+    runs = print_plan(comparison)
     if all(run.done for run in runs):
         return
     checked_configs(comparison, runs)

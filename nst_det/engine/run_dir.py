@@ -110,12 +110,11 @@ class RunFolder:
         finally:
             lock.release()
 
-    def _claim(self, config: CfgNode | dict[str, Any]) -> None:
-        for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
-            remove_left_over(folder, owned=True)
+    def check(self, config: CfgNode | dict[str, Any], within: str = "") -> None:
+        """Refuse a folder that holds another run, by the keys that begin with ``within``; nothing is written."""
         values = _values(config)
         before = read_json(self.config_path) if self.config_path.exists() else values
-        for key in sorted({*before, *values}):
+        for key in sorted(key for key in {*before, *values} if key.startswith(within)):
             # a comparison's claim holds the keys of both stages
             kept = concerns(key.removeprefix("DISTILL.").removeprefix("DETECT."), RESUME)
             if kept and before.get(key) != values.get(key):
@@ -123,8 +122,13 @@ class RunFolder:
                     f"{self.path}: this folder holds a run with {key} {before.get(key)!r}, now it is "
                     f"{values.get(key)!r}; name another folder or remove this one"
                 )
+
+    def _claim(self, config: CfgNode | dict[str, Any]) -> None:
+        for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
+            remove_left_over(folder, owned=True)
+        self.check(config)
         if not self.config_path.exists():
-            write_json(self.config_path, values)
+            write_json(self.config_path, _values(config))
         if isinstance(config, CfgNode):
             write_text(self.path / "config.yaml", config.dump())
         history = self.path / "provenance.json"
