@@ -93,7 +93,7 @@ def _seed(comparison: Comparison, row: str, seed: int) -> SeedResult:
     seconds = [float(result.get("seconds") or 0.0) for result in (detector, backbone)]
     tree = {
         **detector,
-        **{key: detector.get(key) or {} for key in ("map_by_iou", "coco", "objects")},
+        **{key: detector.get(key) or {} for key in ("map_by_iou", "coco", "objects", "objects_per_class")},
         "seconds": sum(seconds),
         "seconds_detector": seconds[0],
         "seconds_backbone": seconds[1],
@@ -104,8 +104,8 @@ def _seed(comparison: Comparison, row: str, seed: int) -> SeedResult:
         "run": folder.relative_to(comparison.folder).as_posix(),
         "distill_run": below.relative_to(comparison.folder).as_posix() if below and backbone else None,
     }
-    for key in ("top1", "top5"):
-        tree[key] = from_json(float | None, backbone.get(key), f"{below}/result.json", REMEDY, key)
+    for key, kind in (("top1", float | None), ("top5", float | None), ("val_images", int | None)):
+        tree[key] = from_json(kind, backbone.get(key), f"{below}/result.json", REMEDY, key)
     entry: SeedResult = from_json(SeedResult, tree, f"{folder}/result.json", REMEDY)
     return entry
 
@@ -127,7 +127,8 @@ def _over_seeds(seeds: Sequence[SeedResult]) -> dict[str, Any]:
     for key in ("seconds", "seconds_backbone", "seconds_detector"):
         values[key], _ = over(getattr(one, key) for one in seeds)
     backbones = [one.backbone for one in seeds if one.backbone]
-    return {**values, "objects": seeds[0].objects, "params": seeds[0].params, "backbone": backbones}
+    shared = {key: getattr(seeds[0], key) for key in ("objects", "objects_per_class", "params")}
+    return {**values, **shared, "backbone": backbones}
 
 
 def _transfer(comparison: Comparison, runs: Sequence[Run], row: str, seeds: Sequence[SeedResult]) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class SeedResult:
     map_by_iou: dict[str, float | None]
     coco: dict[str, float | None]
     objects: dict[str, int]
+    objects_per_class: dict[str, int]
     checkpoints: Checkpoints | None
     params: int | None
     engine: str | None
@@ -87,6 +88,7 @@ class SeedResult:
     speed_detector: dict[str, float]
     top1: float | None
     top5: float | None
+    val_images: int | None  # that top1 and top5 are measured on
     term_weights: dict[str, dict[str, float]]  # of each stage (backbone, detector), AUTO_WEIGHT's choice among them
     backbone: str
     seconds_backbone: float
@@ -126,9 +128,10 @@ class RowResult:
     verdict: Literal["reference", "single seed", "noise", "better", "worse"]
     per_class: dict[str, float | None]  # 11-point AP
     per_class_area: dict[str, float | None]
-    map_by_iou: dict[str, float | None]  # this and the next two as nst_det.evaluation.metrics.summarize gives them
+    map_by_iou: dict[str, float | None]  # this and the next three as nst_det.evaluation.metrics.summarize gives them
     coco: dict[str, float | None]
     objects: dict[str, int]
+    objects_per_class: dict[str, int]
     top1: float | None  # of the backbone
     top1_std: float | None
     seconds: float  # of training, both stages together

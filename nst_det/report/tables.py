@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from nst_det.comparison.result import ComparisonResult, RowResult
 from nst_det.comparison.statistics import BETTER, NOISE, REFERENCE, SINGLE, WORSE
 
 MISSING = "–"
+UNTOLD = "What this answer can't tell"
 MARKS = {BETTER: "better", WORSE: "worse", NOISE: "within noise", SINGLE: "one seed", REFERENCE: "reference"}
 
 
@@ -152,14 +153,15 @@ def csv_table(results: ComparisonResult) -> str:
     return out.getvalue()
 
 
-def markdown_table(results: ComparisonResult, sentence: str) -> str:
-    """Return GitHub's Markdown, with the result in one sentence above and what the columns mean below."""
+def markdown_table(results: ComparisonResult, sentence: str, untold: Sequence[str] = ()) -> str:
+    """Return GitHub's Markdown: the result in one sentence above, below what the columns mean and what isn't told."""
     lines = [[column.head for column in COLUMNS], ["---:" if column.align == "r" else "---" for column in COLUMNS]]
     for row in results.rows:
         # names are the user's, figures are our own
         lines.append([_markdown_escape(c.text(row)) if c.align == "l" else c.text(row) for c in COLUMNS])
     table = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([_markdown_escape(sentence), "", *table, "", _markdown_escape(legend(results)), ""])
+    box = [f"{UNTOLD}:", "", *(f"- {_markdown_escape(line)}" for line in untold), ""] if untold else []
+    return "\n".join([_markdown_escape(sentence), "", *table, "", _markdown_escape(legend(results)), "", *box])
 
 
 def _markdown_escape(text: str) -> str:
