@@ -101,7 +101,6 @@ def compare(args: argparse.Namespace) -> None:
     from nst_det import api
     from nst_det.comparison import launch_ray, pipeline
     from nst_det.comparison.config import load_comparison
-    from nst_det.comparison.plan import make_plan
     from nst_det.engine.format import print_table
     from nst_det.engine.progress import start_logging
 
@@ -110,7 +109,7 @@ def compare(args: argparse.Namespace) -> None:
     if args.dry_run or args.plan:
         comparison = load_comparison(args.config_file, args.output, values)
         if args.plan:
-            print_table(pipeline.plan_table(comparison, make_plan(comparison)))
+            pipeline.print_plan(comparison)
         else:
             pipeline.dry_run(comparison, args.jobs)
         return

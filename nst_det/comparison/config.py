@@ -11,7 +11,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.result import BASELINE, NO_FPN, SCRATCH, TEACHER
+from nst_det.comparison.result import BASELINE, NO_FPN, SCRATCH, TEACHER, TermWeight
 from nst_det.comparison.stages import (
     DETECT,
     DISTILL,
@@ -39,7 +39,7 @@ from nst_det.engine.io import read_json
 from nst_det.engine.keys import Key, config_tree, one_of
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
-from nst_det.losses import LABELS_ONLY, Method, parse_method
+from nst_det.losses import LABELS_ONLY, Method, get_term, parse_method
 from nst_det.models.registry import check_name
 
 MARK = "@det"
@@ -106,25 +106,34 @@ def read_tuned(path: Path) -> dict[str, Tuned]:
     return found
 
 
-def weights_from(
-    row: RowSpec, tuned: Mapping[str, Tuned], distill: Mapping[str, Any], detect: Mapping[str, Any]
-) -> str:
-    """Return where the weights of a row's terms are from, by the TRANSFER nodes of both stages; "" without terms."""
+def row_weights(
+    row: RowSpec,
+    tuned: Mapping[str, Tuned],
+    nodes: Sequence[Mapping[str, Any]],
+    found: Sequence[Mapping[str, float]] = ({}, {}),
+) -> list[TermWeight]:
+    """Return the weight of each term and where it is from.
+
+    ``nodes`` are the TRANSFER nodes of both stages, ``found`` the weights that training had there.
+    """
+    weights = []
     # the backbone of a row with terms of stage two is that of the row without them
-    parts = [(row.backbone, row.backbone.word, distill), (row.detector, row.word, detect)]
-    sources: list[str] = []
-    for method, word, node in parts:
-        if method.names and word in tuned:
-            sources.append(f"tuned: {tuned[word].trials} trials")
-            continue
+    parts = [(row.backbone, row.backbone.word, ""), (row.detector, row.word, MARK)]
+    for (method, word, mark), node, trained in zip(parts, nodes, found):
+        search = tuned.get(word, Tuned())
         for name, weight in method:
-            if weight is not None:
-                sources.append("weight in the method string")
-            elif name in node.get("AUTO_WEIGHT", {}):
-                sources.append("automatic weight")
-            else:
-                sources.append("configured weight" if name in node.get("WEIGHTS", {}) else "default weight")
-    return ", ".join(dict.fromkeys(sources))
+            default = get_term(name).weight
+            source: Any = "default"
+            if weight is None and name in node.get("AUTO_WEIGHT", {}):
+                source = "auto"
+            elif weight is None and name in search.settings.get("WEIGHTS", {}):
+                source = "tuned"
+            elif weight is not None or node.get("WEIGHTS", {}).get(name, default) != default:
+                source = "configured"
+            weights.append(
+                TermWeight(name + mark, trained.get(name), source, search.trials if source == "tuned" else None)
+            )
+    return weights
 
 
 KEYS = {

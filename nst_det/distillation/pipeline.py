@@ -276,7 +276,8 @@ class StageOne:
 def result_of(card: Card, path: Path, seconds: float) -> dict[str, Any]:
     """Return the content of ``result.json`` for a backbone file."""
     keys = ("method", "sha256", "top1", "top5", "steps", "seed", "params")
-    return {key: getattr(card, key) for key in keys} | {"backbone": str(path), "name": path.stem, "seconds": seconds}
+    about = {"backbone": str(path), "name": path.stem, "val_images": card.data["validation_images"], "seconds": seconds}
+    return {key: getattr(card, key) for key in keys} | about
 
 
 def _where_it_is(result: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -82,11 +82,13 @@ def _cuda_name(device: str | None = None) -> str | None:
 
 
 class RunFolder:
-    """One run: config.json, provenance.json, metrics.jsonl, checkpoints/ and, once it is done, result.json."""
+    """One run: config.json, inputs.json, provenance.json, metrics.jsonl, checkpoints/; once it is done, result.json."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_path = self.path / "config.json"
+        # fingerprints of the data and weights that the config names by a path
+        self.inputs_path = self.path / "inputs.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.result_path = self.path / "result.json"
@@ -118,16 +120,29 @@ class RunFolder:
         values: dict[str, Any] = placed(read_json(self.config_path), self.path.resolve())
         return values
 
-    def _claim(self, config: CfgNode | dict[str, Any], inputs: Mapping[str, str]) -> None:
-        for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
-            remove_left_over(folder, owned=True)
-        values = {key: self._portable(key, value) for key, value in {**_values(config), **inputs}.items()}
+    def check(self, config: CfgNode | dict[str, Any], within: str = "") -> None:
+        """Refuse a folder that holds another run, by the keys that begin with ``within``; nothing is written."""
+        values = _values(config)
         before = read_json(self.config_path) if self.config_path.exists() else values
-        for key in differing(before, values):
+        self._refuse(before, values, [key for key in differing(before, values) if key.startswith(within)])
+
+    def _refuse(self, before: Mapping[str, Any], values: Mapping[str, Any], keys: Sequence[str]) -> None:
+        for key in keys:
             raise UserError(
                 f"{self.path}: this folder holds a run with {key} {before.get(key)!r}, now it is "
                 f"{values.get(key)!r}; name another folder or remove this one"
             )
+
+    def _claim(self, config: CfgNode | dict[str, Any], inputs: Mapping[str, str]) -> None:
+        for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
+            remove_left_over(folder, owned=True)
+        self.check(config)
+        if inputs:
+            before = read_json(self.inputs_path) if self.inputs_path.exists() else inputs
+            self._refuse(before, inputs, [key for key in inputs if before.get(key) != inputs[key]])
+            if not self.inputs_path.exists():
+                write_json(self.inputs_path, dict(inputs))
+        values = {key: self._portable(key, value) for key, value in _values(config).items()}
         if not self.config_path.exists():
             write_json(self.config_path, values)
         if isinstance(config, CfgNode):

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from nst_det.cli import build_parser
-from nst_det.comparison.config import Tuned, load_comparison, parse_row, read_tuned, weights_from
+from nst_det.comparison.config import Tuned, load_comparison, parse_row, read_tuned, row_weights
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import make_plan, run_config
 from nst_det.distillation.config import transfer_of
@@ -245,16 +245,29 @@ def test_a_bad_file_of_a_search_is_named(tmp_path, content, named):
     ("word", "text"),
     [
         ("ce", ""),
-        ("kd", "tuned: 8 trials"),
-        ("kd:2", "weight in the method string"),
-        ("fitnet", "configured weight"),
-        ("fitnet+nst-linear", "configured weight, default weight"),
-        ("vid", "automatic weight"),
-        ("kd+cwd@det", "tuned: 8 trials, default weight"),
-        ("cwd@det", "tuned: 4 trials"),
-        ("pkd@det", "configured weight"),
+        ("kd", "tuned (8 trials): kd"),
+        ("kd:2", "configured: kd"),
+        ("fitnet", "configured: fitnet 3"),
+        ("nst-gaussian", "default: nst-gaussian"),
+        ("fitnet+nst-linear", "configured: fitnet 3; default: nst-linear"),
+        ("vid", "auto: vid"),
+        ("kd+cwd@det", "tuned (8 trials): kd; default: cwd@det 10"),
+        ("cwd@det", "tuned (4 trials): cwd@det 10"),
+        ("pkd@det", "configured: pkd@det"),
     ],
 )
 def test_where_the_weights_of_a_row_are_from(tuned_file, word, text):
-    distill = {"WEIGHTS": {"fitnet": 3.0, "kd": 1.0}, "AUTO_WEIGHT": {"vid": 0.5}}
-    assert weights_from(parse_row(word), read_tuned(tuned_file), distill, {"WEIGHTS": {"pkd": 1.0}}) == text
+    # a configured number that is the default is no one's choice
+    distill = {"WEIGHTS": {"fitnet": 3.0, "kd": 1.0, "nst-gaussian": 100.0}, "AUTO_WEIGHT": {"vid": 0.5}}
+    nodes, found = (distill, {"WEIGHTS": {"pkd": 1.0}}), ({"fitnet": 3.0}, {"cwd": 10.0})
+    weights = row_weights(parse_row(word), read_tuned(tuned_file), nodes, found)
+    assert "; ".join(text_of(weights)) == text
+
+
+def text_of(weights):
+    """The sources in their order, each with its terms, by hand."""
+    sources = dict.fromkeys((one.source, one.trials) for one in weights)
+    for source, trials in sources:
+        terms = [one for one in weights if one.source == source]
+        names = ", ".join(one.term if one.weight is None else f"{one.term} {one.weight:g}" for one in terms)
+        yield f"{source}{f' ({trials} trials)' if trials else ''}: {names}"

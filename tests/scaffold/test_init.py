@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from nst_det.comparison.config import load_comparison
+from nst_det.comparison.config import load_comparison, row_weights
 from nst_det.comparison.plan import make_plan, run_config
 from nst_det.comparison.stages import check_data_folders
 from nst_det.data.coco import CocoSource
@@ -14,7 +15,9 @@ from nst_det.data.folders import read_image_folder
 from nst_det.data.splits import hold_out
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import load_detect_config
+from nst_det.distillation.config import transfer_of
 from nst_det.engine.config import flat, read_yaml
+from nst_det.losses import build_transfer, terms
 from nst_det.scaffold.init import init_project
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.voc import write
@@ -92,6 +95,26 @@ def test_the_detector_is_the_small_one_of_the_packaged_configs(thirty, tmp_path)
     assert {key for key in differing if not key.startswith("DATASETS.")} <= fitted
     assert "_BASE_" not in (tmp_path / "mine" / "detect.yaml").read_text()
     assert (project.images, project.cut) == ((24, 6), False)
+
+
+def test_no_method_of_a_project_is_moved_off_its_default_weight(thirty, tmp_path):
+    init_project(tmp_path / "mine", thirty)
+    words = ["METHODS", f"[{', '.join([*terms(), 'cwd@det', 'kd+nst-poly@det'])}]"]
+    comparison = load_comparison(tmp_path / "mine" / "compare.yaml", overrides=words)
+    # what the documentation says, read from its table
+    rows = re.findall(r"^\| \[`(\S+)`\]\S+ \|[^|]+\| (\S+) \|", (CONFIGS.parent / "docs/methods.md").read_text(), re.M)
+    documented = {name: float(weight) for name, weight in rows}
+    assert set(documented) == set(terms())
+    seen = {}
+    for row in comparison.methods.values():
+        nodes = (transfer_of(comparison.distill, row.backbone.word), comparison.detect.TRANSFER)
+        assert {one.source for one in row_weights(row, comparison.tuned, nodes)} <= {"default"}
+        for method, node in zip((row.backbone, row.detector), nodes):
+            # where maps are compared has nothing to do with it
+            widths = {"levels": ["a"], "student_channels": {"a": 2}, "teacher_channels": {"a": 2}, "num_classes": 2}
+            built = build_transfer(method, weights=node.WEIGHTS, student_embedding=2, teacher_embedding=2, **widths)
+            seen |= built.weights
+    assert seen == documented
 
 
 def test_without_lists_a_fifth_is_held_out_and_a_second_project_takes_the_same(voc, tmp_path):
