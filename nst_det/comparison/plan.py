@@ -26,12 +26,12 @@ from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_stage, erro
 from nst_det.data.synthetic import SETTINGS_FILE
 from nst_det.distillation.config import teacher_solver
 from nst_det.engine.device import core_count
+from nst_det.engine.run_dir import WEIGHTS_FILE
 
 # kinds of runs, besides "teacher"
 DATA, STUDENTS, DETECTOR, TEACHER_DETECTOR = "data", "students", "detector", "teacher detector"
 # of the detector that teaches: the same for all seeds, as the teacher of stage one is
 TEACHER_SEED = 0
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ def _teacher() -> CfgNode:
     node.ARCH_KWARGS = CfgNode(new_allowed=True)
     # a backbone file or backbone://NAME, or a plain state dict (.pth, .safetensors) of ARCH; "" makes a teacher
     node.WEIGHTS = ""
-    # train it first on this data (from PRETRAINED's weights, if so); False takes it as it is
+    # train it first on this data, from PRETRAINED's weights or a plain state dict of other classes, if so; False takes
+    # it as it is.  WEIGHTS with these classes, and backbone files, are always taken as they are
     node.TRAIN = True
     # top-1 on the validation split, 0..1; a worse teacher stops the run, 0 takes any
     node.EXPECTED_TOP1 = 0.0

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ from nst_det.errors import UserError
 
 # their versions decide numbers
 PACKAGES = ("nst_det", "torch", "torchvision", "timm", "detectron2", "numpy", "opencv-python-headless")
+# what a finished run of stage two leaves
+WEIGHTS_FILE = "model.safetensors"
+# files of which one at least is there once a run made a step that it can resume from, or its runs did
+TRACES = re.compile(r"result\.json|metrics\.jsonl|step-\d+\.pt|model_\d+\.pth")
 
 
 def provenance() -> dict[str, Any]:
@@ -93,7 +98,7 @@ class RunFolder:
 
     @contextmanager
     def opened(self, config: CfgNode | dict[str, Any]) -> Iterator[RunFolder]:
-        """Hold the folder for this process alone and write its config; one that holds another run is refused."""
+        """Hold the folder for this process alone and write its config; one in which another run began is refused."""
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -114,21 +119,29 @@ class RunFolder:
         for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
             remove_left_over(folder, owned=True)
         values = _values(config)
-        before = read_json(self.config_path) if self.config_path.exists() else values
+        begun = self.config_path.exists() and self.begun
+        before = read_json(self.config_path) if begun else values
         for key in sorted({*before, *values}):
             # a comparison's claim holds the keys of both stages
             kept = concerns(key.removeprefix("DISTILL.").removeprefix("DETECT."), RESUME)
             if kept and before.get(key) != values.get(key):
+                weights = self.path / WEIGHTS_FILE
+                further = f" (MODEL.WEIGHTS {weights} begins where this run ended)" if weights.exists() else ""
                 raise UserError(
                     f"{self.path}: this folder holds a run with {key} {before.get(key)!r}, now it is "
-                    f"{values.get(key)!r}; name another folder or remove this one"
+                    f"{values.get(key)!r}; name another folder{further} or remove this one"
                 )
-        if not self.config_path.exists():
+        if not begun:
             write_json(self.config_path, values)
         if isinstance(config, CfgNode):
             write_text(self.path / "config.yaml", config.dump())
         history = self.path / "provenance.json"
         write_json(history, [*(read_json(history) if history.exists() else []), provenance()])
+
+    @property
+    def begun(self) -> bool:
+        """Whether this run, or one in a folder below, made a step."""
+        return any(TRACES.fullmatch(path.name) for path in self.path.rglob("*"))
 
     @property
     def done(self) -> bool:
