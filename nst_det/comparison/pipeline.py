@@ -20,7 +20,12 @@ from nst_det.comparison.launch_local import Command, Launcher, LocalLauncher, Ma
 from nst_det.comparison.launch_ray import RayLauncher, connected
 from nst_det.comparison.plan import DATA, STUDENTS, Run, make_plan, run_config, teacher_detector_name, total_steps
 from nst_det.comparison.result import BASELINE, ComparisonResult
-from nst_det.comparison.stages import check_data_folders, check_detector_losses, check_distill_losses
+from nst_det.comparison.stages import (
+    check_backbones,
+    check_data_folders,
+    check_detector_losses,
+    check_distill_losses,
+)
 from nst_det.distillation.fingerprint import student_claim
 from nst_det.engine.format import duration, print_table, size
 from nst_det.engine.io import write_text
@@ -83,6 +88,9 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
     if not comparison.generate:
         check_data_folders(comparison.distill, comparison.detect, comparison.name)
     configs = run_configs(comparison, runs)
+    detectors = [configs[run.name] for run in runs if run.detects and run.name in configs]
+    if comparison.engine == "torchvision":
+        check_backbones(detectors, comparison.name)
     # a teacher detector of the user's own is left to its run, and Detectron2 to itself
     teacher = configs.get(teacher_detector_name(comparison))
     for run in runs if teacher is not None and comparison.engine == "torchvision" else ():

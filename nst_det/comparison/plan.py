@@ -28,13 +28,12 @@ from nst_det.distillation.config import teacher_solver
 from nst_det.distillation.dataloader import read_data
 from nst_det.distillation.fingerprint import teacher_claim
 from nst_det.engine.device import core_count
-from nst_det.engine.run_dir import RunFolder, differing
+from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder, differing
 
 # kinds of runs, besides "teacher"
 DATA, STUDENTS, DETECTOR, TEACHER_DETECTOR = "data", "students", "detector", "teacher detector"
 # of the detector that teaches: the same for all seeds, as the teacher of stage one is
 TEACHER_SEED = 0
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def finished_teacher(comparison: Comparison) -> str:
     if comparison.distill.TEACHER.WEIGHTS or not (folder.done and Path(file).is_file()):
         return ""
     config = run_config(comparison, next(run for run in make_plan(comparison) if run.kind == TEACHER))
-    claim = teacher_claim(config, read_data(config).fingerprint(), "")
+    claim = teacher_claim(config, read_data(config).fingerprint(), "", to_train=True)
     return "" if differing(folder.config(), claim) else file
 
 

@@ -54,7 +54,7 @@ from nst_det.engine.format import text_table
 from nst_det.engine.io import read_json, write_json
 from nst_det.engine.metrics import last_losses
 from nst_det.engine.progress import progress
-from nst_det.engine.run_dir import RunFolder
+from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder
 from nst_det.engine.seeds import derive_seed, seeded
 from nst_det.engine.train_state import AveragedWeights
 from nst_det.errors import UserError
@@ -68,7 +68,6 @@ from nst_det.models.io import trusting_pickles
 # image id, boxes (N, 4), labels (N,), scores (N,)
 Image = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 log = logging.getLogger(__name__)
-WEIGHTS_FILE = "model.safetensors"
 DETECTIONS_FILE = "detections.json"
 
 
@@ -223,7 +222,7 @@ def _seed(config: CfgNode, folder: RunFolder) -> int:
 
 def _student(config: CfgNode, classes: Sequence[str], seed: int) -> Detector:
     detector = build_detector(config, seed)
-    load_weights(detector, config, classes)
+    load_weights(detector, config, classes, new_predictor=True)
     detector.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
     place_detector(detector, config)
     amp, device = config.SOLVER.AMP, detector.pixel_mean.device

@@ -18,10 +18,11 @@ from nst_det.data.safe_io import shown_path
 from nst_det.detection.checkpoint import load_weights, saved_classes
 from nst_det.detection.config import defrosted, listed_classes, load_detect_config
 from nst_det.detection.data import network_input, runs_of_equals
-from nst_det.detection.pipeline import WEIGHTS_FILE, place_detector
+from nst_det.detection.pipeline import place_detector
 from nst_det.detection.predictions import Prediction
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.engine.config import read_yaml
+from nst_det.engine.run_dir import WEIGHTS_FILE
 from nst_det.errors import UserError
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")

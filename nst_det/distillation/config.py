@@ -71,7 +71,9 @@ KEYS: dict[str, Key] = {
         "", 'a backbone file or backbone://NAME, or a plain state dict (.pth, .safetensors) of ARCH; "" makes a teacher'
     ),
     "TEACHER.TRAIN": Key(
-        True, "train it first on this data (from PRETRAINED's weights, if so); False takes it as it is"
+        True,
+        "train it first on this data, from PRETRAINED's weights or a plain state dict of other classes, if there are "
+        "some; False takes it as it is; WEIGHTS of these classes, and backbone files, are always taken as they are",
     ),
     "TEACHER.EXPECTED_TOP1": Key(
         0.0, "top-1 on the validation split, 0..1; a worse teacher stops the run, 0 takes any"

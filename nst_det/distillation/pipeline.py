@@ -127,10 +127,10 @@ class StageOne:
     def prepare_teacher(self, network: Network, labels_shared: bool) -> dict[str, Any]:
         """Train the teacher, or take it as it is and measure it; refuse one that is worse than expected."""
         folder = RunFolder(self.output / "teacher")
-        claim = teacher_claim(self.config, self.data.fingerprint, network.sha256)
+        claim = teacher_claim(self.config, self.data.fingerprint, network.sha256, network.to_train)
         with folder.opened(claim) if is_main_process() else nullcontext():
             if not broadcast_from_rank0(lambda: folder.done):
-                if self.config.TEACHER.TRAIN and not network.sha256:
+                if network.to_train:
                     solver, augment = teacher_solver(self.config), teacher_augment(self.config)
                     teacher = self._student("teacher", network, build_transfer(LABELS_ONLY), solver, folder)
                     self._train([teacher], None, self.data.training(augment, solver), solver)
@@ -138,7 +138,7 @@ class StageOne:
                 else:
                     self._take_teacher(network, folder, labels_shared)
             result = broadcast_from_rank0(folder.result)
-        if not network.sha256:
+        if network.to_train or not network.sha256:
             if is_main_process():
                 load_into(network.model, _where_it_is(result, self.teacher_file)["backbone"])
             copy_from_first(network.model.to(self.device))
@@ -259,9 +259,9 @@ class StageOne:
         node = self.config.DATA
         return Card(
             arch=network.arch,
-            num_classes=len(self.data.classes),
+            num_classes=network.num_classes,
             arch_kwargs=network.arch_kwargs,
-            classes=self.data.classes,
+            classes=self.data.classes if network.has_labels(self.data.classes) else [],
             input=input_contract(node.MEAN, node.STD, "RGB", node.IMAGE_SIZE),
             method=method,
             data=self.data.description(),

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,10 @@ from nst_det.errors import UserError
 
 # their versions decide numbers
 PACKAGES = ("nst_det", "torch", "torchvision", "timm", "detectron2", "numpy", "opencv-python-headless")
+# what a finished run of stage two leaves
+WEIGHTS_FILE = "model.safetensors"
+# files of which one at least is there once a run made a step that it can resume from, or its runs did
+TRACES = re.compile(r"result\.json|metrics\.jsonl|step-\d+\.pt|model_\d+\.pth")
 
 
 def provenance() -> dict[str, Any]:
@@ -95,7 +100,7 @@ class RunFolder:
 
     @contextmanager
     def opened(self, config: CfgNode | dict[str, Any], inputs: Mapping[str, str] | None = None) -> Iterator[RunFolder]:
-        """Hold the folder for this process alone and write its config; one that holds another run is refused.
+        """Hold the folder for this process alone and write its config; one in which another run began is refused.
 
         ``inputs`` are the fingerprints, by key, of what the config names by a path.
         """
@@ -123,27 +128,30 @@ class RunFolder:
     def check(self, config: CfgNode | dict[str, Any], within: str = "") -> None:
         """Refuse a folder that holds another run, by the keys that begin with ``within``; nothing is written."""
         values = _values(config)
-        before = read_json(self.config_path) if self.config_path.exists() else values
+        before = read_json(self.config_path) if self.config_path.exists() and self.begun else values
         self._refuse(before, values, [key for key in differing(before, values) if key.startswith(within)])
 
     def _refuse(self, before: Mapping[str, Any], values: Mapping[str, Any], keys: Sequence[str]) -> None:
         for key in keys:
+            weights = self.path / WEIGHTS_FILE
+            further = f" (MODEL.WEIGHTS {weights} begins where this run ended)" if weights.exists() else ""
             raise UserError(
                 f"{self.path}: this folder holds a run with {key} {before.get(key)!r}, now it is "
-                f"{values.get(key)!r}; name another folder or remove this one"
+                f"{values.get(key)!r}; name another folder{further} or remove this one"
             )
 
     def _claim(self, config: CfgNode | dict[str, Any], inputs: Mapping[str, str]) -> None:
         for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
             remove_left_over(folder, owned=True)
         self.check(config)
+        begun = self.config_path.exists() and self.begun
         if inputs:
-            before = read_json(self.inputs_path) if self.inputs_path.exists() else inputs
+            before = read_json(self.inputs_path) if begun and self.inputs_path.exists() else inputs
             self._refuse(before, inputs, [key for key in inputs if before.get(key) != inputs[key]])
-            if not self.inputs_path.exists():
+            if not (begun and self.inputs_path.exists()):
                 write_json(self.inputs_path, dict(inputs))
         values = {key: self._portable(key, value) for key, value in _values(config).items()}
-        if not self.config_path.exists():
+        if not begun:
             write_json(self.config_path, values)
         if isinstance(config, CfgNode):
             portable = config.clone()
@@ -156,6 +164,11 @@ class RunFolder:
 
     def _portable(self, key: str, value: Any) -> Any:
         return places(value, self.path) if key.endswith(".ROOT") and isinstance(value, str) and value else value
+
+    @property
+    def begun(self) -> bool:
+        """Whether this run, or one in a folder below, made a step."""
+        return any(TRACES.fullmatch(path.name) for path in self.path.rglob("*"))
 
     @property
     def done(self) -> bool:

@@ -178,7 +178,7 @@ def test_the_teacher_of_the_comparison_is_taken_if_it_is_the_one_that_would_be_t
         return load_tuning(tmp_path, tmp_path / "out", words).base.distill.TEACHER.WEIGHTS
 
     folder = RunFolder(run.folders[0])
-    with folder.opened(teacher_claim(config, read_data(config).fingerprint(), "")):
+    with folder.opened(teacher_claim(config, read_data(config).fingerprint(), "", to_train=True)):
         assert taken() == ""
         folder.finish({})
     assert taken() == ""
