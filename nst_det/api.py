@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from nst_det.models import Card
     from nst_det.scaffold.init import Project
 
+log = logging.getLogger(__name__)
+# where the scores of a file begin at this or above, something was left out that AP counts
+SCORES_LEFT_OUT = 0.1
 Settings = Mapping[str, Any] | Sequence[str]
 # of nst-det export
 BACKBONE_FORMATS = ["timm", "torchvision", "detectron2"]
@@ -459,7 +462,16 @@ def read_voc(
     data = VocDataset(voc_root, split, classes)
     truth = GroundTruth.from_annotations(data.annotations(), data.classes)
     names = None if coco_names is None else read_coco_names(coco_names)
-    return read_detections(detections, data.ids, data.classes, split, names), truth
+    found = read_detections(detections, data.ids, data.classes, split, names)
+    lowest = found.score.min() if len(found) else None
+    if lowest is None or lowest >= SCORES_LEFT_OUT:
+        what = "no detections in it" if lowest is None else f"no score is below {lowest:.3g}"
+        log.warning(
+            "%s: %s; AP counts low scores too: take the run's own detections.json, or nst-det predict --threshold 0.02",
+            detections,
+            what,
+        )
+    return found, truth
 
 
 def overlap_thresholds(iou: float | Sequence[float]) -> list[float]:

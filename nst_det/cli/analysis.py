@@ -164,7 +164,7 @@ def parse_size(text: str) -> tuple[int, int] | None:
 
 def _load_network(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module, tuple[int, int]]:
     """Return the name, the network and its own image size."""
-    from nst_det.benchmark import BACKBONE_SIZE, Traceable, photo_size
+    from nst_det.benchmark import BACKBONE_SIZE, Batched, photo_size
     from nst_det.detection.config import load_detect_config, resolve_classes
     from nst_det.detection.data import data_classes
     from nst_det.detection.predict import load_run
@@ -183,12 +183,12 @@ def _load_network(args: argparse.Namespace, device: torch.device) -> tuple[str, 
         return f"{card.arch} ({args.weights})", model, (side, side)
     if args.run_folder:
         detector, config, _ = load_run(args.run_folder, device)
-        return args.run_folder, Traceable(detector), photo_size(config)
+        return args.run_folder, Batched(detector), photo_size(config)
     config = load_detect_config(args.config_file, args.opts)
     if not config.MODEL.ROI_HEADS.NUM_CLASSES:
         resolve_classes(config, data_classes(config))
     set_float32_precision(config.FLOAT32_PRECISION, device)
-    return args.config_file, Traceable(build_detector(config)), photo_size(config)
+    return args.config_file, Batched(build_detector(config)), photo_size(config)
 
 
 def _print_figures(figures: dict[str, Any]) -> None:
@@ -209,8 +209,8 @@ def _print_figures(figures: dict[str, Any]) -> None:
     print(f"parameters {figures['parameters'] / 1e6:.3f} M")
     counts = f"{figures['macs'] / 1e9:.3f} GMACs, {figures['flops'] / 1e9:.3f} GFLOPs"
     print(f"one image  {counts} (a multiply-add is 1 MAC = 2 FLOPs; papers often print MACs as FLOPs)")
-    if figures["uncounted"]:
-        print("uncounted ", ", ".join(name.removeprefix("aten::") for name in figures["uncounted"]))
+    passes = figures["latency"][0]["repeats"]
+    print(f"latency    of {passes} passes on noise; it moves with a detector's boxes and the machine's other work")
 
 
 @command(

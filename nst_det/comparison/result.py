@@ -36,12 +36,16 @@ class Cost:
     run: str
     parameters: int
     macs: int  # multiply-adds
-    flops: int  # single operations
     size: tuple[int, int]  # height and width of the image, pixels
     device: str
     threads: int  # of the CPU
     machine: str
     latency: Latency
+
+    @property
+    def flops(self) -> int:
+        """Single operations: a multiply-add is two."""
+        return 2 * self.macs
 
     @property
     def where(self) -> str:

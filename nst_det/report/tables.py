@@ -105,7 +105,7 @@ def _latency_note(row: RowResult) -> str:
     if row.cost is None:
         return ""
     low, high = milliseconds(row.cost.latency.p10), milliseconds(row.cost.latency.p90)
-    return f"10 to 90 % of the passes: {low} to {high}; {row.cost.where}"
+    return f"10 to 90 % of the passes: {low} to {high}; of {row.cost.run}; {row.cost.where}"
 
 
 def _training_note(row: RowResult) -> str:
@@ -185,7 +185,9 @@ def legend(results: ComparisonResult) -> str:
     text += " Training is stage one's share and stage two together, as the runs took it."
     if places := list(dict.fromkeys(row.cost.where for row in results.rows if row.cost)):
         text += f" FLOPs count a multiply-add as two. Latency is the median of one image at a time on {places[0]}"
-        text += f" (other rows: {'; '.join(places[1:])})." if len(places) > 1 else "."
+        text += f" (other rows: {'; '.join(places[1:])})" if len(places) > 1 else ""
+        runs = ", ".join(dict.fromkeys(row.cost.run for row in results.rows if row.cost))
+        text += f", measured once for each architecture, on {runs}: it moves with the boxes that a detector keeps."
     return text
 
 
