@@ -62,8 +62,9 @@ def check_folders(comparison: Comparison, runs: Sequence[Run]) -> None:
     """Refuse a folder that holds another comparison, or runs whose terms had other weights, levels or options."""
     RunFolder(comparison.folder).check(comparison.claim)
     for run in (run for run in runs if run.detects or run.kind == STUDENTS):
-        config = run_config(comparison, run)
-        for folder in run.folders:
+        held = [folder for folder in run.folders if RunFolder(folder).config_path.exists()]
+        config = run_config(comparison, run) if held else CfgNode()
+        for folder in held:
             claim = config if run.detects else student_claim(config, parse_method(folder.name), "", "")
             RunFolder(folder).check(claim, "TRANSFER.")
 
