@@ -17,7 +17,7 @@ INIT_IMAGES = (
 @command(
     argument("project", "NAME", "the folder to make"),
     one_of(
-        argument("--voc", "PATH", "your data: Annotations and JPEGImages"),
+        argument("--voc", "PATH", "your data: a folder in VOC's, labelImg's, Roboflow's or YOLO's layout"),
         argument("--coco", "JSON", "your data: COCO's JSON, converted to VOC; two are to train and test on", nargs="+"),
     ),
     argument("--images", "PATH", INIT_IMAGES, nargs="+", default=[]),
@@ -26,8 +26,9 @@ INIT_IMAGES = (
     argument("--device", None, "to fit sizes and schedules to (default: cuda if there)", choices=("cpu", "cuda")),
 )
 def init(args: argparse.Namespace) -> None:
-    """Make a project for your own VOC folder or COCO JSON: configs that fit, and data for stage one."""
+    """Make a project for your own images with boxes: configs that fit, and data for stage one."""
     from nst_det import api
+    from nst_det.data.check import SHARED
     from nst_det.data.safe_io import shown_path
 
     given = {"images": args.images, "train": args.train, "test": args.test, "device": args.device or ""}
@@ -35,8 +36,14 @@ def init(args: argparse.Namespace) -> None:
     values, report = project.values, project.report
     root = shown_path(report.root)
     print(f"data      {root}: {report.summary()}")
+    if values.voc != report.root:
+        print(f"          read from its copy in VOC's layout, {shown_path(values.voc)}")
     if report.problems:
         print(f"          a run continues with these problems; nst-det check-data {root} lists them")
+    for note in report.notes:
+        print(f"note      {note}")
+    for problem in [problem for problem in report.problems if problem.kind in SHARED][:3]:
+        print(f"          {problem.kind}: {problem.line()}")
     names = ", ".join(values.classes[:10]) + (", ..." if len(values.classes) > 10 else "")
     print(f"classes   {len(values.classes)}: {names}")
     cut = " (lists written into ImageSets/Main)" if project.cut else ""
@@ -94,15 +101,15 @@ def generate_data(args: argparse.Namespace) -> None:
 
 
 @command(
-    argument("path", "PATH", "a VOC folder, or a folder with one folder of images a class"),
-    argument("--split", "NAME", "look at these VOC lists only (default: everything)", nargs="+"),
+    argument("path", "PATH", "images with boxes (VOC, labelImg, Roboflow, YOLO), or one folder of images a class"),
+    argument("--split", "NAME", "look at these lists only (default: everything)", nargs="+"),
     argument("--classes", "NAME", "the only class names that are right", nargs="+"),
     argument("--workers", "N", "threads that decode; 0 takes all cores", type=int, default=0),
     argument("--output", "FILE", "write the problems as JSON"),
     epilog="exit code: 0 if nothing is wrong, 2 if something is",
 )
 def check_data(args: argparse.Namespace) -> int:
-    """List everything that is wrong with a VOC folder or an image folder."""
+    """List everything that is wrong with a folder of images with boxes, or an image folder."""
     from dataclasses import asdict
 
     from rich.table import Table
@@ -122,11 +129,13 @@ def check_data(args: argparse.Namespace) -> int:
             table.add_row(kind, str(count))
         print_table(table)
     root = shown_path(report.root)
+    for note in report.notes:
+        print(f"note: {note}")
     print(f"{root}: {report.summary()}")
     if report.counts.get("lists") == 0:
         print("no lists in ImageSets/Main: nst-det init cuts them, or write ids into trainval.txt and test.txt")
     if args.output:
-        tree = {"root": root, "layout": report.layout, "counts": report.counts}
+        tree = {"root": root, "layout": report.layout, "counts": report.counts, "notes": report.notes}
         write_json(args.output, {**tree, "problems": [asdict(problem) for problem in report.problems]})
     return 2 if report.problems else 0
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +16,17 @@ from nst_det.data.folders import class_folders
 from nst_det.data.images import EXTENSIONS, MAX_IMAGE_BYTES, decode_oriented
 from nst_det.data.layouts import Layout, find_layout
 from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, read_text, shown, shown_path
-from nst_det.data.voc import composed, existing_split_path, find_voc_root, scan_list
+from nst_det.data.splits import original
+from nst_det.data.voc import composed, find_voc_root, scan_list
 from nst_det.data.yolo import MAX_LABEL_BYTES, YoloClasses, parse_yolo
 from nst_det.engine.device import core_count
 from nst_det.errors import UserError
 
 # lists that must not share an image: what is tested on must not be trained on
 DISJOINT = (("train", "val"), ("train", "test"), ("val", "test"), ("trainval", "test"))
+SUBSETS = (("train", "trainval"), ("trainval", "train"), ("val", "trainval"), ("trainval", "val"))
+# the kinds of problems of such lists
+SHARED = ("id in two lists", "same image in two lists", "same picture in two lists")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Report:
     layout: str  # what was recognized, such as VOC folder or image folder
     counts: dict[str, int] = field(default_factory=dict)  # of images, annotations, objects and so on
     problems: list[Problem] = field(default_factory=list)  # in the end by kind, then by file
+    notes: list[str] = field(default_factory=list)  # lines on the whole set, of what may be meant as it is
 
     def add(self, kind: str, path: Path, text: str | UserError) -> None:
         """Note a problem of ``path``; an error begins with its name, which is not repeated."""
@@ -115,13 +121,21 @@ def _check_images(report: Report, paths: Sequence[Path], workers: int) -> dict[P
 def _check_twins(
     report: Report, names: Sequence[str], parts: Sequence[Sequence[Path]], decoded: dict[Path, _Decoded]
 ) -> None:
-    """Report the images of the second part that are the same file as an image of the first one."""
+    """Report the images of the second part that are the same file as one of the first, or another version of one."""
+    stems = {path.stem for part in parts for path in part}
     first = {decoded[path].sha256: path for path in parts[0] if path in decoded}
+    versions = {original(path.stem, stems): path for path in parts[0]}
     for path in parts[1]:
-        twin = first.get(decoded[path].sha256, path) if path in decoded else path
-        if twin != path:
-            text = f"in {names[1]}, is the same file as {shown_path(twin.relative_to(report.root))} in {names[0]}"
-            report.add("same image in two lists", path, f"{text}; keep one")
+        picture = original(path.stem, stems)
+        twin = first.get(decoded[path].sha256) if path in decoded else None
+        version = versions.get(picture) if picture != path.stem else None
+        kind, what, remedy = "same image in two lists", "is the same file as", "keep one"
+        if twin is None:
+            kind, what, remedy = "same picture in two lists", "shows the same as", "keep all versions in one list"
+        other = twin or version
+        if other not in (None, path):
+            where = f"{shown_path(other.relative_to(report.root))} in {names[0]}"
+            report.add(kind, path, f"in {names[1]}, {what} {where}; {remedy}")
 
 
 def _check_folders(root: Path, classes: Sequence[str] | None, workers: int) -> Report:
@@ -162,6 +176,31 @@ def _class_images(report: Report, folder: Path) -> list[Path]:
     return images
 
 
+@dataclass
+class _Corners:
+    """Whether corners seem to be counted from 0, where VOC counts from 1."""
+
+    at_zero: int = 0
+    at_end: int = 0  # on the right or lower border, where a box that was counted from 0 ends one pixel after its last
+    first: str = ""
+
+    def add(self, annotation: VocAnnotation, path: Path) -> None:
+        for item in annotation.objects:
+            xmin, ymin, xmax, ymax = item.box
+            self.at_zero += 0 in (xmin, ymin)
+            self.at_end += xmax == annotation.width or ymax == annotation.height
+            self.first = self.first or (path.name if 0 in (xmin, ymin) else "")
+
+    def notes(self) -> list[str]:
+        remedy = "add 1 to xmin and ymin of all boxes"
+        if not self.at_end:
+            remedy += ", and to xmax and ymax if the tool took both ends as inside"
+        text = (
+            f"{self.at_zero} boxes begin at 0 (the first in {shown(self.first)}); if the tool counted from 0, {remedy}"
+        )
+        return [f"counted from 0? VOC counts pixels from 1, and {text}"] if self.at_zero else []
+
+
 def _check_layout(layout: Layout, splits: Sequence[str] | None, classes: Sequence[str] | None, workers: int) -> Report:
     report = Report(layout.root, layout.kind)
     lists = _check_lists(report, layout, splits)
@@ -177,17 +216,20 @@ def _check_layout(layout: Layout, splits: Sequence[str] | None, classes: Sequenc
     )
     decoded = _check_images(report, list(images.values()), workers)
     names: Counter[str] = Counter()
+    tags, corners = 0, _Corners()
     for id_, path in annotated.items():
         seen = decoded.get(images[id_]) if id_ in images else None
         if layout.classes:
             annotation = _check_yolo(report, path, id_, seen.size if seen else (1, 1), layout.classes)
         else:
-            annotation = _check_xml(report, path, id_, images)
+            annotation, found = _check_xml(report, path, id_, images)
+            tags += found
         # boxes of YOLO are known in pixels with the image alone
         if annotation is None or (layout.classes and seen is None):
             continue
         _check_objects(report, path, annotation, classes)
         names.update(annotation.names)
+        corners.add(annotation, path)
         if seen is None:
             continue
         if seen.orientation != 1:
@@ -197,6 +239,12 @@ def _check_layout(layout: Layout, splits: Sequence[str] | None, classes: Sequenc
             sides = ", whose sides are exchanged by EXIF" if seen.orientation >= 5 else ""
             is_, declared = f"{seen.size[0]}x{seen.size[1]}", f"{annotation.width}x{annotation.height}"
             report.add("wrong size", path, f"size is {declared}, but the image is {is_}{sides}; correct it")
+    report.notes += corners.notes()
+    if names and not tags and not layout.classes:
+        report.notes.append(
+            "no object has the tag <difficult>, so that none is left out of the AP; some tools drop it (supervision, "
+            "globox): if the data had difficult objects, take the original annotations"
+        )
     report.counts |= {"annotations": len(annotated), "objects": names.total(), "classes": len(names)}
     similar = defaultdict(list)
     for name in sorted(names):
@@ -206,8 +254,8 @@ def _check_layout(layout: Layout, splits: Sequence[str] | None, classes: Sequenc
             counts = ", ".join(f"'{shown(name)}' ({names[name]} objects)" for name in group)
             where = layout.root / "Annotations" if layout.is_voc else layout.root
             report.add("similar class names", where, f"{counts} may be one class; give it one name")
-    for pair in DISJOINT:
-        parts = [[images[id_] for id_ in lists.get(name, ()) if id_ in images] for name in pair]
+    for pair in _disjoint(lists, splits):
+        parts = [[images[id_] for id_ in lists[name] if id_ in images] for name in pair]
         _check_twins(report, pair, parts, decoded)
     return report
 
@@ -217,7 +265,12 @@ def _check_lists(report: Report, layout: Layout, splits: Sequence[str] | None) -
     lists = {name: ids for name, ids in layout.splits.items() if splits is None or name in splits}
     files = layout.list_files()
     if splits is not None:
-        files = {name: existing_split_path(layout.root, name) for name in splits if name not in lists}
+        known = [*layout.splits, *files]
+        for name in splits:
+            if name not in known:
+                there = ", ".join(known[:20]) or "none at all"
+                raise UserError(f"{shown_path(layout.root)}: no list '{shown(name)}'; there are {shown(there, 400)}")
+        files = {name: files[name] for name in splits if name not in lists}
     for name, path in files.items():
         if _leads_out(report, path):
             continue
@@ -231,11 +284,20 @@ def _check_lists(report: Report, layout: Layout, splits: Sequence[str] | None) -
             for kind, text in problems:
                 report.add(kind, path, text)
     report.counts["lists"] = len(lists)
-    for one, other in DISJOINT:
-        for id_ in sorted(set(lists.get(one, ())) & set(lists.get(other, ()))):
+    for one, other in _disjoint(lists, splits):
+        for id_ in sorted(set(lists[one]) & set(lists[other])):
             path = files.get(other, layout.images.get(id_, layout.root))
             report.add("id in two lists", path, f"{shown(id_)} is in {one} and in {other}; keep one")
     return lists
+
+
+def _disjoint(lists: Collection[str], given: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Return the pairs of lists that must not share an image: all that are given, or those that names tell."""
+    if given:
+        return [pair for pair in combinations(given, 2) if pair not in SUBSETS and set(pair) <= set(lists)]
+    prefixes = sorted({name.removesuffix(end) for name in lists for pair in DISJOINT for end in pair})
+    pairs = [(prefix + one, prefix + other) for prefix in prefixes for one, other in DISJOINT]
+    return [pair for pair in pairs if set(pair) <= set(lists)]
 
 
 def _check_pairs(
@@ -286,12 +348,13 @@ def _check_yolo(
     return annotation
 
 
-def _check_xml(report: Report, path: Path, id_: str, images: dict[str, Path]) -> VocAnnotation | None:
+def _check_xml(report: Report, path: Path, id_: str, images: dict[str, Path]) -> tuple[VocAnnotation | None, int]:
+    """Return the annotation, and how many of its objects say whether they are difficult."""
     try:
         root = parse_xml(read_bytes(path, MAX_XML_BYTES, "annotation"))
     except UserError as error:
         report.add("bad annotation", path, error)
-        return None
+        return None, 0
     annotation, problems = annotation_from(root, id_)
     for text in problems:
         report.add("bad annotation", path, text)
@@ -305,7 +368,7 @@ def _check_xml(report: Report, path: Path, id_: str, images: dict[str, Path]) ->
         used = shown(image.name) if image else "none"
         text = f"filename names the image {shown(filename)}, but an annotation's own name counts ({used})"
         report.add("names another image", path, f"{text}; rename one of them, or correct filename")
-    return annotation
+    return annotation, len(root.findall("object/difficult"))
 
 
 def _check_objects(report: Report, path: Path, annotation: VocAnnotation, classes: Sequence[str] | None) -> None:

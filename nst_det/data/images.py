@@ -105,13 +105,17 @@ def _opened(data: bytes, name: str) -> tuple[Image.Image, int]:
         size = f"{image.width}x{image.height}"
         raise UserError(f"{name}: {size} is more than {MAX_IMAGE_PIXELS} pixels; cut it into tiles, with their boxes")
     # Pillow opens colors of 16 bits in a mode of 8; byte 24 of a PNG is its depth
-    deep = image.format == "PNG" and data[24] > 8
+    depth, pages = data[24] if image.format == "PNG" else 8, False
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        deep = max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8
-        if image.tag_v2.next:
-            raise UserError(f"{name}: several pages; write the one that is annotated as an image of its own")
-    if deep or image.mode in DEEP_MODES:
+        try:
+            depth = max(map(int, image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))))
+            pages = bool(image.tag_v2.next)
+        except Exception as error:  # as above
+            raise _undecodable(name, error) from error
+    if depth > 8 or image.mode in DEEP_MODES:
         raise UserError(f"{name}: more than 8 bits a channel; convert it to 8-bit RGB")
+    if pages:
+        raise UserError(f"{name}: several pages; write the one that is annotated as an image of its own")
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # an intact image may have a damaged EXIF

@@ -6,20 +6,99 @@ Which ones depends on a hash of their names, so that an image added later moves 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from nst_det.data.annotation import VocAnnotation
 from nst_det.data.safe_io import shown, shown_path
 from nst_det.data.voc import VocDataset, annotation_files, image_names, read_split, split_names, write_split
+from nst_det.engine.io import sha256_of_file
 from nst_det.errors import UserError
 
+K = TypeVar("K", bound=Hashable)
 # lists to train and to test on that belong together, the best first
 PAIRS = (("trainval", "test"), ("train", "test"), ("train", "val"), ("nst_det_train", "nst_det_test"))
 OWN_PAIR = PAIRS[-1]
 TEST_FRACTION = 0.2
+# how tools name what they make of one image: Roboflow's hash; copies and augmented versions of an image that is there
+_ROBOFLOW = re.compile(r"(.+)\.rf\.[0-9A-Za-z_-]+")
+_VERSION = re.compile(
+    r"(?:copy[ _]of[ _])?(.+?)"
+    r"(?:[ _-]+(?:copy|aug(?:mented)?|[hv]?flip(?:ped)?|rot(?:ated?)?|mirror(?:ed)?)[ _-]?\(?\d*\)?)*",
+    re.IGNORECASE,
+)
+
+
+def same_pictures(files: Mapping[str, Path]) -> dict[str, str]:
+    """Return for each id the first of all ids, sorted, that show the same picture: files of equal bytes, or versions.
+
+    Versions are told by name: what Roboflow makes of one image (``NAME.rf.HASH``), and copies (``NAME - Copy``) and
+    augmented versions (``NAME_aug_3``, ``NAME_flip``) of an image ``NAME`` that is there.
+    """
+    first = {id_: id_ for id_ in files}
+
+    def leader(id_: str) -> str:
+        while first[id_] != id_:
+            id_ = first[id_]
+        return id_
+
+    versions = defaultdict(list)
+    for id_ in files:
+        versions[original(id_, files)].append(id_)
+    for group in (*versions.values(), *equal_files(files)):
+        for id_ in group:
+            one, other = sorted((leader(group[0]), leader(id_)))
+            first[other] = one
+    return {id_: leader(id_) for id_ in files}
+
+
+def original(id_: str, ids: Collection[str]) -> str:
+    """Return the name of the image that ``id_`` is a version of, see :func:`same_pictures`, or ``id_`` itself."""
+    match = _ROBOFLOW.fullmatch(id_)
+    if match:
+        return match[1]
+    match = _VERSION.fullmatch(id_)
+    return match[1] if match and match[1] in ids else id_
+
+
+def equal_files(files: Mapping[K, Path]) -> list[list[K]]:
+    """Return the groups of two or more files of the same bytes; few are read whole."""
+
+    def middle(path: Path) -> bytes:
+        with open(path, "rb") as file:
+            file.seek(path.stat().st_size // 2)
+            return file.read(1 << 12)
+
+    steps: tuple[Callable[[Path], Hashable], ...] = (lambda path: path.stat().st_size, middle, sha256_of_file)
+    groups = [list(files)]
+    for step in steps:
+        parts = []
+        for group in groups:
+            by_value = defaultdict(list)
+            for key in group:
+                by_value[step(files[key])].append(key)
+            parts += [part for part in by_value.values() if len(part) > 1]
+        groups = parts
+    return groups
+
+
+def shared_images(train: Sequence[VocDataset], test: Sequence[VocDataset]) -> list[tuple[Path, Path]]:
+    """Return an image of ``train`` and the image of ``test`` that is the same file or has the same bytes, for each."""
+    files = {
+        (part, index, id_): data.image_path(id_)
+        for part, sets in enumerate((train, test))
+        for index, data in enumerate(sets)
+        for id_ in data.ids
+    }
+    found = []
+    for group in equal_files(files):
+        learned = [files[key] for key in group if key[0] == 0]
+        found += [(learned[0], files[key]) for key in group if key[0] == 1 and learned]
+    return found
 
 
 def held_out(groups: Iterable[Sequence[str]], fraction: float, seed: int = 0) -> set[str]:
@@ -37,34 +116,57 @@ def hold_out(data: VocDataset, fraction: float, seed: int = 0) -> tuple[VocDatas
     """Cut a split in two by :func:`held_out`: what is left to train on, and what is kept to validate on.
 
     An image counts for the rarest class in it (by images, in this split), so that rare classes are in both.  Images
-    without an object are a group of their own.  Nothing outside the split is read.
+    without an object are a group of their own.  What shows the same picture (:func:`same_pictures`) counts as one image
+    and stays together.  Nothing outside the split is read.
     """
-    in_image = {annotation.id: sorted(set(annotation.names)) for annotation in data.annotations()}
-    images = Counter(name for names in in_image.values() for name in names)
+    if not fraction:
+        return data, data.subset(())
+    picture_of = same_pictures({id_: data.image_path(id_) for id_ in data.ids})
+    in_picture = _classes_of_pictures({item.id: item.names for item in data.annotations()}, picture_of)
+    images = Counter(name for names in in_picture.values() for name in set(names))
     groups: dict[str | None, list[str]] = defaultdict(list)
-    for id_, names in in_image.items():
-        groups[min(names, key=lambda name: (images[name], name)) if names else None].append(id_)
-    kept = held_out(groups.values(), fraction, seed)
+    for id_, names in in_picture.items():
+        groups[min(set(names), key=lambda name: (images[name], name)) if names else None].append(id_)
+    pictures = held_out(groups.values(), fraction, seed)
+    kept = {id_ for id_ in data.ids if picture_of[id_] in pictures}
     if fraction and not kept:
         raise UserError(f"{shown_path(data.root)}: {shown(data.split)} has too few images to keep some for validation")
     return data.subset(id_ for id_ in data.ids if id_ not in kept), data.subset(id_ for id_ in data.ids if id_ in kept)
 
 
-def cut_test_ids(classes_of: Mapping[str, Iterable[str]], fraction: float) -> list[str]:
+def cut_test_ids(
+    classes_of: Mapping[str, Iterable[str]], fraction: float, picture_of: Mapping[str, str] | None = None
+) -> list[str]:
     """Return ``fraction`` (0..1, at least one) of all ids in order, or fewer where a class would be lost from the rest.
 
-    ``classes_of`` gives the classes on each image.  Unlike :func:`held_out`, which takes a share of each class, this
-    cuts lists that are made once and written down.
+    ``classes_of`` gives the classes on each image, ``picture_of`` is from :func:`same_pictures`: what shows one picture
+    stays together, so that there may be more than asked for.  Unlike :func:`held_out`, which takes a share of each
+    class, this cuts lists that are made once and written down.
     """
+    picture_of = picture_of or {id_: id_ for id_ in classes_of}
+    in_picture = _classes_of_pictures(classes_of, picture_of)
     wanted = min(max(1, round(fraction * len(classes_of))), len(classes_of) - 1)
-    left = Counter(name for names in classes_of.values() for name in set(names))
+    left = Counter(name for names in in_picture.values() for name in set(names))
+    sizes = Counter(picture_of[id_] for id_ in classes_of)
     chosen: set[str] = set()
-    for id_ in _shuffled(classes_of):
-        names = set(classes_of[id_])
-        if len(chosen) < wanted and all(left[name] > 1 for name in names):
+    count = 0
+    for id_ in _shuffled(in_picture):
+        names = set(in_picture[id_])
+        if count < wanted and count + sizes[id_] < len(classes_of) and all(left[name] > 1 for name in names):
             chosen.add(id_)
+            count += sizes[id_]
             left.subtract(names)
-    return [id_ for id_ in classes_of if id_ in chosen]
+    return [id_ for id_ in classes_of if picture_of[id_] in chosen]
+
+
+def _classes_of_pictures(
+    classes_of: Mapping[str, Iterable[str]], picture_of: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Return the classes on all versions of each picture."""
+    found: dict[str, list[str]] = {picture_of[id_]: [] for id_ in classes_of}
+    for id_, names in classes_of.items():
+        found[picture_of[id_]] += names
+    return found
 
 
 def _shuffled(names: Iterable[str], salt: str = "") -> list[str]:

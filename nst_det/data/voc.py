@@ -154,7 +154,9 @@ def find_voc_root(root: str | Path) -> Path:
         raise UserError(f"{shown_path(root)}: several VOC folders inside; name one of {names}")
     if not found:
         needed = "Annotations/ID.xml, JPEGImages/ID.jpg and ImageSets/Main/SPLIT.txt"
-        raise UserError(f"{shown_path(root)}: not a VOC folder; it needs {needed}")
+        raise UserError(
+            f"{shown_path(root)}: not a VOC folder; it needs {needed} (nst-det init makes one of other layouts)"
+        )
     return found[0].resolve()
 
 
@@ -252,11 +254,11 @@ def _forms(line: str) -> list[str]:
     """Return what a line may mean, the least changed first: without quotes, with folders joined, without extension."""
     name = composed(line)
     bare = name[1:-1] if len(name) > 2 and name[0] == name[-1] in "\"'" else name
-    stem, extension = os.path.splitext(bare)
-    short = stem if extension.lower() in EXTENSIONS else bare
+    extension = os.path.splitext(bare)[1]
+    extension = extension if extension.lower() in EXTENSIONS else ""
     parts = PurePosixPath(bare.replace("\\", "/")).parts
     joined = "_".join(parts) if len(parts) > 1 and not any(map(name_problem, parts)) else bare
-    return [name, bare, joined, joined.removesuffix(extension), short]
+    return [name, bare, joined, joined.removesuffix(extension), bare.removesuffix(extension)]
 
 
 def class_names(names: Iterable[str]) -> tuple[str, ...]:

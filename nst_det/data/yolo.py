@@ -47,7 +47,7 @@ def find_classes(root: Path, files: Iterable[str]) -> YoloClasses | None:
 def _from_yaml(path: Path) -> YoloClasses | None:
     try:
         tree = yaml.safe_load(read_text(path, MAX_LABEL_BYTES, "YAML"))
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{shown_path(path)}: not valid YAML ({shown(str(error))}); correct it") from error
     names = tree.get("names") if isinstance(tree, dict) else None
     if not isinstance(names, list | dict):
@@ -56,6 +56,8 @@ def _from_yaml(path: Path) -> YoloClasses | None:
         if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
             raise UserError(f"{shown_path(path)}: names are numbered otherwise than 0, 1, 2, ...; correct it")
         names = [name for _, name in sorted((int(number), name) for number, name in names.items())]
+    if not all(isinstance(name, str | int | float) for name in names):
+        raise UserError(f"{shown_path(path)}: names: not all are text; correct it")
     shape = tree.get("kpt_shape")
     pairs = isinstance(shape, list) and len(shape) == 2 and all(isinstance(size, int) for size in shape)
     return YoloClasses(_checked([str(name).strip() for name in names], path), shape[0] * shape[1] if pairs else 0)

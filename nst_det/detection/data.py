@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from nst_det.data.annotation import VocAnnotation, usable_boxes
-from nst_det.data.splits import JoinedVoc, hold_out
+from nst_det.data.safe_io import shown_path
+from nst_det.data.splits import JoinedVoc, hold_out, shared_images
 from nst_det.data.voc import VocDataset, class_names
 from nst_det.detection.config import listed_classes, voc_roots
 from nst_det.engine.distributed import share_of
@@ -101,6 +102,16 @@ def open_voc(config: CfgNode, key: str, classes: Sequence[str]) -> list[VocDatas
     if not names:
         raise UserError(f"{key} is empty; name data sets of DATASETS.VOC")
     return [VocDataset(root, split, classes) for root, split in voc_roots(config, names, key)]
+
+
+def warn_of_shared(train: Sequence[VocDataset], test: Sequence[VocDataset]) -> None:
+    """Log that images are to be trained and tested on."""
+    shared = shared_images(train, test)
+    if shared:
+        learned, tested = map(shown_path, shared[0])
+        where = f"{tested} is {learned}" if tested != learned else tested
+        count = f"{len(shared)} of {sum(map(len, test))}"
+        log.warning("DATASETS.TEST: %s images are in DATASETS.TRAIN too (%s), which flatters the result", count, where)
 
 
 def split_training(config: CfgNode, sets: Sequence[VocDataset]) -> tuple[list[VocDataset], JoinedVoc | None]:

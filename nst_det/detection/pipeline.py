@@ -33,7 +33,14 @@ from nst_det.detection.config import (
     resolve_device,
     resolve_machine,
 )
-from nst_det.detection.data import data_classes, evaluation_batches, open_voc, split_training, training_batches
+from nst_det.detection.data import (
+    data_classes,
+    evaluation_batches,
+    open_voc,
+    split_training,
+    training_batches,
+    warn_of_shared,
+)
 from nst_det.detection.distiller import DistilledDetector, distill, level_channels, wants_teacher
 from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.torchvision import Detector, build_detector
@@ -125,7 +132,10 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
             return broadcast_from_rank0(folder.result)
         seed = broadcast_from_rank0(lambda: _seed(config, folder))
         data = _test_data(config, classes)
-        sets, validation = split_training(config, open_voc(config, "DATASETS.TRAIN", classes))
+        opened = open_voc(config, "DATASETS.TRAIN", classes)
+        if data is not None and is_main_process():
+            warn_of_shared(opened, [data])
+        sets, validation = split_training(config, opened)
         student = _student(config, classes, seed)
         average = AveragedWeights(student, config.SOLVER.EMA_DECAY) if config.SOLVER.EMA_DECAY else None
         model = _with_teacher(student, config, seed, classes)

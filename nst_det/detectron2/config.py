@@ -19,10 +19,11 @@ from nst_det.detection.config import (
     resolve_machine,
     voc_roots,
 )
-from nst_det.detection.data import data_classes, split_training
+from nst_det.detection.data import data_classes, split_training, warn_of_shared
 from nst_det.detectron2.data import register_images
 from nst_det.detectron2.modeling import choose_roi_heads
 from nst_det.engine.config import load_config as read_config
+from nst_det.engine.distributed import is_main_process
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,9 @@ def register_datasets(cfg: CfgNode) -> None:
     for name, (root, split) in zip(ours, voc_roots(cfg, ours, "DATASETS")):
         opened[name] = VocDataset(root, split, classes)
         log.info("%s: %s of %s, classes %s", name, split, root, ", ".join(classes))
+    if is_main_process():
+        train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
+        warn_of_shared(*([opened[name] for name in part if name in opened] for part in (train, test)))
     sets: dict[str, VocDataset | JoinedVoc] = dict(opened)
     if cfg.DATASETS.VAL_FRACTION:
         for name in cfg.DATASETS.TRAIN:

@@ -17,7 +17,7 @@ import numpy as np
 
 from nst_det.data.annotation import usable_boxes
 from nst_det.data.safe_io import name_problem, shown
-from nst_det.data.splits import cut_test_ids
+from nst_det.data.splits import cut_test_ids, same_pictures
 from nst_det.data.voc import VocDataset
 from nst_det.engine.io import atomic_path
 from nst_det.engine.seeds import derive_seed
@@ -41,7 +41,8 @@ def write_crops(data: VocDataset, folder: Path) -> Counter[str]:
     background = BACKGROUND if BACKGROUND not in data.classes else f"no {BACKGROUND}"
     kept = {id_: [name for _, name in object_crops(data, id_)] for id_ in data.ids}
     kept = {id_: names for id_, names in kept.items() if names}
-    val = set(cut_test_ids(kept, VAL_FRACTION)) if len(kept) > 1 else set()
+    pictures = same_pictures({id_: data.image_path(id_) for id_ in kept})
+    val = set(cut_test_ids(kept, VAL_FRACTION, pictures)) if len(kept) > 1 else set()
     if not val:
         raise UserError(
             f"{data.root}: too few images in {data.split} to cut training and validation crops from; every class "

@@ -1,4 +1,4 @@
-"""From a VOC folder to a project that can be compared on."""
+"""From images with boxes to a project that can be compared on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from nst_det.data.coco import CocoSource, convert_coco
 from nst_det.data.folders import read_image_folder
 from nst_det.data.layouts import convert_layout, find_layout
 from nst_det.data.safe_io import shown_path
-from nst_det.data.splits import TEST_FRACTION, cut_test_ids, hold_out, ids_to_cut, known_pair, write_pair
-from nst_det.data.voc import VocDataset, annotation_files, find_voc_root, split_path
+from nst_det.data.splits import TEST_FRACTION, cut_test_ids, hold_out, ids_to_cut, known_pair, same_pictures, write_pair
+from nst_det.data.voc import VocDataset, annotation_files, image_names, split_path
 from nst_det.engine.io import atomic_folder, write_text
 from nst_det.errors import UserError
 from nst_det.models import check_name
@@ -86,8 +86,13 @@ def init_project(
             layout = None if isinstance(voc, CocoSource) else find_layout(voc)
             if isinstance(voc, CocoSource):
                 root = convert_coco(voc, made / CONVERTED)
+            elif layout:
+                root = layout.root
             else:
-                root = layout.root if layout else find_voc_root(voc)
+                raise UserError(
+                    f"{shown_path(voc)}: no VOC annotations (XML) and no YOLO labels (txt) for images in it; name the "
+                    "folder that holds both, and classification data by --images"
+                )
             report = check_data(root, [train, test] if train and test else None)
             # where it will be
             report = replace(report, root=folder / root.relative_to(made)) if remedy else report
@@ -182,7 +187,10 @@ def _refuse_broken(report: Report, remedy: str) -> None:
 def _cut_lists(root: Path) -> tuple[str, str]:
     ids, files = ids_to_cut(root), annotation_files(root)
     classes_of = {id_: read_annotation(files[id_]).names for id_ in ids}
-    held = cut_test_ids(classes_of, TEST_FRACTION)
+    images = image_names(root / "JPEGImages")
+    held = cut_test_ids(
+        classes_of, TEST_FRACTION, same_pictures({id_: root / "JPEGImages" / images[id_] for id_ in ids})
+    )
     if not held or len(held) == len(ids):
         raise UserError(
             f"{shown_path(root)}: {len(ids)} images are too few to hold some out for the test; add images, so that "

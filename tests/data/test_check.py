@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import struct
 import zlib
 
@@ -162,8 +163,61 @@ def test_given_lists_and_classes(root):
     (problem,) = check_data(root, splits=["val"], classes=["cat", "cow"]).problems
     assert problem.kind == "unknown class"
     assert "object 1 (dog)" in problem.text
-    with pytest.raises(UserError, match=r"nope\.txt.*train, val"):
+    with pytest.raises(UserError, match="'nope'.*train, val"):
         check_data(root, splits=["nope"])
+
+
+TAGGED = obj(extra="<difficult>0</difficult>")
+
+
+@pytest.mark.parametrize(
+    ("objects", "keys"),
+    [
+        (TAGGED, []),
+        (obj() + TAGGED, []),
+        ("", []),
+        (obj(), ["<difficult>"]),
+        (obj(extra="<truncated>0</truncated><part><difficult>1</difficult></part>"), ["<difficult>"]),
+        # ends of the image, 40 x 30, tell whether ends are inside
+        (TAGGED + obj(box=(0, 2, 9, 9)), ["add 1 to xmin and ymin of all boxes, and to xmax"]),
+        (
+            TAGGED + obj(box=(2, 0, 9, 9)) + obj(box=(3, 3, 39, 29)),
+            ["add 1 to xmin and ymin of all boxes, and to xmax"],
+        ),
+        (TAGGED + obj(box=(0, 2, 9, 9)) + obj(box=(3, 3, 40, 9)), ["add 1 to xmin and ymin of all boxes$"]),
+        (TAGGED + obj(box=(0, 0, 9, 30)), ["add 1 to xmin and ymin of all boxes$"]),
+        (TAGGED + obj(box=(1, 1, 40, 30)) + obj(box=(-1, 1, 9, 9)), []),
+        (obj(box=(0, 1, 9, 9)), ["counted from 0.*1 boxes.*x.xml", "<difficult>"]),
+    ],
+)
+def test_what_a_whole_set_has_is_a_note(tmp_path, objects, keys):
+    notes = check_data(make(tmp_path, {"x": xml(objects), "y": xml()})).notes
+    assert len(notes) == len(keys)
+    assert all(re.search(key, note) for key, note in zip(keys, notes))
+
+
+@pytest.mark.parametrize(
+    ("lists", "splits", "kinds"),
+    [
+        ({"nst_det_train": "ab", "nst_det_test": "bc"}, None, {"id in two lists": 1}),
+        ({"nst_det_train": "ab", "nst_det_test": "d"}, None, {"same image in two lists": 1}),
+        ({"learn": "ab", "exam": "bd"}, None, {}),
+        ({"learn": "ab", "exam": "bd"}, ["learn", "exam"], {"id in two lists": 1, "same image in two lists": 1}),
+        ({"night_val": "a", "night_test": "d", "day_test": "a"}, None, {"same image in two lists": 1}),
+        ({"train": "a", "trainval": "ab", "test": "c"}, ["train", "trainval", "test"], {}),
+        ({"train": ["e.rf.1"], "test": ["e.rf.2", "b"]}, None, {"same picture in two lists": 1}),
+        ({"train": "a", "test": ["a_flip"]}, None, {"same picture in two lists": 1}),
+    ],
+)
+def test_lists_that_share_images(root, lists, splits, kinds):
+    """d is a copy of a; e.rf.1 and e.rf.2, a and a_flip are versions of one picture."""
+    (root / "ImageSets/Main/train.txt").unlink()
+    for seed, id_ in enumerate(("d", "e.rf.1", "e.rf.2", "a_flip")):
+        write(root / "Annotations" / f"{id_}.xml", xml(obj()))
+        write(root / "JPEGImages" / f"{id_}.jpg", jpeg(seed=50 + seed if seed else 0))
+    for name, ids in lists.items():
+        write_list(root, name, ids)
+    assert check_data(root, splits).by_kind() == kinds
 
 
 def test_no_lists_and_no_images(tmp_path):
@@ -212,6 +266,7 @@ def test_what_is_neither(tmp_path, path, splits, file, key):
 
 def test_the_command(root, tmp_path, cli, capsys):
     assert cli("check-data", root) == 0
+    assert "note: no object has the tag <difficult>" in capsys.readouterr().out
     write(root / "Annotations" / "a.xml", xml(obj("[red]x[/]", (7, 7, 7, 7))))
     assert cli("check-data", root, "--output", tmp_path / "out.json") == 2
     (problem,) = json.loads((tmp_path / "out.json").read_text())["problems"]

@@ -21,7 +21,7 @@ def encode(array_or_image, format="PNG", **options):
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("format", ["PNG", "BMP"])
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF"])
 def test_lossless_formats_come_back_as_rgb(format):
     decoded = decode_image(encode(PIXELS, format), "x")
     assert decoded.dtype == np.uint8
@@ -77,6 +77,26 @@ def test_sixteen_bits_a_channel_are_refused_rather_than_cut():
         decode_image(encode(deep), "x")
 
 
+@pytest.mark.parametrize("kind", ["RGB", "L", "1", "P", "RGBA", "CMYK", "LZW"])
+def test_tiff_is_what_pillow_makes_of_it(kind):
+    image = Image.fromarray(PIXELS).convert("RGB" if kind == "LZW" else kind)
+    data = encode(image, "TIFF", **({"compression": "tiff_lzw"} if kind == "LZW" else {}))
+    np.testing.assert_array_equal(decode_image(data, "x"), np.array(image.convert("RGB")))
+    assert image_size(data, "x") == (7, 5)
+
+
+def test_tiffs_that_are_refused():
+    import cv2
+
+    deep = np.arange(105, dtype=np.uint16).reshape(5, 7, 3) * 600
+    for pixels in (deep, deep[..., 0], deep[..., 0].astype(np.float32)):
+        with pytest.raises(UserError, match="^x: .*8 bits"):
+            decode_image(cv2.imencode(".tif", pixels)[1].tobytes(), "x")
+    image = Image.fromarray(PIXELS)
+    with pytest.raises(UserError, match="^x: several pages"):
+        image_size(encode(image, "TIFF", save_all=True, append_images=[image]), "x")
+
+
 def with_size(jpeg_bytes, width, height):
     """A JPEG whose header claims another size."""
     at = jpeg_bytes.index(b"\xff\xc0") + 5
@@ -87,7 +107,7 @@ def with_size(jpeg_bytes, width, height):
 @pytest.mark.parametrize("side", [9000, 12000, 65535])
 def test_a_header_that_claims_a_huge_image_is_refused_before_decoding(side):
     assert side * side > MAX_IMAGE_PIXELS
-    with pytest.raises(UserError, match=f"^x: .*{MAX_IMAGE_PIXELS}"):
+    with pytest.raises(UserError, match=f"^x: .*{MAX_IMAGE_PIXELS}.*tiles"):
         decode_image(with_size(jpeg(), side, side), "x")
 
 

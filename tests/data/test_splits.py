@@ -2,7 +2,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nst_det.data.splits import JoinedVoc, cut_test_ids, held_out, hold_out, ids_to_cut, known_pair, write_pair
+from nst_det.data.splits import (
+    JoinedVoc,
+    cut_test_ids,
+    equal_files,
+    held_out,
+    hold_out,
+    ids_to_cut,
+    known_pair,
+    same_pictures,
+    shared_images,
+    write_pair,
+)
 from nst_det.data.voc import VocDataset
 from nst_det.errors import UserError
 from tests.helpers.voc import make, obj, write, write_list, xml
@@ -62,6 +73,69 @@ def test_images_without_objects_are_cut_too_and_other_splits_are_not_read(tmp_pa
     left, kept = hold_out(data, 0.2)
     assert [int(id_) < 10 for id_ in kept.ids] == [True, True, False, False]
     assert len(left) == 16
+
+
+# names of images, of which the first ones show one picture
+VERSIONS = [
+    (["s_jpg.rf.01ab", "s_jpg.rf.9", "t_jpg.rf.01ab"], 2),
+    (["s.rf.aB-c_3", "s.rf.x", "s_2.rf.x"], 2),
+    (["s", "s_aug_0", "s_aug12", "s-augmented", "s_aug_0_flip", "t_aug_0"], 5),
+    (["s", "s_hflip", "s_rot90", "s-rotated-15", "s_mirrored", "s_1"], 5),
+    (["s", "s - Copy", "s - Copy (2)", "copy_of_s", "Copy of s", "s copy 3", "s (2)"], 6),
+    # a day in August, and Windows' numbers, are no versions
+    (["shelf_aug_1", "shelf_aug_2"], 1),
+    (["s", "s (1)", "s (2)"], 1),
+]
+
+
+@pytest.mark.parametrize(("names", "alike"), VERSIONS, ids=range(len(VERSIONS)))
+def test_versions_of_a_picture_are_told_by_name(tmp_path, names, alike):
+    files = {name: write(tmp_path / name, name) for name in names}
+    picture_of = same_pictures(files)
+    same = [picture_of[name] == picture_of[names[0]] for name in names]
+    assert same == [index < alike for index in range(len(names))]
+    assert same_pictures(dict(reversed(files.items()))) == picture_of
+
+
+def test_files_of_equal_bytes_are_one_picture(tmp_path):
+    long = b"x" * 9000
+    contents = {"a": b"1", "b": b"2", "c": b"1", "d": long + b"1", "e": long + b"2", "f": b"1" + long, "g": long + b"1"}
+    files = {name: write(tmp_path / name, content) for name, content in contents.items()}
+    assert sorted(map(sorted, equal_files(files))) == [["a", "c"], ["d", "g"]]
+    # by their bytes and by their names
+    files |= {name: write(tmp_path / name, content) for name, content in (("b_flip", b"1"), ("z.rf.1", long))}
+    files["z.rf.2"] = write(tmp_path / "z.rf.2", b"2")
+    picture_of = same_pictures(files)
+    assert {picture_of[name] for name in ("a", "b", "c", "b_flip", "z.rf.1", "z.rf.2")} == {"a"}
+
+
+def test_no_cut_parts_a_picture(tmp_path):
+    data = many(tmp_path, {f"s{n}.rf.{version}": ["cat"] for n in range(8) for version in "abc"})
+    for id_ in ("s0.rf.a", "s1.rf.a"):
+        write(tmp_path / "JPEGImages" / f"{id_}.jpg", b"equal")
+
+    def shown(ids):
+        return {"s0" if id_.startswith("s1.") else id_.split(".")[0] for id_ in ids}
+
+    left, kept = hold_out(data, 0.3)
+    assert not shown(left.ids) & shown(kept.ids)
+    assert len(left) + len(kept) == 24
+    assert len(shown(kept.ids)) == 2
+    pictures = same_pictures({id_: data.image_path(id_) for id_ in data.ids})
+    held = cut_test_ids({id_: ["cat"] for id_ in data.ids}, 0.2, pictures)
+    assert 5 <= len(held) <= 8
+    assert not shown(held) & shown(set(data.ids) - set(held))
+
+
+def test_images_of_two_data_sets_that_are_the_same(tmp_path):
+    one = many(tmp_path / "one", {"1": ["cat"], "2": ["dog"], "3": ["owl"]})
+    two = many(tmp_path / "two", {"4": ["cat"], "5": ["dog"]})
+    for id_ in "45":
+        write(tmp_path / "two" / "JPEGImages" / f"{id_}.jpg", f"another {id_}")
+    assert shared_images([one], [two]) == []
+    write(tmp_path / "two" / "JPEGImages" / "5.jpg", one.image_path("2").read_bytes())
+    assert shared_images([one], [two]) == [(one.image_path("2"), two.image_path("5"))]
+    assert shared_images([two, one.subset("12")], [one.subset("13")]) == [(one.image_path("1"),) * 2]
 
 
 def test_joined_folders_are_one_set_of_distinct_ids(tmp_path):

@@ -1,9 +1,12 @@
 import os
 import time
+import unicodedata
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from nst_det.data.check import check_data
 from nst_det.data.voc import VOC_CLASSES, VocDataset, find_voc_root, split_names
 from nst_det.errors import UserError
 from tests.helpers.voc import jpeg, make, obj, write, write_list, xml
@@ -68,6 +71,55 @@ def test_a_missing_list_names_those_there_are(root):
 def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_an_id(root):
     write(root / "ImageSets" / "Main" / "dos.txt", "\ufeff000001\r\n000002\r\n")
     assert VocDataset(root, "dos").ids == ("000001", "000002")
+
+
+# lists as tools write them: their lines, and the ids they mean; None where it is a list of one class
+LISTS = [
+    ("all", ['"shelf 0"', '"shelf 1"'], ["shelf 0", "shelf 1"]),
+    ("all", ["'shelf 0'"], ["shelf 0"]),
+    ("all", ["shelf 0", "shelf 1"], ["shelf 0", "shelf 1"]),
+    ("my_test", ["shelf 0", "shelf 1"], ["shelf 0", "shelf 1"]),
+    ("all", ["a.jpg", "tür.JPG"], ["a", "tür"]),
+    ("all", [unicodedata.normalize("NFD", "tür")], ["tür"]),
+    ("all", ["cam1/b", "cam1/c.jpg", "cam1\\d"], ["cam1_b", "cam1_c", "cam1_d"]),
+    ("all", ["gone.jpg"], ["gone"]),
+    ("cat_train", ["a.jpg 1", "tür.jpg 1"], None),
+    ("cat_val", ["a 1", "shelf 0  0"], None),
+    ("cat_trainval", [], None),
+    ("train_cat", ["a  1", "tür -1"], None),
+]
+
+
+@pytest.mark.parametrize(("name", "lines", "ids"), LISTS, ids=range(len(LISTS)))
+def test_lists_as_tools_write_them(tmp_path, name, lines, ids):
+    images = ["shelf 0", "shelf 1", "a", "tür", "cam1/b", "cam1/c", "cam1/d"]
+    for seed, image in enumerate(images):
+        # a Mac's form of the names, as a Mac writes files
+        image = unicodedata.normalize("NFD", image)
+        write(tmp_path / "Annotations" / f"{image}.xml", xml(obj()))
+        write(tmp_path / "JPEGImages" / f"{image}.jpg", jpeg(seed=seed))
+    write(tmp_path / "ImageSets" / "Main" / f"{name}.txt", "\n".join(lines))
+    assert split_names(tmp_path) == ([] if ids is None else [name])
+    if ids is None:
+        with pytest.raises(UserError, match=rf"{name}\.txt: a list of one class"):
+            VocDataset(tmp_path, name)
+        return
+    data = VocDataset(tmp_path, name, ["cat"])
+    assert list(data.ids) == ids
+    if ids != ["gone"]:
+        assert [item.names for item in data.annotations()] == [("cat",)] * len(ids)
+        places = [images.index(id_.replace("cam1_", "cam1/")) for id_ in ids]
+        assert [data.image_path(id_).read_bytes() for id_ in ids] == [jpeg(seed=place) for place in places]
+
+
+@pytest.mark.parametrize("extension", [".bmp", ".webp", ".tif", ".TIFF", ".png"])
+def test_formats_of_images(root, extension):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    (root / "JPEGImages" / "000001.jpg").unlink()
+    options = {"lossless": True} if extension == ".webp" else {}
+    Image.fromarray(pixels).save(root / "JPEGImages" / f"000001{extension}", **options)
+    np.testing.assert_array_equal(VocDataset(root, "train").image("000001"), pixels)
+    assert check_data(root).problems == []
 
 
 def test_image_extensions(root):

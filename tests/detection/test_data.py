@@ -18,6 +18,7 @@ from nst_det.detection.data import (
     resize,
     resized_shape,
     training_batches,
+    warn_of_shared,
 )
 from nst_det.errors import UserError
 from tests.helpers.loaders import assert_takes_few_files
@@ -117,6 +118,17 @@ def test_difficult_and_faulty_boxes_are_left_out(tmp_path, caplog):
     assert len(list_items([data], use_difficult=False, filter_empty=False)) == 1
     with pytest.raises(UserError, match="train.*nst-det check-data"):
         list_items([data], use_difficult=False, filter_empty=True)
+
+
+@pytest.mark.parametrize("place", ["same list", "copied file", "another image"])
+def test_what_is_trained_and_tested_on_is_named(tmp_path, caplog, place):
+    train, pixels = write_voc(tmp_path / "a", [(1, 1, 10, 10, 0)])
+    test, _ = (train, None) if place == "same list" else write_voc(tmp_path / "b", [(5, 5, 15, 15, 0)])
+    if place == "another image":
+        Image.fromarray(255 - pixels).save(test.image_path("one"))
+    warn_of_shared([train], [test])
+    assert ("DATASETS.TEST: 1 of 1" in caplog.text) == (place != "another image")
+    assert (str(test.image_path("one")) in caplog.text) == (place != "another image")
 
 
 def test_an_example(tmp_path, small):

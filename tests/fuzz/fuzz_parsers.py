@@ -26,7 +26,7 @@ import numpy as np
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz_"))
 
-IMAGES = (".jpg", ".png", ".bmp", ".webp")
+IMAGES = (".jpg", ".png", ".bmp", ".webp", ".tif")
 
 Parser = Callable[[bytes], object]
 
@@ -49,6 +49,7 @@ def _parsers() -> dict[str, Parser]:
     from nst_det.data.images import decode_image, image_size
     from nst_det.data.safe_io import name_problem
     from nst_det.data.voc import scan_list
+    from nst_det.data.yolo import YoloClasses, find_classes, parse_yolo
     from nst_det.distillation.cache import read_index
     from nst_det.distillation.config import load_distill_config
     from nst_det.engine.checkpoint import load_checkpoint
@@ -79,6 +80,16 @@ def _parsers() -> dict[str, Parser]:
         found = scan_list(_file("a.txt", data), lambda: ())
         assert found is None or not any(map(name_problem, found[0]))
 
+    def labels(data: bytes) -> None:
+        found, problems = parse_yolo(text(data), "a", (40, 30), YoloClasses(("cat", "dog")))
+        assert len(found.objects) + len(problems) <= len(text(data).splitlines())
+        assert all("\n" not in problem for problem in problems)
+
+    def classes(data: bytes) -> None:
+        _file("data.yaml", data)
+        found = find_classes(FOLDER, ["data.yaml"])
+        assert found is None or found.names
+
     def image(data: bytes) -> None:
         image_size(data, "a")
         decoded = decode_image(data, "a")
@@ -95,6 +106,8 @@ def _parsers() -> dict[str, Parser]:
     return {
         "annotation": annotation,
         "list": names,
+        "yolo": labels,
+        "yolo classes": classes,
         **{f"image{extension}": image for extension in IMAGES},
         "results": lambda data: read_comp4(_file("comp4_det_t_a.txt", data).parent, ("a",), ("a",), "t"),
         "detections": lambda data: detections_from_json(json_of(data), ("a",), ("a",), "a.json"),
@@ -117,6 +130,8 @@ SEEDS = {
     "annotation": b"<annotation><size><width>9</width><height>9</height></size><object><name>a</name><bndbox>"
     b"<xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></object></annotation>",
     "list": b"a\nb 1\n",
+    "yolo": b"0 0.5 0.5 0.25 0.25\n1 0.1 0.1 0.5 0.1 0.5 0.5\n",
+    "yolo classes": b"names: {0: cat, 1: dog}\nkpt_shape: [17, 3]\n",
     **{f"image{extension}": _image(extension) for extension in IMAGES},
     "results": b"a 0.5 1 1 5 5\n",
     "detections": b'[{"image_id": "a", "category": "a", "bbox": [1, 1, 5, 5], "score": 0.5}]',

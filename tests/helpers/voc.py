@@ -44,10 +44,10 @@ def write_list(root, name, ids):
 
 
 def make(root, annotations, split="train"):
-    """A VOC folder; ``annotations`` is id to XML text."""
+    """A VOC folder; ``annotations`` is id to XML text.  No two images are alike."""
     root = Path(root)
-    for id_, text in annotations.items():
+    for seed, (id_, text) in enumerate(annotations.items()):
         write(root / "Annotations" / f"{id_}.xml", text)
-        write(root / "JPEGImages" / f"{id_}.jpg", jpeg())
+        write(root / "JPEGImages" / f"{id_}.jpg", jpeg(seed=seed))
     write_list(root, split, annotations)
     return root

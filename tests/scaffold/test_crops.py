@@ -11,19 +11,20 @@ from nst_det.scaffold.crops import background_windows, object_crops, write_crops
 
 @pytest.fixture
 def make(tmp_path):
-    """A VOC folder from id -> [(class, box on disk)], images black, 100 x 80."""
+    """A VOC folder from id -> [(class, box on disk)], images black but for a pixel, 100 x 80."""
 
     def build(objects, pixels=None):
         for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
             (tmp_path / "voc" / name).mkdir(parents=True, exist_ok=True)
-        for id_, items in objects.items():
+        for number, (id_, items) in enumerate(objects.items()):
             inner = ""
             for name, box in items:
                 frame = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
                 inner += f"<object><name>{name}</name><bndbox>{frame}</bndbox></object>"
             text = f"<annotation><size><width>100</width><height>80</height></size>{inner}</annotation>"
             (tmp_path / "voc" / "Annotations" / f"{id_}.xml").write_text(text)
-            image = np.zeros((80, 100, 3), np.uint8) if pixels is None else pixels
+            image = np.zeros((80, 100, 3), np.uint8) if pixels is None else pixels.copy()
+            image[0, 0] = number
             cv2.imwrite(str(tmp_path / "voc" / "JPEGImages" / f"{id_}.png"), image)
         (tmp_path / "voc" / "ImageSets" / "Main" / "train.txt").write_text("\n".join(objects))
         return VocDataset(tmp_path / "voc", "train")
