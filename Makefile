@@ -3,10 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-gpu test-ray lint docs clean
+.PHONY: demo demo-all test test-fast test-gpu test-ray lint docs clean
 
 demo: $(READY)
 	$(VENV)/bin/nst-det compare --config-file configs/compare/demo.yaml --output output/demo
+
+# the other methods as well, each in one more row of the same table
+demo-all: $(READY)
+	$(VENV)/bin/nst-det compare --config-file configs/compare/demo.yaml --output output/demo METHODS \
+	  "[ce, kd, fitnet, at, nst-poly, kd+nst-poly, nst-poly@det, nst-linear, nst-gaussian, vid, lp, cwd@det]"
 
 test: $(READY) lint
 	@$(VENV)/bin/python tools/sizes.py

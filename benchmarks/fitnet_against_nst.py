@@ -30,7 +30,7 @@ from nst_det.engine.io import write_json
 from nst_det.engine.progress import start_logging
 from nst_det.models.small import SmallStemResNet
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "distill" / "shapes.yaml"
+CONFIG = Path(__file__).with_suffix(".yaml")
 SETTINGS = GenerateSettings(
     seed=0, classification_images=9600, classification_val_images=1200, detection_images=300, detection_test_images=200
 )

@@ -49,9 +49,13 @@ SPELLINGS = [
 ]
 # the first one that is there is taken
 CONFIGS = {
-    "distill": ["configs/distill/shapes.yaml", "configs/distillation/shapes.yaml"],
+    "distill": [
+        "benchmarks/fitnet_against_nst.yaml",
+        "configs/distill/shapes.yaml",
+        "configs/distillation/shapes.yaml",
+    ],
     "distill mlp": ["configs/distill/mlp/shapes.yaml", "configs/distillation/mlp/shapes.yaml"],
-    "train-det": ["configs/detect/shapes.yaml", "configs/detection/shapes.yaml"],
+    "train-det": ["benchmarks/same_numbers_detect.yaml", "configs/detect/shapes.yaml", "configs/detection/shapes.yaml"],
     "compare": ["configs/compare/demo.yaml", "configs/comparison/demo.yaml"],
 }
 # of a number: (pattern, what OLD calls it), applied to the names of both
