@@ -102,11 +102,13 @@ def compare(
         >>> result.report.name
         'index.html'
     """
-    from nst_det.comparison import pipeline
     from nst_det.comparison.config import load_comparison
 
     _show_progress()
+    # before torch is imported, which takes seconds
     comparison = load_comparison(config_file, output, key_values(settings))
+    from nst_det.comparison import pipeline
+
     return CompareResult(pipeline.compare(comparison, jobs, ray_address=ray_address), comparison.folder)
 
 
@@ -134,11 +136,12 @@ def distill(config_file: str | Path, settings: Settings = ()) -> DistillResult:
         >>> 0 <= result["kd+nst-poly"]["top1"] <= 1
         True
     """
-    from nst_det.distillation import pipeline
     from nst_det.distillation.config import load_distill_config
 
     _show_progress()
     config = load_distill_config(config_file, key_values(settings))
+    from nst_det.distillation import pipeline
+
     result = DistillResult(pipeline.distill(config))
     result.folder = config.OUTPUT_DIR
     return result

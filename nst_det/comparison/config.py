@@ -15,9 +15,9 @@ from nst_det.comparison.result import BASELINE, NO_FPN, SCRATCH, TEACHER
 from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_generated, check_stages_fit, errors_of, load_stage
 from nst_det.detection.config import choose_engine, wanted_engine
 from nst_det.engine.config import expand_path, flat, key_values, load_config, merge_overrides, plain, read_yaml
-from nst_det.engine.device import core_count
 from nst_det.engine.fingerprint import RESUME, RUN, concerns
 from nst_det.engine.io import read_json
+from nst_det.engine.machine import core_count
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.losses import LABELS_ONLY, Method, parse_method

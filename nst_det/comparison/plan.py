@@ -25,7 +25,7 @@ from nst_det.comparison.result import BASELINE, NO_FPN, SCRATCH, TEACHER
 from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_stage, errors_of, generated_settings
 from nst_det.data.synthetic import SETTINGS_FILE
 from nst_det.distillation.config import teacher_solver
-from nst_det.engine.device import core_count
+from nst_det.engine.machine import core_count
 from nst_det.engine.run_dir import WEIGHTS_FILE
 
 # kinds of runs, besides "teacher"

@@ -22,7 +22,7 @@ from nst_det.data.voc import (
     image_names,
     scan_list,
 )
-from nst_det.engine.device import core_count
+from nst_det.engine.machine import core_count
 from nst_det.errors import UserError
 
 # lists that must not share an image: what is tested on must not be trained on

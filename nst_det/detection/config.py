@@ -13,10 +13,18 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from nst_det.detection.d2_defaults import DETECTRON2_ONLY, HONORED, Limited, at_least, one_of
-from nst_det.engine.config import expand_path, flat, key_values, load_config, parse_value, read_yaml, transfer_node
-from nst_det.engine.device import default_device, loader_workers
+from nst_det.engine.config import (
+    check_non_finite,
+    expand_path,
+    flat,
+    key_values,
+    load_config,
+    non_finite_node,
+    parse_value,
+    read_yaml,
+    transfer_node,
+)
 from nst_det.engine.metrics import check_wandb
-from nst_det.engine.nan_guard import check_non_finite, non_finite_node
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -305,6 +313,9 @@ def resolve_device(name: str) -> str:
 
     The CPU also stands in for a GPU that is named, as in Detectron2's default, with a warning.
     """
+    # torch takes seconds to import
+    from nst_det.engine.device import default_device
+
     here = default_device().type
     if name.startswith("cuda") and here == "cpu":
         log.warning("MODEL.DEVICE %s: no GPU here, taking the CPU", name)
@@ -314,6 +325,8 @@ def resolve_device(name: str) -> str:
 
 def resolve_machine(config: CfgNode) -> None:
     """Set MODEL.DEVICE and DATALOADER.NUM_WORKERS to what they are on this machine, for either engine."""
+    from nst_det.engine.device import loader_workers
+
     with defrosted(config):
         config.MODEL.DEVICE = resolve_device(config.MODEL.DEVICE)
         config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE == "cpu")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from nst_det.engine.device import FLOAT32_PRECISIONS
-from nst_det.engine.solver import CLIP_TYPES
+from nst_det.engine.config import CLIP_TYPES, FLOAT32_PRECISIONS
 
 
 class Limited(NamedTuple):

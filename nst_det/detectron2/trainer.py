@@ -35,6 +35,7 @@ from nst_det.detectron2.data import ImageMapper, build_train_loader
 from nst_det.detectron2.evaluator import VocEvaluator
 from nst_det.detectron2.hooks import EvalHook, FiniteCheck
 from nst_det.detectron2.modeling import check_frozen_random
+from nst_det.engine.config import FULL_MODEL
 from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line
 from nst_det.engine.distributed import wait_for_all
 from nst_det.engine.io import read_json
@@ -43,7 +44,6 @@ from nst_det.engine.metrics import SPEED
 from nst_det.engine.nan_guard import SKIP, NonFiniteGuard, NotFinite, raise_together
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything, seeded
-from nst_det.engine.solver import FULL_MODEL
 from nst_det.engine.train_state import AveragedWeights, TrainState
 from nst_det.engine.trainer import MetricsHook, RollbackStep, SpeedHook, StopWhenAsked, TrainLoop, WallTime
 from nst_det.errors import UserError

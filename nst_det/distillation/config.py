@@ -8,11 +8,19 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.engine.config import load_config, merge_tree, plain, transfer_node
-from nst_det.engine.device import AMP_DTYPES, FLOAT32_PRECISIONS
+from nst_det.engine.config import (
+    AMP_DTYPES,
+    CLIP_TYPES,
+    FLOAT32_PRECISIONS,
+    FULL_MODEL,
+    check_non_finite,
+    load_config,
+    merge_tree,
+    non_finite_node,
+    plain,
+    transfer_node,
+)
 from nst_det.engine.metrics import check_wandb
-from nst_det.engine.nan_guard import check_non_finite, non_finite_node
-from nst_det.engine.solver import CLIP_TYPES, FULL_MODEL
 from nst_det.errors import UserError
 from nst_det.losses import parse_method
 

@@ -15,6 +15,14 @@ from fvcore.common.config import CfgNode
 
 from nst_det.errors import UserError
 
+AMP_DTYPES = ("auto", "bf16", "fp16")
+FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
+# of CLIP_GRADIENTS.CLIP_TYPE; the first two are Detectron2's
+FULL_MODEL = "full_model"
+CLIP_TYPES = ("value", "norm", FULL_MODEL)
+# of NON_FINITE.POLICY
+STOP, SKIP, BACK = POLICIES = ("stop", "skip", "back")
+
 # keys with a default that accept none as well
 NULLABLE = ("SOLVER.WEIGHT_DECAY_NORM",)
 
@@ -207,3 +215,22 @@ def transfer_node() -> CfgNode:
     node.AUTO_WEIGHT = CfgNode(new_allowed=True)
     node.WARMUP_ITERS = 0
     return node
+
+
+def non_finite_node() -> CfgNode:
+    """Return SOLVER.NON_FINITE.
+
+    POLICY is ``stop``, ``skip`` (the step is skipped, the schedule continues) or ``back`` (roll back to the last
+    checkpoint, with the learning rate times LR_FACTOR from there on).  LIMIT is how often that may happen in one run.
+    """
+    return CfgNode({"POLICY": STOP, "LIMIT": 3, "LR_FACTOR": 0.5})
+
+
+def check_non_finite(node: CfgNode, key: str, source: str = "config") -> None:
+    """Refuse values out of range."""
+    if node.POLICY not in POLICIES:
+        raise UserError(f"{source}: {key}.POLICY '{node.POLICY}' is not one of {', '.join(POLICIES)}")
+    if node.LIMIT < 1:
+        raise UserError(f"{source}: {key}.LIMIT is {node.LIMIT}; it must be at least 1")
+    if not 0 < node.LR_FACTOR <= 1:
+        raise UserError(f"{source}: {key}.LR_FACTOR is {node.LR_FACTOR}; it must be above 0 and at most 1")

@@ -23,12 +23,12 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from nst_det.engine.checkpoint import SCHEMA, check_schema, load_checkpoint, write_state
+from nst_det.engine.config import BACK, SKIP, STOP
 from nst_det.engine.device import is_gpu_error
 from nst_det.engine.distributed import gathered, largest_of_processes, rank, world_size
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
-STOP, SKIP, BACK = POLICIES = ("stop", "skip", "back")
 SHOWN = 8
 NORM = "the norm of all gradients"
 
@@ -44,25 +44,6 @@ def raise_together(failed: bool, device: torch.device, what: str = "") -> None:
     """
     if largest_of_processes([int(failed)], device)[0]:
         raise NotFinite(what if failed else "")
-
-
-def non_finite_node() -> CfgNode:
-    """Return SOLVER.NON_FINITE.
-
-    POLICY is ``stop``, ``skip`` (the step is skipped, the schedule continues) or ``back`` (roll back to the last
-    checkpoint, with the learning rate times LR_FACTOR from there on).  LIMIT is how often that may happen in one run.
-    """
-    return CfgNode({"POLICY": STOP, "LIMIT": 3, "LR_FACTOR": 0.5})
-
-
-def check_non_finite(node: CfgNode, key: str, source: str = "config") -> None:
-    """Refuse values out of range."""
-    if node.POLICY not in POLICIES:
-        raise UserError(f"{source}: {key}.POLICY '{node.POLICY}' is not one of {', '.join(POLICIES)}")
-    if node.LIMIT < 1:
-        raise UserError(f"{source}: {key}.LIMIT is {node.LIMIT}; it must be at least 1")
-    if not 0 < node.LR_FACTOR <= 1:
-        raise UserError(f"{source}: {key}.LR_FACTOR is {node.LR_FACTOR}; it must be above 0 and at most 1")
 
 
 def broken_values(
