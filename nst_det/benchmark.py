@@ -1,34 +1,35 @@
 """What a network costs: parameters, arithmetic, latency, throughput.
 
 A MAC is one multiplication with the addition that follows it, which many papers print as "FLOPs"; here a FLOP is a
-single operation, so that a MAC counts as two.  fvcore counts the MACs of convolutions and matrix products, and single
-operations of normalization, feature pooling and resizing; what it has no count for is listed as uncounted.
+single operation, so that a MAC counts as two.  Convolutions, matrix products and attention are counted, fused or not;
+normalization, activations, pooling and resizing are not.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from nst_det.models import count_parameters
 
-# operators of which fvcore's count is one per multiply-add; of all others it is one per operation
-MAC_OPERATORS = frozenset({"conv", "addmm", "bmm", "einsum", "matmul", "linear"})
-WARMUP = 3
+# passes, and seconds, before those that are timed: a processor that was idle takes a while to reach its speed
+WARMUP, WARMUP_SECONDS = 3, 0.5
 # a detector's default image is as wide as most photographs, or as a backbone's where its config resizes nothing
 PHOTO_ASPECT = 4 / 3
 BACKBONE_SIZE = (224, 224)
 
 
-class Traceable(nn.Module):
-    """A detector that takes a batch as one tensor and gives plain tensors, as a tracer wants it.
+class Batched(nn.Module):
+    """A detector that takes a batch as one tensor, as a backbone does.
 
     ``detect`` runs a detector that gives its detections in another form than the torchvision engine's.
     """
@@ -37,10 +38,9 @@ class Traceable(nn.Module):
         super().__init__()
         self.detector, self.detect = detector, detect
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Turn (B, 3, H, W), 0..255, into boxes, scores and labels, image after image."""
-        found = self.detect(self.detector, [{"image": image} for image in images])
-        return tuple(item[name] for item in found for name in ("boxes", "scores", "labels"))
+    def forward(self, images: Tensor) -> Any:
+        """Detect on (B, 3, H, W), 0..255."""
+        return self.detect(self.detector, [{"image": image} for image in images])
 
 
 def photo_size(config: CfgNode) -> tuple[int, int]:
@@ -73,29 +73,39 @@ def benchmark(
 
 
 @torch.no_grad()
-def count_arithmetic(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """Count ``macs``, ``flops`` and ``uncounted`` operators of ``model(images)``, (B, 3, H, W), the batch as a whole.
+def count_arithmetic(model: nn.Module, images: Tensor) -> dict[str, int]:
+    """Count ``macs`` and ``flops`` of ``model(images)``, (B, 3, H, W), the batch as a whole.
 
     Example:
         >>> count_arithmetic(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(1, 3, 16, 16))["macs"]
         55296
     """
-    analysis = FlopCountAnalysis(model, images)
-    # the tracer warns at every size that depends on the data, which is what we want of it: this image's path
-    analysis.tracer_warnings("none").unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    counts = analysis.by_operator()
-    macs = round(sum(count for name, count in counts.items() if name in MAC_OPERATORS))
-    others = round(sum(count for name, count in counts.items() if name not in MAC_OPERATORS))
-    uncounted = {name: int(times) for name, times in sorted(analysis.unsupported_ops().items())}
-    return {"macs": macs, "flops": 2 * macs + others, "uncounted": uncounted}
+    with _unfused_attention(), FlopCounterMode(display=False) as counter:
+        model(images)
+    flops = counter.get_total_flops()
+    return {"macs": flops // 2, "flops": flops}
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """Compute attention by plain matrix products, since torch counts some fused kernels (the CPU's) as nothing."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def time_passes(call: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
     """Return the seconds of each of ``repeats`` calls, after some that don't count."""
     # torch.utils.benchmark.Timer gives means of blocks, not single passes, and waits for the current GPU alone
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    for _ in range(WARMUP):
+    start, passes = time.perf_counter(), 0
+    while passes < WARMUP or time.perf_counter() - start < WARMUP_SECONDS:
         call()
+        passes += 1
     seconds = []
     for _ in range(repeats):
         wait()

@@ -49,6 +49,31 @@ def backbones(args: argparse.Namespace) -> None:
         print(fault)
 
 
+@command(
+    argument("prefix", None, "only keys that begin so, for example SOLVER or DETECT.TEST", nargs="?", default=""),
+    argument("--output", "FILE", "write all of them as a page of Markdown"),
+)
+def keys(args: argparse.Namespace) -> None:
+    """List the keys of all configs, with their defaults and meanings."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from nst_det.engine.format import print_table
+    from nst_det.engine.io import write_text
+    from nst_det.keys import default_text, find_keys, meaning_text, page
+
+    if args.output:
+        write_text(args.output, page())
+        return
+    for group, found in find_keys(args.prefix):
+        table = Table(title=f"{group.title}, {group.file}", title_justify="left")
+        for column in ("key", "default", "meaning"):
+            table.add_column(column, overflow="fold")
+        for name, key in found.items():
+            table.add_row(name, *(escape(text) for text in (default_text(key.default), meaning_text(key))))
+        print_table(table)
+
+
 @command(argument("method", None, "only the terms of this method, for example kd+nst-poly", nargs="?"))
 def methods(args: argparse.Namespace) -> None:
     """List the transfer terms, their default weights and where these are from."""
@@ -139,7 +164,7 @@ def parse_size(text: str) -> tuple[int, int] | None:
 
 def _load_network(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module, tuple[int, int]]:
     """Return the name, the network and its own image size."""
-    from nst_det.benchmark import BACKBONE_SIZE, Traceable, photo_size
+    from nst_det.benchmark import BACKBONE_SIZE, Batched, photo_size
     from nst_det.detection.config import load_detect_config, resolve_classes
     from nst_det.detection.data import data_classes
     from nst_det.detection.predict import load_run
@@ -158,12 +183,12 @@ def _load_network(args: argparse.Namespace, device: torch.device) -> tuple[str, 
         return f"{card.arch} ({args.weights})", model, (side, side)
     if args.run_folder:
         detector, config, _ = load_run(args.run_folder, device)
-        return args.run_folder, Traceable(detector), photo_size(config)
+        return args.run_folder, Batched(detector), photo_size(config)
     config = load_detect_config(args.config_file, args.opts)
     if not config.MODEL.ROI_HEADS.NUM_CLASSES:
         resolve_classes(config, data_classes(config))
     set_float32_precision(config.FLOAT32_PRECISION, device)
-    return args.config_file, Traceable(build_detector(config)), photo_size(config)
+    return args.config_file, Batched(build_detector(config)), photo_size(config)
 
 
 def _print_figures(figures: dict[str, Any]) -> None:
@@ -184,8 +209,8 @@ def _print_figures(figures: dict[str, Any]) -> None:
     print(f"parameters {figures['parameters'] / 1e6:.3f} M")
     counts = f"{figures['macs'] / 1e9:.3f} GMACs, {figures['flops'] / 1e9:.3f} GFLOPs"
     print(f"one image  {counts} (a multiply-add is 1 MAC = 2 FLOPs; papers often print MACs as FLOPs)")
-    if figures["uncounted"]:
-        print("uncounted ", ", ".join(name.removeprefix("aten::") for name in figures["uncounted"]))
+    passes = figures["latency"][0]["repeats"]
+    print(f"latency    of {passes} passes on noise; it moves with a detector's boxes and the machine's other work")
 
 
 @command(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
-from nst_det.benchmark import Traceable, benchmark, photo_size
+from nst_det.benchmark import Batched, benchmark, photo_size
 from nst_det.comparison.plan import DETECTOR, Run
 from nst_det.comparison.result import BASELINE, Cost, Latency, from_json
 from nst_det.detection.config import resolve_device
@@ -67,9 +67,9 @@ def _measure(run: Run, config: CfgNode) -> Cost:
             from nst_det.detectron2 import parity
 
             detector = parity.load_run(run.folders[0], config, device)
-            network = Traceable(detector, partial(parity.detect, postprocess=False))
+            network = Batched(detector, partial(parity.detect, postprocess=False))
         else:
-            network = Traceable(load_run(run.folders[0], device)[0])
+            network = Batched(load_run(run.folders[0], device)[0])
         figures = benchmark(network, size, [1], REPEATS, device)
     latency = figures["latency"][0]
     return Cost(
@@ -79,5 +79,5 @@ def _measure(run: Run, config: CfgNode) -> Cost:
         threads=torch.get_num_threads(),
         machine=machine_name(str(device)),
         latency=Latency(latency["median"], latency["p10"], latency["p90"]),
-        **{key: figures[key] for key in ("parameters", "macs", "flops")},
+        **{key: figures[key] for key in ("parameters", "macs")},
     )

@@ -13,8 +13,11 @@ import nst_det.detection.config as detection_config
 import nst_det.distillation.config as distillation_config
 from nst_det.data.synthetic import CLASSIFICATION, DETECTION, SETTINGS_FILE, generate_data, settings_from
 from nst_det.data.voc import VocDataset
+from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.engine.config import expand_path, load_config
+from nst_det.engine.io import sha256_of_file
 from nst_det.errors import UserError
+from nst_det.models import resolve
 from nst_det.models.card import Card, check_input_contract, input_contract
 
 # classes of data that aren't there yet, or whose own don't matter
@@ -141,6 +144,17 @@ def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
         for root, split in detection_config.voc_roots(detect, sets, "DATASETS.VOC"):
             # the list alone is read
             VocDataset(root, split, UNKNOWN)
+
+
+def data_fingerprints(distill: CfgNode, detect: CfgNode) -> dict[str, str]:
+    """Return the fingerprints, by key, of data and weights that both stages name by a path."""
+    # torch takes seconds to import
+    from nst_det.distillation.dataloader import read_data
+
+    inputs = {f"{DETECT}.{key}": value for key, value in input_fingerprints(detect).items()}
+    weights = expand_path(distill.TEACHER.WEIGHTS, f"{DISTILL}.TEACHER.WEIGHTS")
+    teacher = {f"{DISTILL}.TEACHER.SHA256": sha256_of_file(resolve(weights))} if weights else {}
+    return {f"{DISTILL}.DATA.FINGERPRINT": read_data(distill).fingerprint(), **teacher, **inputs}
 
 
 def check_generated(generate: dict[str, Any], root: Path, source: str) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nst_det.data.annotation import MAX_PIXELS, VocAnnotation, VocObject, voc_xml
-from nst_det.data.images import MAX_IMAGE_BYTES, image_size
+from nst_det.data.images import EXTENSIONS, MAX_IMAGE_BYTES, image_size
 from nst_det.data.safe_io import is_number, leads_outside, name_problem, read_bytes, shown, shown_path
-from nst_det.data.voc import IMAGE_EXTENSIONS, make_voc_folders, write_split
+from nst_det.data.voc import make_voc_folders, write_split
 from nst_det.engine.io import read_json
 from nst_det.errors import UserError
 
@@ -138,8 +138,8 @@ def _voc_id(name: str, at: str) -> str:
     problem = next(filter(None, map(name_problem, (*path.parts, id_))), None)
     if problem:
         raise UserError(f"{at}: file_name '{shown(name)}' {problem}; correct it")
-    if path.suffix.lower() not in IMAGE_EXTENSIONS:
-        raise UserError(f"{at}: '{shown(name)}' is not one of {', '.join(IMAGE_EXTENSIONS)}; convert the image")
+    if path.suffix.lower() not in EXTENSIONS:
+        raise UserError(f"{at}: '{shown(name)}' is not one of {', '.join(EXTENSIONS)}; convert the image")
     return id_
 
 

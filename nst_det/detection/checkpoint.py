@@ -127,6 +127,15 @@ def read_best(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: has no record of its mAP; remove it and start this run again") from error
 
 
+def patience_is_over(folder: Path, step: int, test: CfgNode) -> bool:
+    """Return whether TEST.PATIENCE validations in a row, of which the last was after ``step``, had no higher mAP."""
+    best = read_best(folder) if test.PATIENCE else None
+    if best is None or step - best["step"] < test.PATIENCE * test.EVAL_PERIOD:
+        return False
+    log.info("stopped early at step %d: no higher mAP on the validation split since step %d", step, best["step"])
+    return True
+
+
 def settle(folder: Path, student: nn.Module, last: Mapping[str, Any], select: str) -> dict[str, Any]:
     """Return the records of the ``best`` and the ``last`` weights, and which are ``tested``: those of TEST.SELECT.
 

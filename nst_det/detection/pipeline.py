@@ -17,7 +17,14 @@ from fvcore.common.config import CfgNode
 from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detection.box_head import check_class_names, reads_box_head
-from nst_det.detection.checkpoint import keep_best, load_weights, save_weights, saved_classes, settle
+from nst_det.detection.checkpoint import (
+    keep_best,
+    load_weights,
+    patience_is_over,
+    save_weights,
+    saved_classes,
+    settle,
+)
 from nst_det.detection.config import (
     defrosted,
     listed_classes,
@@ -28,6 +35,7 @@ from nst_det.detection.config import (
 )
 from nst_det.detection.data import data_classes, evaluation_batches, open_voc, split_training, training_batches
 from nst_det.detection.distiller import DistilledDetector, distill, level_channels, wants_teacher
+from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.detection.trainer import Trainer, train
 from nst_det.engine.checkpoint import checkpoints, would_resume
@@ -111,7 +119,7 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
     _begin(config)
     classes = data_classes(config)
     resolve_classes(config, classes)
-    with folder.opened(config) if is_main_process() else nullcontext():
+    with folder.opened(config, input_fingerprints(config, classes)) if is_main_process() else nullcontext():
         if broadcast_from_rank0(lambda: folder.done):
             log.info("%s is done already", folder.path)
             return broadcast_from_rank0(folder.result)
@@ -134,14 +142,17 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
         def batches_from(step: int) -> Iterable[list[dict[str, Any]]]:
             return training_batches(config, sets, seed, step)
 
+        def is_over(step: int) -> bool:
+            return broadcast_from_rank0(lambda: patience_is_over(folder.path, step, config.TEST))
+
         trainer = Trainer(model, config, seed, folder, batches_from, average)
-        train(trainer, folder, evaluate)
+        train(trainer, folder, evaluate, is_over)
         validated: dict[str, Any] = {}
         if validation is not None:
             found = _evaluate(kept, config, validation)
 
             def settled() -> dict[str, Any]:
-                last = keep_best(folder.path, kept, classes, config.SOLVER.MAX_ITER, found)
+                last = keep_best(folder.path, kept, classes, trainer.max_iter, found)
                 return settle(folder.path, kept, last, config.TEST.SELECT)
 
             validated = {"validation": found, "checkpoints": broadcast_from_rank0(settled)}
@@ -152,7 +163,7 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
         result = {
             **_evaluate(kept, config, data, folder.path / DETECTIONS_FILE),
             "seconds": trainer.state.seconds,
-            "steps": config.SOLVER.MAX_ITER,
+            "steps": trainer.max_iter,
             "engine": "torchvision",
             "params": count_parameters(student),
             "seed": seed,

@@ -21,6 +21,8 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from nst_det.detection.checkpoint import save_weights
 from nst_det.detection.config import defrosted
+from nst_det.detection.data import data_classes
+from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.pipeline import DETECTIONS_FILE, print_result
 from nst_det.detectron2.api import transfer_of
 from nst_det.detectron2.checkpoint import BackboneCheckpointer, numbered, step_of
@@ -124,7 +126,9 @@ def run(args: argparse.Namespace) -> None:
         smaller = "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, in another OUTPUT_DIR"
         with (
             gpu_errors_in_one_line(smaller, lambda: would_resume([numbered(folder.path)], step_of)),
-            folder.opened(cfg) if comm.is_main_process() else nullcontext(),
+            folder.opened(cfg, input_fingerprints(cfg, data_classes(cfg, known_only=True) or None))
+            if comm.is_main_process()
+            else nullcontext(),
         ):
             comm.synchronize()
             if folder.done:

@@ -140,7 +140,7 @@ class StageOne:
             result = broadcast_from_rank0(folder.result)
         if network.to_train or not network.sha256:
             if is_main_process():
-                load_into(network.model, result["backbone"])
+                load_into(network.model, _where_it_is(result, self.teacher_file)["backbone"])
             copy_from_first(network.model.to(self.device))
             network.model.cpu()
         expected, top1 = self.config.TEACHER.EXPECTED_TOP1, result["top1"]
@@ -194,7 +194,7 @@ class StageOne:
                 if result is None:
                     unfinished.append(self._student(name, network, losses[name], config.SOLVER, folder))
                 else:
-                    results[name] = result
+                    results[name] = _where_it_is(result, self.student_files[name])
             if unfinished:
                 asked = teacher is not None and any(student.needs_teacher for student in unfinished)
                 teaching = self._teaching(teacher, network, losses, sha256) if teacher is not None and asked else None
@@ -276,7 +276,13 @@ class StageOne:
 def result_of(card: Card, path: Path, seconds: float) -> dict[str, Any]:
     """Return the content of ``result.json`` for a backbone file."""
     keys = ("method", "sha256", "top1", "top5", "steps", "seed", "params")
-    return {key: getattr(card, key) for key in keys} | {"backbone": str(path), "name": path.stem, "seconds": seconds}
+    about = {"backbone": str(path), "name": path.stem, "val_images": card.data["validation_images"], "seconds": seconds}
+    return {key: getattr(card, key) for key in keys} | about
+
+
+def _where_it_is(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a result with the backbone's path as it is now; the folders may have been moved."""
+    return result | {"backbone": str(path)} if path.is_file() else result
 
 
 def parse_methods(names: Sequence[str]) -> dict[str, Method]:

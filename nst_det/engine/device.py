@@ -12,7 +12,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from nst_det.engine.config import AMP_DTYPES, FLOAT32_PRECISIONS
+from nst_det.engine.keys import AMP_DTYPES, FLOAT32_PRECISIONS
 from nst_det.engine.machine import core_count, machine_name
 from nst_det.errors import UserError
 

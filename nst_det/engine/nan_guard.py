@@ -23,9 +23,9 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from nst_det.engine.checkpoint import SCHEMA, check_schema, load_checkpoint, write_state
-from nst_det.engine.config import BACK, SKIP, STOP
 from nst_det.engine.device import is_gpu_error
 from nst_det.engine.distributed import gathered, largest_of_processes, rank, world_size
+from nst_det.engine.keys import BACK, SKIP, STOP
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)

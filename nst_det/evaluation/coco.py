@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from pycocotools.cocoeval import COCOeval
 
 from nst_det.evaluation.boxes import Detections, GroundTruth, to_xywh
 
+log = logging.getLogger(__name__)
+# detections of a class on an image, the last of COCO's limits
+MOST = 100
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -38,7 +42,9 @@ class CocoResult:
 
 
 def evaluate_coco(detections: Detections, truth: GroundTruth) -> CocoResult:
-    """Return COCO AP with at most 100 detections an image.
+    """Return COCO AP, which takes the best 100 detections of a class on an image and leaves out the rest.
+
+    Where that happens, or where VOC takes equal scores in another order, a line in the log says so.
 
     A ``difficult`` object becomes a crowd (``iscrowd`` 1), as converters of VOC to COCO write it: it is no positive,
     and detections on it count neither way (overlap with a crowd is measured over the detection's own area).  Boxes
@@ -48,6 +54,8 @@ def evaluate_coco(detections: Detections, truth: GroundTruth) -> CocoResult:
         ValueError: a detection on an image, or of a class, that the ground truth doesn't have.
     """
     image, label = detections.indices(truth)
+    for line in unlike_voc(image, label, detections.score):
+        log.warning(line)
     with contextlib.redirect_stdout(io.StringIO()):
         gold = _coco(truth, truth.image, truth.label, truth.box, iscrowd=truth.difficult.astype(int))
         found = _coco(truth, image, label, detections.box, score=detections.score)
@@ -63,6 +71,25 @@ def evaluate_coco(detections: Detections, truth: GroundTruth) -> CocoResult:
         per_class[name] = float(counted.mean()) if counted.size else np.nan
     figures = [np.nan if value < 0 else float(value) for value in evaluation.stats[:6]]
     return CocoResult(dict(zip(SUMMARY, figures)), per_class)
+
+
+def unlike_voc(image: np.ndarray, label: np.ndarray, score: np.ndarray) -> list[str]:
+    """Return what makes COCO AP and VOC AP of these detections, (N,) each, differ besides the overlap."""
+    lines = []
+    of_class = np.unique(np.stack([image, label]), axis=1, return_counts=True)[1]
+    if (over := of_class[of_class > MOST]).size:
+        lines.append(
+            f"COCO AP leaves out {int((over - MOST).sum())} of {len(score)} detections: it takes the best {MOST} of a "
+            f"class on an image, and there are up to {over.max()}; VOC AP takes them all"
+        )
+    # the sort keeps the order of equal scores: VOC's is that of the file, COCO's goes image by image
+    moved = int((np.lexsort((-score, label)) != np.lexsort((image, -score, label))).sum())
+    if moved:
+        lines.append(
+            f"equal scores: VOC AP takes {moved} of {len(score)} detections in the order of the file, COCO AP image by "
+            "image, so that the two may differ, and VOC AP changes with that order"
+        )
+    return lines
 
 
 def _coco(truth: GroundTruth, image: np.ndarray, label: np.ndarray, box: np.ndarray, **values: np.ndarray) -> COCO:

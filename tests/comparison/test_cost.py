@@ -2,7 +2,7 @@ import logging
 
 import torch
 
-from nst_det.benchmark import Traceable, benchmark
+from nst_det.benchmark import Batched, benchmark
 from nst_det.comparison.cost import COST_FILE, architecture, measure_costs
 from nst_det.comparison.plan import Run
 from nst_det.detection.checkpoint import save_weights
@@ -47,7 +47,7 @@ def test_rows_of_one_architecture_share_one_measurement(tmp_path, pytestconfig, 
     assert "no latency of detect/seed0/gone" in caplog.text
     # 4:3 with a long side of at most 96
     assert costs["ce"].size == (64, 85)
-    alone = benchmark(Traceable(build_detector(wide, 0).eval()), (64, 85), [], 0, torch.device("cpu"))
+    alone = benchmark(Batched(build_detector(wide, 0).eval()), (64, 85), [], 0, torch.device("cpu"))
     assert (costs["wide"].macs, costs["wide"].parameters) == (alone["macs"], alone["parameters"])
     assert costs["wide"].parameters != costs["ce"].parameters
     latency = costs["ce"].latency

@@ -99,7 +99,7 @@ BAD = [
     (put("images", 0, "file_name", "/etc/a.jpg"), "images[0]: file_name '/etc/a.jpg'"),
     (put("images", 0, "file_name", ""), "images[0]: file_name ''"),
     (put("images", 0, "file_name", "q/" * 101 + "a.jpg"), "images[0]: file_name 'q/"),
-    (put("images", 0, "file_name", "a.tif"), "images[0]: 'a.tif'"),
+    (put("images", 0, "file_name", "a.gif"), "images[0]: 'a.gif'"),
     (put("images", 0, "file_name", "gone.jpg"), "gone.jpg: "),
     (put("images", 2, "file_name", "a.jpg"), "'a.jpg' and 'a.jpg' would both be called a"),
     (put("annotations", 2, "image_id", 8), "annotations[2]: image_id 8"),

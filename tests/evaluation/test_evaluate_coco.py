@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -7,7 +8,9 @@ from nst_det.evaluation.boxes import GroundTruth
 from nst_det.evaluation.coco import evaluate_coco
 from nst_det.evaluation.io import read_detections
 from nst_det.evaluation.metrics import summarize
+from nst_det.evaluation.voc import evaluate_voc
 from tests.helpers.boxes import found, truth
+from tests.helpers.finished import annotation
 
 BOX = (1, 1, 100, 100)
 GOLD = truth([("a", "cat", BOX)])
@@ -27,6 +30,50 @@ def test_overlap_is_continuous_and_counts_in_steps_of_five_hundredths():
     # 100 x 100 pixels against 100 x 77: overlap 0.77 passes 0.5, 0.55 .. 0.75, six of ten thresholds
     result = evaluate_coco(found([("a", "cat", (1, 1, 100, 77), 0.9)]), GOLD)
     assert [result.summary[name] for name in ("AP", "AP50", "AP75")] == pytest.approx([0.6, 1, 1])
+
+
+def test_what_makes_coco_and_voc_differ_is_one_line(caplog):
+    boxes = [(x, y, x + 8, y + 8) for x in range(1, 200, 10) for y in range(1, 100, 10)]
+    # 200 objects of one class on an image, all found: COCO takes 100, recall .5, which is 51 of its 101 points
+    score = 0.99
+    rows = [("a", "cat", box, score := score - 0.001) for box in boxes]
+    assert evaluate_coco(found(rows), truth([("a", "cat", box) for box in boxes])).summary["AP"] == pytest.approx(
+        51 / 101
+    )
+    (line,) = caplog.messages
+    assert "100 of 200" in line
+    caplog.clear()
+    # the limit is that of a class: 100 of each of two are taken
+    two = [(image, ("cat", "dog")[number % 2], *rest) for number, (image, _, *rest) in enumerate(rows)]
+    assert evaluate_coco(found(two), truth([row[:3] for row in two])).summary["AP"] == pytest.approx(1)
+    # equal scores in the order of the images are taken alike
+    tied = [("a", "cat", (201, 201, 210, 210), 0.5), ("b", "cat", BOX, 0.5)]
+    gold = truth([("b", "cat", BOX)])
+    assert evaluate_coco(found(tied), gold).summary["AP"] == pytest.approx(0.5)
+    assert not caplog.messages
+    # in the file the other way round: VOC's precision is 1 at once, COCO's is not
+    assert evaluate_coco(found(tied[::-1]), gold).summary["AP"] == pytest.approx(0.5)
+    assert float(evaluate_voc(found(tied[::-1]), gold).map11[0]) == pytest.approx(1)
+    (line,) = caplog.messages
+    assert "2 of 2 detections" in line
+
+
+@pytest.mark.parametrize(("score", "said"), [(None, True), (0.5, True), (0.1, True), (0.09, False)])
+def test_a_file_without_low_scores_is_said(score, said, tmp_path, voc_of_one, cli, caplog):
+    entries = [{"image_id": "a", "category": "cat", "bbox": [0, 0, 10, 10], "score": score}] if score else []
+    file = tmp_path / "detections.json"
+    file.write_text(json.dumps(entries))
+    assert cli("evaluate", "--detections", file, "--voc", voc_of_one, "--coco") == 0
+    assert [(str(file) in line, "--threshold" in line) for line in caplog.messages] == [(True, True)] * said
+
+
+@pytest.fixture
+def voc_of_one(tmp_path):
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / "voc" / part).mkdir(parents=True)
+    (tmp_path / "voc/Annotations/a.xml").write_text(annotation("a", [("cat", (1, 1, 50, 50), False)]))
+    (tmp_path / "voc/ImageSets/Main/test.txt").write_text("a\n")
+    return tmp_path / "voc"
 
 
 def test_difficult_objects_count_neither_way():
