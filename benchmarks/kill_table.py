@@ -42,8 +42,8 @@ from nst_det.data.synthetic import CLASSIFICATION, DETECTION, GenerateSettings, 
 from nst_det.detection.config import engine_is_installed
 from nst_det.engine.checkpoint import check_intact
 from nst_det.engine.io import read_json, write_json, write_text
+from nst_det.engine.machine import machine_name
 from nst_det.engine.metrics import read_metrics
-from nst_det.engine.run_dir import machine_name
 
 DISTILL = {
     "NAME": "small",

@@ -28,7 +28,7 @@ import yaml
 from nst_det.cli import main as nst_det_main
 from nst_det.data.synthetic import CLASSIFICATION, DETECTION, GenerateSettings, generate_data
 from nst_det.engine.io import write_json, write_text
-from nst_det.engine.run_dir import machine_name
+from nst_det.engine.machine import machine_name
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SECONDS = 0.5

@@ -115,7 +115,6 @@ def init(
         (True, 12)
     """
     from nst_det.data.coco import CocoSource
-    from nst_det.engine.device import default_device
     from nst_det.errors import UserError
     from nst_det.scaffold.init import init_project
 
@@ -129,7 +128,7 @@ def init(
     data = CocoSource(annotations, folders) if annotations else voc
     own = folders[0] if folders and not annotations else None
     assert data is not None
-    return init_project(project, data, own, train, test, device or default_device().type)
+    return init_project(project, data, own, train, test, device)
 
 
 def _paths(given: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
@@ -173,12 +172,14 @@ def compare(
         >>> result.report.name
         'index.html'
     """
-    from nst_det.comparison import pipeline
     from nst_det.comparison.config import load_comparison
 
     _show_progress()
+    # before torch is imported, which takes seconds
     named = {key: list(value) for key, value in (("METHODS", methods), ("SEEDS", seeds)) if value is not None}
     comparison = load_comparison(project, output, [*key_values(settings), *key_values(named)])
+    from nst_det.comparison import pipeline
+
     return CompareResult(pipeline.compare(comparison, jobs, ray_address=ray_address), comparison.folder)
 
 
@@ -206,11 +207,12 @@ def distill(project: str | Path, settings: Settings = ()) -> DistillResult:
         >>> 0 <= result["kd+nst-poly"]["top1"] <= 1
         True
     """
-    from nst_det.distillation import pipeline
     from nst_det.distillation.config import load_distill_config
 
     _show_progress()
     config = load_distill_config(project, key_values(settings))
+    from nst_det.distillation import pipeline
+
     result = DistillResult(pipeline.distill(config))
     result.folder = config.OUTPUT_DIR
     return result
@@ -385,6 +387,9 @@ def export(
     if images and not of_detector:
         raise UserError("--images: only detectors are compared on images; leave it out")
     if of_detector:
+        # before torch is imported, which takes seconds
+        if not Path(run).is_dir():
+            raise UserError(f"{run}: no such folder; name the folder of a finished detector run")
         from nst_det.exporting.detector import export_detector
 
         return export_detector(run, output, format, images)

@@ -41,7 +41,7 @@ def examine(data: Sequence[Path] = (), output: Path = Path()) -> list[Finding]:
     found = [python, torch, torchvision(), package("timm"), detectron2(), memory(), disk(output)]
     if torch.state == OK:
         # the rest of this package needs torch
-        from nst_det.engine.device import core_count
+        from nst_det.engine.machine import core_count
 
         found += [accelerator(), Finding("CPU cores", OK, str(core_count())), backbones(), *map(data_set, data)]
     return found

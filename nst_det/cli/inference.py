@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 from nst_det.cli.command import DEVICE, TRUST_PICKLE, argument, command, flag, one_of
+from nst_det.errors import UserError
+
+
+def _check_paths(sources: Iterable[str], run_folder: str | None) -> None:
+    """Refuse what isn't there before torch is imported, which takes seconds."""
+    for path in sources:
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such file or folder; name images, folders or a video")
+    if run_folder and not Path(run_folder).is_dir():
+        raise UserError(f"{run_folder}: no such folder; name the folder of a finished detector run")
 
 
 @command(
@@ -22,6 +34,7 @@ from nst_det.cli.command import DEVICE, TRUST_PICKLE, argument, command, flag, o
 )
 def predict(args: argparse.Namespace) -> int:
     """Detect objects on images, folders or a video with a finished run; writes pictures, JSON, VOC XML or CSV."""
+    _check_paths(args.inputs, args.run_folder)
     from nst_det import api
     from nst_det.engine.device import compute_line, named_device
 

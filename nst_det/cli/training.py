@@ -30,12 +30,18 @@ from nst_det.errors import UserError
 def distill(args: argparse.Namespace) -> None:
     """Stage one: train students by several transfer methods side by side."""
     from nst_det import api
-    from nst_det.engine import device, distributed, progress
+    from nst_det.distillation.config import load_distill_config
     from nst_det.engine.format import print_table
+    from nst_det.engine.progress import start_logging
 
-    progress.start_logging()
+    start_logging()
+    values = with_trust(args.overrides, args, "")
+    # what can be wrong with it is told before torch is imported, which takes seconds
+    load_distill_config(args.config_file, values)
+    from nst_det.engine import device, distributed
+
     device.keep_freed_memory()
-    result = api.distill(args.config_file, with_trust(args.overrides, args, ""))
+    result = api.distill(args.config_file, values)
     if distributed.is_main_process():
         print_table(result)
     distributed.stop_processes()
@@ -56,12 +62,12 @@ def distill(args: argparse.Namespace) -> None:
 def train_det(args: argparse.Namespace) -> int | None:
     """Stage two: train and evaluate a detector."""
     from nst_det.detection import config
-    from nst_det.engine import device, distributed, progress
     from nst_det.engine.config import config_file
+    from nst_det.engine.progress import start_logging
 
     args.config_file = str(config_file(args.config_file, "detect.yaml"))
     args.opts = with_trust(args.opts, args, "")
-    progress.start_logging()
+    start_logging()
     if config.choose_engine(config.wanted_engine(args.config_file, args.opts), args.config_file) == "detectron2":
         from nst_det import detectron2
 
@@ -69,10 +75,12 @@ def train_det(args: argparse.Namespace) -> int | None:
     if args.num_gpus > 1 or args.num_machines > 1:
         remedy = f"torchrun --nproc-per-node {args.num_gpus} --nnodes {args.num_machines} -m nst_det train-det ..."
         raise UserError(f"--num-gpus, --num-machines: several processes of the torchvision engine need {remedy}")
+    cfg = config.load_detect_config(args.config_file, args.opts)
+    # torch takes seconds to import
     from nst_det.detection import pipeline
+    from nst_det.engine import device, distributed
 
     device.keep_freed_memory()
-    cfg = config.load_detect_config(args.config_file, args.opts)
     result = pipeline.evaluate_detector(cfg, args.resume) if args.eval_only else pipeline.train_detector(cfg)
     if distributed.is_main_process():
         pipeline.print_result(result, cfg.OUTPUT_DIR)
@@ -99,7 +107,6 @@ def train_det(args: argparse.Namespace) -> int | None:
 def compare(args: argparse.Namespace) -> None:
     """Run a whole comparison of transfer methods and write its report; resumes where it was stopped."""
     from nst_det import api
-    from nst_det.comparison import launch_ray, pipeline
     from nst_det.comparison.config import load_comparison
     from nst_det.engine.format import print_table
     from nst_det.engine.progress import start_logging
@@ -108,6 +115,8 @@ def compare(args: argparse.Namespace) -> None:
     _check_jobs(args.jobs)
     if args.dry_run or args.plan:
         comparison = load_comparison(args.config_file, args.output, values)
+        from nst_det.comparison import pipeline
+
         if args.plan:
             pipeline.print_plan(comparison)
         else:
@@ -117,7 +126,9 @@ def compare(args: argparse.Namespace) -> None:
         raise UserError("--address is that of a Ray cluster; add --launcher ray")
     address = args.address if args.launcher == "ray" else None
     if address is not None:
-        launch_ray.require_ray()
+        from nst_det.comparison.launch_ray import require_ray
+
+        require_ray()
     start_logging()
     result = api.compare(args.config_file, values, output=args.output, jobs=args.jobs, ray_address=address)
     print_table(result)
@@ -137,12 +148,13 @@ def tune(args: argparse.Namespace) -> None:
     """Search weight and levels of each method with the same budget, on images kept from training; needs Optuna."""
     from nst_det.engine.format import print_table
     from nst_det.engine.progress import start_logging
-    from nst_det.tune import run
     from nst_det.tune.config import load_tuning
 
     _check_jobs(args.jobs)
     start_logging()
     tuning = load_tuning(args.config_file, args.output, args.overrides)
+    from nst_det.tune import run
+
     found, path = run.tune(tuning, args.jobs)
     print_table(run.tuning_table(tuning, found))
     print(f"found: {path}")

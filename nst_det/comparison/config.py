@@ -33,13 +33,14 @@ from nst_det.engine.config import (
     plain,
     read_yaml,
 )
-from nst_det.engine.device import core_count
 from nst_det.engine.fingerprint import RESUME, RUN, concerns
 from nst_det.engine.io import read_json
 from nst_det.engine.keys import Key, config_tree, one_of
+from nst_det.engine.machine import core_count
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
-from nst_det.losses import LABELS_ONLY, Method, get_term, parse_method
+from nst_det.losses import LABELS_ONLY, Method, parse_method
+from nst_det.losses.registry import get_term
 from nst_det.models.registry import check_name
 
 MARK = "@det"

@@ -20,7 +20,8 @@ from nst_det.engine.config import flat, plain
 from nst_det.engine.device import gpu_errors_in_one_line
 from nst_det.engine.fingerprint import FORWARD, concerns
 from nst_det.engine.io import read_json, write_json
-from nst_det.engine.run_dir import config_hash, machine_name
+from nst_det.engine.machine import machine_name
+from nst_det.engine.run_dir import config_hash
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)

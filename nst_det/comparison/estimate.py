@@ -5,7 +5,6 @@ One run of each distinct kind is done in a temporary folder, timed from outside:
 
 from __future__ import annotations
 
-import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from fvcore.common.config import CfgNode
 
 from nst_det.comparison.config import Comparison
 from nst_det.comparison.display import steps_done
-from nst_det.comparison.launch_local import Command, LocalLauncher, Machine, Process
+from nst_det.comparison.launch_local import KILL, Command, LocalLauncher, Machine, Process
 from nst_det.comparison.plan import DATA, Run, make_plan, run_config, total_steps
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import voc_roots
@@ -110,7 +109,7 @@ def _try(run: Run, config: CfgNode | None, launcher: LocalLauncher, folder: Path
                 looked, memory = now, max(memory, _memory(process))
             time.sleep(POLL_SECONDS)
     except BaseException:
-        process.signal(signal.SIGKILL)
+        process.signal(KILL)
         process.outcome()
         raise
     code, output = process.outcome()

@@ -20,12 +20,14 @@ import torch
 
 from nst_det.comparison.display import ProgressDisplay
 from nst_det.comparison.plan import Run
-from nst_det.engine.device import core_count
+from nst_det.engine.machine import core_count
 from nst_det.engine.signals import EXIT_RESUME, preemptible
 from nst_det.errors import RunFailed
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
+# Windows has one way to end a process
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 # a run saves after the step that it is in; schedulers wait 30 seconds before they kill
 STOP_SECONDS = 25.0
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -175,7 +177,10 @@ class Process:
     def signal(self, number: int) -> None:
         # to the processes that it started, too
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
+            if hasattr(os, "killpg"):
+                os.killpg(self.pid, number)
+            else:
+                self._popen.terminate()
 
 
 def stage_command(run: Run, folder: Path) -> list[str]:
@@ -219,5 +224,5 @@ class LocalLauncher:
         for future in wait(self._running, STOP_SECONDS).not_done:
             run, process = self._running[future]
             log.warning("run %s did not stop when asked; it is killed", run.name)
-            process.signal(signal.SIGKILL)
+            process.signal(KILL)
         self._pool.shutdown()

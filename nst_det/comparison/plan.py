@@ -25,9 +25,8 @@ from nst_det.comparison.result import BASELINE, NO_FPN, SCRATCH, TEACHER
 from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_stage, errors_of, generated_settings
 from nst_det.data.synthetic import SETTINGS_FILE
 from nst_det.distillation.config import teacher_solver
-from nst_det.distillation.dataloader import read_data
 from nst_det.distillation.fingerprint import teacher_claim
-from nst_det.engine.device import core_count
+from nst_det.engine.machine import core_count
 from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder, differing
 
 # kinds of runs, besides "teacher"
@@ -153,6 +152,9 @@ def finished_teacher(comparison: Comparison) -> str:
     folder, file = RunFolder(teacher_folder(comparison)), backbone_file(comparison, TEACHER, TEACHER_SEED)
     if comparison.distill.TEACHER.WEIGHTS or not (folder.done and Path(file).is_file()):
         return ""
+    # torch takes seconds to import
+    from nst_det.distillation.dataloader import read_data
+
     config = run_config(comparison, next(run for run in make_plan(comparison) if run.kind == TEACHER))
     claim = teacher_claim(config, read_data(config).fingerprint(), "", to_train=True)
     return "" if differing(folder.config(), claim) else file

@@ -14,7 +14,6 @@ import nst_det.distillation.config as distillation_config
 from nst_det.data.synthetic import CLASSIFICATION, DETECTION, SETTINGS_FILE, generate_data, settings_from
 from nst_det.data.voc import VocDataset
 from nst_det.detection.fingerprint import input_fingerprints
-from nst_det.distillation.dataloader import read_data
 from nst_det.engine.config import expand_path, load_config
 from nst_det.engine.io import sha256_of_file
 from nst_det.errors import UserError
@@ -149,6 +148,9 @@ def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
 
 def data_fingerprints(distill: CfgNode, detect: CfgNode) -> dict[str, str]:
     """Return the fingerprints, by key, of data and weights that both stages name by a path."""
+    # torch takes seconds to import
+    from nst_det.distillation.dataloader import read_data
+
     inputs = {f"{DETECT}.{key}": value for key, value in input_fingerprints(detect).items()}
     weights = expand_path(distill.TEACHER.WEIGHTS, f"{DISTILL}.TEACHER.WEIGHTS")
     teacher = {f"{DISTILL}.TEACHER.SHA256": sha256_of_file(resolve(weights))} if weights else {}

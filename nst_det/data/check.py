@@ -19,7 +19,7 @@ from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, read_t
 from nst_det.data.splits import original
 from nst_det.data.voc import composed, find_voc_root, scan_list
 from nst_det.data.yolo import MAX_LABEL_BYTES, YoloClasses, parse_yolo
-from nst_det.engine.device import core_count
+from nst_det.engine.machine import core_count
 from nst_det.errors import UserError
 
 # lists that must not share an image: what is tested on must not be trained on

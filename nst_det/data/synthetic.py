@@ -21,8 +21,8 @@ from numpy.random import Generator
 from nst_det.data.annotation import VocAnnotation, VocObject, voc_xml
 from nst_det.data.safe_io import is_number, shown_path
 from nst_det.data.voc import make_voc_folders, write_split
-from nst_det.engine.device import core_count
 from nst_det.engine.io import atomic_folder, cannot_write, read_json, write_json
+from nst_det.engine.machine import core_count
 from nst_det.engine.progress import progress
 from nst_det.engine.seeds import derive_seed
 from nst_det.engine.signals import end_with_parent

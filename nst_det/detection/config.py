@@ -13,20 +13,20 @@ from fvcore.common.config import CfgNode
 
 from nst_det.detection.d2_defaults import DETECTRON2_ONLY, HONORED
 from nst_det.engine.config import expand_path, flat, key_values, load_config, parse_value, read_yaml
-from nst_det.engine.device import default_device, loader_workers
 from nst_det.engine.keys import (
     EMA_DECAY,
+    NON_FINITE_KEYS,
     TENSORBOARD,
     TRANSFER_KEYS,
     TRUST_PICKLE,
     WANDB,
     Key,
     at_least,
+    check_non_finite,
     config_tree,
     one_of,
 )
 from nst_det.engine.metrics import check_wandb
-from nst_det.engine.nan_guard import NON_FINITE_KEYS, check_non_finite
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -303,6 +303,9 @@ def resolve_device(name: str) -> str:
 
     The CPU also stands in for a GPU that is named, as in Detectron2's default, with a warning.
     """
+    # torch takes seconds to import
+    from nst_det.engine.device import default_device
+
     here = default_device().type
     if name.startswith("cuda") and here == "cpu":
         log.warning("MODEL.DEVICE %s: no GPU here, taking the CPU", name)
@@ -312,6 +315,8 @@ def resolve_device(name: str) -> str:
 
 def resolve_machine(config: CfgNode) -> None:
     """Set MODEL.DEVICE and DATALOADER.NUM_WORKERS to what they are on this machine, for either engine."""
+    from nst_det.engine.device import loader_workers
+
     with defrosted(config):
         config.MODEL.DEVICE = resolve_device(config.MODEL.DEVICE)
         config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE == "cpu")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from nst_det.engine.keys import CLIP_TYPE, FLOAT32_PRECISION, Key, at_least, one_of
-from nst_det.engine.solver import CLIP_TYPES
+from nst_det.engine.keys import CLIP_TYPE, CLIP_TYPES, FLOAT32_PRECISION, Key, at_least, one_of
 
 # keys and groups that Detectron2 has and this engine doesn't; naming one is an error
 DETECTRON2_ONLY = (

@@ -9,8 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from torch import nn
 
+from nst_det.engine.keys import FULL_MODEL
 from nst_det.engine.nan_guard import gradient_norm, raise_together
-from nst_det.engine.solver import FULL_MODEL, clip_gradients
+from nst_det.engine.solver import clip_gradients
 
 
 class FiniteCheck(HookBase):

@@ -104,7 +104,8 @@ def _launch(args: argparse.Namespace) -> None:
 def _run_and_exit(args: argparse.Namespace) -> None:
     """Run in a process of ``launch``, which learns of a signal by the exit code alone."""
     # Ctrl-C reaches the command's process group; the command passes it on, once
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     try:
         with preemptible():
             run(args)

@@ -38,12 +38,12 @@ from nst_det.detectron2.modeling import check_frozen_random
 from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line
 from nst_det.engine.distributed import broadcast_from_rank0, wait_for_all
 from nst_det.engine.io import read_json
+from nst_det.engine.keys import FULL_MODEL
 from nst_det.engine.loader import end_workers_with_us
 from nst_det.engine.metrics import SPEED
 from nst_det.engine.nan_guard import SKIP, NonFiniteGuard, NotFinite, raise_together
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything, seeded
-from nst_det.engine.solver import FULL_MODEL
 from nst_det.engine.train_state import AveragedWeights, TrainState
 from nst_det.engine.trainer import MetricsHook, RollbackStep, SpeedHook, StopWhenAsked, TrainLoop, WallTime
 from nst_det.errors import UserError

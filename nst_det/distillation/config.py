@@ -9,21 +9,24 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from nst_det.engine.config import config_file, load_config, merge_tree, plain
-from nst_det.engine.device import AMP_DTYPES, FLOAT32_PRECISIONS
 from nst_det.engine.keys import (
+    AMP_DTYPES,
     CLIP_TYPE,
+    CLIP_TYPES,
     EMA_DECAY,
     FLOAT32_PRECISION,
+    FLOAT32_PRECISIONS,
+    FULL_MODEL,
+    NON_FINITE_KEYS,
     TENSORBOARD,
     TRANSFER_KEYS,
     TRUST_PICKLE,
     WANDB,
     Key,
+    check_non_finite,
     config_tree,
 )
 from nst_det.engine.metrics import check_wandb
-from nst_det.engine.nan_guard import NON_FINITE_KEYS, check_non_finite
-from nst_det.engine.solver import CLIP_TYPES, FULL_MODEL
 from nst_det.errors import UserError
 from nst_det.losses import parse_method
 

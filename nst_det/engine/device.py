@@ -12,11 +12,10 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from nst_det.engine.run_dir import machine_name
+from nst_det.engine.keys import AMP_DTYPES, FLOAT32_PRECISIONS
+from nst_det.engine.machine import core_count, machine_name
 from nst_det.errors import UserError
 
-AMP_DTYPES = ("auto", "bf16", "fp16")
-FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
 _NAMES = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # how messages of CUDA, its libraries and NCCL begin; loader processes and threads put their own lines before
 _OF_GPU = re.compile(r"(CUDA|cuDNN|CUDNN|cuBLAS|CUBLAS|NCCL|HIP|No CUDA|Unexpected error from cuda)\b")
@@ -43,11 +42,6 @@ def named_device(name: str, key: str = "--device") -> torch.device:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{key}: '{name}' can't be used here ({reason}); leave it out, or name cpu or cuda") from error
     return device
-
-
-def core_count() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def loader_workers(asked: int, on_cpu: bool) -> int:

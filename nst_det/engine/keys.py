@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 from fvcore.common.config import CfgNode
 
-from nst_det.engine.device import FLOAT32_PRECISIONS
+from nst_det.errors import UserError
+
+AMP_DTYPES = ("auto", "bf16", "fp16")
+FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
+# of CLIP_GRADIENTS.CLIP_TYPE; the first two are Detectron2's
+FULL_MODEL = "full_model"
+CLIP_TYPES = ("value", "norm", FULL_MODEL)
+# of NON_FINITE.POLICY
+STOP, SKIP, BACK = POLICIES = ("stop", "skip", "back")
 
 
 class Key(NamedTuple):
@@ -78,3 +86,27 @@ TRANSFER_KEYS = {
 def transfer_node() -> CfgNode:
     """Return the ``TRANSFER`` keys that both stages share."""
     return config_tree(TRANSFER_KEYS)
+
+
+NON_FINITE_KEYS = {
+    "POLICY": Key(
+        STOP, "where a loss or gradient isn't finite: stop, skip the step, or roll back (back) to the last checkpoint"
+    ),
+    "LIMIT": Key(3, "how often a step may be skipped or rolled back in one run"),
+    "LR_FACTOR": Key(0.5, "by which the learning rate is multiplied when it is rolled back"),
+}
+
+
+def non_finite_node() -> CfgNode:
+    """Return SOLVER.NON_FINITE."""
+    return config_tree(NON_FINITE_KEYS)
+
+
+def check_non_finite(node: CfgNode, key: str, source: str = "config") -> None:
+    """Refuse values out of range."""
+    if node.POLICY not in POLICIES:
+        raise UserError(f"{source}: {key}.POLICY '{node.POLICY}' is not one of {', '.join(POLICIES)}")
+    if node.LIMIT < 1:
+        raise UserError(f"{source}: {key}.LIMIT is {node.LIMIT}; it must be at least 1")
+    if not 0 < node.LR_FACTOR <= 1:
+        raise UserError(f"{source}: {key}.LR_FACTOR is {node.LR_FACTOR}; it must be above 0 and at most 1")

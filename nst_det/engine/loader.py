@@ -63,7 +63,9 @@ def end_workers_with_us(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def _begin_worker(parent: int, then: Callable[[int], None] | None, worker: int) -> None:
-    os.setpgrp()
+    # Windows has no process groups
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     end_with_parent(parent)
     if then is not None:
         then(worker)

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from nst_det.engine.checkpoint import SCHEMA, check_schema, load_checkpoint, write_state
 from nst_det.engine.device import is_gpu_error
 from nst_det.engine.distributed import gathered, largest_of_processes, rank, world_size
-from nst_det.engine.keys import Key, config_tree
+from nst_det.engine.keys import BACK, SKIP, STOP
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
-STOP, SKIP, BACK = POLICIES = ("stop", "skip", "back")
 SHOWN = 8
 NORM = "the norm of all gradients"
 
@@ -45,30 +44,6 @@ def raise_together(failed: bool, device: torch.device, what: str = "") -> None:
     """
     if largest_of_processes([int(failed)], device)[0]:
         raise NotFinite(what if failed else "")
-
-
-NON_FINITE_KEYS = {
-    "POLICY": Key(
-        STOP, "where a loss or gradient isn't finite: stop, skip the step, or roll back (back) to the last checkpoint"
-    ),
-    "LIMIT": Key(3, "how often a step may be skipped or rolled back in one run"),
-    "LR_FACTOR": Key(0.5, "by which the learning rate is multiplied when it is rolled back"),
-}
-
-
-def non_finite_node() -> CfgNode:
-    """Return SOLVER.NON_FINITE."""
-    return config_tree(NON_FINITE_KEYS)
-
-
-def check_non_finite(node: CfgNode, key: str, source: str = "config") -> None:
-    """Refuse values out of range."""
-    if node.POLICY not in POLICIES:
-        raise UserError(f"{source}: {key}.POLICY '{node.POLICY}' is not one of {', '.join(POLICIES)}")
-    if node.LIMIT < 1:
-        raise UserError(f"{source}: {key}.LIMIT is {node.LIMIT}; it must be at least 1")
-    if not 0 < node.LR_FACTOR <= 1:
-        raise UserError(f"{source}: {key}.LR_FACTOR is {node.LR_FACTOR}; it must be above 0 and at most 1")
 
 
 def broken_values(

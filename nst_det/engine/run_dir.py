@@ -22,6 +22,7 @@ from fvcore.common.config import CfgNode
 from nst_det.engine.config import flat, placed, places, plain
 from nst_det.engine.fingerprint import RESUME, concerns
 from nst_det.engine.io import read_json, remove_left_over, write_json, write_text
+from nst_det.engine.machine import cuda_name
 from nst_det.engine.metrics import read_metrics, speed_of
 from nst_det.errors import UserError
 
@@ -41,7 +42,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "cuda": _cuda_name(),
+        "cuda": cuda_name(),
         "command": " ".join(sys.argv),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -68,22 +69,6 @@ def code_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def machine_name(device: str) -> str:
-    """Return the name of the GPU for ``cuda`` and ``cuda:1``, of the processor for ``cpu``."""
-    if device.startswith("cuda"):
-        return _cuda_name(device) or device
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
-def _cuda_name(device: str | None = None) -> str | None:
-    import torch
-
-    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else None
 
 
 class RunFolder:

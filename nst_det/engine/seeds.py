@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -24,6 +23,9 @@ def derive_seed(*parts: int | str) -> int:
 
 def seed_everything(*parts: int | str) -> None:
     """Seed Python, NumPy and torch (all devices) from ``derive_seed(*parts)``."""
+    # it takes seconds to import, and seeds alone don't need it
+    import torch
+
     seed = derive_seed(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -33,6 +35,8 @@ def seed_everything(*parts: int | str) -> None:
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
     """Run a block under ``seed_everything(*parts)`` and put the former random states back after it."""
+    import torch
+
     python_state, numpy_state = random.getstate(), np.random.get_state()
     # a loader's worker may not ask for GPUs
     with torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):

@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from nst_det.engine.nan_guard import gradient_norm
 from nst_det.errors import UserError
 
-# of CLIP_GRADIENTS.CLIP_TYPE; the first two are Detectron2's
-FULL_MODEL = "full_model"
-CLIP_TYPES = ("value", "norm", FULL_MODEL)
 # one cycle starts at 1/25 of the largest rate and ends at 1/250000 of it, as in torch's OneCycleLR
 ONE_CYCLE_START = 1 / 25
 ONE_CYCLE_END = 1 / 250_000

@@ -70,9 +70,9 @@ def export_detector(
     limits = config.MODEL.ROI_HEADS.SCORE_THRESH_TEST, config.TEST.DETECTIONS_PER_IMAGE
     graph = _in_torch(DetectorGraph(detector))
     # which of anchors with equal scores is taken first is open in the detector and fixed in the graph
-    ties = sum(bool(equal_scores(detector, image)) for image in inputs)
-    if not ties:
-        compare_detections(_in_torch(lambda image: _detect(detector, image)), graph, inputs, *limits).check(output)
+    clear = [image for image in inputs if not equal_scores(detector, image)]
+    ties = len(inputs) - len(clear)
+    compare_detections(_in_torch(lambda image: _detect(detector, image)), graph, clear, *limits).check(output)
     with atomic_path(output) as temporary, _quiet():
         program = trace(detector)
         if form == "onnx":
@@ -161,7 +161,19 @@ def _load_onnx(path: Path) -> Detect:
 
 def _load_program(path: Path) -> Detect:
     with open(path, "rb") as file:
-        return _in_torch(torch.export.load(file).module())
+        detect = _in_torch(torch.export.load(file).module())
+
+    def run(image: np.ndarray) -> Detections:
+        try:
+            return detect(image)
+        except AssertionError as error:
+            raise UserError(
+                f"--format torch-export: its program takes no image of {image.shape[1]} x {image.shape[2]} pixels "
+                "(both sides must be longer than the largest stride, 64 with FPN); take --format onnx, or larger "
+                "images: --images, or INPUT.MIN_SIZE_TEST of the run"
+            ) from error
+
+    return run
 
 
 def _in_torch(module: Callable[[Tensor], Iterable[Tensor]]) -> Detect:

@@ -41,10 +41,12 @@ class DetectorGraph(nn.Module):
         boxes, scores = [], []
         for anchors, logits, deltas in zip(rpn.anchors(levels), *rpn.rpn_head(levels)):
             count = settings.PRE_NMS_TOPK_TEST
-            best, index = best_first(F.pad(logits[0], (0, count), value=-torch.inf), count)
+            # what is no number comes first, as in the detector, and is taken out before NMS
+            numbers = torch.where(torch.isnan(logits[0]), torch.inf, logits[0])
+            best, index = best_first(F.pad(numbers, (0, count), value=-torch.inf), count)
             rows, places = (F.pad(x, (0, 0, 0, count))[index] for x in (deltas[0], anchors))
             found = clip(rpn.coder.decode_rows(rows, places), size)
-            usable = torch.isfinite(found).all(1) & larger_than(found, rpn.min_size)
+            usable = torch.isfinite(best) & torch.isfinite(found).all(1) & larger_than(found, rpn.min_size)
             best = torch.where(usable, best, -torch.inf)
             kept = torch.zeros_like(usable).index_fill(0, kept_by_nms(found, best, settings.NMS_THRESH), True)
             boxes.append(found)

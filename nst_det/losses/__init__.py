@@ -1,21 +1,23 @@
 """Transfer losses: what a teacher hands to a student, as functions on tensors and as the terms of a method."""
 
-from nst_det.losses.outputs import ModelOutputs
-from nst_det.losses.registry import LayerPair, LossSpec, get_term, register_term, terms, unregister_term
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# each of these registers its terms; their order is the order of a method's canonical form
-from nst_det.losses.kd import kd_loss  # isort: skip
-from nst_det.losses.fitnet import hint_loss  # isort: skip
-from nst_det.losses.at import at_loss  # isort: skip
-from nst_det.losses.nst import nst_loss  # isort: skip
-from nst_det.losses.vid import gaussian_nll  # isort: skip
-from nst_det.losses.locality_preserving import lp_loss  # isort: skip
-from nst_det.losses.cwd import cwd_loss  # isort: skip
-from nst_det.losses.pkd import pkd_loss  # isort: skip
-from nst_det.losses.mgd import generation_loss  # isort: skip
-from nst_det.losses.loss import TransferLoss, build_transfer, pair_shapes
-from nst_det.losses.loss_balance import TermBalance, gradient_norms
-from nst_det.losses.method import LABELS_ONLY, Method, parse_method
+if TYPE_CHECKING:
+    from nst_det.losses.at import at_loss
+    from nst_det.losses.cwd import cwd_loss
+    from nst_det.losses.fitnet import hint_loss
+    from nst_det.losses.kd import kd_loss
+    from nst_det.losses.locality_preserving import lp_loss
+    from nst_det.losses.loss import TransferLoss, build_transfer, pair_shapes
+    from nst_det.losses.loss_balance import TermBalance, gradient_norms
+    from nst_det.losses.method import LABELS_ONLY, Method, parse_method
+    from nst_det.losses.mgd import generation_loss
+    from nst_det.losses.nst import nst_loss
+    from nst_det.losses.outputs import ModelOutputs
+    from nst_det.losses.pkd import pkd_loss
+    from nst_det.losses.registry import LayerPair, LossSpec, get_term, register_term, terms, unregister_term
+    from nst_det.losses.vid import gaussian_nll
 
 __all__ = [
     "LABELS_ONLY",
@@ -43,3 +45,18 @@ __all__ = [
     "terms",
     "unregister_term",
 ]
+
+# the files that have them; the rest of them needs torch, which takes seconds to import
+_LIGHT = "method"
+_FILES = (*("kd", "fitnet", "at", "nst", "vid", "locality_preserving", "cwd", "pkd", "mgd"), "loss", "loss_balance")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        modules = [import_module(f"{__name__}.{_LIGHT}")]
+        if name not in vars(modules[0]):
+            modules = [import_module(f"{__name__}.{file}") for file in (*_FILES, "outputs", "registry")]
+        for module in modules:
+            if name in vars(module):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

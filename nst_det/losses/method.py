@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nst_det.losses.registry import check_weight, get_term, terms
+from nst_det.losses.registry import check_term, check_weight, term_names
 
 LABELS_ONLY = "ce"
 
@@ -76,8 +76,8 @@ def parse_method(word: str | Method) -> Method:
         if name in found:
             raise ValueError(f"method '{word}': the term '{name}' is named twice")
         try:
-            get_term(name)
+            check_term(name)
             found[name] = check_weight(name, number) if colon else None
         except ValueError as error:
             raise ValueError(f"method '{word}': {error}") from None
-    return Method(tuple((name, found[name]) for name in terms() if name in found))
+    return Method(tuple((name, found[name]) for name in term_names() if name in found))

@@ -9,9 +9,10 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 KINDS = ("logits", "maps", "embedding")
 # in a loss's ``reads``: the teacher's output itself
@@ -21,8 +22,21 @@ NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 VARIABLE = "NST_DET_TERMS"
 # methods of the comparison that aren't sums of terms
 RESERVED = ("ce", "scratch")
+# the files of this folder that register terms, and which: known by name before torch is imported, which takes seconds;
+# their order is that of a method's canonical form
+OWN_TERMS = {
+    "kd": ("kd",),
+    "fitnet": ("fitnet",),
+    "at": ("at",),
+    "nst": ("nst-linear", "nst-poly", "nst-gaussian"),
+    "vid": ("vid", "vid-logits"),
+    "locality_preserving": ("lp",),
+    "cwd": ("cwd",),
+    "pkd": ("pkd",),
+    "mgd": ("mgd",),
+}
 
-Build = TypeVar("Build", bound=Callable[..., nn.Module])
+Build = TypeVar("Build", bound="Callable[..., nn.Module]")
 
 
 @dataclass(frozen=True)
@@ -122,20 +136,33 @@ def terms() -> dict[str, LossSpec]:
     Raises:
         ValueError: a module named there can't be imported.
     """
+    for file in OWN_TERMS:
+        importlib.import_module(f"{__package__}.{file}")
+    return {name: _TERMS[name] for name in term_names()}
+
+
+def term_names() -> tuple[str, ...]:
+    """Return the names of :func:`terms`, without importing those of this package."""
     for module in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))):
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise ValueError(f"${VARIABLE}: can't import '{module}': {error}") from error
-    return dict(_TERMS)
+    own = tuple(name for names in OWN_TERMS.values() for name in names)
+    return own + tuple(name for name in _TERMS if name not in own)
+
+
+def check_term(name: str) -> None:
+    """Refuse (ValueError) a name that is no term's; the line lists those there are."""
+    known = term_names()
+    if name not in known:
+        raise ValueError(f"unknown term '{name}'; known: {', '.join(known)}")
 
 
 def get_term(name: str) -> LossSpec:
     """The term of that name; a ValueError lists those there are if it is none of them."""
-    known = terms()
-    if name not in known:
-        raise ValueError(f"unknown term '{name}'; known: {', '.join(known)}")
-    return known[name]
+    check_term(name)
+    return terms()[name]
 
 
 def check_weight(name: str, weight: float | str) -> float:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from nst_det.errors import UserError
-from nst_det.models.build import check_arch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CHANNEL_ORDERS = ("RGB", "BGR")
 INPUT_TOLERANCE = 1e-4
@@ -72,6 +72,9 @@ def published_card(model: nn.Module, arch: str) -> Card:
 
 def card_from_json(value: Any, source: str) -> Card:
     """Return a card from what was read from a file, checked field by field; an error names file and field."""
+
+    # timm takes seconds to import
+    from nst_det.models.build import check_arch
 
     def refuse(name: str, why: Any) -> UserError:
         return UserError(f"{source}: field '{name}' {why}")

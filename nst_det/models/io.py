@@ -20,7 +20,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nst_det.engine.checkpoint import check_intact
@@ -33,7 +33,7 @@ from nst_det.engine.io import (
     write_sealed_json,
 )
 from nst_det.engine.run_dir import package_versions
-from nst_det.engine.safetensors_io import read_tensors
+from nst_det.engine.safetensors_io import load_tensors, own_memory, read_tensors
 from nst_det.errors import UserError
 from nst_det.models.build import count_parameters, create_model, feature_levels
 from nst_det.models.card import Card, card_from_json
@@ -42,6 +42,8 @@ from nst_det.models.registry import resolve
 SHOWN = 4
 # a counter that old files lack and frozen layers never read
 OPTIONAL_SUFFIX = "num_batches_tracked"
+# that hold a weight as it is, if rounded, in torch's words and in safetensors'
+FORMATS = ("float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16")
 # of torch.compile, FSDP and activation checkpointing, anywhere within names
 WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # mappings within mappings
@@ -63,8 +65,21 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
     Raises:
         ValueError: one line with the missing names, the unexpected names and the shapes that differ.
     """
-    check_shapes({key: tuple(value.shape) for key, value in state_dict.items()}, model.state_dict(), source)
+    own = model.state_dict()
+    check_shapes({key: tuple(value.shape) for key, value in state_dict.items()}, own, source)
+    check_formats({name: _kind(value) for name, value in state_dict.items()}, own, source)
     model.load_state_dict(dict(state_dict), strict=False)
+
+
+def check_formats(kinds: Mapping[str, str], own: Mapping[str, Tensor], source: str) -> None:
+    """Refuse (ValueError) weights in number formats that aren't the weights themselves, such as quantized ones."""
+    for name, kind in kinds.items():
+        if name in own and own[name].is_floating_point() and kind not in FORMATS:
+            raise ValueError(f"{source}: {name} is written as {kind}; write these weights as float32")
+
+
+def _kind(value: Tensor) -> str:
+    return str(value.dtype if value.layout == torch.strided else value.layout).removeprefix("torch.")
 
 
 def check_shapes(given: Mapping[str, Sequence[int]], own: Mapping[str, Tensor], source: str) -> None:
@@ -167,7 +182,7 @@ def save_backbone(path: str | Path, model: nn.Module, card: Card) -> Card:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a backbone file ends in .safetensors")
-    tensors = {key: value.detach().to("cpu").contiguous() for key, value in model.state_dict().items()}
+    tensors = own_memory(model.state_dict())
     remove_left_over(path.parent)
     card_path(path).unlink(missing_ok=True)
     with atomic_path(path) as temporary:
@@ -227,24 +242,27 @@ def load_backbone(path: str | Path) -> tuple[dict[str, Tensor], Card]:
     card = load_card(path)
     if not path.exists():
         raise UserError(f"{path}: its card is here, the weights are not; put them beside the card")
-    shapes = _header(path)
+    header = _header(path)
     try:
         with torch.device("meta"):
             own = create_model(card.arch, card.num_classes, **card.arch_kwargs).state_dict()
-        check_shapes(shapes, own, str(path))
+        check_formats({name: kind for name, (_, kind) in header.items()}, own, str(path))
+        check_shapes({name: shape for name, (shape, _) in header.items()}, own, str(path))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     if sha256_of_file(path) != card.sha256:
         raise UserError(f"{path}: the weights are not those of the card (sha256 differs); get both files again")
-    return load_file(str(path)), card
+    return load_tensors(path), card
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape and the number format of each tensor."""
     if path.stat().st_size > LARGEST_WEIGHTS:
         raise UserError(f"{path}: {path.stat().st_size} bytes is too large for weights; correct the path")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: damaged, or not a safetensors file ({error}); get it again") from error
 

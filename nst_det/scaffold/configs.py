@@ -13,7 +13,6 @@ import jinja2
 import numpy as np
 
 from nst_det.data.annotation import VocAnnotation, usable_boxes
-from nst_det.detection.data import resized_shape
 from nst_det.engine.config import places
 
 # of the levels p2 .. p6
@@ -98,6 +97,9 @@ def fit_size(annotations: Sequence[VocAnnotation], largest: int) -> tuple[int, i
 
 def box_sizes(annotations: Sequence[VocAnnotation], shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """Return sqrt(area) in pixels of the resized images, and class, of the boxes to train on, each (N,)."""
+    # torch takes seconds to import
+    from nst_det.detection.data import resized_shape
+
     sizes, names = [np.zeros(0)], [np.zeros(0, dtype=np.str_)]
     for item in annotations:
         keep, _ = usable_boxes(item)

@@ -71,7 +71,7 @@ def init_project(
         images: an image folder for stage one; None cuts crops out of the images.
         train: list to train on; "" takes those there are, or cuts them.
         test: list to test on.
-        device: ``cpu`` or ``cuda``: what the sizes and schedules are made for.
+        device: ``cpu`` or ``cuda``: what the sizes and schedules are made for; "" takes what is here.
     """
     folder = Path(folder).expanduser().resolve()
     check_name(folder.name)
@@ -103,7 +103,7 @@ def init_project(
             if lists is None:
                 lists = _cut_lists(root)
                 cut = [split_path(root, name) for name in lists]
-            return _write_project(folder, made, root, report, lists, bool(cut), images, device)
+            return _write_project(folder, made, root, report, lists, bool(cut), images, device or _device_here())
     except BaseException:
         for path in cut:
             path.unlink(missing_ok=True)
@@ -197,3 +197,10 @@ def _cut_lists(root: Path) -> tuple[str, str]:
             "every class is on two at least"
         )
     return write_pair(root, ids, held)
+
+
+def _device_here() -> str:
+    # torch takes seconds to import
+    from nst_det.engine.device import default_device
+
+    return default_device().type

@@ -73,6 +73,6 @@ def test_an_error_in_a_process(train, tmp_path, monkeypatch, capsys):
 def test_another_runs_folder(train, tiny_yaml, tmp_path, capsys):
     folder = tmp_path / "run"
     with RunFolder(folder).opened(load_config(tiny_yaml, ["OUTPUT_DIR", str(folder), "SEED", "9"])):
-        pass
+        (folder / "model_0000004.pth").touch()
     assert train(folder, test=True) == 2
     assert "SEED 9" in capsys.readouterr().err

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from nst_det.engine.nan_guard import NonFiniteGuard, non_finite_node
+from nst_det.engine.keys import non_finite_node
+from nst_det.engine.nan_guard import NonFiniteGuard
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.train_state import AveragedWeights, OptimizedState
 from nst_det.errors import UserError

@@ -73,6 +73,56 @@ def test_the_graph_finds_what_the_engine_finds_at_any_size(run_folder, session, 
         np.testing.assert_allclose(found[1], wanted[1], atol=scores)
 
 
+def test_what_is_no_number_is_taken_out_before_nms(run_folder):
+    detector, _, _ = load_run(run_folder)
+    image = noise(128, 160)
+
+    def spoil(_module, _inputs, outputs):
+        logits, deltas = outputs
+        # among the best, of an anchor each: they would suppress their neighbors
+        logits = [level.clone() for level in logits]
+        for index, value in enumerate((torch.nan, torch.inf, -torch.inf, torch.nan)):
+            logits[0][0, logits[0][0].topk(40).indices[10 * index]] = value
+        return logits, deltas
+
+    untouched = engine(detector, image)
+    detector.proposal_generator.rpn_head.register_forward_hook(spoil)
+    wanted = engine(detector, image)
+    assert len(wanted[0]) > 10
+    with torch.no_grad():
+        found = [value.numpy() for value in DetectorGraph(detector)(torch.from_numpy(image))]
+    np.testing.assert_array_equal(found[2], wanted[2])
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-4)
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-6)
+    assert [len(x) for x in untouched] != [len(x) for x in wanted] or not np.allclose(untouched[0], wanted[0])
+
+
+def test_an_image_with_equal_scores_leaves_the_comparison_of_others_on(run_folder, tmp_path, monkeypatch):
+    # the second image alone has ties; the graph differs from the detector
+    seen = iter([0, 5, 0, 0])
+    monkeypatch.setattr("nst_det.exporting.detector.equal_scores", lambda *_: next(seen))
+    forward = DetectorGraph.forward
+
+    def moved(graph, image):
+        boxes, scores, labels = forward(graph, image)
+        return boxes + 1, scores, labels
+
+    monkeypatch.setattr(DetectorGraph, "forward", moved)
+    with pytest.raises(UserError, match="detector.onnx: on 3 images"):
+        export_detector(run_folder, tmp_path / "detector.onnx", "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_of_torch_export_names_the_images_that_it_does_not_take(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("MIN_SIZE_TEST: 128", "MIN_SIZE_TEST: 0"))
+    Image.fromarray(noise(64, 50).transpose(1, 2, 0)).save(tmp_path / "small.png")
+    with pytest.raises(UserError, match=r"--format torch-export: .* 64 x 50 pixels .*--format onnx"):
+        export_detector(tmp_path / "run", tmp_path / "detector.pt2", "torch-export", [tmp_path / "small.png"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "small.png"]
+
+
 def test_nothing_found_is_no_error(run_folder):
     detector, _, _ = load_run(run_folder, threshold=1.0)
     with torch.no_grad():
@@ -185,7 +235,7 @@ def test_what_differs_is_not_written(run_folder, monkeypatch, tmp_path):
     [
         (["--format", "onnx", "--weights", "x", "--output", "a.onnx"], "--run"),
         (["--format", "timm", "--run", "x", "--output", "a"], "--weights"),
-        (["--format", "onnx", "--run", "nowhere", "--output", "a.pt"], ".onnx"),
+        (["--format", "onnx", "--run", ".", "--output", "a.pt"], ".onnx"),
         (["--format", "onnx", "--run", "nowhere", "--output", "a.onnx"], "nowhere"),
         (["--format", "timm", "--weights", "x", "--output", "a", "--images", "b"], "--images"),
         (["--format", "timm", "--weights", "x", "--output", "a", "--arch", "b"], "--arch"),

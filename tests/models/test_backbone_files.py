@@ -1,12 +1,15 @@
 import hashlib
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 
+from nst_det.engine.io import sha256_of_file, write_sealed_json
 from nst_det.errors import UserError
 from nst_det.models import (
     Bottomup,
@@ -271,6 +274,54 @@ def test_of_several_state_dicts_none_is_guessed(tmp_path):
     # names of another network stay as they are, to be named
     torch.save(under("model.", {"a.weight": torch.ones(1)}), tmp_path / "other.pth")
     assert list(load_plain(tmp_path / "other.pth", own)) == ["model.a.weight"]
+
+
+def test_tied_weights_are_written_and_read(tmp_path):
+    model = create_model("nst_resnet10_w32", 4)
+    # a parameter under two names, and a part of another tensor
+    model.layer1[0].bn2.weight = model.layer1[0].bn1.weight
+    model.layer1[0].bn1.running_mean = model.layer1[0].bn1.running_var[:]
+    with torch.no_grad():
+        model.layer1[0].bn1.weight.uniform_()
+    path = tmp_path / "tied.safetensors"
+    save_backbone(path, model, make_card(num_classes=4))
+    found, _ = load_backbone(path)
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    # equal backbones are equal files, tied or not
+    apart = create_model("nst_resnet10_w32", 4)
+    load_strict(apart, found, "tied")
+    save_backbone(tmp_path / "apart.safetensors", apart, make_card(num_classes=4))
+    assert path.read_bytes() == (tmp_path / "apart.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [("float4_e2m1fn_x2", "F4"), ("float8_e4m3fn", "F8_E4M3"), ("int8", "I8"), ("complex64", "C64"), ("bool", "BOOL")],
+)
+def test_a_head_in_another_number_format_is_one_line(tmp_path, kind, code):
+    model = create_model("nst_resnet10_w32", 4)
+    path = tmp_path / "packed.safetensors"
+    card = save_backbone(path, model, make_card(num_classes=4))
+    packed = torch.zeros(4, 256, dtype=torch.uint8)
+    dtype = getattr(torch, kind)
+    state = {**model.state_dict(), "fc.weight": packed.view(dtype) if "float4" in kind else packed.to(dtype)}
+    save_file(state, path)
+    with pytest.raises(ValueError, match=f"fc.weight is written as {kind}"):
+        load_strict(model, load_plain(path, state), "packed")
+    write_sealed_json(tmp_path / "packed.json", {**asdict(card), "sha256": sha256_of_file(path)})
+    with pytest.raises(UserError, match=f"packed.safetensors: fc.weight is written as {code}"):
+        load_backbone(path)
+
+
+def test_sparse_and_quantized_weights_are_one_line():
+    model = create_model("nst_resnet10_w32", 4)
+    head = model.fc.weight.detach()
+    for value, named in (
+        (head.to_sparse(), "sparse_coo"),
+        (torch.quantize_per_tensor(head, 0.1, 0, torch.qint8), "qint8"),
+    ):
+        with pytest.raises(ValueError, match=f"fc.weight is written as {named}"):
+            load_strict(model, {**model.state_dict(), "fc.weight": value}, "packed")
 
 
 class Trap:
