@@ -215,7 +215,7 @@ def test_a_stopped_trial_is_the_same_one_under_another_optuna(tmp_path, monkeypa
     monkeypatch.setattr("nst_det.tune.run.derive_seed", lambda *_: 12345)
     found = search(tmp_path, space, 6, 0, evaluate)["a"]
     assert seen[3] == seen[4]
-    assert (len(seen), found.trials, len(set(seen))) == (7, 6, 6)
+    assert (len(seen), found.trials) == (7, 6)
     (line,) = caplog.messages
     assert str(tmp_path) in line
     assert all(version in line for version in (begun_with, "99.1"))
