@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TUNED_FILE, STORAGE_FILE = "tuned.yaml", "optuna.db"
-BY_SEED = "by_seed"
+TRIALS_FOLDER = "trials"
+# what a study keeps beside its trials: the values of each by seed, and the Optuna that it was begun with
+BY_SEED, OPTUNA = "by seed", "optuna"
 # (trial's number, method -> settings) to (method -> seed -> value, larger is better)
 Evaluate = Callable[[int, Mapping[str, dict[str, Any]]], Mapping[str, Mapping[int, float]]]
 
@@ -104,7 +107,7 @@ class Evaluator:
         given = [word for pair in teacher_detector_settings(base).items() for word in pair]
         trial = replace(
             base,
-            folder=base.folder / "trials" / f"{number:03d}",
+            folder=base.folder / TRIALS_FOLDER / f"{number:03d}",
             methods={word: base.methods[word] for word in settings},
             tuned={word: Tuned(values) for word, values in settings.items()},
             distill=merge_stage(base.distill, ["TEACHER.WEIGHTS", backbone_file(base, TEACHER, 0)], "tune"),
@@ -144,7 +147,8 @@ def search(folder: Path, spaces: Mapping[str, Space], trials: int, seed: int, ev
     """Find each method's best setting on equal terms (of equal ones the earliest); resumes where it was stopped.
 
     All methods that have as many finished trials are evaluated together, since stage one trains them side by side.
-    A trial that was stopped is asked for again under the same seed and the same history, and so is the same one.
+    What a trial tries is in the storage from its start, so that one that was stopped is the same one again, whatever a
+    newer Optuna would suggest.  A value that isn't finite ends the search.
     """
     studies = _studies(folder / STORAGE_FILE, spaces)
     while True:
@@ -157,12 +161,21 @@ def search(folder: Path, spaces: Mapping[str, Space], trials: int, seed: int, ev
             word: _ask(studies[word], spaces[word], derive_seed(seed, "tune", word, number) % 2**32, trials)
             for word in due
         }
-        settings = {word: spaces[word].settings(trial.params) for word, trial in asked.items()}
+        settings = {word: spaces[word].settings(params) for word, (_, params) in asked.items()}
         log.info("trial %d of %d: %s", number + 1, trials, ", ".join(due))
         values = evaluate(number, settings)
-        for word, trial in asked.items():
-            trial.set_user_attr(BY_SEED, {str(key): value for key, value in values[word].items()})
-            studies[word].tell(trial, statistics.fmean(values[word].values()))
+        for word, (asked_number, _) in asked.items():
+            mean = statistics.fmean(values[word].values())
+            if not math.isfinite(mean):
+                # Optuna would take it as a trial that never was, and the search would not end
+                below = folder / TRIALS_FOLDER / f"{number:03d}"
+                raise UserError(
+                    f"{below}: {word} has the value {mean} with {settings[word]}; narrow "
+                    "WEIGHT or lower the learning rate, in another --output"
+                )
+            by_seed = {str(key): value for key, value in values[word].items()}
+            studies[word].set_user_attr(f"{BY_SEED} {asked_number}", by_seed)
+            studies[word].tell(asked_number, mean)
     return {word: _best(study, spaces[word], trials) for word, study in studies.items()}
 
 
@@ -172,22 +185,33 @@ def _studies(path: Path, spaces: Mapping[str, Space]) -> dict[str, Study]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-        return {
+        studies = {
             word: optuna.create_study(storage=storage, study_name=word, direction="maximize", load_if_exists=True)
             for word in spaces
         }
     except Exception as error:
         # SQLAlchemy and alembic each have errors of their own for a file that is no database
         raise UserError(f"{path}: can't be used ({str(error).splitlines()[0]}); remove it to begin again") from error
+    now = optuna.__version__
+    for study in studies.values():
+        if not study.get_trials(deepcopy=False):
+            study.set_user_attr(OPTUNA, now)
+    others = {study.user_attrs[OPTUNA] for study in studies.values()} - {now}
+    if others:
+        log.warning("%s: begun with Optuna %s, now %s, which may try other settings", path, ", ".join(others), now)
+    return studies
 
 
-def _ask(study: Study, space: Space, seed: int, trials: int) -> Any:
+def _ask(study: Study, space: Space, seed: int, trials: int) -> tuple[int, dict[str, Any]]:
+    """Return the number and the values of a trial: those of one that was stopped, or new ones."""
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
     from optuna.samplers import TPESampler
     from optuna.trial import TrialState
 
     # of a call that was stopped
     for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+        if set(left.params) == set(space.default):
+            return left.number, left.params
         study.tell(left.number, state=TrialState.FAIL)
     if not _finished(study):
         study.enqueue_trial(dict(space.default))
@@ -197,7 +221,8 @@ def _ask(study: Study, space: Space, seed: int, trials: int) -> Any:
         name: FloatDistribution(low, high, log=True) for name, (low, high) in space.weights.items()
     }
     distributions |= {name: CategoricalDistribution(values) for name, values in space.choices.items()}
-    return study.ask(distributions)
+    trial = study.ask(distributions)
+    return trial.number, trial.params
 
 
 def _finished(study: Study) -> list[Any]:
@@ -215,7 +240,7 @@ def _best(study: Study, space: Space, trials: int) -> Best:
         value=float(best.value),
         default=float(finished[0].value),
         trials=len(finished),
-        by_seed=dict(best.user_attrs[BY_SEED]),
+        by_seed=dict(study.user_attrs[f"{BY_SEED} {best.number}"]),
     )
 
 

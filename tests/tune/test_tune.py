@@ -21,7 +21,7 @@ from tests.helpers import fake_stage
 from tests.helpers.small_comparison import COMPARE, DETECT, DISTILL, RunsHere, change, starts, write_comparison
 from tests.helpers.voc import write
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
 METHODS = ["kd", "at", "kd+nst-poly", "cwd@det"]
 TUNE = {
     "COMPARE": "compare.yaml",
@@ -230,6 +230,45 @@ def test_the_search_finds_what_is_best(tmp_path):
     assert best.default == -3
     # all is in the storage
     assert search(tmp_path, space, 24, 0, None)["a"] == best
+
+
+def test_a_stopped_trial_is_the_same_one_under_another_optuna(tmp_path, monkeypatch, caplog):
+    space = {"a": Space({"w": (0.1, 1000.0)}, {}, {"w": 1.0})}
+    seen, begun_with = [], optuna.__version__
+
+    def evaluate(number, settings):
+        seen.append(settings["a"]["WEIGHTS"]["w"])
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return {"a": {0: -abs(math.log10(seen[-1]) - 2)}}
+
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, space, 6, 0, evaluate)
+    # what another Optuna does: it draws other settings
+    monkeypatch.setattr("optuna.__version__", "99.1")
+    monkeypatch.setattr("nst_det.tune.run.derive_seed", lambda *_: 12345)
+    found = search(tmp_path, space, 6, 0, evaluate)["a"]
+    assert seen[3] == seen[4]
+    assert (len(seen), found.trials) == (7, 6)
+    (line,) = caplog.messages
+    assert str(tmp_path) in line
+    assert all(version in line for version in (begun_with, "99.1"))
+    caplog.clear()
+    assert search(tmp_path, space, 6, 0, None)["a"] == found
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_ends_the_search(tmp_path, value):
+    space = {"a": Space({"w": (0.1, 1000.0)}, {}, {"w": 1.0})}
+    asked = []
+
+    def evaluate(number, settings):
+        asked.append(number)
+        return {"a": {0: 0.5, 1: 0.5 if number < 2 else value}}
+
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / 'trials' / '002'))}: a .*WEIGHT"):
+        search(tmp_path, space, 4, 0, evaluate)
+    assert asked == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
