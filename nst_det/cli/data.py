@@ -28,7 +28,6 @@ INIT_IMAGES = (
 )
 def init(args: argparse.Namespace) -> None:
     """Make a project for your own images with boxes: three configs that fit, and data for stage one."""
-    from nst_det.data.check import SHARED
     from nst_det.data.coco import CocoSource
     from nst_det.data.safe_io import shown_path
     from nst_det.engine.device import default_device
@@ -51,11 +50,11 @@ def init(args: argparse.Namespace) -> None:
     if values.voc != report.root:
         print(f"          read from its copy in VOC's layout, {shown_path(values.voc)}")
     if report.problems:
-        print(f"          a run continues with these problems; nst-det check-data {root} lists them")
+        for problem in {problem.kind: problem for problem in reversed(report.problems)}.values():
+            print(f"          {problem.kind}: {problem.line()}")
+        print(f"          a run continues with these problems; nst-det check-data {root} lists all")
     for note in report.notes:
         print(f"note      {note}")
-    for problem in [problem for problem in report.problems if problem.kind in SHARED][:3]:
-        print(f"          {problem.kind}: {problem.line()}")
     names = ", ".join(values.classes[:10]) + (", ..." if len(values.classes) > 10 else "")
     print(f"classes   {len(values.classes)}: {names}")
     cut = " (lists written into ImageSets/Main)" if project.cut else ""
