@@ -39,11 +39,11 @@ def init(args: argparse.Namespace) -> None:
     if values.voc != report.root:
         print(f"          read from its copy in VOC's layout, {shown_path(values.voc)}")
     if report.problems:
-        print(f"          a run continues with these problems; nst-det check-data {root} lists them")
+        for problem in {problem.kind: problem for problem in reversed(report.problems)}.values():
+            print(f"          {problem.kind}: {problem.line()}")
+        print(f"          a run continues with these problems; nst-det check-data {root} lists all")
     for note in report.notes:
         print(f"note      {note}")
-    for problem in [problem for problem in report.problems if problem.kind in SHARED][:3]:
-        print(f"          {problem.kind}: {problem.line()}")
     names = ", ".join(values.classes[:10]) + (", ..." if len(values.classes) > 10 else "")
     print(f"classes   {len(values.classes)}: {names}")
     cut = " (lists written into ImageSets/Main)" if project.cut else ""

@@ -25,8 +25,6 @@ from nst_det.errors import UserError
 # lists that must not share an image: what is tested on must not be trained on
 DISJOINT = (("train", "val"), ("train", "test"), ("val", "test"), ("trainval", "test"))
 SUBSETS = (("train", "trainval"), ("trainval", "train"), ("val", "trainval"), ("trainval", "val"))
-# the kinds of problems of such lists
-SHARED = ("id in two lists", "same image in two lists", "same picture in two lists")
 
 
 @dataclass(frozen=True)
@@ -195,10 +193,12 @@ class _Corners:
         remedy = "add 1 to xmin and ymin of all boxes"
         if not self.at_end:
             remedy += ", and to xmax and ymax if the tool took both ends as inside"
-        text = (
-            f"{self.at_zero} boxes begin at 0 (the first in {shown(self.first)}); if the tool counted from 0, {remedy}"
+        found = f"boxes that begin at 0: {self.at_zero}, the first in {shown(self.first)}"
+        return (
+            [f"counted from 0? VOC counts from 1; {found}; if the tool counted from 0, {remedy}"]
+            if self.at_zero
+            else []
         )
-        return [f"counted from 0? VOC counts pixels from 1, and {text}"] if self.at_zero else []
 
 
 def _check_layout(layout: Layout, splits: Sequence[str] | None, classes: Sequence[str] | None, workers: int) -> Report:
@@ -236,9 +236,13 @@ def _check_layout(layout: Layout, splits: Sequence[str] | None, classes: Sequenc
             turned = f"its EXIF orientation is {seen.orientation}, and it is turned upright when it is read"
             report.add("turned image", images[id_], f"{turned}; see that the boxes are too, and drop the EXIF")
         if seen.size != (annotation.width, annotation.height):
-            sides = ", whose sides are exchanged by EXIF" if seen.orientation >= 5 else ""
             is_, declared = f"{seen.size[0]}x{seen.size[1]}", f"{annotation.width}x{annotation.height}"
-            report.add("wrong size", path, f"size is {declared}, but the image is {is_}{sides}; correct it")
+            remedy = "correct it"
+            if seen.orientation >= 5:
+                remedy = (
+                    "EXIF exchanges its sides: drop the EXIF if the boxes were drawn without it, or correct the size"
+                )
+            report.add("wrong size", path, f"size is {declared}, but the image is {is_}; {remedy}")
     report.notes += corners.notes()
     if names and not tags and not layout.classes:
         report.notes.append(

@@ -225,6 +225,20 @@ def test_init_takes_it_and_leaves_it_as_it_is(thirty, tmp_path, cli, name):
             np.testing.assert_allclose(item.boxes, data.annotation(item.id).boxes, atol=2e-3)
 
 
+def test_lists_that_share_images_are_named(voc, tmp_path, cli, capsys):
+    data = VocDataset(voc, "trainval")
+    learn, exam = list(data.ids[:20]), [data.ids[0], *data.ids[20:]]
+    shutil.copy(data.image_path(learn[1]), data.image_path(exam[1]))
+    shutil.copy(data.annotation_path(learn[1]), data.annotation_path(exam[1]))
+    for name, ids in (("learn", learn), ("exam", exam)):
+        write(voc / "ImageSets" / "Main" / f"{name}.txt", "\n".join(ids))
+    words = ("--voc", voc, "--train", "learn", "--test", "exam", "--device", "cpu")
+    assert cli("init", tmp_path / "mine", *words) == 0
+    said = capsys.readouterr().out
+    assert "id in two lists: ImageSets/Main/exam.txt: " + learn[0] in said
+    assert f"same image in two lists: JPEGImages/{data.image_path(exam[1]).name}: in exam" in said
+
+
 # FOLDER has the data: voc (an image is cut off), JSON files, and an empty folder
 @pytest.mark.parametrize(
     ("words", "named"),
