@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +92,8 @@ def check_data(
 
 
 class _Decoded(NamedTuple):
-    size: str  # such as 40x30, upright
+    width: int  # upright
+    height: int
     sha256: str
     orientation: int  # of EXIF, 1 where it is upright
 
@@ -106,7 +107,8 @@ def _check_images(report: Report, paths: Sequence[Path], workers: int) -> dict[P
             image, orientation = decode_oriented(data, shown_path(path))
         except UserError as error:
             return error
-        return _Decoded(f"{image.shape[1]}x{image.shape[0]}", hashlib.sha256(data).hexdigest(), orientation)
+        height, width = image.shape[:2]
+        return _Decoded(width, height, hashlib.sha256(data).hexdigest(), orientation)
 
     report.counts["images"] = len(paths)
     decoded = {}
@@ -182,34 +184,66 @@ def _check_voc(root: Path, splits: Sequence[str] | None, classes: Sequence[str] 
         {id_: path for id_, path in files.items() if not _leads_out(report, path)} for files in (images, annotated)
     )
     decoded = _check_images(report, list(images.values()), workers)
+    annotations = {id_: (path, _check_annotation(report, path, images)) for id_, path in annotated.items()}
+    report.counts["annotations"] = len(annotated)
+    _check_objects(report, root / "Annotations", annotations, images, decoded, classes)
+    for pair in DISJOINT:
+        parts = [[images[id_] for id_ in lists.get(name, ()) if id_ in images] for name in pair]
+        _check_twins(report, pair, parts, decoded)
+    return report
+
+
+def _check_objects(
+    report: Report,
+    whole: Path,
+    annotations: Mapping[str, tuple[Path, VocAnnotation | None]],
+    images: Mapping[str, Path],
+    decoded: Mapping[Path, _Decoded],
+    classes: Sequence[str] | None,
+) -> None:
+    """Compare annotations (by id, each with its place in ``whole``) with the images; look at every object in them."""
     names: Counter[str] = Counter()
-    for id_, path in annotated.items():
-        annotation = _check_annotation(report, path, classes, images)
+    for id_, (path, annotation) in annotations.items():
         if annotation is None:
             continue
         names.update(annotation.names)
-        declared = f"{annotation.width}x{annotation.height}"
-        if images.get(id_) not in decoded:
-            continue
-        size, _, orientation = decoded[images[id_]]
-        if orientation != 1:
-            turned = f"its EXIF orientation is {orientation}, and it is turned upright when it is read"
-            report.add("turned image", images[id_], f"{turned}; see that the boxes are too, and drop the EXIF")
-        if size != declared:
-            sides = ", whose sides are exchanged by EXIF" if orientation >= 5 else ""
-            report.add("wrong size", path, f"size is {declared}, but the image is {size}{sides}; correct it")
-    report.counts |= {"annotations": len(annotated), "objects": names.total(), "classes": len(names)}
+        if images.get(id_) in decoded:
+            annotation = _check_size(report, path, annotation, images[id_], decoded[images[id_]])
+        first: dict[tuple[str, tuple[float, ...]], int] = {}
+        for index, item in enumerate(annotation.objects):
+            fault = annotation.box_fault(index)
+            if fault:
+                report.add(fault[0], path, fault[1])
+            if classes is not None and item.name not in classes:
+                known = ", ".join(f"'{shown(name)}'" for name in classes)
+                report.add("unknown class", path, f"{annotation.describe(index)} is not one of {known}")
+            twin = first.setdefault((item.name, item.box), index)
+            if twin != index:
+                report.add("repeated object", path, f"{annotation.describe(index)} is the same as object {twin + 1}")
+    report.counts |= {"objects": names.total(), "classes": len(names)}
     similar = defaultdict(list)
     for name in sorted(names):
         similar["".join(c for c in name.casefold() if c not in " -_")].append(name)
     for group in similar.values():
         if len(group) > 1:
             counts = ", ".join(f"'{shown(name)}' ({names[name]} objects)" for name in group)
-            report.add("similar class names", root / "Annotations", f"{counts} may be one class; give it one name")
-    for pair in DISJOINT:
-        parts = [[images[id_] for id_ in lists.get(name, ()) if id_ in images] for name in pair]
-        _check_twins(report, pair, parts, decoded)
-    return report
+            report.add("similar class names", whole, f"{counts} may be one class; give it one name")
+
+
+def _check_size(report: Report, path: Path, annotation: VocAnnotation, image: Path, decoded: _Decoded) -> VocAnnotation:
+    """Compare an annotation's size with its image's; return it with the latter where it has none."""
+    size, orientation = (decoded.width, decoded.height), decoded.orientation
+    if orientation != 1:
+        turned = f"its EXIF orientation is {orientation}, and it is turned upright when it is read"
+        report.add("turned image", image, f"{turned}; see that the boxes are too, and drop the EXIF")
+    if not annotation.width:
+        report.add("size missing", path, f"its size is missing or 0; the image's own is taken, {size[0]}x{size[1]}")
+        return replace(annotation, width=size[0], height=size[1])
+    if size != (annotation.width, annotation.height):
+        declared, found = f"{annotation.width}x{annotation.height}", f"{size[0]}x{size[1]}"
+        sides = ", whose sides are exchanged by EXIF" if orientation >= 5 else ""
+        report.add("wrong size", path, f"size is {declared}, but the image is {found}{sides}; correct it")
+    return annotation
 
 
 def _check_lists(report: Report, splits: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
@@ -278,9 +312,7 @@ def _leads_out(report: Report, path: Path) -> bool:
     return outside
 
 
-def _check_annotation(
-    report: Report, path: Path, classes: Sequence[str] | None, images: dict[str, Path]
-) -> VocAnnotation | None:
+def _check_annotation(report: Report, path: Path, images: dict[str, Path]) -> VocAnnotation | None:
     problem = name_problem(path.stem)
     if problem:
         report.add("bad annotation", path, f"its name {problem}; rename it")
@@ -301,15 +333,4 @@ def _check_annotation(
         used = shown(images[path.stem].name) if path.stem in images else "none"
         text = f"filename names the image {shown(filename.strip())}, but an annotation's own name counts ({used})"
         report.add("names another image", path, f"{text}; rename one of them, or correct filename")
-    first: dict[tuple[str, tuple[float, ...]], int] = {}
-    for index, item in enumerate(annotation.objects):
-        fault = annotation.box_fault(index)
-        if fault:
-            report.add(fault[0], path, fault[1])
-        if classes is not None and item.name not in classes:
-            names = ", ".join(f"'{shown(name)}'" for name in classes)
-            report.add("unknown class", path, f"{annotation.describe(index)} is not one of {names}")
-        twin = first.setdefault((item.name, item.box), index)
-        if twin != index:
-            report.add("repeated object", path, f"{annotation.describe(index)} is the same as object {twin + 1}")
     return annotation
