@@ -48,7 +48,8 @@ def init(args: argparse.Namespace) -> None:
     root = shown_path(report.root)
     print(f"data      {root}: {report.summary()}")
     if report.problems:
-        print(f"          a run continues with these problems; nst-det check-data {root} lists them")
+        listed = f"nst-det check-data {data if args.coco else root}"
+        print(f"          a run continues with these problems; {listed} lists them")
     names = ", ".join(values.classes[:10]) + (", ..." if len(values.classes) > 10 else "")
     print(f"classes   {len(values.classes)}: {names}")
     cut = " (lists written into ImageSets/Main)" if project.cut else ""
@@ -106,7 +107,13 @@ def generate_data(args: argparse.Namespace) -> None:
 
 
 @command(
-    argument("path", "PATH", "a VOC folder, or a folder with one folder of images a class"),
+    argument(
+        "path",
+        "PATH",
+        "a VOC folder, a folder with one folder of images a class, or COCO's JSON",
+        nargs="+",
+    ),
+    argument("--images", "DIR", "of COCO's JSON: the folder of its images, or one for each file", nargs="+"),
     argument("--split", "NAME", "look at these VOC lists only (default: everything)", nargs="+"),
     argument("--classes", "NAME", "the only class names that are right", nargs="+"),
     argument("--workers", "N", "threads that decode; 0 takes all cores", type=int, default=0),
@@ -114,17 +121,25 @@ def generate_data(args: argparse.Namespace) -> None:
     epilog="exit code: 0 if nothing is wrong, 2 if something is",
 )
 def check_data(args: argparse.Namespace) -> int:
-    """List everything that is wrong with a VOC folder or an image folder."""
+    """List everything that is wrong with a VOC folder, an image folder, or COCO's JSON."""
     from dataclasses import asdict
 
     from rich.table import Table
 
     from nst_det.data import check
+    from nst_det.data.coco import CocoSource
     from nst_det.data.safe_io import shown_path
     from nst_det.engine.format import print_table
     from nst_det.engine.io import write_json
 
-    report = check.check_data(args.path, args.split, args.classes, max(args.workers, 0))
+    if len(args.path) > 1 and not args.images:
+        raise UserError("name one folder; only COCO's JSON may be two files, with --images")
+    data: str | CocoSource = args.path[0]
+    if args.images:
+        if args.split:
+            raise UserError("--split: lists are for VOC folders, and COCO's JSON has none")
+        data = CocoSource(tuple(map(Path, args.path)), tuple(map(Path, args.images)))
+    report = check.check_data(data, args.split, args.classes, max(args.workers, 0))
     for problem in report.problems:
         print(f"{problem.kind}: {problem.line()}")
     if report.problems:

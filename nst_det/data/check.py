@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, annotation_from, parse_xml
+from nst_det.data.coco import SPLITS, CocoImage, CocoSource, read_coco
 from nst_det.data.folders import EXTENSIONS, class_folders
 from nst_det.data.images import MAX_IMAGE_BYTES, decode_oriented
 from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, shown, shown_path
@@ -25,6 +26,7 @@ from nst_det.data.voc import (
 from nst_det.engine.device import core_count
 from nst_det.errors import UserError
 
+SIZE_MISSING = "size missing"
 # lists that must not share an image: what is tested on must not be trained on
 DISJOINT = (("train", "val"), ("train", "test"), ("val", "test"), ("trainval", "test"))
 
@@ -67,14 +69,23 @@ class Report:
 
 
 def check_data(
-    path: str | Path, splits: Sequence[str] | None = None, classes: Sequence[str] | None = None, workers: int = 0
+    path: str | Path | CocoSource,
+    splits: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    workers: int = 0,
 ) -> Report:
     """Look at every file of a VOC folder or an image folder; images are decoded, by ``workers`` threads (0: all cores).
 
     ``splits`` are VOC lists to look at, with the images in them; None takes all lists and all files.  ``classes`` are
-    the only names that objects (or class folders) may have; None allows any.
+    the only names that objects (or class folders) may have; None allows any.  COCO's JSON is looked at by
+    :func:`check_coco`.
     """
-    root, workers = Path(path).expanduser(), workers or core_count()
+    workers = workers or core_count()
+    if isinstance(path, CocoSource):
+        return check_coco(path, classes, workers)[0]
+    root = Path(path).expanduser()
+    if root.suffix.lower() == ".json":
+        raise UserError(f"{shown_path(root)}: COCO's JSON needs the folder of its images too; name it by --images")
     if not root.is_dir():
         raise UserError(f"{shown_path(root)}: no such folder; name a VOC folder or an image folder")
     try:
@@ -89,6 +100,29 @@ def check_data(
         report = _check_voc(voc, splits, classes, workers)
     report.problems.sort(key=lambda problem: (problem.kind, problem.file))
     return report
+
+
+def check_coco(
+    source: CocoSource, classes: Sequence[str] | None = None, workers: int = 0
+) -> tuple[Report, list[CocoImage]]:
+    """Look at everything in COCO's JSON, and at the images in it; return what can be used of it, too."""
+    report = Report(source.files[0].parent, "COCO JSON")
+    found = read_coco(source, report.add)
+    images = {image.annotation.id: image.path for image in found}
+    decoded = _check_images(report, list(images.values()), workers or core_count())
+    annotations = {image.annotation.id: (image.where, image.annotation) for image in found}
+    unsized = [image for image in found if not image.annotation.width and image.path in decoded]
+    for image in unsized:
+        width, height = decoded[image.path][:2]
+        annotations[image.annotation.id] = image.where, replace(image.annotation, width=width, height=height)
+    if unsized:
+        text = f"has no size of {len(unsized)} of {len(found)} images; the images' own are taken"
+        report.add(SIZE_MISSING, source.files[0], text)
+    _check_objects(report, source.files[0], annotations, images, decoded, classes)
+    parts = [[image.path for image in found if image.split == split] for split in SPLITS]
+    _check_twins(report, [shown_path(file) for file in source.files], parts, decoded)
+    report.problems.sort(key=lambda problem: (problem.kind, problem.file))
+    return report, found
 
 
 class _Decoded(NamedTuple):
@@ -129,8 +163,9 @@ def _check_twins(
     for path in parts[1]:
         twin = first.get(decoded[path].sha256, path) if path in decoded else path
         if twin != path:
-            text = f"in {names[1]}, is the same file as {shown_path(twin.relative_to(report.root))} in {names[0]}"
-            report.add("same image in two lists", path, f"{text}; keep one")
+            same = twin.relative_to(report.root) if twin.is_relative_to(report.root) else twin
+            text = f"in {names[1]}, is the same file as {shown_path(same)} in {names[0]}; keep one"
+            report.add("same image in two lists", path, text)
 
 
 def _check_folders(root: Path, classes: Sequence[str] | None, workers: int) -> Report:
@@ -237,7 +272,7 @@ def _check_size(report: Report, path: Path, annotation: VocAnnotation, image: Pa
         turned = f"its EXIF orientation is {orientation}, and it is turned upright when it is read"
         report.add("turned image", image, f"{turned}; see that the boxes are too, and drop the EXIF")
     if not annotation.width:
-        report.add("size missing", path, f"its size is missing or 0; the image's own is taken, {size[0]}x{size[1]}")
+        report.add(SIZE_MISSING, path, f"its size is missing or 0; the image's own is taken, {size[0]}x{size[1]}")
         return replace(annotation, width=size[0], height=size[1])
     if size != (annotation.width, annotation.height):
         declared, found = f"{annotation.width}x{annotation.height}", f"{size[0]}x{size[1]}"

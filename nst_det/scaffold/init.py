@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from nst_det.data.annotation import read_annotation
-from nst_det.data.check import Report, check_data
-from nst_det.data.coco import CocoSource, convert_coco
+from nst_det.data.check import Report, check_coco, check_data
+from nst_det.data.coco import OTHER_FORM, CocoSource, write_coco_as_voc
 from nst_det.data.folders import read_image_folder
 from nst_det.data.safe_io import shown_path
 from nst_det.data.splits import TEST_FRACTION, cut_test_ids, ids_to_cut, known_pair, write_pair
@@ -30,7 +30,10 @@ from nst_det.scaffold.configs import (
 from nst_det.scaffold.crops import write_crops
 
 # problems with which a run would stop half-way
-FATAL = ("unreadable image", "missing image", "missing annotation", "bad annotation", "bad list", "wrong size")
+FATAL = (
+    *("unreadable image", "missing image", "missing annotation", "bad annotation", "bad list", "wrong size"),
+    OTHER_FORM,
+)
 CROPS = Path("data") / "crops"
 CONVERTED = Path("data") / "voc"
 
@@ -72,17 +75,19 @@ def init_project(
     check_name(folder.name)
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another project, or remove it")
-    remedy = ""
-    if isinstance(voc, CocoSource):
-        remedy = f"correct {shown_path(voc.files[0])} or the image, and run the same command again"
     cut: list[Path] = []
     try:
         with atomic_folder(folder, "name another project") as made:
-            root = convert_coco(voc, made / CONVERTED) if isinstance(voc, CocoSource) else find_voc_root(voc)
-            report = check_data(root, [train, test] if train and test else None)
-            # where it will be
-            report = replace(report, root=folder / root.relative_to(made)) if remedy else report
-            _refuse_broken(report, remedy or f"nst-det check-data {shown_path(root)} lists all")
+            if isinstance(voc, CocoSource):
+                report, coco = check_coco(voc)
+                _refuse_broken(report, f"nst-det check-data {voc} lists all")
+                root = write_coco_as_voc(coco, made / CONVERTED)
+                # where it will be
+                report = replace(report, root=folder / CONVERTED)
+            else:
+                root = find_voc_root(voc)
+                report = check_data(root, [train, test] if train and test else None)
+                _refuse_broken(report, f"nst-det check-data {shown_path(root)} lists all")
             lists = known_pair(root, train, test)
             if lists is None:
                 lists = _cut_lists(root)
