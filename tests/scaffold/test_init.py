@@ -171,7 +171,7 @@ def test_one_file_is_cut(thirty, tmp_path):
         ("my^project --voc FOLDER/voc", "'my^project'"),
         ("mine --voc FOLDER/voc --images FOLDER/empty FOLDER/empty", "--images: "),
         ("mine --coco FOLDER/a.json", "--images"),
-        ("mine --coco FOLDER/a.json --images FOLDER/empty FOLDER/empty", "--coco: "),
+        ("mine --coco FOLDER/a.json --images FOLDER/empty FOLDER/empty", "COCO: "),
         ("mine --coco FOLDER/a.json --images FOLDER/none", "none: no such folder"),
         ("mine --coco FOLDER/none.json --images FOLDER/empty", "none.json: no such file"),
         ("mine --coco FOLDER/list.json --images FOLDER/empty", "list.json: not COCO's object detection format"),
