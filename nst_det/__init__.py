@@ -4,10 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nst_det.api import compare, distill, evaluate_voc, load_backbone
+    from nst_det.api import (
+        compare,
+        distill,
+        evaluate_voc,
+        export,
+        init,
+        load_backbone,
+        load_detector,
+        predict,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["compare", "distill", "evaluate_voc", "load_backbone"]
+__all__ = ["compare", "distill", "evaluate_voc", "export", "init", "load_backbone", "load_detector", "predict"]
 
 
 def __getattr__(name: str) -> Any:

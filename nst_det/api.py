@@ -19,11 +19,18 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nst_det.comparison.result import ComparisonResult, RowResult
+    from nst_det.detection.predict import ImageDetector
+    from nst_det.errors import UserError
     from nst_det.evaluation.boxes import Detections, GroundTruth
     from nst_det.evaluation.voc import VocResult
+    from nst_det.exporting import Exported
     from nst_det.models import Card
+    from nst_det.scaffold.init import Project
 
 Settings = Mapping[str, Any] | Sequence[str]
+# of nst-det export
+BACKBONE_FORMATS = ["timm", "torchvision", "detectron2"]
+DETECTOR_FORMATS = ["onnx", "torch-export"]
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,87 @@ class DistillResult(JupyterMixin, dict[str, dict[str, Any]]):
         return results_table(self, self.folder)
 
 
+@dataclass(frozen=True)
+class PredictResult:
+    """What :func:`predict` did.
+
+    Attributes:
+        images: images and frames that were read.
+        detections: their number by class, the most frequent first; classes without one are left out.
+        unreadable: what is wrong with each file that could not be read.
+        files: images and videos that were named.
+        folder: where all is written.
+    """
+
+    images: int
+    detections: dict[str, int]
+    unreadable: list[UserError]
+    files: int
+    folder: Path
+
+
+def init(
+    project: str | Path,
+    voc: str | Path | None = None,
+    *,
+    coco: str | Path | Sequence[str | Path] = (),
+    images: str | Path | Sequence[str | Path] = (),
+    train: str = "",
+    test: str = "",
+    device: str = "",
+) -> Project:
+    """Make a project for your own data: configs that fit it, and data for stage one; ``nst-det init`` does the same.
+
+    Args:
+        project: the folder to make; its last part names the backbone files.
+        voc: your data as a VOC folder.
+        coco: or COCO annotations, one file, or two to train and to test on.
+        images: with ``coco`` the folder of its images, or one for each file; with ``voc`` classification data for stage
+            one, a folder a class (without it, objects are cut out of the images).
+        train: list of the VOC folder to train on; "" takes the one there is, or cuts one.
+        test: list to test on.
+        device: ``cpu`` or ``cuda``, to fit sizes and schedules to; "" takes the GPU if there is one.
+
+    Returns:
+        What was found in the data and chosen for it: ``values``, ``report``, ``images`` and more.
+
+    Raises:
+        UserError: the data can't be used, or the folder is there; nothing is left behind.
+
+    Example:
+        >>> import nst_det
+        >>> project = nst_det.init("another_project", "my_images")
+        >>> project.values.classes == tuple(sorted(project.values.classes)), sum(project.images)
+        (True, 12)
+    """
+    from nst_det.data.coco import CocoSource
+    from nst_det.engine.device import default_device
+    from nst_det.errors import UserError
+    from nst_det.scaffold.init import init_project
+
+    annotations, folders = _paths(coco), _paths(images)
+    if bool(annotations) == (voc is not None):
+        raise UserError("init: name your data by --voc or by --coco")
+    if annotations and not folders:
+        raise UserError("--coco: name the folder of its images by --images")
+    if len(folders) > 1 and not annotations:
+        raise UserError("--images: one folder of classification data; with --coco there may be two")
+    data = CocoSource(annotations, folders) if annotations else voc
+    own = folders[0] if folders and not annotations else None
+    assert data is not None
+    return init_project(project, data, own, train, test, device or default_device().type)
+
+
+def _paths(given: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    return tuple(map(Path, [given] if isinstance(given, str | Path) else given))
+
+
 def compare(
-    config_file: str | Path,
+    project: str | Path,
     settings: Settings = (),
     *,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
     output: str | Path | None = None,
     jobs: int = 0,
     ray_address: str | None = None,
@@ -82,9 +166,11 @@ def compare(
     ``nst-det compare`` does the same.  The runs are processes of their own.
 
     Args:
-        config_file: YAML of the comparison.
-        settings: keys with other values, ``{"SEEDS": [0, 1], "DETECT.SOLVER.MAX_ITER": 300}``, or KEY VALUE pairs as
-            on the command line.
+        project: the folder that ``init`` made, or the YAML of a comparison.
+        settings: keys with other values, ``{"ROWS": ["teacher"], "DETECT.SOLVER.MAX_ITER": 300}``, or KEY VALUE pairs
+            as on the command line; ``nst-det keys`` lists them.
+        methods: transfer methods, such as ``["ce", "nst-poly"]``; None takes the config's.
+        seeds: seeds, such as ``[0, 1, 2]``; None takes the config's.
         output: the folder of the comparison, in place of OUTPUT_DIR.
         jobs: runs side by side; 0 takes as many as there are cores or GPUs.
         ray_address: of a Ray cluster that does the runs, "" for one on this machine; None does them here.
@@ -96,7 +182,7 @@ def compare(
 
     Example:
         >>> import nst_det
-        >>> result = nst_det.compare("my_project/compare.yaml", {"METHODS": ["ce"], "SEEDS": [0]})
+        >>> result = nst_det.compare("my_project", methods=["ce"], seeds=[0])
         >>> [row.method for row in result.rows]
         ['scratch', 'ce']
         >>> result.report.name
@@ -106,17 +192,18 @@ def compare(
     from nst_det.comparison.config import load_comparison
 
     _show_progress()
-    comparison = load_comparison(config_file, output, key_values(settings))
+    named = {key: list(value) for key, value in (("METHODS", methods), ("SEEDS", seeds)) if value is not None}
+    comparison = load_comparison(project, output, [*key_values(settings), *key_values(named)])
     return CompareResult(pipeline.compare(comparison, jobs, ray_address=ray_address), comparison.folder)
 
 
-def distill(config_file: str | Path, settings: Settings = ()) -> DistillResult:
+def distill(project: str | Path, settings: Settings = ()) -> DistillResult:
     """Stage one: train the teacher, and a backbone file for each method; ``nst-det distill`` does the same.
 
     It runs in this process.  What is done already in OUTPUT_DIR is not done again.
 
     Args:
-        config_file: YAML of stage one.
+        project: the folder that ``init`` made, or the YAML of stage one.
         settings: keys with other values, ``{"METHODS": ["ce", "kd"]}``, or KEY VALUE pairs as on the command line.
 
     Returns:
@@ -128,7 +215,7 @@ def distill(config_file: str | Path, settings: Settings = ()) -> DistillResult:
 
     Example:
         >>> import nst_det
-        >>> result = nst_det.distill("my_project/distill.yaml", {"METHODS": ["kd+nst-poly"]})
+        >>> result = nst_det.distill("my_project", {"METHODS": ["kd+nst-poly"]})
         >>> list(result)
         ['teacher', 'kd+nst-poly']
         >>> 0 <= result["kd+nst-poly"]["top1"] <= 1
@@ -138,7 +225,7 @@ def distill(config_file: str | Path, settings: Settings = ()) -> DistillResult:
     from nst_det.distillation.config import load_distill_config
 
     _show_progress()
-    config = load_distill_config(config_file, key_values(settings))
+    config = load_distill_config(project, key_values(settings))
     result = DistillResult(pipeline.distill(config))
     result.folder = config.OUTPUT_DIR
     return result
@@ -168,6 +255,160 @@ def load_backbone(weights: str | Path) -> tuple[nn.Module, Card]:
     from nst_det.models import classifier_from_file
 
     return classifier_from_file(weights)
+
+
+def load_detector(run: str | Path, *, threshold: float = 0.5, device: str = "") -> ImageDetector:
+    """Load the detector of a finished run, to be called with images.
+
+    ``detector(image)`` takes a path, a PIL image or an (H, W, 3) uint8 RGB array, and gives ``boxes`` (N, 4) float32
+    ``xmin ymin xmax ymax`` in pixels of that image from its upper left corner, ``scores`` (N,) float32 from 0 to 1,
+    best first, ``labels`` (N,) int64 and their ``names``.  They are equal to those of ``nst-det predict``.
+
+    Args:
+        run: folder of a train-det run, such as ``my_project/output/detect/seed0/nst-poly``.
+        threshold: least score, 0 to 1.
+        device: ``cpu`` or ``cuda``; "" takes the GPU if there is one.
+
+    Raises:
+        UserError: no finished run of the torchvision engine, or an image that can't be read.
+
+    Example:
+        >>> import nst_det
+        >>> detector = nst_det.load_detector("my_project/output/detect/seed0/ce", threshold=0.0)
+        >>> found = detector("my_images/JPEGImages/000001.jpg")
+        >>> found.boxes.shape == (len(found.scores), 4), set(found.names) <= set(detector.classes)
+        (True, True)
+    """
+    from nst_det.detection.predict import ImageDetector, load_run
+    from nst_det.engine.device import named_device
+
+    _check_threshold(threshold)
+    return ImageDetector(*load_run(run, named_device(device), threshold))
+
+
+def predict(
+    images: str | Path | Sequence[str | Path],
+    run: str | Path,
+    output: str | Path = "predictions",
+    *,
+    formats: Sequence[str] = ("images", "json"),
+    threshold: float = 0.5,
+    classes: Sequence[str] = (),
+    device: str = "",
+    every: int = 1,
+) -> PredictResult:
+    """Detect objects with a finished run and write what was found; ``nst-det predict`` does the same.
+
+    Args:
+        images: images, folders of images, or videos.
+        run: folder of a train-det run.
+        output: the folder to write into.
+        formats: of ``images`` (with boxes drawn), ``json``, ``voc`` and ``csv``.
+        threshold: least score, 0 to 1.
+        classes: only these; () takes all.
+        device: ``cpu`` or ``cuda``; "" takes the GPU if there is one.
+        every: take each so many-th frame of a video.
+
+    Raises:
+        UserError: no such image or run, or an option that can't be used.  A file that can't be read is passed over and
+            told in the result.
+
+    Example:
+        >>> import nst_det
+        >>> result = nst_det.predict("my_images/JPEGImages", "my_project/output/detect/seed0/ce", formats=["json"])
+        >>> result.images, result.unreadable
+        (12, [])
+    """
+    from nst_det.detection.predict import find_sources, load_run, read_sources
+    from nst_det.detection.predict import predict as detections_on
+    from nst_det.detection.predictions import FORMATS, PredictionWriter
+    from nst_det.engine.device import gpu_errors_in_one_line, named_device
+    from nst_det.errors import UserError
+
+    if not formats or not set(formats) <= set(FORMATS):
+        raise UserError(f"--format: '{','.join(formats)}': choose from {', '.join(FORMATS)}, joined by commas")
+    _check_threshold(threshold)
+    if every < 1:
+        raise UserError(f"--every: {every}; give 1 or more")
+    sources = find_sources([images] if isinstance(images, str | Path) else images)
+    unreadable: list[UserError] = []
+    count = 0
+    with gpu_errors_in_one_line("take --device cpu"):
+        detector, config, known = load_run(run, named_device(device), threshold)
+        for name in classes:
+            if name not in known:
+                raise UserError(f"--classes: this detector doesn't know '{name}'; it knows {', '.join(known)}")
+        labels = [known.index(name) for name in classes or known]
+        writer = PredictionWriter(output, formats, known)
+        for prediction in detections_on(detector, config, read_sources(sources, every, unreadable.append)):
+            writer.add(prediction.of_labels(labels))
+            count += 1
+    return PredictResult(count, writer.finish(), unreadable, len(sources), Path(output))
+
+
+def _check_threshold(threshold: float) -> None:
+    from nst_det.errors import UserError
+
+    if not 0 <= threshold <= 1:
+        raise UserError(f"--threshold: {threshold} is not a score; give a number from 0 to 1")
+
+
+def export(
+    output: str | Path,
+    format: str,
+    *,
+    run: str | Path = "",
+    weights: str | Path = "",
+    arch: str = "",
+    images: Sequence[str | Path] = (),
+) -> Exported:
+    """Write a backbone for timm, torchvision or Detectron2, or a detector as ONNX or for torch.export.
+
+    ``nst-det export`` does the same.  What is written is compared with the original, and a model card is written next
+    to it.
+
+    Args:
+        output: ``FILE.onnx``, ``FILE.pt2`` (torch-export), a folder to make (timm), ``FILE.pth``, or ``FILE.pkl``.
+        format: ``timm``, ``torchvision``, ``detectron2``, ``onnx`` or ``torch-export``.
+        run: for a detector: the folder of a train-det run.
+        weights: for a backbone: its file, or ``backbone://NAME``; for detectron2 also plain ResNet weights.
+        arch: timm name of plain weights, for example resnet50.
+        images: compare a detector on these; () takes its test images.
+
+    Returns:
+        ``files`` by what they are, and ``agreement``, what was compared and how far it differs.
+
+    Raises:
+        UserError: no such run or file, a format that it can't have, or what was written differs from the original.
+
+    Example:
+        >>> import nst_det
+        >>> backbone = "my_project/output/backbones/my_project-ce-s0.safetensors"
+        >>> sorted(nst_det.export("for_timm", "timm", weights=backbone).files)
+        ['card', 'weights']
+    """
+    from nst_det.errors import UserError
+
+    if format not in BACKBONE_FORMATS + DETECTOR_FORMATS:
+        raise UserError(f"--format: '{format}'; choose from {', '.join(BACKBONE_FORMATS + DETECTOR_FORMATS)}")
+    of_detector = format in DETECTOR_FORMATS
+    if of_detector != bool(run):
+        wanted = "a detector: give --run DIR" if of_detector else "a backbone: give --weights FILE"
+        raise UserError(f"--format {format} is for {wanted}")
+    if arch and format != "detectron2":
+        raise UserError("--arch: a backbone file says its architecture itself; leave --arch out")
+    if images and not of_detector:
+        raise UserError("--images: only detectors are compared on images; leave it out")
+    if of_detector:
+        from nst_det.exporting.detector import export_detector
+
+        return export_detector(run, output, format, images)
+    from nst_det.exporting import backbone
+
+    if format == "detectron2":
+        return backbone.export_detectron2(str(weights), output, arch)
+    write = backbone.export_timm if format == "timm" else backbone.export_torchvision
+    return write(str(weights), output)
 
 
 def evaluate_voc(

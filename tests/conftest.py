@@ -22,7 +22,8 @@ HANGS_AFTER_SECONDS = 180
 # files whose tests train, or start processes, for longer than a quick look allows; `make test-fast` leaves them out
 SLOW = {
     "test_api.py", "test_configs.py", "test_doctor.py", "test_gpu_check.py", "golden/test_golden_curves.py",
-    "device/test_pretended_cuda.py", "guide/test_guide.py", "guide/test_site.py", "report/test_browser.py",
+    "device/test_pretended_cuda.py", "guide/test_guide.py", "guide/test_site.py",
+    "guide/test_first_steps.py", "report/test_browser.py",
     "report/test_page.py", "data/test_synthetic.py", "models/test_inception_bn.py",
     "comparison/test_end_to_end.py", "comparison/test_estimate.py", "comparison/test_launch.py", "tune/test_tune.py",
     "engine/test_loader.py", "export/test_detector.py", "detectron2/test_detectron2_absent.py",

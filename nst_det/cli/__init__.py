@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print_error(cannot_write(error.filename or "output", str(error.strerror)))
         code = UserError.code
     except Preempted as stop:
-        _print_error(f"stopped by {stop}; what is done is saved, the same command goes on from here")
+        _print_error(f"stopped by {stop}; everything is saved; run the same command to resume")
         code = EXIT_RESUME
     except KeyboardInterrupt:
         _print_error("interrupted")

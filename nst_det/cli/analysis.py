@@ -49,6 +49,31 @@ def backbones(args: argparse.Namespace) -> None:
         print(fault)
 
 
+@command(
+    argument("prefix", None, "only keys that begin so, for example SOLVER or DETECT.TEST", nargs="?", default=""),
+    argument("--output", "FILE", "write all of them as a page of Markdown"),
+)
+def keys(args: argparse.Namespace) -> None:
+    """List the keys of all configs, with their defaults and meanings."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from nst_det.engine.format import print_table
+    from nst_det.engine.io import write_text
+    from nst_det.keys import default_text, find_keys, meaning_text, page
+
+    if args.output:
+        write_text(args.output, page())
+        return
+    for group, found in find_keys(args.prefix):
+        table = Table(title=f"{group.title}, {group.file}", title_justify="left")
+        for column in ("key", "default", "meaning"):
+            table.add_column(column, overflow="fold")
+        for name, key in found.items():
+            table.add_row(name, *(escape(text) for text in (default_text(key.default), meaning_text(key))))
+        print_table(table)
+
+
 @command(argument("method", None, "only the terms of this method, for example kd+nst-poly", nargs="?"))
 def methods(args: argparse.Namespace) -> None:
     """List the transfer terms, their default weights and where these are from."""

@@ -57,11 +57,45 @@ def one_of(*arguments: Argument) -> Argument:
     return add
 
 
-def config_values(name: str, help: str = "keys of the config with other values") -> Argument:
-    """Return the rest of the command line as KEY VALUE pairs."""
-    return argument(name, "KEY VALUE", help, nargs=argparse.REMAINDER)
+class _Setting(argparse.Action):
+    """An option that stands for KEY VALUE; its ``dest`` is the key."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        namespace.settings = [*getattr(namespace, "settings", []), self.dest, values]
 
 
+def setting(name: str, key: str, metavar: str, help: str) -> Argument:
+    """Return an option for a key of the config that is set often."""
+    return argument(name, metavar, help, dest=key, action=_Setting, default=argparse.SUPPRESS)
+
+
+class _Words(argparse.Action):
+    """The rest of the command line: the config, unless ``--config-file`` names it, options behind it, and the pairs."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if namespace.config_file is None:
+            if not values:
+                parser.error("name PROJECT, or a YAML by --config-file")
+            namespace.config_file = values[0]
+            # argparse leaves options to the rest as well
+            parser.parse_args(values[1:], namespace)
+            return
+        setattr(namespace, self.dest, [*getattr(namespace, "settings", []), *values])
+
+
+def config(name: str, what: str, dest: str = "overrides") -> Argument:
+    """Return the arguments of a command that takes a config: a YAML, or a folder with one of this ``name``."""
+
+    def add(parser: argparse._ActionsContainer) -> None:
+        help = f"a project's folder with {name} in it, or a YAML; then keys with other values, lists with commas"
+        parser.add_argument("--config-file", metavar="FILE", help=f"{what}, in place of PROJECT")
+        parser.add_argument(dest, metavar="PROJECT [KEY VALUE]", help=help, nargs=argparse.REMAINDER, action=_Words)
+
+    return add
+
+
+METHODS = setting("--methods", "METHODS", "LIST", "transfer methods, such as ce,nst-poly")
+SEEDS = setting("--seeds", "SEEDS", "LIST", "seeds, such as 0,1,2")
 JOBS = argument("--jobs", "N", "runs side by side (default: cores, or GPUs)", type=int, default=0)
 DEVICE = argument("--device", "NAME", "cpu or cuda (default: the GPU if there is one)", default="")
 TRUST_PICKLE = flag("--trust-pickle", "open pickles with more than tensors in them; such a file can run any code")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 
@@ -27,29 +28,18 @@ INIT_IMAGES = (
     argument("--device", None, "to fit sizes and schedules to (default: cuda if there)", choices=("cpu", "cuda")),
 )
 def init(args: argparse.Namespace) -> None:
-    """Make a project for your own VOC folder or COCO JSON: three configs that fit, and data for stage one."""
-    from nst_det.data.coco import CocoSource
+    """Make a project for your own VOC folder or COCO JSON: configs that fit, and data for stage one."""
+    from nst_det import api
     from nst_det.data.safe_io import shown_path
-    from nst_det.engine.device import default_device
-    from nst_det.scaffold.init import init_project
 
-    images = args.images
-    data: str | CocoSource = args.voc
-    if args.coco:
-        if not images:
-            raise UserError("--coco: name the folder of its images by --images")
-        data = CocoSource(tuple(map(Path, args.coco)), tuple(map(Path, images)))
-        images = []
-    if len(images) > 1:
-        raise UserError("--images: one folder of classification data; with --coco there may be two")
-    device = args.device or default_device().type
-    project = init_project(args.project, data, images[0] if images else None, args.train, args.test, device)
+    given = {"images": args.images, "train": args.train, "test": args.test, "device": args.device or ""}
+    project = api.init(args.project, args.voc, coco=args.coco or (), **given)
     values, report = project.values, project.report
     root = shown_path(report.root)
     print(f"data      {root}: {report.summary()}")
     if report.problems:
-        listed = f"nst-det check-data {data if args.coco else root}"
-        print(f"          a run continues with these problems; {listed} lists them")
+        checked = shlex.join([*args.coco, "--images", *args.images]) if args.coco else root
+        print(f"          a run continues with these problems; nst-det check-data {checked} lists them")
     names = ", ".join(values.classes[:10]) + (", ..." if len(values.classes) > 10 else "")
     print(f"classes   {len(values.classes)}: {names}")
     cut = " (lists written into ImageSets/Main)" if project.cut else ""
@@ -61,8 +51,8 @@ def init(args: argparse.Namespace) -> None:
     if project.small > 0.1:
         print(f"          {project.small:.0%} of the {project.objects} objects are smaller than 8 pixels at this size;")
         print("          raise INPUT.MIN_SIZE_* and MAX_SIZE_* and the anchors in detect.yaml")
-    compare = f"nst-det compare --config-file {args.project}/compare.yaml"
-    print(f'next      {compare} SEEDS "[0]" METHODS "[ce, nst-poly]"')
+    compare = shlex.join(["nst-det", "compare", args.project])
+    print(f"next      {compare} --seeds 0 --methods ce,nst-poly")
     print(f"          for a first look; {compare} adds all methods and seeds")
     print(f"then      nst-det predict IMAGES --run {args.project}/output/detect/seed0/nst-poly")
 

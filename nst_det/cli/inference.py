@@ -6,7 +6,6 @@ import argparse
 import sys
 
 from nst_det.cli.command import DEVICE, TRUST_PICKLE, argument, command, flag, one_of
-from nst_det.errors import UserError
 
 
 @command(
@@ -18,45 +17,26 @@ from nst_det.errors import UserError
     argument("--classes", "NAME", "only these classes (default: all)", nargs="+"),
     DEVICE,
     argument("--every", "N", "take each N-th frame of a video", type=int, default=1),
-    epilog="exit code: 0 if every image was read, 2 if one was not (the others are done all the same). "
+    epilog="exit code: 0 if every image was read, 2 if one was not (the others are processed anyway). "
     "To score detections.json by nst-det evaluate, take --threshold 0.02 or less: AP counts low scores too.",
 )
 def predict(args: argparse.Namespace) -> int:
     """Detect objects on images, folders or a video with a finished run; writes pictures, JSON, VOC XML or CSV."""
-    from nst_det.detection.predict import find_sources, load_run, predict, read_sources
-    from nst_det.detection.predictions import FORMATS, PredictionWriter
-    from nst_det.engine.device import compute_line, gpu_errors_in_one_line, named_device
+    from nst_det import api
+    from nst_det.engine.device import compute_line, named_device
 
     formats = [name for name in args.format.split(",") if name]
-    if not formats or not set(formats) <= set(FORMATS):
-        raise UserError(f"--format: '{args.format}': choose from {', '.join(FORMATS)}, joined by commas")
-    if not 0 <= args.threshold <= 1:
-        raise UserError(f"--threshold: {args.threshold} is not a score; give a number from 0 to 1")
-    if args.every < 1:
-        raise UserError(f"--every: {args.every}; give 1 or more")
-    sources = find_sources(args.inputs)
-    device = named_device(args.device)
-    unreadable: list[UserError] = []
-    images = 0
-    with gpu_errors_in_one_line("take --device cpu"):
-        detector, config, classes = load_run(args.run_folder, device, args.threshold)
-        for name in args.classes or ():
-            if name not in classes:
-                raise UserError(f"--classes: this detector doesn't know '{name}'; it knows {', '.join(classes)}")
-        labels = [classes.index(name) for name in args.classes or classes]
-        print(compute_line(device, None))
-        writer = PredictionWriter(args.output, formats, classes)
-        for prediction in predict(detector, config, read_sources(sources, args.every, unreadable.append)):
-            writer.add(prediction.of_labels(labels))
-            images += 1
-    counts = writer.finish()
+    given = {"threshold": args.threshold, "classes": args.classes or (), "device": args.device, "every": args.every}
+    print(compute_line(named_device(args.device), None))
+    result = api.predict(args.inputs, args.run_folder, args.output, formats=formats, **given)
+    counts = result.detections
     by_class = ", ".join(f"{count} {name}" for name, count in counts.items())
-    print(f"{images} images, {sum(counts.values())} detections ({by_class or 'none'}) in {args.output}")
-    if unreadable:
-        print(f"nst-det: {len(unreadable)} of {len(sources)} files could not be read:", file=sys.stderr)
-        for error in unreadable:
+    print(f"{result.images} images, {sum(counts.values())} detections ({by_class or 'none'}) in {args.output}")
+    if result.unreadable:
+        print(f"nst-det: {len(result.unreadable)} of {result.files} files could not be read:", file=sys.stderr)
+        for error in result.unreadable:
             print(f"  {error}", file=sys.stderr)
-    return 2 if unreadable else 0
+    return 2 if result.unreadable else 0
 
 
 @command(
@@ -96,7 +76,6 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 FORMATS = ["timm", "torchvision", "detectron2", "onnx", "torch-export"]
-DETECTOR_FORMATS = FORMATS[3:]
 EXPORT_OUTPUT = "FILE.onnx, FILE.pt2 (torch-export), a folder to make (timm), FILE.pth, or FILE.pkl (detectron2 alone)"
 
 
@@ -113,26 +92,10 @@ EXPORT_OUTPUT = "FILE.onnx, FILE.pt2 (torch-export), a folder to make (timm), FI
 )
 def export(args: argparse.Namespace) -> None:
     """Write a backbone for timm, torchvision or Detectron2, or a detector as ONNX or for torch.export."""
-    of_detector = args.format in DETECTOR_FORMATS
-    if of_detector != bool(args.run_folder):
-        wanted = "a detector: give --run DIR" if of_detector else "a backbone: give --weights FILE"
-        raise UserError(f"--format {args.format} is for {wanted}")
-    if args.arch and args.format != "detectron2":
-        raise UserError("--arch: a backbone file says its architecture itself; leave --arch out")
-    if args.images and not of_detector:
-        raise UserError("--images: only detectors are compared on images; leave it out")
-    if of_detector:
-        from nst_det.export.detector import export_detector
+    from nst_det import api
 
-        written = export_detector(args.run_folder, args.output, args.format, args.images)
-    else:
-        from nst_det.export import backbone
-
-        if args.format == "detectron2":
-            written = backbone.export_detectron2(args.weights, args.output, args.arch)
-        else:
-            write = backbone.export_timm if args.format == "timm" else backbone.export_torchvision
-            written = write(args.weights, args.output)
+    given = {"run": args.run_folder or "", "weights": args.weights or "", "arch": args.arch, "images": args.images}
+    written = api.export(args.output, args.format, **given)
     for name, path in written.files.items():
         print(f"{name:9} {path}")
     print(f"compared  {written.agreement}")

@@ -6,14 +6,25 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nst_det.cli.command import JOBS, TRUST_PICKLE, argument, command, config_values, flag, with_trust
+from nst_det.cli.command import (
+    JOBS,
+    METHODS,
+    SEEDS,
+    TRUST_PICKLE,
+    argument,
+    command,
+    config,
+    flag,
+    setting,
+    with_trust,
+)
 from nst_det.errors import UserError
 
 
 @command(
-    argument("--config-file", "FILE", "YAML of stage one, see configs/distill", required=True),
+    config("distill.yaml", "YAML of stage one, see configs/distill"),
+    METHODS,
     TRUST_PICKLE,
-    config_values("overrides"),
     resumes=True,
 )
 def distill(args: argparse.Namespace) -> None:
@@ -32,7 +43,7 @@ def distill(args: argparse.Namespace) -> None:
 
 # its options are those of Detectron2's training scripts
 @command(
-    argument("--config-file", "FILE", "YAML of stage two, see configs/detect", required=True),
+    config("detect.yaml", "YAML of stage two, see configs/detect", "opts"),
     flag("--resume", "resume from the last checkpoint; with --eval-only: evaluate this run's model"),
     flag("--eval-only", "evaluate MODEL.WEIGHTS and train nothing"),
     argument("--num-gpus", None, "processes on this machine (Detectron2 engine)", type=int, default=1),
@@ -40,14 +51,15 @@ def distill(args: argparse.Namespace) -> None:
     argument("--machine-rank", None, "number of this machine (Detectron2 engine)", type=int, default=0),
     argument("--dist-url", None, "where the machines meet (Detectron2 engine)", default="auto"),
     TRUST_PICKLE,
-    config_values("opts"),
     resumes=True,
 )
 def train_det(args: argparse.Namespace) -> int | None:
     """Stage two: train and evaluate a detector."""
     from nst_det.detection import config
     from nst_det.engine import device, distributed, progress
+    from nst_det.engine.config import config_file
 
+    args.config_file = str(config_file(args.config_file, "detect.yaml"))
     args.opts = with_trust(args.opts, args, "")
     progress.start_logging()
     if config.choose_engine(config.wanted_engine(args.config_file, args.opts), args.config_file) == "detectron2":
@@ -69,7 +81,11 @@ def train_det(args: argparse.Namespace) -> int | None:
 
 
 @command(
-    argument("--config-file", "FILE", "YAML of the comparison", required=True),
+    config("compare.yaml", "YAML of the comparison"),
+    METHODS,
+    SEEDS,
+    setting("--rows", "ROWS", "LIST", "more rows: scratch, no-fpn, teacher"),
+    setting("--tuned", "TUNED", "FILE", "the tuned.yaml of nst-det tune: weights and levels of the methods in it"),
     argument("--output", "DIR", "where everything is written, in place of OUTPUT_DIR"),
     JOBS,
     flag("--dry-run", "print the plan, then its time, disk and memory, measured on a few steps of each kind of run"),
@@ -77,7 +93,7 @@ def train_det(args: argparse.Namespace) -> int | None:
     argument("--launcher", None, "do the runs here, or on a Ray cluster", choices=("local", "ray"), default="local"),
     argument("--address", "HOST:PORT", "of the Ray cluster (default: here)", default=""),
     TRUST_PICKLE,
-    config_values("overrides", "values, such as SEEDS [0,1]; DISTILL.X and DETECT.X set X of that stage's config"),
+    epilog="DISTILL.X VALUE and DETECT.X VALUE set X of that stage's config.",
     resumes=True,
 )
 def compare(args: argparse.Namespace) -> None:
@@ -85,7 +101,6 @@ def compare(args: argparse.Namespace) -> None:
     from nst_det import api
     from nst_det.comparison import launch_ray, pipeline
     from nst_det.comparison.config import load_comparison
-    from nst_det.comparison.plan import make_plan
     from nst_det.engine.format import print_table
     from nst_det.engine.progress import start_logging
 
@@ -94,7 +109,7 @@ def compare(args: argparse.Namespace) -> None:
     if args.dry_run or args.plan:
         comparison = load_comparison(args.config_file, args.output, values)
         if args.plan:
-            print_table(pipeline.plan_table(comparison, make_plan(comparison)))
+            pipeline.print_plan(comparison)
         else:
             pipeline.dry_run(comparison, args.jobs)
         return
@@ -110,10 +125,12 @@ def compare(args: argparse.Namespace) -> None:
 
 
 @command(
-    argument("--config-file", "FILE", "YAML of the search", required=True),
+    config("tune.yaml", "YAML of the search"),
+    METHODS,
+    SEEDS,
+    setting("--trials", "TRIALS", "N", "settings tried for each method"),
     argument("--output", "DIR", "where everything is written, in place of OUTPUT_DIR"),
     JOBS,
-    config_values("overrides", "values, such as TRIALS 16"),
     resumes=True,
 )
 def tune(args: argparse.Namespace) -> None:

@@ -5,15 +5,37 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from nst_det.comparison.config import Comparison, weights_from
-from nst_det.comparison.plan import Run, backbone_folder, backbone_name, detector_folder, teacher_folder
-from nst_det.comparison.result import BASELINE, ComparisonResult, Cost, RowResult, SeedResult, TeacherResult, from_json
+from nst_det.comparison.config import MARK, Comparison, merge_stage, row_weights, without_fpn
+from nst_det.comparison.plan import (
+    STUDENTS,
+    Run,
+    backbone_folder,
+    backbone_name,
+    detector_folder,
+    run_config,
+    teacher_folder,
+)
+from nst_det.comparison.result import (
+    BASELINE,
+    NO_FPN,
+    ComparisonResult,
+    Cost,
+    RowResult,
+    SeedResult,
+    TeacherResult,
+    from_json,
+)
 from nst_det.comparison.statistics import EXPLANATION, REFERENCE, Difference, holm, mean_std, paired_difference
+from nst_det.distillation.config import transfer_of
+from nst_det.engine.config import flat, plain
+from nst_det.engine.fingerprint import RESUME, RUN, concerns
 from nst_det.engine.io import read_json
 from nst_det.engine.run_dir import provenance
 from nst_det.errors import UserError
+from nst_det.losses import get_term
 
 REMEDY = "remove the file to run this again"
 
@@ -40,7 +62,7 @@ def build_results(
             commands=_commands(comparison, runs, row),
             cost=(costs or {}).get(row),
             **_over_seeds(list(by_row[row].values())),
-            **_transfer(comparison, row),
+            **_transfer(comparison, runs, row, list(by_row[row].values())),
         )
         for (row, difference), p_holm in zip(differences.items(), corrected)
     ]
@@ -71,7 +93,7 @@ def _seed(comparison: Comparison, row: str, seed: int) -> SeedResult:
     seconds = [float(result.get("seconds") or 0.0) for result in (detector, backbone)]
     tree = {
         **detector,
-        **{key: detector.get(key) or {} for key in ("map_by_iou", "coco", "objects")},
+        **{key: detector.get(key) or {} for key in ("map_by_iou", "coco", "objects", "objects_per_class")},
         "seconds": sum(seconds),
         "seconds_detector": seconds[0],
         "seconds_backbone": seconds[1],
@@ -82,8 +104,8 @@ def _seed(comparison: Comparison, row: str, seed: int) -> SeedResult:
         "run": folder.relative_to(comparison.folder).as_posix(),
         "distill_run": below.relative_to(comparison.folder).as_posix() if below and backbone else None,
     }
-    for key in ("top1", "top5"):
-        tree[key] = from_json(float | None, backbone.get(key), f"{below}/result.json", REMEDY, key)
+    for key, kind in (("top1", float | None), ("top5", float | None), ("val_images", int | None)):
+        tree[key] = from_json(kind, backbone.get(key), f"{below}/result.json", REMEDY, key)
     entry: SeedResult = from_json(SeedResult, tree, f"{folder}/result.json", REMEDY)
     return entry
 
@@ -105,16 +127,63 @@ def _over_seeds(seeds: Sequence[SeedResult]) -> dict[str, Any]:
     for key in ("seconds", "seconds_backbone", "seconds_detector"):
         values[key], _ = over(getattr(one, key) for one in seeds)
     backbones = [one.backbone for one in seeds if one.backbone]
-    return {**values, "objects": seeds[0].objects, "params": seeds[0].params, "backbone": backbones}
+    shared = {key: getattr(seeds[0], key) for key in ("objects", "objects_per_class", "params")}
+    return {**values, **shared, "backbone": backbones}
 
 
-def _transfer(comparison: Comparison, row: str) -> dict[str, Any]:
-    """Return the last stage in which a row learns from a teacher, and where the terms' weights are from."""
+def _transfer(comparison: Comparison, runs: Sequence[Run], row: str, seeds: Sequence[SeedResult]) -> dict[str, Any]:
+    """Return the last stage in which a row learns from a teacher, its terms' weights, and what else is its own."""
     spec = comparison.methods.get(row)
+    differs = _differs(comparison, runs, row)
     if not spec or row == BASELINE:
-        return {"stage": "", "weights": ""}
-    weights = weights_from(spec, comparison.tuned, comparison.distill.TRANSFER, comparison.detect.TRANSFER)
-    return {"stage": "detector" if spec.detector.names else "backbone", "weights": weights}
+        return {"stage": "", "weights": [], "differs": differs}
+    found = [
+        {name: fmean(one.term_weights[stage].get(name, weight) for one in seeds) for name, weight in first.items()}
+        for stage, first in seeds[0].term_weights.items()
+    ]
+    nodes = (transfer_of(comparison.distill, spec.backbone.word), comparison.detect.TRANSFER)
+    return {
+        "stage": "detector" if spec.detector.names else "backbone",
+        "weights": row_weights(spec, comparison.tuned, nodes, found),
+        "differs": differs,
+    }
+
+
+def _differs(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]:
+    """Return what a row's detector has otherwise than ce's, and levels and options that only its terms have."""
+    configs = [next(run_config(comparison, run) for run in runs if run.row == name) for name in (row, BASELINE)]
+    own, common = (plain(flat(config)) for config in configs)
+    # the detector without FPN is what that row is about
+    expected = without_fpn(comparison.detect)[::2] if row == NO_FPN else ()
+    lines = [
+        f"{key} {own.get(key, 'none')} (ce: {common.get(key, 'none')})"
+        for key in dict.fromkeys([*own, *common])
+        if own.get(key) != common.get(key)
+        and not key.startswith(("METHOD", "TEACHER.", "TRANSFER."))
+        and key not in expected
+        and concerns(key, RESUME)
+        and not concerns(key, RUN)
+    ]
+    spec = comparison.methods.get(row)
+    if spec is None:
+        return lines
+    distill = merge_stage(comparison.distill, next(run.options for run in runs if run.kind == STUDENTS), "stage one")
+    stages = (
+        ("", spec.backbone, transfer_of(distill, spec.backbone.word), comparison.distill.TRANSFER),
+        (MARK, spec.detector, configs[0].TRANSFER, comparison.detect.TRANSFER),
+    )
+    for mark, method, node, base in stages:
+        pooled = comparison.detect.MODEL.ROI_HEADS.IN_FEATURES if mark else []
+        if method.names and list(node.LEVELS) != (levels := list(base.LEVELS or pooled)):
+            lines.append(f"TRANSFER.LEVELS{mark} {list(node.LEVELS)} (elsewhere: {levels})")
+        for name in method.names:
+            options = plain(node.OPTIONS).get(name, {})
+            lines += [
+                f"{name}{mark}.{option} {value} (default: {default})"
+                for option, default in get_term(name).options.items()
+                if (value := options.get(option, default)) != default
+            ]
+    return lines
 
 
 def _commands(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]:

@@ -11,16 +11,35 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.result import BASELINE, NO_FPN, SCRATCH, TEACHER
-from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_generated, check_stages_fit, errors_of, load_stage
-from nst_det.detection.config import choose_engine, wanted_engine
-from nst_det.engine.config import expand_path, flat, key_values, load_config, merge_overrides, plain, read_yaml
+from nst_det.comparison.result import BASELINE, NO_FPN, SCRATCH, TEACHER, TermWeight
+from nst_det.comparison.stages import (
+    DETECT,
+    DISTILL,
+    TITLES,
+    check_generated,
+    check_stages_fit,
+    data_fingerprints,
+    errors_of,
+    load_stage,
+)
+from nst_det.detection.config import ENGINES, choose_engine, wanted_engine
+from nst_det.engine.config import (
+    config_file,
+    expand_path,
+    flat,
+    key_values,
+    load_config,
+    merge_overrides,
+    plain,
+    read_yaml,
+)
 from nst_det.engine.device import core_count
 from nst_det.engine.fingerprint import RESUME, RUN, concerns
 from nst_det.engine.io import read_json
+from nst_det.engine.keys import Key, config_tree, one_of
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
-from nst_det.losses import LABELS_ONLY, Method, parse_method
+from nst_det.losses import LABELS_ONLY, Method, get_term, parse_method
 from nst_det.models.registry import check_name
 
 MARK = "@det"
@@ -87,36 +106,74 @@ def read_tuned(path: Path) -> dict[str, Tuned]:
     return found
 
 
-def weights_from(
-    row: RowSpec, tuned: Mapping[str, Tuned], distill: Mapping[str, Any], detect: Mapping[str, Any]
-) -> str:
-    """Return where the weights of a row's terms are from, by the TRANSFER nodes of both stages; "" without terms."""
+def row_weights(
+    row: RowSpec,
+    tuned: Mapping[str, Tuned],
+    nodes: Sequence[Mapping[str, Any]],
+    found: Sequence[Mapping[str, float]] = ({}, {}),
+) -> list[TermWeight]:
+    """Return the weight of each term and where it is from.
+
+    ``nodes`` are the TRANSFER nodes of both stages, ``found`` the weights that training had there.
+    """
+    weights = []
     # the backbone of a row with terms of stage two is that of the row without them
-    parts = [(row.backbone, row.backbone.word, distill), (row.detector, row.word, detect)]
-    sources: list[str] = []
-    for method, word, node in parts:
-        if method.names and word in tuned:
-            sources.append(f"tuned: {tuned[word].trials} trials")
-            continue
+    parts = [(row.backbone, row.backbone.word, ""), (row.detector, row.word, MARK)]
+    for (method, word, mark), node, trained in zip(parts, nodes, found):
+        search = tuned.get(word, Tuned())
         for name, weight in method:
-            if weight is not None:
-                sources.append("weight in the method string")
-            elif name in node.get("AUTO_WEIGHT", {}):
-                sources.append("automatic weight")
-            else:
-                sources.append("configured weight" if name in node.get("WEIGHTS", {}) else "default weight")
-    return ", ".join(dict.fromkeys(sources))
+            default = get_term(name).weight
+            source: Any = "default"
+            if weight is None and name in node.get("AUTO_WEIGHT", {}):
+                source = "auto"
+            elif weight is None and name in search.settings.get("WEIGHTS", {}):
+                source = "tuned"
+            elif weight is not None or node.get("WEIGHTS", {}).get(name, default) != default:
+                source = "configured"
+            weights.append(
+                TermWeight(name + mark, trained.get(name), source, search.trials if source == "tuned" else None)
+            )
+    return weights
 
 
-def default_config() -> CfgNode:
-    """Return the keys with their defaults; what they mean is in ``docs/reference/compare.md``."""
-    config = CfgNode({"NAME": "comparison", "OUTPUT_DIR": "", "ENGINE": "auto", "JOBS": 0, "THREADS": 0})
-    config.METHODS, config.SEEDS, config.ROWS, config.TUNED = ["kd", "nst-poly"], [0], [SCRATCH], ""
-    config.DATA = CfgNode({"ROOT": ""})
-    config.DATA.GENERATE = CfgNode(new_allowed=True)
-    config.DISTILL = CfgNode({"CONFIG": "", "OPTS": []})
-    config.DETECT = CfgNode({"CONFIG": "", "OPTS": [], **{key: [] for key in ROW_OPTS.values()}})
-    return config
+KEYS = {
+    "NAME": Key("comparison", "begins the names of the backbone files"),
+    "OUTPUT_DIR": Key("", 'where everything is written; "" takes output/NAME'),
+    "ENGINE": one_of("engine of the detectors; auto takes Detectron2 where it is installed", *ENGINES),
+    "METHODS": Key(
+        ["kd", "nst-poly"],
+        "transfer methods beside ce (labels only); a term marked @det works in stage two, from a teacher detector "
+        "(cwd@det, kd+nst-poly@det)",
+    ),
+    "SEEDS": Key([0], "one whole set of rows a seed"),
+    "ROWS": Key(
+        [SCRATCH],
+        "more detectors: scratch (random backbone, always among them), no-fpn (as ce, without FPN: the difference is "
+        "what FPN brings), teacher (the teacher's backbone, an upper mark)",
+    ),
+    "TUNED": Key("", 'the tuned.yaml of nst-det tune: weights and levels of the methods in it; "" takes none'),
+    "JOBS": Key(
+        0,
+        "runs side by side; 0 takes one a GPU, or without a GPU one a core; those on GPUs share the cores, "
+        "and what runs "
+        "on the CPU beside them is not counted",
+    ),
+    "THREADS": Key(0, "CPU threads of stage one (a detector has one); 0 takes the cores, at most 8"),
+    "DATA.GENERATE": Key({}, "settings of the generated data set; {} generates none"),
+    "DATA.ROOT": Key("", 'where it is written; "" takes OUTPUT_DIR/data'),
+    "DISTILL.CONFIG": Key("", "stage one's YAML, relative to this file"),
+    "DISTILL.OPTS": Key([], "KEY VALUE pairs on top of it"),
+    "DETECT.CONFIG": Key("", "stage two's YAML, relative to this file"),
+    "DETECT.OPTS": Key([], "KEY VALUE pairs on top of it"),
+    "DETECT.SCRATCH_OPTS": Key([], "KEY VALUE pairs for the row scratch alone"),
+    "DETECT.NO_FPN_OPTS": Key([], "KEY VALUE pairs for the row no-fpn alone"),
+    "DETECT.TEACHER_OPTS": Key(
+        [],
+        "KEY VALUE pairs for the row teacher, and for the detector that teaches rows with @det (trained "
+        "once, with seed "
+        "0, unless stage two's config names one by TEACHER)",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -139,6 +196,10 @@ class Comparison:
     tuned: Mapping[str, Tuned]  # what a search found, by method string
     claim: dict[str, Any]  # what must not change between two calls on one folder
 
+    def inputs(self) -> dict[str, str]:
+        """Return the fingerprints of data and weights, by key; of generated data its settings in the claim say all."""
+        return {} if self.generate else data_fingerprints(self.distill, self.detect)
+
     @property
     def students(self) -> tuple[str, ...]:
         """The methods of stage one, each once, ``ce`` first."""
@@ -156,11 +217,12 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
 
     ``overrides`` are KEY VALUE pairs; ``DISTILL.X.Y 3`` and ``DETECT.X.Y 3`` set X.Y of that stage's own config.
     """
-    pairs, known = key_values(overrides), flat(default_config())
+    file = config_file(file, "compare.yaml")
+    pairs, known = key_values(overrides), KEYS
     # for a stage's own config
     forwarded = [pair for pair in pairs if pair[0] not in known and pair[0].startswith((f"{DISTILL}.", f"{DETECT}."))]
     own = [word for pair in pairs if pair not in forwarded for word in pair]
-    config = load_config(default_config(), file, own)
+    config = load_config(config_tree(KEYS), file, own)
     with errors_of(f"{file}: NAME"):
         check_name(config.NAME)
     with errors_of(f"{file}: METHODS", ValueError):

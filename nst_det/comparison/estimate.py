@@ -20,10 +20,10 @@ from nst_det.comparison.config import Comparison
 from nst_det.comparison.display import steps_done
 from nst_det.comparison.launch_local import Command, LocalLauncher, Machine, Process
 from nst_det.comparison.plan import DATA, Run, make_plan, run_config, total_steps
-from nst_det.data.folders import read_image_folder
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import voc_roots
-from nst_det.engine.config import expand_path, flat, plain
+from nst_det.distillation.dataloader import read_data
+from nst_det.engine.config import flat, plain
 from nst_det.engine.fingerprint import RATE, RUN, concerns
 from nst_det.engine.format import GIB, bytes_below, duration, size
 from nst_det.engine.io import write_text
@@ -85,7 +85,7 @@ def _shortened(run: Run, config: CfgNode) -> CfgNode:
     config.TEST.EVAL_PERIOD = 0
     config.SOLVER.CHECKPOINT_PERIOD = STEPS // 2
     if run.detects:
-        config.TEST.SELECT = "last"
+        config.TEST.SELECT, config.TEST.PATIENCE = "last", 0
         return config
     config.LOG_PERIOD = 1
     config.TEACHER.EXPECTED_TOP1, config.CACHE.DIR, config.CACHE.DTYPE = 0.0, "", "auto"
@@ -153,8 +153,7 @@ def images_kept(run: Run, config: CfgNode) -> int:
         images, kept = len(sizes), sum(sizes) if sum(sizes) <= config.DATALOADER.CACHE_IMAGES_MB * 2**20 else 0
     else:
         data = config.DATA
-        root = expand_path(data.ROOT, "DISTILL.DATA.ROOT")
-        images = len(read_image_folder(root, data.VAL_FRACTION, data.VAL_SEED).train)
+        images = len(read_data(config).train)
         kept = min(images * 3 * data.IMAGE_SIZE**2, int(data.CACHE_GIB * GIB))
     return round(kept * max(0.0, 1 - STEPS * config.SOLVER.IMS_PER_BATCH / max(images, 1)))
 

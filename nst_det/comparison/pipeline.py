@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
+from rich.markup import escape
 from rich.table import Table
 
 import nst_det.report
@@ -19,10 +20,17 @@ from nst_det.comparison.launch_local import Command, Launcher, LocalLauncher, Ma
 from nst_det.comparison.launch_ray import RayLauncher, connected
 from nst_det.comparison.plan import DATA, STUDENTS, Run, make_plan, run_config, teacher_detector_name, total_steps
 from nst_det.comparison.result import BASELINE, ComparisonResult
-from nst_det.comparison.stages import check_data_folders, check_detector_losses, check_distill_losses
+from nst_det.comparison.stages import (
+    check_backbones,
+    check_data_folders,
+    check_detector_losses,
+    check_distill_losses,
+)
+from nst_det.distillation.fingerprint import student_claim
 from nst_det.engine.format import duration, print_table, size
 from nst_det.engine.io import write_text
 from nst_det.engine.run_dir import RunFolder
+from nst_det.losses import parse_method
 
 
 def compare(
@@ -34,10 +42,11 @@ def compare(
     is that of the Ray cluster that does the runs, "" for one on this machine.
     """
     runs = make_plan(comparison)
+    check_folders(comparison, runs)
     configs = checked_configs(comparison, runs)
     machine = this_machine(jobs or comparison.jobs)
     folder = comparison.folder
-    with RunFolder(folder).opened(comparison.claim):
+    with RunFolder(folder).opened(comparison.claim, comparison.inputs()):
         if ray_address is None:
             launch(runs, configs, folder, machine, LocalLauncher(folder, machine, command))
         else:
@@ -47,6 +56,16 @@ def compare(
         results.save(folder / "report" / "results.json")
         nst_det.report.write_report(results, folder / "report", folder)
     return results
+
+
+def check_folders(comparison: Comparison, runs: Sequence[Run]) -> None:
+    """Refuse a folder that holds another comparison, or runs whose terms had other weights, levels or options."""
+    RunFolder(comparison.folder).check(comparison.claim)
+    for run in (run for run in runs if run.detects or run.kind == STUDENTS):
+        config = run_config(comparison, run)
+        for folder in run.folders:
+            claim = config if run.detects else student_claim(config, parse_method(folder.name), "", "")
+            RunFolder(folder).check(claim, "TRANSFER.")
 
 
 def launch(
@@ -69,6 +88,9 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
     if not comparison.generate:
         check_data_folders(comparison.distill, comparison.detect, comparison.name)
     configs = run_configs(comparison, runs)
+    detectors = [configs[run.name] for run in runs if run.detects and run.name in configs]
+    if comparison.engine == "torchvision":
+        check_backbones(detectors, comparison.name)
     # a teacher detector of the user's own is left to its run, and Detectron2 to itself
     teacher = configs.get(teacher_detector_name(comparison))
     for run in runs if teacher is not None and comparison.engine == "torchvision" else ():
@@ -80,6 +102,14 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
 def run_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNode]:
     """Return the checked config of each run but the data's, by name."""
     return {run.name: run_config(comparison, run) for run in runs if run.kind != DATA}
+
+
+def print_plan(comparison: Comparison) -> list[Run]:
+    """Print the runs and what is done of them, after the checks of folders that the comparison itself makes."""
+    runs = make_plan(comparison)
+    check_folders(comparison, runs)
+    print_table(plan_table(comparison, runs))
+    return runs
 
 
 def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, Estimate] | None = None) -> Table:
@@ -101,8 +131,7 @@ def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, 
 
 def dry_run(comparison: Comparison, jobs: int = 0) -> None:
     """Print the plan at once, then what it takes, measured on a few steps of each kind of run."""
-    runs = make_plan(comparison)
-    print_table(plan_table(comparison, runs))
+    runs = print_plan(comparison)
     if all(run.done for run in runs):
         return
     checked_configs(comparison, runs)
@@ -124,8 +153,9 @@ def results_table(results: ComparisonResult) -> Table:
     """Return the rows as a table: fractions with three digits."""
     rows, several = results.rows, len(results.seeds) > 1
     title = f"VOC mAP at IoU 0.5, 11-point; engine {results.engine}"
-    caption = None if several else "One seed: there is no spread to judge differences by."
-    table = Table(title=title, caption=caption)
+    notes = [] if several else ["One seed: there is no spread to judge differences by."]
+    notes += [f"{row.method}: {'; '.join(row.differs)}" for row in rows if row.differs]
+    table = Table(title=title, caption=escape("\n".join(notes)) or None)
     spread, interval = (["±"], ["95 % interval"]) if several else ([], [])
     for head in ("row", "mAP", *spread, "area", "vs ce", *interval, "top-1", "seconds", "verdict", "weights"):
         table.add_column(head, justify="left" if head in ("row", "verdict", "weights") else "right")
@@ -140,7 +170,7 @@ def results_table(results: ComparisonResult) -> Table:
             "top-1": "-" if row.top1 is None else f"{row.top1:.3f}",
             "seconds": f"{row.seconds:.0f}",
             "verdict": row.verdict,
-            "weights": row.weights,
+            "weights": row.weights_text,
         }
         shown = [cells[str(column.header)] for column in table.columns]
         table.add_row(*shown, end_section=bool(after and after.stage != row.stage))

@@ -25,13 +25,15 @@ from nst_det.comparison.result import BASELINE, NO_FPN, SCRATCH, TEACHER
 from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_stage, errors_of, generated_settings
 from nst_det.data.synthetic import SETTINGS_FILE
 from nst_det.distillation.config import teacher_solver
+from nst_det.distillation.dataloader import read_data
+from nst_det.distillation.fingerprint import teacher_claim
 from nst_det.engine.device import core_count
+from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder, differing
 
 # kinds of runs, besides "teacher"
 DATA, STUDENTS, DETECTOR, TEACHER_DETECTOR = "data", "students", "detector", "teacher detector"
 # of the detector that teaches: the same for all seeds, as the teacher of stage one is
 TEACHER_SEED = 0
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,16 @@ def _student(comparison: Comparison, row: str) -> str:
 
 def teacher_folder(comparison: Comparison) -> Path:
     return comparison.folder / "teacher" / "teacher"
+
+
+def finished_teacher(comparison: Comparison) -> str:
+    """Return the backbone file of a comparison's own teacher, if it is trained; else ""."""
+    folder, file = RunFolder(teacher_folder(comparison)), backbone_file(comparison, TEACHER, TEACHER_SEED)
+    if comparison.distill.TEACHER.WEIGHTS or not (folder.done and Path(file).is_file()):
+        return ""
+    config = run_config(comparison, next(run for run in make_plan(comparison) if run.kind == TEACHER))
+    claim = teacher_claim(config, read_data(config).fingerprint(), "", to_train=True)
+    return "" if differing(folder.config(), claim) else file
 
 
 def detector_folder(comparison: Comparison, row: str, seed: int) -> Path:

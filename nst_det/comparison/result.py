@@ -79,6 +79,7 @@ class SeedResult:
     map_by_iou: dict[str, float | None]
     coco: dict[str, float | None]
     objects: dict[str, int]
+    objects_per_class: dict[str, int]
     checkpoints: Checkpoints | None
     params: int | None
     engine: str | None
@@ -87,6 +88,7 @@ class SeedResult:
     speed_detector: dict[str, float]
     top1: float | None
     top5: float | None
+    val_images: int | None  # that top1 and top5 are measured on
     term_weights: dict[str, dict[str, float]]  # of each stage (backbone, detector), AUTO_WEIGHT's choice among them
     backbone: str
     seconds_backbone: float
@@ -97,12 +99,23 @@ class SeedResult:
 
 
 @dataclass(frozen=True)
+class TermWeight:
+    """The weight of one term of a row: a mean over seeds, None where no run of the row tells it."""
+
+    term: str  # with @det where it works in stage two
+    weight: float | None
+    source: Literal["default", "configured", "tuned", "auto"]
+    trials: int | None  # of the search that found it
+
+
+@dataclass(frozen=True)
 class RowResult:
     """One row over all its seeds; AP, mAP and top-1 are means over seeds, 0..1, None where nothing is known."""
 
     method: str
     stage: Literal["", "backbone", "detector"]  # the last one in which it learns from a teacher; "" where it doesn't
-    weights: str  # where the terms' weights are from, such as "tuned: 8 trials"
+    weights: list[TermWeight]
+    differs: list[str]  # what its training has otherwise than that of ce, besides its terms: "KEY value (ce: value)"
     map: float  # VOC mAP at IoU 0.5, 11-point
     map_std: float | None  # standard deviation over seeds
     map_area: float  # by area
@@ -115,9 +128,10 @@ class RowResult:
     verdict: Literal["reference", "single seed", "noise", "better", "worse"]
     per_class: dict[str, float | None]  # 11-point AP
     per_class_area: dict[str, float | None]
-    map_by_iou: dict[str, float | None]  # this and the next two as nst_det.evaluation.metrics.summarize gives them
+    map_by_iou: dict[str, float | None]  # this and the next three as nst_det.evaluation.metrics.summarize gives them
     coco: dict[str, float | None]
     objects: dict[str, int]
+    objects_per_class: dict[str, int]
     top1: float | None  # of the backbone
     top1_std: float | None
     seconds: float  # of training, both stages together
@@ -135,6 +149,23 @@ class RowResult:
     def is_method(self) -> bool:
         """Whether it learns from a teacher (it is not the baseline, nor one of the marks)."""
         return self.method != BASELINE and self.method not in MARKS
+
+    @property
+    def weights_from(self) -> str:
+        """Where its weights are from, such as ``default`` or ``tuned (8 trials), configured``; "" without terms."""
+        return ", ".join(self._weights_by_source())
+
+    @property
+    def weights_text(self) -> str:
+        """The same with each weight, such as ``default: kd 1, nst-poly 50``."""
+        return "; ".join(f"{source}: {', '.join(terms)}" for source, terms in self._weights_by_source().items())
+
+    def _weights_by_source(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for one in self.weights:
+            source = one.source if one.trials is None else f"{one.source} ({one.trials} trials)"
+            found.setdefault(source, []).append(one.term if one.weight is None else f"{one.term} {one.weight:.4g}")
+        return found
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,17 @@ from fvcore.common.config import CfgNode
 import nst_det.detection.config as detection_config
 import nst_det.distillation.config as distillation_config
 from nst_det.data.synthetic import CLASSIFICATION, DETECTION, SETTINGS_FILE, generate_data, settings_from
+from nst_det.data.voc import VocDataset
+from nst_det.detection.fingerprint import input_fingerprints
+from nst_det.distillation.dataloader import read_data
 from nst_det.engine.config import expand_path, load_config
+from nst_det.engine.io import sha256_of_file
 from nst_det.errors import UserError
+from nst_det.models import resolve
 from nst_det.models.card import Card, check_input_contract, input_contract
 
+# classes of data that aren't there yet, or whose own don't matter
+UNKNOWN = ("?",)
 # prefixes of the stages' keys in a comparison's config
 DISTILL, DETECT = "DISTILL", "DETECT"
 TITLES = {DISTILL: "stage one", DETECT: "stage two"}
@@ -85,7 +92,7 @@ def check_distill_losses(distill: CfgNode, methods: Iterable[str], source: str) 
     config.TEACHER.TRAIN = config.TEACHER.TRAIN or config.TEACHER.PRETRAINED
     config.STUDENT.PRETRAINED = config.TEACHER.PRETRAINED = False
     with errors_of(f"{source}: DISTILL"):
-        teacher = initial_teacher(config, ["0", "1"])
+        teacher = initial_teacher(config, None)
         student = initial_student(config, teacher.num_classes)
         build_losses(config, parse_methods(list(methods)), student, teacher, labels_shared=True)
 
@@ -96,9 +103,7 @@ def check_detector_losses(student: CfgNode, teacher: CfgNode, source: str) -> No
     from nst_det.detection.torchvision import Detector, build_detector
 
     def bare(config: CfgNode) -> Detector:
-        config = config.clone()
-        config.defrost()
-        config.MODEL.WEIGHTS, config.MODEL.TIMM.PRETRAINED = "", False
+        config = _bare(config)
         # the heads' width plays no part, and the data may not be there yet
         config.MODEL.ROI_HEADS.NUM_CLASSES = config.MODEL.ROI_HEADS.NUM_CLASSES or 1
         return build_detector(config)
@@ -107,16 +112,47 @@ def check_detector_losses(student: CfgNode, teacher: CfgNode, source: str) -> No
         distill(bare(student), bare(teacher), student.METHOD, student.TRANSFER)
 
 
+def check_backbones(configs: Iterable[CfgNode], source: str) -> None:
+    """Build each backbone of stage two once, so that one that suits no detector is found before stage one."""
+    from nst_det.detection.torchvision.backbone import build_backbone
+
+    bare = [_bare(config) for config in configs]
+    with errors_of(f"{source}: DETECT"):
+        for config in {
+            str((config.MODEL.TIMM, config.MODEL.BACKBONE, config.MODEL.FPN)): config for config in bare
+        }.values():
+            build_backbone(config, 0)
+
+
+def _bare(config: CfgNode) -> CfgNode:
+    """Return the config of a detector with random weights."""
+    config = config.clone()
+    config.defrost()
+    config.MODEL.WEIGHTS, config.MODEL.TIMM.PRETRAINED = "", False
+    return config
+
+
 def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
-    """Refuse data folders that aren't there."""
+    """Refuse data folders that aren't there, and lists that aren't in them."""
     folders = {"DISTILL.DATA.ROOT": distill.DATA.ROOT}
-    for name in (*detect.DATASETS.TRAIN, *detect.DATASETS.TEST):
-        # Detectron2 may know other names by itself
-        if name in detect.DATASETS.VOC:
-            folders[f"DETECT.DATASETS.VOC.{name}.ROOT"] = detect.DATASETS.VOC[name].get("ROOT", "")
+    # Detectron2 may know other names by itself
+    sets = [name for name in (*detect.DATASETS.TRAIN, *detect.DATASETS.TEST) if name in detect.DATASETS.VOC]
+    folders |= {f"DETECT.DATASETS.VOC.{name}.ROOT": detect.DATASETS.VOC[name].get("ROOT", "") for name in sets}
     for key, folder in folders.items():
         if not folder or not Path(expand_path(str(folder), key)).is_dir():
             raise UserError(f"{source}: {key}: no folder '{folder}'; name it on the command line: {key} DIR")
+    with errors_of(f"{source}: DETECT"):
+        for root, split in detection_config.voc_roots(detect, sets, "DATASETS.VOC"):
+            # the list alone is read
+            VocDataset(root, split, UNKNOWN)
+
+
+def data_fingerprints(distill: CfgNode, detect: CfgNode) -> dict[str, str]:
+    """Return the fingerprints, by key, of data and weights that both stages name by a path."""
+    inputs = {f"{DETECT}.{key}": value for key, value in input_fingerprints(detect).items()}
+    weights = expand_path(distill.TEACHER.WEIGHTS, f"{DISTILL}.TEACHER.WEIGHTS")
+    teacher = {f"{DISTILL}.TEACHER.SHA256": sha256_of_file(resolve(weights))} if weights else {}
+    return {f"{DISTILL}.DATA.FINGERPRINT": read_data(distill).fingerprint(), **teacher, **inputs}
 
 
 def check_generated(generate: dict[str, Any], root: Path, source: str) -> None:

@@ -35,7 +35,7 @@ FAULTS = {
 }
 _UTF8 = re.compile(rb"""^(\s*<\?xml[^>]*?encoding\s*=\s*["'])utf_?8(?=["'])""", re.IGNORECASE)
 # float() alone would take "nan", "inf", "4_0" and digits of other scripts
-_NUMBER = re.compile(r"[-+]?\d{1,12}(\.\d{0,20})?([eE][-+]?\d{1,2})?", re.ASCII)
+NUMBER = re.compile(r"[-+]?\d{1,12}(\.\d{0,20})?([eE][-+]?\d{1,2})?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ class VocAnnotation:
         """Return the kind of fault of an object's box, and one line about it."""
         box, width, height = self.objects[index].box, self.width, self.height
         xmin, ymin, xmax, ymax = box
-        if xmax < xmin or ymax < ymin:
+        # both ends are inside: a side is xmax - xmin + 1 pixels
+        if xmax - xmin < -1 or ymax - ymin < -1:
             fault = SWAPPED
-        elif xmax == xmin or ymax == ymin:
+        elif xmax <= xmin or ymax <= ymin:
             fault = NO_AREA
         elif not width:
             return None
@@ -176,7 +177,7 @@ def _object(element: Element, number: int, problems: list[str]) -> VocObject | N
     flags = []
     for flag in ("difficult", "truncated"):
         text = (element.findtext(flag) or "").strip()
-        share = float(text) if flag == "truncated" and _NUMBER.fullmatch(text) else -1
+        share = float(text) if flag == "truncated" and NUMBER.fullmatch(text) else -1
         flags.append(FLAGS.get(text.lower(), share > 0))
         # some tools write which share of the object is cut off
         if text.lower() not in FLAGS and not 0 <= share <= 1:
@@ -193,7 +194,7 @@ def _object(element: Element, number: int, problems: list[str]) -> VocObject | N
 
 def _number(element: Element, path: str, problems: list[str], where: str = "", side: bool = False) -> float | None:
     text = element.findtext(path)
-    value = float(text) if text is not None and _NUMBER.fullmatch(text.strip()) else None
+    value = float(text) if text is not None and NUMBER.fullmatch(text.strip()) else None
     if value is None or abs(value) > MAX_PIXELS or (side and not (value >= 1 and value.is_integer())):
         found = "is missing" if text is None else f"is '{shown(text.strip(), 40)}'"
         kind = "a whole number of pixels" if side else "pixels"

@@ -12,17 +12,12 @@ from typing import NamedTuple
 
 from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, annotation_from, parse_xml
 from nst_det.data.coco import SPLITS, CocoImage, CocoSource, read_coco
-from nst_det.data.folders import EXTENSIONS, class_folders
-from nst_det.data.images import MAX_IMAGE_BYTES, decode_oriented
-from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, shown, shown_path
-from nst_det.data.voc import (
-    IMAGE_EXTENSIONS,
-    annotation_files,
-    existing_split_path,
-    find_voc_root,
-    image_names,
-    scan_list,
-)
+from nst_det.data.folders import class_folders
+from nst_det.data.images import EXTENSIONS, MAX_IMAGE_BYTES, decode_oriented
+from nst_det.data.layouts import Layout, find_layout
+from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, read_text, shown, shown_path
+from nst_det.data.voc import composed, existing_split_path, find_voc_root, scan_list
+from nst_det.data.yolo import MAX_LABEL_BYTES, YoloClasses, parse_yolo
 from nst_det.engine.device import core_count
 from nst_det.errors import UserError
 
@@ -48,7 +43,7 @@ class Report:
     """What was looked at, and what is wrong with it."""
 
     root: Path
-    layout: str  # VOC folder or image folder
+    layout: str  # what was recognized, such as VOC folder or image folder
     counts: dict[str, int] = field(default_factory=dict)  # of images, annotations, objects and so on
     problems: list[Problem] = field(default_factory=list)  # in the end by kind, then by file
 
@@ -74,11 +69,11 @@ def check_data(
     classes: Sequence[str] | None = None,
     workers: int = 0,
 ) -> Report:
-    """Look at every file of a VOC folder or an image folder; images are decoded, by ``workers`` threads (0: all cores).
+    """Look at every file of a folder with boxes (any that :func:`find_layout` knows) or an image folder.
 
-    ``splits`` are VOC lists to look at, with the images in them; None takes all lists and all files.  ``classes`` are
-    the only names that objects (or class folders) may have; None allows any.  COCO's JSON is looked at by
-    :func:`check_coco`.
+    Images are decoded, by ``workers`` threads (0: all cores).  ``splits`` are lists to look at, with the images in
+    them; None takes all lists and all files.  ``classes`` are the only names that objects (or class folders) may have;
+    None allows any.  COCO's JSON is looked at by :func:`check_coco`.
     """
     workers = workers or core_count()
     if isinstance(path, CocoSource):
@@ -86,18 +81,15 @@ def check_data(
     root = Path(path).expanduser()
     if root.suffix.lower() == ".json":
         raise UserError(f"{shown_path(root)}: COCO's JSON needs the folder of its images too; name it by --images")
-    if not root.is_dir():
-        raise UserError(f"{shown_path(root)}: no such folder; name a VOC folder or an image folder")
-    try:
-        voc = find_voc_root(root)
-    except UserError as not_voc:
-        if (root / "ImageSets").exists() or (root / "JPEGImages").exists() or "several" in str(not_voc):
-            raise
-        if splits:
-            raise UserError(f"{shown_path(root)}: lists are for VOC folders, and this is none") from None
-        report = _check_folders(root.resolve(), classes, workers)
+    layout = find_layout(root)
+    if layout:
+        report = _check_layout(layout, splits, classes, workers)
     else:
-        report = _check_voc(voc, splits, classes, workers)
+        if (root / "ImageSets").exists() or (root / "JPEGImages").exists():
+            find_voc_root(root)
+        if splits:
+            raise UserError(f"{shown_path(root)}: lists are for folders with boxes, and this has none")
+        report = _check_folders(root.resolve(), classes, workers)
     report.problems.sort(key=lambda problem: (problem.kind, problem.file))
     return report
 
@@ -113,12 +105,12 @@ def check_coco(
     annotations = {image.annotation.id: (image.where, image.annotation) for image in found}
     unsized = [image for image in found if not image.annotation.width and image.path in decoded]
     for image in unsized:
-        width, height = decoded[image.path][:2]
+        width, height = decoded[image.path].size
         annotations[image.annotation.id] = image.where, replace(image.annotation, width=width, height=height)
     if unsized:
         text = f"has no size of {len(unsized)} of {len(found)} images; the images' own are taken"
         report.add(SIZE_MISSING, source.files[0], text)
-    _check_objects(report, source.files[0], annotations, images, decoded, classes)
+    _check_annotations(report, source.files[0], annotations, images, decoded, classes)
     parts = [[image.path for image in found if image.split == split] for split in SPLITS]
     _check_twins(report, [shown_path(file) for file in source.files], parts, decoded)
     report.problems.sort(key=lambda problem: (problem.kind, problem.file))
@@ -126,8 +118,7 @@ def check_coco(
 
 
 class _Decoded(NamedTuple):
-    width: int  # upright
-    height: int
+    size: tuple[int, int]  # width and height, upright
     sha256: str
     orientation: int  # of EXIF, 1 where it is upright
 
@@ -141,8 +132,7 @@ def _check_images(report: Report, paths: Sequence[Path], workers: int) -> dict[P
             image, orientation = decode_oriented(data, shown_path(path))
         except UserError as error:
             return error
-        height, width = image.shape[:2]
-        return _Decoded(width, height, hashlib.sha256(data).hexdigest(), orientation)
+        return _Decoded((image.shape[1], image.shape[0]), hashlib.sha256(data).hexdigest(), orientation)
 
     report.counts["images"] = len(paths)
     decoded = {}
@@ -206,32 +196,43 @@ def _class_images(report: Report, folder: Path) -> list[Path]:
     return images
 
 
-def _check_voc(root: Path, splits: Sequence[str] | None, classes: Sequence[str] | None, workers: int) -> Report:
-    report = Report(root, "VOC folder")
-    lists = _check_lists(report, splits)
-    images = _image_files(report)
-    annotated = annotation_files(root)
+def _check_layout(layout: Layout, splits: Sequence[str] | None, classes: Sequence[str] | None, workers: int) -> Report:
+    report = Report(layout.root, layout.kind)
+    lists = _check_lists(report, layout, splits)
+    for path, id_ in sorted(layout.unused.items()):
+        report.add("repeated id", path, f"{shown(layout.images[id_].name)} has the same name and is used; remove one")
+    images, annotated = layout.images, layout.annotations
     if splits is not None:
         listed = {id_ for ids in lists.values() for id_ in ids}
         images, annotated = ({id_: files[id_] for id_ in files if id_ in listed} for files in (images, annotated))
-    _check_pairs(report, lists, images, annotated)
+    _check_pairs(report, layout, lists, images, annotated)
     images, annotated = (
         {id_: path for id_, path in files.items() if not _leads_out(report, path)} for files in (images, annotated)
     )
     decoded = _check_images(report, list(images.values()), workers)
-    annotations = {id_: (path, _check_annotation(report, path, images)) for id_, path in annotated.items()}
+    annotations = {}
+    for id_, path in annotated.items():
+        seen = decoded.get(images[id_]) if id_ in images else None
+        if layout.classes:
+            annotation = _check_yolo(report, path, id_, seen.size if seen else (1, 1), layout.classes)
+        else:
+            annotation = _check_xml(report, path, id_, images)
+        # boxes of YOLO are known in pixels with the image alone
+        if annotation and (seen or not layout.classes):
+            annotations[id_] = path, annotation
     report.counts["annotations"] = len(annotated)
-    _check_objects(report, root / "Annotations", annotations, images, decoded, classes)
+    whole = layout.root / "Annotations" if layout.is_voc else layout.root
+    _check_annotations(report, whole, annotations, images, decoded, classes)
     for pair in DISJOINT:
         parts = [[images[id_] for id_ in lists.get(name, ()) if id_ in images] for name in pair]
         _check_twins(report, pair, parts, decoded)
     return report
 
 
-def _check_objects(
+def _check_annotations(
     report: Report,
     whole: Path,
-    annotations: Mapping[str, tuple[Path, VocAnnotation | None]],
+    annotations: Mapping[str, tuple[Path, VocAnnotation]],
     images: Mapping[str, Path],
     decoded: Mapping[Path, _Decoded],
     classes: Sequence[str] | None,
@@ -239,22 +240,10 @@ def _check_objects(
     """Compare annotations (by id, each with its place in ``whole``) with the images; look at every object in them."""
     names: Counter[str] = Counter()
     for id_, (path, annotation) in annotations.items():
-        if annotation is None:
-            continue
         names.update(annotation.names)
         if images.get(id_) in decoded:
             annotation = _check_size(report, path, annotation, images[id_], decoded[images[id_]])
-        first: dict[tuple[str, tuple[float, ...]], int] = {}
-        for index, item in enumerate(annotation.objects):
-            fault = annotation.box_fault(index)
-            if fault:
-                report.add(fault[0], path, fault[1])
-            if classes is not None and item.name not in classes:
-                known = ", ".join(f"'{shown(name)}'" for name in classes)
-                report.add("unknown class", path, f"{annotation.describe(index)} is not one of {known}")
-            twin = first.setdefault((item.name, item.box), index)
-            if twin != index:
-                report.add("repeated object", path, f"{annotation.describe(index)} is the same as object {twin + 1}")
+        _check_objects(report, path, annotation, classes)
     report.counts |= {"objects": names.total(), "classes": len(names)}
     similar = defaultdict(list)
     for name in sorted(names):
@@ -265,63 +254,57 @@ def _check_objects(
             report.add("similar class names", whole, f"{counts} may be one class; give it one name")
 
 
-def _check_size(report: Report, path: Path, annotation: VocAnnotation, image: Path, decoded: _Decoded) -> VocAnnotation:
+def _check_size(report: Report, path: Path, annotation: VocAnnotation, image: Path, seen: _Decoded) -> VocAnnotation:
     """Compare an annotation's size with its image's; return it with the latter where it has none."""
-    size, orientation = (decoded.width, decoded.height), decoded.orientation
-    if orientation != 1:
-        turned = f"its EXIF orientation is {orientation}, and it is turned upright when it is read"
+    if seen.orientation != 1:
+        turned = f"its EXIF orientation is {seen.orientation}, and it is turned upright when it is read"
         report.add("turned image", image, f"{turned}; see that the boxes are too, and drop the EXIF")
+    width, height = seen.size
     if not annotation.width:
-        report.add(SIZE_MISSING, path, f"its size is missing or 0; the image's own is taken, {size[0]}x{size[1]}")
-        return replace(annotation, width=size[0], height=size[1])
-    if size != (annotation.width, annotation.height):
-        declared, found = f"{annotation.width}x{annotation.height}", f"{size[0]}x{size[1]}"
-        sides = ", whose sides are exchanged by EXIF" if orientation >= 5 else ""
-        report.add("wrong size", path, f"size is {declared}, but the image is {found}{sides}; correct it")
+        report.add(SIZE_MISSING, path, f"its size is missing or 0; the image's own is taken, {width}x{height}")
+        return replace(annotation, width=width, height=height)
+    if seen.size != (annotation.width, annotation.height):
+        sides = ", whose sides are exchanged by EXIF" if seen.orientation >= 5 else ""
+        declared = f"{annotation.width}x{annotation.height}"
+        report.add("wrong size", path, f"size is {declared}, but the image is {width}x{height}{sides}; correct it")
     return annotation
 
 
-def _check_lists(report: Report, splits: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
+def _check_lists(report: Report, layout: Layout, splits: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
     """Return the ids of each list; lists of one class are left out."""
-    folder = report.root / "ImageSets" / "Main"
-    paths = sorted(folder.glob("*.txt"))
-    lists: dict[str, tuple[str, ...]] = {}
-    for path in paths if splits is None else [existing_split_path(report.root, name) for name in splits]:
+    lists = {name: ids for name, ids in layout.splits.items() if splits is None or name in splits}
+    files = layout.list_files()
+    if splits is not None:
+        files = {name: existing_split_path(layout.root, name) for name in splits if name not in lists}
+    for name, path in files.items():
         if _leads_out(report, path):
             continue
         try:
-            found = scan_list(path)
+            found = scan_list(path, layout.ids)
         except UserError as error:
             report.add("bad list", path, error)
             continue
         if found is not None:
-            lists[path.stem], problems = found
+            lists[name], problems = found
             for kind, text in problems:
                 report.add(kind, path, text)
     report.counts["lists"] = len(lists)
     for one, other in DISJOINT:
         for id_ in sorted(set(lists.get(one, ())) & set(lists.get(other, ()))):
-            report.add("id in two lists", folder / f"{other}.txt", f"{shown(id_)} is in {one} too; keep one")
+            path = files.get(other, layout.images.get(id_, layout.root))
+            report.add("id in two lists", path, f"{shown(id_)} is in {one} and in {other}; keep one")
     return lists
 
 
-def _image_files(report: Report) -> dict[str, Path]:
-    folder = report.root / "JPEGImages"
-    try:
-        names = image_names(folder)
-    except UserError:
-        report.add("missing image", folder, "no such folder; put the images there")
-        return {}
-    for path in sorted(folder.iterdir()):
-        used = names.get(path.stem, path.name)
-        if path.suffix.lower() in IMAGE_EXTENSIONS and path.name != used and not path.name.startswith("."):
-            report.add("repeated id", path, f"{shown(used)} has the same name and is used; remove one")
-    return {stem: folder / name for stem, name in sorted(names.items())}
-
-
 def _check_pairs(
-    report: Report, lists: dict[str, tuple[str, ...]], images: dict[str, Path], annotated: dict[str, Path]
+    report: Report,
+    layout: Layout,
+    lists: dict[str, tuple[str, ...]],
+    images: dict[str, Path],
+    annotated: dict[str, Path],
 ) -> None:
+    if layout.is_voc and not (layout.root / "JPEGImages").is_dir():
+        report.add("missing image", layout.root / "JPEGImages", "no such folder; put the images there")
     listed_in = defaultdict(list)
     for name, ids in lists.items():
         for id_ in ids:
@@ -330,14 +313,15 @@ def _check_pairs(
         listed = id_ in listed_in
         where = f"listed in {', '.join(listed_in[id_])}" if listed else "not listed"
         if id_ not in images and id_ not in annotated:
-            path = report.root / "JPEGImages" / id_
+            path = layout.root / "JPEGImages" / id_ if layout.is_voc else layout.root / id_
             report.add("missing image", path, f"no image and no annotation ({where}); add both")
         elif id_ not in images:
             kind = "missing image" if listed else "annotation without image"
-            report.add(kind, annotated[id_], f"no image {shown(id_)} with {' or '.join(IMAGE_EXTENSIONS)} ({where})")
-        elif id_ not in annotated:
+            report.add(kind, annotated[id_], f"no image {shown(id_)} with {' or '.join(EXTENSIONS)} ({where})")
+        elif id_ not in annotated and not layout.classes:
             kind = "missing annotation" if listed else "image without annotation"
-            report.add(kind, images[id_], f"no Annotations/{shown(id_)}.xml ({where})")
+            needed = f"Annotations/{shown(id_)}.xml" if layout.is_voc else "annotation of this name"
+            report.add(kind, images[id_], f"no {needed} ({where})")
 
 
 def _leads_out(report: Report, path: Path) -> bool:
@@ -347,25 +331,53 @@ def _leads_out(report: Report, path: Path) -> bool:
     return outside
 
 
-def _check_annotation(report: Report, path: Path, images: dict[str, Path]) -> VocAnnotation | None:
-    problem = name_problem(path.stem)
-    if problem:
-        report.add("bad annotation", path, f"its name {problem}; rename it")
+def _check_yolo(
+    report: Report, path: Path, id_: str, size: tuple[int, int], classes: YoloClasses
+) -> VocAnnotation | None:
+    try:
+        annotation, problems = parse_yolo(read_text(path, MAX_LABEL_BYTES, "label"), id_, size, classes)
+    except UserError as error:
+        report.add("bad annotation", path, error)
+        return None
+    for text in problems:
+        report.add("bad annotation", path, text)
+    return annotation
+
+
+def _check_xml(report: Report, path: Path, id_: str, images: dict[str, Path]) -> VocAnnotation | None:
     try:
         root = parse_xml(read_bytes(path, MAX_XML_BYTES, "annotation"))
     except UserError as error:
         report.add("bad annotation", path, error)
         return None
-    annotation, problems = annotation_from(root, path.stem)
+    annotation, problems = annotation_from(root, id_)
     for text in problems:
         report.add("bad annotation", path, text)
-    if annotation is None:
-        return None
-    filename = root.findtext("filename") or ""
-    if "/" in filename or "\\" in filename or filename in (".", ".."):
+    filename = (root.findtext("filename") or "").strip()
+    stem, image = Path(filename).stem, images.get(id_)
+    # a part of the image's own path is right
+    below = image is not None and f"{image.as_posix()}".endswith(f"/{filename}")
+    if ("/" in filename or "\\" in filename or filename in (".", "..")) and not below:
         report.add("leads outside", path, f"filename '{shown(filename)}' leads elsewhere (it isn't followed)")
-    elif Path(filename.strip()).stem != path.stem and Path(filename.strip()).stem in images:
-        used = shown(images[path.stem].name) if path.stem in images else "none"
-        text = f"filename names the image {shown(filename.strip())}, but an annotation's own name counts ({used})"
+    elif not below and composed(stem) != composed(path.stem) and composed(stem) in images:
+        used = shown(image.name) if image else "none"
+        text = f"filename names the image {shown(filename)}, but an annotation's own name counts ({used})"
         report.add("names another image", path, f"{text}; rename one of them, or correct filename")
     return annotation
+
+
+def _check_objects(report: Report, path: Path, annotation: VocAnnotation, classes: Sequence[str] | None) -> None:
+    problem = name_problem(annotation.id)
+    if problem:
+        report.add("bad annotation", path, f"its name {problem}; rename it")
+    first: dict[tuple[str, tuple[float, ...]], int] = {}
+    for index, item in enumerate(annotation.objects):
+        fault = annotation.box_fault(index)
+        if fault:
+            report.add(fault[0], path, fault[1])
+        if classes is not None and item.name not in classes:
+            names = ", ".join(f"'{shown(name)}'" for name in classes)
+            report.add("unknown class", path, f"{annotation.describe(index)} is not one of {names}")
+        twin = first.setdefault((item.name, item.box), index)
+        if twin != index:
+            report.add("repeated object", path, f"{annotation.describe(index)} is the same as object {twin + 1}")

@@ -9,10 +9,7 @@ middle) the upright box around it is taken.  Segmentations are left out.
 from __future__ import annotations
 
 import math
-import os
 import re
-import shutil
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +22,10 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 
 from nst_det.data.annotation import MAX_PIXELS, NO_AREA, VocAnnotation, VocObject, voc_xml
+from nst_det.data.images import EXTENSIONS
 from nst_det.data.safe_io import is_number, leads_outside, name_problem, shown, shown_path
-from nst_det.data.voc import IMAGE_EXTENSIONS, make_voc_folders, with_size_of, write_split
-from nst_det.engine.io import read_json
+from nst_det.data.voc import composed, make_voc_folders, walk_files, with_size_of, write_split
+from nst_det.engine.io import link_or_copy, read_json
 from nst_det.errors import UserError
 
 # the lists that two files become; one file becomes none, and the lists are cut later
@@ -104,11 +102,7 @@ def write_coco_as_voc(images: Sequence[CocoImage], root: Path) -> Path:
     for image in images:
         annotation = image.annotation if image.annotation.width else with_size_of(image.path, image.annotation)
         target = root / "JPEGImages" / f"{annotation.id}{image.path.suffix}"
-        try:
-            os.link(image.path.resolve(), target)
-        except OSError:
-            # another file system, or one without hard links
-            shutil.copyfile(image.path, target)
+        link_or_copy(image.path, target)
         text = voc_xml(annotation, target.name, root.name)
         (root / "Annotations" / f"{annotation.id}.xml").write_text(text, encoding="utf-8")
     splits = {image.split for image in images}
@@ -172,7 +166,7 @@ class _ImageFolder:
         return path
 
     def _alike(self, name: str, parts: Sequence[str]) -> Path | None:
-        named = self._by_name.get(unicodedata.normalize("NFC", parts[-1]), [])
+        named = self._by_name.get(composed(parts[-1]), [])
         shared = [(_shared_end(parts, path.relative_to(self.folder).parts), path) for path in named]
         most = max((count for count, _ in shared), default=0)
         best = [path for count, path in shared if count == most]
@@ -184,9 +178,8 @@ class _ImageFolder:
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
         found = defaultdict(list)
-        for at, _, names in os.walk(self.folder):
-            for name in names:
-                found[unicodedata.normalize("NFC", name)].append(Path(at, name))
+        for path in map(Path, walk_files(self.folder)):
+            found[composed(path.name)].append(self.folder / path)
         return found
 
 
@@ -353,12 +346,12 @@ def _size(entry: Any) -> tuple[int, int]:
 
 def _voc_id(path: Path, folder: Path) -> str:
     relative = path.relative_to(folder)
-    id_ = unicodedata.normalize("NFC", "_".join(relative.with_suffix("").parts).replace("\\", "_"))
+    id_ = composed("_".join(relative.with_suffix("").parts).replace("\\", "_"))
     problem = name_problem(id_)
     if problem:
         raise UserError(f"file_name '{shown(str(relative))}' {problem}; rename the image")
-    if path.suffix.lower() not in IMAGE_EXTENSIONS:
-        raise UserError(f"'{shown(str(relative))}' is not one of {', '.join(IMAGE_EXTENSIONS)}; convert the image")
+    if path.suffix.lower() not in EXTENSIONS:
+        raise UserError(f"'{shown(str(relative))}' is not one of {', '.join(EXTENSIONS)}; convert the image")
     return id_
 
 

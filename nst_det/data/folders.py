@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nst_det.data.images import EXTENSIONS
 from nst_det.data.safe_io import name_problem, shown, shown_path
 from nst_det.data.splits import held_out
 from nst_det.errors import UserError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import (
     Image,
-    MpoImagePlugin,  # noqa: F401 (Pillow registers these two when they are imported)
+    MpoImagePlugin,  # noqa: F401 (Pillow registers these three when they are imported)
+    TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
 )
@@ -20,17 +21,20 @@ from PIL import (
 from nst_det.data.safe_io import read_bytes, shown_path
 from nst_det.errors import UserError
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_IMAGE_BYTES = 128 << 20
 MAX_IMAGE_PIXELS = 80_000_000
 # no other decoder of Pillow's is ever given a byte; that of JPEG opens MPO too
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
 # more than 8 bits a channel would be cut silently
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _ORIENTATION_TAG = 0x0112
 _OTHER_FILES = {
     b"gif8": "a GIF",
-    b"ii*\0": "a TIFF",
-    b"mm\0*": "a TIFF",
+    b"ii*\0": "a damaged TIFF",
+    b"mm\0*": "a damaged TIFF",
+    b"ii+\0": "a BigTIFF",
+    b"mm\0+": "a BigTIFF",
     b"%pdf": "a PDF",
     b"<svg": "an SVG",
     b"<!doctype html": "a page of HTML",
@@ -59,10 +63,10 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
-    """Decode a JPEG, PNG, BMP or WebP image into (H, W, 3) uint8, RGB.
+    """Decode a JPEG, PNG, BMP, WebP or TIFF image into (H, W, 3) uint8, RGB.
 
     Grey and palette images become RGB, transparency is dropped, EXIF orientation is applied.  Errors call it ``name``:
-    not an image, truncated, more than :data:`MAX_IMAGE_PIXELS`, or more than 8 bits a channel.
+    not an image, truncated, more than :data:`MAX_IMAGE_PIXELS`, more than 8 bits a channel, or several pages.
     """
     return decode_oriented(data, name)[0]
 
@@ -90,18 +94,23 @@ def _opened(data: bytes, name: str) -> tuple[Image.Image, int]:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise UserError(f"{name}: more than {MAX_IMAGE_PIXELS} pixels; scale it down or remove it") from error
+        raise UserError(f"{name}: more than {MAX_IMAGE_PIXELS} pixels; cut it into tiles, with their boxes") from error
     except UnidentifiedImageError as error:
         kind = next((kind for start, kind in _OTHER_FILES.items() if data.lstrip().lower().startswith(start)), "")
         looks = f"it is {kind or 'another file' if data else 'empty'}"
-        raise UserError(f"{name}: no JPEG, PNG, BMP or WebP image ({looks}); convert or remove it") from error
+        raise UserError(f"{name}: no JPEG, PNG, BMP, WebP or TIFF image ({looks}); convert or remove it") from error
     except Exception as error:  # as above
         raise _undecodable(name, error) from error
     if image.width * image.height > MAX_IMAGE_PIXELS:
         size = f"{image.width}x{image.height}"
-        raise UserError(f"{name}: {size} is more than {MAX_IMAGE_PIXELS} pixels; scale it down or remove it")
+        raise UserError(f"{name}: {size} is more than {MAX_IMAGE_PIXELS} pixels; cut it into tiles, with their boxes")
     # Pillow opens colors of 16 bits in a mode of 8; byte 24 of a PNG is its depth
-    if image.mode in DEEP_MODES or (image.format == "PNG" and data[24] > 8):
+    deep = image.format == "PNG" and data[24] > 8
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        deep = max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8
+        if image.tag_v2.next:
+            raise UserError(f"{name}: several pages; write the one that is annotated as an image of its own")
+    if deep or image.mode in DEEP_MODES:
         raise UserError(f"{name}: more than 8 bits a channel; convert it to 8-bit RGB")
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)

@@ -1,19 +1,24 @@
-"""PASCAL VOC folders: ``Annotations/ID.xml``, ``JPEGImages/ID.jpg``, ``ImageSets/Main/SPLIT.txt``."""
+"""PASCAL VOC folders: ``Annotations/ID.xml``, ``JPEGImages/ID.jpg``, ``ImageSets/Main/SPLIT.txt``.
+
+Files may be in folders of their own (``JPEGImages/cam1/a.jpg``), whose names are part of the id (``cam1_a``).
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, read_annotation
-from nst_det.data.images import MAX_IMAGE_BYTES, image_size, read_image
+from nst_det.data.images import EXTENSIONS, MAX_IMAGE_BYTES, image_size, read_image
 from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, read_text, shown, shown_path
 from nst_det.engine.io import write_text
 from nst_det.errors import UserError
@@ -22,8 +27,8 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
 MAX_LIST_BYTES = 64 << 20
+_FLAGGED = re.compile(r"(.*\S)\s+(-1|0|1)")
 
 
 class VocDataset:
@@ -83,13 +88,13 @@ class VocDataset:
 
     def annotation_path(self, id_: str) -> Path:
         """Return ``root/Annotations/ID.xml``, which may not exist; a link that leads outside ``root`` is an error."""
-        return self._file("Annotations", f"{id_}.xml")
+        return self._file("Annotations", self._annotation_names.get(id_, f"{id_}.xml"))
 
     def image_path(self, id_: str) -> Path:
-        """Return the image file of an id, with one of :data:`IMAGE_EXTENSIONS` in small or capital letters."""
+        """Return the image file of an id, with one of :data:`EXTENSIONS` in small or capital letters."""
         name = self._image_names.get(id_)
         if name is None:
-            image, known = shown_path(self.root / "JPEGImages" / id_), " or ".join(IMAGE_EXTENSIONS)
+            image, known = shown_path(self.root / "JPEGImages" / id_), " or ".join(EXTENSIONS)
             raise UserError(f"{image}: no image with this name and {known}; add it or take it out of {self.split}.txt")
         return self._file("JPEGImages", name)
 
@@ -122,6 +127,10 @@ class VocDataset:
     @cached_property
     def _image_names(self) -> dict[str, str]:
         return image_names(self._folders["JPEGImages"])
+
+    @cached_property
+    def _annotation_names(self) -> dict[str, str]:
+        return dict(files_by_id(self._folders["Annotations"], (".xml",)))
 
     def _file(self, folder: str, name: str) -> Path:
         path = self._folders[folder] / name
@@ -184,7 +193,7 @@ def existing_split_path(root: Path, split: str) -> Path:
 def split_names(root: Path) -> list[str]:
     """Return the lists in ``ImageSets/Main``, sorted; lists of one class are left out."""
     paths = sorted((root / "ImageSets" / "Main").glob("*.txt"))
-    return [path.stem for path in paths if scan_list(path) is not None]
+    return [path.stem for path in paths if scan_list(path, partial(known_ids, root)) is not None]
 
 
 def write_split(root: Path, split: str, ids: Iterable[str]) -> None:
@@ -195,24 +204,28 @@ def write_split(root: Path, split: str, ids: Iterable[str]) -> None:
 def read_split(root: Path, split: str) -> tuple[str, ...]:
     """Return the ids of a split, in the order of its list; the error names the first thing that is wrong with it."""
     path = existing_split_path(root, split)
-    found = scan_list(_inside(path, root))
+    found = scan_list(_inside(path, root), partial(known_ids, root))
     if found is None:
-        raise UserError(f"{shown_path(path)}: a list of one class (id and flag a line); name a list of ids alone")
+        raise UserError(f"{shown_path(path)}: a list of one class (id and flag a line), or empty; name a list of ids")
     ids, problems = found
     if problems:
         raise UserError(f"{shown_path(path)}: {problems[0][1]}")
     return ids
 
 
-def scan_list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, str]]] | None:
+def scan_list(path: Path, known: Callable[[], Collection[str]]) -> tuple[tuple[str, ...], list[tuple[str, str]]] | None:
     """Return the ids in a list, and kind and text of everything that is wrong with it.
 
-    None is a list of one class (``cat_trainval``): lines of an id and -1, 0 or 1.
+    None is a list of one class (``cat_trainval``): lines of an id and -1, 0 or 1, or none.  ``known`` gives the ids
+    there are; it is asked where a line may be read in more than one way.
     """
+    lines = [line.strip(" \t\r\f\v") for line in read_text(path, MAX_LIST_BYTES, "list").split("\n")]
+    if _of_one_class(path.stem, [line for line in lines if line], known):
+        return None
     line_of: dict[str, int] = {}
     problems: list[tuple[str, str]] = []
-    for number, line in enumerate(read_text(path, MAX_LIST_BYTES, "list").split("\n"), 1):
-        name = line.strip(" \t\r\f\v")
+    for number, line in enumerate(lines, 1):
+        name = id_of_line(line, known) if line else ""
         problem = name_problem(name) if name else None
         if problem:
             text = f"line {number}: '{shown(name)}' {problem}; a line is the name of one image, without extension"
@@ -221,12 +234,37 @@ def scan_list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, str]]] | Non
             problems.append(("repeated id", f"line {number}: {shown(name)} is in line {line_of[name]} too"))
         elif name:
             line_of[name] = number
-    flags = {name.split()[-1] if len(name.split()) == 2 else "" for name in line_of}
-    if "-1" in flags and flags <= {"-1", "0", "1"}:
-        return None
     if not line_of:
         problems.append(("bad list", "no image is listed; add one id a line"))
     return tuple(line_of), problems
+
+
+def _of_one_class(name: str, lines: Sequence[str], known: Callable[[], Collection[str]]) -> bool:
+    """Return whether these are the lines of a list of one class; images may be called ``shelf 0`` and ``shelf 1``."""
+    flagged = [_FLAGGED.fullmatch(line) for line in lines]
+    named = re.fullmatch(r".+_(train|val|trainval|test)", name) is not None
+    if not lines or not all(flagged):
+        return named and not lines
+    certain = named or any(match and match[2] == "-1" for match in flagged)
+    return certain and not any(form in known() for form in _forms(lines[0]))
+
+
+def id_of_line(line: str, known: Callable[[], Collection[str]]) -> str:
+    """Return the id that a line of a list stands for: some tools write quotes, the extension, or folders."""
+    forms = _forms(line)
+    # the last one is for an image that isn't there
+    return next((form for form in forms if form in known()), forms[-1]) if len(set(forms)) > 1 else forms[-1]
+
+
+def _forms(line: str) -> list[str]:
+    """Return what a line may mean, the least changed first: without quotes, with folders joined, without extension."""
+    name = composed(line)
+    bare = name[1:-1] if len(name) > 2 and name[0] == name[-1] in "\"'" else name
+    stem, extension = os.path.splitext(bare)
+    short = stem if extension.lower() in EXTENSIONS else bare
+    parts = PurePosixPath(bare.replace("\\", "/")).parts
+    joined = "_".join(parts) if len(parts) > 1 and not any(map(name_problem, parts)) else bare
+    return [name, bare, joined, joined.removesuffix(extension), short]
 
 
 def class_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -236,20 +274,53 @@ def class_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def annotation_files(root: Path) -> dict[str, Path]:
-    """Return the file of every annotation of a VOC folder by its stem; a Mac's ``._ID.xml`` are none."""
-    files = sorted((root / "Annotations").iterdir())
-    return {path.stem: path for path in files if path.suffix == ".xml" and not path.name.startswith(".")}
+    """Return the file of every annotation of a VOC folder by its id."""
+    folder = root / "Annotations"
+    return {id_: folder / name for id_, name in files_by_id(folder, (".xml",))}
 
 
 def image_names(folder: Path) -> dict[str, str]:
-    """Return the file name of every image in a folder by its stem; of several the first extension wins."""
+    """Return the file of every image by its id, relative to ``folder``; of several the first extension wins."""
     try:
-        files = sorted(os.listdir(folder))
+        files = list(files_by_id(folder, EXTENSIONS))
     except OSError as error:
         raise UserError(f"{shown_path(folder)}: can't be listed ({error.strerror}); put the images there") from error
-    found: dict[str, str] = {}
-    for extension in reversed(IMAGE_EXTENSIONS):
-        # a Mac leaves files named ._ID.jpg, which are no images
-        names = (os.path.splitext(file) for file in files if not file.startswith("."))
-        found |= {stem: stem + suffix for stem, suffix in names if suffix.lower() == extension}
-    return found
+    rank = {extension: place for place, extension in enumerate(EXTENSIONS)}
+    return dict(sorted(files, key=lambda file: rank[os.path.splitext(file[1])[1].lower()], reverse=True))
+
+
+def known_ids(root: Path) -> set[str]:
+    """Return the ids of all images and annotations in a VOC folder."""
+    kinds = (("Annotations", (".xml",)), ("JPEGImages", EXTENSIONS))
+    return {id_ for name, kind in kinds if (root / name).is_dir() for id_, _ in files_by_id(root / name, kind)}
+
+
+def files_by_id(folder: Path, extensions: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield id and path relative to ``folder`` of every file with one of ``extensions``, sorted.
+
+    An id is the path without extension, composed (see :func:`composed`), folders joined by ``_``.
+    """
+    for path in walk_files(folder):
+        stem, extension = os.path.splitext(path)
+        if extension.lower() in extensions:
+            yield composed(stem).replace("/", "_"), path
+
+
+def composed(name: str) -> str:
+    """Return a name with ``ü`` as one character, where a Mac may store two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def walk_files(folder: Path) -> Iterator[str]:
+    """Yield the path relative to ``folder`` (with ``/``) of every file in it, sorted; what is hidden is left out.
+
+    A Mac leaves files named ``._ID.jpg``, which are no images.
+    """
+
+    def failed(error: OSError) -> None:
+        raise error
+
+    for at, folders, files in os.walk(folder, onerror=failed):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        above = Path(at).relative_to(folder)
+        yield from ((above / name).as_posix() for name in sorted(files) if not name.startswith("."))

@@ -16,22 +16,32 @@ from nst_det.detection.torchvision import Detector
 from nst_det.engine.config import expand_path
 from nst_det.engine.safetensors_io import read_metadata, write_tensors
 from nst_det.errors import UserError
-from nst_det.models import check_input_contract, load_into, load_plain, load_strict, resolve
+from nst_det.models import load_into, load_plain, load_strict, resolve
+from nst_det.models.card import check_pixels
 from nst_det.models.io import card_path, trusting_pickles
 from nst_det.models.registry import PREFIX
 
 log = logging.getLogger(__name__)
 WEIGHTS_SUFFIX = ".safetensors"
+# of the entries of a detector that depend on its classes
+PREDICTOR = "roi_heads.box_predictor."
 BEST_FILE = "model_best.safetensors"
 # of the metadata in it
 RECORD_KEY = "validation"
 
 
-def load_weights(detector: Detector, config: CfgNode, classes: Sequence[str] = (), key: str = "MODEL.WEIGHTS") -> str:
+def load_weights(
+    detector: Detector,
+    config: CfgNode,
+    classes: Sequence[str] = (),
+    key: str = "MODEL.WEIGHTS",
+    new_predictor: bool = False,
+) -> str:
     """Fill a detector from MODEL.WEIGHTS; return what filled it: ``random``, ``timm``, ``backbone``, ``detector``.
 
     ``backbone://NAME``, or a ``.safetensors`` file with its card, fills the bottom-up and leaves the rest as it was
-    drawn.  Any other file must hold a whole detector by this engine's names, which are Detectron2's.
+    drawn.  Any other file must hold a whole detector by this engine's names, which are Detectron2's; with
+    ``new_predictor`` one of other classes fills all but the box predictor.
     """
     named = config.MODEL.WEIGHTS
     if not named:
@@ -40,35 +50,37 @@ def load_weights(detector: Detector, config: CfgNode, classes: Sequence[str] = (
     path = resolve(source)
     if source.startswith(PREFIX) or (path.suffix == WEIGHTS_SUFFIX and card_path(path).is_file()):
         card = load_into(detector.backbone.bottom_up, source)
-        mean, std = ([value / 255 for value in x] for x in (config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD))
-        try:
-            check_input_contract(card, mean, std, config.INPUT.FORMAT)
-        except UserError as error:
-            mean, std = ([round(255 * value, 3) for value in card.input[name]] for name in ("mean", "std"))
-            raise UserError(
-                f"{key} {source}: {error} (INPUT.FORMAT {card.input['channel_order']}, "
-                f"MODEL.PIXEL_MEAN {mean}, MODEL.PIXEL_STD {std})"
-            ) from error
+        check_pixels(card, config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD, config.INPUT.FORMAT, f"{key} {source}")
         log.info("%s: the bottom-up is filled (method %s); FPN and heads start anew", source, card.method or "unknown")
         return "backbone"
     with trusting_pickles(config.TRUST_PICKLE):
-        _load_detector(detector, path, classes, key)
-    log.info("%s: the whole detector is filled", source)
+        _load_detector(detector, path, list(classes), key, new_predictor)
     return "detector"
 
 
-def _load_detector(detector: Detector, path: Path, classes: Sequence[str], key: str) -> None:
-    state_dict = load_plain(path)
-    named = saved_classes(path)
-    if named and classes and list(classes) != named:
-        raise UserError(
-            f"{key}: {path} was trained on the classes {', '.join(named)}, these data have {', '.join(classes)}; "
-            "set DATASETS.CLASSES to the former"
-        )
+def _load_detector(detector: Detector, path: Path, classes: list[str], key: str, new_predictor: bool) -> None:
+    own, filled = detector.state_dict(), "the whole detector is filled"
+    state_dict, named = load_plain(path, own), saved_classes(path)
+    predictor = {name: value for name, value in own.items() if name.startswith(PREDICTOR)}
+    if named and classes:
+        other = named != classes
+        if other and (not new_predictor or sorted(named) == sorted(classes)):
+            raise UserError(
+                f"{key}: {path} was trained on the classes {', '.join(named)}, these data have {', '.join(classes)}; "
+                f"set DATASETS.CLASSES to [{', '.join(named)}]"
+            )
+    else:
+        shapes = {name: value.shape for name, value in state_dict.items()}
+        other = new_predictor and any(shapes.get(name, value.shape) != value.shape for name, value in predictor.items())
+    if other:
+        state_dict |= predictor
+        theirs = f"the classes {', '.join(named)}" if named else "another number of classes"
+        filled = f"trained on {theirs}: all but the box predictor is filled, which starts anew"
     try:
         load_strict(detector, state_dict, str(path))
     except ValueError as error:
         raise UserError(f"{key}: {error}") from error
+    log.info("%s: %s", path, filled)
     detector.backbone.bottom_up.loaded = True
 
 
@@ -113,6 +125,15 @@ def read_best(folder: Path) -> dict[str, Any] | None:
         return dict(json.loads(read_metadata(path).get(RECORD_KEY, "")))
     except ValueError as error:
         raise UserError(f"{path}: has no record of its mAP; remove it and start this run again") from error
+
+
+def patience_is_over(folder: Path, step: int, test: CfgNode) -> bool:
+    """Return whether TEST.PATIENCE validations in a row, of which the last was after ``step``, had no higher mAP."""
+    best = read_best(folder) if test.PATIENCE else None
+    if best is None or step - best["step"] < test.PATIENCE * test.EVAL_PERIOD:
+        return False
+    log.info("stopped early at step %d: no higher mAP on the validation split since step %d", step, best["step"])
+    return True
 
 
 def settle(folder: Path, student: nn.Module, last: Mapping[str, Any], select: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +11,22 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.detection.d2_defaults import DETECTRON2_ONLY, HONORED, Limited, at_least, one_of
-from nst_det.engine.config import expand_path, flat, key_values, load_config, parse_value, read_yaml, transfer_node
+from nst_det.detection.d2_defaults import DETECTRON2_ONLY, HONORED
+from nst_det.engine.config import expand_path, flat, key_values, load_config, parse_value, read_yaml
 from nst_det.engine.device import default_device, loader_workers
+from nst_det.engine.keys import (
+    EMA_DECAY,
+    TENSORBOARD,
+    TRANSFER_KEYS,
+    TRUST_PICKLE,
+    WANDB,
+    Key,
+    at_least,
+    config_tree,
+    one_of,
+)
 from nst_det.engine.metrics import check_wandb
-from nst_det.engine.nan_guard import check_non_finite, non_finite_node
+from nst_det.engine.nan_guard import NON_FINITE_KEYS, check_non_finite
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,108 +37,95 @@ ENGINES = ("auto", "detectron2", "torchvision")
 INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 
 
+def below_one(meaning: str, name: str, example: float) -> Key:
+    """Limit a key to numbers from 0, the default, to below 1."""
+    wanted = f"0 for no {name}, or a fraction below 1 such as {example}"
+    return Key(0.0, meaning, wanted, lambda value: 0 <= value < 1)
+
+
+# the softer targets of classification are noise to a detector (Chen et al. 2017, who tried others; mdistiller's
+# detectors have 1 too)
+DETECTOR_TRANSFER_KEYS = {
+    **TRANSFER_KEYS,
+    "LEVELS": Key([], "p2 .. p6, or res2 .. res5 below an FPN, or student:teacher"),
+    "OPTIONS": TRANSFER_KEYS["OPTIONS"]._replace(default={"kd": {"temperature": 1.0}}),
+    "WARMUP_ITERS": at_least(TRANSFER_KEYS["WARMUP_ITERS"].meaning, 0, default=0),
+}
+
+# this project's keys, in both engines
+ADDED: dict[str, Key] = {
+    "ENGINE": Key("auto", "detectron2, torchvision, or auto: Detectron2 where it is installed"),
+    "TRUST_PICKLE": TRUST_PICKLE,
+    "TENSORBOARD": TENSORBOARD,
+    "WANDB": WANDB,
+    "METHOD": Key("ce", "transfer method while the detector trains; ce for none"),
+    "TEACHER.CONFIG_FILE": Key("", "the config of the teacher detector"),
+    "TEACHER.WEIGHTS": Key("", "weights in place of those that it names"),
+    **{f"TRANSFER.{name}": key for name, key in DETECTOR_TRANSFER_KEYS.items()},
+    "MODEL.TIMM.ARCH": Key("resnet18", "timm name of the network of build_timm_backbone and build_timm_fpn_backbone"),
+    "MODEL.TIMM.PRETRAINED": Key(False, "begin with timm's published weights"),
+    "MODEL.TIMM.NORM": one_of("its batch normalization", "FrozenBN", "BN", "SyncBN"),
+    "MODEL.TIMM.OUT_FEATURES": Key(["res2", "res3", "res4", "res5"], "levels that it gives"),
+    "MODEL.TIMM.KWARGS": Key({}, "more arguments of the network"),
+    "MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE": Key(
+        224, "boxes of this size in pixels are pooled from CANONICAL_LEVEL; Detectron2 has no keys for these constants"
+    ),
+    "MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL": Key(4, "number of that level"),
+    "SOLVER.AMP.DTYPE": one_of(
+        "auto is bf16 where the device is fast in it, else float32; heads stay in float32, but not with "
+        "Detectron2 on a "
+        "GPU",
+        "auto",
+        "bf16",
+    ),
+    "SOLVER.OPTIMIZER": one_of("the optimizer", "SGD", "ADAMW"),
+    "SOLVER.BACKBONE_MULTIPLIER": Key(1.0, "learning rate of the bottom-up as a part of BASE_LR"),
+    "SOLVER.ACCUMULATE": at_least(
+        "parts in which each process takes its images of a step, one after another, to save memory "
+        "(torchvision engine)",
+        1,
+        default=1,
+    ),
+    "SOLVER.EMA_DECAY": below_one(EMA_DECAY, "average", 0.999),
+    **{f"SOLVER.NON_FINITE.{name}": key for name, key in NON_FINITE_KEYS.items()},
+    "DATASETS.VOC": Key({}, "name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN and TEST"),
+    "DATASETS.CLASSES": Key([], "in the order of their labels; [] takes those in the data, sorted"),
+    "DATASETS.USE_DIFFICULT": Key(False, "train on objects marked difficult too"),
+    "DATASETS.VAL_FRACTION": below_one(
+        "share of the images of each of DATASETS.TRAIN that is kept from training and validated on, some of "
+        "each class; "
+        "the same images whatever the SEED",
+        "validation",
+        0.2,
+    ),
+    "DATASETS.VAL_SEED": Key(0, "chooses these images"),
+    "TEST.SELECT": one_of(
+        "the weights that are evaluated on DATASETS.TEST, once; best has the highest mAP on the validation split",
+        LAST,
+        BEST,
+    ),
+    "TEST.PATIENCE": at_least(
+        "early stopping: validations in a row without a higher mAP after which training stops; 0 never stops it", 0, 0
+    ),
+    "DATALOADER.CACHE_IMAGES_MB": at_least(
+        "decoded images are kept in memory if all of a set fit in this", 0, default=1024
+    ),
+}
+
+
 def detector_transfer_node() -> CfgNode:
     """Return the ``TRANSFER`` keys of stage two: those of both stages, and its own temperature."""
-    node = transfer_node()
-    # the softer targets of classification are noise to a detector (Chen et al. 2017, who tried others; mdistiller's
-    # detectors have 1 too)
-    node.OPTIONS.kd = CfgNode({"temperature": 1.0})
-    return node
-
-
-def below_one(name: str, example: float) -> Limited:
-    """Limit a key to numbers from 0, the default, to below 1."""
-    return Limited(0.0, f"0 for no {name}, or a fraction below 1 such as {example}", lambda value: 0 <= value < 1)
-
-
-# this project's keys, in both engines.  Of Detectron2's own, MODEL.ROI_HEADS.NUM_CLASSES may be 0, for the number of
-# classes of the data, and DATALOADER.NUM_WORKERS -1, for what fits the machine
-ADDED: dict[str, Any] = {
-    # auto takes Detectron2 where it is installed
-    "ENGINE": "auto",
-    # open weights that are pickles with more than tensors in them (Detectron2's .pkl files), which can run code
-    "TRUST_PICKLE": False,
-    # write TensorBoard events into the run folder; True with Detectron2, whose trainer does so by itself
-    "TENSORBOARD": False,
-    # a project at Weights & Biases (pip install wandb)
-    "WANDB": "",
-    # ce: no transfer while the detector trains
-    "METHOD": "ce",
-    # the config of the teacher detector, and weights in place of those that it names
-    "TEACHER.CONFIG_FILE": "",
-    "TEACHER.WEIGHTS": "",
-    # LEVELS are p2 .. p6, or res2 .. res5 below an FPN; the weights rise linearly for WARMUP_ITERS
-    "TRANSFER": detector_transfer_node(),
-    "TRANSFER.WARMUP_ITERS": at_least(0, default=0),
-    # the network of build_timm_backbone and build_timm_fpn_backbone, by timm's name, with further arguments in KWARGS
-    "MODEL.TIMM.ARCH": "resnet18",
-    "MODEL.TIMM.PRETRAINED": False,
-    # of its batch normalization
-    "MODEL.TIMM.NORM": one_of("FrozenBN", "BN", "SyncBN"),
-    "MODEL.TIMM.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.TIMM.KWARGS": CfgNode(new_allowed=True),
-    # boxes of this size in pixels are pooled from this level; Detectron2 has no keys for these constants
-    "MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE": 224,
-    "MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL": 4,
-    # of AMP.ENABLED; auto is bf16 where the device is fast in it, else float32.  Heads stay in float32, but not with
-    # Detectron2 on a GPU
-    "SOLVER.AMP.DTYPE": one_of("auto", "bf16"),
-    "SOLVER.OPTIMIZER": one_of("SGD", "ADAMW"),
-    # learning rate of the bottom-up as a part of BASE_LR
-    "SOLVER.BACKBONE_MULTIPLIER": 1.0,
-    # parts in which each process takes its images of a step, one after another, to save memory (torchvision engine);
-    # IMS_PER_BATCH is that of the whole step
-    "SOLVER.ACCUMULATE": at_least(1, default=1),
-    # of the moving average of the weights that is evaluated, chosen and written
-    "SOLVER.EMA_DECAY": below_one("average", 0.999),
-    "SOLVER.NON_FINITE": non_finite_node(),
-    # name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN and TEST
-    "DATASETS.VOC": CfgNode(new_allowed=True),
-    # in the order of their labels; [] takes those in the data, sorted
-    "DATASETS.CLASSES": [],
-    # train on objects marked difficult too
-    "DATASETS.USE_DIFFICULT": False,
-    # share of the images of each of DATASETS.TRAIN that is kept from training and validated on, some of each class; the
-    # same images whatever the SEED
-    "DATASETS.VAL_FRACTION": below_one("validation", 0.2),
-    "DATASETS.VAL_SEED": 0,
-    # the weights that are evaluated on DATASETS.TEST, once; best has the highest mAP on the validation split
-    "TEST.SELECT": one_of(LAST, BEST),
-    # decoded images are kept in memory if all of a set fit in this many MB
-    "DATALOADER.CACHE_IMAGES_MB": at_least(0, default=1024),
-}
+    return config_tree(DETECTOR_TRANSFER_KEYS)
 
 
 def add_nst_det_config(cfg: CfgNode) -> None:
     """Add this project's keys to a config with Detectron2's tree (its ``get_cfg()``, or the torchvision engine's)."""
-    _add(cfg, ADDED)
-
-
-def _add(config: CfgNode, keys: Mapping[str, Any]) -> None:
-    # a config of Detectron2 merges files only into nodes of its own class
-    kind = type(config)
-    for key, value in keys.items():
-        *groups, name = key.split(".")
-        node = config
-        for group in groups:
-            node = node.setdefault(group, kind())
-        default = copy.deepcopy(value.default if isinstance(value, Limited) else value)
-        node[name] = _as_kind(default, kind) if isinstance(default, CfgNode) else default
-
-
-def _as_kind(node: CfgNode, kind: type[CfgNode]) -> CfgNode:
-    copy = kind(new_allowed=node.is_new_allowed())
-    for key, value in node.items():
-        copy[key] = _as_kind(value, kind) if isinstance(value, CfgNode) else value
-    return copy
+    config_tree(ADDED, cfg)
 
 
 def get_defaults() -> CfgNode:
     """Return the torchvision engine's keys with their defaults, which are Detectron2's."""
-    cfg = CfgNode()
-    _add(cfg, HONORED)
-    add_nst_det_config(cfg)
-    return cfg
+    return config_tree({**HONORED, **ADDED})
 
 
 def load_detect_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
@@ -178,11 +175,12 @@ def check_added_keys(config: CfgNode, source: str) -> None:
     """Refuse values of this project's keys that neither engine can follow."""
     for key, value, limit in _wrong_values(config, ADDED):
         raise UserError(f"{source}: {key} is {value!r}; set it to {limit.wanted}")
-    if config.TEST.SELECT == BEST and not (config.DATASETS.VAL_FRACTION and config.TEST.EVAL_PERIOD):
-        raise UserError(
-            f"{source}: TEST.SELECT best needs a validation split to choose by, and when to look at it; set "
-            "DATASETS.VAL_FRACTION (such as 0.2) and TEST.EVAL_PERIOD, or SELECT last"
-        )
+    for key, off in (("SELECT", LAST), ("PATIENCE", 0)):
+        if config.TEST[key] != off and not (config.DATASETS.VAL_FRACTION and config.TEST.EVAL_PERIOD):
+            raise UserError(
+                f"{source}: TEST.{key} {config.TEST[key]} needs a validation split to choose by, and when to look at "
+                f"it; set DATASETS.VAL_FRACTION (such as 0.2) and TEST.EVAL_PERIOD, or TEST.{key} {off}"
+            )
     if config.SOLVER.EMA_DECAY and config.TEST.PRECISE_BN.ENABLED:
         raise UserError(
             f"{source}: SOLVER.EMA_DECAY {config.SOLVER.EMA_DECAY}: TEST.PRECISE_BN measures the statistics of the "
@@ -192,10 +190,10 @@ def check_added_keys(config: CfgNode, source: str) -> None:
     check_non_finite(config.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", source)
 
 
-def _wrong_values(config: CfgNode, keys: Mapping[str, Any]) -> Iterator[tuple[str, Any, Limited]]:
+def _wrong_values(config: CfgNode, keys: Mapping[str, Key]) -> Iterator[tuple[str, Any, Key]]:
     values = flat(config)
     for key, limit in keys.items():
-        if isinstance(limit, Limited) and not limit.takes(values[key]):
+        if limit.wanted and not limit.takes(values[key]):
             yield key, values[key], limit
 
 

@@ -17,7 +17,14 @@ from fvcore.common.config import CfgNode
 from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detection.box_head import check_class_names, reads_box_head
-from nst_det.detection.checkpoint import keep_best, load_weights, save_weights, saved_classes, settle
+from nst_det.detection.checkpoint import (
+    keep_best,
+    load_weights,
+    patience_is_over,
+    save_weights,
+    saved_classes,
+    settle,
+)
 from nst_det.detection.config import (
     defrosted,
     listed_classes,
@@ -28,6 +35,7 @@ from nst_det.detection.config import (
 )
 from nst_det.detection.data import data_classes, evaluation_batches, open_voc, split_training, training_batches
 from nst_det.detection.distiller import DistilledDetector, distill, level_channels, wants_teacher
+from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.detection.trainer import Trainer, train
 from nst_det.engine.checkpoint import checkpoints, would_resume
@@ -46,7 +54,7 @@ from nst_det.engine.format import text_table
 from nst_det.engine.io import read_json, write_json
 from nst_det.engine.metrics import last_losses
 from nst_det.engine.progress import progress
-from nst_det.engine.run_dir import RunFolder
+from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder
 from nst_det.engine.seeds import derive_seed, seeded
 from nst_det.engine.train_state import AveragedWeights
 from nst_det.errors import UserError
@@ -60,7 +68,6 @@ from nst_det.models.io import trusting_pickles
 # image id, boxes (N, 4), labels (N,), scores (N,)
 Image = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 log = logging.getLogger(__name__)
-WEIGHTS_FILE = "model.safetensors"
 DETECTIONS_FILE = "detections.json"
 
 
@@ -112,7 +119,7 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
     _begin(config)
     classes = data_classes(config)
     resolve_classes(config, classes)
-    with folder.opened(config) if is_main_process() else nullcontext():
+    with folder.opened(config, input_fingerprints(config, classes)) if is_main_process() else nullcontext():
         if broadcast_from_rank0(lambda: folder.done):
             log.info("%s is done already", folder.path)
             return broadcast_from_rank0(folder.result)
@@ -135,14 +142,17 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
         def batches_from(step: int) -> Iterable[list[dict[str, Any]]]:
             return training_batches(config, sets, seed, step)
 
+        def is_over(step: int) -> bool:
+            return broadcast_from_rank0(lambda: patience_is_over(folder.path, step, config.TEST))
+
         trainer = Trainer(model, config, seed, folder, batches_from, average)
-        train(trainer, folder, evaluate)
+        train(trainer, folder, evaluate, is_over)
         validated: dict[str, Any] = {}
         if validation is not None:
             found = _evaluate(kept, config, validation)
 
             def settled() -> dict[str, Any]:
-                last = keep_best(folder.path, kept, classes, config.SOLVER.MAX_ITER, found)
+                last = keep_best(folder.path, kept, classes, trainer.max_iter, found)
                 return settle(folder.path, kept, last, config.TEST.SELECT)
 
             validated = {"validation": found, "checkpoints": broadcast_from_rank0(settled)}
@@ -153,7 +163,7 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
         result = {
             **_evaluate(kept, config, data, folder.path / DETECTIONS_FILE),
             "seconds": trainer.state.seconds,
-            "steps": config.SOLVER.MAX_ITER,
+            "steps": trainer.max_iter,
             "engine": "torchvision",
             "params": count_parameters(student),
             "seed": seed,
@@ -212,7 +222,7 @@ def _seed(config: CfgNode, folder: RunFolder) -> int:
 
 def _student(config: CfgNode, classes: Sequence[str], seed: int) -> Detector:
     detector = build_detector(config, seed)
-    load_weights(detector, config, classes)
+    load_weights(detector, config, classes, new_predictor=True)
     detector.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
     place_detector(detector, config)
     amp, device = config.SOLVER.AMP, detector.pixel_mean.device

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
+from PIL import Image
 
-from nst_det.data.folders import EXTENSIONS
-from nst_det.data.images import read_image
+from nst_det.data.images import EXTENSIONS, decode_image, read_image
 from nst_det.data.safe_io import shown_path
 from nst_det.detection.checkpoint import load_weights, saved_classes
 from nst_det.detection.config import defrosted, listed_classes, load_detect_config
 from nst_det.detection.data import network_input, runs_of_equals
-from nst_det.detection.pipeline import WEIGHTS_FILE, place_detector
+from nst_det.detection.pipeline import place_detector
 from nst_det.detection.predictions import Prediction
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.engine.config import read_yaml
+from nst_det.engine.run_dir import WEIGHTS_FILE
 from nst_det.errors import UserError
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
@@ -56,6 +59,65 @@ def load_run(
     load_weights(detector, config, classes, key="--run")
     place_detector(detector, config)
     return detector.eval(), config, classes
+
+
+@dataclass(frozen=True)
+class Found:
+    """The N objects on one image, best first.
+
+    Attributes:
+        boxes: (N, 4) float32, xmin ymin xmax ymax in pixels of the image, continuous from its upper left corner.
+        scores: (N,) float32, 0 to 1.
+        labels: (N,) int64, indices into the detector's ``classes``.
+        names: their classes, N.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+
+class ImageDetector:
+    """A finished detector, called with one image at a time; :func:`nst_det.load_detector` makes it.
+
+    Attributes:
+        classes: names of the classes by label.
+        detector: the network, in evaluation mode.
+        config: of its run.
+    """
+
+    def __init__(self, detector: Detector, config: CfgNode, classes: tuple[str, ...]) -> None:
+        self.detector, self.config, self.classes = detector, config, classes
+
+    def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Found:
+        """Return the objects on an image: a path, a PIL image, or an (H, W, 3) uint8 RGB array.
+
+        Raises:
+            UserError: an image that can't be read, or an array of another shape or type.
+        """
+        (found,) = predict(self.detector, self.config, [("", Path(), _pixels(image))])
+        names = tuple(self.classes[label] for label in found.labels.tolist())
+        return Found(found.boxes, found.scores, found.labels, names)
+
+
+def _pixels(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+            image = image.convert("RGB")
+        data = io.BytesIO()
+        try:
+            # so that depth, palette and EXIF orientation are read as those of a file
+            image.save(data, "PNG", compress_level=0, exif=image.info.get("exif", b""))
+        except OSError as error:
+            raise UserError(f"image: of mode {image.mode}; convert it to 8-bit RGB") from error
+        return decode_image(data.getvalue(), "image")
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"image: {got}; give a path, a PIL image, or an (H, W, 3) uint8 array in RGB")
+    return image
 
 
 def run_config(folder: Path) -> CfgNode:

@@ -182,19 +182,26 @@ class Trainer(TrainLoop):
         self.state.save()
 
 
-def train(trainer: Trainer, folder: RunFolder, evaluate: Callable[[int], dict[str, float]]) -> None:
+def train(
+    trainer: Trainer, folder: RunFolder, evaluate: Callable[[int], dict[str, float]], is_over: Callable[[int], bool]
+) -> None:
     """Train until SOLVER.MAX_ITER, from the last checkpoint in the folder if there is one.
 
-    ``evaluate`` is called every TEST.EVAL_PERIOD steps with the steps done; its numbers join the metrics.
+    ``evaluate`` is called every TEST.EVAL_PERIOD steps with the steps done; its numbers join the metrics.  Then
+    ``is_over`` is asked whether training stops early; ``max_iter`` is lowered to that step.
     """
     config, solver = trainer.config, trainer.solver
 
     def evaluate_step() -> None:
         trainer.put_scalars(**evaluate(trainer.iter + 1))
         trainer.model.train()
+        if is_over(trainer.iter + 1):
+            trainer.max_iter = trainer.iter + 1
 
     trainer.state.resume()
     trainer.start_iter = trainer.state.step
+    if is_over(trainer.start_iter):
+        trainer.max_iter = trainer.start_iter
     log_batch(solver.IMS_PER_BATCH, solver.ACCUMULATE, solver.BASE_LR)
     losses, note = lambda: {"loss": trainer.scalars["total_loss"]}, lambda: loss_note(trainer.scalars)
     trainer.register_hooks(

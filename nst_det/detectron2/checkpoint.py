@@ -24,13 +24,13 @@ from nst_det.models import (
     BackboneHandler,
     Bottomup,
     Card,
-    check_input_contract,
     load_backbone,
     load_into,
     load_plain,
     load_strict,
     resolve,
 )
+from nst_det.models.card import check_pixels
 from nst_det.models.io import card_path, load_pickled
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             loaded: dict[str, Any] = super()._load_file(filename)
             return loaded
         if not card_path(filename).is_file():
-            return {"model": load_plain(filename)}
+            return {"model": load_plain(filename, self.model.state_dict())}
         entries, self._card = _backbone_entries(self.model, filename)
         return {"model": entries}
 
@@ -166,15 +166,8 @@ def _backbone_entries(model: Any, path: str) -> tuple[dict[str, Tensor], Card]:
             f"{path}: a backbone file can't fill a {type(bottom_up).__name__}; use build_timm_fpn_backbone or "
             "build_resnet_fpn_backbone as MODEL.BACKBONE.NAME"
         )
-    mean, std = ([float(value) / 255 for value in pixels.flatten()] for pixels in (model.pixel_mean, model.pixel_std))
-    try:
-        check_input_contract(card, mean, std, str(model.input_format or "BGR"))
-    except UserError as error:
-        raise UserError(
-            f"{path}: {error} (INPUT.FORMAT {card.input['channel_order']}, "
-            f"MODEL.PIXEL_MEAN {[round(255 * value, 3) for value in card.input['mean']]}, "
-            f"MODEL.PIXEL_STD {[round(255 * value, 3) for value in card.input['std']]})"
-        ) from error
+    mean, std = (pixels.flatten().tolist() for pixels in (model.pixel_mean, model.pixel_std))
+    check_pixels(card, mean, std, str(model.input_format or "BGR"), path)
     return {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()} | above, card
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nst_det.detection import box_head
 from nst_det.errors import UserError
 from nst_det.models import NORM_POLICIES, Bottomup
+from nst_det.models.card import check_pixels, published_card
 
 
 class TimmBackbone(Bottomup, Backbone):
@@ -69,6 +70,12 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         backbone = TimmBackbone(
             timm.ARCH, timm.OUT_FEATURES, dict(timm.KWARGS), pretrained=timm.PRETRAINED and not weights_to_come
         )
+        fpn = cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone"
+        known = [backbone.strides[name] for name in cfg.MODEL.FPN.IN_FEATURES if name in backbone.strides]
+        backbone.check_map_sizes(max(known) if fpn and known else 1)
+        if timm.PRETRAINED and not weights_to_come:
+            card, pixels = published_card(backbone.model, timm.ARCH), cfg.MODEL
+            check_pixels(card, pixels.PIXEL_MEAN, pixels.PIXEL_STD, cfg.INPUT.FORMAT, "MODEL.TIMM.PRETRAINED")
         backbone.set_norm(NORM_POLICIES[timm.NORM], allow_random=weights_to_come)
         backbone.freeze(cfg.MODEL.BACKBONE.FREEZE_AT, allow_random=weights_to_come)
     except ValueError as error:
@@ -107,7 +114,9 @@ def check_frozen_random(model: nn.Module, filled: bool = False) -> None:
     # a bottom-up of Detectron2's doesn't know itself whether weights were loaded
     if bottom_up.loaded if isinstance(bottom_up, TimmBackbone) else filled:
         return
-    frozen = [name for name, parameter in bottom_up.named_parameters() if not parameter.requires_grad]
+    unused = getattr(bottom_up, "unused", ())
+    named = bottom_up.named_parameters()
+    frozen = [name for name, parameter in named if not parameter.requires_grad and name not in unused]
     if frozen:
         raise UserError(
             f"MODEL.WEIGHTS brought nothing for the bottom-up, so its {len(frozen)} frozen layers ({frozen[0]}, ...) "

@@ -18,11 +18,11 @@ from nst_det.data.images import read_image
 from nst_det.detection.checkpoint import load_weights, saved_classes
 from nst_det.detection.config import load_detect_config, resolve_classes
 from nst_det.detection.data import network_input
-from nst_det.detection.pipeline import WEIGHTS_FILE
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.detection.torchvision.roi_heads import Instances
 from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import load_config
+from nst_det.engine.run_dir import WEIGHTS_FILE
 from nst_det.errors import UserError
 from nst_det.models import load_plain
 
@@ -66,7 +66,8 @@ def load_engines(config_file: str | Path, weights: str, overrides: Sequence[str]
     """Build both detectors from one YAML, and fill both from one file."""
     overrides = [*overrides, "MODEL.WEIGHTS", weights, "MODEL.DEVICE", "cpu"]
     ours, theirs = load_detect_config(config_file, overrides), load_config(config_file, overrides)
-    scores = load_plain(weights).get("roi_heads.box_predictor.cls_score.bias")
+    bias = "roi_heads.box_predictor.cls_score.bias"
+    scores = load_plain(weights, [bias]).get(bias)
     if scores is None:
         raise UserError(f"--weights {weights}: the weights of a whole detector are needed")
     count = theirs.MODEL.ROI_HEADS.NUM_CLASSES or len(scores) - 1

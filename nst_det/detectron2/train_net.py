@@ -21,7 +21,9 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from nst_det.detection.checkpoint import save_weights
 from nst_det.detection.config import defrosted
-from nst_det.detection.pipeline import DETECTIONS_FILE, WEIGHTS_FILE, print_result
+from nst_det.detection.data import data_classes
+from nst_det.detection.fingerprint import input_fingerprints
+from nst_det.detection.pipeline import DETECTIONS_FILE, print_result
 from nst_det.detectron2.api import transfer_of
 from nst_det.detectron2.checkpoint import BackboneCheckpointer, numbered, step_of
 from nst_det.detectron2.config import VALIDATION, class_list, load_config, register_datasets, validation_config
@@ -31,7 +33,7 @@ from nst_det.engine.device import compute_line, gpu_errors_in_one_line, keep_fre
 from nst_det.engine.distributed import start_processes, started_together, stop_processes
 from nst_det.engine.io import read_json, write_text
 from nst_det.engine.metrics import last_losses
-from nst_det.engine.run_dir import RunFolder
+from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder
 from nst_det.engine.signals import EXIT_RESUME, Preempted, preemptible
 from nst_det.errors import UserError
 from nst_det.losses import parse_method
@@ -123,7 +125,9 @@ def run(args: argparse.Namespace) -> None:
         smaller = "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, in another OUTPUT_DIR"
         with (
             gpu_errors_in_one_line(smaller, lambda: would_resume([numbered(folder.path)], step_of)),
-            folder.opened(cfg) if comm.is_main_process() else nullcontext(),
+            folder.opened(cfg, input_fingerprints(cfg, data_classes(cfg, known_only=True) or None))
+            if comm.is_main_process()
+            else nullcontext(),
         ):
             comm.synchronize()
             if folder.done:

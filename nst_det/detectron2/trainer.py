@@ -23,7 +23,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter, TensorboardXWriter
 from torch import Tensor, nn
 
-from nst_det.detection.checkpoint import keep_best, settle
+from nst_det.detection.checkpoint import keep_best, patience_is_over, settle
 from nst_det.detection.data import StepBatchSampler
 from nst_det.detection.distiller import DistilledDetector, backbone_of
 from nst_det.detection.solver import is_backbone
@@ -36,7 +36,7 @@ from nst_det.detectron2.evaluator import VocEvaluator
 from nst_det.detectron2.hooks import EvalHook, FiniteCheck
 from nst_det.detectron2.modeling import check_frozen_random
 from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line
-from nst_det.engine.distributed import wait_for_all
+from nst_det.engine.distributed import broadcast_from_rank0, wait_for_all
 from nst_det.engine.io import read_json
 from nst_det.engine.loader import end_workers_with_us
 from nst_det.engine.metrics import SPEED
@@ -329,7 +329,12 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
             comm.synchronize()
             self.checkpoints = settle(folder, self.state.eval_model, last, self.cfg.TEST.SELECT)
             self._test()
+        self._stop_early(done)
         return {f"validation/{name}": values for name, values in found.items()}
+
+    def _stop_early(self, step: int) -> None:
+        if broadcast_from_rank0(lambda: patience_is_over(Path(self.cfg.OUTPUT_DIR), step, self.cfg.TEST)):
+            self.max_iter = step
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; ``MODEL.WEIGHTS`` may be ``backbone://NAME``, and the loader begins at the right step."""
@@ -340,6 +345,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         sampler = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(sampler, StepBatchSampler):
             sampler.start = self.start_iter
+        self._stop_early(self.start_iter)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), **self.state.state_dict()}

@@ -34,10 +34,13 @@ from nst_det.models import (
     load_strict,
     resolve,
 )
-from nst_det.models.build import embedding_width, probe_outputs
+from nst_det.models.build import check_image_size, classifier_names, embedding_width, probe_outputs
+from nst_det.models.card import published_card
 from nst_det.models.io import trusting_pickles
 
 log = logging.getLogger(__name__)
+# classes of a teacher's head where the data aren't there yet
+UNKNOWN = ("0", "1")
 
 
 @dataclass
@@ -52,6 +55,10 @@ class Network:
     # of that backbone file; None for plain weights
     card: Card | None = None
     sha256: str = ""
+    # it learns the data's classes before it teaches
+    to_train: bool = False
+    # whether the weights came without a classifier for the data's classes, so that this one has random weights
+    headless: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -64,7 +71,9 @@ class Network:
         return feature_levels(self.model)
 
     def has_labels(self, classes: list[str]) -> bool:
-        """Return whether its logits are about these classes."""
+        """Return whether its logits are about these classes, at the latest when it teaches."""
+        if self.headless and not self.to_train:
+            return False
         if self.card is not None and self.card.classes:
             return self.card.classes == classes
         return self.num_classes == len(classes)
@@ -75,19 +84,20 @@ def initial_student(config: CfgNode, num_classes: int) -> Network:
     return _new_network(config, "STUDENT", num_classes, config.STUDENT.PRETRAINED)
 
 
-def initial_teacher(config: CfgNode, classes: list[str]) -> Network:
-    """Return the teacher as TEACHER.WEIGHTS gives it, or as its training starts."""
+def initial_teacher(config: CfgNode, classes: list[str] | None) -> Network:
+    """Return the teacher as TEACHER.WEIGHTS gives it, or as its training starts; ``classes`` None aren't known yet."""
     node = config.TEACHER
     if node.WEIGHTS:
         path = resolve(expand_path(node.WEIGHTS, "TEACHER.WEIGHTS"))
         if path.suffix == ".safetensors" and (path.with_suffix(".json").exists() or not path.exists()):
             return _from_backbone_file(config, path)
-        return _from_plain_weights(config, path, len(classes))
-    network = _new_network(config, "TEACHER", len(classes), node.PRETRAINED)
+        return _from_plain_weights(config, path, classes)
+    network = _new_network(config, "TEACHER", len(classes or UNKNOWN), node.PRETRAINED)
+    network.to_train = node.TRAIN
     if not node.TRAIN and not node.PRETRAINED:
         raise UserError("config: TEACHER.TRAIN is False, but there are no weights; set TEACHER.WEIGHTS or PRETRAINED")
     known = getattr(network.model, "pretrained_cfg", {}).get("num_classes")
-    if not node.TRAIN and known != len(classes):
+    if not node.TRAIN and classes is not None and known != len(classes):
         raise UserError(
             f"config: TEACHER.TRAIN is False, but {network.arch} was pretrained on {known} classes and the data has "
             f"{len(classes)}; set TEACHER.TRAIN to True to fine-tune it first"
@@ -102,30 +112,65 @@ def _new_network(config: CfgNode, key: str, num_classes: int, pretrained: bool) 
         with seeded(config.SEED, key.lower()):
             model = create_model(node.ARCH, num_classes, pretrained, **kwargs)
         feature_levels(model)
+        check_image_size(model, node.ARCH, config.DATA.IMAGE_SIZE, key)
     except ValueError as error:
         raise UserError(f"{key}.ARCH: {error}") from error
+    if pretrained or node.get("WEIGHTS"):
+        try:
+            _check_pixels(
+                config, published_card(model, node.ARCH), f"{key}.{'PRETRAINED' if pretrained else 'WEIGHTS'}"
+            )
+        except UserError as error:
+            if pretrained and key == "TEACHER" and not node.TRAIN:
+                raise
+            log.warning("%s%s", error, "" if pretrained else ", if these are timm's published weights")
     return Network(model, node.ARCH, kwargs)
+
+
+def _check_pixels(config: CfgNode, card: Card, source: str) -> None:
+    try:
+        check_input_contract(card, config.DATA.MEAN, config.DATA.STD, "RGB")
+    except UserError as error:
+        wanted = ", ".join(f"DATA.{name.upper()} {list(card.input[name])}" for name in ("mean", "std"))
+        raise UserError(f"{source}: {error} ({wanted})") from error
 
 
 def _from_backbone_file(config: CfgNode, path: Path) -> Network:
     state_dict, card = load_backbone(path)
-    try:
-        check_input_contract(card, config.DATA.MEAN, config.DATA.STD, "RGB")
-    except UserError as error:
-        raise UserError(f"TEACHER.WEIGHTS: {error} (DATA.MEAN, DATA.STD)") from error
+    _check_pixels(config, card, "TEACHER.WEIGHTS")
     model = create_model(card.arch, card.num_classes, **card.arch_kwargs)
     load_strict(model, state_dict, str(path))
+    try:
+        check_image_size(model, card.arch, config.DATA.IMAGE_SIZE, "TEACHER")
+    except ValueError as error:
+        raise UserError(f"TEACHER.WEIGHTS: {error}") from error
     return Network(model, card.arch, card.arch_kwargs, path, card, card.sha256)
 
 
-def _from_plain_weights(config: CfgNode, path: Path, num_classes: int) -> Network:
-    network = _new_network(config, "TEACHER", num_classes, pretrained=False)
+def _from_plain_weights(config: CfgNode, path: Path, classes: list[str] | None) -> Network:
+    network = _new_network(config, "TEACHER", len(classes or UNKNOWN), pretrained=False)
+    own = network.model.state_dict()
+    head = {name: own[name] for name in sorted(classifier_names(network.model))}
+    with trusting_pickles(config.TRUST_PICKLE):
+        given = load_plain(path, own)
+    theirs = [given[name].shape[:1] for name in head if name in given]
+    network.headless = any(name not in given or given[name].shape != value.shape for name, value in head.items())
     try:
-        with trusting_pickles(config.TRUST_PICKLE):
-            load_strict(network.model, load_plain(path), str(path))
+        load_strict(network.model, given | head if network.headless else given, str(path))
     except ValueError as error:
         raise UserError(f"TEACHER.WEIGHTS: {error}; check TEACHER.ARCH") from error
     network.source, network.sha256 = path, sha256_of_file(path)
+    network.to_train = network.headless and config.TEACHER.TRAIN
+    if network.headless and classes is not None:
+        log.info(
+            "TEACHER.WEIGHTS %s: %s and the data have %d: loaded without its head; %s",
+            path,
+            f"its head has {theirs[0][0]} classes" if theirs and theirs[0] else "it has no head",
+            len(classes),
+            "a new one is trained with the rest before it teaches (TEACHER.TRAIN False takes its maps as they are)"
+            if network.to_train
+            else "it teaches maps and no logits (TEACHER.TRAIN True fine-tunes it first)",
+        )
     return network
 
 
@@ -154,7 +199,13 @@ def build_losses(
         except (ValueError, TypeError) as error:
             raise UserError(f"config: TRANSFER: {error}") from error
         if "logits" in losses[name].reads("teacher") and not labels_shared:
-            raise UserError(f"METHODS: {name} compares logits, but the teacher's classes are not those of the data")
+            remedy = (
+                "set TEACHER.TRAIN True to fine-tune it first" if teacher and teacher.headless else "name another one"
+            )
+            raise UserError(
+                f"METHODS: {name} compares logits, but the teacher's classes are not those of the data; {remedy}, or "
+                "leave this method out"
+            )
     return losses
 
 

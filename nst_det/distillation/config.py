@@ -8,10 +8,21 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.engine.config import load_config, merge_tree, plain, transfer_node
+from nst_det.engine.config import config_file, load_config, merge_tree, plain
 from nst_det.engine.device import AMP_DTYPES, FLOAT32_PRECISIONS
+from nst_det.engine.keys import (
+    CLIP_TYPE,
+    EMA_DECAY,
+    FLOAT32_PRECISION,
+    TENSORBOARD,
+    TRANSFER_KEYS,
+    TRUST_PICKLE,
+    WANDB,
+    Key,
+    config_tree,
+)
 from nst_det.engine.metrics import check_wandb
-from nst_det.engine.nan_guard import check_non_finite, non_finite_node
+from nst_det.engine.nan_guard import NON_FINITE_KEYS, check_non_finite
 from nst_det.engine.solver import CLIP_TYPES, FULL_MODEL
 from nst_det.errors import UserError
 from nst_det.losses import parse_method
@@ -19,151 +30,128 @@ from nst_det.losses import parse_method
 OWN_KEYS = ("LEVELS", "WEIGHTS", "TERM_LEVELS", "OPTIONS", "AUTO_WEIGHT")
 
 
+# iterations are optimizer steps; step 0 is the first
+KEYS: dict[str, Key] = {
+    "NAME": Key("stage-one", "begins the names of the backbone files: NAME-teacher, NAME-METHOD-sSEED"),
+    "OUTPUT_DIR": Key("output/distill", "the folder of the run"),
+    "REGISTRY": Key("", 'folder for the backbone files; "" takes the first one of $NST_DET_BACKBONES'),
+    "SEED": Key(0, "of all random draws"),
+    "FLOAT32_PRECISION": FLOAT32_PRECISION,
+    "TRUST_PICKLE": TRUST_PICKLE,
+    "METHODS": Key(
+        ["ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"], "a student for each; [] trains the teacher alone"
+    ),
+    "DATA.ROOT": Key("", "image folder: train/CLASS/* and val/CLASS/*, or CLASS/*"),
+    "DATA.VAL_FROM": Key(
+        "auto",
+        "auto validates on the val folder where there is one; train cuts the validation split out of the "
+        "training images "
+        "even so, and leaves the val folder for a final test",
+    ),
+    "DATA.VAL_FRACTION": Key(0.1, "share of each class that is validated on, where the split is cut out"),
+    "DATA.VAL_SEED": Key(0, "chooses these images, the same whatever the SEED"),
+    "DATA.IMAGE_SIZE": Key(224, "side of an image, pixels"),
+    "DATA.CROP_RATIO": Key(
+        1.0, "at evaluation the shortest side becomes IMAGE_SIZE / CROP_RATIO, then the center is cut out"
+    ),
+    "DATA.MEAN": Key([0.485, 0.456, 0.406], "subtracted from RGB pixels on the 0..1 scale"),
+    "DATA.STD": Key([0.229, 0.224, 0.225], "what they are then divided by"),
+    "DATA.CACHE_GIB": Key(2.0, "decoded images are kept in memory up to this limit, else decoded at each use"),
+    "DATA.AUGMENT.SHIFT": Key(0, "pixels by which an image is moved at most, borders reflected"),
+    "DATA.AUGMENT.HFLIP": Key(0.0, "probability of a mirror image"),
+    "DATA.AUGMENT.CROP_AREA": Key(
+        [], "smallest and largest part of the image's area to cut out; [] takes the evaluation's crop"
+    ),
+    "DATA.AUGMENT.CROP_ASPECT": Key([0.75, 1.3333333333], "smallest and largest width / height of that cut"),
+    "DATA.AUGMENT.COLOR_JITTER": Key([], "brightness, contrast, saturation, hue; [] leaves colors alone"),
+    "TEACHER.ARCH": Key("nst_resnet18_w48", "timm name of the teacher"),
+    "TEACHER.PRETRAINED": Key(False, "begin with timm's published weights"),
+    "TEACHER.ARCH_KWARGS": Key({}, "more arguments of the architecture"),
+    "TEACHER.WEIGHTS": Key(
+        "", 'a backbone file or backbone://NAME, or a plain state dict (.pth, .safetensors) of ARCH; "" makes a teacher'
+    ),
+    "TEACHER.TRAIN": Key(
+        True,
+        "train it first on this data, from PRETRAINED's weights or a plain state dict of other classes, if there are "
+        "some; False takes it as it is; WEIGHTS of these classes, and backbone files, are always taken as they are",
+    ),
+    "TEACHER.EXPECTED_TOP1": Key(
+        0.0, "top-1 on the validation split, 0..1; a worse teacher stops the run, 0 takes any"
+    ),
+    "TEACHER.SOLVER": Key({}, "keys of SOLVER that differ while the teacher is trained, such as {MAX_ITER: 400}"),
+    "TEACHER.AUGMENT": Key({}, "keys of DATA.AUGMENT that differ while the teacher is trained"),
+    "CACHE.VIEWS": Key(
+        0,
+        "0 draws a new augmentation at each step; else each image has this many, and epoch e takes number e mod VIEWS",
+    ),
+    "CACHE.VIEW_SEED": Key(0, "of the views; not SEED, so that runs of several seeds can share a cache"),
+    "CACHE.DIR": Key(
+        "", 'where the teacher\'s outputs for each view are kept, so that it runs once only; "" runs it at each step'
+    ),
+    "CACHE.DTYPE": Key("auto", "auto keeps outputs as computed, to the bit; fp16 and bf16 round what is float32"),
+    "CACHE.MAX_GIB": Key(20.0, "a larger cache is refused before it is written"),
+    "STUDENT.ARCH": Key("nst_resnet10_w32", "timm name of the students"),
+    "STUDENT.PRETRAINED": Key(False, "begin with timm's published weights"),
+    "STUDENT.ARCH_KWARGS": Key({}, "more arguments of the architecture"),
+    **{f"TRANSFER.{name}": key for name, key in TRANSFER_KEYS.items()},
+    "TRANSFER.LEVELS": TRANSFER_KEYS["LEVELS"]._replace(default=["res3", "res4"]),
+    "TRANSFER.BY_METHOD": Key({}, f"method -> {', '.join(OWN_KEYS)} that override those above for this method"),
+    "SOLVER.OPTIMIZER": Key("SGD", "SGD or ADAMW"),
+    "SOLVER.BASE_LR": Key(0.1, "learning rate"),
+    "SOLVER.MOMENTUM": Key(0.9, "of SGD"),
+    "SOLVER.NESTEROV": Key(True, "Nesterov's momentum"),
+    "SOLVER.WEIGHT_DECAY": Key(1e-4, "of weights"),
+    "SOLVER.WEIGHT_DECAY_NORM": Key(0.0, "of scales, shifts and biases"),
+    "SOLVER.MAX_ITER": Key(1000, "steps"),
+    "SOLVER.IMS_PER_BATCH": Key(64, "images of a step, of all processes together"),
+    "SOLVER.ACCUMULATE": Key(
+        1, "parts in which each process takes its images of a step, one after another, to save memory"
+    ),
+    "SOLVER.SYNC_BN": Key(False, "batch normalization over the images of all processes, not of each alone"),
+    "SOLVER.LR_SCHEDULER_NAME": Key(
+        "WarmupCosineLR",
+        "WarmupMultiStepLR (times GAMMA at each of STEPS), WarmupCosineLR (falls to BASE_LR_END) or OneCycleLR",
+    ),
+    "SOLVER.BASE_LR_END": Key(0.0, "where WarmupCosineLR ends"),
+    "SOLVER.STEPS": Key([], "of WarmupMultiStepLR; [] keeps the rate"),
+    "SOLVER.GAMMA": Key(0.1, "of WarmupMultiStepLR"),
+    "SOLVER.ONECYCLE_RISE": Key(0.2, "of OneCycleLR: the part of the run in which the rate rises"),
+    "SOLVER.WARMUP_ITERS": Key(0, "steps in which the rate rises to its schedule's"),
+    "SOLVER.WARMUP_FACTOR": Key(0.001, "where it begins, as a part of BASE_LR"),
+    "SOLVER.WARMUP_METHOD": Key("linear", "linear rises in a line; constant stays at WARMUP_FACTOR"),
+    "SOLVER.RESCALE_INTERVAL": Key(False, "rescale the schedule to the steps after the warm-up"),
+    "SOLVER.CHECKPOINT_PERIOD": Key(500, "steps between checkpoints"),
+    "SOLVER.CLIP_GRADIENTS.ENABLED": Key(False, "clip gradients"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": Key(FULL_MODEL, CLIP_TYPE),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Key(1.0, "the limit"),
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": Key(2.0, "which p-norm"),
+    "SOLVER.EMA_DECAY": Key(0.0, EMA_DECAY),
+    **{f"SOLVER.NON_FINITE.{name}": key for name, key in NON_FINITE_KEYS.items()},
+    "SOLVER.AMP.ENABLED": Key(True, "mixed precision"),
+    "SOLVER.AMP.DTYPE": Key(
+        "auto",
+        "bf16, fp16, or auto: bf16 where the device is fast in it (NVIDIA's GPUs since Ampere, processors with "
+        "AVX512-BF16), else float32; the log's first line names it",
+    ),
+    "SOLVER.CE_WEIGHT": Key(1.0, "weight of the labels' cross-entropy"),
+    "SOLVER.LABEL_SMOOTHING": Key(0.0, "of the labels, 0 to below 1"),
+    "TEST.EVAL_PERIOD": Key(0, "steps between validations; 0 validates at the end alone"),
+    "TEST.IMS_PER_BATCH": Key(128, "images of a batch of the validation"),
+    "LOG_PERIOD": Key(20, "steps between rows of the metrics"),
+    "TENSORBOARD": TENSORBOARD,
+    "WANDB": WANDB,
+    "DATALOADER.NUM_WORKERS": Key(
+        0,
+        "processes that decode images; 0 does it in this process, which is right where the images fit in "
+        "memory and the "
+        "CPU trains; -1 takes 0 on a CPU, and with a GPU one for each core of the run, up to 8",
+    ),
+}
+
+
 def get_defaults() -> CfgNode:
-    """Return the full tree of known keys.  Iterations are optimizer steps; step 0 is the first."""
-    config = CfgNode()
-    # names the backbone files: <NAME>-teacher, <NAME>-<method>-s<SEED>
-    config.NAME = "stage-one"
-    config.OUTPUT_DIR = "output/distill"
-    # folder for backbone files; "" takes the registry's first folder
-    config.REGISTRY = ""
-    config.SEED = 0
-    # of float32 on a GPU, in convolutions and matrix products alike: highest is float32; high and medium are TF32,
-    # which is faster and rounds factors to 11 bits, those of transfer losses too; "" is torch's own (TF32 in
-    # convolutions, float32 in products).  What SOLVER.AMP computes in bf16 or fp16 is not float32
-    config.FLOAT32_PRECISION = ""
-    # open weights that are pickles with more than tensors in them, which can run code; --trust-pickle sets it
-    config.TRUST_PICKLE = False
-    # one student each; [] trains the teacher alone
-    config.METHODS = ["ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"]
-    config.DATA = _data()
-    config.TEACHER = _teacher()
-    config.CACHE = _cache()
-    config.STUDENT = CfgNode({"ARCH": "nst_resnet10_w32", "PRETRAINED": False})
-    config.STUDENT.ARCH_KWARGS = CfgNode(new_allowed=True)
-    config.TRANSFER = transfer_node()
-    config.TRANSFER.LEVELS = ["res3", "res4"]
-    # method -> LEVELS, WEIGHTS, TERM_LEVELS, OPTIONS or AUTO_WEIGHT that override those above for this method
-    config.TRANSFER.BY_METHOD = CfgNode(new_allowed=True)
-    config.SOLVER = _solver()
-    config.TEST = CfgNode({"EVAL_PERIOD": 0, "IMS_PER_BATCH": 128})
-    # steps between metrics rows
-    config.LOG_PERIOD = 20
-    config.TENSORBOARD = False
-    # a project at Weights & Biases (pip install wandb); "" for none
-    config.WANDB = ""
-    # worker processes that decode images; 0 does it in this process, which is right where the images fit in memory and
-    # the CPU trains; -1 takes 0 on a CPU, and with a GPU one for each core of the run, up to 8
-    config.DATALOADER = CfgNode({"NUM_WORKERS": 0})
-    return config
-
-
-def _data() -> CfgNode:
-    node = CfgNode()
-    # has train/CLASS/* and val/CLASS/*, or CLASS/*; $NAME is replaced from the environment
-    node.ROOT = ""
-    # auto validates on the val folder where there is one; train holds the validation split out of the training images
-    # even so, and leaves the val folder for a final test
-    node.VAL_FROM = "auto"
-    # of each class, where the split is cut out; VAL_SEED chooses the images, the same whatever the SEED
-    node.VAL_FRACTION = 0.1
-    node.VAL_SEED = 0
-    node.IMAGE_SIZE = 224
-    # at evaluation the shortest side becomes IMAGE_SIZE / CROP_RATIO, then the center is cut out
-    node.CROP_RATIO = 1.0
-    node.MEAN = [0.485, 0.456, 0.406]
-    node.STD = [0.229, 0.224, 0.225]
-    # decoded images are kept in memory up to this limit, else decoded at each use
-    node.CACHE_GIB = 2.0
-    node.AUGMENT = CfgNode()
-    # pixels by which the image is moved at most, borders reflected; probability of a mirror image
-    node.AUGMENT.SHIFT = 0
-    node.AUGMENT.HFLIP = 0.0
-    # smallest and largest part of the image's area to cut out, [] takes the evaluation's crop
-    node.AUGMENT.CROP_AREA = []
-    node.AUGMENT.CROP_ASPECT = [0.75, 1.3333333333]
-    # brightness, contrast, saturation, hue; [] leaves colors alone
-    node.AUGMENT.COLOR_JITTER = []
-    return node
-
-
-def _teacher() -> CfgNode:
-    node = CfgNode({"ARCH": "nst_resnet18_w48", "PRETRAINED": False})
-    node.ARCH_KWARGS = CfgNode(new_allowed=True)
-    # a backbone file or backbone://NAME, or a plain state dict (.pth, .safetensors) of ARCH; "" makes a teacher
-    node.WEIGHTS = ""
-    # train it first on this data (from PRETRAINED's weights, if so); False takes it as it is
-    node.TRAIN = True
-    # top-1 on the validation split, 0..1; a worse teacher stops the run, 0 takes any
-    node.EXPECTED_TOP1 = 0.0
-    # keys of SOLVER that differ while the teacher is trained, e.g. {MAX_ITER: 400}
-    node.SOLVER = CfgNode(new_allowed=True)
-    # keys of DATA.AUGMENT that differ while the teacher is trained
-    node.AUGMENT = CfgNode(new_allowed=True)
-    return node
-
-
-def _cache() -> CfgNode:
-    node = CfgNode()
-    # 0 draws a new augmentation at each step; else each image has this many, and epoch e takes number e mod VIEWS
-    node.VIEWS = 0
-    # of the views; not SEED, so that runs of several seeds can share a cache
-    node.VIEW_SEED = 0
-    # where the teacher's outputs for each view are kept, so that it runs once only; "" runs it at each step
-    node.DIR = ""
-    # auto keeps it as computed, to the bit; fp16 and bf16 round what is float32
-    node.DTYPE = "auto"
-    # a larger cache is refused before it is written
-    node.MAX_GIB = 20.0
-    return node
-
-
-def _solver() -> CfgNode:
-    node = CfgNode()
-    node.OPTIMIZER = "SGD"
-    node.BASE_LR = 0.1
-    node.MOMENTUM = 0.9
-    node.NESTEROV = True
-    node.WEIGHT_DECAY = 1e-4
-    # for scales, shifts and biases
-    node.WEIGHT_DECAY_NORM = 0.0
-    node.MAX_ITER = 1000
-    # images of a step, of all processes together
-    node.IMS_PER_BATCH = 64
-    # parts in which each process takes its images of a step, one after another, to save memory
-    node.ACCUMULATE = 1
-    # batch normalization over the images of all processes; False takes each process's own
-    node.SYNC_BN = False
-    # Detectron2's keys, from here to CLIP_GRADIENTS; OneCycleLR, ONECYCLE_RISE and full_model are ours.
-    # WarmupMultiStepLR multiplies by GAMMA at each of STEPS ([]: a constant rate); WarmupCosineLR falls to BASE_LR_END
-    node.LR_SCHEDULER_NAME = "WarmupCosineLR"
-    node.BASE_LR_END = 0.0
-    node.STEPS = []
-    node.GAMMA = 0.1
-    # OneCycleLR: the part of the run in which the rate rises
-    node.ONECYCLE_RISE = 0.2
-    # for WARMUP_ITERS the rate goes in a line (linear) from WARMUP_FACTOR to where the schedule then is, or waits
-    # there (constant)
-    node.WARMUP_ITERS = 0
-    node.WARMUP_FACTOR = 0.001
-    node.WARMUP_METHOD = "linear"
-    node.RESCALE_INTERVAL = False
-    # steps between checkpoints
-    node.CHECKPOINT_PERIOD = 500
-    # CLIP_VALUE limits each entry (value), each parameter's norm (norm), or that of all gradients together (full_model)
-    node.CLIP_GRADIENTS = CfgNode({"ENABLED": False, "CLIP_TYPE": FULL_MODEL, "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0})
-    # of an exponential moving average of the weights: 0 for none, else below 1, such as 0.999; the average is what is
-    # validated and written, running statistics averaged too; it begins as the first step's weights, and the decay
-    # rises to this value: 1 - t ** (-2 / 3) after t steps.  One pass over the weights a step
-    node.EMA_DECAY = 0.0
-    # a loss or gradient that is not finite: stop, skip the step, or roll back to the last checkpoint
-    node.NON_FINITE = non_finite_node()
-    # mixed precision; DTYPE is bf16, fp16, or auto: bf16 where the device is fast in it (NVIDIA's GPUs since Ampere,
-    # processors with AVX512-BF16), else float32; the log's first line names it
-    node.AMP = CfgNode({"ENABLED": True, "DTYPE": "auto"})
-    node.CE_WEIGHT = 1.0
-    node.LABEL_SMOOTHING = 0.0
-    return node
+    """Return the full tree of known keys."""
+    return config_tree(KEYS)
 
 
 # key -> predicate of (its value, its node), and what is wanted of it
@@ -261,7 +249,7 @@ RULES: Rules = {
 
 def load_distill_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
     """Return defaults, file and overrides, checked value by value."""
-    config = load_config(get_defaults(), file, overrides)
+    config = load_config(get_defaults(), file and config_file(file, "distill.yaml"), overrides)
     check_config(config)
     return config
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from nst_det.data.folders import read_image_folder
+from nst_det.data.folders import ImageFolder, read_image_folder
 from nst_det.distillation.augment import ImageStore, Views, augmented, draw_moves
 from nst_det.engine.config import expand_path
 from nst_det.engine.device import default_device
@@ -121,17 +120,21 @@ class Normalizer:
         return pixels.permute(0, 3, 1, 2)
 
 
+def read_data(config: CfgNode) -> ImageFolder:
+    """Return the image folder that a config of stage one names."""
+    data, root = config.DATA, expand_path(config.DATA.ROOT, "DATA.ROOT")
+    return read_image_folder(root, data.VAL_FRACTION, data.VAL_SEED, always_cut=data.VAL_FROM == "train")
+
+
 class StageOneData:
     """The image folder at DATA.ROOT: training batches by step, and the validation split."""
 
     def __init__(self, config: CfgNode) -> None:
         self.config, data = config, config.DATA
-        root = Path(expand_path(data.ROOT, "DATA.ROOT"))
-        always_cut = data.VAL_FROM == "train"
-        self.folder = read_image_folder(root, data.VAL_FRACTION, data.VAL_SEED, always_cut=always_cut)
+        self.folder = read_data(config)
         if not len(self.folder.val):
-            raise UserError(f"{root}: no images to validate on; add a val folder or set DATA.VAL_FRACTION")
-        self.name, self.classes = root.resolve().name, list(self.folder.classes)
+            raise UserError(f"{self.folder.root}: no images to validate on; add a val folder or set DATA.VAL_FRACTION")
+        self.name, self.classes = self.folder.root.resolve().name, list(self.folder.classes)
         self.fingerprint = self.folder.fingerprint()
         self.normalize = Normalizer(data.MEAN, data.STD, default_device())
         self._stores: dict[tuple[str, bool], ImageStore] = {}

@@ -127,10 +127,10 @@ class StageOne:
     def prepare_teacher(self, network: Network, labels_shared: bool) -> dict[str, Any]:
         """Train the teacher, or take it as it is and measure it; refuse one that is worse than expected."""
         folder = RunFolder(self.output / "teacher")
-        claim = teacher_claim(self.config, self.data.fingerprint, network.sha256)
+        claim = teacher_claim(self.config, self.data.fingerprint, network.sha256, network.to_train)
         with folder.opened(claim) if is_main_process() else nullcontext():
             if not broadcast_from_rank0(lambda: folder.done):
-                if self.config.TEACHER.TRAIN and not network.sha256:
+                if network.to_train:
                     solver, augment = teacher_solver(self.config), teacher_augment(self.config)
                     teacher = self._student("teacher", network, build_transfer(LABELS_ONLY), solver, folder)
                     self._train([teacher], None, self.data.training(augment, solver), solver)
@@ -138,9 +138,9 @@ class StageOne:
                 else:
                     self._take_teacher(network, folder, labels_shared)
             result = broadcast_from_rank0(folder.result)
-        if not network.sha256:
+        if network.to_train or not network.sha256:
             if is_main_process():
-                load_into(network.model, result["backbone"])
+                load_into(network.model, _where_it_is(result, self.teacher_file)["backbone"])
             copy_from_first(network.model.to(self.device))
             network.model.cpu()
         expected, top1 = self.config.TEACHER.EXPECTED_TOP1, result["top1"]
@@ -194,7 +194,7 @@ class StageOne:
                 if result is None:
                     unfinished.append(self._student(name, network, losses[name], config.SOLVER, folder))
                 else:
-                    results[name] = result
+                    results[name] = _where_it_is(result, self.student_files[name])
             if unfinished:
                 asked = teacher is not None and any(student.needs_teacher for student in unfinished)
                 teaching = self._teaching(teacher, network, losses, sha256) if teacher is not None and asked else None
@@ -259,9 +259,9 @@ class StageOne:
         node = self.config.DATA
         return Card(
             arch=network.arch,
-            num_classes=len(self.data.classes),
+            num_classes=network.num_classes,
             arch_kwargs=network.arch_kwargs,
-            classes=self.data.classes,
+            classes=self.data.classes if network.has_labels(self.data.classes) else [],
             input=input_contract(node.MEAN, node.STD, "RGB", node.IMAGE_SIZE),
             method=method,
             data=self.data.description(),
@@ -276,7 +276,13 @@ class StageOne:
 def result_of(card: Card, path: Path, seconds: float) -> dict[str, Any]:
     """Return the content of ``result.json`` for a backbone file."""
     keys = ("method", "sha256", "top1", "top5", "steps", "seed", "params")
-    return {key: getattr(card, key) for key in keys} | {"backbone": str(path), "name": path.stem, "seconds": seconds}
+    about = {"backbone": str(path), "name": path.stem, "val_images": card.data["validation_images"], "seconds": seconds}
+    return {key: getattr(card, key) for key in keys} | about
+
+
+def _where_it_is(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a result with the backbone's path as it is now; the folders may have been moved."""
+    return result | {"backbone": str(path)} if path.is_file() else result
 
 
 def parse_methods(names: Sequence[str]) -> dict[str, Method]:

@@ -33,8 +33,22 @@ def load_config(defaults: CfgNode, file: str | Path | None, overrides: Sequence[
     return config
 
 
+def config_file(path: str | Path, name: str) -> Path:
+    """Return the YAML that a user names: a file, or by a project's folder the one of this ``name`` in it."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        if not (path / name).is_file():
+            raise UserError(f"{path}: no {name} in this folder; name a project of nst-det init, or a YAML")
+        return path / name
+    return path
+
+
 def read_yaml(file: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML file, merged over its ``_BASE_``, a path relative to the file."""
+    """Return the mapping in a YAML file, merged over its ``_BASE_``, a path relative to the file.
+
+    A value that begins with ``./`` or ``../`` is a path relative to the file, too, and becomes absolute.  A ROOT may be
+    a list of places, of which the first folder that is there is taken.
+    """
     file = Path(file)
     if file.resolve() in above:
         raise UserError(f"{file}: _BASE_ leads back to itself; remove one of the _BASE_ lines")
@@ -50,11 +64,41 @@ def read_yaml(file: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise UserError(f"{file}: a config must be a mapping of keys to values")
     base = tree.pop("_BASE_", None)
+    tree = placed(tree, file.parent.resolve())
     if base is None:
         return tree
     if not isinstance(base, str):
         raise UserError(f"{file}: _BASE_ must be the path of one YAML file")
     return _overlay(read_yaml(file.parent / Path(base).expanduser(), (*above, file.resolve())), tree)
+
+
+def placed(value: Any, folder: Path, key: str = "") -> Any:
+    """Return values of a file in ``folder`` with their paths made absolute, see :func:`read_yaml`."""
+    if isinstance(value, dict):
+        return {name: placed(item, folder, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        items = [placed(item, folder) for item in value]
+        if key.rpartition(".")[2] == "ROOT" and items:
+            there = (item for item in items if os.path.isdir(os.path.expandvars(os.path.expanduser(str(item)))))
+            return next(there, items[0])
+        return items
+    relative = isinstance(value, str) and value.startswith(("./", "../"))
+    return os.path.normpath(folder / value) if relative else value
+
+
+def places(path: str | Path, folder: Path) -> str | list[str]:
+    """Return a ROOT for a file in ``folder``: relative, and behind it absolute unless it is inside ``folder``.
+
+    So either may be moved alone, or both together.
+    """
+    if "$" in str(path):
+        return str(path)
+    absolute = os.path.abspath(os.path.expanduser(path))
+    relative = os.path.relpath(absolute, folder.resolve())
+    # with a slash, which tells a path
+    return (
+        [f"{relative}/" if relative == ".." else relative, absolute] if relative.startswith("..") else f"./{relative}"
+    )
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -152,16 +196,23 @@ def _cast(value: Any, default: Any, name: str, source: str) -> Any:
         return float(value)
     if isinstance(default, float) and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)  # YAML 1.1 reads 1e-4 as text
-    if isinstance(default, list | tuple) and isinstance(value, str):
-        value = parse_value(value)  # Detectron2's files write (60000, 80000), which YAML reads as text
-    if isinstance(default, list | tuple) and isinstance(value, list | tuple):
-        return type(default)(value)
+    if isinstance(default, list | tuple) and not isinstance(value, dict | bool | None):
+        return type(default)(_as_list(value))
     if isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise UserError(
         f"{source}: {name} must be of type {type(default).__name__} like {default!r}, "
         f"but is {type(value).__name__} {value!r}"
     )
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    """Return a list as it is, the values between commas in a text, or a single value alone."""
+    # Detectron2's files write (60000, 80000), which YAML reads as text
+    value = parse_value(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [parse_value(part.strip()) for part in value.split(",") if part.strip()]
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def flat(config: CfgNode, prefix: str = "") -> dict[str, Any]:
@@ -188,22 +239,3 @@ def expand_path(text: str, key: str) -> str:
             f"{key}: the environment variable {missing[1]} is not set; set it, or give {key} on the command line"
         )
     return expanded
-
-
-def transfer_node() -> CfgNode:
-    """Return the ``TRANSFER`` keys that both stages share.
-
-    LEVELS are feature levels of the student, or ``student:teacher`` pairs (``res3:res4``).  The others are keyed by
-    term (``{at: 10.0}``, ``{kd: {temperature: 2.0}}``, ``{fitnet: [res4]}``).  A term's weight is that in the method
-    (``at:10``), else by AUTO_WEIGHT (see :class:`nst_det.losses.loss_balance.GradientBalance`), else that in WEIGHTS,
-    else its default.
-    """
-    node = CfgNode()
-    node.LEVELS = []
-    # assigned one by one: CfgNode({...}) would forget new_allowed
-    node.WEIGHTS = CfgNode(new_allowed=True)
-    node.TERM_LEVELS = CfgNode(new_allowed=True)
-    node.OPTIONS = CfgNode(new_allowed=True)
-    node.AUTO_WEIGHT = CfgNode(new_allowed=True)
-    node.WARMUP_ITERS = 0
-    return node

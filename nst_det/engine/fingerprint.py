@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 # a run folder refuses to resume with another value; the rest are the runs of stage one whose results depend on the key
 RESUME, STUDENT, TEACHER, TRAINED_TEACHER, CACHE = "resume", "student", "teacher", "trained teacher", "cache"
 # a comparison sets it for each run; how fast a run learns, not what a step takes; what a forward pass of a detector is
@@ -12,8 +14,16 @@ _VIEWS = (RESUME, STUDENT, CACHE)
 # key, or group of keys, of any config -> what it concerns; the longest match counts
 CONCERNS: dict[str, tuple[str, ...]] = {
     "": (RESUME, STUDENT),
-    # where, how fast and what is shown, and what is done about a step that failed
+    # where, how fast and what is shown, and what is done about a step that failed; data and weights are known by their
+    # fingerprints, wherever they are
     "OUTPUT_DIR": (RUN,),
+    "REGISTRY": (RUN,),
+    "DATA.ROOT": (),
+    "DATASETS.VOC.*.ROOT": (),
+    "CACHE.DIR": (),
+    "MODEL.WEIGHTS": (RUN,),
+    "TEACHER.WEIGHTS": (),
+    "TEACHER.CONFIG_FILE": (),
     "MODEL.DEVICE": (),
     "DATALOADER.NUM_WORKERS": (),
     "DATALOADER.CACHE_IMAGES_MB": (),
@@ -28,19 +38,16 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "TUNED": (),
     "TRIALS": (),
     "JOBS": (),
+    "COMPARE": (),
     "DISTILL": (),
     "DETECT.CONFIG": (),
     "DETECT.OPTS": (),
     # a comparison keeps to them; in stage one methods may be added and these may change
     "METHODS": (RUN,),
-    "REGISTRY": (RESUME, RUN),
     "LOG_PERIOD": (RESUME,),
     "DATALOADER": (RESUME,),
-    # the data's fingerprint stands for the folder
-    "DATA.ROOT": (RESUME,),
     "DATA.CACHE_GIB": (RESUME,),
     # a cache gives what the teacher would, unless it rounds
-    "CACHE.DIR": (RESUME,),
     "CACHE.MAX_GIB": (RESUME,),
     "CACHE.VIEWS": _VIEWS,
     "CACHE.VIEW_SEED": _VIEWS,
@@ -49,7 +56,6 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "SEED": (RESUME, STUDENT, TEACHER, RUN),
     "ENGINE": (RESUME, STUDENT, RUN),
     "MODEL": (RESUME, STUDENT, FORWARD),
-    "MODEL.WEIGHTS": (RESUME, STUDENT, RUN),
     "MODEL.TIMM.PRETRAINED": (RESUME, STUDENT),
     "MODEL.BACKBONE.FREEZE_AT": (RESUME, STUDENT),
     "INPUT.MIN_SIZE_TEST": (RESUME, STUDENT, FORWARD),
@@ -78,7 +84,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
 
 def concerns(key: str, *what: str) -> bool:
     """Return whether a dotted key concerns one of these; the longest group that it is in counts."""
-    group = key
+    group = re.sub(r"^(DATASETS\.VOC)\.[^.]+\.", r"\1.*.", key)
     while group not in CONCERNS:
         group = group.rpartition(".")[0]
     return bool(set(what) & set(CONCERNS[group]))

@@ -153,6 +153,14 @@ def _seal(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def link_or_copy(path: Path, target: Path) -> None:
+    """Make ``target`` a hard link to a file, or a copy where that can't be (another file system, or one without)."""
+    try:
+        os.link(path.resolve(), target)
+    except OSError:
+        shutil.copyfile(path, target)
+
+
 def sha256_of_file(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from nst_det.engine.checkpoint import SCHEMA, check_schema, load_checkpoint, write_state
 from nst_det.engine.device import is_gpu_error
 from nst_det.engine.distributed import gathered, largest_of_processes, rank, world_size
+from nst_det.engine.keys import Key, config_tree
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -46,13 +47,18 @@ def raise_together(failed: bool, device: torch.device, what: str = "") -> None:
         raise NotFinite(what if failed else "")
 
 
-def non_finite_node() -> CfgNode:
-    """Return SOLVER.NON_FINITE.
+NON_FINITE_KEYS = {
+    "POLICY": Key(
+        STOP, "where a loss or gradient isn't finite: stop, skip the step, or roll back (back) to the last checkpoint"
+    ),
+    "LIMIT": Key(3, "how often a step may be skipped or rolled back in one run"),
+    "LR_FACTOR": Key(0.5, "by which the learning rate is multiplied when it is rolled back"),
+}
 
-    POLICY is ``stop``, ``skip`` (the step is skipped, the schedule continues) or ``back`` (roll back to the last
-    checkpoint, with the learning rate times LR_FACTOR from there on).  LIMIT is how often that may happen in one run.
-    """
-    return CfgNode({"POLICY": STOP, "LIMIT": 3, "LR_FACTOR": 0.5})
+
+def non_finite_node() -> CfgNode:
+    """Return SOLVER.NON_FINITE."""
+    return config_tree(NON_FINITE_KEYS)
 
 
 def check_non_finite(node: CfgNode, key: str, source: str = "config") -> None:

@@ -7,9 +7,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from fvcore.common.config import CfgNode
 
-from nst_det.engine.config import flat, plain
+from nst_det.engine.config import flat, placed, places, plain
 from nst_det.engine.fingerprint import RESUME, concerns
 from nst_det.engine.io import read_json, remove_left_over, write_json, write_text
 from nst_det.engine.metrics import read_metrics, speed_of
@@ -26,6 +27,10 @@ from nst_det.errors import UserError
 
 # their versions decide numbers
 PACKAGES = ("nst_det", "torch", "torchvision", "timm", "detectron2", "numpy", "opencv-python-headless")
+# what a finished run of stage two leaves
+WEIGHTS_FILE = "model.safetensors"
+# files of which one at least is there once a run made a step that it can resume from, or its runs did
+TRACES = re.compile(r"result\.json|metrics\.jsonl|step-\d+\.pt|model_\d+\.pth")
 
 
 def provenance() -> dict[str, Any]:
@@ -82,18 +87,23 @@ def _cuda_name(device: str | None = None) -> str | None:
 
 
 class RunFolder:
-    """One run: config.json, provenance.json, metrics.jsonl, checkpoints/ and, once it is done, result.json."""
+    """One run: config.json, inputs.json, provenance.json, metrics.jsonl, checkpoints/; once it is done, result.json."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_path = self.path / "config.json"
+        # fingerprints of the data and weights that the config names by a path
+        self.inputs_path = self.path / "inputs.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.result_path = self.path / "result.json"
 
     @contextmanager
-    def opened(self, config: CfgNode | dict[str, Any]) -> Iterator[RunFolder]:
-        """Hold the folder for this process alone and write its config; one that holds another run is refused."""
+    def opened(self, config: CfgNode | dict[str, Any], inputs: Mapping[str, str] | None = None) -> Iterator[RunFolder]:
+        """Hold the folder for this process alone and write its config; one in which another run began is refused.
+
+        ``inputs`` are the fingerprints, by key, of what the config names by a path.
+        """
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -105,30 +115,60 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: can't be written ({error.strerror}); name another folder") from error
         try:
-            self._claim(config)
+            self._claim(config, inputs or {})
             yield self
         finally:
             lock.release()
 
-    def _claim(self, config: CfgNode | dict[str, Any]) -> None:
+    def config(self) -> dict[str, Any]:
+        """Return the values of its config by dotted key, data sets where they are now."""
+        values: dict[str, Any] = placed(read_json(self.config_path), self.path.resolve())
+        return values
+
+    def check(self, config: CfgNode | dict[str, Any], within: str = "") -> None:
+        """Refuse a folder that holds another run, by the keys that begin with ``within``; nothing is written."""
+        values = _values(config)
+        before = read_json(self.config_path) if self.config_path.exists() and self.begun else values
+        self._refuse(before, values, [key for key in differing(before, values) if key.startswith(within)])
+
+    def _refuse(self, before: Mapping[str, Any], values: Mapping[str, Any], keys: Sequence[str]) -> None:
+        for key in keys:
+            weights = self.path / WEIGHTS_FILE
+            further = f" (MODEL.WEIGHTS {weights} begins where this run ended)" if weights.exists() else ""
+            raise UserError(
+                f"{self.path}: this folder holds a run with {key} {before.get(key)!r}, now it is "
+                f"{values.get(key)!r}; name another folder{further} or remove this one"
+            )
+
+    def _claim(self, config: CfgNode | dict[str, Any], inputs: Mapping[str, str]) -> None:
         for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
             remove_left_over(folder, owned=True)
-        values = _values(config)
-        before = read_json(self.config_path) if self.config_path.exists() else values
-        for key in sorted({*before, *values}):
-            # a comparison's claim holds the keys of both stages
-            kept = concerns(key.removeprefix("DISTILL.").removeprefix("DETECT."), RESUME)
-            if kept and before.get(key) != values.get(key):
-                raise UserError(
-                    f"{self.path}: this folder holds a run with {key} {before.get(key)!r}, now it is "
-                    f"{values.get(key)!r}; name another folder or remove this one"
-                )
-        if not self.config_path.exists():
+        self.check(config)
+        begun = self.config_path.exists() and self.begun
+        if inputs:
+            before = read_json(self.inputs_path) if begun and self.inputs_path.exists() else inputs
+            self._refuse(before, inputs, [key for key in inputs if before.get(key) != inputs[key]])
+            if not (begun and self.inputs_path.exists()):
+                write_json(self.inputs_path, dict(inputs))
+        values = {key: self._portable(key, value) for key, value in _values(config).items()}
+        if not begun:
             write_json(self.config_path, values)
         if isinstance(config, CfgNode):
-            write_text(self.path / "config.yaml", config.dump())
+            portable = config.clone()
+            portable.defrost()
+            for name, entry in portable.get("DATASETS", {}).get("VOC", {}).items():
+                entry.update({key: values[f"DATASETS.VOC.{name}.{key}"] for key in entry})
+            write_text(self.path / "config.yaml", portable.dump())
         history = self.path / "provenance.json"
         write_json(history, [*(read_json(history) if history.exists() else []), provenance()])
+
+    def _portable(self, key: str, value: Any) -> Any:
+        return places(value, self.path) if key.endswith(".ROOT") and isinstance(value, str) and value else value
+
+    @property
+    def begun(self) -> bool:
+        """Whether this run, or one in a folder below, made a step."""
+        return any(TRACES.fullmatch(path.name) for path in self.path.rglob("*"))
 
     @property
     def done(self) -> bool:
@@ -148,6 +188,12 @@ class RunFolder:
 
 def _values(config: CfgNode | dict[str, Any]) -> dict[str, Any]:
     return dict(plain(flat(config) if isinstance(config, CfgNode) else config))
+
+
+def differing(before: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """Return the keys by which two configs are not of one run; a comparison's have the keys of both stages."""
+    keys = (key for key in sorted({*before, *values}) if before.get(key) != values.get(key))
+    return [key for key in keys if concerns(key.removeprefix("DISTILL.").removeprefix("DETECT."), RESUME)]
 
 
 def config_hash(config: CfgNode | dict[str, Any]) -> str:

@@ -19,8 +19,8 @@ def summarize(found: Detections, truth: GroundTruth, coco: bool = True) -> tuple
 
     That is ``map`` (mean of the 11-point AP at overlap 0.5), ``map_area``, ``per_class`` and ``per_class_area`` (name
     to AP), ``map_by_iou`` (overlap to mean 11-point AP), ``coco`` (AP, AP50, AP75, APs, APm, APl; {} where ``coco`` is
-    False, since pycocotools takes longer than all the rest), and ``objects`` (their number by size, without the
-    difficult ones).  AP are 0..1, None where no object counts.
+    False, since pycocotools takes longer than all the rest), and ``objects`` and ``objects_per_class`` (their number by
+    size and by class, without the difficult ones).  AP are 0..1, None where no object counts.
     """
     voc = evaluate_voc(found, truth, THRESHOLDS)
     at_half = voc.to_dict()
@@ -36,4 +36,5 @@ def summarize(found: Detections, truth: GroundTruth, coco: bool = True) -> tuple
         "map_by_iou": {str(threshold): voc.to_dict(threshold)["map"] for threshold in THRESHOLDS},
         "coco": {name: summary[name] for name in SUMMARY if coco},
         "objects": {"small": small, "medium": len(area) - small - large, "large": large},
+        "objects_per_class": {name: numbers["positives"] for name, numbers in at_half["per_class"].items()},
     }

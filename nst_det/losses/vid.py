@@ -67,8 +67,8 @@ def mean_network(kind: str, student: int, teacher: int, grid: int = 0) -> nn.Mod
 @register_term(
     "vid",
     level="maps",
-    weight=1.0,
-    source="RepDistiller (beta 1); the paper's lambda is not stated in any source found",
+    weight=30.0,
+    source="docs/study_fitnet_nst.md; RepDistiller's 1 was as good as none there, the paper's lambda isn't known",
     summary="how well the student's map predicts the teacher's, through a trained network",
     vectors=True,
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nst_det.errors import UserError
 from nst_det.models.build import (
     LEVELS,
+    ODD_SIZE,
     batch_norms,
     create_model,
+    evaluating,
     feature_levels,
+    first_line,
     forward_outputs,
     probe_image,
     probe_size,
     stride_of,
     take_levels,
+    takes_argument,
 )
 from nst_det.models.card import Card
 from nst_det.models.io import first_names, load_backbone, load_strict
 from nst_det.models.sync_norm import sync_batch_norm
+
+log = logging.getLogger(__name__)
 
 
 class Bottomup(nn.Module):
     """Images in, one map a level out; computes exactly what the classifier computes up to there.
 
     It assumes that images are normalized as the weights expect.  The timm model is made whole, filled strictly,
-    and only then cut down to what the levels need, so that no unused parameter remains.
+    and only then cut down to what the levels need.  Parameters that give nothing to these levels and can't be cut off
+    (HRNet's, whose branches feed each other) are frozen, and the log names them.
 
     ``arch``, ``arch_kwargs`` and ``pretrained`` are those of :func:`create_model`, ``levels`` of ``res2`` .. ``res5``;
     ``state_dict`` has the weights of the whole classifier of ``num_classes``, None leaves random ones.  A ValueError
@@ -42,6 +50,7 @@ class Bottomup(nn.Module):
         channels: level -> channels.
         strides: level -> stride in pixels.
         loaded: whether the weights come from a file or from timm, not from a random generator.
+        unused: names of the parameters that give nothing to the levels.
 
     Example:
         >>> bottomup = Bottomup("nst_resnet10_w32", ["res3", "res4"])
@@ -74,6 +83,7 @@ class Bottomup(nn.Module):
         self.strides = {name: info.stride for name, info in taken.items()}
         self._pruned_keys = whole - set(model.state_dict())
         self._frozen_norms: set[str] = set()
+        self.unused = self._freeze_unused()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) normalized images to maps (B, C, H / stride, W / stride) by level."""
@@ -81,6 +91,34 @@ class Bottomup(nn.Module):
             images, indices=self._indices, stop_early=True, intermediates_only=True
         )
         return dict(zip(self.channels, maps))
+
+    def check_map_sizes(self, multiple: int = 1) -> None:
+        """Refuse (ValueError) a network whose maps aren't the image's size divided by their strides.
+
+        ``multiple`` is what the sides of images are padded to a multiple of; 1 takes images of any size.
+        """
+        sides = [side // multiple * multiple for side in ODD_SIZE]
+        size = " x ".join(map(str, sides))
+        try:
+            with evaluating(self.model):
+                maps = self(probe_image(self.model, *sides))
+        except Exception as error:  # a network raises whatever it stumbles over
+            remedy = "take another network"
+            if takes_argument(self.model, "strict_img_size"):
+                remedy += ", or set KWARGS.strict_img_size to False, with an FPN above it"
+            raise ValueError(
+                f"{self.arch} takes no images of {size} pixels ({first_line(error)}), and a detector's images have "
+                f"many sizes; {remedy}"
+            ) from error
+        for name, stride in self.strides.items():
+            found = maps[name].shape[-2:]
+            # either way a cell is where its stride says
+            if any(not side // stride <= cells <= -(-side // stride) for side, cells in zip(sides, found)):
+                wanted = " x ".join(str(-(-side // stride)) for side in sides)
+                raise ValueError(
+                    f"{self.arch}: the map {name} of an image of {size} pixels has {found[0]} x {found[1]} cells, and "
+                    f"stride {stride} asks for {wanted}: boxes would be read beside their objects; take another network"
+                )
 
     def load_classifier(self, state_dict: Mapping[str, Tensor], source: str) -> None:
         """Fill from the state dict of the whole classifier, of which all but what was cut off must fit.
@@ -145,13 +183,27 @@ class Bottomup(nn.Module):
                 f"first, or {remedy}"
             )
 
+    def _freeze_unused(self) -> list[str]:
+        """Freeze what has no gradient, since data parallel training would wait for it; return its names."""
+        trainable = {name: value for name, value in self.named_parameters() if value.requires_grad}
+        with evaluating(self.model), torch.enable_grad():
+            maps = self(probe_image(self.model, probe_size(self.model)))
+            unused = sorted(set(trainable) - _reached(maps.values(), trainable))
+        for name in unused:
+            trainable[name].requires_grad_(False)
+        if unused:
+            log.info(
+                "%s: %d of %d parameter tensors give nothing to %s and stay as they are (%s)",
+                *(self.arch, len(unused), len(trainable), ", ".join(self.channels), first_names(unused)),
+            )
+        return unused
+
     def _names_below(self, at: int) -> set[str]:
         """Return the parameters that the last map of stride ``2**at`` depends on, found by its gradient."""
         if 2**at >= max(self.strides.values()):
             return {name for name, _ in self.model.named_parameters()}
         # on a copy, so that no flag and no statistic of this one is touched
         model = copy.deepcopy(self.model).eval().requires_grad_(True)
-        names, parameters = zip(*model.named_parameters())
         size = probe_size(model)
         with torch.enable_grad():
             image = probe_image(model, size)
@@ -159,8 +211,14 @@ class Bottomup(nn.Module):
             last = [map_ for map_ in maps if stride_of(map_, size) == 2**at]
             if not last:
                 raise ValueError(f"{self.arch} has no map of stride {2**at}, so it can't be frozen at {at}")
-            grads = torch.autograd.grad(last[-1].sum(), parameters, allow_unused=True)
-        return {name for name, grad in zip(names, grads) if grad is not None}
+            return _reached(last[-1:], dict(model.named_parameters()))
+
+
+def _reached(maps: Iterable[Tensor], parameters: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of the parameters that maps depend on, found by their gradient."""
+    total = torch.stack([map_.sum() for map_ in maps]).sum()
+    grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return {name for name, grad in zip(parameters, grads) if grad is not None}
 
 
 def load_into(model: nn.Module, path: str | Path) -> Card:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ NORM_POLICIES = {"FrozenBN": "frozen", "BN": "train", "SyncBN": "sync"}
 # stride 4, 8, 16, 32
 LEVELS = ("res2", "res3", "res4", "res5")
 PROBE_SIZE = 64
+# sides of an image that no stride divides, in pixels
+ODD_SIZE = (193, 257)
 
 
 def create_model(arch: str, num_classes: int, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -52,9 +55,9 @@ def create_model(arch: str, num_classes: int, pretrained: bool = False, **kwargs
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
-        reason = str(error).split("\n")[0]
         raise ValueError(
-            f"no pretrained weights for {arch} could be had ({reason}); go online once, or name a weights file"
+            f"no pretrained weights for {arch} could be had ({first_line(error)}); go online once, or name a file of "
+            "weights"
         ) from error
 
 
@@ -147,11 +150,11 @@ def take_levels(available: Mapping[str, LevelInfo], names: Sequence[str], arch: 
     return {name: info for name, info in available.items() if name in names}
 
 
-def probe_image(model: nn.Module, size: int) -> Tensor:
-    """Return a black image (1, C, size, size) on the model's device."""
+def probe_image(model: nn.Module, *sides: int) -> Tensor:
+    """Return a black image (1, C, H, W), or with one side (1, C, side, side), on the model's device."""
     parameter = next(model.parameters())
     channels = getattr(model, "in_chans", None) or getattr(model, "default_cfg", {}).get("input_size", (3,))[0]
-    return torch.zeros(1, channels, size, size, device=parameter.device, dtype=parameter.dtype)
+    return torch.zeros(1, channels, sides[0], sides[-1], device=parameter.device, dtype=parameter.dtype)
 
 
 def probe_size(model: nn.Module) -> int:
@@ -159,22 +162,48 @@ def probe_size(model: nn.Module) -> int:
     try:
         if all(stride_of(map_, PROBE_SIZE) * map_.shape[-1] == PROBE_SIZE for map_ in _maps(model, PROBE_SIZE)):
             return PROBE_SIZE
-    except (RuntimeError, AssertionError, ValueError):
-        pass  # it takes its own size alone
+    except Exception:  # it takes its own size alone, and raises whatever it stumbles over
+        pass
     # it may also pad so little that strides can't be read from a small image
+    return own_size(model)
+
+
+def own_size(model: nn.Module) -> int:
+    """Return the side of the images that timm made the model for, in pixels."""
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", {})
     return int(config.get("input_size", (3, 224, 224))[-1])
 
 
+def check_image_size(model: nn.Module, arch: str, size: int, where: str) -> None:
+    """Refuse (ValueError) a classifier that takes no images of ``size`` pixels; ``where`` has its ARCH_KWARGS."""
+    try:
+        probe_outputs(model, {}, size)
+    except Exception as error:  # a network raises whatever it stumbles over
+        remedy = f", or {where}.ARCH_KWARGS.img_size to {size}" if takes_argument(model, "img_size") else ""
+        raise ValueError(
+            f"{arch} takes no images of {size} x {size} pixels ({first_line(error)}); set DATA.IMAGE_SIZE to "
+            f"{own_size(model)}{remedy}"
+        ) from error
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Return whether a network's class has an architecture argument of this name."""
+    return name in inspect.signature(type(model).__init__).parameters
+
+
+def first_line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
+
+
 def _maps(model: nn.Module, size: int) -> list[Tensor]:
-    with _evaluating(model):
+    with evaluating(model):
         image = probe_image(model, size)
         maps: list[Tensor] = model.forward_intermediates(image, intermediates_only=True)  # type: ignore[operator]
     return maps
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluate without gradients; each module's own mode is restored after the block."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -221,14 +250,20 @@ def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, Level
 
 def probe_outputs(model: nn.Module, levels: Mapping[str, LevelInfo], size: int) -> ModelOutputs:
     """Return :func:`forward_outputs` of one black image of ``size`` pixels; the model is left as it was."""
-    with _evaluating(model):
+    with evaluating(model):
         return forward_outputs(model, probe_image(model, size), levels)
 
 
-def backbone_parameters(model: nn.Module) -> list[Tensor]:
-    """Return the trainable parameters of a classifier without those of its last layer, weight (K, D) and bias (K,)."""
+def classifier_names(model: nn.Module) -> set[str]:
+    """Return the names of the parameters of a classifier's last layer, weight (K, D) and bias (K,)."""
     last = {id(parameter) for parameter in model.get_classifier().parameters()}  # type: ignore[operator]
-    return [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in last]
+    return {name for name, parameter in model.named_parameters() if id(parameter) in last}
+
+
+def backbone_parameters(model: nn.Module) -> list[Tensor]:
+    """Return the trainable parameters of a classifier without those of its last layer."""
+    last = classifier_names(model)
+    return [value for name, value in model.named_parameters() if value.requires_grad and name not in last]
 
 
 def embedding_width(model: nn.Module) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from torch import nn
 
 from nst_det.errors import UserError
 from nst_det.models.build import check_arch
@@ -60,6 +62,12 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 def input_contract(mean: Sequence[float], std: Sequence[float], order: str, size: int) -> dict[str, Any]:
     """The ``input`` part of a card: mean and std per channel (0..1, in ``order``, RGB or BGR), image size in pixels."""
     return {"channel_order": order, "mean": list(mean), "std": list(std), "size": size}
+
+
+def published_card(model: nn.Module, arch: str) -> Card:
+    """The contract of timm's published weights for a model of ``create_model(arch, ..., pretrained=True)``."""
+    published: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    return Card(arch, 1, input=input_contract(published["mean"], published["std"], "RGB", published["input_size"][-1]))
 
 
 def card_from_json(value: Any, source: str) -> Card:
@@ -126,3 +134,18 @@ def check_input_contract(card: Card, mean: Sequence[float], std: Sequence[float]
             f"the backbone was trained on {trained_order} images, now they are {order}; "
             f"set the input format to {trained_order}"
         )
+
+
+def check_pixels(card: Card, mean: Sequence[float], std: Sequence[float], order: str, source: str) -> None:
+    """As :func:`check_input_contract` for a detector's MODEL.PIXEL_MEAN and PIXEL_STD (0..255) and INPUT.FORMAT.
+
+    The line begins with ``source`` and ends with the values to set.
+    """
+    try:
+        check_input_contract(card, [value / 255 for value in mean], [value / 255 for value in std], order)
+    except UserError as error:
+        wanted = {name: [round(255 * value, 3) for value in card.input[name]] for name in ("mean", "std")}
+        raise UserError(
+            f"{source}: {error} (INPUT.FORMAT {card.input['channel_order']}, "
+            f"MODEL.PIXEL_MEAN {wanted['mean']}, MODEL.PIXEL_STD {wanted['std']})"
+        ) from error

@@ -6,7 +6,8 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, replace
@@ -41,6 +42,10 @@ from nst_det.models.registry import resolve
 SHOWN = 4
 # a counter that old files lack and frozen layers never read
 OPTIONAL_SUFFIX = "num_batches_tracked"
+# of torch.compile, FSDP and activation checkpointing, anywhere within names
+WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# mappings within mappings
+DEEPEST = 5
 LARGEST_CARD = 16 << 20
 LARGEST_WEIGHTS = 16 << 30
 log = logging.getLogger(__name__)
@@ -244,33 +249,76 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{path}: damaged, or not a safetensors file ({error}); get it again") from error
 
 
-def load_plain(path: str | Path) -> dict[str, Tensor]:
+def load_plain(path: str | Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     """A bare state dict from somebody else's file, by an architecture that the user names.
 
     Nothing in the file is executed, unless it is a pickle that is trusted.  torchvision's ResNet files fit timm's
     ResNets as they are.
 
+    Args:
+        path: ``.safetensors``, or a file of ``torch.save``, in which the state dict may be an entry among others.
+        names: those of the model that it is for.  What the file has before them (``module.``, ``state_dict.model.``)
+            is taken off and logged, and entries without that beginning are left out; of several state dicts the moving
+            average is taken, as timm does.  Without names the entry ``state_dict`` or ``model`` is taken,
+            without ``module.``.
+
     Raises:
-        UserError: no such file, damaged, or not a state dict.
+        UserError: no such file, damaged, not a state dict, or several of which none is an average.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; correct the path")
     if path.suffix == ".safetensors":
         _header(path)
-        return read_tensors(path)
-    value: Any = load_pickled(path)
-    for key in ("state_dict", "model"):
-        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
-            value = value[key]
-    tensors = {}
-    for key, item in value.items() if isinstance(value, Mapping) else ():
-        item = torch.from_numpy(item) if isinstance(item, np.ndarray) else item
-        if isinstance(key, str) and isinstance(item, Tensor):
-            tensors[key.removeprefix("module.")] = item
-    if not tensors or len(tensors) < len(value):
+        tensors = read_tensors(path)
+    else:
+        value: Any = load_pickled(path)
+        for key in () if names else ("state_dict", "model"):
+            if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
+                value = value[key]
+        tensors = dict(_tensors(value))
+    if not tensors:
         raise UserError(f"{path}: not a state dict (a mapping of names to tensors); name a file of weights")
-    return tensors
+    wrappers = {found for name in tensors for found in WRAPPERS.findall(name)}
+    if wrappers:
+        log.info("%s: taken without '%s' within its names", path, "', '".join(sorted(wrappers)))
+        tensors = {WRAPPERS.sub("", name): value for name, value in tensors.items()}
+    if not names:
+        return {name.removeprefix("module."): value for name, value in tensors.items()}
+    return _without_prefix(tensors, set(names), path)
+
+
+def _tensors(tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of nested mappings by their dotted names."""
+    for key, value in tree.items() if isinstance(tree, Mapping) and depth < DEEPEST else ():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            value = torch.from_numpy(value)
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        else:
+            yield from _tensors(value, f"{prefix}{key}.", depth + 1)
+
+
+def _without_prefix(tensors: dict[str, Tensor], names: set[str], path: Path) -> dict[str, Tensor]:
+    """Return the tensors below the prefix under which most of ``names`` are found."""
+    counts: Counter[str] = Counter()
+    for name in tensors:
+        places = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+        counts.update(name[:place] for place in places if name[place:] in names)
+    most = max(counts.values(), default=0)
+    if 2 * most < len(names) or counts[""] == most:
+        return tensors
+    best = [prefix for prefix, count in counts.items() if count == most]
+    averages = [prefix for prefix in best if "ema" in prefix.lower()]
+    if len(best) > 1 and len(averages) != 1:
+        raise UserError(
+            f"{path}: holds several state dicts for this network ({', '.join(sorted(best))}); write the one that you "
+            "mean into a file of its own"
+        )
+    prefix = (averages if len(best) > 1 else best)[0]
+    taken = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    log.info("%s: taken without '%s' before its names; %d others left out", path, prefix, len(tensors) - len(taken))
+    return taken
 
 
 def list_backbones(folders: Sequence[Path]) -> tuple[list[tuple[str, Card]], list[str]]:

@@ -18,12 +18,16 @@ def write_report(results: ComparisonResult, folder: str | Path, runs: str | Path
     those that are gone cost the report its curves or sample images, never its numbers.
     """
     from nst_det.engine.io import write_text
+    from nst_det.report.curves import read_curves
+    from nst_det.report.limits import limits
     from nst_det.report.page import render_page
     from nst_det.report.summary import conclusion
     from nst_det.report.tables import csv_table, latex_table, markdown_table
 
-    folder, sentence = Path(folder), conclusion(results)
+    folder, runs, sentence = Path(folder), Path(runs), conclusion(results)
+    distill, detect = (read_curves(results, runs, stage) for stage in ("distill_run", "run"))
+    untold = limits(results, distill, detect)
     write_text(folder / "results.csv", csv_table(results))
-    write_text(folder / "table.md", markdown_table(results, sentence))
+    write_text(folder / "table.md", markdown_table(results, sentence, untold))
     write_text(folder / "table.tex", latex_table(results, sentence))
-    write_text(folder / "index.html", render_page(results, Path(runs)))
+    write_text(folder / "index.html", render_page(results, runs, distill, detect, untold))

@@ -17,7 +17,7 @@ from scipy import stats
 
 from nst_det.comparison.result import BASELINE, TEACHER, ComparisonResult, RowResult
 from nst_det.report import charts, summary, tables
-from nst_det.report.curves import read_curves, read_precision
+from nst_det.report.curves import Curves, read_precision
 from nst_det.report.samples import SCORE_THRESHOLD, choose_samples
 
 # of the heat map from 0 to 1, and of a difference from -1 to 0 to 1
@@ -35,7 +35,9 @@ class Cell:
     ink: str = "inherit"
 
 
-def render_page(results: ComparisonResult, runs: Path) -> str:
+def render_page(
+    results: ComparisonResult, runs: Path, distill: dict[str, Curves], detect: dict[str, Curves], untold: Sequence[str]
+) -> str:
     """Return the whole ``index.html``; run folders in ``results`` are relative to ``runs``."""
     environment = Environment(
         loader=PackageLoader("nst_det.report"),
@@ -45,16 +47,16 @@ def render_page(results: ComparisonResult, runs: Path) -> str:
         lstrip_blocks=True,
     )
     environment.globals.update(
-        {name: getattr(tables, name) for name in ("fraction", "signed", "interval_text", "legend", "MARKS")}
+        {name: getattr(tables, name) for name in ("fraction", "signed", "interval_text", "legend", "MARKS", "UNTOLD")}
     )
     environment.filters.update(in_terms=in_terms, flat=flat, known=lambda value: "" if value is None else value)
     assert environment.loader is not None
     style, script = (environment.loader.get_source(environment, name)[0] for name in ("style.css", "script.js"))
     looks = charts.method_looks([row.method for row in results.rows])
-    distill, detect = (read_curves(results, runs, stage) for stage in ("distill_run", "run"))
     return environment.get_template("index.html").render(
         results=results,
         summary=summary,
+        untold=untold,
         columns=[column for column in tables.COLUMNS if column.title],
         style=Markup(style),
         script=Markup(script),

@@ -19,6 +19,7 @@ from nst_det.data.annotation import VocAnnotation
 from nst_det.data.voc import VocDataset
 from nst_det.engine.config import expand_path
 from nst_det.engine.io import read_json
+from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections
 from nst_det.evaluation.io import detections_from_json
@@ -86,7 +87,7 @@ class Samples:
 
 def open_test(run: Path, classes: Sequence[str]) -> list[VocDataset]:
     """Return the data sets that a run was tested on, as its ``config.json`` names them."""
-    config = read_json(run / "config.json")
+    config = RunFolder(run).config()
 
     def value(key: str) -> Any:
         if not isinstance(config, dict) or not config.get(key):

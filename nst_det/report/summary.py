@@ -94,19 +94,13 @@ def caveats(results: ComparisonResult) -> list[str]:
     scratch, baseline, bare = (results.row(method) for method in ("scratch", BASELINE, "no-fpn"))
     if scratch and baseline:
         gain = signed(baseline.map - scratch.map)
-        notes.append(f"Stage one with labels only: the mAP of ce is {gain} against that of a random backbone.")
+        unlike = f", which is trained with {'; '.join(scratch.differs)}" if scratch.differs else ""
+        notes.append(f"Stage one with labels only: the mAP of ce is {gain} against that of a random backbone{unlike}.")
     if bare:
         notes.append(
             f"FPN itself: without it the detector on the backbone of ce has mAP {fraction(bare.map)}, "
             f"{f'{signed(bare.delta_vs_ce)} {interval_text(bare)}'.strip()} against ce with it."
         )
-    single = [row for row in results.rows if row.verdict == SINGLE]
-    if single and len(results.seeds) > 1:
-        notes.append(f"Only one seed is shared with ce by {_names(single)}: no spread to judge by.")
-    if len(results.seeds) == 2:
-        notes.append("Two seeds give very wide intervals; three or more tell differences apart far better.")
-    if sum(row.delta_interval is not None for row in results.methods) > 1:
-        notes.append("Intervals compare a method with ce, not two methods with each other.")
     return notes
 
 
@@ -119,7 +113,7 @@ def not_above(results: ComparisonResult) -> str | None:
     below.sort(key=lambda row: row.delta_vs_ce)
     if not below:
         return "Each method's row has a higher mAP than ce."
-    return f"Not above ce: {_listed([f'{row.method} ({signed(row.delta_vs_ce)})' for row in below])}."
+    return f"Not above ce: {listed([f'{row.method} ({signed(row.delta_vs_ce)})' for row in below])}."
 
 
 def unequal_weights(results: ComparisonResult) -> str | None:
@@ -127,7 +121,7 @@ def unequal_weights(results: ComparisonResult) -> str | None:
     by_source: dict[str, list[str]] = {}
     for row in results.methods:
         if row.weights:
-            by_source.setdefault(row.weights, []).append(row.method)
+            by_source.setdefault(row.weights_from, []).append(row.method)
     if len(by_source) < 2:
         return None
     parts = "; ".join(f"{source}: {', '.join(methods)}" for source, methods in by_source.items())
@@ -138,10 +132,11 @@ def unequal_weights(results: ComparisonResult) -> str | None:
 
 
 def _names(rows: Sequence[RowResult]) -> str:
-    return _listed([row.method for row in rows])
+    return listed([row.method for row in rows])
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return ``a``, ``a and b``, or ``a, b and c``."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from nst_det.comparison.result import ComparisonResult, RowResult
 from nst_det.comparison.statistics import BETTER, NOISE, REFERENCE, SINGLE, WORSE
 
 MISSING = "–"
+UNTOLD = "What this answer can't tell"
 MARKS = {BETTER: "better", WORSE: "worse", NOISE: "within noise", SINGLE: "one seed", REFERENCE: "reference"}
 
 
@@ -62,7 +63,9 @@ def values_of(row: RowResult) -> dict[str, Any]:
     sizes = {"": "AP", "_small": "APs", "_medium": "APm", "_large": "APl"}
     speeds = ("images_per_second", "data_wait", "gpu_memory_gib")
     return {
-        **{name: getattr(row, name) for name in ("method", "stage", "weights")},
+        **{name: getattr(row, name) for name in ("method", "stage")},
+        "weights": row.weights_text,
+        "differs": "; ".join(row.differs),
         "map_11point": row.map,
         **{name: getattr(row, name) for name in ("map_std", "map_area", "delta_vs_ce")},
         "delta_low": low,
@@ -109,7 +112,7 @@ def _training_note(row: RowResult) -> str:
     return f"stage one {duration(row.seconds_backbone)}, stage two {duration(row.seconds_detector)}"
 
 
-# LaTeX takes all but the last three
+# LaTeX takes all but the last four
 COLUMNS = (
     Column("method", lambda row: row.method, align="l"),
     Column(
@@ -133,7 +136,8 @@ COLUMNS = (
     _number("training", "seconds", duration, "stage one's share and stage two, a mean over seeds", _training_note),
     Column("seeds", lambda row: ", ".join(map(str, row.seeds)), align="l"),
     Column("transfer", lambda row: row.stage or MISSING, align="l"),
-    Column("weights", lambda row: row.weights or MISSING, align="l"),
+    Column("weights", lambda row: row.weights_text or MISSING, align="l"),
+    Column("differs from ce in", lambda row: "; ".join(row.differs) or MISSING, align="l"),
 )
 
 
@@ -149,14 +153,15 @@ def csv_table(results: ComparisonResult) -> str:
     return out.getvalue()
 
 
-def markdown_table(results: ComparisonResult, sentence: str) -> str:
-    """Return GitHub's Markdown, with the result in one sentence above and what the columns mean below."""
+def markdown_table(results: ComparisonResult, sentence: str, untold: Sequence[str] = ()) -> str:
+    """Return GitHub's Markdown: the result in one sentence above, below what the columns mean and what isn't told."""
     lines = [[column.head for column in COLUMNS], ["---:" if column.align == "r" else "---" for column in COLUMNS]]
     for row in results.rows:
         # names are the user's, figures are our own
         lines.append([_markdown_escape(c.text(row)) if c.align == "l" else c.text(row) for c in COLUMNS])
     table = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([_markdown_escape(sentence), "", *table, "", _markdown_escape(legend(results)), ""])
+    box = [f"{UNTOLD}:", "", *(f"- {_markdown_escape(line)}" for line in untold), ""] if untold else []
+    return "\n".join([_markdown_escape(sentence), "", *table, "", _markdown_escape(legend(results)), "", *box])
 
 
 def _markdown_escape(text: str) -> str:
@@ -199,7 +204,7 @@ def latex_escape(text: str) -> str:
 
 def latex_table(results: ComparisonResult, sentence: str) -> str:
     """Return a ``table`` environment for the booktabs package; the highest mAP of a transfer method is bold."""
-    columns = COLUMNS[:-3]
+    columns = COLUMNS[:-4]
     best = max((row.map for row in results.methods), default=None)
     lines = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering"]
     lines += [f"\\caption{{{latex_escape(sentence)} {latex_escape(legend(results))}}}"]

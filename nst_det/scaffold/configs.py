@@ -1,4 +1,4 @@
-"""What fits a data set, and the three YAMLs of a project: whole, and depending on no other file."""
+"""What fits a data set, and the four YAMLs of a project: whole, and depending on no other file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ import numpy as np
 
 from nst_det.data.annotation import VocAnnotation, usable_boxes
 from nst_det.detection.data import resized_shape
+from nst_det.engine.config import places
 
 # of the levels p2 .. p6
 STRIDES = (4, 8, 16, 32, 64)
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SMALLEST_SIDE = 64
-FILES = ("distill.yaml", "detect.yaml", "compare.yaml")
+# the detector pads images to multiples of it, the stride of res5
+PADDING = 32
+# share of the training images that a detector is validated on, and how often at least
+VAL_FRACTION, VALIDATIONS = 0.2, 5
+ROUND = (10, 20, 25, 50, 100, 200, 250, 500, 1000)
+FILES = ("distill.yaml", "detect.yaml", "compare.yaml", "tune.yaml")
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ class Values:
     teacher: Schedule
     student: Schedule
     detection: Schedule
+    period: int  # steps of stage two between validations
+    val_fraction: float  # of the training images; 0 where they are too few
 
 
 def render(values: Values) -> dict[str, str]:
@@ -71,18 +79,21 @@ def render(values: Values) -> dict[str, str]:
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     # JSON is YAML, with names and paths quoted
     environment.filters["json"] = partial(json.dumps, ensure_ascii=False, default=str)
-    return {file: environment.get_template(file).render(vars(values)) for file in FILES}
+    roots = {key: places(getattr(values, key), values.folder) for key in ("voc", "images")}
+    return {file: environment.get_template(file).render({**vars(values), **roots}) for file in FILES}
 
 
 def fit_size(annotations: Sequence[VocAnnotation], largest: int) -> tuple[int, int]:
     """Return the shortest and the longest side of an image, in pixels: medians, the longest at most ``largest``.
 
-    Images are never enlarged, except where the shortest side would fall below :data:`SMALLEST_SIDE`.
+    They are multiples of :data:`PADDING`.  Images are never enlarged, except where the shortest side would fall below
+    :data:`SMALLEST_SIDE`.
     """
     short = float(np.median([min(item.width, item.height) for item in annotations]))
     long = float(np.median([max(item.width, item.height) for item in annotations]))
     scale = max(min(1.0, largest / long), SMALLEST_SIDE / short)
-    return round(short * scale), round(long * scale)
+    shortest = max(int(short * scale) // PADDING * PADDING, SMALLEST_SIDE)
+    return shortest, math.ceil(shortest * long / short / PADDING) * PADDING
 
 
 def box_sizes(annotations: Sequence[VocAnnotation], shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -129,5 +140,12 @@ def fit_distillation(images: int, device: str) -> tuple[Schedule, Schedule]:
     return Schedule(teacher, batch), Schedule(_clamp(10 * images / batch, 150, 900 * longer), batch)
 
 
+def fit_period(iterations: int) -> int:
+    """Return a round number of steps between two validations, and between two checkpoints."""
+    return max(number for number in ROUND if number * VALIDATIONS <= max(iterations, ROUND[0] * VALIDATIONS))
+
+
 def _clamp(value: float, low: int, high: int) -> int:
-    return min(max(math.ceil(value), low), high)
+    """Return a round number of steps within the bounds."""
+    unit = 50 if value <= 1000 else 100
+    return min(max(math.ceil(value / unit) * unit, low), high)

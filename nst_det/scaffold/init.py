@@ -11,19 +11,22 @@ from nst_det.data.annotation import read_annotation
 from nst_det.data.check import Report, check_coco, check_data
 from nst_det.data.coco import OTHER_FORM, CocoSource, write_coco_as_voc
 from nst_det.data.folders import read_image_folder
+from nst_det.data.layouts import convert_layout, find_layout
 from nst_det.data.safe_io import shown_path
-from nst_det.data.splits import TEST_FRACTION, cut_test_ids, ids_to_cut, known_pair, write_pair
-from nst_det.data.voc import VocDataset, find_voc_root, split_path
+from nst_det.data.splits import TEST_FRACTION, cut_test_ids, hold_out, ids_to_cut, known_pair, write_pair
+from nst_det.data.voc import VocDataset, annotation_files, find_voc_root, split_path
 from nst_det.engine.io import atomic_folder, write_text
 from nst_det.errors import UserError
 from nst_det.models import check_name
 from nst_det.scaffold.configs import (
     PRESETS,
+    VAL_FRACTION,
     Values,
     box_sizes,
     fit_anchors,
     fit_detection,
     fit_distillation,
+    fit_period,
     fit_size,
     render,
 )
@@ -58,14 +61,16 @@ def init_project(
     test: str = "",
     device: str = "cpu",
 ) -> Project:
-    """Make a project for a VOC folder, or for COCO annotations, which become one inside the project.
+    """Make a project for a folder of images with boxes, or for COCO annotations.
+
+    What is not in VOC's layout becomes a VOC folder inside the project.
 
     Where the folder has no lists to train and test on, a fifth of the images is held out and the lists
     ``nst_det_train`` and ``nst_det_test`` are written into its ``ImageSets/Main``; nothing else in it is changed.
 
     Args:
         folder: the project to make; its last part names the backbone files.
-        voc: see :func:`nst_det.data.voc.find_voc_root`; or COCO annotations.
+        voc: a folder with a layout that :func:`nst_det.data.layouts.find_layout` knows; or COCO annotations.
         images: an image folder for stage one; None cuts crops out of the images.
         train: list to train on; "" takes those there are, or cuts them.
         test: list to test on.
@@ -85,9 +90,12 @@ def init_project(
                 # where it will be
                 report = replace(report, root=folder / CONVERTED)
             else:
-                root = find_voc_root(voc)
+                layout = find_layout(voc)
+                root = layout.root if layout else find_voc_root(voc)
                 report = check_data(root, [train, test] if train and test else None)
                 _refuse_broken(report, f"nst-det check-data {shown_path(root)} lists all")
+                if layout and not layout.is_voc:
+                    root = convert_layout(layout, made / CONVERTED)
             lists = known_pair(root, train, test)
             if lists is None:
                 lists = _cut_lists(root)
@@ -129,10 +137,12 @@ def _write_project(
         image_root, count = found.root.resolve(), len(found.train)
         note = f"{len(found.classes)} classes, {count} images to train on"
     teacher, student = fit_distillation(count, device)
+    left, val_fraction = _validated(VocDataset(root, train, classes))
+    detection = fit_detection(sum(bool(item.objects) for item in left.annotations()), device)
     values = Values(
         name=folder.name,
         folder=folder,
-        voc=report.root,
+        voc=folder / root.relative_to(made) if root.is_relative_to(made) else root,
         train=train,
         test=test,
         classes=classes,
@@ -145,12 +155,23 @@ def _write_project(
         most_objects=max(len(item.objects) for item in [*learned, *tested]),
         teacher=teacher,
         student=student,
-        detection=fit_detection(sum(bool(item.objects) for item in learned), device),
+        detection=detection,
+        period=fit_period(detection.iterations),
+        val_fraction=val_fraction,
     )
     for file, text in render(values).items():
         write_text(made / file, text)
     small = float((sizes < 8).mean())
     return Project(values, report, (len(learned), len(tested)), len(sizes), small, cut)
+
+
+def _validated(data: VocDataset) -> tuple[VocDataset, float]:
+    """Return what is left to train on, and the share that is validated on; all and 0 where the images are too few."""
+    try:
+        left, _ = hold_out(data, VAL_FRACTION)
+    except UserError:
+        return data, 0.0
+    return (left, VAL_FRACTION) if {name for item in left.annotations() for name in item.names} else (data, 0.0)
 
 
 def _refuse_broken(report: Report, remedy: str) -> None:
@@ -161,8 +182,8 @@ def _refuse_broken(report: Report, remedy: str) -> None:
 
 
 def _cut_lists(root: Path) -> tuple[str, str]:
-    ids = ids_to_cut(root)
-    classes_of = {id_: read_annotation(root / "Annotations" / f"{id_}.xml").names for id_ in ids}
+    ids, files = ids_to_cut(root), annotation_files(root)
+    classes_of = {id_: read_annotation(files[id_]).names for id_ in ids}
     held = cut_test_ids(classes_of, TEST_FRACTION)
     if not held or len(held) == len(ids):
         raise UserError(

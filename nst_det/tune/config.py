@@ -11,9 +11,11 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from nst_det.comparison.config import Comparison, load_comparison, path_beside, require
+from nst_det.comparison.plan import finished_teacher
 from nst_det.comparison.result import BASELINE
-from nst_det.engine.config import expand_path, flat, load_config, plain
+from nst_det.engine.config import config_file, expand_path, flat, load_config, plain
 from nst_det.engine.fingerprint import RESUME, concerns
+from nst_det.engine.keys import Key, at_least, config_tree, one_of
 from nst_det.errors import UserError
 from nst_det.losses.registry import get_term
 
@@ -80,13 +82,24 @@ def space_of(word: str, base: Comparison, config: CfgNode, source: str) -> Space
     return Space(weights, distinct, default | {name: values[0] for name, values in distinct.items()})
 
 
-def default_config() -> CfgNode:
-    """Return the keys with their defaults; what they mean is in ``docs/reference/tune.md``."""
-    config = CfgNode({"COMPARE": "", "OPTS": [], "OUTPUT_DIR": "", "METHODS": [], "TRIALS": 8, "SEEDS": [0], "SEED": 0})
-    config.OBJECTIVE, config.VAL_FRACTION, config.VAL_SEED, config.WEIGHT = TOP1, 0.2, 0, [0.1, 10.0]
-    config.LEVELS, config.DET_LEVELS = [], []
-    config.OPTIONS = CfgNode(new_allowed=True)
-    return config
+KEYS = {
+    "COMPARE": Key("", "the comparison's YAML, relative to this file: methods, data and both stages"),
+    "OPTS": Key([], "KEY VALUE pairs on top of it, as nst-det compare takes them"),
+    "OUTPUT_DIR": Key("", 'where everything is written; "" takes output/NAME_tune, with the comparison\'s NAME'),
+    "METHODS": Key([], "methods to search for; [] takes the comparison's"),
+    "TRIALS": at_least("settings tried for each method; the first is the configured one", 1, 8),
+    "SEEDS": Key([0], "each setting is trained once for each of them"),
+    "SEED": at_least("of the search itself", 0, 0),
+    "OBJECTIVE": one_of(
+        "top1 of the student, or map of its detector (11-point), which a method with @det takes", TOP1, MAP
+    ),
+    "VAL_FRACTION": Key(0.2, "share of the training images (of each class) that is kept from training and judged on"),
+    "VAL_SEED": Key(0, "chooses these images"),
+    "WEIGHT": Key([0.1, 10.0], "each term's weight is searched from WEIGHT[0] to WEIGHT[1] times the configured one"),
+    "LEVELS": Key([], "lists of levels to choose from in stage one, beside the configured ones"),
+    "DET_LEVELS": Key([], "the same of stage two"),
+    "OPTIONS": Key({}, "term -> option -> values to choose from, beside the configured one"),
+}
 
 
 @dataclass(frozen=True)
@@ -112,13 +125,12 @@ class Tuning:
 
 def load_tuning(file: str | Path, output: str | Path | None = None, overrides: Sequence[str] = ()) -> Tuning:
     """Read and check a search; ``output`` replaces OUTPUT_DIR, ``overrides`` are KEY VALUE pairs."""
-    config = load_config(default_config(), file, overrides)
+    file = config_file(file, "tune.yaml")
+    config = load_config(config_tree(KEYS), file, overrides)
     low, high = config.WEIGHT if len(config.WEIGHT) == 2 else (0, 0)
     around_one = "two factors around 1, smallest first, such as [0.1, 10.0]"
     fits: dict[str, tuple[object, str]] = {
-        "TRIALS": (config.TRIALS >= 1, "at least 1"),
-        "SEED": (config.SEED >= 0, "0 or more"),
-        "OBJECTIVE": (config.OBJECTIVE in (TOP1, MAP), f"{TOP1} or {MAP}"),
+        **{name: (key.takes(config[name]), key.wanted) for name, key in KEYS.items() if key.wanted},
         "VAL_FRACTION": (0 < config.VAL_FRACTION < 1, "a fraction between 0 and 1"),
         "WEIGHT": (0 < low <= 1 <= high and low < high, around_one),
     }
@@ -128,8 +140,11 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
     require(config, fits, str(file))
     compare = path_beside(config.COMPARE, "COMPARE", file, overrides)
     opts = [str(word) for word in config.OPTS]
-    named = str(output or config.OUTPUT_DIR) or f"output/{load_comparison(compare, None, opts).name}_tune"
+    comparison = load_comparison(compare, None, opts)
+    named = str(output or config.OUTPUT_DIR) or f"output/{comparison.name}_tune"
     folder = Path(expand_path(named, "OUTPUT_DIR")).resolve()
+    # a search that has begun to train its own keeps it
+    teacher = "" if (folder / "teacher").exists() else finished_teacher(comparison)
     # test data stays out: both stages are judged on a part of their training images, and name no other
     settings = {
         "DISTILL.DATA.VAL_FROM": "train",
@@ -143,6 +158,7 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
         "ROWS": [],
         "SEEDS": list(config.SEEDS),
         **({"METHODS": list(config.METHODS)} if config.METHODS else {}),
+        **({"DISTILL.TEACHER.WEIGHTS": teacher} if teacher else {}),
     }
     base = load_comparison(compare, folder, [*opts, *(str(word) for pair in settings.items() for word in pair)])
     spaces = {word: space_of(word, base, config, str(file)) for word in base.methods if word != BASELINE}
@@ -155,6 +171,8 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
         "objective": config.OBJECTIVE,
         "validation": f"{config.VAL_FRACTION:g} of the training images, chosen by seed {config.VAL_SEED}",
         "steps": {"stage one": base.distill.SOLVER.MAX_ITER, "stage two": base.detect.SOLVER.MAX_ITER},
+        # which has seen the images that students are judged on
+        "teacher": "the comparison's" if teacher else "given" if base.distill.TEACHER.WEIGHTS else "trained here",
         "weights": f"configured weight times {config.WEIGHT[0]:g} to {config.WEIGHT[1]:g}",
     }
     return Tuning(

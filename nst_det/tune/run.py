@@ -65,7 +65,7 @@ def tune(tuning: Tuning, jobs: int = 0, command: Command | None = None) -> tuple
         raise UserError("nst-det tune needs Optuna; install it with: pip install optuna") from error
     evaluator = Evaluator(tuning, jobs, command)
     evaluator.check()
-    with RunFolder(tuning.folder).opened(tuning.claim):
+    with RunFolder(tuning.folder).opened(tuning.claim, tuning.base.inputs()):
         evaluator.prepare()
         found = search(tuning.folder, tuning.spaces, tuning.trials, tuning.seed, evaluator)
         path = tuning.folder / TUNED_FILE

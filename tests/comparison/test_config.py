@@ -3,7 +3,8 @@ import re
 import pytest
 import yaml
 
-from nst_det.comparison.config import Tuned, load_comparison, parse_row, read_tuned, weights_from
+from nst_det.cli import build_parser
+from nst_det.comparison.config import Tuned, load_comparison, parse_row, read_tuned, row_weights
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import make_plan, run_config
 from nst_det.distillation.config import transfer_of
@@ -50,10 +51,12 @@ def test_keys_of_a_stage_are_handed_on(config_file):
     assert comparison.row_opts["scratch"] == ("SOLVER.BACKBONE_MULTIPLIER", "0.25")
     claim = comparison.claim
     assert (claim["NAME"], claim["ENGINE"], claim["THREADS"]) == ("small", "torchvision", 2)
-    assert (claim["DISTILL.SOLVER.MAX_ITER"], claim["DISTILL.TEACHER.WEIGHTS"]) == (9, "")
+    assert claim["DISTILL.SOLVER.MAX_ITER"] == 9
     assert claim["DETECT.SCRATCH_OPTS"] == ["SOLVER.BACKBONE_MULTIPLIER", 0.25]
     free = {"METHODS", "SEEDS", "ROWS", "TUNED", "JOBS", "OUTPUT_DIR", "DISTILL.SEED", "DISTILL.OPTS", "DETECT.CONFIG"}
-    assert not {*free, "DETECT.MODEL.WEIGHTS", "DETECT.MODEL.DEVICE", "DISTILL.NAME"} & set(claim)
+    # known by their fingerprints
+    paths = {"DISTILL.DATA.ROOT", "DETECT.DATASETS.VOC.own_test.ROOT", "DISTILL.TEACHER.WEIGHTS", "DISTILL.CACHE.DIR"}
+    assert not {*free, *paths, "DETECT.MODEL.WEIGHTS", "DETECT.MODEL.DEVICE", "DISTILL.NAME"} & set(claim)
 
 
 BAD = [
@@ -61,7 +64,7 @@ BAD = [
     ("DETECT.SOLVR.X 9", "unknown key DETECT.SOLVR"),
     ("DETECT.SOLVER.MAX_ITER many", "DETECT.SOLVER.MAX_ITER"),
     ("METHOD [kd]", "unknown key METHOD; did you mean METHODS"),
-    ("METHODS kd", "METHODS"),
+    ("METHODS kd,nst-cubic", "compare.yaml: METHODS: method 'nst-cubic'"),
     ("METHODS [kd,nst-cubic]", "compare.yaml: METHODS: method 'nst-cubic'"),
     ("METHODS [kd,kd]", "compare.yaml: METHODS"),
     ("METHODS [nst-poly+kd,at,kd+nst-poly]", "compare.yaml: METHODS"),
@@ -70,6 +73,8 @@ BAD = [
     ("SEEDS [2,0,2]", "compare.yaml: SEEDS"),
     ("SEEDS [-1]", "compare.yaml: SEEDS"),
     ("SEEDS [True]", "compare.yaml: SEEDS"),
+    ("SEEDS True", "SEEDS"),
+    ("SEEDS 0,x", "compare.yaml: SEEDS"),
     ("SEEDS []", "compare.yaml: SEEDS"),
     ("SEEDS", "'SEEDS' has no value"),
     ("ROWS ['stock']", "compare.yaml: ROWS"),
@@ -114,6 +119,35 @@ def test_what_cannot_be_used_is_named_in_one_line(config_file, tmp_path, words, 
         compare(comparison, 1, lambda *_: pytest.fail("a run was started"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "compare FOLDER --seeds 3,1 --methods kd,nst-poly+kd --rows teacher",
+        "compare --seeds 3,1 --methods kd,nst-poly+kd --rows teacher FOLDER",
+        "compare FOLDER --rows teacher SEEDS 3,1 METHODS kd,nst-poly+kd",
+        "compare FOLDER/compare.yaml SEEDS [3,1] METHODS [kd,nst-poly+kd] ROWS teacher",
+        "compare --config-file FOLDER/compare.yaml --rows teacher SEEDS (3,1) METHODS ['kd','nst-poly+kd']",
+    ],
+)
+def test_a_folder_and_lists_without_brackets(config_file, words):
+    args = build_parser().parse_args(words.replace("FOLDER", str(config_file.parent)).split(" "))
+    comparison = load_comparison(args.config_file, args.output, args.overrides)
+    assert (comparison.seeds, tuple(comparison.methods), comparison.rows) == (
+        (1, 3), ("ce", "kd", "kd+nst-poly"), ("scratch", "teacher"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("compare", "compare.yaml"), ("tune", "tune.yaml"), ("distill", "distill.yaml"), ("train-det", "detect.yaml")],
+)
+def test_a_folder_without_the_config_is_named(tmp_path, cli, capsys, word, name):
+    assert cli(word, tmp_path) == 2
+    assert f"{tmp_path}: no {name}" in capsys.readouterr().err
+    assert cli(word) == 2
+    assert "PROJECT" in capsys.readouterr().err
 
 
 def test_stage_files_are_relative_to_the_comparison_or_from_the_environment(config_file, monkeypatch, tmp_path):
@@ -211,16 +245,29 @@ def test_a_bad_file_of_a_search_is_named(tmp_path, content, named):
     ("word", "text"),
     [
         ("ce", ""),
-        ("kd", "tuned: 8 trials"),
-        ("kd:2", "weight in the method string"),
-        ("fitnet", "configured weight"),
-        ("fitnet+nst-linear", "configured weight, default weight"),
-        ("vid", "automatic weight"),
-        ("kd+cwd@det", "tuned: 8 trials, default weight"),
-        ("cwd@det", "tuned: 4 trials"),
-        ("pkd@det", "configured weight"),
+        ("kd", "tuned (8 trials): kd"),
+        ("kd:2", "configured: kd"),
+        ("fitnet", "configured: fitnet 3"),
+        ("nst-gaussian", "default: nst-gaussian"),
+        ("fitnet+nst-linear", "configured: fitnet 3; default: nst-linear"),
+        ("vid", "auto: vid"),
+        ("kd+cwd@det", "tuned (8 trials): kd; default: cwd@det 10"),
+        ("cwd@det", "tuned (4 trials): cwd@det 10"),
+        ("pkd@det", "configured: pkd@det"),
     ],
 )
 def test_where_the_weights_of_a_row_are_from(tuned_file, word, text):
-    distill = {"WEIGHTS": {"fitnet": 3.0, "kd": 1.0}, "AUTO_WEIGHT": {"vid": 0.5}}
-    assert weights_from(parse_row(word), read_tuned(tuned_file), distill, {"WEIGHTS": {"pkd": 1.0}}) == text
+    # a configured number that is the default is no one's choice
+    distill = {"WEIGHTS": {"fitnet": 3.0, "kd": 1.0, "nst-gaussian": 100.0}, "AUTO_WEIGHT": {"vid": 0.5}}
+    nodes, found = (distill, {"WEIGHTS": {"pkd": 1.0}}), ({"fitnet": 3.0}, {"cwd": 10.0})
+    weights = row_weights(parse_row(word), read_tuned(tuned_file), nodes, found)
+    assert "; ".join(text_of(weights)) == text
+
+
+def text_of(weights):
+    """The sources in their order, each with its terms, by hand."""
+    sources = dict.fromkeys((one.source, one.trials) for one in weights)
+    for source, trials in sources:
+        terms = [one for one in weights if one.source == source]
+        names = ", ".join(one.term if one.weight is None else f"{one.term} {one.weight:g}" for one in terms)
+        yield f"{source}{f' ({trials} trials)' if trials else ''}: {names}"

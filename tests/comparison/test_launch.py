@@ -8,15 +8,19 @@ import time
 import psutil
 import pytest
 import torch
+import yaml
 
 from nst_det.cli import main
-from nst_det.comparison import launch_local
+from nst_det.comparison import launch_local, pipeline
 from nst_det.comparison.config import load_comparison
 from nst_det.comparison.launch_local import LocalLauncher, Machine, RunFailed, run_plan, this_machine
 from nst_det.comparison.pipeline import compare
-from nst_det.comparison.plan import Run, make_plan
+from nst_det.comparison.plan import STUDENTS, Run, make_plan, run_config
 from nst_det.comparison.result import ComparisonResult, comparable
+from nst_det.distillation.fingerprint import student_claim
+from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
+from nst_det.losses import parse_method
 from tests.helpers.small_comparison import change, fake_command, starts
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -266,6 +270,38 @@ def test_the_plan_is_shown_and_nothing_written(comparison, config_file, capsys):
     assert "11 runs, 0 done, 11 to do" in shown
     assert all(run.name in shown for run in make_plan(comparison))
     assert not comparison.folder.exists()
+
+
+@pytest.mark.parametrize("how", [["--plan"], ["--dry-run"], []])
+@pytest.mark.parametrize("key", ["DISTILL.SOLVER.MAX_ITER", "DETECT.SOLVER.MAX_ITER", "THREADS", "TUNED"])
+def test_the_plan_refuses_what_compare_does(comparison, config_file, cli, capsys, monkeypatch, how, key, tmp_path):
+    # as far as it came: ce and kd of one seed are done
+    for run in make_plan(comparison):
+        config = run_config(comparison, run)
+        if run.kind == STUDENTS and run.seed == 0:
+            for folder, result in zip(run.folders[:2], run.results):
+                with RunFolder(folder).opened(student_claim(config, parse_method(folder.name), "data", "teacher")):
+                    result.write_text("{}")
+        if run.row == "ce" and run.seed == 0:
+            with RunFolder(run.folders[0]).opened(config):
+                run.results[0].write_text("{}")
+    with RunFolder(comparison.folder).opened(comparison.claim):
+        pass
+    monkeypatch.setattr(pipeline, "checked_configs", lambda *_: pytest.fail("it was not refused"))
+    words = ["compare", "--config-file", config_file, "--output", comparison.folder]
+    assert cli(*words, "--plan") == 0
+    assert "11 runs, 1 done" in capsys.readouterr().out
+    settings = {"WEIGHTS": {"kd": 3.0}}
+    (tmp_path / "3").write_text(yaml.safe_dump({"methods": {"kd": {"trials": 8, "settings": settings}}}))
+    value = tmp_path / "3" if key == "TUNED" else 3
+    before = {path: path.read_bytes() for path in comparison.folder.rglob("*.json")}
+    capsys.readouterr()
+    assert cli(*words, *how, key, value) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    student = comparison.folder / "distill/seed0/students/kd"
+    named = (student, "TRANSFER.WEIGHTS.kd") if key == "TUNED" else (comparison.folder, key)
+    assert all(str(part) in line for part in named)
+    assert {path: path.read_bytes() for path in comparison.folder.rglob("*.json")} == before
 
 
 def test_the_command_exits_as_the_run_that_failed(start, monkeypatch, tmp_path):

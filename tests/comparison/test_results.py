@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+import yaml
 
 from nst_det.comparison.collect import build_results
 from nst_det.comparison.config import load_comparison
@@ -96,13 +97,39 @@ def test_a_row_with_terms_of_stage_two_starts_from_the_backbone_of_its_word(fini
     # those that learn in stage one alone come first
     assert list(rows) == ["scratch", "ce", "kd", "cwd@det:3", "kd+pkd@det"]
     assert [row.stage for row in rows.values()] == ["", "", "backbone", "detector", "detector"]
-    assert [row.weights for row in rows.values()] == [
-        *("", "", "default weight", "weight in the method string", "default weight")
+    assert [row.weights_from for row in rows.values()] == ["", "", "default", "configured", "default"]
+    assert [row.weights_text for row in rows.values()][2:] == [
+        *("default: kd 3", "configured: cwd@det", "default: kd 3, pkd@det")
     ]
     assert (rows["kd+pkd@det"].top1, rows["cwd@det:3"].top1) == (rows["kd"].top1, rows["ce"].top1)
     assert rows["kd+pkd@det"].backbone == ["small-kd-s0", "small-kd-s1"]
     # and what the row needs is all in its commands
     assert any("detect/seed0/teacher.yaml" in command for command in rows["kd+pkd@det"].commands)
+
+
+def test_what_differs_between_rows_is_said_at_the_row(finished, config_file, tmp_path):
+    search = {"kd": {"trials": 8, "settings": {"WEIGHTS": {"kd": 2.5}, "OPTIONS": {"kd": {"temperature": 2.0}}}}}
+    search["kd+nst-poly"] = {"trials": 8, "settings": {"LEVELS": ["res4"]}}
+    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump({"methods": search}))
+    for row in ("no-fpn", "teacher"):
+        for seed in (0, 1):
+            write(finished.folder / f"detect/seed{seed}/{row}/result.json", detector_result(0.5))
+    words = ["TUNED", str(tmp_path / "tuned.yaml"), "ROWS", "[no-fpn, teacher]"]
+    words += ["DETECT.NO_FPN_OPTS", "[SOLVER.BASE_LR, 0.25]"]
+    comparison = load_comparison(config_file, finished.folder, words)
+    results = build_results(comparison, make_plan(comparison))
+    differs = {row.method: row.differs for row in results.rows}
+    assert differs == {
+        "scratch": ["SOLVER.BACKBONE_MULTIPLIER 0.5 (ce: 1.0)"],
+        "ce": [],
+        "kd": ["kd.temperature 2.0 (default: 4.0)"],
+        "kd+nst-poly": ["TRANSFER.LEVELS ['res4'] (elsewhere: ['res3', 'res4'])"],
+        "no-fpn": ["SOLVER.BASE_LR 0.25 (ce: 0.001)"],
+        "teacher": ["MODEL.TIMM.ARCH nst_resnet18_w48 (ce: nst_resnet10_w32)"],
+    }
+    assert results.row("kd").weights_text == "tuned (8 trials): kd 3"
+    caption = str(results_table(results).caption)
+    assert all(line in caption.replace("\\[", "[") for lines in differs.values() for line in lines)
 
 
 def test_commands_make_a_row_again(finished):

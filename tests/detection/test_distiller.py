@@ -13,7 +13,7 @@ from nst_det.detection.distiller import (
 )
 from nst_det.detection.solver import build_optimizer
 from nst_det.detection.torchvision import build_detector
-from nst_det.engine.config import transfer_node
+from nst_det.engine.keys import transfer_node
 from nst_det.errors import UserError
 from nst_det.losses import nst_loss
 from tests.helpers.detection import step

@@ -9,7 +9,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import nst_det
 from nst_det.data.annotation import read_annotation
 from nst_det.data.voc import VocDataset
 from nst_det.detection.checkpoint import save_weights
@@ -210,3 +212,60 @@ def test_bad_paths(tmp_path):
                          (["a.png", "one"], "a.jpg.*a.png"), (["film.mp4"], "film.mp4")):  # fmt: skip
         with pytest.raises(UserError, match=named):
             list(read_sources(find_sources([tmp_path / path for path in paths])))
+
+
+def turned(path, orientation):
+    """The file with the pixels lying on their side and the EXIF tag that sets them upright again, as PNG."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    undo = {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180}[orientation]
+    file = path.with_name("turned.png")
+    Image.open(path).transpose(undo).save(file, exif=exif)
+    return file
+
+
+def test_from_python_any_form_of_an_image_gives_what_predict_gives(run, command, images):
+    code, out = command("--device", "cpu", "--format", "json")
+    wanted = json.loads((out / "detections.json").read_text())
+    assert code == 0
+    detector = nst_det.load_detector(run, threshold=THRESHOLD, device="cpu")
+    seen = 0
+    for path in sorted(images.iterdir()):
+        found = detector(path)
+        mine = [entry for entry in wanted if entry["image_id"] == path.stem]
+        seen += len(mine)
+        assert list(found.names) == [entry["category"] for entry in mine]
+        assert [detector.classes[label] for label in found.labels] == list(found.names)
+        np.testing.assert_allclose(found.scores, [entry["score"] for entry in mine], atol=1e-5)
+        # COCO's boxes have a width and a height
+        corners = [[x, y, x + width, y + height] for x, y, width, height in (entry["bbox"] for entry in mine)]
+        np.testing.assert_allclose(found.boxes, corners, atol=1e-3)
+        assert (found.boxes.dtype, found.scores.dtype, found.labels.dtype) == (np.float32, np.float32, np.int64)
+    assert seen == len(wanted) > 20
+    pixels = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    forms = [str(path), Image.open(path), pixels, Image.fromarray(pixels)]
+    for file in (turned(path, 6), turned(path, 3)):
+        forms += [file, Image.open(file), Image.open(file).convert("RGBA")]
+    for form in forms:
+        again = detector(form)
+        for name in ("boxes", "scores", "labels"):
+            np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
+
+
+@pytest.mark.parametrize(
+    ("image", "named"),
+    [
+        ("nowhere.jpg", "nowhere.jpg"),
+        (np.zeros((8, 8), np.uint8), r"uint8 \(8, 8\)"),
+        (np.zeros((8, 8, 3), np.float32), "float32"),
+        (np.zeros((3, 8, 8), np.uint8), r"\(3, 8, 8\)"),
+        (Image.new("I;16", (8, 8)), "8 bits"),
+        (Image.new("F", (8, 8)), "mode F"),
+        (b"bytes", "bytes"),
+    ],
+)
+def test_what_is_no_image_is_named(run, image, named):
+    with pytest.raises(UserError, match=named):
+        nst_det.load_detector(run, device="cpu")(image)
+    with pytest.raises(UserError, match="threshold"):
+        nst_det.load_detector(run, threshold=50)

@@ -92,6 +92,32 @@ def test_the_best_checkpoint_is_chosen_without_the_test_split(
     assert "map" not in row
 
 
+def test_training_stops_where_validation_gets_no_better(
+    on_shapes, tmp_path, monkeypatch, trained, evaluated, stops_after_saving
+):
+    """Of six steps the fourth is the second in a row that isn't better than the second."""
+    changes = {"DATASETS.VAL_FRACTION": 0.25, "TEST.EVAL_PERIOD": 1, "TEST.PATIENCE": 2, "TEST.SELECT": "best"}
+    figures = iter([0.1, 0.3, 0.2, 0.3, 0.3, 0.125])
+    monkeypatch.setattr(pipeline, "score", lambda *_: {"map": next(figures), "map_area": 0.0})
+    with stops_after_saving(4), pytest.raises(UserError, match="stopped"):
+        train_detector(on_shapes("run", changes))
+    assert sorted(trained) == [1, 2, 3, 4]
+    trained.clear()
+    result = train_detector(on_shapes("run", changes))
+    assert not trained
+    assert (result["steps"], result["map"]) == (4, 0.125)
+    assert [result["checkpoints"][name]["step"] for name in ("best", "last")] == [2, 4]
+    assert same_bits(load_file(tmp_path / "run" / "model.safetensors"), evaluated[1][1])
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 4
+
+
+@pytest.mark.parametrize(("key", "value"), [("SELECT", "best"), ("PATIENCE", 3)])
+def test_a_choice_without_a_validation_split_is_refused(on_shapes, key, value):
+    for changes in ({"DATASETS.VAL_FRACTION": 0.25}, {"TEST.EVAL_PERIOD": 2}):
+        with pytest.raises(UserError, match=rf"TEST\.{key} {value}"):
+            on_shapes("run", {f"TEST.{key}": value, **changes})
+
+
 @pytest.fixture
 def trained(monkeypatch):
     """Step -> the weights in training after it, where the optimizer made it."""

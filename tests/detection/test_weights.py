@@ -113,6 +113,36 @@ def test_whole_or_not_at_all(small, written):
 
 
 @pytest.mark.parametrize(
+    ("classes", "saved"),
+    [
+        (["a", "b", "c", "d"], "model.safetensors"),
+        (["a", "b"], "model.safetensors"),
+        # as many, but others
+        (["a", "b", "x"], "model.safetensors"),
+        # a file without names
+        (["a", "b"], "plain.pth"),
+    ],
+)
+def test_for_other_classes_all_but_the_predictor_is_filled(small, written, classes, saved, caplog):
+    caplog.set_level("INFO")
+    detector, path, _ = written
+    torch.save(detector.state_dict(), path.parent / "plain.pth")
+    config = small({"MODEL.WEIGHTS": str(path.parent / saved), "MODEL.ROI_HEADS.NUM_CLASSES": len(classes)})
+    other, fresh = build_detector(config), build_detector(config)
+    assert load_weights(other, config, classes, new_predictor=True) == "detector"
+    for name, value in other.state_dict().items():
+        expected = fresh if "box_predictor" in name else detector
+        assert torch.equal(value, expected.state_dict()[name]), name
+    assert f"{saved}: trained on" in caplog.text
+    # what is to be evaluated is whole, and the order of classes is no other class
+    with pytest.raises(UserError, match=saved):
+        load_weights(build_detector(config), config, classes)
+    if saved == path.name:
+        with pytest.raises(UserError, match=r"DATASETS.CLASSES to \[a, b, c\]"):
+            load_weights(build_detector(config), config, CLASSES[::-1], new_predictor=True)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "named"),
     [
         ("nothing.safetensors", None, "no such weights file"),

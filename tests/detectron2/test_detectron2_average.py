@@ -153,3 +153,20 @@ def test_the_best_weights_are_tested_and_kept(configured, tmp_path, monkeypatch)
     assert not same(best, torch.load(tmp_path / "run" / "model_final.pth")["model"])
     assert folder.result()["checkpoints"]["best"] == {"step": 3, "map": 0.5, "map_area": 0.5}
     assert folder.result()["checkpoints"]["tested"] == "best"
+
+
+def test_training_stops_where_validation_gets_no_better(configured, tmp_path, monkeypatch):
+    measured = iter([{"map": value, "map_area": value} for value in (0.25, 0.5, 0.5, 0.25, 0.25)])
+    read = trainer.read_json
+    monkeypatch.setattr(trainer, "read_json", lambda path: next(measured) if VALIDATION in str(path) else read(path))
+    choice = ["TEST.EVAL_PERIOD", 1, "TEST.SELECT", "best", "TEST.PATIENCE", 2]
+    cfg = configured("DATASETS.VAL_FRACTION", 0.25, *choice)
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    with folder.opened(cfg):
+        train_net(cfg, folder, resume=False)
+    # of six steps the fourth is the second in a row that isn't better than the second
+    assert folder.result()["steps"] == 4
+    assert [row["step"] for row in read_metrics(folder.metrics_path)] == [0, 1, 2, 3]
+    assert [folder.result()["checkpoints"][name]["step"] for name in ("best", "last")] == [2, 4]
+    best, kept = (load_file(tmp_path / "run" / name) for name in ("model_best.safetensors", "model.safetensors"))
+    assert same(best, kept)

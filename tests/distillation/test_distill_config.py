@@ -53,7 +53,7 @@ BAD = [
     ("SOLVR.BASE_LR", "1", "SOLVR"),
     ("TRANSFER.BY_METHOD", "{nst-linear: {LEVELS: [res3]}}", "BY_METHOD.nst-linear"),
     ("TRANSFER.BY_METHOD", "{kd: {LEVEL: [res3]}}", "BY_METHOD.kd"),
-    ("TRANSFER.BY_METHOD", "{kd: {LEVELS: res3}}", "BY_METHOD.kd: LEVELS"),
+    ("TRANSFER.BY_METHOD", "{kd: {LEVELS: {a: 1}}}", "BY_METHOD.kd: LEVELS"),
 ]
 
 

@@ -3,15 +3,17 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -283,7 +285,7 @@ def test_teachers_from_files(finished, images, tmp_path, monkeypatch):
     assert taught["kd"]["sha256"] == named["kd"]["sha256"]
     with pytest.raises(UserError, match=r"TEACHER.WEIGHTS: .*plain.pth.*TEACHER.ARCH"):
         run(images, tmp_path / "c", **plain, **{"TEACHER.ARCH": "resnet18"})
-    with pytest.raises(UserError, match=r"TEACHER.WEIGHTS: .*DATA.MEAN, DATA.STD"):
+    with pytest.raises(UserError, match=r"TEACHER.WEIGHTS: .*DATA.MEAN \[.*DATA.STD \["):
         run(images, tmp_path / "d", **by_name, **{"DATA.MEAN": [0.5, 0.5, 0.5]})
 
 
@@ -301,6 +303,57 @@ def test_a_teacher_of_other_classes_gives_maps_but_no_logits(images, tmp_path, t
     assert done["at"]["steps"] == STEPS
 
 
+@pytest.mark.parametrize("classes", [1000, 2, 0])
+def test_plain_weights_of_other_classes(images, tmp_path, classes, caplog):
+    caplog.set_level("INFO")
+    torch.manual_seed(3)
+    theirs = timm.create_model("nst_resnet10_w32", num_classes=classes).state_dict()
+    torch.save({"state_dict": {f"model.{name}": value for name, value in theirs.items()}}, tmp_path / "theirs.ckpt")
+    plain = {"TEACHER.WEIGHTS": tmp_path / "theirs.ckpt", "TEACHER.TRAIN": False}
+    with pytest.raises(UserError, match=r"METHODS: kd compares logits.*TEACHER.TRAIN True"):
+        run(images, tmp_path / "a", METHODS=["kd"], **plain)
+    assert f"theirs.ckpt: {f'its head has {classes} classes' if classes else 'it has no head'}" in caplog.text
+    done = run(images, tmp_path / "a", METHODS=["at"], **plain)["teacher"]
+    card, taken = load_card(done["backbone"]), load_file(done["backbone"])
+    assert (card.classes, card.top1, done["steps"]) == ([], None, 0)
+    assert all(torch.equal(taken[name], value) for name, value in theirs.items() if not name.startswith("fc."))
+    # trained first, the same file teaches logits too
+    trained = run(images, tmp_path / "b", METHODS=["kd"], **plain | {"TEACHER.TRAIN": True})["teacher"]
+    card, learned = load_card(trained["backbone"]), load_file(trained["backbone"])
+    assert (len(card.classes), card.steps) == (3, 10)
+    # ten steps from these weights, not from random ones
+    distance = (learned["layer4.0.conv1.weight"] - theirs["layer4.0.conv1.weight"]).norm()
+    assert 0 < distance < 0.5 * theirs["layer4.0.conv1.weight"].norm()
+
+
+@pytest.mark.parametrize(
+    ("keys", "refused"),
+    [
+        ({"TEACHER.TRAIN": False}, True),
+        # what is trained further is told
+        ({"TEACHER.TRAIN": True}, False),
+        (
+            {"TEACHER.ARCH": "nst_resnet10_w32", "STUDENT.ARCH": "vit_tiny_patch16_224", "STUDENT.PRETRAINED": True},
+            False,
+        ),
+    ],
+)
+def test_the_pixels_of_published_weights(images, tmp_path, monkeypatch, keys, refused, caplog):
+    real = build.create_model
+    monkeypatch.setattr(build, "create_model", lambda arch, classes, pretrained, **kw: real(arch, classes, **kw))
+    keys = {"TEACHER.ARCH": "vit_tiny_patch16_224", "TEACHER.PRETRAINED": True, "DATA.IMAGE_SIZE": 224, **keys}
+    key = "STUDENT" if "STUDENT.ARCH" in keys else "TEACHER"
+    line = rf"{key}.PRETRAINED: .*\(0.5, 0.5, 0.5\).*DATA.MEAN \[0.5, 0.5, 0.5\], DATA.STD \[0.5, 0.5, 0.5\]"
+    make = initial_student if key == "STUDENT" else initial_teacher
+    with pytest.raises(UserError, match=line) if refused else nullcontext():
+        make(config(images, tmp_path, **keys), 3 if key == "STUDENT" else None)
+    assert refused or re.search(line, caplog.text)
+    caplog.clear()
+    halves = {"DATA.MEAN": [0.5] * 3, "DATA.STD": [0.5] * 3}
+    make(config(images, tmp_path, **keys, **halves), 3 if key == "STUDENT" else None)
+    assert caplog.text == ""
+
+
 # changes, and what the line must name
 BAD = [
     ({"METHODS": ["kd", "nix"]}, "METHODS: .*'nix'"),
@@ -316,6 +369,11 @@ BAD = [
     ({"STUDENT.ARCH": "resnet81"}, "STUDENT.ARCH: .*'resnet81'"),
     ({"TEACHER.ARCH": "nst_resnet18_w48", "TEACHER.PRETRAINED": True}, "TEACHER.ARCH: "),
     ({"TEACHER.TRAIN": False}, "TEACHER.TRAIN .*TEACHER.WEIGHTS"),
+    (
+        {"TEACHER.ARCH": "swin_tiny_patch4_window7_224"},
+        "TEACHER.ARCH: swin.* 32 x 32 .*DATA.IMAGE_SIZE to 224, or TEACHER.ARCH_KWARGS.img_size to 32",
+    ),
+    ({"STUDENT.ARCH": "hiera_tiny_224", "METHODS": ["ce"]}, "STUDENT.ARCH: hiera.*DATA.IMAGE_SIZE to 224"),
     ({"TEACHER.WEIGHTS": "backbone://../x"}, "can't name a backbone"),
     ({"TEACHER.WEIGHTS": "/nowhere/x.pth"}, "/nowhere/x.pth"),
     ({"DATA.ROOT": "/nowhere"}, "/nowhere: "),

@@ -1,9 +1,19 @@
 import re
 
 import pytest
+import yaml
 from fvcore.common.config import CfgNode
 
-from nst_det.engine.config import expand_path, flat, load_config, parse_value, plain, transfer_node
+from nst_det.engine.config import (
+    expand_path,
+    flat,
+    load_config,
+    parse_value,
+    places,
+    plain,
+    read_yaml,
+)
+from nst_det.engine.keys import transfer_node
 from nst_det.errors import UserError
 
 # ten times itself, six times over
@@ -103,6 +113,60 @@ def test_values_of_another_type_that_lose_nothing(tmp_path):
     config = load_config(defaults(), write(tmp_path / "x.yaml", text), ["TRANSFER.OPTIONS.mgd.masked", "0"])
     assert (config.SOLVER.BASE_LR, config.SOLVER.STEPS, config.NAME) == (1e-4, (3, 4), "5")
     assert plain(config.TRANSFER.OPTIONS) == {"mgd": {"masked": 0}}
+
+
+@pytest.mark.parametrize("text", ["[3, 4]", "'(3, 4)'", "3,4", "3, 4", "(3, 4)"])
+def test_a_list_in_any_form(tmp_path, text):
+    for file, words in (
+        (write(tmp_path / "x.yaml", f"SOLVER:\n  STEPS: {text}\nTRANSFER:\n  LEVELS: res3, res4:res5\n"), []),
+        (None, ["SOLVER.STEPS", text.strip("'"), "TRANSFER.LEVELS", "res3, res4:res5"]),
+    ):
+        config = load_config(defaults(), file, words)
+        assert (config.SOLVER.STEPS, config.TRANSFER.LEVELS) == ((3, 4), ["res3", "res4:res5"])
+    assert load_config(defaults(), None, ["SOLVER.STEPS", "5", "TRANSFER.LEVELS", "res3"]).SOLVER.STEPS == (5,)
+    assert load_config(defaults(), None, ["SOLVER.STEPS", ""]).SOLVER.STEPS == ()
+    for value in ("True", "None", "{a: 1}"):
+        with pytest.raises(UserError, match=r"SOLVER\.STEPS"):
+            load_config(defaults(), None, ["SOLVER.STEPS", value])
+
+
+def test_paths_with_a_dot_are_relative_to_their_file(tmp_path):
+    """Each to its own, a base's too; of the places of a ROOT the first that is there."""
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base" / "base.yaml", "A: {B: ./here, C: ['x', ../up]}\nD: there/x\n")
+    text = "_BASE_: base/base.yaml\nA: {E: ../beside}\nROOT: [./gone, ./base, ../other]\nF: {ROOT: [./gone, /none]}\n"
+    assert read_yaml(write(tmp_path / "x.yaml", text)) == {
+        "A": {"B": f"{tmp_path}/base/here", "C": ["x", f"{tmp_path}/up"], "E": f"{tmp_path.parent}/beside"},
+        "D": "there/x",
+        "ROOT": f"{tmp_path}/base",
+        "F": {"ROOT": f"{tmp_path}/gone"},
+    }
+
+
+def test_a_data_set_is_found_where_either_or_both_folders_are_moved(tmp_path, monkeypatch):
+    for name in ("home/project/crops", "home/images"):
+        (tmp_path / name).mkdir(parents=True)
+    project = tmp_path / "home" / "project"
+    paths = {"a": "images", "b": "project/crops"}
+    roots = {name: places(tmp_path / "home" / path, project) for name, path in paths.items()}
+    assert roots == {"a": ["../images", f"{tmp_path}/home/images"], "b": "./crops"}
+    monkeypatch.chdir(tmp_path / "home")
+    assert places("images", project) == roots["a"]
+    assert places("$DATA/images", project) == "$DATA/images"
+    # a project inside its images
+    roots["c"] = places(".", project)
+    write(project / "x.yaml", yaml.safe_dump({name.upper(): {"ROOT": root} for name, root in roots.items()}))
+
+    def found(folder):
+        tree = read_yaml(folder / "x.yaml")
+        return [tree[name]["ROOT"] for name in "ABC"]
+
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    moved = project.rename(tmp_path / "deep" / "er" / "project")
+    assert found(moved)[:2] == [f"{tmp_path}/home/images", f"{moved}/crops"]
+    moved.rename(tmp_path / "home" / "again")
+    home = (tmp_path / "home").rename(tmp_path / "elsewhere")
+    assert found(home / "again") == [f"{home}/images", f"{home}/again/crops", str(home)]
 
 
 def test_expand_path(monkeypatch):

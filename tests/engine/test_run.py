@@ -27,8 +27,37 @@ def test_a_finished_run_gives_its_result(tmp_path):
     assert entry["versions"]["torch"]
 
 
+def test_a_run_that_made_no_step_claims_no_folder(tmp_path):
+    run = RunFolder(tmp_path)
+    for config in ({"SPLIT": "tset"}, {"SPLIT": "test", "MAX_ITER": 2}):
+        with run.opened(config):
+            pass
+    assert json.loads(run.config_path.read_text()) == {"SPLIT": "test", "MAX_ITER": 2}
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        *("metrics.jsonl", "checkpoints/step-00000500.pt", "model_0000499.pth", "result.json"),
+        # of a comparison: one of its runs
+        "detect/seed0/ce/metrics.jsonl",
+    ],
+)
+def test_a_run_that_made_a_step_keeps_its_folder(tmp_path, trace):
+    with RunFolder(tmp_path).opened({"MAX_ITER": 2}):
+        (tmp_path / trace).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / trace).touch()
+    with pytest.raises(UserError, match=f"^{tmp_path}: .*MAX_ITER 2, now it is 4") as caught:
+        RunFolder(tmp_path).opened({"MAX_ITER": 4}).__enter__()
+    assert "MODEL.WEIGHTS" not in str(caught.value)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=f"MODEL.WEIGHTS {tmp_path / 'model.safetensors'}"):
+        RunFolder(tmp_path).opened({"MAX_ITER": 4}).__enter__()
+
+
 def test_another_config_is_refused_but_free_keys_may_differ(tmp_path):
     first = {"A": 1, "T": (1, 2), "OUTPUT_DIR": "x"}
+    (tmp_path / "metrics.jsonl").touch()
     for values in (first, {**first, "OUTPUT_DIR": "y", "MODEL.DEVICE": "cpu"}, {"A": 1, "T": [1, 2]}):
         with RunFolder(tmp_path).opened(values):
             pass

@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 from nst_det.errors import UserError
-from nst_det.export.backbone import TORCHVISION_ARCHS, export_timm, export_torchvision
+from nst_det.exporting.backbone import TORCHVISION_ARCHS, export_timm, export_torchvision
 from nst_det.models import Card, create_model, input_contract, save_backbone
 
 MEAN, STD = [0.5, 0.25, 0.125], [0.2, 0.3, 0.4]
@@ -100,7 +100,7 @@ def test_timm_and_torchvision_mean_the_same_by_these_names(arch):
 )
 def test_what_can_not_be_exported_is_refused(tmp_path, monkeypatch, export, order, output, named):
     path, _ = saved(tmp_path, "nst_resnet10_w32", order)
-    monkeypatch.setattr("nst_det.export.backbone.LIMIT", -1.0)
+    monkeypatch.setattr("nst_det.exporting.backbone.LIMIT", -1.0)
     with pytest.raises(UserError, match=named):
         export(str(path), tmp_path / output)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small.json", "small.safetensors"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from nst_det.detection.predict import load_run
 from nst_det.errors import UserError
-from nst_det.export.detector import (
+from nst_det.exporting.detector import (
     Difference,
     compare_detections,
     equal_scores,
@@ -20,8 +20,8 @@ from nst_det.export.detector import (
     read_images,
     trace,
 )
-from nst_det.export.graph import DetectorGraph, best_first
-from nst_det.export.modelcard import detector_card
+from nst_det.exporting.graph import DetectorGraph, best_first
+from nst_det.exporting.modelcard import detector_card
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -43,7 +43,7 @@ def traced_once(run_folder):
     """Tracing takes longest."""
     traced = trace(load_run(run_folder)[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nst_det.export.detector.trace", lambda detector: traced)
+        patch.setattr("nst_det.exporting.detector.trace", lambda detector: traced)
         yield
 
 
@@ -174,7 +174,7 @@ def test_on_real_images(session, run_folder, real_data):
 def test_what_differs_is_not_written(run_folder, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.export.save", lambda program, file, extra_files: file.write(b"program"))
     nothing = found()
-    monkeypatch.setattr("nst_det.export.detector._load_program", lambda path: lambda image: nothing)
+    monkeypatch.setattr("nst_det.exporting.detector._load_program", lambda path: lambda image: nothing)
     with pytest.raises(UserError, match="d.pt2"):
         export_detector(run_folder, tmp_path / "d.pt2", "torch-export")
     assert not list(tmp_path.iterdir())

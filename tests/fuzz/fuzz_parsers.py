@@ -76,7 +76,7 @@ def _parsers() -> dict[str, Parser]:
         assert all("\n" not in problem for problem in problems)
 
     def names(data: bytes) -> None:
-        found = scan_list(_file("a.txt", data))
+        found = scan_list(_file("a.txt", data), lambda: ())
         assert found is None or not any(map(name_problem, found[0]))
 
     def image(data: bytes) -> None:

@@ -58,7 +58,7 @@ def build_row(method, maps, top1, numbers, classes):
         "map_std": std,
         "map_area": mean * 1.03,
         "stage": "backbone" if top1 and not is_baseline else "",
-        "weights": "",
+        **{"weights": [], "differs": []},
         "backbone": [],
         "seeds": list(range(len(maps))),
         "delta_vs_ce": difference.mean,
@@ -77,13 +77,16 @@ def build_row(method, maps, top1, numbers, classes):
         "map_by_iou": {str((50 + 5 * i) / 100): mean * (1 - 0.09 * i) for i in range(10)},
         "coco": {"AP": mean / 2, "AP50": mean, "AP75": mean / 2, "APs": mean / 3, "APm": mean / 1.5, "APl": None},
         "objects": {"small": 12, "medium": 30, "large": 0},
+        "objects_per_class": dict.fromkeys(classes, 120),
         "per_seed": {str(seed): build_seed(method, seed, value, top1) for seed, value in enumerate(maps)},
         "commands": [f"nst-det train-det --config-file detect/seed{seed}/{method}.yaml" for seed in range(len(maps))],
     }
 
 
 def build_seed(method, seed, value, top1):
-    empty = "per_class per_class_area map_by_iou coco objects term_weights speed_backbone speed_detector"
+    empty = (
+        "per_class per_class_area map_by_iou coco objects objects_per_class term_weights speed_backbone speed_detector"
+    )
     best, last = ({"step": step, "map": value * 0.95 + extra} for step, extra in ((120 + 20 * seed, 0.01), (160, 0)))
     return {
         **{key: {} for key in empty.split()},

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 import yaml
 
 from tests.helpers import fake_stage
+from tests.helpers.voc import jpeg, make, obj, write, xml
 
 # what Detectron2's defaults leave to the user
 DETECT = {
@@ -40,11 +41,13 @@ COMPARE = {
 
 
 def write_comparison(folder, compare=COMPARE, distill=DISTILL, detect=DETECT):
-    """Write compare.yaml, with the configs of both stages and empty data folders beside it."""
+    """Write compare.yaml, with the configs of both stages and a little data beside it."""
     for name, tree in (("distill", distill), ("detect", detect), ("compare", compare)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree).replace("FOLDER", str(folder)))
-    for name in ("images", "voc"):
-        (folder / name).mkdir()
+    for name in "abcdef":
+        write(folder / "images" / "cat" / f"{name}.jpg", jpeg(8, 8))
+    for split in ("train", "test"):
+        make(folder / "voc", {split: xml(obj())}, split)
     return folder / "compare.yaml"
 
 

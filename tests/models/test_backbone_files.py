@@ -230,6 +230,49 @@ def test_torchvisions_resnet_fits_timms(tmp_path, wrapped):
     assert torch.allclose(model(images), theirs(images), atol=1e-5)
 
 
+def under(prefix, weights):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+WRAPPED = {
+    "DataParallel": lambda own, other: under("module.", own),
+    "Lightning": lambda own, other: {"state_dict": under("model.", own), "epoch": 3, "callbacks": {"best": None}},
+    "Lightning with a loss": lambda own, other: {"state_dict": {**under("net.", own), "loss.weight": torch.ones(3)}},
+    "torch.compile": lambda own, other: under("_orig_mod.", own),
+    "compiled in parts": lambda own, other: {k.replace("layer1.", "layer1._orig_mod."): v for k, v in own.items()},
+    "FSDP": lambda own, other: {k.replace("layer1.", "layer1._fsdp_wrapped_module."): v for k, v in own.items()},
+    "mmpretrain": lambda own, other: {"state_dict": under("backbone.", own), "meta": {"time": "now"}},
+    "DINO": lambda own, other: {
+        "student": under("module.backbone.", own),
+        "optimizer": {"state": {0: {"m": torch.ones(1)}}},
+    },
+    "timm, its average": lambda own, other: {"arch": "x", "state_dict": other, "state_dict_ema": own},
+    "AveragedModel": lambda own, other: {"n_averaged": torch.tensor(7), **under("module.", own)},
+    "timm in transformers": lambda own, other: under("timm_model.", own),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_what_tools_put_before_names_is_taken_off(tmp_path, wrapper, caplog):
+    caplog.set_level("INFO")
+    own, other = (timm.create_model("nst_resnet10_w32", num_classes=classes).state_dict() for classes in (4, 4))
+    torch.save(WRAPPED[wrapper](own, other), tmp_path / "theirs.pth")
+    found = load_plain(tmp_path / "theirs.pth", own)
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], value) for name, value in own.items())
+    assert "theirs.pth: taken without '" in caplog.text
+
+
+def test_of_several_state_dicts_none_is_guessed(tmp_path):
+    own = timm.create_model("nst_resnet10_w32", num_classes=4).state_dict()
+    torch.save({**under("student.", own), **under("teacher.", own)}, tmp_path / "both.pth")
+    with pytest.raises(UserError, match=r"both.pth: .*student\., teacher\."):
+        load_plain(tmp_path / "both.pth", own)
+    # names of another network stay as they are, to be named
+    torch.save(under("model.", {"a.weight": torch.ones(1)}), tmp_path / "other.pth")
+    assert list(load_plain(tmp_path / "other.pth", own)) == ["model.a.weight"]
+
+
 class Trap:
     def __reduce__(self):
         import os

@@ -1,10 +1,11 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
-from nst_det.models import Bottomup, create_model, feature_levels, forward_outputs
+from nst_det.models import LEVELS, Bottomup, create_model, feature_levels, forward_outputs
 from nst_det.models.build import batch_norms
 
 ARCHS = ["nst_resnet10_w32", "resnet18", "mobilenetv3_large_100", "efficientnet_b0", "convnext_atto", "resnetv2_50"]
@@ -32,6 +33,51 @@ def test_maps_are_the_classifiers_and_every_parameter_is_used(arch):
     assert all(torch.equal(maps[name], wanted[name]) for name in wanted)
     sum(m.sum() for m in maps.values()).backward()
     assert [name for name, parameter in bottomup.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("arch", "levels"),
+    # of the last, all that is above res2 but the network's own norm
+    [("hrnet_w18_small", ["res2"]), ("hrnet_w18_small", ["res3", "res4"]), ("crossvit_tiny_240", ["res4"])],
+)
+def test_what_gives_nothing_to_the_levels_is_frozen_and_named(arch, levels, caplog):
+    caplog.set_level("INFO")
+    bottomup = Bottomup(arch, levels)
+    side = 240 if arch.startswith("crossvit") else 64
+    sum(map_.square().sum() for map_ in bottomup.train()(torch.randn(2, 3, side, side)).values()).backward()
+    without = [name for name, parameter in bottomup.named_parameters() if parameter.grad is None]
+    assert without
+    assert without == [name for name, parameter in bottomup.named_parameters() if not parameter.requires_grad]
+    assert sorted(without) == bottomup.unused
+    assert f"{len(without)} of" in caplog.text
+    assert bottomup.unused[0] in caplog.text
+
+
+# the padding of images, and what the line names
+@pytest.mark.parametrize(
+    ("arch", "kwargs", "multiple", "named"),
+    [
+        ("inception_v3", {}, 1, "res2 .*193 x 257 pixels has 44 x 60.* 49 x 65"),
+        ("inception_v3", {}, 32, "res2 .*192 x 256 pixels has 44 x 60.* 48 x 64"),
+        # it scales every image to its own size
+        ("crossvit_tiny_240", {}, 16, "res4 .*14 x 14"),
+        ("hiera_tiny_224", {}, 32, "192 x 256"),
+        ("swin_tiny_patch4_window7_224", {}, 32, "192 x 256 .*224.*KWARGS.strict_img_size"),
+        ("swin_tiny_patch4_window7_224", {"strict_img_size": False}, 1, "193 x 257"),
+        ("swin_tiny_patch4_window7_224", {"strict_img_size": False}, 32, None),
+        # maps of an odd size don't meet in it
+        ("hrnet_w18_small", {}, 1, "193 x 257"),
+        ("hrnet_w18_small", {}, 32, None),
+        # rounds sizes down, the others up
+        ("convnext_atto", {}, 1, None),
+        ("resnet18", {}, 1, None),
+        ("mobilenetv3_small_050", {}, 1, None),
+    ],
+)
+def test_maps_of_any_image_have_the_size_that_their_stride_says(arch, kwargs, multiple, named):
+    bottomup = Bottomup(arch, ["res4"] if arch.startswith("crossvit") else LEVELS, kwargs)
+    with nullcontext() if named is None else pytest.raises(ValueError, match=f"^{arch}.*{named}"):
+        bottomup.check_map_sizes(multiple)
 
 
 def test_layers_above_the_highest_level_are_gone():

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from nst_det.data.annotation import VocAnnotation, VocObject
-from nst_det.scaffold.configs import Schedule, box_sizes, fit_anchors, fit_detection, fit_distillation, fit_size
+from nst_det.scaffold.configs import (
+    Schedule,
+    box_sizes,
+    fit_anchors,
+    fit_detection,
+    fit_distillation,
+    fit_period,
+    fit_size,
+)
 
 
 def image(width, height, *boxes, difficult=False):
@@ -14,10 +22,12 @@ def image(width, height, *boxes, difficult=False):
 def test_sizes_are_medians_made_smaller_and_never_larger():
     annotations = [image(640, 480), image(480, 640), image(640, 400), image(2000, 100)]
     # short sides 480 480 400 100, long sides 640 640 640 2000: medians 440 and 640
-    assert fit_size(annotations, 320) == (220, 320)
-    assert fit_size(annotations, 1000) == (440, 640)
-    # half as large would leave 50 pixels: the shortest side is kept at 64
-    assert fit_size([image(640, 100)], 320) == (64, 410)
+    # half as large 220 and 320; 192 is the next multiple of 32 below, and to it belong 192 * 640 / 440 = 279
+    assert fit_size(annotations, 320) == (192, 288)
+    assert fit_size(annotations, 1000) == (416, 608)
+    # half as large would leave 50 pixels: the shortest side is kept at 64, to which 410 belong
+    assert fit_size([image(640, 100)], 320) == (64, 416)
+    assert fit_size([image(320, 320)], 320) == (320, 320)
 
 
 def test_box_sizes_after_resizing():
@@ -55,15 +65,22 @@ def test_a_rare_class_has_its_anchors():
     ("images", "device", "wanted"),
     [
         (24, "cpu", Schedule(150, 4)),
-        (300, "cpu", Schedule(225, 8)),
+        (300, "cpu", Schedule(250, 8)),
         (5011, "cpu", Schedule(600, 8)),
         (3, "cpu", Schedule(150, 3)),
-        (5011, "cuda", Schedule(7517, 16)),
+        (5011, "cuda", Schedule(7600, 16)),
         (40, "cuda", Schedule(500, 4)),
     ],
 )
 def test_steps_of_stage_two(images, device, wanted):
     assert fit_detection(images, device) == wanted
+
+
+@pytest.mark.parametrize(
+    ("steps", "period"), [(150, 25), (250, 50), (600, 100), (500, 100), (9000, 1000), (7600, 1000), (20, 10)]
+)
+def test_validations_are_round_numbers_apart(steps, period):
+    assert fit_period(steps) == period
 
 
 def test_steps_of_stage_one():

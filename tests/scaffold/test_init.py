@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -6,15 +7,20 @@ import numpy as np
 import pytest
 import yaml
 
-from nst_det.comparison.config import load_comparison
+from nst_det.comparison.config import load_comparison, row_weights
 from nst_det.comparison.plan import make_plan, run_config
 from nst_det.comparison.stages import check_data_folders
 from nst_det.data.coco import CocoSource
 from nst_det.data.folders import read_image_folder
+from nst_det.data.splits import hold_out
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import load_detect_config
+from nst_det.distillation.config import transfer_of
 from nst_det.engine.config import flat, read_yaml
+from nst_det.losses import build_transfer, terms
 from nst_det.scaffold.init import init_project
+from tests.helpers.layouts import LAYOUTS
+from tests.helpers.voc import write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -27,9 +33,9 @@ def voc(thirty, tmp_path):
 def test_thirty_images_become_a_comparison(voc, tmp_path, cli, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli("init", "my_project", "--voc", "voc", "--device", "cpu") == 0
-    assert "nst-det compare --config-file my_project/compare.yaml" in capsys.readouterr().out
+    assert "nst-det compare my_project --seeds 0 --methods ce,nst-poly" in capsys.readouterr().out
     monkeypatch.chdir("/")
-    comparison = load_comparison(tmp_path / "my_project" / "compare.yaml")
+    comparison = load_comparison(tmp_path / "my_project")
     runs = make_plan(comparison)
     for run in runs:
         run_config(comparison, run)
@@ -46,8 +52,16 @@ def test_thirty_images_become_a_comparison(voc, tmp_path, cli, capsys, monkeypat
     # anchors by hand; these images are 160 pixels at most already
     shapes = np.array([(a.width, a.height) for a in train.annotations()])
     shortest, longest = detect.INPUT.MIN_SIZE_TEST, detect.INPUT.MAX_SIZE_TEST
-    assert shortest == round(float(np.median(shapes.min(axis=1))))
-    assert longest == round(float(np.median(shapes.max(axis=1)))) <= 160
+    short, long = np.median(shapes.min(axis=1)), np.median(shapes.max(axis=1))
+    # no image is padded, and none enlarged
+    assert (shortest % 32, longest % 32) == (0, 0)
+    assert 0 <= short - shortest < 32
+    assert 0 <= longest - shortest * long / short < 32
+    # the weights that are best on a part of the training images are tested
+    kept = hold_out(train, detect.DATASETS.VAL_FRACTION)[1]
+    assert 3 <= len(kept) <= 8
+    assert (detect.TEST.SELECT, detect.TEST.EVAL_PERIOD, detect.TEST.PATIENCE) == ("best", 25, 0)
+    assert detect.SOLVER.CHECKPOINT_PERIOD == 25
     sides, names = [], []
     for annotation in train.annotations():
         sizes = annotation.width, annotation.height
@@ -77,9 +91,30 @@ def test_the_detector_is_the_small_one_of_the_packaged_configs(thirty, tmp_path)
     fitted = {"MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE"}
     fitted |= {f"INPUT.{edge}_SIZE_{when}" for edge in ("MIN", "MAX") for when in ("TRAIN", "TEST")}
     fitted |= {"SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "OUTPUT_DIR"}
+    fitted |= {"TEST.SELECT", "TEST.EVAL_PERIOD"}
     assert {key for key in differing if not key.startswith("DATASETS.")} <= fitted
     assert "_BASE_" not in (tmp_path / "mine" / "detect.yaml").read_text()
     assert (project.images, project.cut) == ((24, 6), False)
+
+
+def test_no_method_of_a_project_is_moved_off_its_default_weight(thirty, tmp_path):
+    init_project(tmp_path / "mine", thirty)
+    words = ["METHODS", f"[{', '.join([*terms(), 'cwd@det', 'kd+nst-poly@det'])}]"]
+    comparison = load_comparison(tmp_path / "mine" / "compare.yaml", overrides=words)
+    # what the documentation says, read from its table
+    rows = re.findall(r"^\| \[`(\S+)`\]\S+ \|[^|]+\| (\S+) \|", (CONFIGS.parent / "docs/methods.md").read_text(), re.M)
+    documented = {name: float(weight) for name, weight in rows}
+    assert set(documented) == set(terms())
+    seen = {}
+    for row in comparison.methods.values():
+        nodes = (transfer_of(comparison.distill, row.backbone.word), comparison.detect.TRANSFER)
+        assert {one.source for one in row_weights(row, comparison.tuned, nodes)} <= {"default"}
+        for method, node in zip((row.backbone, row.detector), nodes):
+            # where maps are compared has nothing to do with it
+            widths = {"levels": ["a"], "student_channels": {"a": 2}, "teacher_channels": {"a": 2}, "num_classes": 2}
+            built = build_transfer(method, weights=node.WEIGHTS, student_embedding=2, teacher_embedding=2, **widths)
+            seen |= built.weights
+    assert seen == documented
 
 
 def test_without_lists_a_fifth_is_held_out_and_a_second_project_takes_the_same(voc, tmp_path):
@@ -105,7 +140,7 @@ def test_names_that_yaml_would_read_otherwise(voc, tmp_path):
         path.write_text(path.read_text().replace("<name>square</name>", "<name>no</name>"))
     odd = voc.rename(tmp_path / "it's: #1 {x}")
     init_project(tmp_path / "007", odd)
-    datasets = yaml.safe_load((tmp_path / "007" / "detect.yaml").read_text())["DATASETS"]
+    datasets = read_yaml(tmp_path / "007" / "detect.yaml")["DATASETS"]
     assert datasets["VOC"]["own_train"]["ROOT"] == str(odd)
     assert "no" in datasets["CLASSES"]
     assert tuple(datasets["CLASSES"]) == VocDataset(odd, "trainval").classes
@@ -158,6 +193,36 @@ def test_one_file_is_cut(thirty, tmp_path):
     project = init_project(tmp_path / "mine", source)
     assert (project.cut, sum(project.images)) == (True, 24)
     assert project.values.voc == project.report.root == tmp_path / "mine" / "data" / "voc"
+
+
+@pytest.mark.parametrize("name", ["flat", "Roboflow", "lower-case", "YOLO above"])
+def test_init_takes_it_and_leaves_it_as_it_is(thirty, tmp_path, cli, name):
+    root = tmp_path / "data"
+    data = VocDataset(thirty, "trainval")
+    for number, id_ in enumerate(data.ids):
+        split = "test" if number % 4 == 0 else "train"
+        item = data.annotation(id_)
+        sides = np.array([item.width, item.height])
+        low, high = item.boxes[:, :2] / sides, item.boxes[:, 2:] / sides
+        rows = np.hstack([data.labels(item)[:, None], (low + high) / 2, high - low]).round(6).tolist()
+        labels = "\n".join(" ".join(map(str, row)) for row in rows)
+        for file in LAYOUTS[name][0].format(id_, split).split():
+            path = write(root / file, labels)
+            source = {".jpg": data.image_path(id_), ".xml": data.annotation_path(id_)}.get(path.suffix)
+            if source:
+                shutil.copy(source, path)
+    if name.startswith("YOLO"):
+        write(root / "data.yaml", f"names: {list(data.classes)}")
+    before = sorted(root.rglob("*"))
+    assert cli("init", tmp_path / "mine", "--voc", root, "--device", "cpu") == 0
+    assert sorted(root.rglob("*")) == before
+    made = tmp_path / "mine" / "data" / "voc"
+    pair = ("train", "test") if LAYOUTS[name][2] else ("nst_det_train", "nst_det_test")
+    parts = [VocDataset(made, split, data.classes) for split in pair]
+    assert sorted(parts[0].ids + parts[1].ids) == sorted(data.ids)
+    for part in parts:
+        for item in part.annotations():
+            np.testing.assert_allclose(item.boxes, data.annotation(item.id).boxes, atol=2e-3)
 
 
 # FOLDER has the data: voc (an image is cut off), JSON files, and an empty folder

@@ -10,12 +10,16 @@ import yaml
 from nst_det.cli import main
 from nst_det.comparison.config import load_comparison
 from nst_det.comparison.launch_local import RunFailed
-from nst_det.comparison.plan import make_plan
+from nst_det.comparison.plan import make_plan, run_config
+from nst_det.distillation.dataloader import read_data
+from nst_det.distillation.fingerprint import teacher_claim
+from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.tune.config import Space, load_tuning
 from nst_det.tune.run import search, tune, tuning_table
 from tests.helpers import fake_stage
-from tests.helpers.small_comparison import COMPARE, DETECT, DISTILL, RunsHere, starts, write_comparison
+from tests.helpers.small_comparison import COMPARE, DETECT, DISTILL, RunsHere, change, starts, write_comparison
+from tests.helpers.voc import write
 
 pytest.importorskip("optuna")
 METHODS = ["kd", "at", "kd+nst-poly", "cwd@det"]
@@ -41,6 +45,8 @@ def write_tune(folder, patch):
         distill={**DISTILL, "TEACHER": {"ARCH": "nst_resnet10_w32"}, "TRANSFER": transfer},
         detect={**DETECT, "DATASETS": {**DETECT["DATASETS"], "VOC": voc}},
     )
+    # the comparison's own folder is there
+    change(folder / "compare.yaml", OUTPUT_DIR="./compared")
     (folder / "tune.yaml").write_text(yaml.safe_dump(TUNE))
     return folder / "tune.yaml"
 
@@ -160,6 +166,34 @@ def test_more_trials_and_methods_may_be_added_and_nothing_else_changed(tune_file
     for key, value in (("WEIGHT", "[0.5, 2.0]"), ("SEED", "1"), ("SEEDS", "[1]")):
         with pytest.raises(UserError, match=rf"TUNE\.{key} "):
             of("TRIALS", "2", "METHODS", "[kd]", key, value)
+
+
+def test_the_teacher_of_the_comparison_is_taken_if_it_is_the_one_that_would_be_trained(tune_file, tmp_path):
+    comparison = load_comparison(tmp_path)
+    (run,) = (run for run in make_plan(comparison) if run.kind == "teacher")
+    config = run_config(comparison, run)
+    file = comparison.folder / "backbones" / "small-teacher.safetensors"
+
+    def taken(*words):
+        return load_tuning(tmp_path, tmp_path / "out", words).base.distill.TEACHER.WEIGHTS
+
+    folder = RunFolder(run.folders[0])
+    with folder.opened(teacher_claim(config, read_data(config).fingerprint(), "", to_train=True)):
+        assert taken() == ""
+        folder.finish({})
+    assert taken() == ""
+    write(file, "weights")
+    assert taken() == str(file)
+    assert taken("OPTS", "[SEEDS, [7], DISTILL.SOLVER.CHECKPOINT_PERIOD, 2]") == str(file)
+    assert taken("OPTS", "[DISTILL.TEACHER.SOLVER.MAX_ITER, 9]") == ""
+    # no run trains one
+    plan = make_plan(load_tuning(tmp_path, tmp_path / "out").base)
+    assert {run.kind for run in plan} == {"students", "detector", "teacher detector"}
+    # a search that has begun with its own keeps it
+    (tmp_path / "out" / "teacher").mkdir(parents=True)
+    assert taken() == ""
+    write(tmp_path / "images" / "cat" / "g.jpg", "another image")
+    assert load_tuning(tmp_path, tmp_path / "new").base.distill.TEACHER.WEIGHTS == ""
 
 
 def test_a_method_of_stage_one_may_be_judged_by_its_detector(tune_file, tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
 from nst_det.models import Bottomup
+from nst_det.models.card import check_pixels, published_card
 
 
 class Shape(NamedTuple):
@@ -84,14 +85,20 @@ class Fpn(nn.Module):
 def build_backbone(config: CfgNode, seed: int) -> BackboneOnly | Fpn:
     """Return the backbone of MODEL.BACKBONE and MODEL.TIMM, nothing frozen yet."""
     timm, fpn = config.MODEL.TIMM, config.MODEL.FPN
+    pretrained = timm.PRETRAINED and not config.MODEL.WEIGHTS
     kind = Bottomup if config.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone" else BackboneOnly
     try:
         with seeded(seed, "init", "bottom_up"):
-            bottom_up = kind(timm.ARCH, timm.OUT_FEATURES, dict(timm.KWARGS), pretrained=timm.PRETRAINED)
+            bottom_up = kind(timm.ARCH, timm.OUT_FEATURES, dict(timm.KWARGS), pretrained=pretrained)
+        if pretrained:
+            card, pixels = published_card(bottom_up.model, timm.ARCH), config.MODEL
+            check_pixels(card, pixels.PIXEL_MEAN, pixels.PIXEL_STD, config.INPUT.FORMAT, "MODEL.TIMM.PRETRAINED")
         if isinstance(bottom_up, BackboneOnly):
+            bottom_up.check_map_sizes()
             return bottom_up
         with seeded(seed, "init", "fpn"):
             pyramid = Fpn(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, average=fpn.FUSE_TYPE == "avg")
+        bottom_up.check_map_sizes(pyramid.size_divisibility)
     except ValueError as error:
         raise UserError(f"MODEL.TIMM: {error}") from error
     pyramid.initialize(seed)

@@ -12,8 +12,8 @@ from torch import nn
 
 from nst_det.engine.io import atomic_folder, atomic_path, write_text
 from nst_det.errors import UserError
-from nst_det.export import Exported
-from nst_det.export.modelcard import backbone_card
+from nst_det.exporting import Exported
+from nst_det.exporting.modelcard import backbone_card
 from nst_det.models import Card, classifier_from_file, load_card
 
 LIMIT = 1e-4

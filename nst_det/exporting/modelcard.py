@@ -87,7 +87,7 @@ def _render(
         eval_results=metrics or None,
     )
     environment = Environment(
-        loader=PackageLoader("nst_det.export"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("nst_det.exporting"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
         cell=lambda text: " ".join(text.split()).replace("|", "\\|"),

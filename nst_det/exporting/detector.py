@@ -23,9 +23,9 @@ from nst_det.detection.predict import find_sources, load_run, read_sources
 from nst_det.detection.torchvision import Detector
 from nst_det.engine.io import atomic_path, write_text
 from nst_det.errors import UserError
-from nst_det.export import Exported
-from nst_det.export.graph import DetectorGraph
-from nst_det.export.modelcard import detector_card
+from nst_det.exporting import Exported
+from nst_det.exporting.graph import DetectorGraph
+from nst_det.exporting.modelcard import detector_card
 
 INPUT_NAME = "image"
 OUTPUT_NAMES = ("boxes", "scores", "labels")

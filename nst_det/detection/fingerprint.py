@@ -1,0 +1,49 @@
+"""What makes a run of stage two the run that it is, whatever the paths: fingerprints of its data and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fvcore.common.config import CfgNode
+
+from nst_det.data.voc import VocDataset
+from nst_det.detection.config import voc_roots
+from nst_det.engine.config import expand_path, flat, read_yaml
+from nst_det.engine.io import sha256_of_file
+from nst_det.engine.run_dir import config_hash
+from nst_det.errors import UserError
+from nst_det.models import resolve
+
+
+def input_fingerprints(config: CfgNode, classes: Sequence[str] | None = None) -> dict[str, str]:
+    """Return the fingerprints, by key, of what a config names by a path; data sets have ``classes``, or their own.
+
+    What is no file here, such as a URL that Detectron2 knows, stands for itself.
+    """
+    found = {}
+    names = dict.fromkeys((*config.DATASETS.TRAIN, *config.DATASETS.TEST))
+    # Detectron2 knows others
+    own = [name for name in names if name in config.DATASETS.VOC]
+    for name, (root, split) in zip(own, voc_roots(config, own, "DATASETS")):
+        found[f"DATASETS.VOC.{name}.FINGERPRINT"] = VocDataset(root, split, classes).fingerprint()
+    for group in ("MODEL", "TEACHER"):
+        weights = config[group].WEIGHTS
+        path = _file(weights, f"{group}.WEIGHTS")
+        found[f"{group}.WEIGHTS_SHA256"] = sha256_of_file(path) if path else weights
+    named = config.TEACHER.CONFIG_FILE
+    path = _file(named, "TEACHER.CONFIG_FILE")
+    yaml = path is not None and path.suffix in (".yaml", ".yml")
+    found["TEACHER.CONFIG_HASH"] = config_hash(flat(CfgNode(read_yaml(path)))) if path and yaml else named
+    return found
+
+
+def _file(named: str, key: str) -> Path | None:
+    if not named:
+        return None
+    try:
+        path = resolve(expand_path(named, key))
+    except UserError:
+        # whoever loads it says so
+        return None
+    return path if path.is_file() else None

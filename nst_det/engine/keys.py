@@ -1,0 +1,80 @@
+"""How the keys of a config are declared, each with its default and its meaning, and those that both stages share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from fvcore.common.config import CfgNode
+
+from nst_det.engine.device import FLOAT32_PRECISIONS
+
+
+class Key(NamedTuple):
+    """A key of a config: its default ({} takes any keys), its meaning, and what it takes, if not all of its type."""
+
+    default: Any
+    meaning: str
+    wanted: str = ""
+    takes: Callable[[Any], bool] = lambda _: True
+
+
+def one_of(meaning: str, *values: Any, default: Any = None) -> Key:
+    """Limit a key to some values; the first is the default, unless that is none of them."""
+    wanted = " or ".join(map(repr, values))
+    return Key(values[0] if default is None else default, meaning, wanted, values.__contains__)
+
+
+def at_least(meaning: str, least: int, default: int) -> Key:
+    """Limit a key to numbers from ``least`` on."""
+    return Key(default, meaning, f"at least {least}", lambda value: bool(value >= least))
+
+
+def config_tree(keys: Mapping[str, Key], config: CfgNode | None = None) -> CfgNode:
+    """Return the config of dotted keys with their defaults; ``config`` takes them, if it is given."""
+    config = CfgNode() if config is None else config
+    # a config of Detectron2 merges files only into nodes of its own class
+    kind = type(config)
+    for key, (default, *_) in keys.items():
+        *groups, name = key.split(".")
+        node = config
+        for group in groups:
+            node = node.setdefault(group, kind())
+        node[name] = kind(copy.deepcopy(default), new_allowed=True) if isinstance(default, dict) else copy.copy(default)
+    return config
+
+
+# of both stages
+FLOAT32_PRECISION = one_of(
+    "of float32 on a GPU, in convolutions and matrix products alike: highest is float32; high and medium "
+    "are TF32, which "
+    'is faster and rounds factors to 11 bits, those of transfer losses too; "" is torch\'s own (TF32 in convolutions, '
+    "float32 in products); what SOLVER.AMP computes in bf16 or fp16 is not float32",
+    *FLOAT32_PRECISIONS,
+)
+TRUST_PICKLE = Key(
+    False, "open weights that are pickles with more than tensors in them, which can run code; --trust-pickle sets it"
+)
+TENSORBOARD = Key(False, "write TensorBoard events into the run folder")
+WANDB = Key("", 'a project at Weights & Biases (pip install wandb); "" for none')
+CLIP_TYPE = "value clips each entry, norm each parameter's norm, full_model that of all gradients together"
+EMA_DECAY = (
+    "of an exponential moving average of the weights: 0 for none, else below 1, such as 0.999; the average is what is "
+    "validated and written"
+)
+TRANSFER_KEYS = {
+    "LEVELS": Key([], "feature levels of the student, such as res3, or student:teacher, such as res3:res4"),
+    "WEIGHTS": Key({}, "by term, such as {at: 10.0}; without it, and none in the method (at:10), the term's default"),
+    "TERM_LEVELS": Key({}, "levels of a single term, such as {fitnet: [res4]}"),
+    "OPTIONS": Key({}, "options of a term, such as {kd: {temperature: 2.0}}; nst-det methods lists them"),
+    "AUTO_WEIGHT": Key(
+        {}, "by term: its gradient's norm as a part of the task's, by which the weight is found at the start"
+    ),
+    "WARMUP_ITERS": Key(0, "steps in which the weights rise linearly"),
+}
+
+
+def transfer_node() -> CfgNode:
+    """Return the ``TRANSFER`` keys that both stages share."""
+    return config_tree(TRANSFER_KEYS)

@@ -1,0 +1,185 @@
+"""For random results no sentence of headline, bullets and box is refuted by the table beside it."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+
+from nst_det.report.curves import Curve
+from nst_det.report.limits import late_fall, limits
+from nst_det.report.summary import caveats, conclusion
+from tests.helpers.finished import build_results, typed
+
+# how each sentence of the box begins
+BOX = {
+    **{"weak": "The highest mAP", "one seed": "One seed", "two seeds": "Two seeds", "pairs": "Intervals compare"},
+    **{"teacher": "The teacher's top-1", "upper": "The detector on the teacher's", "none": "No test object"},
+    **{"few": "Few test objects", "images": "Top-1 of a backbone"},
+    **{
+        "fall one": "Stage one was",
+        "fall two": "Stage two was",
+        "rise one": "Stage one: t",
+        "rise two": "Stage two: m",
+    },
+}
+
+
+def random_results(draw):
+    """Content of results.json and curves of both stages; few values, so that there are ties."""
+    seeds = draw.randint(1, 5)
+    methods = [name for name in ("kd", "fitnet", "nst-poly") if draw.random() < 0.8]
+    rows = ["ce", *(name for name in ("scratch", "teacher") if draw.random() < 0.7), *methods]
+    draw.shuffle(rows)
+    maps, top1 = draw.choice([(0.05, 0.1, 0.15), (0.1, 0.2, 0.3, 0.35)]), (0.4, 0.5, 0.6)
+    numbers = {
+        name: (
+            tuple(draw.choice(maps) for _ in range(seeds)),
+            None if name == "scratch" else (draw.choice(top1),) * seeds,
+        )
+        for name in rows
+    }
+    tree = build_results(numbers=numbers, seeds=seeds, classes=("cup", "hat", "pen"))
+    tree["teacher"] = {"top1": draw.choice((0.45, 0.5, None))} if draw.random() < 0.8 else None
+    objects = {name: draw.choice((0, 7, 49, 50, 400)) for name in tree["classes"]}
+    images = draw.choice((None, 30, 2000))
+    for row in tree["rows"]:
+        row["objects_per_class"] = objects
+        for entry in row["per_seed"].values():
+            entry["val_images"] = images
+    taught = [name for name in rows if name not in ("scratch", "teacher")]
+    curves = [
+        {"loss": {name: {row: fall(draw) for row in on}}, "accuracy": {key: {row: rise(draw) for row in taught}}}
+        for name, key, on in (("loss/ce", "val/top1", taught), ("total_loss", "val/map", rows))
+    ]
+    return tree, curves
+
+
+def fall(draw):
+    """A loss over 80 steps that is 2, then 1, and in the last ten steps 1, 0.95 or 0.6."""
+    end = draw.choice((1.0, 0.95, 0.6))
+    return curve([2.0] * 20 + [1.0] * 50 + [end] * 10)
+
+
+def rise(draw):
+    return curve([0.1, *(draw.choice((0.2, 0.21, 0.3)) for _ in range(draw.randint(0, 2)))])
+
+
+def curve(values):
+    values = np.array(values)
+    return Curve(np.arange(len(values)), values, values, values)
+
+
+def named(text):
+    """Names and numbers of a list such as ``kd (0.500), at (+0.1) and 2 more``."""
+    return {name: float(number.replace("−", "-")) for name, number in re.findall(r"(\S+) \(([+−\d.]+)(?: %)?\)", text)}
+
+
+@pytest.mark.parametrize("number", range(200))
+def test_no_sentence_is_refuted_by_the_table(number):
+    draw = random.Random(number)
+    tree, curves = random_results(draw)
+    found = typed(tree)
+    seeds = len(found.seeds)
+    rows = {row.method: row for row in found.rows}
+    check_limits(tree, curves, limits(found, *curves))
+    methods = {row.method: row for row in found.methods}
+    text, ce, scratch = conclusion(found), rows["ce"].map, rows.get("scratch")
+    if not methods:
+        assert text == "No transfer method was compared: there is nothing to tell apart yet."
+        return
+    assert text.startswith("Stage one") == (scratch is not None and round(scratch.map - ce, 3) > 0)
+    if "and every transfer method" in text:
+        assert all(row.map < scratch.map for row in (rows["ce"], *methods.values()))
+    if named := re.search(r"of the transfer methods (\S+) has the highest mAP", text):
+        assert methods[named[1]].map == max(row.map for row in methods.values())
+        assert seeds == 1
+    if named := re.search(r"seeds, (?!no )(.+?) beats? ce", text):
+        assert all(methods[name].map > ce for name in re.split(", | and ", named[1]))
+    if named := re.search(r"Worse than ce: (.+?)\.$", text):
+        assert all(methods[name].map < ce for name in re.split(", | and ", named[1]))
+    for note in caveats(found):
+        if note.startswith("Each method's row"):
+            assert all(round(row.map - ce, 3) > 0 for row in methods.values())
+        if note.startswith("Not above ce"):
+            below = {name for name, row in methods.items() if round(row.map - ce, 3) <= 0}
+            assert set(re.findall(r"(\S+) \(", note)) == below
+        if note.startswith("Stage one with labels only"):
+            assert ("−" in note) == (round(ce - scratch.map, 3) < 0)
+
+
+def check_limits(tree, curves, lines):
+    """Hold each sentence of the box to the tables, and miss none that they call for."""
+    begins = {}
+    for line in lines:
+        key = next(key for key in BOX if re.match(BOX[key], line))
+        assert key not in begins
+        begins[key] = line
+    rows = {row["method"]: row for row in tree["rows"]}
+    seeds = len(rows["ce"]["seeds"])
+    best = max(row["map"] for name, row in rows.items() if name != "teacher")
+    assert ("weak" in begins) == (best < 2 / 11)
+    if "weak" in begins:
+        value, name = re.match(r"The highest mAP is (\S+) \((\S+)\)\.", begins["weak"]).groups()
+        assert float(value) == round(rows[name]["map"], 3) == round(best, 3)
+    assert ("one seed" in begins, "two seeds" in begins) == (seeds == 1, seeds == 2)
+    told = [row for name, row in rows.items() if row["delta_interval"] and name not in ("scratch", "teacher")]
+    assert ("pairs" in begins) == (len(told) > 1)
+    taught = (tree["teacher"] or {}).get("top1")
+    above = {n: row["top1"] for n, row in rows.items() if taught and n != "teacher" and (row["top1"] or 0) > taught}
+    assert named(begins.get("teacher", "")) == {name: round(value, 3) for name, value in above.items()}
+    assert "teacher" not in begins or f"top-1 is {taught:.3f}" in begins["teacher"]
+    upper = rows["teacher"]["map"] if "teacher" in rows else 1
+    above = {n: round(row["map"], 3) for n, row in rows.items() if round(row["map"] - upper, 3) > 0}
+    assert named(begins.get("upper", "").partition("below")[2]) == above
+    objects = rows["ce"]["objects_per_class"]
+    assert set(re.findall("cup|hat|pen", begins.get("none", ""))) == {n for n, count in objects.items() if not count}
+    few = {name: count for name, count in objects.items() if 0 < count < 50}
+    listed = re.findall(r"(cup|hat|pen) (\d+)", begins.get("few", ""))
+    assert {name: int(count) for name, count in listed} == few
+    if few:
+        rarest = re.search(r"missed is (\S+) of the recall of (\w+)", begins["few"])
+        assert (few[rarest[2]], float(rarest[1])) == (min(few.values()), round(1 / min(few.values()), 3))
+    images = rows["ce"]["per_seed"]["0"]["val_images"]
+    # of 30 images: sqrt(.24 / 30) = .089 at .4 and .6, sqrt(.25 / 30) = .091 at .5; of 2000 .011
+    assert ("images" in begins) == (images == 30)
+    assert "images" not in begins or re.search(
+        r"of 30 .* at 0\.[46]00 .* 0\.089 |of 30 .* at 0\.500 .* 0\.091 ", begins["images"]
+    )
+    for stage, (kinds, key, top) in {
+        "one": (curves[0], "loss/ce", "top1"),
+        "two": (curves[1], "total_loss", "map"),
+    }.items():
+        ends = {name: one.mean[-1] for name, one in kinds["loss"][key].items()}
+        # .4 of a fall of 1.4; .05 of one of 1.05 is less than a tenth
+        assert named(begins.get(f"fall {stage}", "")) == {name: 29 for name, end in ends.items() if end == 0.6}
+        last = {name: one.mean[-2:].tolist() for name, one in kinds["accuracy"][f"val/{top}"].items()}
+        rises = {
+            name: round(two[1] - two[0], 3) for name, two in last.items() if len(two) == 2 and two[1] - two[0] > 0.02
+        }
+        assert named(begins.get(f"rise {stage}", "")) == rises
+
+
+def test_a_box_names_the_first_of_many_and_shared_seeds():
+    tree = build_results(classes=[f"c{number}" for number in range(9)])
+    for row in tree["rows"]:
+        row["objects_per_class"] = {name: 10 + number for number, name in enumerate(tree["classes"])}
+    tree["rows"][2]["verdict"] = "single seed"
+    # as of a row with a term of stage two
+    for seed, entry in tree["rows"][3]["per_seed"].items():
+        entry["distill_run"] = tree["rows"][1]["per_seed"][seed]["distill_run"]
+    still = curve([2.0] * 20 + [1.0] * 50 + [0.6] * 10)
+    curves = {"loss": {"loss/ce": {"ce": still, "fitnet": still, "at": still}}, "accuracy": {}}
+    lines = limits(typed(tree), curves, {"loss": {}, "accuracy": {}})
+    assert any("fell, for ce (29 %) and at (29 %)." in line for line in lines)
+    assert any(": c0 10, c1 11, c2 12, c3 13 and 5 more." in line for line in lines)
+    assert "Only one seed is shared with ce by kd: no spread to judge by." in lines
+
+
+@pytest.mark.parametrize(("noise", "found"), [(0.0, 0.4 / 1.4), (0.6, 0.0)])
+def test_a_fall_that_is_noise_is_none(noise, found):
+    values = np.array([2.0] * 20 + [1.0] * 50 + [0.6] * 10)
+    values[1::2] += noise
+    values[::2] -= noise
+    assert late_fall(curve(values)) == pytest.approx(found)
+    assert late_fall(curve(values[::-1])) == late_fall(curve([1.0, 0.5])) == 0
