@@ -404,7 +404,7 @@ def export(
 def evaluate_voc(
     detections: str | Path,
     voc_root: str | Path,
-    split: str = "test",
+    split: str = "",
     classes: Sequence[str] | None = None,
     iou: float | Sequence[float] = 0.5,
     coco_names: str | Path | None = None,
@@ -414,8 +414,9 @@ def evaluate_voc(
     Args:
         detections: a folder with ``comp4_det_SPLIT_CLASS.txt``, a ``detections.json``, or COCO results.
         voc_root: the VOC folder with the annotations.
-        split: a list in ``ImageSets/Main``.
-        classes: names; None takes those of the split's annotations.
+        split: a list in ``ImageSets/Main``; "" takes the one to test on, or the only one.
+        classes: names, in the order of the numbers where COCO results have numbers without ``coco_names``; None takes
+            those of the split's annotations.
         iou: overlap thresholds, above 0 and at most 1.
         coco_names: a COCO annotation file that says which image and class the numbers in COCO results mean.
 
@@ -442,14 +443,20 @@ def read_voc(
     coco_names: str | Path | None,
 ) -> tuple[Detections, GroundTruth]:
     """Return detections and the ground truth that they are measured against."""
-    from nst_det.data.voc import VocDataset
-    from nst_det.evaluation.boxes import GroundTruth
+    import numpy as np
+
+    from nst_det.data.coco import form_problem
+    from nst_det.data.splits import list_to_test
+    from nst_det.data.voc import VocDataset, find_voc_root
+    from nst_det.evaluation.boxes import GroundTruth, to_xywh
     from nst_det.evaluation.io import read_coco_names, read_detections
 
-    data = VocDataset(voc_root, split, classes)
-    truth = GroundTruth.from_annotations(data.annotations(), data.classes)
+    root = find_voc_root(voc_root)
+    data = VocDataset(root, split or list_to_test(root), classes)
+    annotations = data.annotations()
+    truth = GroundTruth.from_annotations(annotations, data.classes)
     names = None if coco_names is None else read_coco_names(coco_names)
-    found = read_detections(detections, data.ids, data.classes, split, names)
+    found = read_detections(detections, data.ids, data.classes, data.split, names, classes is not None)
     lowest = found.score.min() if len(found) else None
     if lowest is None or lowest >= SCORES_LEFT_OUT:
         what = "no detections in it" if lowest is None else f"no score is below {lowest:.3g}"
@@ -458,6 +465,10 @@ def read_voc(
             detections,
             what,
         )
+    size_of = {annotation.id: (annotation.width, annotation.height) for annotation in annotations}
+    problem = form_problem(to_xywh(found.box), np.reshape([size_of[id_] for id_ in found.image_id], (-1, 2)))
+    if problem:
+        log.warning("%s: %s", detections, problem)
     return found, truth
 
 

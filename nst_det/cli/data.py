@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from pathlib import Path
 
 from nst_det.cli.command import argument, command, flag, one_of
+from nst_det.errors import UserError
 
 INIT_IMAGES = (
     "with --coco: the folder of its images, or one for each file. With --voc: classification data for stage one, a "
@@ -28,7 +30,6 @@ INIT_IMAGES = (
 def init(args: argparse.Namespace) -> None:
     """Make a project for your own images with boxes: configs that fit, and data for stage one."""
     from nst_det import api
-    from nst_det.data.check import SHARED
     from nst_det.data.safe_io import shown_path
 
     given = {"images": args.images, "train": args.train, "test": args.test, "device": args.device or ""}
@@ -41,7 +42,8 @@ def init(args: argparse.Namespace) -> None:
     if report.problems:
         for problem in {problem.kind: problem for problem in reversed(report.problems)}.values():
             print(f"          {problem.kind}: {problem.line()}")
-        print(f"          a run continues with these problems; nst-det check-data {root} lists all")
+        checked = shlex.join([*args.coco, "--images", *args.images]) if args.coco else root
+        print(f"          a run continues with these problems; nst-det check-data {checked} lists them")
     for note in report.notes:
         print(f"note      {note}")
     names = ", ".join(values.classes[:10]) + (", ..." if len(values.classes) > 10 else "")
@@ -101,7 +103,13 @@ def generate_data(args: argparse.Namespace) -> None:
 
 
 @command(
-    argument("path", "PATH", "images with boxes (VOC, labelImg, Roboflow, YOLO), or one folder of images a class"),
+    argument(
+        "path",
+        "PATH",
+        "images with boxes (VOC, labelImg, Roboflow, YOLO), one folder of images a class, or COCO's JSON",
+        nargs="+",
+    ),
+    argument("--images", "DIR", "of COCO's JSON: the folder of its images, or one for each file", nargs="+"),
     argument("--split", "NAME", "look at these lists only (default: everything)", nargs="+"),
     argument("--classes", "NAME", "the only class names that are right", nargs="+"),
     argument("--workers", "N", "threads that decode; 0 takes all cores", type=int, default=0),
@@ -109,17 +117,25 @@ def generate_data(args: argparse.Namespace) -> None:
     epilog="exit code: 0 if nothing is wrong, 2 if something is",
 )
 def check_data(args: argparse.Namespace) -> int:
-    """List everything that is wrong with a folder of images with boxes, or an image folder."""
+    """List everything that is wrong with images with boxes, an image folder, or COCO's JSON."""
     from dataclasses import asdict
 
     from rich.table import Table
 
     from nst_det.data import check
+    from nst_det.data.coco import CocoSource
     from nst_det.data.safe_io import shown_path
     from nst_det.engine.format import print_table
     from nst_det.engine.io import write_json
 
-    report = check.check_data(args.path, args.split, args.classes, max(args.workers, 0))
+    if len(args.path) > 1 and not args.images:
+        raise UserError("name one folder; only COCO's JSON may be two files, with --images")
+    data: str | CocoSource = args.path[0]
+    if args.images:
+        if args.split:
+            raise UserError("--split: lists are for VOC folders, and COCO's JSON has none")
+        data = CocoSource(tuple(map(Path, args.path)), tuple(map(Path, args.images)))
+    report = check.check_data(data, args.split, args.classes, max(args.workers, 0))
     for problem in report.problems:
         print(f"{problem.kind}: {problem.line()}")
     if report.problems:

@@ -55,11 +55,11 @@ def predict(args: argparse.Namespace) -> int:
 @command(
     argument("--detections", "PATH", "detections.json, COCO results or a folder of comp4_det_*.txt", required=True),
     argument("--voc-root --voc", "ROOT", "the VOC folder with the annotations", required=True),
-    argument("--split", "NAME", "list in ImageSets/Main (default: test)", default="test"),
-    argument("--classes", "NAME", "default: those of the split's annotations", nargs="+"),
+    argument("--split", "NAME", "list in ImageSets/Main (default: the one to test on, or the only one)", default=""),
+    argument("--classes", "NAME", "in the order of numbers in COCO results (default: those annotated)", nargs="+"),
     argument("--iou", "X", "overlap thresholds; the first makes the table", nargs="+", type=float, default=[0.5]),
     flag("--coco", "COCO AP too"),
-    argument("--coco-names", "FILE", "COCO annotations that name the images and classes of numbers in COCO results"),
+    argument("--coco-names", "FILE", "COCO annotations: the images and categories that numbers in COCO results mean"),
     argument("--output --json", "FILE", "write the figures as JSON"),
 )
 def evaluate(args: argparse.Namespace) -> None:

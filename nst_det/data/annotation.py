@@ -50,7 +50,10 @@ class VocObject:
 
 @dataclass(frozen=True)
 class VocAnnotation:
-    """The objects on one image of ``width`` x ``height`` pixels; ``id`` is the file's stem."""
+    """The objects on one image of ``width`` x ``height`` pixels; ``id`` is the file's stem.
+
+    Both sides are 0 where the file doesn't say them: then the image itself does.
+    """
 
     id: str
     width: int
@@ -86,6 +89,8 @@ class VocAnnotation:
             fault = SWAPPED
         elif xmax <= xmin or ymax <= ymin:
             fault = NO_AREA
+        elif not width:
+            return None
         elif xmax < 1 or ymax < 1 or xmin > width or ymin > height:
             fault = OUTSIDE
         elif xmin < 1 or ymin < 1 or xmax > width or ymax > height:
@@ -147,10 +152,12 @@ def parse_annotation(data: bytes, name: str) -> tuple[VocAnnotation | None, list
 def annotation_from(root: Element, name: str) -> tuple[VocAnnotation | None, list[str]]:
     """Return the annotation ``name`` with the objects that can be read, and a line for everything that is wrong.
 
-    There is none where the size can't be read.
+    There is none where the size can't be read; one that is missing or 0 is left to the image.
     """
     problems: list[str] = []
-    width, height = (_number(root, f"size/{side}", problems, side=True) for side in ("width", "height"))
+    sides = ("size/width", "size/height")
+    unknown = any((root.findtext(side) or "0").strip() in ("", "0") for side in sides)
+    width, height = (0, 0) if unknown else (_number(root, side, problems, side=True) for side in sides)
     objects = [_object(element, number, problems) for number, element in enumerate(root.findall("object"), 1)]
     nested = sum(1 for _ in root.iter("object")) - len(objects)
     if nested:

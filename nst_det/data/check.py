@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, annotation_from, parse_xml
+from nst_det.data.coco import SPLITS, CocoImage, CocoSource, read_coco
 from nst_det.data.folders import class_folders
 from nst_det.data.images import EXTENSIONS, MAX_IMAGE_BYTES, decode_oriented
 from nst_det.data.layouts import Layout, find_layout
@@ -22,6 +23,7 @@ from nst_det.data.yolo import MAX_LABEL_BYTES, YoloClasses, parse_yolo
 from nst_det.engine.machine import core_count
 from nst_det.errors import UserError
 
+SIZE_MISSING = "size missing"
 # lists that must not share an image: what is tested on must not be trained on
 DISJOINT = (("train", "val"), ("train", "test"), ("val", "test"), ("trainval", "test"))
 SUBSETS = (("train", "trainval"), ("trainval", "train"), ("val", "trainval"), ("trainval", "val"))
@@ -66,15 +68,23 @@ class Report:
 
 
 def check_data(
-    path: str | Path, splits: Sequence[str] | None = None, classes: Sequence[str] | None = None, workers: int = 0
+    path: str | Path | CocoSource,
+    splits: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    workers: int = 0,
 ) -> Report:
     """Look at every file of a folder with boxes (any that :func:`find_layout` knows) or an image folder.
 
     Images are decoded, by ``workers`` threads (0: all cores).  ``splits`` are lists to look at, with the images in
     them; None takes all lists and all files.  ``classes`` are the only names that objects (or class folders) may have;
-    None allows any.
+    None allows any.  COCO's JSON is looked at by :func:`check_coco`.
     """
-    root, workers = Path(path).expanduser(), workers or core_count()
+    workers = workers or core_count()
+    if isinstance(path, CocoSource):
+        return check_coco(path, classes, workers)[0]
+    root = Path(path).expanduser()
+    if root.suffix.lower() == ".json":
+        raise UserError(f"{shown_path(root)}: COCO's JSON needs the folder of its images too; name it by --images")
     layout = find_layout(root)
     if layout:
         report = _check_layout(layout, splits, classes, workers)
@@ -86,6 +96,29 @@ def check_data(
         report = _check_folders(root.resolve(), classes, workers)
     report.problems.sort(key=lambda problem: (problem.kind, problem.file))
     return report
+
+
+def check_coco(
+    source: CocoSource, classes: Sequence[str] | None = None, workers: int = 0
+) -> tuple[Report, list[CocoImage]]:
+    """Look at everything in COCO's JSON, and at the images in it; return what can be used of it, too."""
+    report = Report(source.files[0].parent, "COCO JSON")
+    found = read_coco(source, report.add)
+    images = {image.annotation.id: image.path for image in found}
+    decoded = _check_images(report, list(images.values()), workers or core_count())
+    annotations = {image.annotation.id: (image.where, image.annotation) for image in found}
+    unsized = [image for image in found if not image.annotation.width and image.path in decoded]
+    for image in unsized:
+        width, height = decoded[image.path].size
+        annotations[image.annotation.id] = image.where, replace(image.annotation, width=width, height=height)
+    if unsized:
+        text = f"has no size of {len(unsized)} of {len(found)} images; the images' own are taken"
+        report.add(SIZE_MISSING, source.files[0], text)
+    _check_annotations(report, source.files[0], annotations, images, decoded, classes)
+    parts = [[image.path for image in found if image.split == split] for split in SPLITS]
+    _check_twins(report, [shown_path(file) for file in source.files], parts, decoded)
+    report.problems.sort(key=lambda problem: (problem.kind, problem.file))
+    return report, found
 
 
 class _Decoded(NamedTuple):
@@ -132,7 +165,8 @@ def _check_twins(
             kind, what, remedy = "same picture in two lists", "shows the same as", "keep all versions in one list"
         other = twin or version
         if other not in (None, path):
-            where = f"{shown_path(other.relative_to(report.root))} in {names[0]}"
+            same = other.relative_to(report.root) if other.is_relative_to(report.root) else other
+            where = f"{shown_path(same)} in {names[0]}"
             report.add(kind, path, f"in {names[1]}, {what} {where}; {remedy}")
 
 
@@ -215,8 +249,8 @@ def _check_layout(layout: Layout, splits: Sequence[str] | None, classes: Sequenc
         {id_: path for id_, path in files.items() if not _leads_out(report, path)} for files in (images, annotated)
     )
     decoded = _check_images(report, list(images.values()), workers)
-    names: Counter[str] = Counter()
-    tags, corners = 0, _Corners()
+    annotations = {}
+    tags = 0
     for id_, path in annotated.items():
         seen = decoded.get(images[id_]) if id_ in images else None
         if layout.classes:
@@ -225,43 +259,66 @@ def _check_layout(layout: Layout, splits: Sequence[str] | None, classes: Sequenc
             annotation, found = _check_xml(report, path, id_, images)
             tags += found
         # boxes of YOLO are known in pixels with the image alone
-        if annotation is None or (layout.classes and seen is None):
-            continue
-        _check_objects(report, path, annotation, classes)
-        names.update(annotation.names)
-        corners.add(annotation, path)
-        if seen is None:
-            continue
-        if seen.orientation != 1:
-            turned = f"its EXIF orientation is {seen.orientation}, and it is turned upright when it is read"
-            report.add("turned image", images[id_], f"{turned}; see that the boxes are too, and drop the EXIF")
-        if seen.size != (annotation.width, annotation.height):
-            is_, declared = f"{seen.size[0]}x{seen.size[1]}", f"{annotation.width}x{annotation.height}"
-            remedy = "correct it"
-            if seen.orientation >= 5:
-                remedy = (
-                    "EXIF exchanges its sides: drop the EXIF if the boxes were drawn without it, or correct the size"
-                )
-            report.add("wrong size", path, f"size is {declared}, but the image is {is_}; {remedy}")
-    report.notes += corners.notes()
-    if names and not tags and not layout.classes:
+        if annotation and (seen or not layout.classes):
+            annotations[id_] = path, annotation
+    report.counts["annotations"] = len(annotated)
+    whole = layout.root / "Annotations" if layout.is_voc else layout.root
+    _check_annotations(report, whole, annotations, images, decoded, classes)
+    if report.counts["objects"] and not tags and not layout.classes:
         report.notes.append(
             "no object has the tag <difficult>, so that none is left out of the AP; some tools drop it (supervision, "
             "globox): if the data had difficult objects, take the original annotations"
         )
-    report.counts |= {"annotations": len(annotated), "objects": names.total(), "classes": len(names)}
+    for pair in _disjoint(lists, splits):
+        parts = [[images[id_] for id_ in lists[name] if id_ in images] for name in pair]
+        _check_twins(report, pair, parts, decoded)
+    return report
+
+
+def _check_annotations(
+    report: Report,
+    whole: Path,
+    annotations: Mapping[str, tuple[Path, VocAnnotation]],
+    images: Mapping[str, Path],
+    decoded: Mapping[Path, _Decoded],
+    classes: Sequence[str] | None,
+) -> None:
+    """Compare annotations (by id, each with its place in ``whole``) with the images; look at every object in them."""
+    names: Counter[str] = Counter()
+    corners = _Corners()
+    for id_, (path, annotation) in annotations.items():
+        names.update(annotation.names)
+        corners.add(annotation, path)
+        if images.get(id_) in decoded:
+            annotation = _check_size(report, path, annotation, images[id_], decoded[images[id_]])
+        _check_objects(report, path, annotation, classes)
+    report.notes += corners.notes()
+    report.counts |= {"objects": names.total(), "classes": len(names)}
     similar = defaultdict(list)
     for name in sorted(names):
         similar["".join(c for c in name.casefold() if c not in " -_")].append(name)
     for group in similar.values():
         if len(group) > 1:
             counts = ", ".join(f"'{shown(name)}' ({names[name]} objects)" for name in group)
-            where = layout.root / "Annotations" if layout.is_voc else layout.root
-            report.add("similar class names", where, f"{counts} may be one class; give it one name")
-    for pair in _disjoint(lists, splits):
-        parts = [[images[id_] for id_ in lists[name] if id_ in images] for name in pair]
-        _check_twins(report, pair, parts, decoded)
-    return report
+            report.add("similar class names", whole, f"{counts} may be one class; give it one name")
+
+
+def _check_size(report: Report, path: Path, annotation: VocAnnotation, image: Path, seen: _Decoded) -> VocAnnotation:
+    """Compare an annotation's size with its image's; return it with the latter where it has none."""
+    if seen.orientation != 1:
+        turned = f"its EXIF orientation is {seen.orientation}, and it is turned upright when it is read"
+        report.add("turned image", image, f"{turned}; see that the boxes are too, and drop the EXIF")
+    width, height = seen.size
+    if not annotation.width:
+        report.add(SIZE_MISSING, path, f"its size is missing or 0; the image's own is taken, {width}x{height}")
+        return replace(annotation, width=width, height=height)
+    if seen.size != (annotation.width, annotation.height):
+        remedy = "correct it"
+        if seen.orientation >= 5:
+            remedy = "EXIF exchanges its sides: drop the EXIF if the boxes were drawn without it, or correct the size"
+        declared = f"{annotation.width}x{annotation.height}"
+        report.add("wrong size", path, f"size is {declared}, but the image is {width}x{height}; {remedy}")
+    return annotation
 
 
 def _check_lists(report: Report, layout: Layout, splits: Sequence[str] | None) -> dict[str, tuple[str, ...]]:

@@ -208,6 +208,18 @@ def known_pair(root: Path, train: str = "", test: str = "") -> tuple[str, str] |
     return next((pair for pair in PAIRS if set(pair) <= set(names)), None)
 
 
+def list_to_test(root: Path) -> str:
+    """Return the list to test on that a VOC folder has, or its only one."""
+    names = split_names(root)
+    pair = known_pair(root)
+    if pair:
+        return pair[1]
+    if "test" in names or len(names) == 1:
+        return "test" if "test" in names else names[0]
+    there = shown(", ".join(names), 400) or "no lists at all"
+    raise UserError(f"{shown_path(root / 'ImageSets' / 'Main')}: there are {there}; name one by --split")
+
+
 def ids_to_cut(root: Path) -> tuple[str, ...]:
     """Return the images of a folder without a pair of lists: those of its only list, or all with an annotation."""
     names = [name for name in split_names(root) if name not in OWN_PAIR]

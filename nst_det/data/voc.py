@@ -11,13 +11,14 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, read_annotation
-from nst_det.data.images import EXTENSIONS, read_image
+from nst_det.data.images import EXTENSIONS, MAX_IMAGE_BYTES, image_size, read_image
 from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, read_text, shown, shown_path
 from nst_det.engine.io import write_text
 from nst_det.errors import UserError
@@ -67,9 +68,10 @@ class VocDataset:
         return part
 
     def annotation(self, id_: str) -> VocAnnotation:
-        """Return the annotation of one image."""
+        """Return the annotation of one image; a size that it doesn't say is the image's own."""
         if id_ not in self._annotations:
-            self._annotations[id_] = read_annotation(self.annotation_path(id_))
+            found = read_annotation(self.annotation_path(id_))
+            self._annotations[id_] = found if found.width else with_size_of(self.image_path(id_), found)
         return self._annotations[id_]
 
     def annotations(self) -> list[VocAnnotation]:
@@ -133,6 +135,12 @@ class VocDataset:
     def _file(self, folder: str, name: str) -> Path:
         path = self._folders[folder] / name
         return _inside(path, self.root) if path.is_symlink() else path
+
+
+def with_size_of(image: Path, annotation: VocAnnotation) -> VocAnnotation:
+    """Return an annotation with the width and height in the header of an image file."""
+    width, height = image_size(read_bytes(image, MAX_IMAGE_BYTES, "image"), shown_path(image))
+    return replace(annotation, width=width, height=height)
 
 
 def _inside(path: Path, root: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,16 @@ from nst_det.evaluation.boxes import Detections, to_xywh
 
 MAX_FILE_BYTES = 1 << 30
 KIND = "file of detections"
+log = logging.getLogger(__name__)
 MAX_COORDINATE = 1e6
 
 
 @dataclass(frozen=True)
 class CocoNames:
-    """What the numbers in COCO results mean: image numbers to ids, category numbers to class names."""
+    """What the ids in COCO results mean: those of images the file's name, those of categories the class."""
 
-    images: Mapping[int, str]
-    categories: Mapping[int, str]
+    images: Mapping[int | str, str]
+    categories: Mapping[int | str, str]
 
 
 def write_detections(path: str | Path, found: Detections) -> None:
@@ -43,24 +45,29 @@ def write_detections(path: str | Path, found: Detections) -> None:
 
 
 def read_detections(
-    path: str | Path, image_ids: Sequence[str], classes: Sequence[str], split: str, names: CocoNames | None = None
+    path: str | Path,
+    image_ids: Sequence[str],
+    classes: Sequence[str],
+    split: str,
+    names: CocoNames | None = None,
+    numbered: bool = False,
 ) -> Detections:
-    """Read a folder of VOC results files of ``split``, or a JSON file of ours or in COCO's results format.
+    """Read a folder of VOC results files of ``split``, or a JSON file, see :func:`detections_from_json`.
 
     ``image_ids`` and ``classes`` are those of the ground truth; a detection elsewhere is an error.
     """
     path = Path(path)
     if path.is_dir():
         return read_comp4(path, image_ids, classes, split)
-    return detections_from_json(_read_json(path), image_ids, classes, shown_path(path), names)
+    return detections_from_json(_read_json(path), image_ids, classes, shown_path(path), names, numbered)
 
 
 def read_coco_names(path: str | Path) -> CocoNames:
-    """Read names from an annotation file in COCO's format: ``images`` (id, file_name) and ``categories`` (id, name)."""
-    tree = _read_json(Path(path))
-    images = coco_names(tree, "images", "file_name", str(path), int)
-    stems = {number: PurePosixPath(file).stem for number, file in images.items()}
-    return CocoNames(stems, coco_names(tree, "categories", "name", str(path), int))
+    """Read names from a COCO annotation file: ``categories`` (id, name), and where they are there ``images``."""
+    tree, where = _read_json(Path(path)), shown_path(path)
+    categories = coco_names(tree, "categories", "name", where)
+    images = coco_names(tree, "images", "file_name", where) if "images" in tree else {}
+    return CocoNames(images, {id_: name.strip() for id_, name in categories.items()})
 
 
 def _read_json(path: Path) -> Any:
@@ -74,7 +81,8 @@ def _read_json(path: Path) -> Any:
 def read_comp4(folder: Path, image_ids: Sequence[str], classes: Sequence[str], split: str) -> Detections:
     """Read the devkit's results: ``comp3_det_`` or ``comp4_det_SPLIT_CLASS.txt``, lines ``id score x1 y1 x2 y2``.
 
-    Boxes are 1-based inclusive.  A class without a file is an error; a file of another class is not read.
+    An id may have spaces.  Boxes are 1-based inclusive.  A class without a file is an error; a file of another class
+    is not read.
     """
     known, rows = set(image_ids), []
     for label, name in enumerate(classes):
@@ -82,11 +90,11 @@ def read_comp4(folder: Path, image_ids: Sequence[str], classes: Sequence[str], s
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             missing = shown(f"comp4_det_{split}_{name}.txt")
-            raise UserError(f"{shown_path(folder)}: no {missing}; add it (empty if nothing was found)")
+            raise UserError(f"{shown_path(folder)}: no {missing}; add it (empty if nothing was found), or write JSON")
         for number, line in enumerate(read_text(file, MAX_FILE_BYTES, KIND).splitlines(), 1):
             if not line.strip():
                 continue
-            at, (id_, *words) = f"{shown_path(file)}: line {number}", line.split()
+            at, (id_, *words) = f"{shown_path(file)}: line {number}", line.strip().rsplit(maxsplit=5)
             try:
                 values = [float(word) for word in words]
             except ValueError:
@@ -104,28 +112,42 @@ def read_comp4(folder: Path, image_ids: Sequence[str], classes: Sequence[str], s
 
 
 def detections_from_json(
-    entries: Any, image_ids: Sequence[str], classes: Sequence[str], source: str, names: CocoNames | None = None
+    entries: Any,
+    image_ids: Sequence[str],
+    classes: Sequence[str],
+    source: str,
+    names: CocoNames | None = None,
+    numbered: bool = False,
 ) -> Detections:
-    """Return detections of a list of ``{image_id, category or category_id, bbox: [x, y, w, h] 0-based, score}``.
+    """Return detections of a list of ``{image_id, category, bbox: [x, y, w, h] 0-based, score}``.
 
-    Images and categories are names, or numbers that are looked up in ``names``.  Without it an image's number is the
-    one that its id's digits make (1 for ``000001``, 2008000002 for ``2008_000002``), and categories count from 1 in
-    the order of ``classes``.  The error names the entry by its place in the list, from 0.
+    ``category`` is a name of ``classes``, or else ``category_name`` or ``category_id`` are: or an id in ``names``, or,
+    where ``classes`` are ``numbered``, a place in them, from 0 or from 1 as all numbers together tell.  ``image_id`` is
+    one of ``image_ids``, an id in ``names``, a path to the image, or the number that the digits of one id make (1 for
+    ``000001``, 2008000002 for ``2008_000002``); else ``file_name`` is looked at.  Scores only order the detections.
+
+    The error names the entry by its place in the list, from 0.
     """
     if not isinstance(entries, list):
         raise UserError(f"{source}: detections must be a list of objects with image_id, category, bbox and score")
-    names = names or CocoNames(_ids_by_number(image_ids), dict(enumerate(classes, 1)))
-    known, label_of = set(image_ids), {name: label for label, name in enumerate(classes)}
+    image_names = _ImageNames(image_ids, names.images if names else {})
+    label_of = {name: label for label, name in enumerate(classes)}
+    found = [entry if isinstance(entry, dict) else {} for entry in entries]
+    categories = [_category(entry) for entry in found]
+    class_of = names.categories if names else _numbered_classes(categories, classes, source, numbered)
     rows = []
-    for place, entry in enumerate(entries):
-        at, fields = f"{source}: detection {place}", entry if isinstance(entry, dict) else {}
-        image, score, bbox = fields.get("image_id"), fields.get("score"), fields.get("bbox")
-        category = fields.get("category_id") if fields.get("category") is None else fields["category"]
-        id_, name = _name(image, names.images), _name(category, names.categories)
-        if id_ not in known:
-            raise UserError(f"{at}: image_id {image!r:.80} is no image of the split")
+    for place, (entry, category) in enumerate(zip(found, categories)):
+        at = f"{source}: detection {place}"
+        score, bbox = entry.get("score"), entry.get("bbox")
+        id_ = image_names.find(entry.get("image_id")) or image_names.find(entry.get("file_name"))
+        name = category if isinstance(category, str) and category in label_of else _lookup(class_of, category)
+        if not id_:
+            remedy = "name another split, or by --coco-names the COCO file that has this id"
+            raise UserError(f"{at}: image_id {entry.get('image_id')!r:.80} is no image of the split; {remedy}")
         if name not in label_of:
-            raise UserError(f"{at}: category {category!r:.80} is not one of {', '.join(classes)}; name all classes")
+            meant = f" ({shown(name)})" if name else ""
+            remedy = "give all by --classes, or name by --coco-names the COCO file whose categories these are"
+            raise UserError(f"{at}: category {category!r:.80}{meant} is not one of {', '.join(classes)}; {remedy}")
         if not is_number(score):
             raise UserError(f"{at}: score {score!r:.80} is not a finite number")
         if not isinstance(bbox, list) or len(bbox) != 4 or not all(is_number(value, MAX_COORDINATE) for value in bbox):
@@ -137,6 +159,35 @@ def detections_from_json(
     return _detections(rows, classes)
 
 
+def _category(entry: dict[str, Any]) -> Any:
+    keys = ("category", "category_name", "category_id")
+    category = next((entry[key] for key in keys if entry.get(key) is not None), None)
+    return category.strip() if isinstance(category, str) else category
+
+
+def _numbered_classes(
+    categories: Sequence[Any], classes: Sequence[str], source: str, numbered: bool
+) -> Mapping[int | str, str]:
+    """Return the class of each number in a file without names; one that may be another class is an error."""
+    numbers = {category for category in categories if isinstance(category, int) and not isinstance(category, bool)}
+    starts = [start for start in (0, 1) if numbers <= set(range(start, start + len(classes)))]
+    if not numbers or not starts:
+        # what is no number, and numbers that are too large, are named where they stand
+        return {}
+    if len(starts) > 1:
+        why = f"may count from 0 or from 1, and the {len(classes)} classes in any order"
+    elif len(classes) > 1 and not numbered:
+        why = f"count from {starts[0]}, in an order that the file doesn't say"
+    else:
+        found: dict[int | str, str] = {number: classes[number - starts[0]] for number in sorted(numbers)}
+        log.warning("%s: categories are %s", source, ", ".join(f"{n} {shown(name)}" for n, name in found.items()))
+        return found
+    remedy = "name by --coco-names a COCO file with these categories (id and name)"
+    order = ", or give the classes in the file's order by --classes" if len(starts) == 1 else ""
+    shortest = ", ".join(map(str, sorted(numbers)[:5]))
+    raise UserError(f"{source}: the numbers of its categories ({shortest}) {why}; {remedy}{order}")
+
+
 def _detections(rows: Sequence[tuple[str, int, Sequence[float]]], classes: Sequence[str]) -> Detections:
     """Join rows of id, label, and score and corners."""
     labels = np.array([label for _, label, _ in rows], dtype=np.int64)
@@ -144,16 +195,27 @@ def _detections(rows: Sequence[tuple[str, int, Sequence[float]]], classes: Seque
     return Detections([id_ for id_, _, _ in rows], tuple(classes), labels, values[:, 1:], values[:, 0])
 
 
-def _name(given: Any, by_number: Mapping[int, str]) -> str:
-    """Return a name, or the one of a number; empty where it is neither."""
-    if isinstance(given, int) and not isinstance(given, bool):
-        return by_number.get(given, "")
-    return given if isinstance(given, str) else ""
+def _lookup(names: Mapping[int | str, str], id_: Any) -> str:
+    return names.get(id_, "") if isinstance(id_, int | str) and not isinstance(id_, bool) else ""
 
 
-def _ids_by_number(image_ids: Sequence[str]) -> dict[int, str]:
-    """Return ids by the number that their digits make, where that is unique."""
-    digits = [id_ for id_ in image_ids if re.fullmatch(r"[0-9_]{1,18}", id_) and id_.strip("_")]
-    numbers = [int(id_.replace("_", "")) for id_ in digits]
-    counts = Counter(numbers)
-    return {number: id_ for number, id_ in zip(numbers, digits) if counts[number] == 1}
+class _ImageNames:
+    """Finds the image of a split that is meant by a name, a path or a number."""
+
+    def __init__(self, image_ids: Sequence[str], names: Mapping[int | str, str]) -> None:
+        self.ids, self.names = set(image_ids), names
+        digits = [id_ for id_ in image_ids if re.fullmatch(r"[0-9_]{1,18}", id_) and id_.strip("_")]
+        numbers = [int(id_.replace("_", "")) for id_ in digits]
+        counts = Counter(numbers)
+        unique = {number: id_ for number, id_ in zip(numbers, digits) if counts[number] == 1}
+        self.by_number: Mapping[int | str, str] = dict(unique.items())
+
+    def find(self, given: Any) -> str:
+        """Return an id, or "" where none is meant."""
+        named = _lookup(self.names, given)
+        text = named or (given if isinstance(given, str) else "")
+        path = PurePosixPath(text.replace("\\", "/"))
+        forms = (text, "_".join(path.with_suffix("").parts), path.stem) if path.name else ()
+        found = next((form for form in forms if form in self.ids), "")
+        # where a file of names knows the number, that is what counts
+        return found or ("" if named else _lookup(self.by_number, given))

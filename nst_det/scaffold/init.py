@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from nst_det.data.annotation import read_annotation
-from nst_det.data.check import Report, check_data
-from nst_det.data.coco import CocoSource, convert_coco
+from nst_det.data.check import Report, check_coco, check_data
+from nst_det.data.coco import OTHER_FORM, CocoSource, write_coco_as_voc
 from nst_det.data.folders import read_image_folder
 from nst_det.data.layouts import convert_layout, find_layout
 from nst_det.data.safe_io import shown_path
@@ -33,7 +33,10 @@ from nst_det.scaffold.configs import (
 from nst_det.scaffold.crops import write_crops
 
 # problems with which a run would stop half-way
-FATAL = ("unreadable image", "missing image", "missing annotation", "bad annotation", "bad list", "wrong size")
+FATAL = (
+    *("unreadable image", "missing image", "missing annotation", "bad annotation", "bad list", "wrong size"),
+    OTHER_FORM,
+)
 CROPS = Path("data") / "crops"
 CONVERTED = Path("data") / "voc"
 
@@ -77,28 +80,27 @@ def init_project(
     check_name(folder.name)
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another project, or remove it")
-    remedy = ""
-    if isinstance(voc, CocoSource):
-        remedy = f"correct {shown_path(voc.files[0])} or the image, and run the same command again"
     cut: list[Path] = []
     try:
         with atomic_folder(folder, "name another project") as made:
-            layout = None if isinstance(voc, CocoSource) else find_layout(voc)
             if isinstance(voc, CocoSource):
-                root = convert_coco(voc, made / CONVERTED)
-            elif layout:
-                root = layout.root
+                report, coco = check_coco(voc)
+                _refuse_broken(report, f"nst-det check-data {voc} lists all")
+                root = write_coco_as_voc(coco, made / CONVERTED)
+                # where it will be
+                report = replace(report, root=folder / CONVERTED)
             else:
-                raise UserError(
-                    f"{shown_path(voc)}: no VOC annotations (XML) and no YOLO labels (txt) for images in it; name the "
-                    "folder that holds both, and classification data by --images"
-                )
-            report = check_data(root, [train, test] if train and test else None)
-            # where it will be
-            report = replace(report, root=folder / root.relative_to(made)) if remedy else report
-            _refuse_broken(report, remedy or f"nst-det check-data {shown_path(root)} lists all")
-            if layout and not layout.is_voc:
-                root = convert_layout(layout, made / CONVERTED)
+                layout = find_layout(voc)
+                if layout is None:
+                    raise UserError(
+                        f"{shown_path(voc)}: no VOC annotations (XML) and no YOLO labels (txt) for images in it; name "
+                        "the folder that holds both, and classification data by --images"
+                    )
+                root = layout.root
+                report = check_data(root, [train, test] if train and test else None)
+                _refuse_broken(report, f"nst-det check-data {shown_path(root)} lists all")
+                if not layout.is_voc:
+                    root = convert_layout(layout, made / CONVERTED)
             lists = known_pair(root, train, test)
             if lists is None:
                 lists = _cut_lists(root)

@@ -57,7 +57,7 @@ def test_flags_that_mean_no(flag):
 
 def test_every_problem_is_collected_and_the_first_raised(tmp_path):
     bad = obj("", (1, 1, 5, 5)) + obj("cat", ("nan", 1, 5, "")) + obj("cat", extra="<difficult>2</difficult>")
-    text = xml(bad + obj("dog"), width=0)
+    text = xml(bad + obj("dog"), width=-1)
     annotation, problems = parse(text)
     assert annotation is None
     keys = ("size/width", "object 1: its name", "object 2 (cat): bndbox/xmin", "object 2 (cat): bndbox/ymax")

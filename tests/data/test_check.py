@@ -135,6 +135,15 @@ def deep_png(color, channels):
             ("Annotations/a.xml", f'<?xml version="1.0" encoding="{name}"?>{xml(obj("tür"))}', [])
             for name in ("utf8", "UTF8", "utf_8", "UTF-8")
         ),
+        # sizes that the file doesn't say, or says by halves; boxes are held against the image's own
+        *(("Annotations/a.xml", xml(obj(), *size), ["size missing"]) for size in ((0, 0), (0, 30), ("", ""), ("0", 1))),
+        ("Annotations/a.xml", f"<annotation>{obj()}</annotation>", ["size missing"]),
+        (
+            "Annotations/a.xml",
+            f"<annotation>{obj(box=(1, 1, 41, 9))}</annotation>",
+            ["box reaches outside", "size missing"],
+        ),
+        *(("Annotations/a.xml", xml(obj(), width=x), ["bad annotation"]) for x in (-1, "wide", "40.5", "nan")),
         # what a Mac leaves
         ("JPEGImages/._a.jpg", b"\0\5\x16\7", []),
         ("Annotations/._a.xml", b"\0\5\x16\7", []),

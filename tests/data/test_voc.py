@@ -189,3 +189,12 @@ def test_real_voc_2007(real_data):
     data = VocDataset(real_data / "VOC2007", "val")
     for id_ in data.ids[:20]:
         assert data.image(id_).dtype == np.uint8
+
+
+@pytest.mark.parametrize("text", [xml(obj(), 0, 0), xml(obj(), "", 30), f"<annotation>{obj()}</annotation>"])
+def test_a_size_that_is_not_said_is_the_images_own(root, text):
+    write(root / "Annotations" / "000001.xml", text)
+    write(root / "JPEGImages" / "000001.jpg", jpeg(52, 34))
+    data = VocDataset(root, "train")
+    assert (data.annotation("000001").width, data.annotation("000001").height) == (52, 34)
+    assert data.image("000001").shape == (34, 52, 3)

@@ -1,12 +1,15 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
+from nst_det.data.splits import list_to_test
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections
-from nst_det.evaluation.io import detections_from_json, read_coco_names, read_detections, write_detections
+from nst_det.evaluation.io import CocoNames, detections_from_json, read_coco_names, read_detections, write_detections
+from tests.helpers.voc import make, obj, write, write_list, xml
 
 IDS = ("000001", "2008_000002")
 CLASSES = ("cat", "dog")
@@ -40,12 +43,22 @@ def test_devkit_files(tmp_path):
         "000001 0.5 1 2 3 inf",
         "000001 0.5 1 2 3 1e300",
         "000009 0.5 1 2 3 4",
+        "shelf (1) 0.5 1 2 3 4",
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line):
     folder = write_results(tmp_path, f"000001 0.5 1 2 3 4\n{line}\n")
     with pytest.raises(UserError, match=r"comp4_det_test_cat\.txt: line 2: "):
         read_detections(folder, IDS, CLASSES, "test")
+
+
+def test_names_of_images_may_have_spaces(tmp_path):
+    folder = write_results(tmp_path, "shelf (1) 0.5 1 2 3 4\n a b  c 1 1 2 3 4\n1 2 0.25 1 2 3 4\n")
+    assert read_detections(folder, ("shelf (1)", "a b  c", "1 2"), CLASSES, "test").image_id == [
+        "shelf (1)",
+        "a b  c",
+        "1 2",
+    ]
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -83,19 +96,88 @@ def number(image, category):
     return entry(image_id=image, category=None, category_id=category)
 
 
-def test_numbers_of_coco_results(tmp_path):
-    found = detections_from_json([number(1, 2), number(2008000002, 1)], IDS, CLASSES, "f")
-    assert found.image_id == list(IDS)
-    np.testing.assert_array_equal(found.label, [1, 0])
-    np.testing.assert_array_equal(found.box, [[1, 2, 10, 21]] * 2)
-    # or as an annotation file has them
+# the numbers of two classes, what tells their order, and the labels, or what the error names
+ORDERED, NAMED = {"numbered": True}, {"names": CocoNames({}, {17: "dog", 1: "cat", "d": "dog", 3: "cow"})}
+NUMBERS = [
+    ([0, 1], ORDERED, [0, 1]),
+    ([2, 1, 2], ORDERED, [1, 0, 1]),
+    ([0], ORDERED, [0]),
+    ([2], ORDERED, [1]),
+    ([1], ORDERED, "from 0 or from 1.*--coco-names"),
+    ([0, 1], {}, "count from 0.*--coco-names.*--classes"),
+    ([1, 2], {}, "count from 1.*--coco-names.*--classes"),
+    ([1], {}, "from 0 or from 1.*--coco-names"),
+    ([0, 2], ORDERED, "detection 0: category 0 .*--coco-names"),
+    ([1, 17], {}, "detection 0: category 1 .*--coco-names"),
+    ([-1], ORDERED, "detection 0: category -1"),
+    ([17, 1], NAMED, [1, 0]),
+    (["d", "cat"], NAMED, [1, 0]),
+    ([2], NAMED, "detection 0: category 2 "),
+    ([3], NAMED, r"detection 0: category 3 \(cow\) is not one of cat, dog.*--classes"),
+    (["cat", "dog"], {}, [0, 1]),
+    ([" dog "], {}, [1]),
+    (["1"], ORDERED, "detection 0: category '1'"),
+    ([True], ORDERED, "detection 0: category True"),
+    ([1.0], ORDERED, "detection 0: category 1.0"),
+    # a name and a number at once
+    (["dog", 1], NAMED, [1, 0]),
+    ([], {}, []),
+]
+
+
+@pytest.mark.parametrize("key", ["category_id", "category", "category_name"])
+@pytest.mark.parametrize(("given", "known", "labels"), NUMBERS, ids=range(len(NUMBERS)))
+def test_numbers_of_categories(given, known, labels, key, caplog):
+    rows = [{"image_id": "000001", key: value, "bbox": [0, 1, 10, 20], "score": 0.5} for value in given]
+    if isinstance(labels, str):
+        with pytest.raises(UserError, match=f"^f: .*{labels}"):
+            detections_from_json(rows, IDS, CLASSES, "f", **known)
+    else:
+        assert detections_from_json(rows, IDS, CLASSES, "f", **known).label.tolist() == labels
+        # what was made of numbers without names is said
+        assert ("categories are" in caplog.text) == (known is ORDERED)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_number_of_the_only_class(number):
+    assert detections_from_json([entry(category=number)], IDS, ("cat",), "f").label.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (1, "000001"), (2008000002, "2008_000002"), ("000001", "000001"), ("000001.jpg", "000001"),
+        ("val/000001.png", "000001"), ("C:\\val\\000001.png", "000001"), ("cam1/a.jpg", "cam1_a"), ("cam1_a", "cam1_a"),
+        (7, "cam1_a"), ("u7", "cam1_a"), (8, None), (12, None), ("a", None), ("", None), (None, None), (1.0, None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["image_id", "file_name"])
+def test_images_by_number_name_and_path(given, found, key):
+    # 8 is the number of another image than its digits say, which is none of these
+    names = CocoNames({7: "cam1/a.jpg", "u7": "cam1\\a.jpg", 8: "elsewhere.jpg"}, {})
+    ids = (*IDS, "cam1_a", "8", "1_2", "12")
+    rows = [{"image_id": None, "category": "cat", "bbox": [0, 0, 1, 1], "score": 1, key: given}]
+    if found:
+        assert detections_from_json(rows, ids, CLASSES, "f", names).image_id == [found]
+    else:
+        with pytest.raises(UserError, match="^f: detection 0: image_id .*--split|--coco-names"):
+            detections_from_json(rows, ids, CLASSES, "f", names)
+
+
+def test_a_file_of_names(tmp_path):
     images = [{"id": 7, "file_name": "deep/000001.jpg"}, {"id": 8, "file_name": "2008_000002.jpg"}]
     file = tmp_path / "gold.json"
-    file.write_text(json.dumps({"images": images, "categories": [{"id": 0, "name": "dog"}, {"id": 5, "name": "cat"}]}))
+    categories = [{"id": 0, "name": "dog"}, {"id": 5, "name": " cat"}]
+    file.write_text(json.dumps({"images": images, "categories": categories}))
     found = detections_from_json([number(8, 5), number(7, 0)], IDS, CLASSES, "f", read_coco_names(file))
     assert found.image_id == ["2008_000002", "000001"]
     np.testing.assert_array_equal(found.label, [0, 1])
-    for text, key in (('{"images": [{"id": "x", "file_name": "a"}]}', r"images\[0\]: its id"), ("[]", "'images'")):
+    np.testing.assert_array_equal(found.box, [[1, 2, 10, 21]] * 2)
+    # of categories alone
+    file.write_text(json.dumps({"categories": categories}))
+    assert detections_from_json([number(1, 0)], IDS, CLASSES, "f", read_coco_names(file)).label.tolist() == [1]
+    bad = {"images": [{"id": 1.5, "file_name": "a"}], "categories": []}
+    for text, key in ((json.dumps(bad), r"images\[0\]: its id"), ("[]", "'categories'"), ("{}", "'categories'")):
         file.write_text(text)
         with pytest.raises(UserError, match=rf"gold\.json: .*{key}"):
             read_coco_names(file)
@@ -110,7 +192,7 @@ BAD = [
     ([entry(category="cow")], "category 'cow' .*cat, dog"),
     ([entry(category={})], r"category \{\}"),
     ([number(1, 3)], "category 3"),
-    ([number(1, 0)], "category 0"),
+    ([entry(category=None)], "category None"),
     *(([entry(score=score)], "score") for score in (math.nan, 10**400, "1", True, None)),
     *(([entry(bbox=box)], "bbox") for box in ([1, 2, 3], None, [1, 2, 3, math.inf], [1, 2, -3, 4], [1e9, 2, 3, 4])),
 ]
@@ -144,6 +226,64 @@ def test_the_command_gives_the_official_figures(real_data, tmp_path, cli, capsys
     assert figures["per_class"]["person"]["ap11"] == pytest.approx(0.742740141481, abs=1e-9)
     assert figures["by_iou"]["0.75"]["map"] < figures["by_iou"]["0.5"]["map"] == figures["map"]
     assert 0.4 < figures["coco"]["AP"] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("lists", "split"),
+    [
+        (["trainval", "test"], "test"),
+        (["train", "val", "test"], "test"),
+        (["train", "val"], "val"),
+        (["nst_det_train", "nst_det_test"], "nst_det_test"),
+        (["all"], "all"),
+        (["mine", "test"], "test"),
+        (["one", "two"], None),
+        ([], None),
+    ],
+)
+def test_the_list_to_test_on_is_the_default(tmp_path, lists, split):
+    root = make(tmp_path, {"a": xml(obj())}, split="x")
+    (root / "ImageSets" / "Main" / "x.txt").unlink()
+    for name in lists:
+        write_list(root, name, ["a"])
+    if split is None:
+        with pytest.raises(UserError, match=rf"{', '.join(lists) or 'no lists'}.*--split"):
+            list_to_test(root)
+    else:
+        assert list_to_test(root) == split
+
+
+@pytest.mark.parametrize(
+    ("boxes", "key"),
+    [
+        ([[10, 10, 20, 15]], None),
+        # corners written as sizes, fractions, and what merely reaches outside
+        ([[10, 10, 35, 25], [2, 2, 39, 29]], r"1|2 of 2 boxes reach outside"),
+        ([[0.1, 0.1, 0.5, 0.5]], "fractions"),
+        ([[10, 10, 35, 9]], None),
+        ([], None),
+    ],
+)
+def test_boxes_of_another_form_are_said(tmp_path, boxes, key, cli, caplog, capsys):
+    root = make(tmp_path / "voc", {"a": xml(obj())}, split="test")
+    rows = [{"image_id": "a", "category": "cat", "bbox": box, "score": 0.9} for box in boxes]
+    write(tmp_path / "r.json", json.dumps(rows))
+    assert cli("evaluate", "--voc-root", root, "--detections", tmp_path / "r.json") == 0
+    assert bool(re.search(key or "reach|fractions", caplog.text)) == (key is not None)
+
+
+def test_the_command_takes_the_order_of_the_classes(tmp_path, cli, capsys):
+    objects = obj("rod", (1, 1, 10, 10)) + obj("disc", (11, 11, 20, 20))
+    root = make(tmp_path / "voc", {"a": xml(objects)}, split="only")
+    rows = [{"image_id": "a", "category_id": n, "bbox": [10 * n, 10 * n, 10, 10], "score": 0.9} for n in (0, 1)]
+    write(tmp_path / "r.json", json.dumps(rows))
+    words = ["evaluate", "--voc-root", root, "--detections", tmp_path / "r.json", "--output", tmp_path / "o.json"]
+    assert cli(*words) == 2
+    assert "--coco-names" in capsys.readouterr().err
+    assert cli(*words, "--classes", "rod", "disc") == 0
+    assert json.loads((tmp_path / "o.json").read_text())["map"] == 1.0
+    assert cli(*words, "--classes", "disc", "rod") == 0
+    assert json.loads((tmp_path / "o.json").read_text())["map"] == 0.0
 
 
 @pytest.mark.parametrize(("words", "key"), [(["--iou", "1.5"], "1.5"), ([], "not a VOC folder")])

@@ -250,7 +250,7 @@ def test_lists_that_share_images_are_named(voc, tmp_path, cli, capsys):
         ("my^project --voc FOLDER/voc", "'my^project'"),
         ("mine --voc FOLDER/voc --images FOLDER/empty FOLDER/empty", "--images: "),
         ("mine --coco FOLDER/a.json", "--images"),
-        ("mine --coco FOLDER/a.json --images FOLDER/empty FOLDER/empty", "--coco: "),
+        ("mine --coco FOLDER/a.json --images FOLDER/empty FOLDER/empty", "COCO: "),
         ("mine --coco FOLDER/a.json --images FOLDER/none", "none: no such folder"),
         ("mine --coco FOLDER/none.json --images FOLDER/empty", "none.json: no such file"),
         ("mine --coco FOLDER/list.json --images FOLDER/empty", "list.json: not COCO's object detection format"),
