@@ -23,7 +23,6 @@ QUADRATIC = f'<!DOCTYPE a [<!ENTITY x "{"x" * 50000}">]><annotation>{"&x;" * 100
 EXTERNAL = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation><folder>&x;</folder></annotation>'
 PARAMETER = '<!DOCTYPE a [<!ENTITY % x SYSTEM "http://127.0.0.1:9/x.dtd"> %x;]><annotation/>'
 DTD = '<!DOCTYPE annotation SYSTEM "http://127.0.0.1:9/x.dtd"><annotation/>'
-DEEP = "<annotation>" + "<a>" * 500_000 + "</a>" * 500_000 + "</annotation>"
 
 
 def boxed(xmin="1", name="cat", more=""):
@@ -42,9 +41,6 @@ BAD_XML = [
     *((text, "DOCTYPE") for text in (BOMB, QUADRATIC, EXTERNAL, PARAMETER, DTD)),
     ("<html><body/></html>", "<html>"),
     (f"<{'a' * 1_000_000}/>", "<aaa"),
-    (DEEP, "size/width"),
-    ("<annotation/>", "size/width"),
-    (xml(width=0), "size/width is '0'"),
     (xml(height=-3), "size/height is '-3'"),
     (xml(width="40.5"), "size/width is '40.5'"),
     (xml(width=10**9), "size/width is '1000000000'"),
