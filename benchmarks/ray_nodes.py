@@ -50,7 +50,7 @@ def main() -> None:
             results[name] = compare(comparison, jobs=2)
         else:
             results[name] = on_two_nodes(comparison, kill=name == "killed")
-        rows = ", ".join(f"{row.method} {row.map:.4f}" for row in results[name].rows)
+        rows = ", ".join(f"{row.method} {row.score:.4f}" for row in results[name].rows)
         print(f"{name}: {rows} ({time.monotonic() - began:.0f} s)", flush=True)
     for name in ("ray", "killed"):
         same = comparable(results[name]) == comparable(results["here"])

@@ -51,7 +51,7 @@ class CompareResult(JupyterMixin):
 
     @property
     def rows(self) -> list[RowResult]:
-        """One a method: ``method``, ``map`` (11-point, 0..1), ``delta_vs_ce``, ``verdict`` and more."""
+        """One a method: ``method``, ``score`` (mAP or top-1, 0..1), ``delta_vs_ce``, ``verdict`` and more."""
         return self.results.rows
 
     @property
@@ -147,6 +147,7 @@ def compare(
 ) -> CompareResult:
     """Run every method and seed through both stages, then write the report; resume what was stopped.
 
+    A config without a detector (no DETECT.CONFIG) compares the students of stage one by their top-1.
     ``nst-det compare`` does the same.  The runs are processes of their own.
 
     Args:

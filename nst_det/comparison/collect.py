@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fvcore.common.config import CfgNode
+
 from nst_det.comparison.config import MARK, Comparison, merge_stage, row_weights, without_fpn
 from nst_det.comparison.plan import (
     STUDENTS,
@@ -45,8 +47,8 @@ def build_results(
 ) -> ComparisonResult:
     """Put the results of all runs of a plan together; ``costs`` are by row, from ``measure_costs``."""
     by_row = {row: {seed: _seed(comparison, row, seed) for seed in comparison.seeds} for row in comparison.all_rows}
-    maps = {row: {seed: one.map for seed, one in entries.items()} for row, entries in by_row.items()}
-    differences = {row: paired_difference(maps[row], maps[BASELINE]) for row in by_row}
+    scores = {row: {seed: one.score for seed, one in entries.items()} for row, entries in by_row.items()}
+    differences = {row: paired_difference(scores[row], scores[BASELINE]) for row in by_row}
     differences[BASELINE] = Difference(0.0, None, None, REFERENCE)
     corrected = holm([difference.p_value for difference in differences.values()])
     rows = [
@@ -69,10 +71,11 @@ def build_results(
     teacher = teacher_folder(comparison)
     return ComparisonResult(
         name=comparison.name,
-        engine=", ".join(sorted({str(one.engine) for entries in by_row.values() for one in entries.values()})),
+        engine=", ".join(sorted({one.engine or "" for entries in by_row.values() for one in entries.values()})),
         classes=list(rows[0].per_class),
         rows=rows,
         teacher=from_json(TeacherResult | None, _read(teacher) or None, f"{teacher}/result.json", REMEDY),
+        published=list(comparison.published),
         settings={**comparison.claim, "statistics": EXPLANATION},
         provenance={**provenance(), "threads": comparison.threads, "folder": str(comparison.folder)},
     )
@@ -88,12 +91,17 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _seed(comparison: Comparison, row: str, seed: int) -> SeedResult:
-    folder, below = detector_folder(comparison, row, seed), backbone_folder(comparison, row, seed)
-    detector, backbone = _read(folder), _read(below) if below else {}
+    above, below = detector_folder(comparison, row, seed), backbone_folder(comparison, row, seed)
+    detector, backbone = _read(above) if comparison.detect else {}, _read(below) if below else {}
+    folder = above if comparison.detect else below
     seconds = [float(result.get("seconds") or 0.0) for result in (detector, backbone)]
+    judged, of_detections = detector or backbone, ["map_by_iou", "coco", "objects", "objects_per_class"]
+    if not comparison.detect:
+        of_detections += ["per_class", "per_class_area"]
     tree = {
         **detector,
-        **{key: detector.get(key) or {} for key in ("map_by_iou", "coco", "objects", "objects_per_class")},
+        **{key: detector.get(key) or {} for key in of_detections},
+        **{key: judged.get(key) for key in ("params", "steps")},
         "seconds": sum(seconds),
         "seconds_detector": seconds[0],
         "seconds_backbone": seconds[1],
@@ -101,11 +109,13 @@ def _seed(comparison: Comparison, row: str, seed: int) -> SeedResult:
         "speed_backbone": backbone.get("speed") or {},
         "term_weights": {"backbone": backbone.get("weights") or {}, "detector": detector.get("weights") or {}},
         "backbone": backbone_name(comparison, row, seed) if backbone else "",
-        "run": folder.relative_to(comparison.folder).as_posix(),
+        "run": above.relative_to(comparison.folder).as_posix() if comparison.detect else None,
         "distill_run": below.relative_to(comparison.folder).as_posix() if below and backbone else None,
     }
     for key, kind in (("top1", float | None), ("top5", float | None), ("val_images", int | None)):
         tree[key] = from_json(kind, backbone.get(key), f"{below}/result.json", REMEDY, key)
+    for key in ("map", "map_area") if comparison.detect else (comparison.measure.key,):
+        from_json(float, tree.get(key), f"{folder}/result.json", REMEDY, key)
     entry: SeedResult = from_json(SeedResult, tree, f"{folder}/result.json", REMEDY)
     return entry
 
@@ -141,7 +151,9 @@ def _transfer(comparison: Comparison, runs: Sequence[Run], row: str, seeds: Sequ
         {name: fmean(one.term_weights[stage].get(name, weight) for one in seeds) for name, weight in first.items()}
         for stage, first in seeds[0].term_weights.items()
     ]
-    nodes = (transfer_of(comparison.distill, spec.backbone.word), comparison.detect.TRANSFER)
+    nodes = [transfer_of(comparison.distill, spec.backbone.word)]
+    if comparison.detect:
+        nodes.append(comparison.detect.TRANSFER)
     return {
         "stage": "detector" if spec.detector.names else "backbone",
         "weights": row_weights(spec, comparison.tuned, nodes, found),
@@ -151,8 +163,8 @@ def _transfer(comparison: Comparison, runs: Sequence[Run], row: str, seeds: Sequ
 
 def _differs(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]:
     """Return what a row's detector has otherwise than ce's, and levels and options that only its terms have."""
-    configs = [next(run_config(comparison, run) for run in runs if run.row == name) for name in (row, BASELINE)]
-    own, common = (plain(flat(config)) for config in configs)
+    detectors = {run.row: run_config(comparison, run) for run in runs if run.row in (row, BASELINE)}
+    own, common = (plain(flat(detectors.get(name, CfgNode()))) for name in (row, BASELINE))
     # the detector without FPN is what that row is about
     expected = without_fpn(comparison.detect)[::2] if row == NO_FPN else ()
     lines = [
@@ -168,10 +180,9 @@ def _differs(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]
     if spec is None:
         return lines
     distill = merge_stage(comparison.distill, next(run.options for run in runs if run.kind == STUDENTS), "stage one")
-    stages = (
-        ("", spec.backbone, transfer_of(distill, spec.backbone.word), comparison.distill.TRANSFER),
-        (MARK, spec.detector, configs[0].TRANSFER, comparison.detect.TRANSFER),
-    )
+    stages = [("", spec.backbone, transfer_of(distill, spec.backbone.word), comparison.distill.TRANSFER)]
+    if detectors:
+        stages.append((MARK, spec.detector, detectors[row].TRANSFER, comparison.detect.TRANSFER))
     for mark, method, node, base in stages:
         pooled = comparison.detect.MODEL.ROI_HEADS.IN_FEATURES if mark else []
         if method.names and list(node.LEVELS) != (levels := list(base.LEVELS or pooled)):
@@ -188,7 +199,7 @@ def _differs(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]
 
 def _commands(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]:
     """Return the commands of a row's runs and of all that they need, in the order of the plan."""
-    names = {run.name for run in runs if run.row == row}
+    names = {run.name for run in runs if run.row == row or (run.kind == STUDENTS and not comparison.detect)}
     # in a plan each run comes after those that it needs
     for run in reversed(runs):
         if run.name in names:

@@ -11,11 +11,11 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.result import BASELINE, NO_FPN, SCRATCH, TEACHER, TermWeight
+from nst_det.comparison.published import OF_DETECTORS, PUBLISHED
+from nst_det.comparison.result import BASELINE, MAP, NO_FPN, SCRATCH, TEACHER, TOP1, Measure, TermWeight
 from nst_det.comparison.stages import (
     DETECT,
     DISTILL,
-    TITLES,
     check_generated,
     check_stages_fit,
     data_fingerprints,
@@ -148,9 +148,14 @@ KEYS = {
     ),
     "SEEDS": Key([0], "one whole set of rows a seed"),
     "ROWS": Key(
-        [SCRATCH],
+        [],
         "more detectors: scratch (random backbone, always among them), no-fpn (as ce, without FPN: the difference is "
         "what FPN brings), teacher (the teacher's backbone, an upper mark)",
+    ),
+    "PUBLISHED": Key(
+        [],
+        "tables of papers that the report puts beside its own: " + ", ".join(PUBLISHED) + f"; [] takes {OF_DETECTORS}, "
+        "and none where stage one alone is compared",
     ),
     "TUNED": Key("", 'the tuned.yaml of nst-det tune: weights and levels of the methods in it; "" takes none'),
     "JOBS": Key(
@@ -164,7 +169,9 @@ KEYS = {
     "DATA.ROOT": Key("", 'where it is written; "" takes OUTPUT_DIR/data'),
     "DISTILL.CONFIG": Key("", "stage one's YAML, relative to this file"),
     "DISTILL.OPTS": Key([], "KEY VALUE pairs on top of it"),
-    "DETECT.CONFIG": Key("", "stage two's YAML, relative to this file"),
+    "DETECT.CONFIG": Key(
+        "", 'stage two\'s YAML, relative to this file; "" compares stage one alone: its students, by top-1'
+    ),
     "DETECT.OPTS": Key([], "KEY VALUE pairs on top of it"),
     "DETECT.SCRATCH_OPTS": Key([], "KEY VALUE pairs for the row scratch alone"),
     "DETECT.NO_FPN_OPTS": Key([], "KEY VALUE pairs for the row no-fpn alone"),
@@ -183,19 +190,25 @@ class Comparison:
 
     name: str
     folder: Path
-    engine: str
+    engine: str  # "" without detectors
     methods: Mapping[str, RowSpec]  # by method string, ce first
     seeds: tuple[int, ...]
-    rows: tuple[str, ...]  # those of ROWS, scratch first
+    rows: tuple[str, ...]  # those of ROWS, scratch first; none without detectors
+    published: tuple[str, ...]
     jobs: int
     threads: int
     generate: dict[str, Any]
     data_root: Path | None  # of the generated data set; None without one
     distill: CfgNode  # the stages' whole configs, before the settings of a single run
-    detect: CfgNode
+    detect: CfgNode  # empty where stage one alone is compared
     row_opts: dict[str, tuple[str, ...]]  # KEY VALUE pairs that a row of ROWS adds in stage two
     tuned: Mapping[str, Tuned]  # what a search found, by method string
     claim: dict[str, Any]  # what must not change between two calls on one folder
+
+    @property
+    def measure(self) -> Measure:
+        """By what the rows are judged."""
+        return MAP if self.detect else TOP1
 
     def inputs(self) -> dict[str, str]:
         """Return the fingerprints of data and weights, by key; of generated data its settings in the claim say all."""
@@ -210,7 +223,7 @@ class Comparison:
     def all_rows(self) -> tuple[str, ...]:
         """Rows in the table's order: scratch, the methods (those with terms of stage two last), then the rest."""
         methods = sorted(self.methods, key=lambda word: bool(self.methods[word].detector.names))
-        return (SCRATCH, *methods, *(row for row in self.rows if row != SCRATCH))
+        return (*self.rows[:1], *methods, *self.rows[1:])
 
 
 def load_comparison(file: str | Path, output: str | Path | None = None, overrides: Sequence[str] = ()) -> Comparison:
@@ -238,17 +251,27 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         "ROWS": (all(row in list(ROW_OPTS) for row in config.ROWS), f"a list of {', '.join(ROW_OPTS)}"),
     }
     require(config, fits, str(file))
-    rows = tuple(row for row in ROW_OPTS if row == SCRATCH or row in config.ROWS)
+    detects = bool(config.DETECT.CONFIG)
+    if not detects:
+        check_no_detector(config, methods, forwarded, str(file))
+    measure = MAP if detects else TOP1
+    known_tables = [name for name, table in PUBLISHED.items() if table.measure is measure]
+    if not all(name in known_tables for name in config.PUBLISHED):
+        raise UserError(f"{file}: PUBLISHED must be a list of tables with {measure.name}: {', '.join(known_tables)}")
+    rows = tuple(row for row in ROW_OPTS if detects and (row == SCRATCH or row in config.ROWS))
     folder = Path(expand_path(str(output or config.OUTPUT_DIR or f"output/{config.NAME}"), "OUTPUT_DIR")).resolve()
-    files = {stage: path_beside(config[stage].CONFIG, f"{stage}.CONFIG", file, own) for stage in TITLES}
-    auto = config.ENGINE == "auto"
-    wanted, source = (wanted_engine(files[DETECT], ()), files[DETECT]) if auto else (config.ENGINE, file)
-    engine = choose_engine(wanted, str(source))
-    distill, detect = (
-        _stage_config(stage, files[stage], engine, config, forwarded, file) for stage in (DISTILL, DETECT)
-    )
-    check_stages_fit(distill, detect, str(file))
-    if detect.METHOD != BASELINE and any(row.detector.names for row in methods.values()):
+    stages = [DISTILL, DETECT] if detects else [DISTILL]
+    files = {stage: path_beside(config[stage].CONFIG, f"{stage}.CONFIG", file, own) for stage in stages}
+    engine = ""
+    if detects:
+        auto = config.ENGINE == "auto"
+        wanted, source = (wanted_engine(files[DETECT], ()), files[DETECT]) if auto else (config.ENGINE, file)
+        engine = choose_engine(wanted, str(source))
+    configs = {stage: _stage_config(stage, files[stage], engine, config, forwarded, file) for stage in stages}
+    distill, detect = configs[DISTILL], configs.get(DETECT, CfgNode())
+    if detects:
+        check_stages_fit(distill, detect, str(file))
+    if detects and detect.METHOD != BASELINE and any(row.detector.names for row in methods.values()):
         raise UserError(
             f"{file}: DETECT.METHOD {detect.METHOD} is for every row, so rows with @det can't have their own; set it "
             "to ce"
@@ -278,6 +301,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         methods=methods,
         seeds=tuple(sorted(seeds)),
         rows=rows,
+        published=tuple(config.PUBLISHED) or ((OF_DETECTORS,) if detects else ()),
         jobs=config.JOBS,
         threads=threads,
         generate=generate,
@@ -288,6 +312,22 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         tuned=read_tuned(path_beside(config.TUNED, "TUNED", file, own)) if config.TUNED else {},
         claim=claim | {"NAME": config.NAME, "ENGINE": engine, "THREADS": threads},
     )
+
+
+def check_no_detector(
+    config: CfgNode, methods: Mapping[str, RowSpec], forwarded: Sequence[tuple[str, str]], source: str
+) -> None:
+    """Refuse what only a comparison with detectors can have."""
+    values = plain(flat(config))
+    detectors = [key for key in KEYS if key in ("ENGINE", "ROWS") or key.startswith(f"{DETECT}.")]
+    found = [key for key in detectors if values[key] != KEYS[key].default]
+    found += [key for key, _ in forwarded if key.startswith(f"{DETECT}.")]
+    found += [f"METHODS {word}" for word, row in methods.items() if row.detector.names]
+    if found:
+        raise UserError(
+            f"{source}: {found[0]} is for detectors, and DETECT.CONFIG is empty, which compares stage one alone; leave "
+            "it out, or give stage two's YAML"
+        )
 
 
 def without_fpn(detect: CfgNode) -> tuple[str, ...]:

@@ -6,9 +6,9 @@
         │       └──► detect/seed0/teacher ──► detect/seed0/cwd@det, ...
         └──────────────────────────────► detect/seed0/scratch
 
-Stage one is one run a seed, because it trains the students of all methods side by side.  A run's name is also its
-folder (``distill/seed0/students/kd`` of a student), and the path of its config and log below ``configs`` and ``logs``,
-so that a method or seed added later finds the rest done.
+Where stage one alone is compared, the plan ends with it.  Stage one is one run a seed, because it trains the students
+of all methods side by side.  A run's name is also its folder (``distill/seed0/students/kd`` of a student), and the path
+of its config and log below ``configs`` and ``logs``, so that a method or seed added later finds the rest done.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def make_plan(comparison: Comparison) -> list[Run]:
         runs.append(_teacher_run(comparison, data))
     before = tuple(run.name for run in runs)
     runs += [_students_run(comparison, seed, before) for seed in comparison.seeds]
+    if not comparison.detect:
+        return runs
     rows = [(row, seed) for seed in comparison.seeds for row in comparison.all_rows]
     if teacher_detector_name(comparison) and any(row.detector.names for row in comparison.methods.values()):
         run = _detector_run(comparison, TEACHER, TEACHER_SEED, data, before)
@@ -165,8 +167,9 @@ def detector_folder(comparison: Comparison, row: str, seed: int) -> Path:
 
 
 def teacher_detector_name(comparison: Comparison) -> str:
-    """Return the run of the detector that rows with ``@det`` learn from; "" where that is the user's own."""
-    return "" if comparison.detect.TEACHER.CONFIG_FILE else f"detect/seed{TEACHER_SEED}/{TEACHER}"
+    """Return the run of the detector that rows with ``@det`` learn from; "" where that is the user's own, or none."""
+    given = not comparison.detect or comparison.detect.TEACHER.CONFIG_FILE
+    return "" if given else f"detect/seed{TEACHER_SEED}/{TEACHER}"
 
 
 def teacher_detector_settings(comparison: Comparison) -> dict[str, str]:

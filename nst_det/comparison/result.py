@@ -21,6 +21,38 @@ REMEDY = "make it again with nst-det compare"
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What the rows of a comparison are judged by: a score 0..1 on the test data, larger is better."""
+
+    key: str  # the field of a row and of a seed that has it
+    name: str  # in a sentence
+    head: str  # of its column
+    of: str  # what it is of
+
+
+MAP = Measure("map", "mAP", "mAP (11-point)", "detector")
+TOP1 = Measure("top1", "top-1", "top-1", "student")
+
+
+class Scored:
+    """A row, or one seed of it: judged by mAP, or by top-1 where stage one alone is compared."""
+
+    map: float | None
+    top1: float | None
+
+    @property
+    def measure(self) -> Measure:
+        """By what it is judged."""
+        return TOP1 if self.map is None else MAP
+
+    @property
+    def score(self) -> float:
+        """The value that it is judged by, 0..1."""
+        score: float = getattr(self, self.measure.key)
+        return score
+
+
+@dataclass(frozen=True)
 class Latency:
     """Seconds of a forward pass: the median, and the 10th and 90th percentile."""
 
@@ -73,11 +105,11 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
-class SeedResult:
-    """One row of one seed: the detector's ``result.json``, and its backbone's."""
+class SeedResult(Scored):
+    """One row of one seed: the detector's ``result.json``, and its backbone's; alone, the latter is the student's."""
 
-    map: float
-    map_area: float
+    map: float | None  # this and all about detections empty without a detector
+    map_area: float | None
     per_class: dict[str, float | None]
     per_class_area: dict[str, float | None]
     map_by_iou: dict[str, float | None]
@@ -98,7 +130,7 @@ class SeedResult:
     seconds_backbone: float
     speed_backbone: dict[str, float]
     seconds: float
-    run: str  # folders relative to the comparison's
+    run: str | None  # of the detector; folders relative to the comparison's
     distill_run: str | None
 
 
@@ -113,19 +145,19 @@ class TermWeight:
 
 
 @dataclass(frozen=True)
-class RowResult:
+class RowResult(Scored):
     """One row over all its seeds; AP, mAP and top-1 are means over seeds, 0..1, None where nothing is known."""
 
     method: str
     stage: Literal["", "backbone", "detector"]  # the last one in which it learns from a teacher; "" where it doesn't
     weights: list[TermWeight]
     differs: list[str]  # what its training has otherwise than that of ce, besides its terms: "KEY value (ce: value)"
-    map: float  # VOC mAP at IoU 0.5, 11-point
+    map: float | None  # VOC mAP at IoU 0.5, 11-point; None where stage one alone is compared
     map_std: float | None  # standard deviation over seeds
-    map_area: float  # by area
+    map_area: float | None  # by area
     map_area_std: float | None
     seeds: list[int]
-    delta_vs_ce: float  # mean difference in mAP; see nst_det.comparison.statistics.EXPLANATION
+    delta_vs_ce: float  # mean difference in the score; see nst_det.comparison.statistics.EXPLANATION
     delta_interval: tuple[float, float] | None
     p_value: float | None
     p_holm: float | None
@@ -136,18 +168,24 @@ class RowResult:
     coco: dict[str, float | None]
     objects: dict[str, int]
     objects_per_class: dict[str, int]
-    top1: float | None  # of the backbone
+    top1: float | None  # of the backbone, or student
     top1_std: float | None
     seconds: float  # of training, both stages together
     seconds_backbone: float
     seconds_detector: float
     speed_backbone: dict[str, float | None]  # of training, as nst_det.engine.metrics.speed_of gives it
     speed_detector: dict[str, float | None]
-    params: int | None  # of the detector
+    params: int | None  # of the detector, or student
     backbone: list[str]  # names in the registry, one a seed
     per_seed: dict[str, SeedResult]  # by seed, as text
     commands: list[str]  # they make the row again
     cost: Cost | None
+
+    @property
+    def score_std(self) -> float | None:
+        """Standard deviation of the score over seeds."""
+        std: float | None = getattr(self, f"{self.measure.key}_std")
+        return std
 
     @property
     def is_method(self) -> bool:
@@ -189,12 +227,18 @@ class ComparisonResult:
     """A finished comparison; ``rows`` are in the order in which they are shown."""
 
     name: str
-    engine: str
+    engine: str  # of the detectors; "" where stage one alone is compared, without classes then
     classes: list[str]
     rows: list[RowResult]
     teacher: TeacherResult | None
+    published: list[str]  # tables of papers beside this one, by their names in nst_det.comparison.published
     settings: dict[str, Any]
     provenance: dict[str, Any]
+
+    @property
+    def measure(self) -> Measure:
+        """By what the rows are judged."""
+        return self.rows[0].measure
 
     @property
     def seeds(self) -> list[int]:
@@ -208,10 +252,9 @@ class ComparisonResult:
 
     @property
     def leader(self) -> RowResult | None:
-        """The transfer method with the highest mAP (the baseline where there is none); the first of equal ones."""
-        return max(
-            self.methods or [row for row in self.rows if row.method == BASELINE], key=lambda row: row.map, default=None
-        )
+        """The transfer method with the highest score (the baseline where there is none); the first of equal ones."""
+        rows = self.methods or [row for row in self.rows if row.method == BASELINE]
+        return max(rows, key=lambda row: row.score, default=None)
 
     def row(self, method: str) -> RowResult | None:
         """Return the row of a method, or None."""
@@ -227,6 +270,13 @@ class ComparisonResult:
         result: ComparisonResult = from_json(ComparisonResult, read_json(path), str(path), REMEDY)
         if not result.rows:
             raise UserError(f"{path}: rows is empty; {REMEDY}")
+        key = result.measure.key
+        for index, row in enumerate(result.rows):
+            scored = {"": row, **{f"per_seed.{seed}.": one for seed, one in row.per_seed.items()}}
+            for where, one in scored.items():
+                if one.measure.key != key or getattr(one, key) is None:
+                    name = f"rows.{index}.{where}{key}"
+                    raise UserError(f"{path}: {name} is missing, or not what all rows are judged by; {REMEDY}")
         return result
 
 

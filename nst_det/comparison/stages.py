@@ -134,14 +134,15 @@ def _bare(config: CfgNode) -> CfgNode:
 def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
     """Refuse data folders that aren't there, and lists that aren't in them."""
     folders = {"DISTILL.DATA.ROOT": distill.DATA.ROOT}
+    data = detect.get("DATASETS", CfgNode({"TRAIN": [], "TEST": [], "VOC": {}}))
     # Detectron2 may know other names by itself
-    sets = [name for name in (*detect.DATASETS.TRAIN, *detect.DATASETS.TEST) if name in detect.DATASETS.VOC]
-    folders |= {f"DETECT.DATASETS.VOC.{name}.ROOT": detect.DATASETS.VOC[name].get("ROOT", "") for name in sets}
+    sets = [name for name in (*data.TRAIN, *data.TEST) if name in data.VOC]
+    folders |= {f"DETECT.DATASETS.VOC.{name}.ROOT": data.VOC[name].get("ROOT", "") for name in sets}
     for key, folder in folders.items():
         if not folder or not Path(expand_path(str(folder), key)).is_dir():
             raise UserError(f"{source}: {key}: no folder '{folder}'; name it on the command line: {key} DIR")
     with errors_of(f"{source}: DETECT"):
-        for root, split in detection_config.voc_roots(detect, sets, "DATASETS.VOC"):
+        for root, split in detection_config.voc_roots(detect, sets, "DATASETS.VOC") if sets else ():
             # the list alone is read
             VocDataset(root, split, UNKNOWN)
 
@@ -151,7 +152,8 @@ def data_fingerprints(distill: CfgNode, detect: CfgNode) -> dict[str, str]:
     # torch takes seconds to import
     from nst_det.distillation.dataloader import read_data
 
-    inputs = {f"{DETECT}.{key}": value for key, value in input_fingerprints(detect).items()}
+    own = input_fingerprints(detect) if detect else {}
+    inputs = {f"{DETECT}.{key}": value for key, value in own.items()}
     weights = expand_path(distill.TEACHER.WEIGHTS, f"{DISTILL}.TEACHER.WEIGHTS")
     teacher = {f"{DISTILL}.TEACHER.SHA256": sha256_of_file(resolve(weights))} if weights else {}
     return {f"{DISTILL}.DATA.FINGERPRINT": read_data(distill).fingerprint(), **teacher, **inputs}

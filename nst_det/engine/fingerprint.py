@@ -35,6 +35,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     # of a comparison or a search: more of them, or others, may be asked for
     "SEEDS": (RESUME, RUN),
     "ROWS": (),
+    "PUBLISHED": (),
     "TUNED": (),
     "TRIALS": (),
     "JOBS": (),

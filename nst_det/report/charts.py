@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from nst_det.comparison.result import BASELINE, MARKS, ComparisonResult
+from nst_det.comparison.result import BASELINE, MAP, MARKS, TOP1, ComparisonResult
 from nst_det.engine.metrics import TOTALS
 from nst_det.report.curves import RECALLS, Curve, Curves, Precision
 from nst_det.report.svg import CSS_COLORS, INK, METHOD_COLORS, MUTED, STYLE, SURFACE, new_axes, to_svg
@@ -33,6 +33,7 @@ TITLES = {
     "map": "mAP (11-point), test split",
     "map_area": "mAP (area), test split",
 }
+AXES = {MAP: "mAP at IoU 0.5 (11-point)", TOP1: "top-1 accuracy on the validation split"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def draw_charts(
     by_class = enumerate(precision.items())
     with rc_context(fname=STYLE):
         return {
-            "bars": _map_bars(results, looks),
+            "bars": _score_bars(results, looks),
             "scatter": _top1_scatter(results, looks),
             "precision": _precision_panel(mean, looks, "precision") if mean else None,
             "precision_by_class": [_precision_panel(one, looks, f"precision{n}", name) for n, (name, one) in by_class],
@@ -101,31 +102,31 @@ def shorten(name: str, length: int = 20) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _map_bars(results: ComparisonResult, looks: Looks) -> Markup:
-    """Draw mAP of each row as a bar, its spread over seeds as a whisker, each seed as a dot."""
+def _score_bars(results: ComparisonResult, looks: Looks) -> Markup:
+    """Draw the score of each row as a bar, its spread over seeds as a whisker, each seed as a dot."""
     axes = new_axes(WIDE, 0.9 + 0.36 * len(results.rows))
     ends = []
     for at, row in enumerate(results.rows):
-        color, seeds = looks[row.method].color, [one.map for one in row.per_seed.values()]
-        axes.barh(at, row.map, height=0.62, color=color, alpha=0.3, linewidth=0)
-        axes.errorbar(row.map, at, xerr=row.map_std, color=color, capsize=3.5, elinewidth=1.5)
+        color, seeds = looks[row.method].color, [one.score for one in row.per_seed.values()]
+        axes.barh(at, row.score, height=0.62, color=color, alpha=0.3, linewidth=0)
+        axes.errorbar(row.score, at, xerr=row.score_std, color=color, capsize=3.5, elinewidth=1.5)
         axes.plot(seeds, [at] * len(seeds), "o", color=color, markersize=3.6, mew=0, alpha=0.9)
-        ends.append(max([row.map + (row.map_std or 0), *seeds]))
+        ends.append(max([row.score + (row.score_std or 0), *seeds]))
         text: Any = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "weight": "bold"}
-        axes.annotate(fraction(row.map), (ends[-1], at), **text)
+        axes.annotate(fraction(row.score), (ends[-1], at), **text)
     axes.set_yticks(range(len(results.rows)), [shorten(row.method) for row in results.rows])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(xlim=(0, min(max(max(ends) * 1.16, 0.05), 1.12)), xlabel="mAP at IoU 0.5 (11-point)")
+    axes.set(xlim=(0, min(max(max(ends) * 1.16, 0.05), 1.12)), xlabel=AXES[results.measure])
     axes.spines["left"].set_visible(False)
-    values = ", ".join(f"{row.method} {fraction(row.map)}" for row in results.rows)
-    return to_svg(axes, "bars", f"Bar chart of mAP by method: {values}")
+    values = ", ".join(f"{row.method} {fraction(row.score)}" for row in results.rows)
+    return to_svg(axes, "bars", f"Bar chart of {results.measure.name} by method: {values}")
 
 
 def _top1_scatter(results: ComparisonResult, looks: Looks) -> Markup | None:
-    """Draw stage one's top-1 against the detector's mAP; None where fewer than two rows have a top-1."""
-    rows = [row for row in results.rows if row.top1 is not None]
+    """Draw stage one's top-1 against the detector's mAP; None where fewer than two rows have both."""
+    rows = [row for row in results.rows if row.top1 is not None and row.map is not None]
     if len(rows) < 2:
         return None
     # below the chart there is a line of the legend for three rows
@@ -136,11 +137,11 @@ def _top1_scatter(results: ComparisonResult, looks: Looks) -> Markup | None:
             points = [(seed.top1, seed.map) for seed in row.per_seed.values()]
             axes.plot(*zip(*points), look.marker, color=look.color, ms=3.5, alpha=0.5, mew=0)
         mean: Any = {"ms": 8, "mec": SURFACE, "mew": 1, "label": shorten(row.method)}
-        axes.plot(row.top1 or 0.0, row.map, look.marker, color=look.color, **mean)
+        axes.plot(row.top1 or 0.0, row.score, look.marker, color=look.color, **mean)
     axes.margins(0.08)
     axes.set(xlabel="top-1 accuracy of the backbone (stage one)", ylabel="mAP (11-point)")
     axes.figure.legend(loc="outside lower center", ncols=3, handletextpad=0.3)
-    values = ", ".join(f"{row.method} {fraction(row.top1)} to {fraction(row.map)}" for row in rows)
+    values = ", ".join(f"{row.method} {fraction(row.top1)} to {fraction(row.score)}" for row in rows)
     return to_svg(axes, "scatter", f"Scatter plot of top-1 accuracy against mAP: {values}")
 
 

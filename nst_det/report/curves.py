@@ -105,9 +105,9 @@ def read_precision(results: ComparisonResult, runs: Path) -> dict[str, dict[str,
     A row of which a seed's detections or images are gone is left out with a warning.
     """
     per_class: dict[str, dict[str, Precision]] = {}
-    for row in results.rows:
+    for row in results.rows if results.classes else ():
         try:
-            seeds = [_precision_by_class(runs / one.run, results.classes) for one in row.per_seed.values()]
+            seeds = [_precision_by_class(runs / str(one.run), results.classes) for one in row.per_seed.values()]
         except (UserError, OSError) as error:
             log.warning("%s: no precision over recall in the report: %s", row.method, error)
             continue

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from statistics import fmean, variance
 
-from nst_det.comparison.result import TEACHER, ComparisonResult
+from nst_det.comparison.result import MAP, TEACHER, ComparisonResult
 from nst_det.comparison.statistics import SINGLE
 from nst_det.report.curves import Curve, Curves
 from nst_det.report.summary import MOST_NAMES, listed
@@ -47,10 +47,10 @@ def _some(parts: Sequence[str]) -> str:
 
 
 def _weak(results: ComparisonResult) -> Iterator[str]:
-    best = max((row for row in results.rows if row.method != TEACHER), key=lambda row: row.map)
-    if best.map < WEAK:
+    best = max((row for row in results.rows if row.method != TEACHER), key=lambda row: row.score)
+    if results.measure is MAP and best.score < WEAK:
         yield (
-            f"The highest mAP is {fraction(best.map)} ({best.method}). A class has an 11-point AP of .091 once its "
+            f"The highest mAP is {fraction(best.score)} ({best.method}). A class has an 11-point AP of .091 once its "
             "most certain detection is right, so detectors as weak as these rank no method."
         )
 
@@ -81,11 +81,11 @@ def _teacher(results: ComparisonResult) -> Iterator[str]:
         )
     upper = results.row(TEACHER)
     above = sorted(
-        (row for row in results.rows if upper and round(row.map - upper.map, 3) > 0), key=lambda row: -row.map
+        (row for row in results.rows if upper and round(row.score - upper.score, 3) > 0), key=lambda row: -row.score
     )
     if upper and above:
-        names = _some([f"{row.method} ({fraction(row.map)})" for row in above])
-        yield f"The detector on the teacher's backbone has mAP {fraction(upper.map)}, below {names}: no upper mark."
+        names = _some([f"{row.method} ({fraction(row.score)})" for row in above])
+        yield f"The detector on the teacher's backbone has mAP {fraction(upper.score)}, below {names}: no upper mark."
 
 
 def _objects(results: ComparisonResult) -> Iterator[str]:
@@ -113,7 +113,7 @@ def _validation(results: ComparisonResult) -> Iterator[str]:
         error = math.sqrt(top1 * (1 - top1) / images)
         if error > COARSE:
             yield (
-                f"Top-1 of a backbone is that of {images} validation images (or crops) of stage one: at "
+                f"Top-1 of stage one is that of {images} validation images (or crops): at "
                 f"{fraction(top1)} its standard error is {fraction(error)} by their number alone."
             )
 

@@ -57,13 +57,13 @@ def render_page(
         results=results,
         summary=summary,
         untold=untold,
-        columns=[column for column in tables.COLUMNS if column.title],
+        columns=[column for column in tables.columns_of(results) if column.title],
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         looks=looks,
         reach=_forest_reach(results),
-        best=max((row.map for row in results.rows if row.method != TEACHER), default=None),
+        best=max((row.score for row in results.rows if row.method != TEACHER), default=None),
         rank=_rank_correlation(results),
         ap_cell=lambda row, name: _heat_cell(row.per_class.get(name)),
         area_cell=lambda row, name: _heat_cell(row.per_class_area.get(name)),
@@ -103,7 +103,7 @@ def _forest_reach(results: ComparisonResult) -> float:
 
 def _rank_correlation(results: ComparisonResult) -> float | None:
     """Return Spearman's rank correlation of top-1 and mAP over rows; None with fewer than four or equal values."""
-    pairs = [(row.top1, row.map) for row in results.rows if row.top1 is not None]
+    pairs = [(row.top1, row.map) for row in results.rows if row.top1 is not None and row.map is not None]
     if len(pairs) < 4 or any(len(set(values)) < 2 for values in zip(*pairs)):
         return None
     return float(stats.spearmanr(*zip(*pairs)).statistic)

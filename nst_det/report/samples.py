@@ -112,10 +112,12 @@ def choose_samples(results: ComparisonResult, runs: Path) -> Samples:
 
     Detections are those of the first seed with a score of at least :data:`SCORE_THRESHOLD`.
     """
+    if not results.classes:
+        return Samples()
     leader = results.leader
     assert leader is not None, "every comparison has the row ce"
     seed = min(leader.per_seed, key=int)
-    folders = {row.method: runs / row.per_seed[seed].run for row in results.rows if seed in row.per_seed}
+    folders = {row.method: runs / str(row.per_seed[seed].run) for row in results.rows if seed in row.per_seed}
     try:
         tests = open_test(folders[leader.method], results.classes)
         truth = [(image, data.image_path(image.id)) for data in tests for image in data.annotations()]
@@ -138,7 +140,7 @@ def choose_samples(results: ComparisonResult, runs: Path) -> Samples:
         shown = panel(leader.method, entry[0])
         return -shown.count(MISSED), -shown.count(FALSE), entry[0].id
 
-    best = sorted(results.methods, key=lambda row: -row.map)
+    best = sorted(results.methods, key=lambda row: -row.score)
     first = [name for name in (BASELINE, *(row.method for row in best)) if name in by_row][:FIRST_PANELS]
     samples: list[Sample] = []
     for image, path in sorted(truth, key=badness):

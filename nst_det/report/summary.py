@@ -6,31 +6,24 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from nst_det.comparison.published import PUBLISHED, Published
 from nst_det.comparison.result import BASELINE, ComparisonResult, RowResult
 from nst_det.comparison.statistics import BETTER, NOISE, SINGLE, WORSE
 from nst_det.engine.metrics import TOTALS
 from nst_det.report.curves import Curves
 from nst_det.report.tables import fraction, interval_text, signed
 
-QUESTION = "Which transfer method gives the better detector?"
 # more names than this would hide what a sentence says
 MOST_NAMES = 4
-# mAP in percent on PASCAL VOC 2007 test; Huang & Wang, "Like What You Like: Knowledge Distill via Neuron
-# Selectivity Transfer", table 4 (Faster R-CNN, Inception-BN student).  NST is the polynomial kernel.
-PAPER = {"ce": 75.6, "kd": 76.0, "fitnet": 76.6, "at": 76.5, "nst-poly": 76.8, "kd+nst-poly": 77.2}
-# top-1 error in percent on ImageNet's validation set, table 3 (the same students, single crop)
-PAPER_ERROR = {
-    **{"ce": 25.74, "kd": 24.56, "fitnet": 25.30, "at": 25.10, "nst-poly": 24.82},
-    **{"kd+fitnet": 24.48, "kd+at": 24.64, "kd+nst-poly": 24.34},
-}
-# every method of the paper beats its baseline, so that only a row told to be worse than ce contradicts it
-DIRECTIONS = {
-    BETTER: "agrees",
-    WORSE: "contradicts the paper",
-    NOISE: "can't be told",
-    SINGLE: "can't be told (one seed)",
-}
+# of a row that the verdict tells from ce
+AGREES, CONTRADICTS = "agrees", "contradicts the paper"
+UNTOLD = {NOISE: "can't be told", SINGLE: "can't be told (one seed)"}
 TRANSFER = "loss_transfer_"
+
+
+def question(results: ComparisonResult) -> str:
+    """Return what the comparison answers."""
+    return f"Which transfer method gives the better {results.measure.of}?"
 
 
 def conclusion(results: ComparisonResult) -> str:
@@ -44,13 +37,13 @@ def conclusion(results: ComparisonResult) -> str:
 def harm(results: ComparisonResult) -> str | None:
     """Return that a random backbone has a higher mAP than ce, or even than every method; None where it has not."""
     scratch, baseline = results.row("scratch"), results.row(BASELINE)
-    if scratch is None or baseline is None or round(scratch.map - baseline.map, 3) <= 0:
+    if scratch is None or baseline is None or round(scratch.score - baseline.score, 3) <= 0:
         return None
     told = "did harm" if scratch.verdict == BETTER else "brought nothing"
-    lowest = all(round(scratch.map - row.map, 3) > 0 for row in results.methods)
+    lowest = all(round(scratch.score - row.score, 3) > 0 for row in results.methods)
     return (
-        f"Stage one {told}: a random backbone (scratch) has a mAP of {fraction(scratch.map)}, above ce "
-        f"({fraction(baseline.map)}){' and every transfer method' if lowest else ''}."
+        f"Stage one {told}: a random backbone (scratch) has a mAP of {fraction(scratch.score)}, above ce "
+        f"({fraction(baseline.score)}){' and every transfer method' if lowest else ''}."
     )
 
 
@@ -59,7 +52,7 @@ def _of_methods(results: ComparisonResult, leader: RowResult) -> str:
     if all(row.verdict == SINGLE for row in methods):
         return (
             f"With one seed there is no spread to judge by: of the transfer methods {leader.method} has the highest "
-            f"mAP ({fraction(leader.map)}, {signed(leader.delta_vs_ce)} against ce), "
+            f"{results.measure.name} ({fraction(leader.score)}, {signed(leader.delta_vs_ce)} against ce), "
             "but another seed may order the rows otherwise."
         )
     ordered = sorted(methods, key=lambda row: -row.delta_vs_ce)
@@ -68,7 +61,7 @@ def _of_methods(results: ComparisonResult, leader: RowResult) -> str:
     if better:
         best = better[0]
         interval = f" (95 % interval {interval_text(best).strip('[]').replace(', ', ' to ')})"
-        gain = f"{signed(best.delta_vs_ce)} mAP{interval if best.delta_interval else ''}"
+        gain = f"{signed(best.delta_vs_ce)} {results.measure.name}{interval if best.delta_interval else ''}"
         text += f"{_names(better)} {'beat' if len(better) > 1 else 'beats'} ce (labels only)"
         text += f". The largest gain is that of {best.method}: {gain}." if len(better) > 1 else f": {gain}."
     else:
@@ -93,26 +86,26 @@ def caveats(results: ComparisonResult) -> list[str]:
     notes += [note for note in (not_above(results), unequal_weights(results)) if note]
     scratch, baseline, bare = (results.row(method) for method in ("scratch", BASELINE, "no-fpn"))
     if scratch and baseline:
-        gain = signed(baseline.map - scratch.map)
+        gain = signed(baseline.score - scratch.score)
         unlike = f", which is trained with {'; '.join(scratch.differs)}" if scratch.differs else ""
         notes.append(f"Stage one with labels only: the mAP of ce is {gain} against that of a random backbone{unlike}.")
     if bare:
         notes.append(
-            f"FPN itself: without it the detector on the backbone of ce has mAP {fraction(bare.map)}, "
+            f"FPN itself: without it the detector on the backbone of ce has mAP {fraction(bare.score)}, "
             f"{f'{signed(bare.delta_vs_ce)} {interval_text(bare)}'.strip()} against ce with it."
         )
     return notes
 
 
 def not_above(results: ComparisonResult) -> str | None:
-    """Return which methods have no higher mAP than ce, and by how much; None where there is nothing to compare."""
+    """Return which methods have no higher score than ce, and by how much; None where there is nothing to compare."""
     if not results.methods:
         return None
     # by the digits that the table has
     below = [row for row in results.methods if round(row.delta_vs_ce, 3) <= 0]
     below.sort(key=lambda row: row.delta_vs_ce)
     if not below:
-        return "Each method's row has a higher mAP than ce."
+        return f"Each method's row has a higher {results.measure.name} than ce."
     return f"Not above ce: {listed([f'{row.method} ({signed(row.delta_vs_ce)})' for row in below])}."
 
 
@@ -140,39 +133,51 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def against_paper(results: ComparisonResult) -> list[dict[str, Any]]:
-    """Return each row that the paper has and the paper's numbers, fractions; [] where none of its methods was compared.
+def published(results: ComparisonResult) -> list[Published]:
+    """Return the tables of papers beside this one that have one of its methods."""
+    tables = [PUBLISHED[name] for name in results.published if name in PUBLISHED]
+    return [table for table in tables if any(row.method in {*table.figures, *table.top1} for row in results.methods)]
 
-    ``paper`` and ``here`` are the differences in mAP to ce.
+
+def against_paper(results: ComparisonResult, table: Published) -> list[dict[str, Any]]:
+    """Return each row that a published table has, with the numbers of both, fractions.
+
+    ``paper`` and ``here`` are the differences in the score to ce.
     """
     lines = []
     for row in results.rows:
-        if row.method not in PAPER_ERROR:
+        figure, top1 = table.figures.get(row.method), table.top1.get(row.method)
+        if figure is None and top1 is None:
             continue
-        told = row.is_method and row.method in PAPER
-        missing = "the baseline" if row.method == BASELINE else "not in table 4"
+        gain = None if figure is None or not row.is_method else (figure - table.figures[BASELINE]) / 100
+        missing = "the baseline" if row.method == BASELINE else f"no {table.measure.name} in the paper"
         line = {
             "method": row.method,
-            "paper_map": PAPER[row.method] / 100 if row.method in PAPER else None,
-            "map": row.map,
-            "paper": (PAPER[row.method] - PAPER[BASELINE]) / 100 if told else None,
+            "paper_score": None if figure is None else figure / 100,
+            "score": row.score,
+            "paper": gain,
             "here": row.delta_vs_ce if row.is_method else None,
-            "paper_top1": 1 - PAPER_ERROR[row.method] / 100,
+            "paper_top1": None if top1 is None else top1 / 100,
             "top1": row.top1,
-            "direction": DIRECTIONS[row.verdict] if told else missing,
+            "direction": missing if gain is None else _direction(row, gain),
         }
         lines.append(line)
-    return lines if any(line["method"] != BASELINE for line in lines) else []
+    return lines
 
 
-def paper_order(results: ComparisonResult) -> str | None:
-    """Return whether the rows are in the paper's order by mAP; None with fewer than two of its methods."""
-    rows = [row for row in results.methods if row.method in PAPER]
+def _direction(row: RowResult, gain: float) -> str:
+    """Return whether a row told from ce is on the side of it on which the paper has it."""
+    return UNTOLD.get(row.verdict) or (AGREES if (row.verdict == BETTER) == (gain > 0) else CONTRADICTS)
+
+
+def paper_order(results: ComparisonResult, table: Published) -> str | None:
+    """Return whether the rows are in the paper's order by their score; None with fewer than two of its methods."""
+    rows = [row for row in results.methods if row.method in table.figures]
     if len(rows) < 2:
         return None
-    here = [row.method for row in sorted(rows, key=lambda row: (-row.map, row.method))]
-    paper = sorted(here, key=lambda method: -PAPER[method])
-    text = f"By mAP the paper has {' > '.join(paper)}, "
+    here = [row.method for row in sorted(rows, key=lambda row: (-row.score, row.method))]
+    paper = sorted(here, key=lambda method: -table.figures[method])
+    text = f"By {table.measure.name} the paper has {' > '.join(paper)}, "
     if here == paper:
         return text + "and so has this comparison."
     return text + f"this comparison {' > '.join(here)}: the paper's order is not reproduced here."

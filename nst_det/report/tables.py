@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nst_det.comparison.result import ComparisonResult, RowResult
+from nst_det.comparison.result import MAP, TOP1, ComparisonResult, Measure, RowResult
 from nst_det.comparison.statistics import BETTER, NOISE, REFERENCE, SINGLE, WORSE
 
 MISSING = "–"
@@ -37,6 +37,11 @@ def signed(value: float | None, digits: int = 3) -> str:
 def interval_text(row: RowResult) -> str:
     """Return ``[+0.100, +0.200]``, or nothing where there is no interval."""
     return "" if row.delta_interval is None else f"[{', '.join(map(signed, row.delta_interval))}]"
+
+
+def error(top1: float) -> str:
+    """Return the error that a top-1 of 0..1 leaves, in percent, such as ``4.39 %``."""
+    return f"{100 * (1 - top1):.2f} %"
 
 
 def operations(value: int) -> str:
@@ -70,7 +75,7 @@ def values_of(row: RowResult) -> dict[str, Any]:
         **{name: getattr(row, name) for name in ("map_std", "map_area", "delta_vs_ce")},
         "delta_low": low,
         "delta_high": high,
-        **{name: getattr(row, name) for name in ("verdict", "p_holm", "top1", "params")},
+        **{name: getattr(row, name) for name in ("verdict", "p_holm", "top1", "top1_std", "params")},
         "macs": cost and cost.macs,
         "flops": cost and cost.flops,
         "latency_seconds": cost and cost.latency.median,
@@ -92,13 +97,31 @@ class Column:
     value: Callable[[RowResult], Any] = lambda row: None
     note: Callable[[RowResult], str] = lambda row: ""
     align: str = "r"
+    only: Measure | None = None  # of comparisons that this measure judges
 
 
-def _number(head: str, name: str, form: Callable[[Any], str], title: str, note: Any = lambda row: "") -> Column:
+def _number(
+    head: str,
+    name: str,
+    form: Callable[[Any], str],
+    title: str,
+    note: Any = lambda row: "",
+    only: Measure | None = None,
+) -> Column:
     def value(row: RowResult) -> Any:
         return values_of(row)[name]
 
-    return Column(head, lambda row: MISSING if value(row) is None else form(value(row)), title, value, note)
+    def text(row: RowResult) -> str:
+        return MISSING if value(row) is None else form(value(row))
+
+    return Column(head, text, title, value, note, only=only)
+
+
+def _score(measure: Measure) -> Column:
+    def text(row: RowResult) -> str:
+        return fraction(row.score) if row.score_std is None else f"{fraction(row.score)} ± {fraction(row.score_std)}"
+
+    return Column(measure.head, text, only=measure)
 
 
 def _latency_note(row: RowResult) -> str:
@@ -115,30 +138,34 @@ def _training_note(row: RowResult) -> str:
 # LaTeX takes all but the last four
 COLUMNS = (
     Column("method", lambda row: row.method, align="l"),
-    Column(
-        "mAP (11-point)",
-        lambda row: fraction(row.map) if row.map_std is None else f"{fraction(row.map)} ± {fraction(row.map_std)}",
-    ),
-    _number("mAP (area)", "map_area", fraction, "area under the curve, IoU 0.5, as in VOC 2010 and later"),
+    *map(_score, (MAP, TOP1)),
+    _number("mAP (area)", "map_area", fraction, "area under the curve, IoU 0.5, as in VOC 2010 and later", only=MAP),
+    _number("error", "top1", error, "the share of images that is not classified right, as papers print it", only=TOP1),
     Column("difference to ce", lambda row: MISSING if row.verdict == REFERENCE else signed(row.delta_vs_ce)),
     Column("95 % interval", lambda row: interval_text(row) or MISSING),
     Column("verdict", lambda row: MARKS[row.verdict], align="l"),
-    _number("top-1", "top1", fraction, "accuracy of the backbone in stage one"),
-    _number("params", "params", lambda value: f"{value / 1e6:.2f} M", "parameters of the detector"),
+    _number("top-1", "top1", fraction, "accuracy of the backbone in stage one", only=MAP),
+    _number("params", "params", lambda value: f"{value / 1e6:.2f} M", "parameters of what is judged"),
     _number(
         "FLOPs",
         "flops",
         operations,
         "of one image; a multiply-add counts as two",
         lambda row: f"{operations(row.cost.macs)} multiply-adds" if row.cost else "",
+        only=MAP,
     ),
-    _number("latency", "latency_seconds", milliseconds, "median of one image at a time", _latency_note),
+    _number("latency", "latency_seconds", milliseconds, "median of one image at a time", _latency_note, only=MAP),
     _number("training", "seconds", duration, "stage one's share and stage two, a mean over seeds", _training_note),
     Column("seeds", lambda row: ", ".join(map(str, row.seeds)), align="l"),
-    Column("transfer", lambda row: row.stage or MISSING, align="l"),
+    Column("transfer", lambda row: row.stage or MISSING, align="l", only=MAP),
     Column("weights", lambda row: row.weights_text or MISSING, align="l"),
     Column("differs from ce in", lambda row: "; ".join(row.differs) or MISSING, align="l"),
 )
+
+
+def columns_of(results: ComparisonResult, columns: Sequence[Column] = COLUMNS) -> list[Column]:
+    """Return those of the columns that the comparison has."""
+    return [column for column in columns if column.only in (None, results.measure)]
 
 
 def csv_table(results: ComparisonResult) -> str:
@@ -155,10 +182,11 @@ def csv_table(results: ComparisonResult) -> str:
 
 def markdown_table(results: ComparisonResult, sentence: str, untold: Sequence[str] = ()) -> str:
     """Return GitHub's Markdown: the result in one sentence above, below what the columns mean and what isn't told."""
-    lines = [[column.head for column in COLUMNS], ["---:" if column.align == "r" else "---" for column in COLUMNS]]
+    columns = columns_of(results)
+    lines = [[column.head for column in columns], ["---:" if column.align == "r" else "---" for column in columns]]
     for row in results.rows:
         # names are the user's, figures are our own
-        lines.append([_markdown_escape(c.text(row)) if c.align == "l" else c.text(row) for c in COLUMNS])
+        lines.append([_markdown_escape(c.text(row)) if c.align == "l" else c.text(row) for c in columns])
     table = [f"| {' | '.join(line)} |" for line in lines]
     box = [f"{UNTOLD}:", "", *(f"- {_markdown_escape(line)}" for line in untold), ""] if untold else []
     return "\n".join([_markdown_escape(sentence), "", *table, "", _markdown_escape(legend(results)), "", *box])
@@ -169,9 +197,15 @@ def _markdown_escape(text: str) -> str:
     return " ".join(text.split()).translate({ord(character): f"\\{character}" for character in "\\`*_[]|"})
 
 
+LEGENDS = {
+    MAP: "mAP is the mean over classes of AP at IoU 0.5: 11-point as in VOC 2007, area as in VOC 2010 and later. ",
+    TOP1: "top-1 is the share of the validation images whose most certain class is right, after the last step. ",
+}
+
+
 def legend(results: ComparisonResult) -> str:
     """Return what the columns mean and where latency was measured."""
-    text = "mAP is the mean over classes of AP at IoU 0.5: 11-point as in VOC 2007, area as in VOC 2010 and later. "
+    text = LEGENDS[results.measure]
     if any(row.stage == "detector" for row in results.rows):
         text += "A term with @det teaches the neck or heads of the detector; all others teach the backbone. "
     if len(results.seeds) > 1:
@@ -182,7 +216,8 @@ def legend(results: ComparisonResult) -> str:
         )
     else:
         text += "There is one seed, so there is no spread: a difference can't be told from noise."
-    text += " Training is stage one's share and stage two together, as the runs took it."
+    parts = "stage one's share and stage two together" if results.measure is MAP else "a student's share of stage one"
+    text += f" Training is {parts}, as the runs took it."
     if places := list(dict.fromkeys(row.cost.where for row in results.rows if row.cost)):
         text += f" FLOPs count a multiply-add as two. Latency is the median of one image at a time on {places[0]}"
         text += f" (other rows: {'; '.join(places[1:])})" if len(places) > 1 else ""
@@ -205,16 +240,16 @@ def latex_escape(text: str) -> str:
 
 
 def latex_table(results: ComparisonResult, sentence: str) -> str:
-    """Return a ``table`` environment for the booktabs package; the highest mAP of a transfer method is bold."""
-    columns = COLUMNS[:-4]
-    best = max((row.map for row in results.methods), default=None)
+    """Return a ``table`` environment for the booktabs package; the highest score of a transfer method is bold."""
+    columns = columns_of(results, COLUMNS[:-4])
+    best = max((row.score for row in results.methods), default=None)
     lines = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering"]
     lines += [f"\\caption{{{latex_escape(sentence)} {latex_escape(legend(results))}}}"]
     lines += [f"\\begin{{tabular}}{{{''.join(column.align for column in columns)}}}", r"\toprule"]
     lines += [" & ".join(latex_escape(column.head) for column in columns) + r" \\", r"\midrule"]
     for row in results.rows:
         cells = [latex_escape(column.text(row)) for column in columns]
-        if row.is_method and row.map == best:
+        if row.is_method and row.score == best:
             cells[1] = f"\\textbf{{{cells[1]}}}"
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])

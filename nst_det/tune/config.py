@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 from nst_det.comparison.config import Comparison, load_comparison, path_beside, require
 from nst_det.comparison.plan import finished_teacher
 from nst_det.comparison.result import BASELINE
+from nst_det.comparison.stages import DETECT, DISTILL, TITLES
 from nst_det.engine.config import config_file, expand_path, flat, load_config, plain
 from nst_det.engine.fingerprint import RESUME, concerns
 from nst_det.engine.keys import Key, at_least, config_tree, one_of
@@ -141,19 +142,24 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
     compare = path_beside(config.COMPARE, "COMPARE", file, overrides)
     opts = [str(word) for word in config.OPTS]
     comparison = load_comparison(compare, None, opts)
+    if config.OBJECTIVE == MAP and not comparison.detect:
+        raise UserError(f"{file}: OBJECTIVE {MAP} is that of a detector, and {compare} has none; take {TOP1}")
     named = str(output or config.OUTPUT_DIR) or f"output/{comparison.name}_tune"
     folder = Path(expand_path(named, "OUTPUT_DIR")).resolve()
     # a search that has begun to train its own keeps it
     teacher = "" if (folder / "teacher").exists() else finished_teacher(comparison)
     # test data stays out: both stages are judged on a part of their training images, and name no other
-    settings = {
-        "DISTILL.DATA.VAL_FROM": "train",
-        "DISTILL.DATA.VAL_FRACTION": config.VAL_FRACTION,
-        "DISTILL.DATA.VAL_SEED": config.VAL_SEED,
+    of_detectors = {
         "DETECT.DATASETS.VAL_FRACTION": config.VAL_FRACTION,
         "DETECT.DATASETS.VAL_SEED": config.VAL_SEED,
         "DETECT.DATASETS.TEST": [],
         "DETECT.TEST.EVAL_PERIOD": 0,
+    }
+    settings = {
+        "DISTILL.DATA.VAL_FROM": "train",
+        "DISTILL.DATA.VAL_FRACTION": config.VAL_FRACTION,
+        "DISTILL.DATA.VAL_SEED": config.VAL_SEED,
+        **(of_detectors if comparison.detect else {}),
         "TUNED": "",
         "ROWS": [],
         "SEEDS": list(config.SEEDS),
@@ -165,12 +171,13 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
     if not spaces:
         raise UserError(f"{file}: METHODS has no method with a term to search for")
     own = {key: value for key, value in plain(flat(config)).items() if concerns(key, RESUME)}
+    stages = {DISTILL: base.distill, DETECT: base.detect}
     budget = {
         "trials": config.TRIALS,
         "seeds": list(base.seeds),
         "objective": config.OBJECTIVE,
         "validation": f"{config.VAL_FRACTION:g} of the training images, chosen by seed {config.VAL_SEED}",
-        "steps": {"stage one": base.distill.SOLVER.MAX_ITER, "stage two": base.detect.SOLVER.MAX_ITER},
+        "steps": {TITLES[stage]: one.SOLVER.MAX_ITER for stage, one in stages.items() if one},
         # which has seen the images that students are judged on
         "teacher": "the comparison's" if teacher else "given" if base.distill.TEACHER.WEIGHTS else "trained here",
         "weights": f"configured weight times {config.WEIGHT[0]:g} to {config.WEIGHT[1]:g}",

@@ -1,7 +1,17 @@
 import pytest
 
-from nst_det.report.summary import against_paper, caveats, conclusion, not_above, paper_order, unequal_weights
-from tests.helpers.finished import build_results, typed
+from nst_det.comparison.published import PUBLISHED
+from nst_det.report.summary import (
+    against_paper,
+    caveats,
+    conclusion,
+    not_above,
+    paper_order,
+    published,
+    question,
+    unequal_weights,
+)
+from tests.helpers.finished import build_results, typed, without_detectors
 
 
 def results(field="", by_method=(), **changes):
@@ -82,30 +92,70 @@ def test_what_a_random_backbone_is_trained_with_is_said_where_it_is_compared():
     assert [rate in note for note in notes if "random backbone" in note] == [True]
 
 
+VOC07 = PUBLISHED["nst-voc07"]
+
+
 def test_against_the_paper():
-    lines = {line["method"]: line for line in against_paper(results("verdict", {"nst-poly": "worse"}))}
+    lines = {line["method"]: line for line in against_paper(results("verdict", {"nst-poly": "worse"}), VOC07)}
     maps = {"ce": 75.6, "kd": 76.0, "fitnet": 76.6, "at": 76.5, "nst-poly": 76.8, "kd+nst-poly": 77.2}
-    assert {method: round(100 * line["paper_map"], 6) for method, line in lines.items()} == maps
+    assert {method: round(100 * line["paper_score"], 6) for method, line in lines.items()} == maps
     tops = {"ce": 74.26, "kd": 75.44, "fitnet": 74.70, "at": 74.90, "nst-poly": 75.18, "kd+nst-poly": 75.66}
     assert {method: round(100 * line["paper_top1"], 6) for method, line in lines.items()} == tops
     rows = {row.method: row for row in results().rows}
-    assert all((line["map"], line["top1"]) == (rows[name].map, rows[name].top1) for name, line in lines.items())
+    assert all((line["score"], line["top1"]) == (rows[name].map, rows[name].top1) for name, line in lines.items())
     assert [lines["ce"][key] for key in ("paper", "here", "direction")] == [None, None, "the baseline"]
     assert round(lines["nst-poly"]["paper"], 6) == 0.012
     directions = {"nst-poly": "contradicts the paper", "fitnet": "agrees", "at": "can't be told"}
     assert {method: lines[method]["direction"] for method in directions} == directions
-    order = paper_order(results())
+    order = paper_order(results(), VOC07)
     assert "kd+nst-poly > nst-poly > fitnet > at > kd" in order
     assert "fitnet > kd+nst-poly > nst-poly > kd > at: the paper's order is not reproduced here." in order
 
 
 def test_methods_that_the_paper_lacks_or_has_in_table_3_alone():
-    line = next(line for line in against_paper(results("method", {"at": "kd+at"})) if line["method"] == "kd+at")
-    assert (line["paper_map"], line["paper"], line["direction"]) == (None, None, "not in table 4")
+    line = against_paper(results("method", {"at": "kd+at"}), VOC07)[-3]
+    assert line["method"] == "kd+at"
+    assert (line["paper_score"], line["paper"], line["direction"]) == (None, None, "no mAP in the paper")
     assert round(line["paper_top1"], 6) == 0.7536
     assert line["here"] == results().row("at").delta_vs_ce
     numbers = {"scratch": ((0.1,), None), "ce": ((0.5,), (0.7,)), "cwd": ((0.6,), (0.7,))}
-    assert against_paper(results(numbers=numbers, seeds=1)) == []
+    assert published(results(numbers=numbers, seeds=1)) == []
+
+
+def test_students_beside_the_papers_figures():
+    found = typed(without_detectors(build_results()))
+    assert question(found) == "Which transfer method gives the better student?"
+    assert "fitnet: +0.312 top-1 (95 % interval" in conclusion(found)
+    assert "mAP" not in conclusion(found) + " ".join(caveats(found))
+    (table,) = published(found)
+    lines = {line["method"]: line for line in against_paper(found, table)}
+    # VID's table, 100 images a class: 58.84 without a teacher, fitnet 68.90
+    assert list(lines) == ["ce", "kd", "fitnet", "at"]
+    assert (lines["ce"]["paper_score"], lines["fitnet"]["paper_score"]) == pytest.approx((0.5884, 0.689))
+    assert lines["fitnet"]["paper"] == pytest.approx(0.1006)
+    assert lines["fitnet"]["score"] == found.row("fitnet").top1
+    # of 5000 a class, where the paper's fitnet (90.64) is below its baseline (90.72)
+    lines = {line["method"]: line for line in against_paper(found, PUBLISHED["vid-cifar10-5000"])}
+    directions = {"kd": "agrees", "fitnet": "contradicts the paper", "at": "can't be told"}
+    assert {method: lines[method]["direction"] for method in directions} == directions
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "figure"),
+    [
+        ("nst-cifar10", "kd+nst-poly", 95.79),
+        ("nst-cifar100", "nst-gaussian", 76.15),
+        ("nst-imagenet", "kd+at", 75.36),
+        ("vid-cifar10-100", "vid", 81.59),
+        ("vid-workshop-1000", "kd+at", 87.34),
+        ("vid-unlabelled-100", "kd+vid", 91.34),
+        ("vid-unlabelled-1000", "ce", 85.21),
+        ("vid-mlp-1024", "vid", 78.57),
+        ("vid-cifar100-16-1", "nst-poly", 64.95),
+    ],
+)
+def test_published_figures_are_those_of_the_tables(name, method, figure):
+    assert PUBLISHED[name].figures[method] == figure
 
 
 def test_what_fpn_brings():

@@ -313,3 +313,19 @@ def test_without_optuna_one_line_names_what_to_install(tune_file, tmp_path, monk
         main(["tune", "--config-file", str(tune_file), "--output", str(tmp_path / "out")])
     assert "pip install optuna" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_without_detectors_is_searched_by_top1(tune_file, tmp_path):
+    compare = {key: value for key, value in COMPARE.items() if key != "DETECT"}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump({**compare, "METHODS": ["kd", "at"], "THREADS": 1}))
+    change(tune_file, TRIALS=2, DET_LEVELS=[])
+    tuning = load_tuning(tune_file, tmp_path / "alone")
+    found, path = tune(tuning)
+    assert {word: best.trials for word, best in found.items()} == {"kd": 2, "at": 2}
+    assert set(yaml.safe_load(path.read_text())["budget"]["steps"]) == {"stage one"}
+    assert not (tmp_path / "alone/trials/000/detect").exists()
+    # what was found is taken by a comparison
+    tuned = load_comparison(tmp_path / "compare.yaml", None, ["TUNED", str(path)])
+    assert tuned.tuned["at"].trials == 2
+    with pytest.raises(UserError, match=r"tune\.yaml: OBJECTIVE"):
+        load_tuning(tune_file, None, ["OBJECTIVE", "map"])
