@@ -48,7 +48,7 @@ KEYS: dict[str, Key] = {
     ),
     "DATA.PER_CLASS": Key(
         0,
-        "labelled images of each class, that students learn from, chosen by VAL_SEED; 0 takes all; a teacher learns from all",
+        "labelled images of each class for the students, chosen by VAL_SEED; 0 takes all, as a teacher does",
     ),
     "DATA.REST": Key(
         "drop", "what becomes of the others: drop, or unlabelled: they teach by the transfer terms, not by their labels"
