@@ -139,7 +139,9 @@ def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
     sets = [name for name in (*data.TRAIN, *data.TEST) if name in data.VOC]
     folders |= {f"DETECT.DATASETS.VOC.{name}.ROOT": data.VOC[name].get("ROOT", "") for name in sets}
     for key, folder in folders.items():
-        if not folder or not Path(expand_path(str(folder), key)).is_dir():
+        path = Path(expand_path(str(folder), key))
+        # the images of stage one may be in an archive
+        if not folder or not (path.exists() if key.startswith("DISTILL") else path.is_dir()):
             raise UserError(f"{source}: {key}: no folder '{folder}'; name it on the command line: {key} DIR")
     with errors_of(f"{source}: DETECT"):
         for root, split in detection_config.voc_roots(detect, sets, "DATASETS.VOC") if sets else ():

@@ -5,25 +5,26 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from nst_det.data.images import EXTENSIONS
+from nst_det.data.images import EXTENSIONS, decode_image, read_image
 from nst_det.data.safe_io import name_problem, shown, shown_path
-from nst_det.data.splits import held_out
+from nst_det.data.splits import held_out, shuffled
 from nst_det.errors import UserError
 
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """N images with labels."""
+    """N images with labels; label -1 is an image without one."""
 
     root: Path
     paths: tuple[str, ...]  # relative to ``root`` (``train/cat/1.jpg``), sorted by class, then by name
     labels: np.ndarray  # (N,) int64 indices into the classes
     sizes: np.ndarray  # (N,) int64, bytes of each file
+    held: Sequence[np.ndarray | bytes] = ()  # pixels (H, W, 3) uint8, or files' bytes, of images that are in no folder
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -32,16 +33,43 @@ class ImageSplit:
         """Return the file of one image."""
         return self.root / self.paths[index]
 
+    def image(self, index: int) -> np.ndarray:
+        """Return the pixels (H, W, 3) uint8 of one image, RGB."""
+        held = self.held[index] if self.held else None
+        if isinstance(held, bytes):
+            return decode_image(held, shown_path(self.path(index)))
+        return read_image(self.path(index)) if held is None else held
+
     def select(self, indices: np.ndarray) -> ImageSplit:
         """Return the images at ``indices``, in that order."""
         paths = tuple(self.paths[index] for index in indices)
-        return ImageSplit(self.root, paths, self.labels[indices], self.sizes[indices])
+        held = [self.held[index] for index in indices] if self.held else ()
+        return ImageSplit(self.root, paths, self.labels[indices], self.sizes[indices], held)
+
+    def with_labels(self, per_class: int, keep_rest: bool, seed: int) -> ImageSplit:
+        """Return ``per_class`` labelled images of each class, by ``seed``, and with ``keep_rest`` the others as -1."""
+        chosen: set[str] = set()
+        for label in np.unique(self.labels):
+            paths = [self.paths[index] for index in np.flatnonzero(self.labels == label)]
+            if len(paths) < per_class:
+                name = Path(paths[0]).parent.name
+                raise UserError(
+                    f"{shown_path(self.root)}: class '{shown(name)}' has {len(paths)} images to train on; lower "
+                    f"DATA.PER_CLASS {per_class}"
+                )
+            chosen |= set(shuffled(paths, f"labels {seed}\0")[:per_class])
+        labelled = np.array([path in chosen for path in self.paths], dtype=bool)
+        if not keep_rest:
+            return self.select(np.flatnonzero(labelled))
+        return replace(self, labels=np.where(labelled, self.labels, -1))
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 (hexadecimal) of path, label and bytes of every image; pixels are not read."""
+        """Return the SHA-256 (hexadecimal) of path, label and bytes of every image; files are not read."""
         digest = hashlib.sha256()
         for path, label, size in zip(self.paths, self.labels, self.sizes):
             digest.update(f"{path}\0{label}\0{size}\n".encode("utf-8", "surrogateescape"))
+        for held in self.held:
+            digest.update(held if isinstance(held, bytes) else held.tobytes())
         return digest.hexdigest()
 
 
@@ -94,11 +122,18 @@ def read_image_folder(
         if extra and classes is None:
             raise UserError(f"{shown_path(val_root / extra[0])}: a class that {shown_path(above)} doesn't have")
         return ImageFolder(root, names, train, _read_split(root, val_root, names, required=False))
+    return cut_validation(root, names, train, val_fraction, seed)
+
+
+def cut_validation(
+    root: Path, classes: tuple[str, ...], train: ImageSplit, val_fraction: float, seed: int
+) -> ImageFolder:
+    """Cut ``val_fraction`` of each class off the training images, which are sorted by class, to validate on."""
     starts = np.flatnonzero(np.diff(train.labels)) + 1
     by_class = [part.tolist() for part in np.split(np.array(train.paths, dtype=object), starts)]
     kept = held_out(by_class, val_fraction, seed)
     is_val = np.array([path in kept for path in train.paths], dtype=bool)
-    return ImageFolder(root, names, train.select(np.flatnonzero(~is_val)), train.select(np.flatnonzero(is_val)))
+    return ImageFolder(root, classes, train.select(np.flatnonzero(~is_val)), train.select(np.flatnonzero(is_val)))
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -108,7 +108,7 @@ def held_out(groups: Iterable[Sequence[str]], fraction: float, seed: int = 0) ->
     kept: set[str] = set()
     for names in groups if fraction else ():
         count = min(max(round(fraction * len(names)), 1), len(names) - 1)
-        kept |= set(_shuffled(names, f"{seed}\0")[:count])
+        kept |= set(shuffled(names, f"{seed}\0")[:count])
     return kept
 
 
@@ -150,7 +150,7 @@ def cut_test_ids(
     sizes = Counter(picture_of[id_] for id_ in classes_of)
     chosen: set[str] = set()
     count = 0
-    for id_ in _shuffled(in_picture):
+    for id_ in shuffled(in_picture):
         names = set(in_picture[id_])
         if count < wanted and count + sizes[id_] < len(classes_of) and all(left[name] > 1 for name in names):
             chosen.add(id_)
@@ -169,7 +169,8 @@ def _classes_of_pictures(
     return found
 
 
-def _shuffled(names: Iterable[str], salt: str = "") -> list[str]:
+def shuffled(names: Iterable[str], salt: str = "") -> list[str]:
+    """Return names in an order that the salt and each name alone decide."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{salt}{name}".encode("utf-8", "surrogateescape")).digest())
 
 

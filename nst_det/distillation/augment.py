@@ -12,7 +12,6 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from nst_det.data.folders import ImageSplit
-from nst_det.data.images import read_image
 from nst_det.engine.seeds import derive_seed
 
 # images decoded to estimate the memory of all
@@ -61,7 +60,7 @@ class ImageStore:
         return int(sum(self._decode(index).numel() for index in some) / len(some) * len(self))
 
     def _decode(self, index: int) -> Tensor:
-        image = torch.from_numpy(read_image(self.split.path(index))).permute(2, 0, 1).contiguous()
+        image = torch.from_numpy(self.split.image(index)).permute(2, 0, 1).contiguous()
         return center_square(image, self.size, self.crop_ratio) if self.square else image
 
 

@@ -44,7 +44,18 @@ KEYS: dict[str, Key] = {
     "METHODS": Key(
         ["ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"], "a student for each; [] trains the teacher alone"
     ),
-    "DATA.ROOT": Key("", "image folder: train/CLASS/* and val/CLASS/*, or CLASS/*"),
+    "DATA.ROOT": Key(
+        "",
+        "image folder (train/CLASS/* and val/CLASS/*, or CLASS/*), or CIFAR-10, CIFAR-100 or MNIST as published; a "
+        "folder, or a tar archive of one",
+    ),
+    "DATA.PER_CLASS": Key(
+        0,
+        "labelled images of each class for the students, chosen by VAL_SEED; 0 takes all, as a teacher does",
+    ),
+    "DATA.REST": Key(
+        "drop", "what becomes of the others: drop, or unlabelled: they teach by the transfer terms, not by their labels"
+    ),
     "DATA.VAL_FROM": Key(
         "auto",
         "auto validates on the val folder where there is one; train cuts the validation split out of the "
@@ -231,6 +242,8 @@ RULES: Rules = {
     ),
     "DATA.ROOT": (lambda value, _: bool(value), "the path of an image folder"),
     "DATA.VAL_FROM": _one_of("auto", "train"),
+    "DATA.PER_CLASS": _from(0),
+    "DATA.REST": _one_of("drop", "unlabelled"),
     "DATA.VAL_FRACTION": _INSIDE,
     "DATA.IMAGE_SIZE": _from(8),
     "DATA.CROP_RATIO": (lambda value, _: 0 < value <= 1, "a fraction above 0 and up to 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from nst_det.data.folders import ImageFolder, read_image_folder
+from nst_det.data.cifar import read_images
+from nst_det.data.folders import ImageFolder
 from nst_det.distillation.augment import ImageStore, Views, augmented, draw_moves
 from nst_det.engine.config import expand_path
 from nst_det.engine.device import default_device
@@ -121,28 +123,47 @@ class Normalizer:
 
 
 def read_data(config: CfgNode) -> ImageFolder:
-    """Return the image folder that a config of stage one names."""
+    """Return the images that a config of stage one names, with the labels that the students get."""
+    return _labelled(_read_all(config), config)
+
+
+def _read_all(config: CfgNode) -> ImageFolder:
     data, root = config.DATA, expand_path(config.DATA.ROOT, "DATA.ROOT")
-    return read_image_folder(root, data.VAL_FRACTION, data.VAL_SEED, always_cut=data.VAL_FROM == "train")
+    return read_images(root, data.VAL_FRACTION, data.VAL_SEED, always_cut=data.VAL_FROM == "train")
+
+
+def _labelled(found: ImageFolder, config: CfgNode) -> ImageFolder:
+    data = config.DATA
+    if not data.PER_CLASS:
+        return found
+    train = found.train.with_labels(data.PER_CLASS, data.REST == "unlabelled", data.VAL_SEED)
+    return replace(found, train=train)
 
 
 class StageOneData:
-    """The image folder at DATA.ROOT: training batches by step, and the validation split."""
+    """The images at DATA.ROOT: training batches by step, and the validation split.
+
+    ``folder`` is what the students learn from; a teacher that is trained learns from ``whole``, which has all labels.
+    """
 
     def __init__(self, config: CfgNode) -> None:
         self.config, data = config, config.DATA
-        self.folder = read_data(config)
+        self.whole = _read_all(config)
+        self.folder = _labelled(self.whole, config)
         if not len(self.folder.val):
             raise UserError(f"{self.folder.root}: no images to validate on; add a val folder or set DATA.VAL_FRACTION")
         self.name, self.classes = self.folder.root.resolve().name, list(self.folder.classes)
         self.fingerprint = self.folder.fingerprint()
+        self.whole_fingerprint = self.whole.fingerprint() if self.whole is not self.folder else self.fingerprint
         self.normalize = Normalizer(data.MEAN, data.STD, default_device())
         self._stores: dict[tuple[str, bool], ImageStore] = {}
 
-    def training(self, augment: CfgNode, solver: CfgNode, views: Views | None = None) -> TrainingBatches:
-        """Return this process's share of the training batches by step."""
+    def training(
+        self, augment: CfgNode, solver: CfgNode, views: Views | None = None, whole: bool = False
+    ) -> TrainingBatches:
+        """Return this process's share of the students' training batches by step, or of the teacher's (``whole``)."""
         share = share_of(solver.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH", solver.ACCUMULATE)
-        store, seed = self._training_store(augment), self.config.SEED
+        store, seed = self._training_store(augment, whole), self.config.SEED
         return TrainingBatches(store, solver.IMS_PER_BATCH, seed, augment, views, share)
 
     def views(self) -> Views | None:
@@ -158,22 +179,24 @@ class StageOneData:
         workers = 0 if store.cached else self.config.DATALOADER.NUM_WORKERS
         return load(EvaluationBatches(store, batch_size), firsts, workers)
 
-    def description(self) -> dict[str, object]:
-        """Return the data's part of a card."""
+    def description(self, whole: bool = False) -> dict[str, object]:
+        """Return the data's part of a student's card, or of the teacher's (``whole``)."""
         return {
             "name": self.name,
-            "fingerprint": self.fingerprint,
-            "images": len(self.folder.train),
+            "fingerprint": self.whole_fingerprint if whole else self.fingerprint,
+            "images": len((self.whole if whole else self.folder).train),
             "validation_images": len(self.folder.val),
             "classes": len(self.classes),
         }
 
-    def _training_store(self, augment: CfgNode) -> ImageStore:
-        return self._store("train", square=not augment.CROP_AREA)
+    def _training_store(self, augment: CfgNode, whole: bool = False) -> ImageStore:
+        name = "whole" if whole and self.whole is not self.folder else "train"
+        return self._store(name, square=not augment.CROP_AREA)
 
     def _store(self, name: str, square: bool) -> ImageStore:
         if (name, square) not in self._stores:
-            data, split = self.config.DATA, self.folder.val if name == "val" else self.folder.train
+            data = self.config.DATA
+            split = {"val": self.folder.val, "train": self.folder.train, "whole": self.whole.train}[name]
             limit = data.CACHE_GIB * GIB
             self._stores[name, square] = ImageStore(split, data.IMAGE_SIZE, data.CROP_RATIO, square, limit)
         return self._stores[name, square]

@@ -127,13 +127,13 @@ class StageOne:
     def prepare_teacher(self, network: Network, labels_shared: bool) -> dict[str, Any]:
         """Train the teacher, or take it as it is and measure it; refuse one that is worse than expected."""
         folder = RunFolder(self.output / "teacher")
-        claim = teacher_claim(self.config, self.data.fingerprint, network.sha256, network.to_train)
+        claim = teacher_claim(self.config, self.data.whole_fingerprint, network.sha256, network.to_train)
         with folder.opened(claim) if is_main_process() else nullcontext():
             if not broadcast_from_rank0(lambda: folder.done):
                 if network.to_train:
                     solver, augment = teacher_solver(self.config), teacher_augment(self.config)
                     teacher = self._student("teacher", network, build_transfer(LABELS_ONLY), solver, folder)
-                    self._train([teacher], None, self.data.training(augment, solver), solver)
+                    self._train([teacher], None, self.data.training(augment, solver, whole=True), solver)
                     self._finish(teacher, network, self.teacher_file)
                 else:
                     self._take_teacher(network, folder, labels_shared)
@@ -264,7 +264,7 @@ class StageOne:
             classes=self.data.classes if network.has_labels(self.data.classes) else [],
             input=input_contract(node.MEAN, node.STD, "RGB", node.IMAGE_SIZE),
             method=method,
-            data=self.data.description(),
+            data=self.data.description(whole=method not in self.methods),
             top1=accuracy.top1 if accuracy else None,
             top5=accuracy.top5 if accuracy else None,
             seed=self.config.SEED,

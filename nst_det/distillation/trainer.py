@@ -130,7 +130,7 @@ class StudentTrainer(OptimizedState):
         outputs.maps = {level: _tap(maps) for level, maps in outputs.maps.items()}
         assert outputs.logits is not None
         outputs.logits = outputs.logits.float()
-        ce = cross_entropy(outputs.logits, labels, label_smoothing=self.solver.LABEL_SMOOTHING)
+        ce = self._cross_entropy(outputs.logits, labels)
         terms = {"ce": self.solver.CE_WEIGHT * ce}
         if teacher is not None:
             warmup = self.config.TRANSFER.WARMUP_ITERS
@@ -145,6 +145,14 @@ class StudentTrainer(OptimizedState):
         self.passes.append(Pass({term: value.detach() for term, value in terms.items()}, places, norm))
         if part == parts - 1:
             self._join()
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean over the labelled images of a part; 0 where it has none."""
+        smoothing, data = self.solver.LABEL_SMOOTHING, self.config.DATA
+        if not (data.PER_CLASS and data.REST == "unlabelled"):
+            return cross_entropy(logits, labels, label_smoothing=smoothing)
+        total = cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=-1, reduction="sum")
+        return total / (labels >= 0).sum().clamp(min=1)
 
     def _balanced(self, task: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the terms by the weights that the first steps choose, in which they are measured against the task."""

@@ -64,6 +64,9 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "TEST": (RESUME, STUDENT, TEACHER),
     "TEST.DETECTIONS_PER_IMAGE": (RESUME, STUDENT, TEACHER, FORWARD),
     "DATA": (RESUME, STUDENT, TEACHER),
+    # in the fingerprint of the students' data; a teacher learns from all
+    "DATA.PER_CLASS": (RESUME, STUDENT),
+    "DATA.REST": (RESUME, STUDENT),
     "DATA.IMAGE_SIZE": _PIXELS,
     "DATA.CROP_RATIO": _PIXELS,
     "DATA.MEAN": _PIXELS,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nst_det.losses import ModelOutputs
-from nst_det.models import inception_bn, small  # noqa: F401 (registers these networks in timm)
+from nst_det.models import cifar, inception_bn, small  # noqa: F401 (registers these networks in timm)
 
 # timm's arguments that load weights or read files: an architecture from a card must never reach them
 NOT_ARCHITECTURE = (
@@ -105,8 +105,9 @@ class LevelInfo:
 def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
     """The levels of a timm model: the last map of stride 4, 8, 16 and 32, as far as it has them.
 
-    A model with ``vector_levels`` gives its hidden vectors by these names instead, with stride 0.  A black image is
-    sent through the model once, in evaluation mode and without gradients; the model is left as it was.
+    A model with ``vector_levels`` gives its hidden vectors by these names instead, with stride 0, and one with
+    ``level_names`` all its maps by these names.  A black image is sent through the model once, in evaluation mode and
+    without gradients; the model is left as it was.
 
     Args:
         model: a timm model with ``forward_intermediates``.
@@ -128,10 +129,11 @@ def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
         names: Sequence[str] = model.vector_levels  # type: ignore[assignment]
         return {vector: LevelInfo(index, 0, maps[index].shape[1]) for index, vector in enumerate(names)}
     levels: dict[str, LevelInfo] = {}
+    own: Sequence[str] | None = getattr(model, "level_names", None)
     for index, map_ in enumerate(maps):
         stride = stride_of(map_, size)
-        level = f"res{int(math.log2(stride))}"
-        if level in LEVELS:
+        level = own[index] if own else f"res{int(math.log2(stride))}"
+        if own or level in LEVELS:
             levels[level] = LevelInfo(index, stride, map_.shape[1])
     if not levels:
         raise ValueError(f"{name} has no feature map of stride 4, 8, 16 or 32; use another model")
