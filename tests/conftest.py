@@ -31,8 +31,8 @@ SLOW = {
     "detection/test_training.py", "detection/test_validation.py",
     "distillation/test_distill_cache.py", "distillation/test_distill_faults.py",
     "distillation/test_distill_images.py", "distillation/test_distill_mlp.py",
-    "distillation/test_distill_optimizer.py", "distillation/test_distill_papers.py", "distillation/test_distill_processes.py",
-    "distillation/test_distill_stage.py",
+    "distillation/test_distill_optimizer.py", "distillation/test_distill_papers.py",
+    "distillation/test_distill_processes.py", "distillation/test_distill_stage.py",
 }  # fmt: skip
 # tests want equal bits, which no GPU promises, and fork: none sees a GPU, nor does a process that it starts, unless
 # those marked gpu are asked for; done before anything imports torch
