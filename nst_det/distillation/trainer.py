@@ -129,7 +129,7 @@ class StudentTrainer(OptimizedState):
             outputs = forward_outputs(self.model, images, self.levels)
         outputs.maps = {level: _tap(maps) for level, maps in outputs.maps.items()}
         assert outputs.logits is not None
-        outputs.logits = outputs.logits.float()
+        outputs.logits, outputs.labels = outputs.logits.float(), labels
         ce = cross_entropy(outputs.logits, labels, label_smoothing=self.solver.LABEL_SMOOTHING)
         terms = {"ce": self.solver.CE_WEIGHT * ce}
         if teacher is not None:

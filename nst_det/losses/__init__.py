@@ -13,6 +13,10 @@ from nst_det.losses.locality_preserving import lp_loss  # isort: skip
 from nst_det.losses.cwd import cwd_loss  # isort: skip
 from nst_det.losses.pkd import pkd_loss  # isort: skip
 from nst_det.losses.mgd import generation_loss  # isort: skip
+from nst_det.losses.sp import sp_loss  # isort: skip
+from nst_det.losses.rkd import rkd_loss  # isort: skip
+from nst_det.losses.dkd import dkd_loss  # isort: skip
+from nst_det.losses.dist import dist_loss  # isort: skip
 from nst_det.losses.loss import TransferLoss, build_transfer, pair_shapes
 from nst_det.losses.loss_balance import TermBalance, gradient_norms
 from nst_det.losses.method import LABELS_ONLY, Method, parse_method
@@ -28,6 +32,8 @@ __all__ = [
     "at_loss",
     "build_transfer",
     "cwd_loss",
+    "dist_loss",
+    "dkd_loss",
     "gaussian_nll",
     "generation_loss",
     "get_term",
@@ -40,6 +46,8 @@ __all__ = [
     "parse_method",
     "pkd_loss",
     "register_term",
+    "rkd_loss",
+    "sp_loss",
     "terms",
     "unregister_term",
 ]
