@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from nst_det.comparison.result import ComparisonResult, RowResult
     from nst_det.detection.predict import ImageDetector
+    from nst_det.detection.predictions import PredictResult
     from nst_det.errors import UserError
     from nst_det.evaluation.boxes import Detections, GroundTruth
     from nst_det.evaluation.voc import VocResult
@@ -77,25 +78,6 @@ class DistillResult(JupyterMixin, dict[str, dict[str, Any]]):
         from nst_det.distillation.pipeline import results_table
 
         return results_table(self, self.folder)
-
-
-@dataclass(frozen=True)
-class PredictResult:
-    """What :func:`predict` did.
-
-    Attributes:
-        images: images and frames that were read.
-        detections: their number by class, the most frequent first; classes without one are left out.
-        unreadable: what is wrong with each file that could not be read.
-        files: images and videos that were named.
-        folder: where all is written.
-    """
-
-    images: int
-    detections: dict[str, int]
-    unreadable: list[UserError]
-    files: int
-    folder: Path
 
 
 def init(
@@ -324,7 +306,7 @@ def predict(
     """
     from nst_det.detection.predict import find_sources, load_run, read_sources
     from nst_det.detection.predict import predict as detections_on
-    from nst_det.detection.predictions import FORMATS, PredictionWriter
+    from nst_det.detection.predictions import FORMATS, PredictionWriter, PredictResult
     from nst_det.engine.device import gpu_errors_in_one_line, named_device
     from nst_det.errors import UserError
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from nst_det.data.annotation import VocAnnotation, VocObject, voc_xml
 from nst_det.engine.io import atomic_path, write_text
+from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections
 from nst_det.evaluation.io import write_detections
 
@@ -45,6 +46,25 @@ class Prediction:
     def of_labels(self, kept: Iterable[int]) -> Prediction:
         keep = np.isin(self.labels, list(kept))
         return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], scores=self.scores[keep])
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """What :func:`nst_det.predict` did.
+
+    Attributes:
+        images: images and frames that were read.
+        detections: their number by class, the most frequent first; classes without one are left out.
+        unreadable: what is wrong with each file that could not be read.
+        files: images and videos that were named.
+        folder: where all is written.
+    """
+
+    images: int
+    detections: dict[str, int]
+    unreadable: list[UserError]
+    files: int
+    folder: Path
 
 
 def draw(prediction: Prediction, classes: Sequence[str]) -> np.ndarray:
