@@ -27,6 +27,7 @@ from nst_det.losses import (
     ModelOutputs,
     TransferLoss,
     build_transfer,
+    get_term,
     loss,
     loss_balance,
     pair_shapes,
@@ -294,6 +295,9 @@ def distill(
     sizes: dict[str, Any] = {}
     try:
         parsed = parse_method(method)
+        for name in parsed.names:
+            if get_term(name).truth:
+                raise ValueError(f"{name} reads the {get_term(name).truth} of images, which stage one alone gives it")
         if reads_box_head(parsed):
             mine, theirs = widths_of(student, parsed), widths_of(teacher, parsed)
             sizes = {"student_embedding": mine.embedding, "teacher_embedding": theirs.embedding}

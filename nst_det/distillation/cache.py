@@ -138,6 +138,9 @@ class Trial:
     def __init__(self, losses: Mapping[str, TransferLoss], student: ModelOutputs, device: torch.device) -> None:
         self.losses = [copy.deepcopy(loss).to(device) for loss in losses.values() if loss.pairs]
         self.student, self.device = student, device
+        if student.labels is None and student.logits is not None:
+            # any will do
+            student.labels = student.logits.argmax(1)
         # kind and place of the teacher's outputs, and what the losses declare to read of it
         self.reads: dict[tuple[str, str], set[str]] = defaultdict(set)
         for loss in self.losses:

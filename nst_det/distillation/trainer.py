@@ -129,7 +129,7 @@ class StudentTrainer(OptimizedState):
             outputs = forward_outputs(self.model, images, self.levels)
         outputs.maps = {level: _tap(maps) for level, maps in outputs.maps.items()}
         assert outputs.logits is not None
-        outputs.logits = outputs.logits.float()
+        outputs.logits, outputs.labels = outputs.logits.float(), labels
         ce = self._cross_entropy(outputs.logits, labels)
         terms = {"ce": self.solver.CE_WEIGHT * ce}
         if teacher is not None:

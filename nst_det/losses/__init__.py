@@ -3,9 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from nst_det.losses.registry import OWN_TERMS
+
 if TYPE_CHECKING:
     from nst_det.losses.at import at_loss
     from nst_det.losses.cwd import cwd_loss
+    from nst_det.losses.dist import dist_loss
+    from nst_det.losses.dkd import dkd_loss
     from nst_det.losses.fitnet import hint_loss
     from nst_det.losses.kd import kd_loss
     from nst_det.losses.locality_preserving import lp_loss
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from nst_det.losses.outputs import ModelOutputs
     from nst_det.losses.pkd import pkd_loss
     from nst_det.losses.registry import LayerPair, LossSpec, get_term, register_term, terms, unregister_term
+    from nst_det.losses.rkd import rkd_loss
+    from nst_det.losses.sp import sp_loss
     from nst_det.losses.vid import gaussian_nll
 
 __all__ = [
@@ -30,6 +36,8 @@ __all__ = [
     "at_loss",
     "build_transfer",
     "cwd_loss",
+    "dist_loss",
+    "dkd_loss",
     "gaussian_nll",
     "generation_loss",
     "get_term",
@@ -42,20 +50,22 @@ __all__ = [
     "parse_method",
     "pkd_loss",
     "register_term",
+    "rkd_loss",
+    "sp_loss",
     "terms",
     "unregister_term",
 ]
 
 # the files that have them; the rest of them needs torch, which takes seconds to import
 _LIGHT = "method"
-_FILES = (*("kd", "fitnet", "at", "nst", "vid", "locality_preserving", "cwd", "pkd", "mgd"), "loss", "loss_balance")
+_FILES = (*OWN_TERMS, "loss", "loss_balance", "outputs", "registry")
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
         modules = [import_module(f"{__name__}.{_LIGHT}")]
         if name not in vars(modules[0]):
-            modules = [import_module(f"{__name__}.{file}") for file in (*_FILES, "outputs", "registry")]
+            modules = [import_module(f"{__name__}.{file}") for file in _FILES]
         for module in modules:
             if name in vars(module):
                 return getattr(module, name)

@@ -9,14 +9,22 @@ from nst_det.losses.ops import Shared, compute_now, full_precision
 from nst_det.losses.registry import LayerPair, register_term
 
 
+def soft_targets(term: str, student: Tensor, teacher: Tensor, temperature: float, shared: Shared) -> Tensor:
+    """Return the logarithms of a teacher's softened probabilities (B, K), shared by all terms that ask for them."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"{term} compares logits of one shape; got {tuple(student.shape)} and {tuple(teacher.shape)}")
+    target: Tensor = shared(
+        ("kd", temperature), lambda: F.log_softmax(full_precision(teacher.detach()) / temperature, dim=1)
+    )
+    return target
+
+
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0, shared: Shared = compute_now) -> Tensor:
     """``T^2 * KL(softmax(z_T / T) || softmax(z_S / T))`` of logits (B, K), mean over the batch: a scalar >= 0.
 
     No gradient goes to the teacher; ``shared`` keeps its soft targets for other students.
     """
-    if student.shape != teacher.shape:
-        raise ValueError(f"kd compares logits of one shape; got {tuple(student.shape)} and {tuple(teacher.shape)}")
-    target = shared(("kd", temperature), lambda: F.log_softmax(full_precision(teacher.detach()) / temperature, dim=1))
+    target = soft_targets("kd", student, teacher, temperature, shared)
     log_probability = F.log_softmax(full_precision(student) / temperature, dim=1)
     # a batch of RoIs can be empty, and has the value 0 then
     return F.kl_div(log_probability, target, reduction="sum", log_target=True) / max(len(student), 1) * temperature**2

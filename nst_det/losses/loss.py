@@ -90,12 +90,13 @@ class TransferLoss(nn.Module):
         values: dict[str, Tensor] = {}
         for name, pairs in self.pairs.items():
             student_kind, teacher_kind = self.kinds[name]
+            truth = student.truth(get_term(name).truth)
             parts = {}
             for pair in pairs:
                 target = teacher.of(teacher_kind, pair.teacher)
                 shared = partial(_shared, teacher, (teacher_kind, pair.teacher))
                 with torch.autocast(target.device.type, enabled=False):
-                    value = self.module(name, pair)(student.of(student_kind, pair.student), target, shared)
+                    value = self.module(name, pair)(student.of(student_kind, pair.student), target, shared, **truth)
                 parts[pair.label] = value
             values[name] = self.weights[name] * torch.stack(list(parts.values())).sum()
             self.parts[name] = {label: value.detach() for label, value in parts.items()}

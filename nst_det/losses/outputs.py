@@ -21,6 +21,7 @@ class ModelOutputs:
         logits: (B, K), unnormalized class scores.
         maps: level name to feature map (B, C, H, W).
         embedding: (B, D), the pooled vector before the classifier.
+        labels: (B,) int64, the class of each image, on the student's side.
 
     Example:
         >>> teacher = ModelOutputs(logits=torch.zeros(2, 10), maps={"res4": torch.rand(2, 8, 7, 7)})
@@ -31,6 +32,7 @@ class ModelOutputs:
     logits: Tensor | None = None
     maps: dict[str, Tensor] = field(default_factory=dict)
     embedding: Tensor | None = None
+    labels: Tensor | None = None
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
@@ -54,11 +56,18 @@ class ModelOutputs:
             None if self.logits is None else self.logits[rows],
             {level: value[rows] for level, value in self.maps.items()},
             None if self.embedding is None else self.embedding[rows],
+            None if self.labels is None else self.labels[rows],
         )
 
     def tensors(self) -> list[Tensor]:
         """Return all outputs there are."""
         return [value for value in (self.logits, *self.maps.values(), self.embedding) if value is not None]
+
+    def truth(self, name: str) -> dict[str, Any]:
+        """Return the annotation that a loss is called with by keyword: ``labels``, or nothing for ""."""
+        if name and getattr(self, name) is None:
+            raise ValueError(f"no {name} among the outputs, but a transfer term reads them")
+        return {name: getattr(self, name)} if name else {}
 
     def of(self, kind: str, level: str = "") -> Tensor:
         """Return the output of one kind: ``logits``, ``embedding``, or the map of ``level`` for ``maps``."""

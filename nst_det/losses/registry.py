@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from torch import nn
 
+# what a loss may ask for beside the outputs: the class of each image
+TRUTHS = ("", "labels")
 KINDS = ("logits", "maps", "embedding")
 # in a loss's ``reads``: the teacher's output itself
 OUTPUT = "output"
@@ -34,6 +36,10 @@ OWN_TERMS = {
     "cwd": ("cwd",),
     "pkd": ("pkd",),
     "mgd": ("mgd",),
+    "sp": ("sp",),
+    "rkd": ("rkd",),
+    "dkd": ("dkd",),
+    "dist": ("dist",),
 }
 
 Build = TypeVar("Build", bound="Callable[..., nn.Module]")
@@ -76,6 +82,7 @@ class LossSpec:
         build: ``build(pair, **options)`` gives a module; ``module(student, teacher, shared)`` gives a scalar.
         student_kind: the kind of output read from the student.
         vectors: the module also compares a student's vector with a teacher's map (:attr:`LayerPair.vector`).
+        truth: what of the annotation the module is called with, as a keyword: ``labels`` or nothing.
     """
 
     name: str
@@ -86,6 +93,7 @@ class LossSpec:
     build: Callable[..., nn.Module]
     student_kind: str
     vectors: bool = False
+    truth: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -98,7 +106,14 @@ _TERMS: dict[str, LossSpec] = {}
 
 
 def register_term(
-    name: str, level: str, weight: float, source: str, summary: str, student_kind: str = "", vectors: bool = False
+    name: str,
+    level: str,
+    weight: float,
+    source: str,
+    summary: str,
+    student_kind: str = "",
+    vectors: bool = False,
+    truth: str = "",
 ) -> Callable[[Build], Build]:
     """Decorate the class of a loss, to make it a term of methods; the parameters are those of :class:`LossSpec`.
 
@@ -116,10 +131,12 @@ def register_term(
     student_kind = student_kind or level
     if not {level, student_kind} <= set(KINDS):
         raise ValueError(f"the term '{name}' reads '{student_kind}' and '{level}'; a term reads {', '.join(KINDS)}")
+    if truth not in TRUTHS:
+        raise ValueError(f"the term '{name}' asks for the truth '{truth}'; there are {', '.join(TRUTHS[1:])}")
     check_weight(name, weight)
 
     def register(build: Build) -> Build:
-        _TERMS[name] = LossSpec(name, level, weight, source, summary, build, student_kind, vectors)
+        _TERMS[name] = LossSpec(name, level, weight, source, summary, build, student_kind, vectors, truth)
         return build
 
     return register

@@ -223,7 +223,9 @@ def losses() -> None:
     def outputs(widths: dict[str, int], learns: bool) -> ModelOutputs:
         shapes = [(6, 5), (6, 32), *((6, width, 8, 8) for width in widths.values())]
         logits, embedding, *maps = (torch.rand(shape, device="cuda:1", requires_grad=learns) for shape in shapes)
-        return ModelOutputs(logits, dict(zip(widths, maps)), embedding)
+        return ModelOutputs(
+            logits, dict(zip(widths, maps)), embedding, torch.zeros(6, dtype=torch.int64, device="cuda:1")
+        )
 
     for term in terms():
         # PKD has no adapter

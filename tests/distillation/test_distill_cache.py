@@ -95,7 +95,7 @@ def test_a_loss_reads_no_more_than_it_declares(name, mine, theirs):
     def outputs(who, side):
         shapes = (4, 5), (4, channels[who], *side), (4, channels[who], *side), (4, channels[who])
         logits, used, unused, embedding = (torch.randn(shape, generator=generator) for shape in shapes)
-        return ModelOutputs(logits, {"res3": used, "res4": unused}, embedding)
+        return ModelOutputs(logits, {"res3": used, "res4": unused}, embedding, torch.arange(4))
 
     student, teacher = outputs("student", mine), outputs("teacher", theirs)
     levels = {f"{who}_channels": {"res3": count} for who, count in channels.items()}
@@ -104,7 +104,7 @@ def test_a_loss_reads_no_more_than_it_declares(name, mine, theirs):
     trial = Trial({name: loss}, student, torch.device("cpu"))
     pieces = what_to_keep(trial.read(teacher))
     assert total_bytes(pieces) > 0
-    less = ModelOutputs(*(torch.full((4, 5), math.nan) for _ in range(3)))
+    less = ModelOutputs(*(torch.full((4, 5), math.nan) for _ in range(3)), torch.arange(4))
     less.maps = {level: torch.full_like(value, math.nan) for level, value in student.maps.items()}
     kind = terms()[name].student_kind
     if kind == "maps":

@@ -18,7 +18,9 @@ def outputs(channels, side, seed, device):
         "embedding": torch.randn(8, channels, generator=draw),
     }
     leaves = {name: value.to(device).requires_grad_() for name, value in kinds.items()}
-    return leaves, ModelOutputs(leaves["logits"], {"res4": leaves["map"]}, leaves["embedding"])
+    return leaves, ModelOutputs(
+        leaves["logits"], {"res4": leaves["map"]}, leaves["embedding"], torch.arange(8, device=device)
+    )
 
 
 def value_and_gradients(term, device):

@@ -7,7 +7,7 @@ from nst_det.losses import LayerPair, ModelOutputs, at_loss, build_transfer, kd_
 
 STUDENT = {"res3": 6, "res4": 8}
 TEACHER = {"res3": 6, "res4": 12, "res5": 16}
-EVERY_MAP_TERM = "fitnet+at+nst-linear+nst-poly+nst-gaussian+vid+cwd+mgd"
+EVERY_MAP_TERM = "fitnet+at+nst-linear+nst-poly+nst-gaussian+vid+cwd+mgd+sp"
 
 
 def build(method, **changes):
@@ -31,6 +31,7 @@ def outputs(seed=0, requires_grad=False, batch=4):
     student = ModelOutputs(
         draw(batch, 10), {"res3": draw(batch, 6, 8, 8), "res4": draw(batch, 8, 4, 4)}, draw(batch, 8)
     )
+    student.labels = torch.arange(batch)
     maps = {"res3": draw(batch, 6, 8, 8), "res4": draw(batch, 12, 4, 4), "res5": draw(batch, 16, 2, 2)}
     return student, ModelOutputs(draw(batch, 10), maps, draw(batch, 16))
 
@@ -118,7 +119,7 @@ def test_an_output_that_is_not_there_is_named(method, named):
 
 def test_gradient_reaches_the_student_and_the_adapters_and_not_the_teacher():
     student, teacher = outputs(requires_grad=True)
-    loss = build("kd+vid-logits+lp+" + EVERY_MAP_TERM)
+    loss = build("kd+vid-logits+lp+rkd+dkd+dist+" + EVERY_MAP_TERM)
     sum(loss(student, teacher).values()).backward()
     for x in (student.logits, student.embedding, *student.maps.values()):
         assert x.grad is not None

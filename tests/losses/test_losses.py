@@ -1,4 +1,4 @@
-"""KD, FitNet, AT, VID, LP, CWD, PKD and MGD against loops written from their formulas."""
+"""All methods but NST against loops written from their formulas."""
 
 import cmath
 import itertools
@@ -11,7 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nst_det.losses import LayerPair, at_loss, cwd_loss, get_term, hint_loss, kd_loss, lp_loss, pkd_loss
+from nst_det.losses import (
+    LayerPair,
+    at_loss,
+    cwd_loss,
+    dist_loss,
+    dkd_loss,
+    get_term,
+    hint_loss,
+    kd_loss,
+    lp_loss,
+    pkd_loss,
+    rkd_loss,
+    sp_loss,
+)
 from nst_det.losses.mgd import generation_loss
 from nst_det.losses.ops import compute_now
 from nst_det.losses.vid import ChannelVariance, gaussian_nll
@@ -192,6 +205,97 @@ def test_pkd(check_formula):
     check_formula(formula, lambda x: pkd_loss(x, tensor(teacher)), student)
 
 
+def smooth_l1(x, y):
+    off = x - y if x.real >= y.real else y - x
+    return off**2 / 2 if off.real < 1 else off - 0.5
+
+
+def dot(x, y):
+    return sum(a * b for a, b in zip(x, y))
+
+
+def test_sp(check_formula):
+    student, teacher = RNG.standard_normal((3, 2, 2, 2)), RNG.standard_normal((3, 4, 2, 2))
+
+    def rows(maps):
+        for image in maps:
+            row = [dot(image.ravel(), other.ravel()) for other in maps]
+            yield [v / cmath.sqrt(dot(row, row) + 1e-6) for v in row]
+
+    def formula(x):
+        return sum((a - b) ** 2 for s, t in zip(rows(x), rows(teacher)) for a, b in zip(s, t)) / 9
+
+    check_formula(formula, lambda x: sp_loss(x, tensor(teacher)), student)
+
+
+@pytest.mark.parametrize(("distance", "angle"), [(25.0, 0.0), (0.0, 50.0), (1.0, 2.0)])
+def test_rkd(distance, angle, check_formula):
+    student, teacher = 3 * RNG.standard_normal((4, 3)), RNG.standard_normal((4, 5))
+
+    def distances(x):
+        found = {
+            (i, j): cmath.sqrt(dot(x[i] - x[j], x[i] - x[j]) + 1e-6) for i, j in itertools.permutations(range(4), 2)
+        }
+        mean = sum(found.values()) / 12
+        return {pair: value / mean for pair, value in found.items()}
+
+    def angles(x):
+        for i, j, k in itertools.product(range(4), repeat=3):
+            one, two = x[i] - x[j], x[i] - x[k]
+            yield dot(one, two) / cmath.sqrt(dot(one, one) + 1e-6) / cmath.sqrt(dot(two, two) + 1e-6)
+
+    def formula(x):
+        mine, theirs = distances(x), distances(teacher)
+        pairs = sum(smooth_l1(value, theirs[pair]) for pair, value in mine.items()) / 16
+        return distance * pairs + angle * sum(map(smooth_l1, angles(x), angles(teacher))) / 64
+
+    check_formula(formula, lambda x: rkd_loss(x, tensor(teacher), distance, angle), student)
+
+
+@pytest.mark.parametrize(("target", "others", "temperature"), [(1.0, 0.5, 1.0), (2.0, 8.0, 4.0), (0.0, 1.0, 1.0)])
+def test_dkd(target, others, temperature, check_formula):
+    student, teacher, labels = RNG.standard_normal((3, 4)), 2 * RNG.standard_normal((3, 4)), [0, 3, 1]
+
+    def formula(x):
+        total = 0
+        for s, t, label in zip(x, teacher, labels):
+            p, q = softmax(t / temperature), softmax(s / temperature)
+            rest = [k for k in range(4) if k != label]
+            total += target * kl([p[label], 1 - p[label]], [q[label], 1 - q[label]])
+            total += others * kl(*([r[k] / (1 - r[label]) for k in rest] for r in (p, q)))
+        return temperature**2 * total / 3
+
+    def loss(x):
+        return dkd_loss(x, tensor(teacher), torch.tensor(labels), target, others, temperature)
+
+    check_formula(formula, loss, student)
+
+
+@pytest.mark.parametrize(("inter", "intra", "temperature"), [(1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 2.0, 4.0)])
+def test_dist(inter, intra, temperature, check_formula):
+    student, teacher = RNG.standard_normal((3, 4)), 2 * RNG.standard_normal((3, 4))
+
+    def one_minus_r(x, y):
+        x, y = ([v - sum(values) / len(values) for v in values] for values in (x, y))
+        return 1 - dot(x, y) / cmath.sqrt((dot(x, x) + 1e-12) * (dot(y, y) + 1e-12))
+
+    def formula(x):
+        p, q = (np.array([softmax(row / temperature) for row in logits]) for logits in (x, teacher))
+        images, classes = (sum(map(one_minus_r, a, b)) / len(a) for a, b in ((p, q), (p.T, q.T)))
+        return temperature**2 * (inter * images + intra * classes)
+
+    check_formula(formula, lambda x: dist_loss(x, tensor(teacher), inter, intra, temperature), student)
+
+
+def test_relations_of_one_sample_or_none_are_finite():
+    one, none = torch.randn(1, 3), torch.randn(0, 3)
+    assert float(rkd_loss(one, torch.randn(1, 6))) == 0
+    for rows in (one, none):
+        labels = torch.zeros(len(rows), dtype=torch.int64)
+        assert dist_loss(rows, rows).isfinite()
+        assert float(dkd_loss(rows, rows, labels)) == 0
+
+
 @pytest.mark.parametrize(("loss", "terms"), [(hint_loss, 24), (generation_loss, 2)])
 def test_squared_differences_of_maps(loss, terms, check_formula):
     student, teacher = RNG.standard_normal((2, 3, 2, 2)), RNG.standard_normal((2, 3, 2, 2))
@@ -304,6 +408,10 @@ def test_shapes_that_cannot_be_compared_are_refused(loss, shapes):
         ("lp", {"k": 0}, "k must"),
         ("lp", {"sigma": "mean"}, "neighbors"),
         ("mgd", {"masked": 1.0}, "masked"),
+        ("rkd", {"distance": -1}, "distance"),
+        *((term, {"temperature": 0}, "temperature") for term in ("dkd", "dist")),
+        ("dkd", {"target": 0, "others": 0}, "others"),
+        ("dist", {"intra": -1}, "intra"),
         ("pkd", {}, "res3:res4.*64.*256"),
         ("vid-logits", {}, "width"),
     ],

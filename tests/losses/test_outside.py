@@ -13,11 +13,15 @@ from nst_det.losses.ops import aligned, unit
 
 
 # 1. the loss, a function on tensors
+def cosines(maps):
+    x = unit(maps.flatten(1))
+    return x @ x.T
+
+
 def similarity_loss(student, teacher, shared):
     small, large = aligned(student, teacher, shared)
-    target = shared(("similarity", large.shape[2:]), lambda: unit(large.flatten(1) @ large.flatten(1).T))
-    x = small.flatten(1)
-    return (unit(x @ x.T) - target).square().mean()
+    target = shared(("similarity", large.shape[2:]), lambda: cosines(large))
+    return (cosines(small) - target).square().mean()
 
 
 # 2. the module that a pair of levels gets, and its entry in the registry
@@ -31,11 +35,11 @@ class Similarity(nn.Module):
 
 
 ENTRY = {
-    "name": "sp",
+    "name": "cosine",
     "level": "maps",
     "weight": 3000.0,
-    "source": "RepDistiller (beta 3000)",
-    "summary": "which samples of the batch have similar maps",
+    "source": "ours",
+    "summary": "which samples of the batch have maps in one direction",
 }
 
 
@@ -43,27 +47,28 @@ ENTRY = {
 def _registered():
     register_term(**ENTRY)(Similarity)
     yield
-    unregister_term("sp")
+    unregister_term("cosine")
 
 
 @pytest.mark.usefixtures("_registered")
 def test_a_method_from_outside_is_a_method_like_any_other():
     # 3. its name, wherever a method is named
-    assert parse_method("sp:10+kd").word == "kd+sp:10"
+    assert parse_method("cosine:10+kd").word == "kd+cosine:10"
     loss = build_transfer(
-        "sp+nst-poly",
+        "cosine+nst-poly",
         levels=["res3"],
         student_channels={"res3": 3},
         teacher_channels={"res3": 5},
-        options={"sp": {"scale": 0.5}},
+        options={"cosine": {"scale": 0.5}},
     )
     student = ModelOutputs(maps={"res3": torch.randn(4, 3, 6, 6, requires_grad=True)})
     teacher = ModelOutputs(maps={"res3": torch.randn(4, 5, 6, 6)})
     values = loss(student, teacher)
     x, y = (maps.detach().flatten(1) for maps in (student.maps["res3"], teacher.maps["res3"]))
-    difference = nn.functional.normalize(x @ x.T) - nn.functional.normalize(y @ y.T)
-    torch.testing.assert_close(values["sp"].detach(), 3000 * 0.5 * difference.square().mean())
-    values["sp"].backward()
+    x, y = nn.functional.normalize(x), nn.functional.normalize(y)
+    difference = x @ x.T - y @ y.T
+    torch.testing.assert_close(values["cosine"].detach(), 3000 * 0.5 * difference.square().mean())
+    values["cosine"].backward()
     assert student.maps["res3"].grad.abs().max() > 0
 
 
@@ -75,28 +80,28 @@ def test_a_method_from_outside_is_a_method_like_any_other():
         ({"name": "ce"}, "can't name a term"),
         ({"name": "Kd"}, "can't name a term"),
         ({"name": "a+b"}, "can't name a term"),
-        ({"name": "rkd", "level": "map"}, "logits, maps, embedding"),
-        ({"name": "rkd", "weight": float("nan")}, "finite"),
+        ({"name": "pkt", "level": "map"}, "logits, maps, embedding"),
+        ({"name": "pkt", "weight": float("nan")}, "finite"),
     ],
 )
 def test_a_term_that_cannot_be_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         register_term(**{**ENTRY, **changes})(Similarity)
-    assert list(terms()).count("sp") == 1
-    assert "rkd" not in terms()
+    assert list(terms()).count("cosine") == 1
+    assert "pkt" not in terms()
 
 
 def test_what_was_unregistered_is_unknown():
     for look_up in (parse_method, unregister_term):
-        with pytest.raises(ValueError, match="unknown term 'sp'"):
-            look_up("sp")
+        with pytest.raises(ValueError, match="unknown term 'cosine'"):
+            look_up("cosine")
 
 
 def test_a_module_named_in_the_environment_adds_its_terms_to_every_command(tmp_path):
     (tmp_path / "my_terms.py").write_text(
         "from torch import nn\n"
         "from nst_det.losses import register_term\n"
-        "@register_term('sp', 'maps', 3000.0, 'RepDistiller (beta 3000)', 'similar samples')\n"
+        "@register_term('cosine', 'maps', 3000.0, 'ours', 'similar samples')\n"
         "class Similarity(nn.Identity):\n"
         "    pass\n"
     )
@@ -106,7 +111,7 @@ def test_a_module_named_in_the_environment_adds_its_terms_to_every_command(tmp_p
         ("no_such_terms", 2, "$NST_DET_TERMS: can't import 'no_such"),
     ):
         environment = {**os.environ, "NST_DET_TERMS": module, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
-        command = [sys.executable, "-m", "nst_det", "methods", "kd+sp"]
+        command = [sys.executable, "-m", "nst_det", "methods", "kd+cosine"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == code
         assert named in done.stdout + done.stderr

@@ -1,0 +1,66 @@
+"""RKD: distances and angles among the embeddings of a batch (Park et al. 2019, arXiv 1904.05068)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nst_det.losses.ops import EPS, Shared, compute_now, full_precision, unit
+from nst_det.losses.registry import OUTPUT, LayerPair, register_term
+
+
+def distances(x: Tensor) -> Tensor:
+    """Return the distances of all pairs of (B, D), divided by their mean over different samples: (B, B)."""
+    count = len(x)
+    found = ((x[:, None] - x).square().sum(2) + EPS).sqrt() * (1 - torch.eye(count, dtype=x.dtype, device=x.device))
+    return found / (found.sum() / (count * (count - 1)))
+
+
+def angles(x: Tensor) -> Tensor:
+    """Return the cosines of the angles at each of (B, D) to all pairs of the others: (B, B, B)."""
+    directions = unit(x[:, None] - x)
+    return directions @ directions.mT
+
+
+def rkd_loss(
+    student: Tensor, teacher: Tensor, distance: float = 25.0, angle: float = 50.0, shared: Shared = compute_now
+) -> Tensor:
+    """``distance`` x Huber loss of distances + ``angle`` x that of angles, of embeddings (B, D_S) and (B, D_T).
+
+    Means over all B^2 pairs and B^3 triples: a scalar >= 0, 0 for a single sample.  A factor of 0 leaves its part out.
+    """
+    if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
+        raise ValueError(f"rkd needs embeddings (B, D) of one B, not {tuple(student.shape)} and {tuple(teacher.shape)}")
+    x, y = full_precision(student), full_precision(teacher.detach())
+    loss = x.sum() * 0
+    if len(x) < 2:
+        return loss
+    if distance:
+        loss = loss + distance * F.smooth_l1_loss(distances(x), shared(("rkd", "distances"), lambda: distances(y)))
+    if angle:
+        loss = loss + angle * F.smooth_l1_loss(angles(x), shared(("rkd", "angles"), lambda: angles(y)))
+    return loss
+
+
+@register_term(
+    "rkd",
+    level="embedding",
+    weight=1.0,
+    source="RepDistiller (beta 1; distance 25, angle 50 in it)",
+    summary="distances and angles among the samples of the batch",
+)
+class RKD(nn.Module):
+    """The term ``rkd``."""
+
+    # pairs and triples are the batch's
+    reads = (OUTPUT,)
+
+    def __init__(self, pair: LayerPair, distance: float = 25.0, angle: float = 50.0) -> None:
+        super().__init__()
+        if min(distance, angle) < 0 or distance == angle == 0:
+            raise ValueError(f"rkd: distance and angle must be at least 0, one of them above, not {distance}, {angle}")
+        self.distance, self.angle = distance, angle
+
+    def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:
+        return rkd_loss(student, teacher, self.distance, self.angle, shared)
