@@ -20,7 +20,7 @@ from nst_det.engine.format import text_table
 from nst_det.engine.io import sha256_of_file
 from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
-from nst_det.losses import Method, ModelOutputs, TransferLoss, build_transfer, pair_shapes
+from nst_det.losses import Method, ModelOutputs, TransferLoss, build_transfer, get_term, pair_shapes
 from nst_det.losses.loss import HEADINGS
 from nst_det.models import (
     Card,
@@ -198,6 +198,8 @@ def build_losses(
                 losses[name] = build_transfer(method, **keys, **sizes)
         except (ValueError, TypeError) as error:
             raise UserError(f"config: TRANSFER: {error}") from error
+        if config.DATA.REST == "unlabelled" and any(get_term(term).truth for term in method.names):
+            raise UserError(f"DATA.REST: {name} reads the label of every image; take drop, or leave this method out")
         if "logits" in losses[name].reads("teacher") and not labels_shared:
             remedy = (
                 "set TEACHER.TRAIN True to fine-tune it first" if teacher and teacher.headless else "name another one"

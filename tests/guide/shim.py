@@ -12,7 +12,7 @@ DATA = {
     "detection-images": 8, "detection-test-images": 4, "detection-classes": 3,
 }  # fmt: skip
 DISTILL = {
-    "TEACHER.ARCH": "nst_resnet10_w32", "TEACHER.EXPECTED_TOP1": 0.0, "TEACHER.SOLVER": {"MAX_ITER": 2},
+    "TEACHER.ARCH": "resnet10t", "TEACHER.EXPECTED_TOP1": 0.0, "TEACHER.SOLVER": {"MAX_ITER": 2},
     "DATA.IMAGE_SIZE": 32, "DATA.AUGMENT.SHIFT": 2, "SOLVER.MAX_ITER": 2, "SOLVER.IMS_PER_BATCH": 8,
 }  # fmt: skip
 DETECT = {
