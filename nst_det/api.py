@@ -236,7 +236,7 @@ def load_backbone(weights: str | Path) -> tuple[nn.Module, Card]:
         >>> import nst_det, torch
         >>> model, card = nst_det.load_backbone("my_project/output/backbones/my_project-ce-s0.safetensors")
         >>> card.arch, card.method
-        ('nst_resnet10_w32', 'ce')
+        ('resnet10t', 'ce')
         >>> tuple(model(torch.zeros(2, 3, 64, 64)).shape) == (2, card.num_classes)
         True
     """

@@ -51,6 +51,7 @@ class TransferLoss(nn.Module):
         self.balance = GradientBalance(self.weights, shares or {})
         self.pairs = {name: tuple(places) for name, places in pairs.items()}
         self.kinds = {name: (get_term(name).student_kind, get_term(name).level) for name in pairs}
+        self._truths = {name: get_term(name).truth for name in pairs}
         self.terms = nn.ModuleDict(
             {
                 name: nn.ModuleDict({pair.label: get_term(name).build(pair, **options[name]) for pair in places})
@@ -90,7 +91,7 @@ class TransferLoss(nn.Module):
         values: dict[str, Tensor] = {}
         for name, pairs in self.pairs.items():
             student_kind, teacher_kind = self.kinds[name]
-            truth = student.truth(get_term(name).truth)
+            truth = student.truth(self._truths[name])
             parts = {}
             for pair in pairs:
                 target = teacher.of(teacher_kind, pair.teacher)

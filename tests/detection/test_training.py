@@ -28,7 +28,7 @@ from tests.helpers.detection import same_bits
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detect"
 UNTESTED = {"DATASETS.TEST": []}
 WIDE = {"MODEL.TIMM.ARCH": "nst_resnet18_w48", "MODEL.FPN.OUT_CHANNELS": 24}
-FIGURES = {"map", "map_area", "per_class", "per_class_area", "map_by_iou", "coco", "objects"}
+FIGURES = {"map", "map_area", "per_class", "per_class_area", "map_by_iou", "coco", "objects", "objects_per_class"}
 
 
 def rows_of(folder):

@@ -281,7 +281,9 @@ def stage_two(folder: Folder) -> None:
         folder.detect("evaluated", **{"MODEL.DEVICE": "cuda:1"})
     clip = {"ENABLED": True, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0}
     # terms that don't compare maps learn at the box heads
-    every = {**EVERY_DET, **folder.taught("+".join(terms()), "evaluated")}
+    # stage two gives no term the labels
+    named = "+".join(name for name, spec in terms().items() if not spec.truth)
+    every = {**EVERY_DET, **folder.taught(named, "evaluated")}
     every |= {"SOLVER.CLIP_GRADIENTS": clip, "SOLVER.ACCUMULATE": 2}
     with scenario("stage two, every term, resumed", device="cuda:1"):
         with stopped_at(("nst_det.detection.trainer:Trainer.run_step", 2)):

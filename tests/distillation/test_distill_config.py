@@ -74,7 +74,7 @@ def test_the_teachers_keys_override_the_students():
 
 def claims(changes=(), method="kd+nst-poly"):
     config = load_distill_config(None, ["DATA.ROOT", "x", *changes])
-    return student_claim(config, parse_method(method), "data", "teacher"), teacher_claim(config, "data", "")
+    return student_claim(config, parse_method(method), "data", "teacher"), teacher_claim(config, "data", "", True)
 
 
 # key, value, whether it binds the student kd+nst-poly, whether it binds the teacher
