@@ -12,6 +12,11 @@ from nst_det.comparison.result import comparable
 DISTILL = {
     "DATA": {"ROOT": "generated", "IMAGE_SIZE": 64},
     "TEACHER": {"ARCH": "nst_resnet10_w32", "SOLVER": {"MAX_ITER": 4}},
+    # the network of configs/detect/shapes.yaml
+    "STUDENT": {
+        "ARCH": "resnet10t",
+        "ARCH_KWARGS": {"channels": [32, 64, 128, 256], "stem_width": 16, "zero_init_last": False},
+    },
     "SOLVER": {
         "OPTIMIZER": "ADAMW",
         "BASE_LR": 0.004,

@@ -281,9 +281,7 @@ def stage_two(folder: Folder) -> None:
         folder.detect("evaluated", **{"MODEL.DEVICE": "cuda:1"})
     clip = {"ENABLED": True, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0}
     # terms that don't compare maps learn at the box heads
-    # stage two gives no term the labels
-    named = "+".join(name for name, spec in terms().items() if not spec.truth)
-    every = {**EVERY_DET, **folder.taught(named, "evaluated")}
+    every = {**EVERY_DET, **folder.taught(without_labels(), "evaluated")}
     every |= {"SOLVER.CLIP_GRADIENTS": clip, "SOLVER.ACCUMULATE": 2}
     with scenario("stage two, every term, resumed", device="cuda:1"):
         with stopped_at(("nst_det.detection.trainer:Trainer.run_step", 2)):
@@ -292,6 +290,11 @@ def stage_two(folder: Folder) -> None:
     with scenario("stage two, replay"):
         folder.detect("broken", **BREAKS)
         nst_det("replay", *(folder.path / "broken").rglob("step-00000001.pt"))
+
+
+def without_labels() -> str:
+    """All terms of stage two, which gives none the labels."""
+    return "+".join(name for name, spec in terms().items() if not spec.truth)
 
 
 def detectron2(folder: Folder) -> None:
@@ -303,7 +306,7 @@ def detectron2(folder: Folder) -> None:
     for method in ("nst-poly", "cwd"):
         with scenario(f"detectron2, {method}@det", DETECTRON2_STEP):
             folder.detect(method, **engine, **{"DATASETS.TEST": []}, **folder.taught(method, "teacher"))
-    every = {**EVERY_DET, **folder.taught("+".join(terms()), "teacher")}
+    every = {**EVERY_DET, **folder.taught(without_labels(), "teacher")}
     with scenario("detectron2, every term, resumed", device="cuda:1"):
         with stopped_at(("nst_det.detectron2.trainer:DistillTrainer.run_step", 2)):
             folder.detect("resumed", **engine, **every)
