@@ -22,15 +22,12 @@ if TYPE_CHECKING:
     from nst_det.detection.predict import ImageDetector
     from nst_det.detection.predictions import PredictResult
     from nst_det.errors import UserError
-    from nst_det.evaluation.boxes import Detections, GroundTruth
     from nst_det.evaluation.voc import VocResult
     from nst_det.exporting import Exported
     from nst_det.models import Card
     from nst_det.scaffold.init import Project
 
 log = logging.getLogger(__name__)
-# where the scores of a file begin at this or above, something was left out that AP counts
-SCORES_LEFT_OUT = 0.1
 Settings = Mapping[str, Any] | Sequence[str]
 # of nst-det export
 BACKBONE_FORMATS = ["timm", "torchvision", "detectron2"]
@@ -432,55 +429,9 @@ def evaluate_voc(
         (True, (2,))
     """
     from nst_det.evaluation import voc
+    from nst_det.evaluation.io import overlap_thresholds, read_voc
 
     return voc.evaluate_voc(*read_voc(detections, voc_root, split, classes, coco_names), overlap_thresholds(iou))
-
-
-def read_voc(
-    detections: str | Path,
-    voc_root: str | Path,
-    split: str,
-    classes: Sequence[str] | None,
-    coco_names: str | Path | None,
-) -> tuple[Detections, GroundTruth]:
-    """Return detections and the ground truth that they are measured against."""
-    import numpy as np
-
-    from nst_det.data.coco import form_problem
-    from nst_det.data.splits import list_to_test
-    from nst_det.data.voc import VocDataset, find_voc_root
-    from nst_det.evaluation.boxes import GroundTruth, to_xywh
-    from nst_det.evaluation.io import read_coco_names, read_detections
-
-    root = find_voc_root(voc_root)
-    data = VocDataset(root, split or list_to_test(root), classes)
-    annotations = data.annotations()
-    truth = GroundTruth.from_annotations(annotations, data.classes)
-    names = None if coco_names is None else read_coco_names(coco_names)
-    found = read_detections(detections, data.ids, data.classes, data.split, names, classes is not None)
-    lowest = found.score.min() if len(found) else None
-    if lowest is None or lowest >= SCORES_LEFT_OUT:
-        what = "no detections in it" if lowest is None else f"no score is below {lowest:.3g}"
-        log.warning(
-            "%s: %s; AP counts low scores too: take the run's own detections.json, or nst-det predict --threshold 0.02",
-            detections,
-            what,
-        )
-    size_of = {annotation.id: (annotation.width, annotation.height) for annotation in annotations}
-    problem = form_problem(to_xywh(found.box), np.reshape([size_of[id_] for id_ in found.image_id], (-1, 2)))
-    if problem:
-        log.warning("%s: %s", detections, problem)
-    return found, truth
-
-
-def overlap_thresholds(iou: float | Sequence[float]) -> list[float]:
-    """Return ``iou`` as a list, checked: each is above 0 and at most 1."""
-    from nst_det.errors import UserError
-
-    values = [float(iou)] if isinstance(iou, int | float) else [float(value) for value in iou]
-    if not values or not all(0 < value <= 1 for value in values):
-        raise UserError(f"iou {' '.join(map(str, values))}: overlap thresholds lie above 0 and at most at 1")
-    return values
 
 
 def key_values(settings: Settings) -> list[str]:

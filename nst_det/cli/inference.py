@@ -64,10 +64,10 @@ def predict(args: argparse.Namespace) -> int:
 )
 def evaluate(args: argparse.Namespace) -> None:
     """Score detections on a VOC split: AP of each class, 11-point and area."""
-    from nst_det.api import overlap_thresholds, read_voc
     from nst_det.engine.format import print_table
     from nst_det.engine.io import write_json
     from nst_det.evaluation.coco import evaluate_coco
+    from nst_det.evaluation.io import overlap_thresholds, read_voc
     from nst_det.evaluation.voc import evaluate_voc
 
     thresholds = overlap_thresholds(args.iou)

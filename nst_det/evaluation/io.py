@@ -13,16 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from nst_det.data.coco import coco_names
+from nst_det.data.coco import coco_names, form_problem
 from nst_det.data.safe_io import is_number, read_bytes, read_text, shown, shown_path
+from nst_det.data.splits import list_to_test
+from nst_det.data.voc import VocDataset, find_voc_root
 from nst_det.engine.io import write_text
 from nst_det.errors import UserError
-from nst_det.evaluation.boxes import Detections, to_xywh
+from nst_det.evaluation.boxes import Detections, GroundTruth, to_xywh
 
 MAX_FILE_BYTES = 1 << 30
 KIND = "file of detections"
 log = logging.getLogger(__name__)
 MAX_COORDINATE = 1e6
+# where the scores of a file begin at this or above, something was left out that AP counts
+SCORES_LEFT_OUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -219,3 +223,40 @@ class _ImageNames:
         found = next((form for form in forms if form in self.ids), "")
         # where a file of names knows the number, that is what counts
         return found or ("" if named else _lookup(self.by_number, given))
+
+
+def read_voc(
+    detections: str | Path,
+    voc_root: str | Path,
+    split: str,
+    classes: Sequence[str] | None,
+    names_file: str | Path | None,
+) -> tuple[Detections, GroundTruth]:
+    """Return detections and the ground truth that they are measured against."""
+    root = find_voc_root(voc_root)
+    data = VocDataset(root, split or list_to_test(root), classes)
+    annotations = data.annotations()
+    truth = GroundTruth.from_annotations(annotations, data.classes)
+    names = None if names_file is None else read_coco_names(names_file)
+    found = read_detections(detections, data.ids, data.classes, data.split, names, classes is not None)
+    lowest = found.score.min() if len(found) else None
+    if lowest is None or lowest >= SCORES_LEFT_OUT:
+        what = "no detections in it" if lowest is None else f"no score is below {lowest:.3g}"
+        log.warning(
+            "%s: %s; AP counts low scores too: take the run's own detections.json, or nst-det predict --threshold 0.02",
+            detections,
+            what,
+        )
+    size_of = {annotation.id: (annotation.width, annotation.height) for annotation in annotations}
+    problem = form_problem(to_xywh(found.box), np.reshape([size_of[id_] for id_ in found.image_id], (-1, 2)))
+    if problem:
+        log.warning("%s: %s", detections, problem)
+    return found, truth
+
+
+def overlap_thresholds(iou: float | Sequence[float]) -> list[float]:
+    """Return ``iou`` as a list, checked: each is above 0 and at most 1."""
+    values = [float(iou)] if isinstance(iou, int | float) else [float(value) for value in iou]
+    if not values or not all(0 < value <= 1 for value in values):
+        raise UserError(f"iou {' '.join(map(str, values))}: overlap thresholds lie above 0 and at most at 1")
+    return values
