@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from nst_det.models import Card
     from nst_det.scaffold.init import Project
 
-log = logging.getLogger(__name__)
 Settings = Mapping[str, Any] | Sequence[str]
 # of nst-det export
 BACKBONE_FORMATS = ["timm", "torchvision", "detectron2"]
