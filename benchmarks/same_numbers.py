@@ -124,6 +124,8 @@ STAGE_TWO = {
 STAGE_TWO_OTHERWISE = {
     "METHOD": "kd+fitnet+vid",
     "TRANSFER.LEVELS": "[res4]",
+    # its default was 1 once
+    "TRANSFER.WEIGHTS": "{vid: 1.0}",
     "TRANSFER.WARMUP_ITERS": 5,
     "MODEL.BACKBONE.NAME": "build_timm_backbone",
     "MODEL.BACKBONE.FREEZE_AT": 2,
