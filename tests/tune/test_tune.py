@@ -250,9 +250,9 @@ def test_a_stopped_trial_is_the_same_one_under_another_optuna(tmp_path, monkeypa
     found = search(tmp_path, space, 6, 0, evaluate)["a"]
     assert seen[3] == seen[4]
     assert (len(seen), found.trials) == (7, 6)
-    (line,) = caplog.messages
+    (line,) = [message for message in caplog.messages if "99.1" in message]
     assert str(tmp_path) in line
-    assert all(version in line for version in (begun_with, "99.1"))
+    assert begun_with in line
     caplog.clear()
     assert search(tmp_path, space, 6, 0, None)["a"] == found
 
