@@ -168,11 +168,16 @@ def annotation_from(root: Element, name: str) -> tuple[VocAnnotation | None, lis
     return VocAnnotation(name, int(width), int(height), found), problems
 
 
+def is_class_name(name: str) -> bool:
+    """Return whether a class can have this name: not empty, printable, and at most 200 characters."""
+    return 0 < len(name) <= 200 and name.isprintable()
+
+
 def _object(element: Element, number: int, problems: list[str]) -> VocObject | None:
     before = len(problems)
     name = (element.findtext("name") or "").strip()
     where = f"object {number}" + (f" ({shown(name, 40)})" if name else "")
-    if not name or not name.isprintable() or len(name) > 200:
+    if not is_class_name(name):
         problems.append(f"{where}: its name is {'missing' if not name else 'not printable or too long'}; correct it")
     flags = []
     for flag in ("difficult", "truncated"):

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from nst_det.data.annotation import MAX_PIXELS, NO_AREA, VocAnnotation, VocObject, voc_xml
+from nst_det.data.annotation import MAX_PIXELS, NO_AREA, VocAnnotation, VocObject, is_class_name, voc_xml
 from nst_det.data.images import EXTENSIONS
 from nst_det.data.safe_io import is_number, leads_outside, name_problem, shown, shown_path
 from nst_det.data.voc import composed, make_voc_folders, walk_files, with_size_of, write_split
@@ -243,7 +243,7 @@ class _CocoFile:
                 image = _known_id(entry, "image_id", self.images)
                 category = _known_id(entry, "category_id", self.categories)
                 name = self.categories[category]
-                if not name or not name.isprintable() or len(name) > 200:
+                if not is_class_name(name):
                     raise UserError(f"the name '{shown(name)}' of its category is empty, too long or can't be printed")
                 # one without objects may have any name: Roboflow's first often has that of the only class
                 first = id_of.setdefault(name, category)

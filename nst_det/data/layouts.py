@@ -247,8 +247,10 @@ def _refuse_other_format(root: Path) -> None:
     files = [file for file in walk_files(root) if file.count("/") <= 2]
     with_images = {file.rpartition("/")[0] for file in files if _extension(file) in EXTENSIONS}
     for file in files:
-        with open(root / file, "rb") as stream:
-            head = stream.read(1 << 20).decode("utf-8", "replace") if _extension(file) in (".json", ".xml") else ""
+        head = ""
+        if _extension(file) in (".json", ".xml"):
+            with open(root / file, "rb") as stream:
+                head = stream.read(1 << 20).decode("utf-8", "replace")
         for extension, keys, what, remedy in _OTHER_FORMATS:
             # a table may be beside class folders, too
             fits = all(key in head for key in keys) and (keys or file.rpartition("/")[0] in with_images)

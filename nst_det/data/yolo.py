@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from nst_det.data.annotation import NUMBER, VocAnnotation, VocObject
+from nst_det.data.annotation import NUMBER, VocAnnotation, VocObject, is_class_name
 from nst_det.data.safe_io import read_text, shown, shown_path
 from nst_det.errors import UserError
 
@@ -64,7 +64,7 @@ def _from_yaml(path: Path) -> YoloClasses | None:
 
 
 def _checked(names: list[str], path: Path) -> tuple[str, ...]:
-    odd = next((name for name in names if not name or not name.isprintable() or len(name) > 200), None)
+    odd = next((name for name in names if not is_class_name(name)), None)
     twice = next((name for name in names if names.count(name) > 1), None)
     if odd is not None or twice is not None or not names:
         why = "no class" if not names else "a name that is empty or can't be printed" if odd is not None else "twice"

@@ -113,7 +113,7 @@ class RunFolder:
     def check(self, config: CfgNode | dict[str, Any], within: str = "") -> None:
         """Refuse a folder that holds another run, by the keys that begin with ``within``; nothing is written."""
         values = _values(config)
-        before = read_json(self.config_path) if self.config_path.exists() and self.begun else values
+        before = read_json(self.config_path) if self.begun else values
         self._refuse(before, values, [key for key in differing(before, values) if key.startswith(within)])
 
     def _refuse(self, before: Mapping[str, Any], values: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -129,7 +129,7 @@ class RunFolder:
         for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
             remove_left_over(folder, owned=True)
         self.check(config)
-        begun = self.config_path.exists() and self.begun
+        begun = self.begun
         if inputs:
             before = read_json(self.inputs_path) if begun and self.inputs_path.exists() else inputs
             self._refuse(before, inputs, [key for key in inputs if before.get(key) != inputs[key]])
@@ -152,8 +152,8 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether this run, or one in a folder below, made a step."""
-        return any(TRACES.fullmatch(path.name) for path in self.path.rglob("*"))
+        """Whether this run has its config and made a step, or one in a folder below did."""
+        return self.config_path.exists() and any(TRACES.fullmatch(path.name) for path in self.path.rglob("*"))
 
     @property
     def done(self) -> bool:

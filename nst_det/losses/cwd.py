@@ -5,7 +5,16 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nst_det.losses.ops import Shared, at_size, channel_adapter, check_maps, common_size, compute_now, teacher_at
+from nst_det.losses.ops import (
+    Shared,
+    at_size,
+    channel_adapter,
+    check_maps,
+    check_temperature,
+    common_size,
+    compute_now,
+    teacher_at,
+)
 from nst_det.losses.registry import LayerPair, register_term
 
 
@@ -40,8 +49,7 @@ class CWD(nn.Module):
 
     def __init__(self, pair: LayerPair, temperature: float = 1.0) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"cwd: temperature must be above 0, not {temperature}")
+        check_temperature("cwd", temperature)
         self.temperature = temperature
         self.adapter = channel_adapter(pair.student_channels, pair.teacher_channels)
 

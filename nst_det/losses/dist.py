@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.kd import soft_targets
-from nst_det.losses.ops import Shared, compute_now, full_precision, unit
+from nst_det.losses.ops import Shared, check_factors, check_temperature, compute_now, full_precision, unit
 from nst_det.losses.registry import LayerPair, register_term
 
 # of probabilities, which are small where there are many classes
@@ -53,10 +53,8 @@ class DIST(nn.Module):
 
     def __init__(self, pair: LayerPair, inter: float = 1.0, intra: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"dist: temperature must be above 0, not {temperature}")
-        if min(inter, intra) < 0 or inter == intra == 0:
-            raise ValueError(f"dist: inter and intra must be at least 0, one of them above, not {inter}, {intra}")
+        check_temperature("dist", temperature)
+        check_factors("dist", inter=inter, intra=intra)
         self.inter, self.intra, self.temperature = inter, intra, temperature
 
     def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_det.losses.kd import soft_targets
-from nst_det.losses.ops import Shared, compute_now, full_precision
+from nst_det.losses.ops import Shared, check_factors, check_temperature, compute_now, full_precision
 from nst_det.losses.registry import LayerPair, register_term
 
 
@@ -55,10 +55,8 @@ class DKD(nn.Module):
 
     def __init__(self, pair: LayerPair, target: float = 1.0, others: float = 0.5, temperature: float = 1.0) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"dkd: temperature must be above 0, not {temperature}")
-        if min(target, others) < 0 or target == others == 0:
-            raise ValueError(f"dkd: target and others must be at least 0, one of them above, not {target}, {others}")
+        check_temperature("dkd", temperature)
+        check_factors("dkd", target=target, others=others)
         if pair.student_channels == 1:
             raise ValueError("dkd: there is one class only, and no other to compare")
         self.target, self.others, self.temperature = target, others, temperature

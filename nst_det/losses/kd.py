@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nst_det.losses.ops import Shared, compute_now, full_precision
+from nst_det.losses.ops import Shared, check_temperature, compute_now, full_precision
 from nst_det.losses.registry import LayerPair, register_term
 
 
@@ -44,8 +44,7 @@ class KD(nn.Module):
 
     def __init__(self, pair: LayerPair, temperature: float = 4.0) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"kd: temperature must be above 0, not {temperature}")
+        check_temperature("kd", temperature)
         self.temperature = temperature
 
     def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:

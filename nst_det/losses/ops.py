@@ -29,6 +29,20 @@ def full_precision(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def check_temperature(term: str, temperature: float) -> None:
+    """Refuse a temperature that divides no logits."""
+    if temperature <= 0:
+        raise ValueError(f"{term}: temperature must be above 0, not {temperature}")
+
+
+def check_factors(term: str, **factors: float) -> None:
+    """Refuse factors of a term's parts that are below 0, or all 0."""
+    values = list(factors.values())
+    if min(values) < 0 or not any(values):
+        names, given = " and ".join(factors), ", ".join(map(str, values))
+        raise ValueError(f"{term}: {names} must be at least 0, one of them above, not {given}")
+
+
 def check_maps(student: Tensor, teacher: Tensor, same_channels: bool = False) -> None:
     """Refuse what aren't maps (B, C, H, W) of one batch, or of one channel count where the loss needs that."""
     same_batch = student.dim() == teacher.dim() == 4 and len(student) == len(teacher)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nst_det.losses.ops import EPS, Shared, compute_now, full_precision, unit
+from nst_det.losses.ops import EPS, Shared, check_factors, compute_now, full_precision, unit
 from nst_det.losses.registry import OUTPUT, LayerPair, register_term
 
 
@@ -58,8 +58,7 @@ class RKD(nn.Module):
 
     def __init__(self, pair: LayerPair, distance: float = 25.0, angle: float = 50.0) -> None:
         super().__init__()
-        if min(distance, angle) < 0 or distance == angle == 0:
-            raise ValueError(f"rkd: distance and angle must be at least 0, one of them above, not {distance}, {angle}")
+        check_factors("rkd", distance=distance, angle=angle)
         self.distance, self.angle = distance, angle
 
     def forward(self, student: Tensor, teacher: Tensor, shared: Shared) -> Tensor:

@@ -243,8 +243,8 @@ PLAIN: dict[str, dict[str, Any]] = {
     "nst_plain4": {"widths": ([32] * 3 + [48] * 2, [80] * 6, [128] * 6)},
     "nst_plain_teacher": {"widths": ([96], [96], [96]), "pool": 4, "grid": 4},
 }
-RESIDUAL = [*(f"nst_wrn{name}" for name in ("", "16_1", "16_2", "40_1", "40_2"))]
-RESIDUAL += [f"nst_preact_resnet{depth}" for depth in (110, 1001)]
+RESIDUAL = ["nst_wrn", "nst_wrn16_1", "nst_wrn16_2", "nst_wrn40_1", "nst_wrn40_2"]
+RESIDUAL += ["nst_preact_resnet110", "nst_preact_resnet1001"]
 
 # the rest is timm's defaults, ImageNet's mean and std among them
 default_cfgs = generate_default_cfgs(
