@@ -336,7 +336,7 @@ def _check_lists(report: Report, layout: Layout, splits: Sequence[str] | None) -
         if _leads_out(report, path):
             continue
         try:
-            found = scan_list(path, layout.ids)
+            found = scan_list(path, lambda: layout.ids)
         except UserError as error:
             report.add("bad list", path, error)
             continue

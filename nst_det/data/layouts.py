@@ -16,6 +16,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from nst_det.data.annotation import voc_xml
@@ -75,8 +76,9 @@ class Layout:
     unused: dict[Path, str] = field(default_factory=dict)  # images of an id that another one has
     is_voc: bool = False  # read where it is
 
+    @cached_property
     def ids(self) -> set[str]:
-        """Return the ids of all images and annotations."""
+        """The ids of all images and annotations."""
         return {*self.images, *self.annotations}
 
     def list_files(self) -> dict[str, Path]:
@@ -202,15 +204,15 @@ def _is_yolo(root: Path, labels: Sequence[str], files: Sequence[str]) -> bool:
 
 def _listed_at_top(root: Path, files: Sequence[str], ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Return the lists of image files (``train.txt``) that Darknet and YOLO have beside the folders."""
-    splits = {}
+    splits, known = {}, set(ids)
     for file in files:
         match = _SPLIT.fullmatch(file.removesuffix(".txt"))
         if match and file.endswith(".txt"):
             lines = read_text(root / file, MAX_LIST_BYTES, "list").splitlines()
             stems = [os.path.splitext(line.strip().replace("\\", "/"))[0] for line in lines if line.strip()]
             # the end of its path says which image is meant, wherever the data was when the list was made
-            found = (id_of_line(stem.rpartition("/")[2], lambda: ids) for stem in stems)
-            splits[match[1].lower()] = tuple(dict.fromkeys(id_ for id_ in found if id_ in ids))
+            found = (id_of_line(stem.rpartition("/")[2], lambda: known) for stem in stems)
+            splits[match[1].lower()] = tuple(dict.fromkeys(id_ for id_ in found if id_ in known))
     return {split: part for split, part in splits.items() if part}
 
 
@@ -235,7 +237,7 @@ def convert_layout(layout: Layout, root: Path) -> Path:
             shutil.copyfile(annotation, target)
         link_or_copy(image, root / "JPEGImages" / f"{id_}{image.suffix}")
     lists = dict(layout.splits)
-    scanned = {name: scan_list(path, layout.ids) for name, path in layout.list_files().items()}
+    scanned = {name: scan_list(path, lambda: layout.ids) for name, path in layout.list_files().items()}
     lists |= {name: found[0] for name, found in scanned.items() if found}
     for name, ids in lists.items():
         write_split(root, name, (id_ for id_ in ids if id_ in taken))

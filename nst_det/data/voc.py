@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -195,7 +195,8 @@ def existing_split_path(root: Path, split: str) -> Path:
 def split_names(root: Path) -> list[str]:
     """Return the lists in ``ImageSets/Main``, sorted; lists of one class are left out."""
     paths = sorted((root / "ImageSets" / "Main").glob("*.txt"))
-    return [path.stem for path in paths if scan_list(path, partial(known_ids, root)) is not None]
+    known = cache(partial(known_ids, root))
+    return [path.stem for path in paths if scan_list(path, known) is not None]
 
 
 def write_split(root: Path, split: str, ids: Iterable[str]) -> None:
@@ -206,7 +207,7 @@ def write_split(root: Path, split: str, ids: Iterable[str]) -> None:
 def read_split(root: Path, split: str) -> tuple[str, ...]:
     """Return the ids of a split, in the order of its list; the error names the first thing that is wrong with it."""
     path = existing_split_path(root, split)
-    found = scan_list(_inside(path, root), partial(known_ids, root))
+    found = scan_list(_inside(path, root), cache(partial(known_ids, root)))
     if found is None:
         raise UserError(f"{shown_path(path)}: a list of one class (id and flag a line), or empty; name a list of ids")
     ids, problems = found
@@ -219,7 +220,7 @@ def scan_list(path: Path, known: Callable[[], Collection[str]]) -> tuple[tuple[s
     """Return the ids in a list, and kind and text of everything that is wrong with it.
 
     None is a list of one class (``cat_trainval``): lines of an id and -1, 0 or 1, or none.  ``known`` gives the ids
-    there are; it is asked where a line may be read in more than one way.
+    there are; it is asked at each line that may be read in more than one way.
     """
     lines = [line.strip(" \t\r\f\v") for line in read_text(path, MAX_LIST_BYTES, "list").split("\n")]
     if _of_one_class(path.stem, [line for line in lines if line], known):
