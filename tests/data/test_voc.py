@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from nst_det.data.check import check_data
-from nst_det.data.voc import VOC_CLASSES, VocDataset, find_voc_root, split_names
+from nst_det.data.voc import VOC_CLASSES, VocDataset, find_voc_root, read_split, split_names
 from nst_det.errors import UserError
 from tests.helpers.voc import jpeg, make, obj, write, write_list, xml
 
@@ -16,6 +16,21 @@ from tests.helpers.voc import jpeg, make, obj, write, write_list, xml
 def root(tmp_path):
     both = obj("wbc", (1, 1, 9, 9)) + obj("rbc", (3, 3, 20, 20))
     return make(tmp_path / "cells", {"000002": xml(both), "000001": xml(obj("rbc")), "000003": xml()})
+
+
+def test_the_files_are_looked_at_once_for_all_lists_and_lines(root, monkeypatch):
+    lists = root / "ImageSets" / "Main"
+    for name in ("rbc_train", "wbc_train"):
+        (lists / f"{name}.txt").write_text("000002 1\n000001 -1\n")
+    (lists / "exam.txt").write_text("000002.jpg\n000001.jpg\n000003.jpg\n")
+    looked = []
+    monkeypatch.setattr(
+        "nst_det.data.voc.known_ids", lambda root: looked.append(root) or {"000001", "000002", "000003"}
+    )
+    assert split_names(root) == ["exam", "train"]
+    assert len(looked) == 1
+    assert read_split(root, "exam") == ("000002", "000001", "000003")
+    assert len(looked) == 2
 
 
 def test_ids_in_list_order_classes_sorted_labels(root):
