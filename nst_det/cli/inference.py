@@ -125,7 +125,7 @@ CONVERT_TO = "timm: both engines here; detectron2: build_resnet_fpn_backbone; to
 )
 def convert(args: argparse.Namespace) -> None:
     """Write a trained detector's weights for the other engine, a plain Detectron2, or torchvision."""
-    from nst_det.detectron2.convert import convert_file
+    from nst_det.models.convert import convert_file
     from nst_det.models.io import trusting_pickles
 
     with trusting_pickles(args.trust_pickle):

@@ -12,7 +12,17 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from nst_det.comparison.published import OF_DETECTORS, PUBLISHED
-from nst_det.comparison.result import BASELINE, MAP, NO_FPN, SCRATCH, TEACHER, TOP1, Measure, TermWeight
+from nst_det.comparison.result import (
+    BASELINE,
+    IMAGENET,
+    MAP,
+    NO_FPN,
+    SCRATCH,
+    TEACHER,
+    TOP1,
+    Measure,
+    TermWeight,
+)
 from nst_det.comparison.stages import (
     DETECT,
     DISTILL,
@@ -48,7 +58,7 @@ TERM = re.compile(r"\s*([^@:\s]+)\s*(@det)?\s*(:[^@]*)?")
 # keys of a stage's TRANSFER node that a search may set
 SETTINGS = ("LEVELS", "WEIGHTS", "OPTIONS")
 # each row that ROWS may name, and the key of DETECT with its own settings
-ROW_OPTS = {SCRATCH: "SCRATCH_OPTS", NO_FPN: "NO_FPN_OPTS", TEACHER: "TEACHER_OPTS"}
+ROW_OPTS = {SCRATCH: "SCRATCH_OPTS", IMAGENET: "IMAGENET_OPTS", NO_FPN: "NO_FPN_OPTS", TEACHER: "TEACHER_OPTS"}
 # small networks gain nothing from more
 MOST_THREADS = 8
 
@@ -149,7 +159,8 @@ KEYS = {
     "SEEDS": Key([0], "one whole set of rows a seed"),
     "ROWS": Key(
         [],
-        "more detectors: scratch (random backbone, always among them), no-fpn (as ce, without FPN: the difference is "
+        "more detectors: scratch (random backbone, always among them), imagenet (published weights "
+        "of the student's architecture, without stage one), no-fpn (as ce, without FPN: the difference is "
         "what FPN brings), teacher (the teacher's backbone, an upper mark)",
     ),
     "PUBLISHED": Key(
@@ -174,6 +185,11 @@ KEYS = {
     ),
     "DETECT.OPTS": Key([], "KEY VALUE pairs on top of it"),
     "DETECT.SCRATCH_OPTS": Key([], "KEY VALUE pairs for the row scratch alone"),
+    "DETECT.IMAGENET_OPTS": Key(
+        [],
+        "KEY VALUE pairs for the row imagenet; its weights are those that students begin with "
+        "(DISTILL.STUDENT.WEIGHTS or PRETRAINED), or the MODEL.WEIGHTS here",
+    ),
     "DETECT.NO_FPN_OPTS": Key([], "KEY VALUE pairs for the row no-fpn alone"),
     "DETECT.TEACHER_OPTS": Key(
         [],
@@ -221,9 +237,10 @@ class Comparison:
 
     @property
     def all_rows(self) -> tuple[str, ...]:
-        """Rows in the table's order: scratch, the methods (those with terms of stage two last), then the rest."""
+        """Rows in the table's order: scratch and imagenet, the methods (those of stage two last), then the rest."""
         methods = sorted(self.methods, key=lambda word: bool(self.methods[word].detector.names))
-        return (*self.rows[:1], *methods, *self.rows[1:])
+        first = tuple(row for row in self.rows if row in (SCRATCH, IMAGENET))
+        return (*first, *methods, *(row for row in self.rows if row not in first))
 
 
 def load_comparison(file: str | Path, output: str | Path | None = None, overrides: Sequence[str] = ()) -> Comparison:
@@ -277,6 +294,8 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
             "to ce"
         )
     row_opts = {row: tuple(map(str, config.DETECT[key])) for row, key in ROW_OPTS.items()}
+    if IMAGENET in rows:
+        row_opts[IMAGENET] = (*published_weights(distill, row_opts[IMAGENET], str(file)), *row_opts[IMAGENET])
     if NO_FPN in rows:
         row_opts[NO_FPN] = (*without_fpn(detect), *row_opts[NO_FPN])
     for row, words in row_opts.items():
@@ -328,6 +347,21 @@ def check_no_detector(
             f"{source}: {found[0]} is for detectors, and DETECT.CONFIG is empty, which compares stage one alone; leave "
             "it out, or give stage two's YAML"
         )
+
+
+def published_weights(distill: CfgNode, given: Sequence[str], source: str) -> tuple[str, ...]:
+    """Return KEY VALUE pairs for a detector on the student's published weights, unless ``given`` names some."""
+    student = distill.STUDENT
+    if "MODEL.WEIGHTS" in given[::2]:
+        return ()
+    if student.WEIGHTS:
+        return ("MODEL.WEIGHTS", expand_path(student.WEIGHTS, f"{DISTILL}.STUDENT.WEIGHTS"))
+    if student.PRETRAINED:
+        return ("MODEL.TIMM.PRETRAINED", "True")
+    raise UserError(
+        f"{source}: ROWS: imagenet needs published weights of {student.ARCH}; name them: DETECT.IMAGENET_OPTS "
+        "[MODEL.WEIGHTS, FILE], or DISTILL.STUDENT.WEIGHTS, from which all students begin too"
+    )
 
 
 def without_fpn(detect: CfgNode) -> tuple[str, ...]:

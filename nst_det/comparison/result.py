@@ -12,9 +12,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from nst_det.engine.io import read_json, write_json
 from nst_det.errors import UserError
 
-BASELINE, SCRATCH, NO_FPN, TEACHER = "ce", "scratch", "no-fpn", "teacher"
-# rows that no transfer method made: a random backbone, ce's without FPN, and the teacher's own
-MARKS = (SCRATCH, NO_FPN, TEACHER)
+BASELINE, SCRATCH, IMAGENET, NO_FPN, TEACHER = "ce", "scratch", "imagenet", "no-fpn", "teacher"
+# rows that no transfer method made: a random backbone, the architecture's published weights, ce's without FPN, and the
+# teacher's own
+MARKS = (SCRATCH, IMAGENET, NO_FPN, TEACHER)
 # they differ between two equal comparisons: when, where and how fast, not what
 VOLATILE = ("provenance", "commands", "cost")
 REMEDY = "make it again with nst-det compare"

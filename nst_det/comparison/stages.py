@@ -156,9 +156,10 @@ def data_fingerprints(distill: CfgNode, detect: CfgNode) -> dict[str, str]:
 
     own = input_fingerprints(detect) if detect else {}
     inputs = {f"{DETECT}.{key}": value for key, value in own.items()}
-    weights = expand_path(distill.TEACHER.WEIGHTS, f"{DISTILL}.TEACHER.WEIGHTS")
-    teacher = {f"{DISTILL}.TEACHER.SHA256": sha256_of_file(resolve(weights))} if weights else {}
-    return {f"{DISTILL}.DATA.FINGERPRINT": read_data(distill).fingerprint(), **teacher, **inputs}
+    for part in ("TEACHER", "STUDENT"):
+        if weights := expand_path(distill[part].WEIGHTS, f"{DISTILL}.{part}.WEIGHTS"):
+            inputs[f"{DISTILL}.{part}.SHA256"] = sha256_of_file(resolve(weights))
+    return {f"{DISTILL}.DATA.FINGERPRINT": read_data(distill).fingerprint(), **inputs}
 
 
 def check_generated(generate: dict[str, Any], root: Path, source: str) -> None:

@@ -9,22 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
-from torch import nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
 
 from nst_det.detection.config import BEST, LAST
 from nst_det.detection.torchvision import Detector
 from nst_det.engine.config import expand_path
 from nst_det.engine.safetensors_io import read_metadata, write_tensors
 from nst_det.errors import UserError
-from nst_det.models import load_into, load_plain, load_strict, resolve
+from nst_det.models import Card, input_contract, load_into, load_plain, load_strict, resolve
+from nst_det.models.bottomup import load_recognized
 from nst_det.models.card import check_pixels
+from nst_det.models.convert import convert
 from nst_det.models.io import card_path, trusting_pickles
 from nst_det.models.registry import PREFIX
+from nst_det.models.weights import are_of_detector
 
 log = logging.getLogger(__name__)
 WEIGHTS_SUFFIX = ".safetensors"
 # of the entries of a detector that depend on its classes
 PREDICTOR = "roi_heads.box_predictor."
+# how the names of torchvision's detectors begin
+TORCHVISION = "backbone.body."
 BEST_FILE = "model_best.safetensors"
 # of the metadata in it
 RECORD_KEY = "validation"
@@ -39,28 +45,39 @@ def load_weights(
 ) -> str:
     """Fill a detector from MODEL.WEIGHTS; return what filled it: ``random``, ``timm``, ``backbone``, ``detector``.
 
-    ``backbone://NAME``, or a ``.safetensors`` file with its card, fills the bottom-up and leaves the rest as it was
-    drawn.  Any other file must hold a whole detector by this engine's names, which are Detectron2's; with
-    ``new_predictor`` one of other classes fills all but the box predictor.
+    ``backbone://NAME``, a ``.safetensors`` file with its card, or a classifier's weights from elsewhere fill the
+    bottom-up and leave the rest as it was drawn.  A file with more than that must hold a whole detector, by this
+    engine's names, which are Detectron2's, or by torchvision's; with ``new_predictor`` one of other classes fills all
+    but the box predictor.
     """
     named = config.MODEL.WEIGHTS
     if not named:
         return "timm" if config.MODEL.TIMM.PRETRAINED else "random"
     source = named if named.startswith(PREFIX) else expand_path(named, key)
     path = resolve(source)
+    pixels = (config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD, config.INPUT.FORMAT)
     if source.startswith(PREFIX) or (path.suffix == WEIGHTS_SUFFIX and card_path(path).is_file()):
         card = load_into(detector.backbone.bottom_up, source)
-        check_pixels(card, config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD, config.INPUT.FORMAT, f"{key} {source}")
+        check_pixels(card, *pixels, f"{key} {source}")
         log.info("%s: the bottom-up is filled (method %s); FPN and heads start anew", source, card.method or "unknown")
         return "backbone"
     with trusting_pickles(config.TRUST_PICKLE):
-        _load_detector(detector, path, list(classes), key, new_predictor)
+        state_dict = load_plain(path, detector.state_dict())
+        if not are_of_detector(state_dict):
+            load_recognized(detector.backbone.bottom_up, path, *pixels, f"{key} {path}")
+            return "backbone"
+        if any(name.startswith(TORCHVISION) for name in state_dict):
+            state_dict = convert(state_dict, "timm")
+            card = Card("", 1, input=input_contract(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "RGB", 0))
+            check_pixels(card, *pixels, f"{key} {path}")
+        _load_detector(detector, state_dict, path, list(classes), key, new_predictor)
     return "detector"
 
 
-def _load_detector(detector: Detector, path: Path, classes: list[str], key: str, new_predictor: bool) -> None:
-    own, filled = detector.state_dict(), "the whole detector is filled"
-    state_dict, named = load_plain(path, own), saved_classes(path)
+def _load_detector(
+    detector: Detector, state_dict: dict[str, Tensor], path: Path, classes: list[str], key: str, new_predictor: bool
+) -> None:
+    own, filled, named = detector.state_dict(), "the whole detector is filled", saved_classes(path)
     predictor = {name: value for name, value in own.items() if name.startswith(PREDICTOR)}
     if named and classes:
         other = named != classes

@@ -15,7 +15,6 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
-from nst_det.detectron2.convert import batch_norm_eps, resnet_to_detectron2
 from nst_det.detectron2.modeling import bottom_up_of
 from nst_det.engine.checkpoint import KEPT, check_intact, write_state
 from nst_det.engine.io import write_text
@@ -30,8 +29,11 @@ from nst_det.models import (
     load_strict,
     resolve,
 )
+from nst_det.models.bottomup import load_recognized
 from nst_det.models.card import check_pixels
+from nst_det.models.convert import batch_norm_eps, resnet_to_detectron2
 from nst_det.models.io import card_path, load_pickled
+from nst_det.models.weights import are_of_detector
 
 log = logging.getLogger(__name__)
 PREFIX = "backbone://"
@@ -75,13 +77,19 @@ class BackboneCheckpointer(DetectionCheckpointer):
         if filename.endswith((".pkl", ".pyth")):
             # Detectron2 opens these by itself; this refuses pickles that aren't trusted
             load_pickled(filename)
-        if not filename.endswith(SUFFIX):
-            loaded: dict[str, Any] = super()._load_file(filename)
-            return loaded
-        if not card_path(filename).is_file():
-            return {"model": load_plain(filename, self.model.state_dict())}
-        entries, self._card = _backbone_entries(self.model, filename)
-        return {"model": entries}
+        if filename.endswith(SUFFIX) and card_path(filename).is_file():
+            entries, self._card = _backbone_entries(self.model, filename)
+            return {"model": entries}
+        loaded: dict[str, Any] = {}
+        if filename.endswith(SUFFIX):
+            loaded["model"] = load_plain(filename, self.model.state_dict())
+        else:
+            loaded = super()._load_file(filename)
+        prefix, bottom_up = bottom_up_of(self.model)
+        if isinstance(bottom_up, Bottomup) and not are_of_detector(loaded.get("model", loaded)):
+            load_recognized(bottom_up, filename, *_pixels(self.model), f"MODEL.WEIGHTS {filename}")
+            return {"model": {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()}}
+        return loaded
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         loaded: dict[str, Any] = load_pickled(f)
@@ -132,6 +140,11 @@ class BackboneCheckpointer(DetectionCheckpointer):
         )
 
 
+def _pixels(model: Any) -> tuple[list[float], list[float], str]:
+    mean, std = (pixels.flatten().tolist() for pixels in (model.pixel_mean, model.pixel_std))
+    return mean, std, str(model.input_format or "BGR")
+
+
 def numbered(folder: str | Path) -> list[Path]:
     """Return the checkpoints of a run in its folder, oldest first, without that of its end."""
     return sorted(Path(folder).glob("model_*[0-9].pth"))
@@ -166,8 +179,7 @@ def _backbone_entries(model: Any, path: str) -> tuple[dict[str, Tensor], Card]:
             f"{path}: a backbone file can't fill a {type(bottom_up).__name__}; use build_timm_fpn_backbone or "
             "build_resnet_fpn_backbone as MODEL.BACKBONE.NAME"
         )
-    mean, std = (pixels.flatten().tolist() for pixels in (model.pixel_mean, model.pixel_std))
-    check_pixels(card, mean, std, str(model.input_format or "BGR"), path)
+    check_pixels(card, *_pixels(model), path)
     return {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()} | above, card
 
 

@@ -12,10 +12,10 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor, nn
 
-from nst_det.detectron2.convert import batch_norm_eps, resnet_keys, resnet_to_detectron2
 from nst_det.engine.io import atomic_path, write_text
 from nst_det.errors import UserError
 from nst_det.models import Bottomup, load_backbone, load_plain
+from nst_det.models.convert import batch_norm_eps, resnet_keys, resnet_to_detectron2
 
 PARITY_LIMIT = 1e-4
 IMAGENET = {"channel_order": "RGB", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

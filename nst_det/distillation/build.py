@@ -30,13 +30,13 @@ from nst_det.models import (
     feature_levels,
     forward_outputs,
     load_backbone,
-    load_plain,
     load_strict,
+    recognize,
     resolve,
 )
 from nst_det.models.build import check_image_size, classifier_names, embedding_width, probe_outputs
 from nst_det.models.card import published_card
-from nst_det.models.io import trusting_pickles
+from nst_det.models.io import is_backbone_file, trusting_pickles
 
 log = logging.getLogger(__name__)
 # classes of a teacher's head where the data aren't there yet
@@ -55,6 +55,8 @@ class Network:
     # of that backbone file; None for plain weights
     card: Card | None = None
     sha256: str = ""
+    # what these weights are, for the card; empty for random ones
+    start: str = ""
     # it learns the data's classes before it teaches
     to_train: bool = False
     # whether the weights came without a classifier for the data's classes, so that this one has random weights
@@ -80,8 +82,17 @@ class Network:
 
 
 def initial_student(config: CfgNode, num_classes: int) -> Network:
-    """Return the network that every student starts from; the same for one SEED."""
-    return _new_network(config, "STUDENT", num_classes, config.STUDENT.PRETRAINED)
+    """Return the network that every student starts from, random, or as STUDENT.WEIGHTS gives it."""
+    node = config.STUDENT
+    if not node.WEIGHTS:
+        return _new_network(config, "STUDENT", num_classes, node.PRETRAINED)
+    path = resolve(expand_path(node.WEIGHTS, "STUDENT.WEIGHTS"))
+    if is_backbone_file(path):
+        return _student_from_backbone_file(config, path, num_classes)
+    network = _from_plain_weights(config, "STUDENT", path, num_classes)
+    # it learns the labels from its first step on
+    network.headless = False
+    return network
 
 
 def initial_teacher(config: CfgNode, classes: list[str] | None) -> Network:
@@ -89,9 +100,9 @@ def initial_teacher(config: CfgNode, classes: list[str] | None) -> Network:
     node = config.TEACHER
     if node.WEIGHTS:
         path = resolve(expand_path(node.WEIGHTS, "TEACHER.WEIGHTS"))
-        if path.suffix == ".safetensors" and (path.with_suffix(".json").exists() or not path.exists()):
+        if is_backbone_file(path):
             return _from_backbone_file(config, path)
-        return _from_plain_weights(config, path, classes)
+        return _teacher_from_plain_weights(config, path, classes)
     network = _new_network(config, "TEACHER", len(classes or UNKNOWN), node.PRETRAINED)
     network.to_train = node.TRAIN
     if not node.TRAIN and not node.PRETRAINED:
@@ -105,7 +116,7 @@ def initial_teacher(config: CfgNode, classes: list[str] | None) -> Network:
     return network
 
 
-def _new_network(config: CfgNode, key: str, num_classes: int, pretrained: bool) -> Network:
+def _new_network(config: CfgNode, key: str, num_classes: int, pretrained: bool = False) -> Network:
     node = config[key]
     kwargs = plain(node.ARCH_KWARGS)
     try:
@@ -115,16 +126,19 @@ def _new_network(config: CfgNode, key: str, num_classes: int, pretrained: bool) 
         check_image_size(model, node.ARCH, config.DATA.IMAGE_SIZE, key)
     except ValueError as error:
         raise UserError(f"{key}.ARCH: {error}") from error
-    if pretrained or node.get("WEIGHTS"):
-        try:
-            _check_pixels(
-                config, published_card(model, node.ARCH), f"{key}.{'PRETRAINED' if pretrained else 'WEIGHTS'}"
-            )
-        except UserError as error:
-            if pretrained and key == "TEACHER" and not node.TRAIN:
-                raise
-            log.warning("%s%s", error, "" if pretrained else ", if these are timm's published weights")
-    return Network(model, node.ARCH, kwargs)
+    if pretrained:
+        _check_published(config, model, f"{key}.PRETRAINED", must=key == "TEACHER" and not node.TRAIN)
+    return Network(model, node.ARCH, kwargs, start="timm's published weights" if pretrained else "")
+
+
+def _check_published(config: CfgNode, model: nn.Module, source: str, must: bool, doubt: str = "") -> None:
+    """Compare DATA.MEAN and STD with what timm's published weights of an architecture want; warn, or refuse."""
+    try:
+        _check_pixels(config, published_card(model, ""), source)
+    except UserError as error:
+        if must:
+            raise
+        log.warning("%s%s", error, doubt)
 
 
 def _check_pixels(config: CfgNode, card: Card, source: str) -> None:
@@ -147,27 +161,50 @@ def _from_backbone_file(config: CfgNode, path: Path) -> Network:
     return Network(model, card.arch, card.arch_kwargs, path, card, card.sha256)
 
 
-def _from_plain_weights(config: CfgNode, path: Path, classes: list[str] | None) -> Network:
-    network = _new_network(config, "TEACHER", len(classes or UNKNOWN), pretrained=False)
-    own = network.model.state_dict()
-    head = {name: own[name] for name in sorted(classifier_names(network.model))}
-    with trusting_pickles(config.TRUST_PICKLE):
-        given = load_plain(path, own)
-    theirs = [given[name].shape[:1] for name in head if name in given]
-    network.headless = any(name not in given or given[name].shape != value.shape for name, value in head.items())
+def _student_from_backbone_file(config: CfgNode, path: Path, num_classes: int) -> Network:
+    network, (state_dict, card) = _new_network(config, "STUDENT", num_classes), load_backbone(path)
+    _check_pixels(config, card, "STUDENT.WEIGHTS")
+    own, kept = network.model.state_dict(), card.num_classes == num_classes
+    head = {} if kept else {name: own[name] for name in classifier_names(network.model)}
     try:
-        load_strict(network.model, given | head if network.headless else given, str(path))
+        load_strict(network.model, state_dict | head, str(path))
     except ValueError as error:
-        raise UserError(f"TEACHER.WEIGHTS: {error}; check TEACHER.ARCH") from error
-    network.source, network.sha256 = path, sha256_of_file(path)
+        raise UserError(f"STUDENT.WEIGHTS: {error}; it holds {card.arch}, set STUDENT.ARCH to that") from error
+    network.start = f"{path.name}{'' if kept else f', its head of {card.num_classes} classes left out'}"
+    network.source, network.sha256 = path, card.sha256
+    return network
+
+
+def _from_plain_weights(config: CfgNode, key: str, path: Path, num_classes: int, known: bool = True) -> Network:
+    """Return the network of ``key`` with weights from elsewhere; ``known`` classes are those of the data."""
+    network = _new_network(config, key, num_classes)
+    own, head = network.model.state_dict(), classifier_names(network.model)
+    try:
+        with trusting_pickles(config.TRUST_PICKLE):
+            found = recognize(path, network.arch, network.arch_kwargs, num_classes)
+    except UserError as error:
+        raise UserError(f"{key}.WEIGHTS: {error} ({key}.ARCH)") from error
+    doubt = "" if found.contract else ", if these are timm's published weights"
+    _check_published(config, network.model, f"{key}.WEIGHTS", must=found.contract, doubt=doubt)
+    network.headless = found.head is not None
+    load_strict(
+        network.model, found.tensors | ({name: own[name] for name in head} if network.headless else {}), str(path)
+    )
+    network.source, network.sha256, network.start = path, sha256_of_file(path), f"{path.name}, {found.says}"
+    if known:
+        log.info("%s.WEIGHTS %s: %s", key, path, found.says)
+    return network
+
+
+def _teacher_from_plain_weights(config: CfgNode, path: Path, classes: list[str] | None) -> Network:
+    network = _from_plain_weights(config, "TEACHER", path, len(classes or UNKNOWN), classes is not None)
     network.to_train = network.headless and config.TEACHER.TRAIN
     if network.headless and classes is not None:
         log.info(
-            "TEACHER.WEIGHTS %s: %s and the data have %d: loaded without its head; %s",
+            "TEACHER.WEIGHTS %s: the data have %d classes; %s",
             path,
-            f"its head has {theirs[0][0]} classes" if theirs and theirs[0] else "it has no head",
             len(classes),
-            "a new one is trained with the rest before it teaches (TEACHER.TRAIN False takes its maps as they are)"
+            "a new head is trained with the rest before it teaches (TEACHER.TRAIN False takes its maps as they are)"
             if network.to_train
             else "it teaches maps and no logits (TEACHER.TRAIN True fine-tunes it first)",
         )

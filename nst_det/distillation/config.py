@@ -82,7 +82,8 @@ KEYS: dict[str, Key] = {
     "TEACHER.PRETRAINED": Key(False, "begin with timm's published weights"),
     "TEACHER.ARCH_KWARGS": Key({}, "more arguments of the architecture"),
     "TEACHER.WEIGHTS": Key(
-        "", 'a backbone file or backbone://NAME, or a plain state dict (.pth, .safetensors) of ARCH; "" makes a teacher'
+        "",
+        'a backbone file, backbone://NAME, or weights of ARCH from elsewhere (.pth, .safetensors); "" makes a teacher',
     ),
     "TEACHER.TRAIN": Key(
         True,
@@ -106,6 +107,11 @@ KEYS: dict[str, Key] = {
     "CACHE.MAX_GIB": Key(20.0, "a larger cache is refused before it is written"),
     "STUDENT.ARCH": Key("nst_resnet10_w32", "timm name of the students"),
     "STUDENT.PRETRAINED": Key(False, "begin with timm's published weights"),
+    "STUDENT.WEIGHTS": Key(
+        "",
+        "begin with a backbone file, backbone://NAME, or weights of ARCH from elsewhere; a head of other classes "
+        "is left out",
+    ),
     "STUDENT.ARCH_KWARGS": Key({}, "more arguments of the architecture"),
     **{f"TRANSFER.{name}": key for name, key in TRANSFER_KEYS.items()},
     "TRANSFER.LEVELS": TRANSFER_KEYS["LEVELS"]._replace(default=["res3", "res4"]),
@@ -251,6 +257,7 @@ RULES: Rules = {
     "DATA.STD": (lambda values, node: _are_colors(values, node) and min(values) > 0, f"above 0, {_COLORS[1]}"),
     "DATA.CACHE_GIB": _from(0),
     "TEACHER.EXPECTED_TOP1": (lambda value, _: 0 <= value <= 1, "a fraction from 0 to 1"),
+    "STUDENT.WEIGHTS": (lambda value, node: not (value and node.PRETRAINED), "empty where STUDENT.PRETRAINED is True"),
     "CACHE.VIEWS": (lambda value, node: value >= (1 if node.DIR else 0), "0, or at least 1 where CACHE.DIR is set"),
     "CACHE.DTYPE": _one_of("auto", "fp16", "bf16"),
     "CACHE.DIR": (lambda value, node: value or node.DTYPE == "auto", "set where CACHE.DTYPE is not auto"),

@@ -17,14 +17,17 @@ from nst_det.losses import Method
 KEYED_BY_TERM = ("WEIGHTS", "TERM_LEVELS", "OPTIONS", "AUTO_WEIGHT")
 
 
-def student_claim(config: CfgNode, method: Method, fingerprint: str, teacher_sha256: str) -> dict[str, Any]:
+def student_claim(
+    config: CfgNode, method: Method, fingerprint: str, teacher_sha256: str, start_sha256: str = ""
+) -> dict[str, Any]:
     """Return the resolved keys that a student's result depends on; the teacher only where the method has terms."""
     resolved = config.clone()
     resolved.defrost()
     resolved.TRANSFER = transfer_of(config, method.word)
     values = {key: value for key, value in flat(resolved).items() if _concerns_student(key, method)}
     taught = {"TEACHER.SHA256": teacher_sha256} if method.names else {}
-    return dict(plain(values | {"METHOD": method.word, "DATA.FINGERPRINT": fingerprint} | taught))
+    started = {"STUDENT.SHA256": start_sha256} if start_sha256 else {}
+    return dict(plain(values | {"METHOD": method.word, "DATA.FINGERPRINT": fingerprint} | taught | started))
 
 
 def _concerns_student(key: str, method: Method) -> bool:

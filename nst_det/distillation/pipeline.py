@@ -189,7 +189,9 @@ class StageOne:
             for name, method in self.methods.items():
                 folder = RunFolder(self.output / "students" / name)
                 if is_main_process():
-                    held.enter_context(folder.opened(student_claim(config, method, fingerprint, sha256)))
+                    held.enter_context(
+                        folder.opened(student_claim(config, method, fingerprint, sha256, network.sha256))
+                    )
                 result = broadcast_from_rank0(lambda run=folder: run.result() if run.done else None)  # type: ignore[misc]
                 if result is None:
                     unfinished.append(self._student(name, network, losses[name], config.SOLVER, folder))
@@ -261,6 +263,7 @@ class StageOne:
             arch=network.arch,
             num_classes=network.num_classes,
             arch_kwargs=network.arch_kwargs,
+            start=network.start,
             classes=self.data.classes if network.has_labels(self.data.classes) else [],
             input=input_contract(node.MEAN, node.STD, "RGB", node.IMAGE_SIZE),
             method=method,

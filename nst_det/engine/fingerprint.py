@@ -23,6 +23,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "CACHE.DIR": (),
     "MODEL.WEIGHTS": (RUN,),
     "TEACHER.WEIGHTS": (),
+    "STUDENT.WEIGHTS": (),
     "TEACHER.CONFIG_FILE": (),
     "MODEL.DEVICE": (),
     "DATALOADER.NUM_WORKERS": (),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         registry_folders,
         resolve,
     )
+    from nst_det.models.weights import recognize
 
 __all__ = [
     "LEVELS",
@@ -49,6 +50,7 @@ __all__ = [
     "load_strict",
     "path_manager",
     "prove_parity",
+    "recognize",
     "register_handler",
     "registry_folders",
     "resolve",
@@ -57,7 +59,7 @@ __all__ = [
 ]
 
 # the files that have them; the first two can be read without torch and timm, which take seconds to import
-_FILES = ("registry", "card", "build", "bottomup", "io")
+_FILES = ("registry", "card", "build", "bottomup", "io", "weights")
 
 
 def __getattr__(name: str) -> Any:

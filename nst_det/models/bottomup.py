@@ -28,9 +28,10 @@ from nst_det.models.build import (
     take_levels,
     takes_argument,
 )
-from nst_det.models.card import Card
+from nst_det.models.card import Card, check_pixels, published_card
 from nst_det.models.io import first_names, load_backbone, load_strict
 from nst_det.models.sync_norm import sync_batch_norm
+from nst_det.models.weights import recognize
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ class Bottomup(nn.Module):
         pretrained: bool = False,
     ) -> None:
         super().__init__()
-        self.arch = arch
-        model = create_model(arch, num_classes, pretrained, **(arch_kwargs or {}))
+        self.arch, self.arch_kwargs = arch, dict(arch_kwargs or {})
+        model = create_model(arch, num_classes, pretrained, **self.arch_kwargs)
         taken = take_levels(feature_levels(model), levels, arch)
         if state_dict is not None:
             load_strict(model, state_dict, arch)
@@ -242,6 +243,29 @@ def load_into(model: nn.Module, path: str | Path) -> Card:
     except ValueError as error:
         raise UserError(str(error)) from error
     return card
+
+
+def load_recognized(
+    bottom_up: Bottomup, path: str | Path, mean: Sequence[float], std: Sequence[float], order: str, source: str
+) -> None:
+    """Fill a detector's bottom-up from a classifier's weights of another program; see :func:`recognize`.
+
+    ``mean``, ``std`` (0..255) and channel ``order`` of the detector's images are compared with those of the published
+    weights of the architecture: a warning, or where the file is surely published, a refusal.  Errors begin with
+    ``source``.
+    """
+    try:
+        found = recognize(path, bottom_up.arch, bottom_up.arch_kwargs, 1)
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).removeprefix(f'{path}: ')}") from error
+    bottom_up.load_classifier(found.tensors, str(path))
+    try:
+        check_pixels(published_card(bottom_up.model, bottom_up.arch), mean, std, order, source)
+    except UserError as error:
+        if found.contract:
+            raise
+        log.warning("%s, if these are timm's published weights", error)
+    log.info("%s: %s; the bottom-up is filled; FPN and heads start anew", path, found.says)
 
 
 def classifier_from_file(path: str | Path) -> tuple[nn.Module, Card]:

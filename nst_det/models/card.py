@@ -24,6 +24,7 @@ class Card:
         classes: names of the classes in the order of the logits; empty if unknown.
         levels: level -> {"stride", "channels"}.
         input: {"channel_order", "mean", "std", "size"}; mean and std on the 0..1 scale, in that channel order.
+        start: the weights that training began with; empty for random ones.
         method: the transfer method, ``ce`` for labels only, or where the weights come from.
         weights: loss weights by term.
         teacher: name, arch, top1 and weights' sha256 of the teacher, or empty.
@@ -38,6 +39,7 @@ class Card:
     classes: list[str] = field(default_factory=list)
     levels: dict[str, dict[str, int]] = field(default_factory=dict)
     input: dict[str, Any] = field(default_factory=dict)
+    start: str = ""
     method: str = ""
     weights: dict[str, float] = field(default_factory=dict)
     teacher: dict[str, Any] = field(default_factory=dict)

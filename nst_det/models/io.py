@@ -206,6 +206,11 @@ def card_path(path: str | Path) -> Path:
     return Path(path).with_name(Path(path).name.removesuffix(".safetensors") + ".json")
 
 
+def is_backbone_file(path: Path) -> bool:
+    """Return whether this is a file of :func:`save_backbone`, with its card, rather than plain weights."""
+    return path.suffix == ".safetensors" and (card_path(path).exists() or not path.exists())
+
+
 def load_card(path: str | Path) -> Card:
     """Read and check the card of a backbone file, or of ``backbone://NAME``.
 
@@ -271,7 +276,7 @@ def load_plain(path: str | Path, names: Collection[str] = ()) -> dict[str, Tenso
     """A bare state dict from somebody else's file, by an architecture that the user names.
 
     Nothing in the file is executed, unless it is a pickle that is trusted.  torchvision's ResNet files fit timm's
-    ResNets as they are.
+    ResNets as they are; :func:`~nst_det.models.weights.recognize` knows other names as well.
 
     Args:
         path: ``.safetensors``, or a file of ``torch.save``, in which the state dict may be an entry among others.
@@ -283,6 +288,13 @@ def load_plain(path: str | Path, names: Collection[str] = ()) -> dict[str, Tenso
     Raises:
         UserError: no such file, damaged, not a state dict, or several of which none is an average.
     """
+    if names:
+        return below_prefix(read_any(path), set(names), path)
+    return {name.removeprefix("module."): value for name, value in read_any(path, ("state_dict", "model")).items()}
+
+
+def read_any(path: str | Path, entries: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Return all tensors in a file by their dotted names, of ``entries`` that are mappings alone what is in them."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; correct the path")
@@ -291,7 +303,7 @@ def load_plain(path: str | Path, names: Collection[str] = ()) -> dict[str, Tenso
         tensors = read_tensors(path)
     else:
         value: Any = load_pickled(path)
-        for key in () if names else ("state_dict", "model"):
+        for key in entries:
             if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
                 value = value[key]
         tensors = dict(_tensors(value))
@@ -301,9 +313,7 @@ def load_plain(path: str | Path, names: Collection[str] = ()) -> dict[str, Tenso
     if wrappers:
         log.info("%s: taken without '%s' within its names", path, "', '".join(sorted(wrappers)))
         tensors = {WRAPPERS.sub("", name): value for name, value in tensors.items()}
-    if not names:
-        return {name.removeprefix("module."): value for name, value in tensors.items()}
-    return _without_prefix(tensors, set(names), path)
+    return tensors
 
 
 def _tensors(tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -317,7 +327,7 @@ def _tensors(tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str,
             yield from _tensors(value, f"{prefix}{key}.", depth + 1)
 
 
-def _without_prefix(tensors: dict[str, Tensor], names: set[str], path: Path) -> dict[str, Tensor]:
+def below_prefix(tensors: dict[str, Tensor], names: set[str], path: str | Path) -> dict[str, Tensor]:
     """Return the tensors below the prefix under which most of ``names`` are found."""
     counts: Counter[str] = Counter()
     for name in tensors:

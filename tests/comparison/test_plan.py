@@ -1,8 +1,11 @@
 from pathlib import Path
 
+import pytest
+
 from nst_det.comparison.config import core_count, load_comparison
 from nst_det.comparison.plan import make_plan, run_config
 from nst_det.detection.torchvision import build_detector
+from nst_det.errors import UserError
 
 
 def test_the_runs_and_what_they_need(comparison):
@@ -46,6 +49,23 @@ def test_settings_of_each_kind(comparison):
     assert scratch.options == ("SOLVER.BACKBONE_MULTIPLIER", "0.5")
     assert {run.threads for run in runs.values() if run.detects} == {1}
     assert {run.threads for run in runs.values() if not run.detects} == {2}
+
+
+def test_published_weights_are_a_row(config_file, tmp_path):
+    with pytest.raises(UserError, match=r"ROWS: imagenet .*DETECT\.IMAGENET_OPTS.*DISTILL\.STUDENT\.WEIGHTS"):
+        load_comparison(config_file, overrides=["ROWS", "[imagenet]"])
+    named = str(tmp_path / "named.pth")
+    for words, options in {
+        ("DISTILL.STUDENT.WEIGHTS", named): ("MODEL.WEIGHTS", named),
+        ("DISTILL.STUDENT.PRETRAINED", "True"): ("MODEL.TIMM.PRETRAINED", "True"),
+        ("DETECT.IMAGENET_OPTS", f"[MODEL.WEIGHTS, {named}]"): ("MODEL.WEIGHTS", named),
+    }.items():
+        comparison = load_comparison(config_file, overrides=["ROWS", "[imagenet]", *words])
+        assert comparison.all_rows[:3] == ("scratch", "imagenet", "ce")
+        run = {run.name: run for run in make_plan(comparison)}["detect/seed1/imagenet"]
+        assert (run.needs, run.options) == ((), options)
+        model = run_config(comparison, run).MODEL
+        assert ((named, False) if named in options else ("", True)) == (model.WEIGHTS, model.TIMM.PRETRAINED)
 
 
 def test_a_teacher_of_ones_own_is_not_trained(config_file):

@@ -4,12 +4,16 @@ import pickle
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from nst_det.detection.checkpoint import load_weights, save_weights, saved_classes
 from nst_det.detection.torchvision import build_detector
 from nst_det.errors import UserError
 from nst_det.models import Card, create_model, input_contract, save_backbone
+from nst_det.models.convert import convert
 from tests.helpers.detection import same_bits
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -66,6 +70,57 @@ def test_a_backbone_that_doesnt_fit_is_one_line(small, backbone, given, changes,
     config = small({"MODEL.WEIGHTS": str(path), **changes})
     with pytest.raises(UserError, match=named):
         load_weights(build_detector(config), config)
+
+
+@pytest.mark.parametrize(("arch", "name"), [("resnet18", "resnet18"), ("mobilenetv2_100", "mobilenet_v2")])
+def test_a_classifier_from_elsewhere_fills_the_bottom_up(small, tmp_path, arch, name, caplog):
+    caplog.set_level("INFO")
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)().eval()
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    keys = {"MODEL.TIMM.ARCH": arch, "MODEL.WEIGHTS": str(tmp_path / "theirs.pth")}
+    detector = build_detector(small(keys))
+    assert load_weights(detector, small(keys)) == "backbone"
+    assert "1000 classes" in caplog.text
+    detector.freeze(2, "FrozenBN")
+    images, seen = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)), []
+    last = theirs.layer4 if arch == "resnet18" else theirs.features[-2]
+    last.register_forward_hook(lambda _layer, _inputs, output: seen.append(output))
+    with torch.no_grad():
+        theirs(images)
+        maps = detector.eval().backbone.bottom_up(images)
+    torch.testing.assert_close(maps["res5"], seen[0], rtol=1e-5, atol=1e-5)
+    # images of another scale: known to be wrong, or perhaps so
+    config = small({**keys, "MODEL.PIXEL_STD": [1.0, 1.0, 1.0]})
+    if arch == "resnet18":
+        load_weights(build_detector(config), config)
+        assert "MODEL.PIXEL_STD" in caplog.text
+    else:
+        with pytest.raises(UserError, match=r"theirs\.pth.*MODEL\.PIXEL_STD"):
+            load_weights(build_detector(config), config)
+
+
+def test_torchvisions_detector_of_91_classes_begins_one_of_three(small, tmp_path):
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
+    theirs = FasterRCNN(backbone, num_classes=91).eval()
+    torch.save(theirs.state_dict(), tmp_path / "coco.pth")
+    keys = {
+        "MODEL.FPN.OUT_CHANNELS": 256,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 1024,
+        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+        "MODEL.TIMM.ARCH": "resnet18",
+        "MODEL.WEIGHTS": str(tmp_path / "coco.pth"),
+    }
+    config = small(keys)
+    detector, fresh = build_detector(config), build_detector(config)
+    assert load_weights(detector, config, CLASSES, new_predictor=True) == "detector"
+    wanted = convert(theirs.state_dict(), "timm")
+    for name, value in detector.state_dict().items():
+        expected = fresh.state_dict() if "box_predictor" in name else wanted
+        assert torch.equal(value, expected.get(name, value)), name
+    with pytest.raises(UserError, match="MODEL.WEIGHTS: .*coco.pth"):
+        load_weights(build_detector(config), config, CLASSES)
 
 
 @pytest.fixture

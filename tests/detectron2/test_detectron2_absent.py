@@ -13,7 +13,7 @@ from nst_det.errors import UserError
 IMPORTS = """
 import sys
 import nst_det.cli, nst_det.detection.pipeline
-import nst_det.detectron2, nst_det.detectron2.convert, nst_det.detectron2.export
+import nst_det.detectron2, nst_det.models.convert, nst_det.detectron2.export
 nst_det.cli.build_parser()
 loaded = [name for name in sys.modules if name.split(".")[0] == "detectron2"]
 assert not loaded, loaded

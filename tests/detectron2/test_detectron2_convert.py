@@ -8,7 +8,9 @@ from torchvision.models import resnet18, resnet50, resnext50_32x4d
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from nst_det.detectron2.convert import (
+from nst_det.errors import UserError
+from nst_det.models import create_model
+from nst_det.models.convert import (
     RESNET,
     convert,
     detect_form,
@@ -16,8 +18,6 @@ from nst_det.detectron2.convert import (
     resnet_keys,
     resnet_to_detectron2,
 )
-from nst_det.errors import UserError
-from nst_det.models import create_model
 
 
 @pytest.fixture

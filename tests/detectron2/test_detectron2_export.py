@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torchvision
 
 pytest.importorskip("detectron2")
 pytestmark = pytest.mark.detectron2
@@ -45,6 +46,18 @@ def timm_cfg(fpn=True, weights="later", arch="resnet18"):
     else:
         cfg.MODEL.BACKBONE.NAME, cfg.MODEL.TIMM.OUT_FEATURES = "build_timm_backbone", ["res4"]
     return cfg
+
+
+def test_a_classifier_from_elsewhere_fills_the_bottom_up(tmp_path):
+    theirs = torchvision.models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    model = build_model(timm_cfg())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    BackboneCheckpointer(model).load(str(tmp_path / "theirs.pth"))
+    for name, value in model.state_dict().items():
+        below = name.startswith("backbone.bottom_up.model.")
+        expected = theirs.state_dict()[name.removeprefix("backbone.bottom_up.model.")] if below else before[name]
+        assert torch.equal(value, expected), name
 
 
 @pytest.mark.parametrize(("name", "arch"), [("r18", "resnet18"), ("mobile", "mobilenetv3_small_050")])

@@ -28,7 +28,7 @@ from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.trainer import Clock
 from nst_det.errors import UserError
 from nst_det.losses.loss_balance import GradientBalance
-from nst_det.models import load_card, prove_parity, save_backbone
+from nst_det.models import Card, create_model, input_contract, load_card, prove_parity, save_backbone
 from tests.helpers.stage_one import METHODS, STEPS, assert_same_run, config, metrics, overrides, run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "distill"
@@ -312,7 +312,7 @@ def test_plain_weights_of_other_classes(images, tmp_path, classes, caplog):
     plain = {"TEACHER.WEIGHTS": tmp_path / "theirs.ckpt", "TEACHER.TRAIN": False}
     with pytest.raises(UserError, match=r"METHODS: kd compares logits.*TEACHER.TRAIN True"):
         run(images, tmp_path / "a", METHODS=["kd"], **plain)
-    assert f"theirs.ckpt: {f'its head has {classes} classes' if classes else 'it has no head'}" in caplog.text
+    assert (f"head of {classes} classes" if classes else "without a head") in caplog.text
     done = run(images, tmp_path / "a", METHODS=["at"], **plain)["teacher"]
     card, taken = load_card(done["backbone"]), load_file(done["backbone"])
     assert (card.classes, card.top1, done["steps"]) == ([], None, 0)
@@ -324,6 +324,37 @@ def test_plain_weights_of_other_classes(images, tmp_path, classes, caplog):
     # ten steps from these weights, not from random ones
     distance = (learned["layer4.0.conv1.weight"] - theirs["layer4.0.conv1.weight"]).norm()
     assert 0 < distance < 0.5 * theirs["layer4.0.conv1.weight"].norm()
+
+
+PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize("form", ["plain", "backbone file"])
+def test_students_begin_with_published_weights(images, taught, tmp_path, form):
+    torch.manual_seed(3)
+    theirs, path = create_model("nst_resnet10_w32", 5), tmp_path / "theirs.safetensors"
+    if form == "plain":
+        path = path.with_suffix(".pth")
+        torch.save(theirs.state_dict(), path)
+    else:
+        save_backbone(path, theirs, Card("nst_resnet10_w32", 5, input=input_contract(*PIXELS, "RGB", 32)))
+    keys = {**taught, "METHODS": ["ce", "at"], "STUDENT.WEIGHTS": path, "SOLVER.MAX_ITER": 2, "SOLVER.BASE_LR": 1e-9}
+    results, before = run(images, tmp_path / "a", **keys), theirs.state_dict()
+    for name in ("ce", "at"):
+        card, after = load_card(results[name]["backbone"]), load_file(results[name]["backbone"])
+        assert path.name in card.start
+        assert "5 classes" in card.start
+        assert after["fc.weight"].shape[0] == 3
+        for key in ("conv1.weight", "layer4.0.conv1.weight"):
+            torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-6)
+    # other weights are another run
+    path.with_suffix(".json").unlink(missing_ok=True)
+    other = tmp_path / "other.pth"
+    torch.save(create_model("nst_resnet10_w32", 5).state_dict(), other)
+    with pytest.raises(UserError, match=r"STUDENT\.SHA256"):
+        run(images, tmp_path / "a", **keys | {"STUDENT.WEIGHTS": other})
+    with pytest.raises(UserError, match=r"STUDENT\.WEIGHTS.*STUDENT\.ARCH"):
+        run(images, tmp_path / "b", **keys | {"STUDENT.WEIGHTS": other, "STUDENT.ARCH": "resnet18"})
 
 
 @pytest.mark.parametrize(

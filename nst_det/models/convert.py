@@ -1,4 +1,4 @@
-"""Weights under other names: a ResNet's, and a whole detector's.  Nothing here needs Detectron2."""
+"""Weights under other names: a ResNet's, and a whole detector's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nst_det.engine.io import atomic_path
 from nst_det.errors import UserError
-from nst_det.models import create_model, load_plain
-from nst_det.models.build import batch_norms
+from nst_det.models.build import batch_norms, create_model
+from nst_det.models.io import load_plain
 
 # of a Faster R-CNN: this project's with a timm bottom-up; a plain Detectron2's with its own ResNet, which differs in
 # the bottom-up's names; torchvision's own, which has other names above it too, the background as the first class
