@@ -13,6 +13,8 @@ from nst_det.evaluation.voc import Curve, VocResult
 
 # at which a curve is kept
 SCORES = np.arange(51) / 50
+# the least score of a class for which none is known
+DEFAULT = 0.5
 # of result.json
 THRESHOLDS = "thresholds"
 
