@@ -28,15 +28,15 @@ from nst_det.evaluation.io import read_detections, write_detections
 THRESHOLD = 0.15
 
 
-@pytest.fixture
-def run(talkative, on_shapes, shapes):
+@pytest.fixture(scope="module")
+def finished(talkative, shapes_config, shapes, tmp_path_factory):
     """A run folder as train-det leaves it, of a detector that was never trained but detects much."""
     data = VocDataset(shapes, "trainval")
     changes = {
         "MODEL.ROI_HEADS.NUM_CLASSES": len(data.classes), "MODEL.ROI_HEADS.SCORE_THRESH_TEST": THRESHOLD,
         "ENGINE": "torchvision",
     }  # fmt: skip
-    config, detector = on_shapes("run", changes), talkative(changes)
+    config, detector = shapes_config(tmp_path_factory.mktemp("finished") / "run", changes), talkative(changes)
     folder = RunFolder(config.OUTPUT_DIR)
     with folder.opened(config):
         save_weights(folder.path / "model.safetensors", detector, data.classes)
@@ -45,6 +45,12 @@ def run(talkative, on_shapes, shapes):
         write_detections(folder.path / "detections.json", detect(detector, evaluation_batches(config, test), test))
         folder.finish({})
     return folder.path
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture
