@@ -24,7 +24,7 @@ from nst_det.detection.sources import Picture
 from nst_det.detection.tiles import Tiles
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.engine.config import read_yaml
-from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder
+from nst_det.engine.run_dir import WEIGHTS_FILE
 from nst_det.errors import UserError
 from nst_det.evaluation.thresholds import DEFAULT, read_thresholds
 
@@ -139,11 +139,9 @@ def load_detector(
     # lower scores are found too: they tell what a lower threshold would give
     lowest = run_config(Path(folder)).MODEL.ROI_HEADS.SCORE_THRESH_TEST
     detector, config, classes = load_run(folder, device, None if threshold is None else min(threshold, lowest))
-    run = RunFolder(folder)
-    best = read_thresholds(run.result(), str(run.result_path)) if run.done else {}
     find = partial(find_by_run, detector, config)
-    scores = {name: one.score for name, one in best.items()}
-    return ImageDetector(tiles.around(find) if tiles else find, classes, scores, threshold)
+    best = {name: one.score for name, one in read_thresholds(folder).items()}
+    return ImageDetector(tiles.around(find) if tiles else find, classes, best, threshold)
 
 
 def _pixels(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:

@@ -41,11 +41,6 @@ class ErrorAnalysis:
     # (6,) their number, in the order of KINDS
     kinds: np.ndarray
 
-    @property
-    def hits(self) -> float:
-        """Objects found."""
-        return float(np.trace(self.confusion))
-
 
 def analyze_errors(detections: Detections, truth: GroundTruth, least: Sequence[float]) -> ErrorAnalysis:
     """Return the errors of the detections whose score is at least that of their class, K scores as ``truth`` has them.
