@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from nst_det.detection.data import open_voc, resize, resized_shape
-from nst_det.detection.predict import find_sources, load_run, read_sources
+from nst_det.detection.predict import load_run
+from nst_det.detection.sources import find_sources, read_sources
 from nst_det.detection.torchvision import Detector
 from nst_det.engine.io import atomic_path, write_text
 from nst_det.errors import UserError
@@ -212,7 +213,8 @@ def read_images(config: CfgNode, classes: Sequence[str], named: Sequence[str | P
             named = [data.image_path(id_) for id_ in data.ids[:MOST_IMAGES]]
         except UserError as error:
             raise UserError(f"no test images to compare the export on ({error}); name some by --images") from error
-    for _, _, pixels in itertools.islice(read_sources(find_sources(named)), MOST_IMAGES):
+    for picture in itertools.islice(read_sources(find_sources(named)), MOST_IMAGES):
+        pixels = picture.pixels
         height, width = pixels.shape[:2]
         size = resized_shape(height, width, config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST)
         yield np.ascontiguousarray(resize(pixels, *size).transpose(2, 0, 1))
