@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 
 from nst_det.detection.config import BEST, LAST
 from nst_det.detection.torchvision import Detector
@@ -54,16 +54,32 @@ def load_weights(
         log.info("%s: the bottom-up is filled (method %s); FPN and heads start anew", source, card.method or "unknown")
         return "backbone"
     with trusting_pickles(config.TRUST_PICKLE):
-        _load_detector(detector, path, list(classes), key, new_predictor)
+        _load_detector(detector, path, classes, key, new_predictor)
     return "detector"
 
 
-def _load_detector(detector: Detector, path: Path, classes: list[str], key: str, new_predictor: bool) -> None:
-    own, filled = detector.state_dict(), "the whole detector is filled"
+def _load_detector(detector: Detector, path: Path, classes: Sequence[str], key: str, new_predictor: bool) -> None:
+    state_dict, filled = detector_entries(path, detector.state_dict(), classes, key, new_predictor)
+    try:
+        load_strict(detector, state_dict, str(path))
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+    log.info("%s: %s", path, filled)
+    detector.backbone.bottom_up.loaded = True
+
+
+def detector_entries(
+    path: Path, own: Mapping[str, Tensor], classes: Sequence[str], key: str, new_predictor: bool
+) -> tuple[dict[str, Tensor], str]:
+    """Read a whole detector's entries, for one of these ``classes`` ([] if unknown) and with the entries ``own``.
+
+    One that was trained on others is refused; with ``new_predictor`` it comes with the box predictor of ``own``.
+    Also return what is filled by it, for the log.
+    """
     state_dict, named = load_plain(path, own), saved_classes(path)
     predictor = {name: value for name, value in own.items() if name.startswith(PREDICTOR)}
     if named and classes:
-        other = named != classes
+        other = named != list(classes)
         if other and (not new_predictor or sorted(named) == sorted(classes)):
             raise UserError(
                 f"{key}: {path} was trained on the classes {', '.join(named)}, these data have {', '.join(classes)}; "
@@ -72,16 +88,10 @@ def _load_detector(detector: Detector, path: Path, classes: list[str], key: str,
     else:
         shapes = {name: value.shape for name, value in state_dict.items()}
         other = new_predictor and any(shapes.get(name, value.shape) != value.shape for name, value in predictor.items())
-    if other:
-        state_dict |= predictor
-        theirs = f"the classes {', '.join(named)}" if named else "another number of classes"
-        filled = f"trained on {theirs}: all but the box predictor is filled, which starts anew"
-    try:
-        load_strict(detector, state_dict, str(path))
-    except ValueError as error:
-        raise UserError(f"{key}: {error}") from error
-    log.info("%s: %s", path, filled)
-    detector.backbone.bottom_up.loaded = True
+    if not other:
+        return state_dict, "the whole detector is filled"
+    theirs = f"the classes {', '.join(named)}" if named else "another number of classes"
+    return state_dict | predictor, f"trained on {theirs}: all but the box predictor is filled, which starts anew"
 
 
 def save_weights(

@@ -139,7 +139,9 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
             unscaled = torch.amp.GradScaler(enabled=False)
             self._trainer = AMPTrainer(parallel, data_loader, optimizer, grad_scaler=unscaled, precision=dtype)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = BackboneCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = BackboneCheckpointer(
+            self.student, cfg.OUTPUT_DIR, classes=class_list(cfg), trainer=weakref.proxy(self)
+        )
         self.checkpointer.written = self.state.eval_model
         self.finite = FiniteCheck(model, parallel, cfg.SOLVER.CLIP_GRADIENTS)
         self._trainer.register_hooks([self.finite])

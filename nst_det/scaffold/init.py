@@ -188,7 +188,7 @@ def _refuse_broken(report: Report, remedy: str) -> None:
 
 def _cut_lists(root: Path) -> tuple[str, str]:
     ids, files = ids_to_cut(root), annotation_files(root)
-    classes_of = {id_: read_annotation(files[id_]).names for id_ in ids}
+    classes_of = {id_: read_annotation(files[id_], id_).names for id_ in ids}
     images = image_names(root / "JPEGImages")
     held = cut_test_ids(
         classes_of, TEST_FRACTION, same_pictures({id_: root / "JPEGImages" / images[id_] for id_ in ids})
