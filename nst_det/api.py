@@ -384,9 +384,6 @@ def export(
     if images and not of_detector:
         raise UserError("--images: only detectors are compared on images; leave it out")
     if of_detector:
-        # before torch is imported, which takes seconds
-        if not Path(run).is_dir():
-            raise UserError(f"{run}: no such folder; name the folder of a finished detector run")
         from nst_det.exporting.detector import export_detector
 
         return export_detector(run, output, format, images)

@@ -68,14 +68,14 @@ def read_detections(
 
 def read_coco_names(path: str | Path) -> CocoNames:
     """Read names from a COCO annotation file: ``categories`` (id, name), and where they are there ``images``."""
-    tree, where = _read_json(Path(path)), shown_path(path)
+    tree, where = _read_json(Path(path), "COCO file"), shown_path(path)
     categories = coco_names(tree, "categories", "name", where)
     images = coco_names(tree, "images", "file_name", where) if "images" in tree else {}
     return CocoNames(images, {id_: name.strip() for id_, name in categories.items()})
 
 
-def _read_json(path: Path) -> Any:
-    data = read_bytes(path, MAX_FILE_BYTES, KIND)
+def _read_json(path: Path, kind: str = KIND) -> Any:
+    data = read_bytes(path, MAX_FILE_BYTES, kind, "correct the path")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
