@@ -42,6 +42,7 @@ from nst_det.engine.keys import FULL_MODEL
 from nst_det.engine.loader import end_workers_with_us
 from nst_det.engine.metrics import SPEED
 from nst_det.engine.nan_guard import SKIP, NonFiniteGuard, NotFinite, raise_together
+from nst_det.engine.progress import waiting
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything, seeded
 from nst_det.engine.train_state import AveragedWeights, TrainState
@@ -310,7 +311,9 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
 
     def _scores(self, cfg: CfgNode) -> dict[str, Any]:
         # the student alone would still ask the teacher
-        return dict(self.test(cfg, self.model if self.state.average is None else self.state.eval_model))
+        model = self.model if self.state.average is None else self.state.eval_model
+        with waiting("evaluation") if comm.is_main_process() else nullcontext():
+            return dict(self.test(cfg, model))
 
     def _test(self) -> dict[str, Any]:
         self._last_eval_results = self._scores(self.cfg)
@@ -343,6 +346,8 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         super().resume_or_load(resume)
         if self.state.average is not None and not self.state.average.steps:
             self.state.average.restart()
+        if self.start_iter:
+            log.info("%s: resumed at step %d", self.cfg.OUTPUT_DIR, self.start_iter)
         check_frozen_random(self.student, filled=bool(self.cfg.MODEL.WEIGHTS) or self.start_iter > 0)
         sampler = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(sampler, StepBatchSampler):
