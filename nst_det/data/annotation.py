@@ -136,7 +136,7 @@ def parse_xml(data: bytes) -> Element:
     except (ParseError, ValueError, LookupError) as error:
         raise UserError(f"not well-formed XML ({shown(str(error))}); write it again or remove it") from error
     if root.tag != "annotation":
-        raise UserError(f"its root is <{shown(root.tag, 40)}>, not <annotation>; it is no VOC annotation")
+        raise UserError(f"its root is <{shown(root.tag, 40)}>, not <annotation>: not a VOC annotation")
     return root
 
 

@@ -112,7 +112,7 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
     """Train a detector in OUTPUT_DIR and evaluate it, or resume where a former call stopped; nothing is done twice.
 
     The folder then holds ``model.safetensors`` (the student alone), ``detections.json`` and ``result.json``, which is
-    returned.  With DATASETS.VAL_FRACTION, evaluations during training are made on the validation split, not on
+    returned.  With DATASETS.VAL or VAL_FRACTION, evaluations during training are made on the validation split, not on
     DATASETS.TEST; ``model_best.safetensors`` are the weights that did best there.  DATASETS.TEST is evaluated once,
     with the weights that TEST.SELECT names; they are those in ``model.safetensors``.
     """

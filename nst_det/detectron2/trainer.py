@@ -24,6 +24,7 @@ from detectron2.utils.events import EventStorage, EventWriter, TensorboardXWrite
 from torch import Tensor, nn
 
 from nst_det.detection.checkpoint import keep_best, patience_is_over, settle
+from nst_det.detection.config import validates
 from nst_det.detection.data import StepBatchSampler
 from nst_det.detection.distiller import DistilledDetector, backbone_of
 from nst_det.detection.solver import is_backbone
@@ -213,7 +214,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         """Detectron2's hooks, and those that all trainers share; the writers of metrics and checkpoints come last."""
         cfg = self.cfg
         # evaluations during training are made on the validation split where there is one
-        evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, self._validate if cfg.DATASETS.VAL_FRACTION else self._test)
+        evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, self._validate if validates(cfg) else self._test)
         own = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks() if hook]
         saving = [hook for hook in own if isinstance(hook, hooks.PeriodicCheckpointer)]
         return [

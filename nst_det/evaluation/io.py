@@ -147,7 +147,7 @@ def detections_from_json(
         name = category if isinstance(category, str) and category in label_of else _lookup(class_of, category)
         if not id_:
             remedy = "name another split, or by --coco-names the COCO file that has this id"
-            raise UserError(f"{at}: image_id {entry.get('image_id')!r:.80} is no image of the split; {remedy}")
+            raise UserError(f"{at}: image_id {entry.get('image_id')!r:.80} is not an image of the split; {remedy}")
         if name not in label_of:
             meant = f" ({shown(name)})" if name else ""
             remedy = "give all by --classes, or name by --coco-names the COCO file whose categories these are"
@@ -176,7 +176,7 @@ def _numbered_classes(
     numbers = {category for category in categories if isinstance(category, int) and not isinstance(category, bool)}
     starts = [start for start in (0, 1) if numbers <= set(range(start, start + len(classes)))]
     if not numbers or not starts:
-        # what is no number, and numbers that are too large, are named where they stand
+        # what is not a number, and numbers that are too large, are named where they stand
         return {}
     if len(starts) > 1:
         why = f"may count from 0 or from 1, and the {len(classes)} classes in any order"
