@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.jupyter import JupyterMixin
 from rich.table import Table
 
@@ -32,11 +33,13 @@ Settings = Mapping[str, Any] | Sequence[str]
 # of nst-det export
 BACKBONE_FORMATS = ["timm", "torchvision", "detectron2"]
 DETECTOR_FORMATS = ["onnx", "torch-export"]
+# of what a comparison can't tell, below its table
+SHOWN_LINES = 3
 
 
 @dataclass(frozen=True)
 class CompareResult(JupyterMixin):
-    """What a comparison found; shows itself as its table.
+    """What a comparison found; shows itself as its table, and what this can't tell.
 
     Attributes:
         results: as in ``report/results.json``.
@@ -56,10 +59,23 @@ class CompareResult(JupyterMixin):
         """The report page."""
         return self.folder / "report" / "index.html"
 
-    def __rich__(self) -> Table:
-        from nst_det.comparison.pipeline import results_table
+    @property
+    def untold(self) -> list[str]:
+        """What the numbers can't tell, in short sentences, the weightiest first."""
+        from nst_det.report import untold
 
-        return results_table(self.results)
+        return untold(self.results, self.folder)
+
+    def __rich__(self) -> Group:
+        from rich.text import Text
+
+        from nst_det.comparison.pipeline import results_table
+        from nst_det.report.tables import UNTOLD
+
+        lines = self.untold
+        more = [f"{len(lines) - SHOWN_LINES} more in the report"] if len(lines) > SHOWN_LINES else []
+        box = [f"{UNTOLD}:", *(f"- {line}" for line in [*lines[:SHOWN_LINES], *more])] if lines else []
+        return Group(results_table(self.results), *map(Text, box))
 
 
 class DistillResult(JupyterMixin, dict[str, dict[str, Any]]):
@@ -410,9 +426,6 @@ def export(
     if images and not of_detector:
         raise UserError("--images: only detectors are compared on images; leave it out")
     if of_detector:
-        # before torch is imported, which takes seconds
-        if not Path(run).is_dir():
-            raise UserError(f"{run}: no such folder; name the folder of a finished detector run")
         from nst_det.exporting.detector import export_detector
 
         return export_detector(run, output, format, images)

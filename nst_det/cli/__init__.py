@@ -47,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     0 done; 1 a run of a comparison failed; 2 the input can't be used; 75 stopped by SIGTERM or SIGINT, with all saved
     that the same command needs to resume; 130 interrupted.
     """
-    args = build_parser().parse_args(argv)
-    # Detectron2's launch sends the arguments to its processes, where no function of a command can go
-    command = vars(args).pop("command")
-    if args.end_with_parent:
-        end_with_parent(args.end_with_parent)
     # fvcore causes it when it is imported; nothing that a user could mend
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     try:
+        args = build_parser().parse_args(argv)
+        # Detectron2's launch sends the arguments to its processes, where no function of a command can go
+        command = vars(args).pop("command")
+        if args.end_with_parent:
+            end_with_parent(args.end_with_parent)
         with preemptible() if command.resumes else contextlib.nullcontext():
             code = command.run(args) or 0
     except (UserError, RunFailed) as error:

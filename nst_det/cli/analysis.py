@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nst_det.cli.command import DEVICE, argument, command, flag, one_of
+from nst_det.cli.command import BACKBONE, DEVICE, RUN, argument, command, existing, flag, one_of
 from nst_det.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,23 +22,27 @@ if TYPE_CHECKING:
 def backbones(args: argparse.Namespace) -> None:
     """List the backbones in the registry, or check one."""
     from nst_det.engine.format import print_table
-    from nst_det.models.bottomup import prove_parity
-    from nst_det.models.io import backbones_table, list_backbones
     from nst_det.models.registry import PREFIX, registry_folders
 
     folders = [Path(args.root).expanduser()] if args.root else registry_folders()
+    if args.root and not folders[0].is_dir():
+        raise UserError(f"--root {args.root}: no such folder")
     if args.check:
         name = args.check.removeprefix(PREFIX)
         path = name if "/" in name else f"{PREFIX}{name}"
         if args.root and path != name:
             path = str(folders[0] / f"{name.removesuffix('.safetensors')}.safetensors")
+        BACKBONE(path)
+        # torch takes seconds to import
+        from nst_det.models.bottomup import prove_parity
+
         difference = prove_parity(path)
         print(f"{name}: classifier and bottom-up differ by at most {difference:.3g}")
         if difference > 0:
             raise UserError(f"{name}: the bottom-up doesn't compute what the classifier computes")
         return
-    if args.root and not folders[0].is_dir():
-        raise UserError(f"--root {args.root}: no such folder")
+    from nst_det.models.io import backbones_table, list_backbones
+
     entries, faults = list_backbones(folders)
     where = ", ".join(str(folder) for folder in folders)
     if entries:
@@ -81,7 +85,8 @@ def methods(args: argparse.Namespace) -> None:
 
     from nst_det.detection.config import detector_transfer_node
     from nst_det.engine.format import print_table
-    from nst_det.losses import parse_method, terms
+    from nst_det.losses.method import parse_method
+    from nst_det.losses.registry import terms
 
     try:
         chosen: dict[str, float | None] = dict(parse_method(args.method)) if args.method else dict.fromkeys(terms())
@@ -108,8 +113,8 @@ def methods(args: argparse.Namespace) -> None:
 @command(
     one_of(
         argument("--arch", "NAME", "a timm architecture, with its classifier of 1000 classes"),
-        argument("--weights", "FILE", "a backbone file, or backbone://NAME"),
-        argument("--run", "DIR", "the detector of a finished train-det run", dest="run_folder"),
+        argument("--weights", "FILE", "a backbone file, or backbone://NAME", type=BACKBONE),
+        argument("--run", "DIR", "the detector of a finished train-det run", dest="run_folder", type=RUN),
         argument("--config-file", "FILE", "the detector of a stage-two YAML, with random weights"),
     ),
     argument("--batch", "N", "batch sizes (default: 1 8)", nargs="+", type=int, default=[1, 8]),
@@ -213,9 +218,12 @@ def _print_figures(figures: dict[str, Any]) -> None:
     print(f"latency    of {passes} passes on noise; it moves with a detector's boxes and the machine's other work")
 
 
+LOOK_WEIGHTS, LOOK_IMAGES = "a backbone; repeat, the teacher's first", "images, or folders of images"
+
+
 @command(
-    argument("--weights", "FILE", "a backbone; repeat, the teacher's first", action="append", required=True),
-    argument("--image", "PATH", "images, or folders of images", nargs="+", required=True),
+    argument("--weights", "FILE", LOOK_WEIGHTS, action="append", required=True, type=BACKBONE),
+    argument("--image", "PATH", LOOK_IMAGES, nargs="+", required=True, type=existing(LOOK_IMAGES)),
     argument("--output", "FILE", "the page (default: look.html)", default="look.html"),
     argument("--levels", "NAME", "of res2 .. res5 (default: all they have in common)", nargs="+", default=[]),
     argument("--size", "N", "side of the images, pixels (default: as the teacher's card says)", type=int, default=0),
@@ -224,13 +232,13 @@ def _print_figures(figures: dict[str, Any]) -> None:
 )
 def look(args: argparse.Namespace) -> None:
     """See what a teacher and students look at: channel maps, MMD by level, PCA or t-SNE, CKA; one HTML file."""
+    if len(args.weights) < 2:
+        raise UserError("--weights: give it twice or more: the teacher's, then each student's")
     from nst_det.engine.io import write_text
     from nst_det.models import load_card
     from nst_det.visualize import measures
     from nst_det.visualize.page import render
 
-    if len(args.weights) < 2:
-        raise UserError("--weights: give it twice or more: the teacher's, then each student's")
     size = args.size or int(load_card(args.weights[0]).input.get("size") or 224)
     if not 32 <= size <= 2048:
         raise UserError(f"--size: {size}; give 32 to 2048 pixels")

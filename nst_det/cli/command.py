@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from nst_det.errors import UserError
 
 Argument = Callable[[argparse._ActionsContainer], object]
 # gives the exit code; None is 0
@@ -39,6 +42,24 @@ def command(*arguments: Argument, epilog: str = "", resumes: bool = False) -> Ca
 def argument(names: str, metavar: str | None, help: str, **options: Any) -> Argument:
     """Return an argument with ``options`` of ``ArgumentParser.add_argument``; a space separates several names."""
     return lambda parser: parser.add_argument(*names.split(), metavar=metavar, help=help, **options)
+
+
+def existing(what: str) -> Callable[[str], str]:
+    """Return the ``type`` of an argument that names something that is there, or ``backbone://NAME``.
+
+    ``what`` it is to name ends the line that refuses it, which comes before torch is imported: that takes seconds.
+    """
+
+    def check(path: str) -> str:
+        if path.startswith("backbone:"):
+            from nst_det.models.registry import resolve
+
+            resolve(path)
+        elif not Path(path).expanduser().exists():
+            raise UserError(f"{path}: no such file or folder; name {what}")
+        return path
+
+    return check
 
 
 def flag(name: str, help: str) -> Argument:
@@ -94,6 +115,8 @@ def config(name: str, what: str, dest: str = "overrides") -> Argument:
     return add
 
 
+RUN = existing("the folder of a finished detector run")
+BACKBONE = existing("a backbone file; nst-det backbones lists those there are")
 METHODS = setting("--methods", "METHODS", "LIST", "transfer methods, such as ce,nst-poly")
 SEEDS = setting("--seeds", "SEEDS", "LIST", "seeds, such as 0,1,2")
 JOBS = argument("--jobs", "N", "runs side by side (default: cores, or GPUs)", type=int, default=0)

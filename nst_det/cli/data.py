@@ -49,7 +49,10 @@ def init(args: argparse.Namespace) -> None:
     names = ", ".join(values.classes[:10]) + (", ..." if len(values.classes) > 10 else "")
     print(f"classes   {len(values.classes)}: {names}")
     cut = " (lists written into ImageSets/Main)" if project.cut else ""
-    print(f"lists     {values.train} ({project.images[0]} images), {values.test} ({project.images[1]} images){cut}")
+    val = f", {values.val} to validate on" if values.val else ""
+    print(
+        f"lists     {values.train} ({project.images[0]} images), {values.test} ({project.images[1]} images){val}{cut}"
+    )
     print(f"stage one {values.images}: {values.images_note}")
     print(f"          {values.teacher.iterations} steps of the teacher, {values.student.iterations} of each student")
     print(f"stage two {values.size[0]} x {values.size[1]} pixels, anchors {', '.join(map(str, values.anchors))}")

@@ -6,29 +6,21 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nst_det.cli.command import DEVICE, TRUST_PICKLE, argument, command, flag, one_of
-from nst_det.errors import UserError
+from nst_det.cli.command import BACKBONE, DEVICE, RUN, TRUST_PICKLE, argument, command, existing, flag, one_of
 
 if TYPE_CHECKING:
     from nst_det.detection.predictions import PredictResult
 
-
-def _check_paths(sources: Iterable[str], run_folder: str | None) -> None:
-    """Refuse what isn't there before torch is imported, which takes seconds."""
-    for path in sources:
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such file or folder; name images, folders or a video")
-    if run_folder and not Path(run_folder).is_dir():
-        raise UserError(f"{run_folder}: no such folder; name the folder of a finished detector run")
+WEIGHTS = existing("a file of weights")
 
 
 @command(
-    argument("inputs", "PATH", "images, folders of images, or videos", nargs="+"),
-    argument("--run", "DIR", "folder of a train-det run", dest="run_folder", required=True),
+    argument(
+        "inputs", "PATH", "images, folders of images, or videos", nargs="+", type=existing("images, folders or a video")
+    ),
+    argument("--run", "DIR", "folder of a train-det run", dest="run_folder", required=True, type=RUN),
     argument("--output", "DIR", "where to write (default: predictions)", default="predictions"),
     argument("--format", "LIST", "images, json, voc, csv by commas (default: images,json)", default="images,json"),
     argument("--threshold", "X", "least score, 0 to 1 (default: of best F1 on validation; else 0.5)", type=float),
@@ -42,7 +34,6 @@ def _check_paths(sources: Iterable[str], run_folder: str | None) -> None:
 )
 def predict(args: argparse.Namespace) -> int:
     """Detect objects on images, folders or videos with a finished run; writes pictures, JSON, VOC XML or CSV."""
-    _check_paths(args.inputs, args.run_folder)
     from nst_det import api
     from nst_det.engine.device import compute_line, named_device
 
@@ -82,14 +73,18 @@ def _nothing_line(result: PredictResult) -> str:
     return f"best score {result.best:.2g}, try --threshold {math.floor(result.best * 10**digits) / 10**digits:g}"
 
 
+DETECTIONS = "detections.json, COCO results or a folder of comp4_det_*.txt"
+COCO_NAMES = "COCO annotations: the images and categories that numbers in COCO results mean"
+
+
 @command(
-    argument("--detections", "PATH", "detections.json, COCO results or a folder of comp4_det_*.txt", required=True),
+    argument("--detections", "PATH", DETECTIONS, required=True, type=existing(DETECTIONS)),
     argument("--voc-root --voc", "ROOT", "the VOC folder with the annotations", required=True),
     argument("--split", "NAME", "list in ImageSets/Main (default: the one to test on, or the only one)", default=""),
     argument("--classes", "NAME", "in the order of numbers in COCO results (default: those annotated)", nargs="+"),
     argument("--iou", "X", "overlap thresholds; the first makes the table", nargs="+", type=float, default=[0.5]),
     flag("--coco", "COCO AP too"),
-    argument("--coco-names", "FILE", "COCO annotations: the images and categories that numbers in COCO results mean"),
+    argument("--coco-names", "FILE", COCO_NAMES, type=existing("a COCO file with categories (id and name)")),
     argument("--output --json", "FILE", "write the figures as JSON"),
 )
 def evaluate(args: argparse.Namespace) -> None:
@@ -119,18 +114,20 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 FORMATS = ["timm", "torchvision", "detectron2", "onnx", "torch-export"]
+PLAIN = "backbone://NAME or a backbone file; for detectron2 also plain ResNet weights"
+EXPORT_IMAGES = "compare a detector on these (default: its test images)"
 EXPORT_OUTPUT = "FILE.onnx, FILE.pt2 (torch-export), a folder to make (timm), FILE.pth, or FILE.pkl (detectron2 alone)"
 
 
 @command(
     argument("--format", None, "whose names and files to write", required=True, choices=FORMATS),
     one_of(
-        argument("--weights", "FILE", "backbone://NAME or a backbone file; for detectron2 also plain ResNet weights"),
-        argument("--run", "DIR", "for a detector: the folder of a train-det run", dest="run_folder"),
+        argument("--weights", "FILE", PLAIN, type=BACKBONE),
+        argument("--run", "DIR", "for a detector: the folder of a train-det run", dest="run_folder", type=RUN),
     ),
     argument("--output", "PATH", EXPORT_OUTPUT, required=True),
     argument("--arch", "NAME", "timm name of plain weights, for example resnet50", default=""),
-    argument("--images", "PATH", "compare a detector on these (default: its test images)", nargs="+", default=[]),
+    argument("--images", "PATH", EXPORT_IMAGES, nargs="+", default=[], type=existing("images or folders of images")),
     epilog="What is written is compared with the original, and a model card is written next to it.",
 )
 def export(args: argparse.Namespace) -> None:
@@ -148,7 +145,7 @@ CONVERT_TO = "timm: both engines here; detectron2: build_resnet_fpn_backbone; to
 
 
 @command(
-    argument("--weights", "FILE", "of a whole detector; its form is recognized", required=True),
+    argument("--weights", "FILE", "of a whole detector; its form is recognized", required=True, type=WEIGHTS),
     argument("--to", None, CONVERT_TO, required=True, choices=["timm", "detectron2", "torchvision"]),
     argument("--output", "FILE", "ends in .pth", required=True),
     TRUST_PICKLE,
@@ -164,9 +161,9 @@ def convert(args: argparse.Namespace) -> None:
 
 
 @command(
-    argument("--config-file", "FILE", "YAML that both engines honor", required=True),
-    argument("--weights", "FILE", "of a whole detector, by either engine", required=True),
-    argument("--image", "FILE", "images to run on", required=True, nargs="+"),
+    argument("--config-file", "FILE", "YAML that both engines honor", required=True, type=existing("a YAML")),
+    argument("--weights", "FILE", "of a whole detector, by either engine", required=True, type=WEIGHTS),
+    argument("--image", "FILE", "images to run on", required=True, nargs="+", type=existing("images")),
     argument("--opts", "KEY VALUE", "config values", nargs="+", default=[]),
 )
 def parity(args: argparse.Namespace) -> int:

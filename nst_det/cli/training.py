@@ -14,6 +14,7 @@ from nst_det.cli.command import (
     argument,
     command,
     config,
+    existing,
     flag,
     setting,
     with_trust,
@@ -31,13 +32,15 @@ def distill(args: argparse.Namespace) -> None:
     """Stage one: train students by several transfer methods side by side."""
     from nst_det import api
     from nst_det.distillation.config import load_distill_config
+    from nst_det.engine.config import expand_path
     from nst_det.engine.format import print_table
     from nst_det.engine.progress import start_logging
 
     start_logging()
     values = with_trust(args.overrides, args, "")
     # what can be wrong with it is told before torch is imported, which takes seconds
-    load_distill_config(args.config_file, values)
+    root = load_distill_config(args.config_file, values).DATA.ROOT
+    existing("by DATA.ROOT the images of stage one")(expand_path(root, "DATA.ROOT"))
     from nst_det.engine import device, distributed
 
     device.keep_freed_memory()
@@ -61,6 +64,7 @@ def distill(args: argparse.Namespace) -> None:
 )
 def train_det(args: argparse.Namespace) -> int | None:
     """Stage two: train and evaluate a detector."""
+    from nst_det.data.voc import find_voc_root
     from nst_det.detection import config
     from nst_det.engine.config import config_file
     from nst_det.engine.progress import start_logging
@@ -76,6 +80,9 @@ def train_det(args: argparse.Namespace) -> int | None:
         remedy = f"torchrun --nproc-per-node {args.num_gpus} --nnodes {args.num_machines} -m nst_det train-det ..."
         raise UserError(f"--num-gpus, --num-machines: several processes of the torchvision engine need {remedy}")
     cfg = config.load_detect_config(args.config_file, args.opts)
+    for part in ("TEST",) if args.eval_only else ("TRAIN", "TEST"):
+        for root, _ in config.voc_roots(cfg, cfg.DATASETS[part], f"DATASETS.{part}"):
+            find_voc_root(root)
     # torch takes seconds to import
     from nst_det.detection import pipeline
     from nst_det.engine import device, distributed
@@ -184,8 +191,11 @@ def report(args: argparse.Namespace) -> None:
     print(output / "index.html")
 
 
+STEP = existing("the file of a step in the folder nonfinite of a run")
+
+
 @command(
-    argument("file", "FILE", "in the folder nonfinite of the run, as the message named it"),
+    argument("file", "FILE", "in the folder nonfinite of the run, as the message named it", type=STEP),
     TRUST_PICKLE,
     epilog="exit code: 0 if the same came out as in the run, 1 if something else did",
 )

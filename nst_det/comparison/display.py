@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from nst_det.comparison.plan import Run
 from nst_det.engine.format import duration
 from nst_det.engine.metrics import loss_note
-from nst_det.engine.progress import PLAIN_SECONDS, console, is_live
+from nst_det.engine.progress import PLAIN_SECONDS, console, is_live, progress_file, told
 
 log = logging.getLogger(__name__)
 REFRESH_SECONDS = 1.0
@@ -53,12 +53,18 @@ def steps_done(run: Run) -> tuple[int, dict[str, Any]]:
 class ProgressDisplay:
     """Shows runs as they start and end, within ``with ProgressDisplay(...) as display``.
 
-    ``total_steps`` are those of a run by its kind; ``share`` is the part of the machine that a run takes, 0..1.
+    ``total_steps`` are those of a run by its kind; ``share`` is the part of the machine that a run takes, 0..1;
+    ``folder`` is the comparison's, with the logs of the runs.
     """
 
     def __init__(
-        self, runs: Sequence[Run], total_steps: Mapping[str, int], share: Callable[[Run], float] = lambda run: 1.0
+        self,
+        runs: Sequence[Run],
+        total_steps: Mapping[str, int],
+        share: Callable[[Run], float] = lambda run: 1.0,
+        folder: Path = Path(),
     ) -> None:
+        self._folder = folder
         self._runs, self._total, self._share = list(runs), dict(total_steps), share
         self._done = {run.name for run in runs if run.done}
         # of the running ones: when this call started it, and the steps it had then
@@ -85,14 +91,21 @@ class ProgressDisplay:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        for run in self._runs:
+            self._file(run).unlink(missing_ok=True)
+
+    def _file(self, run: Run) -> Path:
+        return progress_file(run.log_path(self._folder))
 
     def started(self, run: Run) -> None:
+        self._file(run).unlink(missing_ok=True)
         steps, _ = steps_done(run)
         self._begin[run.name] = (time.monotonic(), steps)
         total = self._total.get(run.kind) or 1
-        self._tasks[run.name] = self._bar.add_task(run.name, total=total, completed=steps, note="")
-        if not self._live:
-            log.info("%s: starts%s", run.name, f" again at step {steps}" if steps else "")
+        note = f"resumed at step {steps}" if steps else "starts"
+        self._tasks[run.name] = self._bar.add_task(run.name, total=total, completed=steps, note=note)
+        if steps or not self._live:
+            log.info("%s: %s", run.name, note)
 
     def finished(self, run: Run) -> None:
         begin, first = self._begin.pop(run.name)
@@ -112,18 +125,24 @@ class ProgressDisplay:
         if now - self._last < (REFRESH_SECONDS if self._live else PLAIN_SECONDS):
             return
         first, self._last = self._last == 0.0, now
-        states = [(run, *steps_done(run)) for run in running]
+        states = [(run, *self._state(run)) for run in running]
         left = self.seconds_left({run.name: steps for run, steps, _ in states})
         eta = "" if left is None else f"ETA {duration(left)}"
         self._bar.update(self._tasks[""], note=eta)
-        for run, steps, metrics in states:
-            self._bar.update(self._tasks[run.name], completed=steps, note=loss_note(metrics, NOTE_TERMS))
+        for run, steps, note in states:
+            self._bar.update(self._tasks[run.name], completed=steps, note=note)
         if running and not first and not self._live:
             parts = []
-            for run, steps, metrics in states:
-                note = loss_note(metrics)
+            for run, steps, note in states:
                 parts.append(f"{run.name} {steps}/{self._total.get(run.kind) or '?'}{f' ({note})' if note else ''}")
             log.info("%d/%d runs done; %s  %s", len(self._done), len(self._runs), ", ".join(parts), eta)
+
+    def _state(self, run: Run) -> tuple[int, str]:
+        """Return the steps that a run has done; and what it waits for, or its losses."""
+        steps, metrics = steps_done(run)
+        # metrics are written now and then
+        done, waits = told(run.log_path(self._folder))
+        return max(steps, done), waits or loss_note(metrics, NOTE_TERMS)
 
     def seconds_left(self, steps: Mapping[str, int]) -> float | None:
         """Return the seconds until all is done, given the steps that each running run has done.

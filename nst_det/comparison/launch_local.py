@@ -21,6 +21,7 @@ import torch
 from nst_det.comparison.display import ProgressDisplay
 from nst_det.comparison.plan import Run
 from nst_det.engine.machine import core_count
+from nst_det.engine.progress import VARIABLE, progress_file
 from nst_det.engine.signals import EXIT_RESUME, preemptible
 from nst_det.errors import RunFailed
 
@@ -148,7 +149,7 @@ class Process:
     def __init__(self, command: Sequence[str], log: Path, threads: int, gpu: str = "") -> None:
         self.gpu, self._log = gpu, log
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": gpu}
-        environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
+        environment |= dict.fromkeys(THREAD_VARIABLES, str(threads)) | {VARIABLE: str(progress_file(log))}
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as file:
             self._begin = file.tell()

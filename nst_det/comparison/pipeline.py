@@ -77,7 +77,7 @@ def launch(
         if run.name in configs:
             write_text(run.config_path(folder), configs[run.name].dump())
     steps = {run.kind: total_steps(run, configs[run.name]) for run in runs if run.name in configs}
-    with ProgressDisplay(runs, steps, lambda run: float(machine.share(run))) as display:
+    with ProgressDisplay(runs, steps, lambda run: float(machine.share(run)), folder) as display:
         run_plan(runs, folder, launcher, display)
 
 

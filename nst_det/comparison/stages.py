@@ -134,10 +134,9 @@ def _bare(config: CfgNode) -> CfgNode:
 def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
     """Refuse data folders that aren't there, and lists that aren't in them."""
     folders = {"DISTILL.DATA.ROOT": distill.DATA.ROOT}
-    data = detect.get("DATASETS", CfgNode({"TRAIN": [], "TEST": [], "VOC": {}}))
     # Detectron2 may know other names by itself
-    sets = [name for name in (*data.TRAIN, *data.TEST) if name in data.VOC]
-    folders |= {f"DETECT.DATASETS.VOC.{name}.ROOT": data.VOC[name].get("ROOT", "") for name in sets}
+    sets = [name for name in detection_config.set_names(detect) if name in detect.DATASETS.VOC] if detect else []
+    folders |= {f"DETECT.DATASETS.VOC.{name}.ROOT": detect.DATASETS.VOC[name].get("ROOT", "") for name in sets}
     for key, folder in folders.items():
         path = Path(expand_path(str(folder), key))
         # the images of stage one may be in an archive
@@ -176,5 +175,5 @@ def generated_settings(stage: str, config: CfgNode, root: Path | None) -> dict[s
         return {}
     if stage == DISTILL:
         return {"DATA.ROOT": str(root / CLASSIFICATION)}
-    names = dict.fromkeys([*config.DATASETS.TRAIN, *config.DATASETS.TEST])
-    return {f"DATASETS.VOC.{name}.ROOT": str(root / DETECTION) for name in names if name in config.DATASETS.VOC}
+    names = [name for name in detection_config.set_names(config) if name in config.DATASETS.VOC]
+    return {f"DATASETS.VOC.{name}.ROOT": str(root / DETECTION) for name in names}

@@ -117,9 +117,9 @@ def usable_boxes(annotation: VocAnnotation) -> tuple[np.ndarray, list[str]]:
     return keep, dropped
 
 
-def read_annotation(path: Path) -> VocAnnotation:
-    """Read one XML file; the error names the first thing that is wrong with it, and how many more there are."""
-    annotation, problems = parse_annotation(read_bytes(path, MAX_XML_BYTES, "annotation"), path.stem)
+def read_annotation(path: Path, id_: str) -> VocAnnotation:
+    """Read an image's XML file; the error names the first thing that is wrong with it, and how many more there are."""
+    annotation, problems = parse_annotation(read_bytes(path, MAX_XML_BYTES, "annotation"), id_)
     if annotation is None or problems:
         more = f" (and {len(problems) - 1} more; nst-det check-data lists all)" if len(problems) > 1 else ""
         raise UserError(f"{shown_path(path)}: {problems[0]}{more}")
@@ -136,7 +136,7 @@ def parse_xml(data: bytes) -> Element:
     except (ParseError, ValueError, LookupError) as error:
         raise UserError(f"not well-formed XML ({shown(str(error))}); write it again or remove it") from error
     if root.tag != "annotation":
-        raise UserError(f"its root is <{shown(root.tag, 40)}>, not <annotation>; it is no VOC annotation")
+        raise UserError(f"its root is <{shown(root.tag, 40)}>, not <annotation>: not a VOC annotation")
     return root
 
 

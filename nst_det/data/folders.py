@@ -12,7 +12,7 @@ import numpy as np
 
 from nst_det.data.images import EXTENSIONS, decode_image, read_image
 from nst_det.data.safe_io import name_problem, shown, shown_path
-from nst_det.data.splits import held_out, shuffled
+from nst_det.data.splits import held_out, same_pictures, shuffled
 from nst_det.errors import UserError
 
 
@@ -128,11 +128,21 @@ def read_image_folder(
 def cut_validation(
     root: Path, classes: tuple[str, ...], train: ImageSplit, val_fraction: float, seed: int
 ) -> ImageFolder:
-    """Cut ``val_fraction`` of each class off the training images, which are sorted by class, to validate on."""
-    starts = np.flatnonzero(np.diff(train.labels)) + 1
-    by_class = [part.tolist() for part in np.split(np.array(train.paths, dtype=object), starts)]
-    kept = held_out(by_class, val_fraction, seed)
-    is_val = np.array([path in kept for path in train.paths], dtype=bool)
+    """Cut ``val_fraction`` of each class off the training images to validate on.
+
+    Files that show the same picture (:func:`~nst_det.data.splits.same_pictures`) count as one image and stay together.
+    """
+    ids = [os.path.splitext(path)[0] for path in train.paths]
+    files = dict(zip(ids, train.paths))
+    # images that are in no folder aren't looked at
+    pictures = {} if train.held else same_pictures({id_: root / path for id_, path in files.items()})
+    first_of = [files[pictures.get(id_, id_)] for id_ in ids]
+    # one with copies in several classes counts in the first of them
+    by_class: dict[int, set[str]] = {}
+    for path, label in dict(zip(first_of[::-1], train.labels.tolist()[::-1])).items():
+        by_class.setdefault(label, set()).add(path)
+    kept = held_out(map(sorted, by_class.values()), val_fraction, seed)
+    is_val = np.array([path in kept for path in first_of], dtype=bool)
     return ImageFolder(root, classes, train.select(np.flatnonzero(~is_val)), train.select(np.flatnonzero(is_val)))
 
 

@@ -29,8 +29,11 @@ def shown_path(path: str | Path) -> str:
     return shown(str(path), 4096)
 
 
-def read_bytes(path: Path, limit: int, what: str) -> bytes:
-    """Read a regular file of at most ``limit`` bytes; ``what`` is the kind of file for the error ("annotation")."""
+def read_bytes(path: Path, limit: int, what: str, remedy: str = "add the file or take it out of the list") -> bytes:
+    """Read a regular file of at most ``limit`` bytes.
+
+    ``what`` is the kind of file for the error ("annotation"), ``remedy`` what to do where it is missing.
+    """
     name = shown_path(path)
     too_large = UserError(f"{name}: {what} of more than {limit} bytes; split it or remove it")
     try:
@@ -43,7 +46,7 @@ def read_bytes(path: Path, limit: int, what: str) -> bytes:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError as error:
-        raise UserError(f"{name}: no such {what}; add the file or take it out of the list") from error
+        raise UserError(f"{name}: no such {what}; {remedy}") from error
     except OSError as error:
         raise UserError(f"{name}: {what} can't be read ({error.strerror}); correct its permissions") from error
     except ValueError as error:

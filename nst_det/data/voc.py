@@ -70,7 +70,7 @@ class VocDataset:
     def annotation(self, id_: str) -> VocAnnotation:
         """Return the annotation of one image; a size that it doesn't say is the image's own."""
         if id_ not in self._annotations:
-            found = read_annotation(self.annotation_path(id_))
+            found = read_annotation(self.annotation_path(id_), id_)
             self._annotations[id_] = found if found.width else with_size_of(self.image_path(id_), found)
         return self._annotations[id_]
 

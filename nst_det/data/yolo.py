@@ -94,7 +94,7 @@ def parse_yolo(text: str, name: str, size: tuple[int, int], classes: YoloClasses
 def _object(words: list[str], size: tuple[int, int], classes: YoloClasses) -> VocObject:
     if not all(map(NUMBER.fullmatch, words)):
         word = next(word for word in words if not NUMBER.fullmatch(word))
-        raise UserError(f"'{shown(word, 40)}' is no number; write class, cx, cy, w, h in shares of the image's sides")
+        raise UserError(f"'{shown(word, 40)}' is not a number; write class, cx, cy, w, h as shares of the sides")
     label, *values = map(float, words)
     if not label.is_integer() or not 0 <= label < len(classes.names):
         raise UserError(

@@ -71,17 +71,33 @@ def load_weights(
             state_dict = convert(state_dict, "timm")
             card = Card("", 1, input=input_contract(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "RGB", 0))
             check_pixels(card, *pixels, f"{key} {path}")
-        _load_detector(detector, state_dict, path, list(classes), key, new_predictor)
+        entries, filled = detector_entries(path, state_dict, detector.state_dict(), classes, key, new_predictor)
+        try:
+            load_strict(detector, entries, str(path))
+        except ValueError as error:
+            raise UserError(f"{key}: {error}") from error
+    log.info("%s: %s", path, filled)
+    detector.backbone.bottom_up.loaded = True
     return "detector"
 
 
-def _load_detector(
-    detector: Detector, state_dict: dict[str, Tensor], path: Path, classes: list[str], key: str, new_predictor: bool
-) -> None:
-    own, filled, named = detector.state_dict(), "the whole detector is filled", saved_classes(path)
+def detector_entries(
+    path: Path,
+    state_dict: dict[str, Tensor],
+    own: Mapping[str, Tensor],
+    classes: Sequence[str],
+    key: str,
+    new_predictor: bool,
+) -> tuple[dict[str, Tensor], str]:
+    """Return a whole detector's entries, for one of these ``classes`` ([] if unknown) and with the entries ``own``.
+
+    One that was trained on others is refused; with ``new_predictor`` it comes with the box predictor of ``own``.
+    Also return what is filled by it, for the log.
+    """
+    named = saved_classes(path)
     predictor = {name: value for name, value in own.items() if name.startswith(PREDICTOR)}
     if named and classes:
-        other = named != classes
+        other = named != list(classes)
         if other and (not new_predictor or sorted(named) == sorted(classes)):
             raise UserError(
                 f"{key}: {path} was trained on the classes {', '.join(named)}, these data have {', '.join(classes)}; "
@@ -90,16 +106,10 @@ def _load_detector(
     else:
         shapes = {name: value.shape for name, value in state_dict.items()}
         other = new_predictor and any(shapes.get(name, value.shape) != value.shape for name, value in predictor.items())
-    if other:
-        state_dict |= predictor
-        theirs = f"the classes {', '.join(named)}" if named else "another number of classes"
-        filled = f"trained on {theirs}: all but the box predictor is filled, which starts anew"
-    try:
-        load_strict(detector, state_dict, str(path))
-    except ValueError as error:
-        raise UserError(f"{key}: {error}") from error
-    log.info("%s: %s", path, filled)
-    detector.backbone.bottom_up.loaded = True
+    if not other:
+        return state_dict, "the whole detector is filled"
+    theirs = f"the classes {', '.join(named)}" if named else "another number of classes"
+    return state_dict | predictor, f"trained on {theirs}: all but the box predictor is filled, which starts anew"
 
 
 def save_weights(

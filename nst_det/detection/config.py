@@ -88,7 +88,8 @@ ADDED: dict[str, Key] = {
     ),
     "SOLVER.EMA_DECAY": below_one(EMA_DECAY, "average", 0.999),
     **{f"SOLVER.NON_FINITE.{name}": key for name, key in NON_FINITE_KEYS.items()},
-    "DATASETS.VOC": Key({}, "name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN and TEST"),
+    "DATASETS.VOC": Key({}, "name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN, VAL and TEST"),
+    "DATASETS.VAL": Key([], "what is validated on, instead of a part of DATASETS.TRAIN"),
     "DATASETS.CLASSES": Key([], "in the order of their labels; [] takes those in the data, sorted"),
     "DATASETS.USE_DIFFICULT": Key(False, "train on objects marked difficult too"),
     "DATASETS.VAL_FRACTION": below_one(
@@ -176,11 +177,13 @@ def check_added_keys(config: CfgNode, source: str) -> None:
     for key, value, limit in _wrong_values(config, ADDED):
         raise UserError(f"{source}: {key} is {value!r}; set it to {limit.wanted}")
     for key, off in (("SELECT", LAST), ("PATIENCE", 0)):
-        if config.TEST[key] != off and not (config.DATASETS.VAL_FRACTION and config.TEST.EVAL_PERIOD):
+        if config.TEST[key] != off and not (validates(config) and config.TEST.EVAL_PERIOD):
             raise UserError(
                 f"{source}: TEST.{key} {config.TEST[key]} needs a validation split to choose by, and when to look at "
-                f"it; set DATASETS.VAL_FRACTION (such as 0.2) and TEST.EVAL_PERIOD, or TEST.{key} {off}"
+                f"it; set DATASETS.VAL_FRACTION (such as 0.2) or VAL, and TEST.EVAL_PERIOD, or TEST.{key} {off}"
             )
+    if config.DATASETS.VAL and config.DATASETS.VAL_FRACTION:
+        raise UserError(f"{source}: DATASETS.VAL and VAL_FRACTION both say what to validate on; set one of them")
     if config.SOLVER.EMA_DECAY and config.TEST.PRECISE_BN.ENABLED:
         raise UserError(
             f"{source}: SOLVER.EMA_DECAY {config.SOLVER.EMA_DECAY}: TEST.PRECISE_BN measures the statistics of the "
@@ -252,6 +255,16 @@ def wanted_engine(file: str | Path | None, overrides: Sequence[str]) -> str:
     if given is not None:
         return str(parse_value(given))
     return str((read_yaml(file) if file is not None else {}).get("ENGINE", "auto"))
+
+
+def validates(config: CfgNode) -> bool:
+    """Return whether a config has a validation split."""
+    return bool(config.DATASETS.VAL or config.DATASETS.VAL_FRACTION)
+
+
+def set_names(config: CfgNode) -> list[str]:
+    """Return the names of the data sets that a config trains, validates and tests on, each once."""
+    return list(dict.fromkeys(name for part in ("TRAIN", "VAL", "TEST") for name in config.DATASETS[part]))
 
 
 def voc_roots(config: CfgNode, names: Sequence[str], key: str) -> list[tuple[Path, str]]:

@@ -19,7 +19,7 @@ from nst_det.data.safe_io import shown_path
 from nst_det.data.splits import JoinedVoc, hold_out, shared_images
 from nst_det.data.voc import VocDataset, class_names
 from nst_det.detection.config import listed_classes, voc_roots
-from nst_det.engine.distributed import share_of
+from nst_det.engine.distributed import is_main_process, share_of
 from nst_det.engine.loader import load
 from nst_det.engine.seeds import derive_seed
 from nst_det.errors import UserError
@@ -97,28 +97,33 @@ def boxes_to_train(annotation: VocAnnotation, use_difficult: bool) -> np.ndarray
 
 
 def open_voc(config: CfgNode, key: str, classes: Sequence[str]) -> list[VocDataset]:
-    """Open the data sets of ``key``, DATASETS.TRAIN or DATASETS.TEST, with labels in the order of ``classes``."""
+    """Open the data sets of ``key``, such as DATASETS.TRAIN, with labels in the order of ``classes``."""
     names = config.DATASETS[key.split(".")[1]]
     if not names:
         raise UserError(f"{key} is empty; name data sets of DATASETS.VOC")
     return [VocDataset(root, split, classes) for root, split in voc_roots(config, names, key)]
 
 
-def warn_of_shared(train: Sequence[VocDataset], test: Sequence[VocDataset]) -> None:
-    """Log that images are to be trained and tested on."""
+def warn_of_shared(train: Sequence[VocDataset], test: Sequence[VocDataset], key: str = "DATASETS.TEST") -> None:
+    """Log that images are to be trained on and in ``key`` too."""
     shared = shared_images(train, test)
     if shared:
         learned, tested = map(shown_path, shared[0])
         where = f"{tested} is {learned}" if tested != learned else tested
         count = f"{len(shared)} of {sum(map(len, test))}"
-        log.warning("DATASETS.TEST: %s images are in DATASETS.TRAIN too (%s), which flatters the result", count, where)
+        log.warning("%s: %s images are in DATASETS.TRAIN too (%s), which flatters the result", key, count, where)
 
 
 def split_training(config: CfgNode, sets: Sequence[VocDataset]) -> tuple[list[VocDataset], JoinedVoc | None]:
-    """Return what is left of each of DATASETS.TRAIN, and what DATASETS.VAL_FRACTION keeps of all to validate on.
+    """Return what is left of each of DATASETS.TRAIN, and DATASETS.VAL, or what VAL_FRACTION keeps, to validate on.
 
     They are the same images whatever the engine, the method and the SEED.
     """
+    if config.DATASETS.VAL:
+        given = open_voc(config, "DATASETS.VAL", sets[0].classes)
+        if is_main_process():
+            warn_of_shared(sets, given, "DATASETS.VAL")
+        return list(sets), JoinedVoc(tuple(given))
     fraction = config.DATASETS.VAL_FRACTION
     if not fraction:
         return list(sets), None

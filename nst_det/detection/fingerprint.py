@@ -8,7 +8,7 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 
 from nst_det.data.voc import VocDataset
-from nst_det.detection.config import voc_roots
+from nst_det.detection.config import set_names, voc_roots
 from nst_det.engine.config import expand_path, flat, read_yaml
 from nst_det.engine.io import sha256_of_file
 from nst_det.engine.run_dir import config_hash
@@ -22,9 +22,8 @@ def input_fingerprints(config: CfgNode, classes: Sequence[str] | None = None) ->
     What is no file here, such as a URL that Detectron2 knows, stands for itself.
     """
     found = {}
-    names = dict.fromkeys((*config.DATASETS.TRAIN, *config.DATASETS.TEST))
     # Detectron2 knows others
-    own = [name for name in names if name in config.DATASETS.VOC]
+    own = [name for name in set_names(config) if name in config.DATASETS.VOC]
     for name, (root, split) in zip(own, voc_roots(config, own, "DATASETS")):
         found[f"DATASETS.VOC.{name}.FINGERPRINT"] = VocDataset(root, split, classes).fingerprint()
     for group in ("MODEL", "TEACHER"):

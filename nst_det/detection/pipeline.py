@@ -60,7 +60,7 @@ from nst_det.engine.distributed import (
 from nst_det.engine.format import text_table
 from nst_det.engine.io import read_json, write_json
 from nst_det.engine.metrics import last_losses
-from nst_det.engine.progress import progress
+from nst_det.engine.progress import progress, waiting
 from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder
 from nst_det.engine.seeds import derive_seed, seeded
 from nst_det.engine.train_state import AveragedWeights
@@ -113,7 +113,7 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
     """Train a detector in OUTPUT_DIR and evaluate it, or resume where a former call stopped; nothing is done twice.
 
     The folder then holds ``model.safetensors`` (the student alone), ``detections.json`` and ``result.json``, which is
-    returned.  With DATASETS.VAL_FRACTION, evaluations during training are made on the validation split, not on
+    returned.  With DATASETS.VAL or VAL_FRACTION, evaluations during training are made on the validation split, not on
     DATASETS.TEST; ``model_best.safetensors`` are the weights that did best there.  DATASETS.TEST is evaluated once,
     with the weights that TEST.SELECT names; they are those in ``model.safetensors``.
     """
@@ -125,7 +125,8 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
 
 def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
     _begin(config)
-    classes = data_classes(config)
+    with waiting("loading data"):
+        classes = data_classes(config)
     resolve_classes(config, classes)
     with folder.opened(config, input_fingerprints(config, classes)) if is_main_process() else nullcontext():
         if broadcast_from_rank0(lambda: folder.done):

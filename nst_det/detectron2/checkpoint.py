@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from nst_det.detection.checkpoint import detector_entries
 from nst_det.detectron2.modeling import bottom_up_of
 from nst_det.engine.checkpoint import KEPT, check_intact, write_state
 from nst_det.engine.io import write_text
@@ -46,13 +48,22 @@ class BackboneCheckpointer(DetectionCheckpointer):
 
     From a backbone file (``backbone://NAME``, or a ``.safetensors`` path with its card) the bottom-up is filled whole
     or an error names what doesn't fit; its input contract (channel order, mean, std) is compared with the model's.  A
-    ``.safetensors`` file without a card is a whole detector of the torchvision engine, whose names are Detectron2's.
+    ``.safetensors`` file without a card is a whole detector of either engine, whose names are Detectron2's; one of
+    other classes than ``classes`` ([] if unknown) fills all but the box predictor, or if ``whole`` is refused.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", *, whole: bool = False, **checkpointables: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        whole: bool = False,
+        classes: Sequence[str] = (),
+        **checkpointables: Any,
+    ) -> None:
         super().__init__(model, save_dir, **checkpointables)
         # whether weights that leave a part of the detector random are refused
-        self.whole = whole
+        self.whole, self.classes = whole, classes
         # what is saved: the model, or an average of its weights
         self.written = model
         self._card: Card | None = None
@@ -80,15 +91,21 @@ class BackboneCheckpointer(DetectionCheckpointer):
         if filename.endswith(SUFFIX) and card_path(filename).is_file():
             entries, self._card = _backbone_entries(self.model, filename)
             return {"model": entries}
-        loaded: dict[str, Any] = {}
+        own, loaded = self.model.state_dict(), dict[str, Any]()
         if filename.endswith(SUFFIX):
-            loaded["model"] = load_plain(filename, self.model.state_dict())
+            loaded["model"] = load_plain(filename, own)
         else:
             loaded = super()._load_file(filename)
         prefix, bottom_up = bottom_up_of(self.model)
         if isinstance(bottom_up, Bottomup) and not are_of_detector(loaded.get("model", loaded)):
             load_recognized(bottom_up, filename, *_pixels(self.model), f"MODEL.WEIGHTS {filename}")
             return {"model": {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()}}
+        if filename.endswith(SUFFIX):
+            path = Path(filename)
+            loaded["model"], filled = detector_entries(
+                path, loaded["model"], own, self.classes, "MODEL.WEIGHTS", not self.whole
+            )
+            log.info("%s: %s", path, filled)
         return loaded
 
     def _torch_load(self, f: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from nst_det.detection.config import (
     defrosted,
     resolve_classes,
     resolve_machine,
+    set_names,
+    validates,
     voc_roots,
 )
 from nst_det.detection.data import data_classes, split_training, warn_of_shared
@@ -27,7 +29,7 @@ from nst_det.engine.distributed import is_main_process
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
-# the name of the images that DATASETS.VAL_FRACTION keeps from training
+# the name of what DATASETS.VAL or VAL_FRACTION says to validate on
 VALIDATION = "validation"
 
 
@@ -62,7 +64,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
 
 def register_datasets(cfg: CfgNode) -> None:
     """Register the folders of ``DATASETS.VOC`` that TRAIN and TEST name, and set NUM_CLASSES where it is 0."""
-    names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
+    names = set_names(cfg)
     ours = [name for name in names if name in cfg.DATASETS.VOC]
     for name in names:
         if name not in ours and name not in DatasetCatalog:
@@ -77,13 +79,15 @@ def register_datasets(cfg: CfgNode) -> None:
         log.info("%s: %s of %s, classes %s", name, split, root, ", ".join(classes))
     if is_main_process():
         train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
-        warn_of_shared(*([opened[name] for name in part if name in opened] for part in (train, test)))
+        learned, tested = ([opened[name] for name in part if name in opened] for part in (train, test))
+        warn_of_shared(learned, tested)
     sets: dict[str, VocDataset | JoinedVoc] = dict(opened)
-    if cfg.DATASETS.VAL_FRACTION:
+    if validates(cfg):
         for name in cfg.DATASETS.TRAIN:
-            if name not in opened or name in cfg.DATASETS.TEST:
+            key = "VAL" if cfg.DATASETS.VAL else "VAL_FRACTION"
+            if name not in opened or (key == "VAL_FRACTION" and name in cfg.DATASETS.TEST):
                 why = "in DATASETS.TEST too" if name in opened else "no entry of DATASETS.VOC"
-                raise UserError(f"DATASETS.VAL_FRACTION: {name} is {why}, so it can't be cut; set it to 0")
+                raise UserError(f"DATASETS.{key}: {name} of DATASETS.TRAIN is {why}; leave DATASETS.{key} out")
         left, validation = split_training(cfg, [opened[name] for name in cfg.DATASETS.TRAIN])
         sets |= dict(zip(cfg.DATASETS.TRAIN, left))
         if validation is not None:
@@ -95,7 +99,7 @@ def register_datasets(cfg: CfgNode) -> None:
 
 def validation_config(cfg: CfgNode) -> CfgNode | None:
     """Return a config that evaluates the validation split, into ``OUTPUT_DIR/validation``; None where there is none."""
-    if not cfg.DATASETS.VAL_FRACTION:
+    if not validates(cfg):
         return None
     own = cfg.clone()
     with defrosted(own):

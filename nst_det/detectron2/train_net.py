@@ -188,7 +188,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
     _setup(cfg, Path(cfg.OUTPUT_DIR) / "inference", args)
     log.info(compute_line(torch.device(cfg.MODEL.DEVICE), None, cfg.DATALOADER.NUM_WORKERS))
     model = build_model(cfg)
-    BackboneCheckpointer(model, whole=True).load(weights)
+    BackboneCheckpointer(model, whole=True, classes=class_list(cfg)).load(weights)
     DistillTrainer.test(cfg, model)
     for name in cfg.DATASETS.TEST:
         path = inference_folder(cfg, name) / "result.json"

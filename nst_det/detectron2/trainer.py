@@ -24,6 +24,7 @@ from detectron2.utils.events import EventStorage, EventWriter, TensorboardXWrite
 from torch import Tensor, nn
 
 from nst_det.detection.checkpoint import keep_best, patience_is_over, settle
+from nst_det.detection.config import validates
 from nst_det.detection.data import StepBatchSampler
 from nst_det.detection.distiller import DistilledDetector, backbone_of
 from nst_det.detection.solver import is_backbone
@@ -42,6 +43,7 @@ from nst_det.engine.keys import FULL_MODEL
 from nst_det.engine.loader import end_workers_with_us
 from nst_det.engine.metrics import SPEED
 from nst_det.engine.nan_guard import SKIP, NonFiniteGuard, NotFinite, raise_together
+from nst_det.engine.progress import waiting
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything, seeded
 from nst_det.engine.train_state import AveragedWeights, TrainState
@@ -139,7 +141,9 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
             unscaled = torch.amp.GradScaler(enabled=False)
             self._trainer = AMPTrainer(parallel, data_loader, optimizer, grad_scaler=unscaled, precision=dtype)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = BackboneCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = BackboneCheckpointer(
+            self.student, cfg.OUTPUT_DIR, classes=class_list(cfg), trainer=weakref.proxy(self)
+        )
         self.checkpointer.written = self.state.eval_model
         self.finite = FiniteCheck(model, parallel, cfg.SOLVER.CLIP_GRADIENTS)
         self._trainer.register_hooks([self.finite])
@@ -210,7 +214,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         """Detectron2's hooks, and those that all trainers share; the writers of metrics and checkpoints come last."""
         cfg = self.cfg
         # evaluations during training are made on the validation split where there is one
-        evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, self._validate if cfg.DATASETS.VAL_FRACTION else self._test)
+        evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, self._validate if validates(cfg) else self._test)
         own = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks() if hook]
         saving = [hook for hook in own if isinstance(hook, hooks.PeriodicCheckpointer)]
         return [
@@ -308,7 +312,9 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
 
     def _scores(self, cfg: CfgNode) -> dict[str, Any]:
         # the student alone would still ask the teacher
-        return dict(self.test(cfg, self.model if self.state.average is None else self.state.eval_model))
+        model = self.model if self.state.average is None else self.state.eval_model
+        with waiting("evaluation") if comm.is_main_process() else nullcontext():
+            return dict(self.test(cfg, model))
 
     def _test(self) -> dict[str, Any]:
         self._last_eval_results = self._scores(self.cfg)
@@ -341,6 +347,8 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         super().resume_or_load(resume)
         if self.state.average is not None and not self.state.average.steps:
             self.state.average.restart()
+        if self.start_iter:
+            log.info("%s: resumed at step %d", self.cfg.OUTPUT_DIR, self.start_iter)
         check_frozen_random(self.student, filled=bool(self.cfg.MODEL.WEIGHTS) or self.start_iter > 0)
         sampler = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(sampler, StepBatchSampler):

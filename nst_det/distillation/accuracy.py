@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nst_det.distillation.dataloader import Batch, Normalizer
 from nst_det.engine.device import autocast
 from nst_det.engine.distributed import gathered
+from nst_det.engine.progress import waiting
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def measure(
     for network in networks.values():
         network.eval()
     counts, total = torch.zeros(len(networks), 2, dtype=torch.long, device=normalize.device), 0
-    with torch.no_grad():
+    with torch.no_grad(), waiting("evaluation"):
         for batch in batches:
             images, labels = normalize(batch.images), batch.labels.to(normalize.device)
             total += len(labels)

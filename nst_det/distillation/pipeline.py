@@ -48,6 +48,7 @@ from nst_det.engine.distributed import (
     wait_for_all,
 )
 from nst_det.engine.io import write_text
+from nst_det.engine.progress import waiting
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.losses import LABELS_ONLY, Method, TransferLoss, build_transfer, parse_method
@@ -99,7 +100,8 @@ class StageOne:
         self.methods = parse_methods(config.METHODS)
         self.teacher_file = self._file("teacher")
         self.student_files = {name: self._file(f"{name}-s{config.SEED}") for name in self.methods}
-        self.data = StageOneData(config)
+        with waiting("loading data"):
+            self.data = StageOneData(config)
         set_float32_precision(config.FLOAT32_PRECISION, self.device)
 
     def _file(self, name: str) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nst_det.engine.io import atomic_path
+from nst_det.engine.progress import waiting
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def check_schema(state: Any, source: str | Path) -> None:
 
 def write_state(path: str | Path, state: dict[str, Any]) -> None:
     # through a file of Python's: where the disk is full, torch's own writer forgets the reason
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with waiting("checkpoint"), atomic_path(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
 
 

@@ -140,7 +140,7 @@ class OptimizedState(TrainState):
                 "or remove this one"
             ) from error
         self.step = int(state["iteration"]) + 1
-        log.info("%s: resumes at step %d", self.folder.path, self.step)
+        log.info("%s: resumed at step %d", self.folder.path, self.step)
 
     def optimizer_step(self, clip: Callable[[], None]) -> None:
         """Apply the gradients that are there; ``clip`` changes them before, at their true scale."""

@@ -234,9 +234,10 @@ class ProgressHook(Hook):
 
     def before_train(self) -> None:
         if self._shown is None:
-            self._shown = progress(self.title, self.trainer.max_iter)
+            self._shown = progress(self.title, self.trainer.max_iter, training=True)
             self._meter = self._shown.__enter__()
         self._meter.start_at(self.trainer.iter)
+        self._meter.wait(f"resumed at step {self.trainer.iter}" if self.trainer.iter else "first step")
 
     def after_step(self) -> None:
         self._meter.step(self.losses(), self.note)

@@ -73,14 +73,14 @@ def read_detections(
 
 def read_coco_names(path: str | Path) -> CocoNames:
     """Read names from a COCO annotation file: ``categories`` (id, name), and where they are there ``images``."""
-    tree, where = _read_json(Path(path)), shown_path(path)
+    tree, where = _read_json(Path(path), "COCO file"), shown_path(path)
     categories = coco_names(tree, "categories", "name", where)
     images = coco_names(tree, "images", "file_name", where) if "images" in tree else {}
     return CocoNames(images, {id_: name.strip() for id_, name in categories.items()})
 
 
-def _read_json(path: Path) -> Any:
-    data = read_bytes(path, MAX_FILE_BYTES, KIND)
+def _read_json(path: Path, kind: str = KIND) -> Any:
+    data = read_bytes(path, MAX_FILE_BYTES, kind, "correct the path")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -152,7 +152,7 @@ def detections_from_json(
         name = category if isinstance(category, str) and category in label_of else _lookup(class_of, category)
         if not id_:
             remedy = "name another split, or by --coco-names the COCO file that has this id"
-            raise UserError(f"{at}: image_id {entry.get('image_id')!r:.80} is no image of the split; {remedy}")
+            raise UserError(f"{at}: image_id {entry.get('image_id')!r:.80} is not an image of the split; {remedy}")
         if name not in label_of:
             meant = f" ({shown(name)})" if name else ""
             remedy = "give all by --classes, or name by --coco-names the COCO file whose categories these are"
@@ -181,7 +181,7 @@ def _numbered_classes(
     numbers = {category for category in categories if isinstance(category, int) and not isinstance(category, bool)}
     starts = [start for start in (0, 1) if numbers <= set(range(start, start + len(classes)))]
     if not numbers or not starts:
-        # what is no number, and numbers that are too large, are named where they stand
+        # what is not a number, and numbers that are too large, are named where they stand
         return {}
     if len(starts) > 1:
         why = f"may count from 0 or from 1, and the {len(classes)} classes in any order"

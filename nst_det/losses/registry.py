@@ -170,7 +170,7 @@ def term_names() -> tuple[str, ...]:
 
 
 def check_term(name: str) -> None:
-    """Refuse (ValueError) a name that is no term's; the line lists those there are."""
+    """Refuse (ValueError) a name that no term has; the line lists those there are."""
     known = term_names()
     if name not in known:
         raise ValueError(f"unknown term '{name}'; known: {', '.join(known)}")

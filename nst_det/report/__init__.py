@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nst_det.comparison.result import ComparisonResult
 
-__all__ = ["write_report"]
+# in results, of the runs of each stage
+STAGES = ("distill_run", "run")
+__all__ = ["untold", "write_report"]
+
+
+def untold(results: ComparisonResult, runs: str | Path) -> list[str]:
+    """Return what a comparison can't tell, in short sentences, the weightiest first; ``runs`` is its folder."""
+    from nst_det.report.curves import read_curves
+    from nst_det.report.limits import limits
+
+    return limits(results, *(read_curves(results, Path(runs), stage) for stage in STAGES))
 
 
 def write_report(results: ComparisonResult, folder: str | Path, runs: str | Path) -> None:
@@ -25,9 +35,9 @@ def write_report(results: ComparisonResult, folder: str | Path, runs: str | Path
     from nst_det.report.tables import csv_table, latex_table, markdown_table
 
     folder, runs, sentence = Path(folder), Path(runs), conclusion(results)
-    distill, detect = (read_curves(results, runs, stage) for stage in ("distill_run", "run"))
-    untold = limits(results, distill, detect)
+    distill, detect = (read_curves(results, runs, stage) for stage in STAGES)
+    lines = limits(results, distill, detect)
     write_text(folder / "results.csv", csv_table(results))
-    write_text(folder / "table.md", markdown_table(results, sentence, untold))
+    write_text(folder / "table.md", markdown_table(results, sentence, lines))
     write_text(folder / "table.tex", latex_table(results, sentence))
-    write_text(folder / "index.html", render_page(results, runs, distill, detect, untold))
+    write_text(folder / "index.html", render_page(results, runs, distill, detect, lines))

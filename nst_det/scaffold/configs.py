@@ -69,7 +69,8 @@ class Values:
     student: Schedule
     detection: Schedule
     period: int  # steps of stage two between validations
-    val_fraction: float  # of the training images; 0 where they are too few
+    val: str  # list to validate on, "" where there is none
+    val_fraction: float  # of the training images; 0 where they are too few, or where there is a list
 
 
 def render(values: Values) -> dict[str, str]:

@@ -14,7 +14,7 @@ from nst_det.data.folders import read_image_folder
 from nst_det.data.layouts import convert_layout, find_layout
 from nst_det.data.safe_io import shown_path
 from nst_det.data.splits import TEST_FRACTION, cut_test_ids, hold_out, ids_to_cut, known_pair, same_pictures, write_pair
-from nst_det.data.voc import VocDataset, annotation_files, image_names, split_path
+from nst_det.data.voc import VocDataset, annotation_files, image_names, read_split, split_names, split_path
 from nst_det.engine.io import atomic_folder, write_text
 from nst_det.errors import UserError
 from nst_det.models import check_name
@@ -37,6 +37,8 @@ FATAL = (
     *("unreadable image", "missing image", "missing annotation", "bad annotation", "bad list", "wrong size"),
     OTHER_FORM,
 )
+# the lists that a third is validated beside
+OF_THREE, VAL_LIST = ("train", "test"), "val"
 CROPS = Path("data") / "crops"
 CONVERTED = Path("data") / "voc"
 
@@ -125,8 +127,12 @@ def _write_project(
     """Write the project into ``made``, which becomes ``folder``; ``root`` is where the data is now."""
     train, test = lists
     learned, tested = (VocDataset(root, name).annotations() for name in lists)
-    # those of both lists; VOC's own are in this order, too
-    classes = tuple(sorted({name for item in (*learned, *tested) for name in item.names}))
+    of_three = lists == OF_THREE and VAL_LIST in split_names(root)
+    files = annotation_files(root)
+    validated = [read_annotation(files[id_], id_) for id_ in read_split(root, VAL_LIST)] if of_three else []
+    val = VAL_LIST if any(item.objects for item in validated) else ""
+    # those of all lists; VOC's own are in this order, too
+    classes = tuple(sorted({name for item in (*learned, *validated, *tested) for name in item.names}))
     size = fit_size(learned, PRESETS[device].longest)
     sizes, names = box_sizes(learned, *size)
     if not len(sizes):
@@ -142,7 +148,9 @@ def _write_project(
         image_root, count = found.root.resolve(), len(found.train)
         note = f"{len(found.classes)} classes, {count} images to train on"
     teacher, student = fit_distillation(count, device)
-    left, val_fraction = _validated(VocDataset(root, train, classes))
+    left, val_fraction = (
+        (VocDataset(root, train, classes), 0.0) if val else _validated(VocDataset(root, train, classes))
+    )
     detection = fit_detection(sum(bool(item.objects) for item in left.annotations()), device)
     values = Values(
         name=folder.name,
@@ -157,11 +165,12 @@ def _write_project(
         size=size,
         anchors=fit_anchors(sizes, names),
         median=max(1, round(float(np.median(sizes)))),
-        most_objects=max(len(item.objects) for item in [*learned, *tested]),
+        most_objects=max(len(item.objects) for item in [*learned, *validated, *tested]),
         teacher=teacher,
         student=student,
         detection=detection,
         period=fit_period(detection.iterations),
+        val=val,
         val_fraction=val_fraction,
     )
     for file, text in render(values).items():
@@ -188,7 +197,7 @@ def _refuse_broken(report: Report, remedy: str) -> None:
 
 def _cut_lists(root: Path) -> tuple[str, str]:
     ids, files = ids_to_cut(root), annotation_files(root)
-    classes_of = {id_: read_annotation(files[id_]).names for id_ in ids}
+    classes_of = {id_: read_annotation(files[id_], id_).names for id_ in ids}
     images = image_names(root / "JPEGImages")
     held = cut_test_ids(
         classes_of, TEST_FRACTION, same_pictures({id_: root / "JPEGImages" / images[id_] for id_ in ids})

@@ -150,6 +150,7 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
     teacher = "" if (folder / "teacher").exists() else finished_teacher(comparison)
     # test data stays out: both stages are judged on a part of their training images, and name no other
     of_detectors = {
+        "DETECT.DATASETS.VAL": [],
         "DETECT.DATASETS.VAL_FRACTION": config.VAL_FRACTION,
         "DETECT.DATASETS.VAL_SEED": config.VAL_SEED,
         "DETECT.DATASETS.TEST": [],

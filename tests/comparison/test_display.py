@@ -9,6 +9,7 @@ from rich.console import Console
 from nst_det.comparison import display
 from nst_det.comparison.display import ProgressDisplay, last_metrics, steps_done
 from nst_det.comparison.plan import Run
+from nst_det.engine.progress import progress_file
 
 
 def make_run(tmp_path, name, kind="detector", folders=1, threads=1):
@@ -98,13 +99,26 @@ def test_on_a_terminal_there_is_a_bar_for_each_run(tmp_path, clock, monkeypatch)
     console = Console(force_terminal=True, width=120, file=io.StringIO())
     monkeypatch.setattr(display, "console", console)
     runs = [make_run(tmp_path, name) for name in ("detect/a", "detect/b")]
-    with ProgressDisplay(runs, {"detector": 20}) as view:
+    with ProgressDisplay(runs, {"detector": 20}, folder=tmp_path) as view:
         view.started(runs[0])
         write_steps(runs[0].folders[0], 5)
         view.update(runs[:1])
         # the bars are drawn by a thread
         time.sleep(0.4)
+        # the metrics are behind
+        told = progress_file(runs[0].log_path(tmp_path))
+        told.parent.mkdir(parents=True)
+        told.write_text('{"steps": 7, "note": "evaluation 3/4"}')
+        clock[0] += 1
+        view.update(runs[:1])
+        time.sleep(0.4)
         view.finished(runs[0])
+        view.started(runs[0])
+        time.sleep(0.4)
+        view.finished(runs[0])
+    assert not told.exists()
     shown = [line for line in console.file.getvalue().splitlines() if "detect/a" in line or "runs" in line]
     assert any("5/20" in line and "loss 0.2" in line for line in shown)
+    assert any("7/20" in line and "evaluation 3/4" in line for line in shown)
+    assert any("5/20" in line and "resumed at step 5" in line for line in shown)
     assert "1/2" in shown[-1]

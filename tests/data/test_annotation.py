@@ -64,7 +64,7 @@ def test_every_problem_is_collected_and_the_first_raised(tmp_path):
     for problem, key in zip(problems, (*keys, "object 3 (cat): difficult"), strict=True):
         assert problem.startswith(key)
     with pytest.raises(UserError, match=r"x\.xml: size/width.*4 more"):
-        read_annotation(write(tmp_path / "x.xml", text))
+        read_annotation(write(tmp_path / "x.xml", text), "x")
 
 
 BOXES = [
@@ -98,10 +98,10 @@ def test_encodings_are_read_as_declared(encoding):
 
 def test_the_largest_file(tmp_path):
     path = write(tmp_path / "big.xml", xml(obj()).ljust(MAX_XML_BYTES))
-    assert read_annotation(path).names == ("cat",)
+    assert read_annotation(path, path.stem).names == ("cat",)
     write(path, xml(obj()).ljust(MAX_XML_BYTES + 1))
     with pytest.raises(UserError, match=rf"big\.xml: .*{MAX_XML_BYTES}"):
-        read_annotation(path)
+        read_annotation(path, path.stem)
 
 
 @pytest.mark.parametrize("folder", ["", "r&d"])
@@ -117,7 +117,9 @@ def test_what_is_written_is_read_back(folder):
 
 @pytest.mark.real_data
 def test_a_real_annotation_with_parts(real_data):
-    annotation = read_annotation(real_data / "voc2007_golden_small" / "VOC2007" / "Annotations" / "000001.xml")
+    annotation = read_annotation(
+        real_data / "voc2007_golden_small" / "VOC2007" / "Annotations" / "000001.xml", "000001"
+    )
     assert (annotation.width, annotation.height) == (353, 500)
     assert annotation.objects == (
         VocObject("dog", (48, 240, 195, 371), False, True),

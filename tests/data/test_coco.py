@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from nst_det.data.check import check_coco, check_data
-from nst_det.data.coco import CocoSource, write_coco_as_voc
+from nst_det.data.coco import CocoSource, read_coco, write_coco_as_voc
 from nst_det.data.voc import VocDataset
 from nst_det.errors import UserError
 from tests.helpers.voc import write_list
@@ -393,3 +394,100 @@ def test_a_link_out_of_the_folder_is_refused(coco, tmp_path, name):
     (problem,) = check_data(source).problems
     assert problem.kind == BAD
     assert "a.jpg leads outside" in problem.text
+
+
+# what a damaged file may hold where something else is meant
+WRONG = [
+    None, True, False, 0, 1, 7, 9, 90, -1, 2.5, 10**400, -(10**18), math.nan, math.inf, "", "7", "a.jpg", "../a.jpg",
+    "deep", "x\n\x1b[31m", "ü" * 3000, "\ud800", [], [1], [1, 2, 3, 4], [1e300] * 4, ["1", 2, 3, 4], [[1], 2, 3, 4], {},
+    {"id": 7}, {"rotation": "x"}, {"rotation": 1e9}, {"difficult": "no"},
+]  # fmt: skip
+# what a line on a fault names one of
+FIELDS = "ids?|file_name|name|image_id|category_id|bbox|rotation|iscrowd|ignore|difficult|no image|both called"
+
+
+def damage(tree, draw):
+    """Change one to three places of a tree, all depths alike: put another value, remove it or double it."""
+    for _ in range(draw.integers(1, 4)):
+        nodes, places = [tree], []
+        while nodes:
+            node = nodes.pop()
+            keys = list(node) if isinstance(node, dict) else range(len(node))
+            places += [(node, key) for key in keys]
+            nodes += [node[key] for key in keys if isinstance(node[key], dict | list)]
+        if not places:
+            return
+        node, key = places[draw.integers(len(places))]
+        how = draw.integers(6)
+        if how == 0:
+            del node[key]
+        elif how == 1 and isinstance(node, list):
+            node.append(copy.deepcopy(node[key]))
+        else:
+            node[key] = copy.deepcopy(WRONG[draw.integers(len(WRONG))])
+
+
+def plain_objects(tree):
+    """What any reader would take from a tree: (image, class, corners) of annotations that have all of it."""
+
+    def number(value):
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e8
+
+    def known(key, *fields):
+        entries = [entry for entry in tree[key] if isinstance(entry, dict)]
+        return [tuple(entry.get(field) for field in fields) for entry in entries]
+
+    found = []
+    for entry in (entry for entry in tree["annotations"] if isinstance(entry, dict)):
+        boxes = entry.get("bbox")
+        if not isinstance(boxes, list) or len(boxes) != 4 or not all(map(number, boxes)) or min(boxes[2:]) <= 1:
+            continue
+        x, y, width, height = boxes
+        for id_, name in known("images", "id", "file_name"):
+            for category, label in known("categories", "id", "name"):
+                if (repr(id_), repr(category)) == (repr(entry.get("image_id")), repr(entry.get("category_id"))):
+                    corners = (x + 1, y + 1, x + width, y + height)
+                    found.append((str(name), str(label).strip(), corners))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_damaged_file_is_read_rightly_or_its_faults_are_named(coco, seed):
+    draw = np.random.default_rng(seed)
+    source = coco()
+    (file,) = source.files
+    whole = copy.deepcopy(TREE)
+    whole["annotations"][0]["attributes"] = {"difficult": 0, "rotation": 0.0}
+    for _ in range(240):
+        tree = copy.deepcopy(whole)
+        damage(tree, draw)
+        file.write_text(json.dumps(tree))
+        notes, refusal = [], ""
+        try:
+            found = read_coco(source, lambda kind, path, text, notes=notes: notes.append((kind, path, text)))
+        except UserError as error:
+            refusal = str(error)
+        if refusal:
+            # what is no COCO file at all
+            assert re.search(r"a\.json: .*('images'|'annotations'|'categories'|no image in it)", refusal)
+            assert refusal.isprintable()
+            continue
+        for kind, path, text in notes:
+            assert str(path).startswith(str(file))
+            assert text.isprintable()
+            # which of them, and for a fault its field
+            if kind in (BAD, MISSING, NO_AREA):
+                assert re.match(rf"(images|annotations|categories)\[\d+\]: .*\b({FIELDS})\b", text), text
+        plain = plain_objects(tree)
+        mine = [
+            (image.path.relative_to(source.images[0]).as_posix(), item.name, item.box)
+            for image in found
+            for item in image.annotation.objects
+        ]
+        for name, label, box in [] if "turned box" in {kind for kind, *_ in notes} else mine:
+            assert any(
+                listed.replace("\\", "/").rsplit("/")[-1] == name.rsplit("/")[-1] and (label, box) == (other, corners)
+                for listed, other, corners in plain
+            ), (tree, name, label, box)
+        # nothing is lost without a word
+        assert notes or len(mine) == len(tree["annotations"])

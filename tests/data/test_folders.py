@@ -8,9 +8,9 @@ from tests.helpers.voc import jpeg, write
 
 
 def fill(root, counts, start=0):
-    for name, count in counts.items():
+    for place, (name, count) in enumerate(counts.items()):
         for index in range(count):
-            write(root / name / f"{start + index:03}.jpg", jpeg(8, 8, seed=index))
+            write(root / name / f"{start + index:03}.jpg", jpeg(8, 8, seed=1000 * place + index))
     return root
 
 
@@ -43,6 +43,27 @@ def test_a_validation_share_is_cut_by_seed(tmp_path, below):
     assert read_image_folder(tmp_path, val_fraction=0.2, seed=1).val.paths == data.val.paths
     assert read_image_folder(tmp_path, val_fraction=0.2, seed=2).val.paths != data.val.paths
     assert len(read_image_folder(tmp_path, val_fraction=0.0).val) == 0
+
+
+def test_copies_and_versions_of_an_image_stay_on_one_side_of_the_cut(tmp_path):
+    fill(tmp_path, {"a": 20, "b": 20})
+    alone = read_image_folder(tmp_path, val_fraction=0.3)
+    copies = {}
+    for index in range(20):
+        for name, data in (
+            (f"b/copy{index}.jpg", (tmp_path / f"b/{index:03}.jpg").read_bytes()),
+            # the same picture in another class, and a version that has its name alone
+            (f"b/of_a{index}.png", (tmp_path / f"a/{index:03}.jpg").read_bytes()),
+            (f"a/{index:03}_flip.jpg", jpeg(8, 8, seed=9000 + index)),
+        ):
+            write(tmp_path / name, data)
+            copies[name] = f"{'b' if name.startswith('b/c') else 'a'}/{index:03}.jpg"
+    data = read_image_folder(tmp_path, val_fraction=0.3)
+    sides = {path: side for side in ("train", "val") for path in getattr(data, side).paths}
+    assert len(sides) == 100
+    assert all(sides[name] == sides[first] for name, first in copies.items())
+    # as without them
+    assert set(alone.val.paths) == set(data.val.paths) - set(copies)
 
 
 def test_a_share_may_be_cut_although_there_is_a_val_folder(tmp_path):

@@ -122,7 +122,7 @@ def test_lists_as_tools_write_them(tmp_path, name, lines, ids):
     data = VocDataset(tmp_path, name, ["cat"])
     assert list(data.ids) == ids
     if ids != ["gone"]:
-        assert [item.names for item in data.annotations()] == [("cat",)] * len(ids)
+        assert [(item.id, item.names) for item in data.annotations()] == [(id_, ("cat",)) for id_ in ids]
         places = [images.index(id_.replace("cam1_", "cam1/")) for id_ in ids]
         assert [data.image_path(id_).read_bytes() for id_ in ids] == [jpeg(seed=place) for place in places]
 

@@ -111,7 +111,7 @@ def test_names_are_escaped_in_xml_and_boxes_are_one_based(tmp_path):
     for line in ("<xmin>1.0</xmin>", "<ymin>3.5</ymin>", "<ymax>20.125</ymax>"):
         assert line in text
     (tmp_path / "a.xml").write_text(text)
-    annotation = read_annotation(tmp_path / "a.xml")
+    annotation = read_annotation(tmp_path / "a.xml", "a")
     assert annotation.names == ("cats & <dogs>",)
     assert annotation.objects[0].box == (1.0, 3.5, 10.0, 20.125)
 

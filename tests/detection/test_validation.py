@@ -119,6 +119,24 @@ def test_training_stops_where_validation_gets_no_better(
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 4
 
 
+def test_a_split_of_its_own_is_validated_on(on_shapes, evaluated, caplog):
+    """With all images to train on, and the best weights on it tested."""
+    changes = {"SOLVER.MAX_ITER": 2, "TEST.EVAL_PERIOD": 1, "TEST.SELECT": "best"}
+    given = on_shapes("run", changes | {"DATASETS.VAL": ["shapes_test"], "DATASETS.TEST": ["shapes_test"]})
+    sets, kept = split_training(given, data.open_voc(given, "DATASETS.TRAIN", data.data_classes(given)))
+    assert [part.ids for part in sets] == [VocDataset(part.root, part.split).ids for part in sets]
+    assert "DATASETS.VAL: " not in caplog.text
+    result = train_detector(given)
+    ids = tuple(item.id for item in kept.annotations())
+    assert [images for images, _ in evaluated] == [ids] * len(evaluated)
+    assert result["checkpoints"]["tested"] == "best"
+    with pytest.raises(UserError, match="DATASETS.VAL and VAL_FRACTION"):
+        on_shapes("run", {"DATASETS.VAL": ["shapes_test"], "DATASETS.VAL_FRACTION": 0.25})
+    own = on_shapes("other", {"DATASETS.VAL": ["shapes_trainval"]})
+    split_training(own, data.open_voc(own, "DATASETS.TRAIN", data.data_classes(own)))
+    assert "DATASETS.VAL: " in caplog.text
+
+
 @pytest.mark.parametrize(("key", "value"), [("SELECT", "best"), ("PATIENCE", 3)])
 def test_a_choice_without_a_validation_split_is_refused(on_shapes, key, value):
     for changes in ({"DATASETS.VAL_FRACTION": 0.25}, {"TEST.EVAL_PERIOD": 2}):

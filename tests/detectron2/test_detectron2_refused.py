@@ -3,12 +3,17 @@
 import re
 
 import pytest
+import torch
 from torch.multiprocessing import ProcessRaisedException
 
 pytest.importorskip("detectron2")
 pytestmark = pytest.mark.detectron2
 
+from detectron2.modeling import build_model
+
+from nst_det.detection.checkpoint import save_weights
 from nst_det.detectron2 import DistillTrainer
+from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import load_config
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
@@ -55,6 +60,38 @@ def test_a_teacher_of_other_classes(configured, taught, tiny_teacher, tmp_path):
     config.write_text(f"_BASE_: {tiny_teacher[0]}\nDATASETS: {{CLASSES: [square, bar]}}\n")
     with pytest.raises(UserError, match="bar, square.* square, bar"):
         DistillTrainer(configured(*taught("kd", teacher=(str(config), tiny_teacher[1]))))
+
+
+@pytest.mark.parametrize(
+    "classes", [["bar", "square"], ["bar", "ring"], ["bar", "ring", "square"], ["ring"], ["square", "bar"]]
+)
+def test_weights_of_other_classes(configured, tmp_path, classes, caplog):
+    """They fill all but the predictor where a detector is trained, and are refused where one is evaluated."""
+    cfg = configured()
+    cfg.defrost()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
+    saved = build_model(cfg)
+    path = tmp_path / "other.safetensors"
+    save_weights(path, saved, classes)
+    cfg = configured("MODEL.WEIGHTS", path)
+    known = ["bar", "square"]
+    if sorted(classes) == known != classes:
+        # another order is no other class
+        with pytest.raises(UserError, match=r"other.safetensors .*DATASETS.CLASSES to \[square, bar\]"):
+            DistillTrainer(cfg).resume_or_load(resume=False)
+        return
+    caplog.set_level("INFO")
+    trainer = DistillTrainer(cfg)
+    fresh = {name: value.clone() for name, value in trainer.student.state_dict().items()}
+    trainer.resume_or_load(resume=False)
+    same = classes == known
+    for name, value in trainer.student.state_dict().items():
+        expected = fresh if "box_predictor" in name and not same else saved.state_dict()
+        assert torch.equal(value, expected[name]), name
+    assert ("the whole detector" if same else f"trained on the classes {', '.join(classes)}") in caplog.text
+    if not same:
+        with pytest.raises(UserError, match=f"other.safetensors .*{classes[-1]}.* bar, square"):
+            BackboneCheckpointer(build_model(cfg), whole=True, classes=known).load(str(path))
 
 
 def test_an_error_in_a_process(train, tmp_path, monkeypatch, capsys):

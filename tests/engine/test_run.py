@@ -1,17 +1,20 @@
 """Run folders, their metrics and what shows progress."""
 
 import importlib.util
+import io
 import json
 import logging
 import math
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from nst_det.engine import progress as module
 from nst_det.engine.metrics import MetricsWriter, check_wandb, loss_note, read_metrics, speed_of
-from nst_det.engine.progress import progress
+from nst_det.engine.progress import VARIABLE, progress, progress_file, told, waiting
 from nst_det.engine.run_dir import RunFolder, config_hash
 from nst_det.errors import UserError
 
@@ -172,6 +175,42 @@ def test_progress_is_a_plain_line_now_and_then_and_at_the_end(monkeypatch, caplo
     # a longer note is made only where a line is written
     assert lines(5, {"kd": 3.0}, lambda: asked.append(1) or "total 3") == ["students 4/8  4 s/it  ETA 16 s  total 3"]
     assert len(asked) == 1
+
+
+def test_what_a_run_waits_for_is_told_to_the_comparison_and_shown_by_the_bar(tmp_path, monkeypatch):
+    log, console = tmp_path / "kd:0.5.log", Console(force_terminal=True, width=120, file=io.StringIO())
+    monkeypatch.setattr(module, "TELL_SECONDS", 0.0)
+    assert told(log) == (0, "")
+    for shown in (False, True):
+        monkeypatch.setattr(module, "console", console)
+        monkeypatch.setattr(module, "is_live", lambda console, shown=shown: shown)
+        monkeypatch.setenv(VARIABLE, str(progress_file(log)))
+        with waiting("loading data"):
+            assert told(log) == (0, "loading data")
+        with progress("kd", 90, training=True) as meter:
+            meter.start_at(30)
+            meter.wait("resumed at step 30")
+            assert told(log) == (30, "resumed at step 30")
+            meter.step({"loss": 0.5})
+            assert told(log) == (31, "")
+            with progress("evaluation", 7) as inner:
+                inner.step()
+                assert told(log) == (31, "evaluation 1/7")
+            with waiting("checkpoint"):
+                assert told(log) == (31, "checkpoint")
+                # a thread draws the bars
+                time.sleep(0.3 * shown)
+            meter.step()
+            assert told(log) == (32, "")
+        with progress("evaluation", 400) as last:
+            last.start_at(200)
+            last.step()
+            # steps of training alone count
+            assert told(log) == (0, "evaluation 201/400")
+        assert told(log) == (0, "")
+    assert "checkpoint" in console.file.getvalue()
+    progress_file(log).write_text('{"steps": 3, "no')
+    assert told(log) == (0, "")
 
 
 def test_losses_of_both_stages_their_sum_first():

@@ -382,7 +382,7 @@ STATE_DICTS = [
     ("that would run code", lambda path: torch.save({"x": Evil()}, path), "pickle"),
     ("that are a list", lambda path: torch.save([torch.ones(3)], path), "not a state dict"),
     ("of nobody", lambda path: torch.save({"nix": torch.ones(3)}, path), ""),
-    ("that are not there", lambda path: None, "no such weights file"),
+    ("that are not there", lambda path: None, "no such file or folder"),
 ]
 PTH = [
     ("in an old pickle that would run code", pickle.dumps(Evil()), "pickle"),

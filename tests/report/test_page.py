@@ -5,8 +5,11 @@ import shutil
 
 import pytest
 
+from nst_det.api import SHOWN_LINES, CompareResult
+from nst_det.engine.format import print_table
 from nst_det.report import write_report
 from nst_det.report.page import CHANGE, HEAT, luminance, readable
+from nst_det.report.tables import UNTOLD
 from tests.helpers.finished import build_results, build_runs, typed
 from tests.helpers.page import Page
 
@@ -254,3 +257,17 @@ def test_the_command_names_what_is_wrong(cli, tmp_path, capsys, content):
     assert cli("report", tmp_path) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(file) in line
+
+
+def test_what_it_cannot_tell_stands_below_the_table_on_a_terminal_too(finished, capsys):
+    folder, results, _ = finished
+    answer = CompareResult(typed(results), folder)
+    assert answer.untold
+    listed = (folder / "report" / "table.md").read_text().replace("\\", "")
+    assert all(f"- {line}" in listed for line in answer.untold)
+    print_table(answer)
+    printed = " ".join(capsys.readouterr().out.split())
+    shown = answer.untold[:SHOWN_LINES]
+    assert printed.index("scratch") < printed.index(UNTOLD)
+    assert all(" ".join(line.split()) in printed for line in shown)
+    assert (f"{len(answer.untold) - SHOWN_LINES} more" in printed) == (len(answer.untold) > SHOWN_LINES)

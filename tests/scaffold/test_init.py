@@ -20,7 +20,7 @@ from nst_det.engine.config import flat, read_yaml
 from nst_det.losses import build_transfer, terms
 from nst_det.scaffold.init import init_project
 from tests.helpers.layouts import LAYOUTS
-from tests.helpers.voc import write
+from tests.helpers.voc import write, write_list
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -125,6 +125,31 @@ def test_without_lists_a_fifth_is_held_out_and_a_second_project_takes_the_same(v
     assert not set(train) & set(test)
     again = init_project(tmp_path / "two", voc)
     assert (again.values.train, again.values.test, again.cut) == ("nst_det_train", "nst_det_test", False)
+
+
+@pytest.mark.parametrize("with_objects", [True, False])
+def test_of_three_lists_one_is_validated_on(voc, tmp_path, with_objects):
+    lists = voc / "ImageSets" / "Main"
+    ids = (lists / "trainval.txt").read_text().split()
+    test = (lists / "test.txt").read_text().split()
+    for path in lists.iterdir():
+        path.unlink()
+    for name, part in (("train", ids[4:]), ("val", ids[:4]), ("test", test)):
+        write_list(voc, name, part)
+    for path in (voc / "Annotations" / f"{id_}.xml" for id_ in ids[:4]):
+        # a class that is there alone, or nothing
+        change = ("<name>[^<]*</name>", "<name>rare</name>") if with_objects else ("<object>.*?</object>", "")
+        path.write_text(re.sub(*change, path.read_text(), flags=re.DOTALL))
+    project = init_project(tmp_path / "project", voc)
+    detect = load_comparison(tmp_path / "project").detect
+    assert (project.values.train, project.values.test) == ("train", "test")
+    assert detect.TEST.SELECT == "best"
+    if with_objects:
+        assert detect.DATASETS.VOC[detect.DATASETS.VAL[0]].SPLIT == "val"
+        assert (len(detect.DATASETS.VAL), detect.DATASETS.VAL_FRACTION) == (1, 0)
+        assert "rare" in detect.DATASETS.CLASSES
+    else:
+        assert (detect.DATASETS.VAL, detect.DATASETS.VAL_FRACTION) == ([], 0.2)
 
 
 def test_own_classification_data_is_taken(thirty, tmp_path):
