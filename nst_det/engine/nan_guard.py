@@ -46,6 +46,12 @@ def raise_together(failed: bool, device: torch.device, what: str = "") -> None:
         raise NotFinite(what if failed else "")
 
 
+def require_finite(finite: Tensor, what: Callable[[], str]) -> None:
+    """Raise :class:`NotFinite` in all processes if a pass is not ``finite``, a bool scalar, in one; ``what`` tells why."""
+    failed = not bool(finite)
+    raise_together(failed, finite.device, what() if failed else "")
+
+
 def broken_values(
     terms: Mapping[str, float],
     parts: Mapping[str, Mapping[str, Tensor]],
