@@ -47,7 +47,7 @@ def raise_together(failed: bool, device: torch.device, what: str = "") -> None:
 
 
 def require_finite(finite: Tensor, what: Callable[[], str]) -> None:
-    """Raise :class:`NotFinite` in all processes if a pass is not ``finite``, a bool scalar, in one; ``what`` tells why."""
+    """Raise :class:`NotFinite` in all processes if one isn't ``finite`` (a bool scalar), with the message ``what``."""
     failed = not bool(finite)
     raise_together(failed, finite.device, what() if failed else "")
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nst_det.engine.seeds import derive_seed
+
 # of a padded object
 NO_OBJECT = -1
 
@@ -18,7 +20,7 @@ class Truth(NamedTuple):
 
     boxes: Tensor  # (B, M, 4) float32 xyxy in pixels
     labels: Tensor  # (B, M) int64 from 0
-    seeds: Tensor  # (B, 2) int32, of the choice of anchors and proposals
+    seeds: Tensor  # (B, 4) int32, two each of the choice of anchors and of proposals
 
     @property
     def real(self) -> Tensor:
@@ -44,7 +46,8 @@ def read_truth(batch: Sequence[Mapping[str, Any]], device: torch.device) -> tupl
     """
     limits = limits_of([tuple(item["image"].shape[-2:]) for item in batch])
     seeds = [int(item["seed"]) if "seed" in item else int(torch.randint(2**62, ())) for item in batch]
-    halves = torch.tensor([[seed & 0x7FFFFFFF, seed >> 31 & 0x7FFFFFFF] for seed in seeds], dtype=torch.float64)
+    drawn = [[derive_seed(seed, choice) for choice in ("anchors", "proposals")] for seed in seeds]
+    halves = [[seed >> bits & 0x7FFFFFFF for seed in of_image for bits in (0, 31)] for of_image in drawn]
     most = max(1, *(len(item["boxes"]) for item in batch))
     objects = torch.zeros(len(batch), most, 5, dtype=torch.float64)
     objects[..., 4] = NO_OBJECT
@@ -52,10 +55,10 @@ def read_truth(batch: Sequence[Mapping[str, Any]], device: torch.device) -> tupl
         count = len(item["boxes"])
         rows[:count, :4], rows[:count, 4] = item["boxes"], item["labels"]
     # float64 holds each of them exactly
-    table = to_device(torch.cat((limits, halves, objects.flatten(1)), dim=1), device)
-    limits, halves, objects = table.split((4, 2, 5 * most), dim=1)
+    table = to_device(torch.cat((limits, torch.tensor(halves, dtype=torch.float64), objects.flatten(1)), dim=1), device)
+    limits, numbers, objects = table.split((4, 4, 5 * most), dim=1)
     objects = objects.unflatten(1, (most, 5))
-    return limits.float(), Truth(objects[..., :4].float(), objects[..., 4].long(), halves.int())
+    return limits.float(), Truth(objects[..., :4].float(), objects[..., 4].long(), numbers.int())
 
 
 def stack_images(images: Sequence[Tensor], height: int, width: int, device: torch.device) -> Tensor:

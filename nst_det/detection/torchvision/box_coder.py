@@ -75,9 +75,7 @@ class BoxCoder(nn.Module):
         size, target_size = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
         moved = (targets[..., :2] + 0.5 * target_size) - (boxes[..., :2] + 0.5 * size)
         # multiplied before it is divided, as in torchvision and Detectron2, to the last bit
-        return torch.cat(
-            (self.weights[:2] * moved / size, self.weights[2:] * torch.log(target_size / size)), dim=-1
-        )
+        return torch.cat((self.weights[:2] * moved / size, self.weights[2:] * torch.log(target_size / size)), dim=-1)
 
     def decode_rows(self, deltas: Tensor, boxes: Tensor) -> Tensor:
         """Apply (..., K * 4) deltas to (..., 4) boxes in pixels, of the same leading shape."""

@@ -53,7 +53,9 @@ class Detector(nn.Module):
                 proposals, valid, losses = self.proposal_generator(maps, limits, truth)
                 return {**self.roi_heads(maps, proposals, valid, truth), **losses}
             seen = limits_of(sizes)
-            originals = [(item.get("height", height), item.get("width", width)) for item, (height, width) in zip(batch, sizes)]
+            originals = [
+                (item.get("height", height), item.get("width", width)) for item, (height, width) in zip(batch, sizes)
+            ]
             wanted = limits_of(originals)
             limits, scales, wanted = to_device(torch.stack((seen, wanted / seen, wanted)).float(), images.device)
             proposals, valid, _ = self.proposal_generator(maps, limits)

@@ -176,9 +176,7 @@ class RoiHeads(nn.Module):
         self.box_predictor = BoxPredictor(self.box_head.width, classes, box.CLS_AGNOSTIC_BBOX_REG)
         self.coder = BoxCoder(box.BBOX_REG_WEIGHTS)
 
-    def forward(
-        self, maps: dict[str, Tensor], proposals: Tensor, valid: Tensor, truth: Truth
-    ) -> dict[str, Tensor]:
+    def forward(self, maps: dict[str, Tensor], proposals: Tensor, valid: Tensor, truth: Truth) -> dict[str, Tensor]:
         """Return the losses of proposals (B, N, 4), of which those that are ``valid`` (B, N) are trained on.
 
         ``maps`` are (B, C, H, W) by level.
@@ -205,9 +203,7 @@ class RoiHeads(nn.Module):
         return features, self.box_predictor.cls_score(features)
 
     @torch.no_grad()
-    def sample_proposals(
-        self, proposals: Tensor, valid: Tensor, truth: Truth
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def sample_proposals(self, proposals: Tensor, valid: Tensor, truth: Truth) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draw (B, R, 4) proposals to train on, with (B, R, 4) their objects' boxes and (B, R) labels.
 
         The last are (B, R) whether one was drawn: the first ones of each image are, where it has fewer than R.
@@ -216,7 +212,7 @@ class RoiHeads(nn.Module):
         if settings.PROPOSAL_APPEND_GT:
             proposals, valid = torch.cat((proposals, truth.boxes), dim=1), torch.cat((valid, truth.real), dim=1)
         index, kind = match(truth.boxes, truth.real, proposals, settings.IOU_THRESHOLDS, (0, 1))
-        keys = random_keys(truth.seeds, proposals.shape[1], draw=1)
+        keys = random_keys(truth.seeds[:, 2:], proposals.shape[1])
         count, fraction = settings.BATCH_SIZE_PER_IMAGE, settings.POSITIVE_FRACTION
         chosen, drawn = sample(valid & (kind == 1), valid & (kind == 0), count, fraction, keys)
         index, positive = index.gather(1, chosen), kind.gather(1, chosen) == 1

@@ -73,8 +73,8 @@ class RpnHead(nn.Module):
     def at(self, maps: Sequence[Tensor], around: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (B, R) and deltas (B, R, 4) at some anchors (B, R) of all levels.
 
-        They are those of :meth:`forward`.  But few anchors are trained on, and where the gradient comes from these alone
-        the convolution's passes back are products of their size instead of the maps'.
+        They are those of :meth:`forward`.  But few anchors are trained on, and where the gradient comes from these
+        alone the convolution's passes back are products of their number, not of the maps' size.
         """
         per_cell, (images, count) = self.objectness_logits.out_channels, places.shape
         channels = maps[0].shape[1]
@@ -84,9 +84,7 @@ class RpnHead(nn.Module):
         nine = cells.flatten(0, 1).index_select(0, (around[places // per_cell] + first).flatten())
         conv = self.conv
         assert isinstance(conv, nn.Conv2d), "see is_local"
-        hidden = F.relu(
-            F.linear(nine.view(-1, 9 * channels), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
-        )
+        hidden = F.relu(F.linear(nine.view(-1, 9 * channels), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias))
         logits, deltas = (
             F.linear(hidden, layer.weight.flatten(1), layer.bias).view(images, count, per_cell, -1)
             for layer in (self.objectness_logits, self.anchor_deltas)
@@ -169,7 +167,7 @@ class Rpn(nn.Module):
             margin = settings.BOUNDARY_THRESH
             inside = (anchors[:, :2] >= -margin).all(dim=1) & (anchors[:, 2:] < limits[:, None, 2:] + margin).all(dim=2)
             label = torch.where(inside, label, IGNORED)
-        keys = random_keys(truth.seeds, len(anchors), draw=0)
+        keys = random_keys(truth.seeds[:, :2], len(anchors))
         count, fraction = settings.BATCH_SIZE_PER_IMAGE, settings.POSITIVE_FRACTION
         places, drawn = sample(label == 1, label == 0, count, fraction, keys)
         positive = drawn & (label.gather(1, places) == 1)
@@ -190,9 +188,7 @@ class Rpn(nn.Module):
             "loss_rpn_loc": distance * (settings.LOSS_WEIGHT * settings.BBOX_REG_LOSS_WEIGHT / normalizer),
         }
 
-    def propose(
-        self, grid: Grid, logits: list[Tensor], deltas: list[Tensor], limits: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def propose(self, grid: Grid, logits: list[Tensor], deltas: list[Tensor], limits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the proposals and whether there are as many; in training they are required to be finite."""
         settings, phase = self.settings, "TRAIN" if self.training else "TEST"
         before_nms, after_nms = settings[f"PRE_NMS_TOPK_{phase}"], settings[f"POST_NMS_TOPK_{phase}"]

@@ -67,14 +67,14 @@ def match(
     return index, label
 
 
-def random_keys(seeds: Tensor, count: int, draw: int) -> Tensor:
+def random_keys(seeds: Tensor, count: int) -> Tensor:
     """Return (B, count) int32 from 0 to :data:`KEYS`, a function of the image's seed and the place alone.
 
-    They are MurmurHash3's final mixing of the place with ``seeds`` (B, 2) int32 and the number of the ``draw``: the same
-    on every device, and whatever the other images of the batch are.
+    They mix ``seeds`` (B, 2) int32 and the place as MurmurHash3 does at its end: the same numbers on every device,
+    whatever the other images of the batch are.
     """
     place = torch.arange(count, dtype=torch.int32, device=seeds.device) * -1640531535
-    key = place + (seeds[:, :1] + draw)
+    key = place + seeds[:, :1]
     key = (key ^ (key >> 16)) * -2048144789
     key = (key ^ (key >> 13) ^ seeds[:, 1:]) * -1028477387
     return (key ^ (key >> 16)) & (KEYS - 1)
