@@ -23,7 +23,7 @@ from nst_det.detection.torchvision.box_coder import (
     match,
     sample,
 )
-from nst_det.engine.nan_guard import raise_together
+from nst_det.engine.nan_guard import require_finite
 from nst_det.errors import UserError
 
 
@@ -149,9 +149,13 @@ class Rpn(nn.Module):
         all_boxes, all_scores, all_levels = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(levels)
         finite = torch.isfinite(all_boxes).all(dim=2) & torch.isfinite(all_scores)
         if self.training:
-            broken = all_levels[~finite.all(dim=0)].unique().tolist()
-            names = ", ".join(settings.IN_FEATURES[level] for level in broken)
-            raise_together(bool(names), all_boxes.device, f"the RPN's proposals, which are not finite on {names}")
+
+            def broken() -> str:
+                levels = all_levels[~finite.all(dim=0)].unique().tolist()
+                names = ", ".join(settings.IN_FEATURES[level] for level in levels)
+                return f"the RPN's proposals, which are not finite on {names}"
+
+            require_finite(finite.all(), broken)
         proposals = []
         for image, size in enumerate(sizes):
             found = clip(all_boxes[image], size)
