@@ -87,7 +87,8 @@ def one_step(
     shared_seconds = (clock.total() - start) / len(students)
     losses: dict[str, float] = {}
     # on a CPU one by one, while a student's gradients are in the cache; each reading of a GPU waits for it, so together
-    for group in [[student] for student in students] if normalize.device.type == "cpu" else [students]:
+    one_by_one = waits and normalize.device.type == "cpu"
+    for group in [[student] for student in students] if one_by_one else [students]:
         start = clock.total()
         with clock("students"):
             for student in group:
