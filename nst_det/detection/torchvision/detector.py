@@ -67,7 +67,7 @@ class Detector(nn.Module):
         multiple = max(self.backbone.size_divisibility, 1)
         largest = [max(side) for side in zip(*sizes)]
         if self.training:
-            largest = largest_of_processes(largest, self.pixel_mean.device)
+            largest = largest_of_processes(largest)
         height, width = (-(-side // multiple) * multiple for side in largest)
         pixels = stack_images(images, height, width, self.pixel_mean.device)
         pixels = (pixels - self.pixel_mean) / self.pixel_std
