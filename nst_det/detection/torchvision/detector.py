@@ -14,7 +14,8 @@ from nst_det.detection.torchvision.batch import limits_of, read_truth, stack_ima
 from nst_det.detection.torchvision.roi_heads import RoiHeads
 from nst_det.detection.torchvision.rpn import Rpn
 from nst_det.engine.device import autocast
-from nst_det.engine.distributed import largest_of_processes
+from nst_det.engine.distributed import largest_of_processes, world_size
+from nst_det.engine.foreach import weights_in
 from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
 from nst_det.models import NORM_POLICIES
@@ -46,7 +47,10 @@ class Detector(nn.Module):
         ``width`` of the original image, in whose pixels boxes are given.
         """
         images, sizes = self.preprocess([item["image"] for item in batch])
-        with autocast(images.device, self.amp if self.training else self.test_amp):
+        dtype = self.amp if self.training else self.test_amp
+        # where processes exchange gradients as they come, each must come by itself
+        together = images.device.type == "cuda" and world_size() == 1
+        with autocast(images.device, dtype), weights_in(self, dtype if together else None):
             maps = self.backbone(images)
             if self.training:
                 limits, truth = read_truth(batch, images.device)
