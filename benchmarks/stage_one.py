@@ -35,7 +35,7 @@ from nst_det.distillation.build import Teacher, build_losses, copy_of, initial_s
 from nst_det.distillation.cache import CacheWriter, total_bytes
 from nst_det.distillation.config import get_defaults
 from nst_det.distillation.dataloader import Batch, StageOneData
-from nst_det.distillation.loop import Teaching, one_step
+from nst_det.distillation.loop import Teaching, Unread, one_step
 from nst_det.distillation.pipeline import parse_methods
 from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.config import merge_tree
@@ -188,10 +188,11 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     batches, again = setup.batches(total), setup.batches(total)
     bare = [copy_of(setup.student, setup.device).train() for _ in students]
     rows: dict[str, list[float]] = defaultdict(list)
+    unread = Unread()
     for step in range(total):
         clock = Clock(setup.now)
         start = clock.now()
-        one_step(students, setup.teacher, batches, setup.normalize, clock)
+        one_step(students, setup.teacher, batches, setup.normalize, clock, unread)
         whole = clock.now() - start
         batch = next(again)
         images, labels = setup.normalize(batch.images), batch.labels.to(setup.device)
@@ -226,7 +227,7 @@ def measure_ratios(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     bare, total = copy_of(setup.student, setup.device).train(), args.warm_up + args.steps
     whole, alone, cached = (setup.new_student(word) for word in (args.ratios, "ce", args.ratios))
     sources = {name: setup.batches(total) for name in ("step", "passes", "cached", "alone")}
-    clocks = {name: Clock(setup.now) for name in sources}
+    clocks, unread = {name: Clock(setup.now) for name in sources}, {name: Unread() for name in sources}
 
     def passes() -> None:
         clock, batch = clocks["passes"], next(sources["passes"])
@@ -237,7 +238,7 @@ def measure_ratios(folder: Path, args: argparse.Namespace) -> dict[str, object]:
             setup.bare_pass(bare, images, labels)
 
     def step(name: str, student: StudentTrainer, teacher: Teaching | None) -> None:
-        one_step([student], teacher, sources[name], setup.normalize, clocks[name])
+        one_step([student], teacher, sources[name], setup.normalize, clocks[name], unread[name])
 
     order: list[tuple[str, Callable[[], None]]] = [
         ("step", lambda: step("step", whole, setup.teacher)),

@@ -203,7 +203,8 @@ class DistilledDetector(nn.Module):
                 self._tap.forget()
         factor = min((self.iteration + 1) / self.warmup_iters, 1.0) if self.warmup_iters else 1.0
         self.iteration += 1
-        return losses | {f"{PREFIX}{name}": value * factor for name, value in terms.items()}
+        terms = terms if factor == 1 else {name: value * factor for name, value in terms.items()}
+        return losses | {f"{PREFIX}{name}": value for name, value in terms.items()}
 
     def _log_shapes(self, student: ModelOutputs, teacher: ModelOutputs) -> None:
         known = [level_shapes(backbone_of(detector)).items() for detector in (self.student, self.teacher)]

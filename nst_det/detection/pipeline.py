@@ -250,9 +250,8 @@ def place_detector(detector: Detector, config: CfgNode) -> None:
     device = torch.device(resolve_device(config.MODEL.DEVICE))
     set_float32_precision(config.FLOAT32_PRECISION, device)
     detector.to(device)
-    if device.type == "cpu" or config.SOLVER.AMP.ENABLED:
-        # a layout in which convolutions are faster there; the heads work on flat rows
-        detector.backbone.to(memory_format=torch.channels_last)
+    # a layout in which convolutions are faster; the heads work on flat rows
+    detector.backbone.to(memory_format=torch.channels_last)
 
 
 def _with_teacher(

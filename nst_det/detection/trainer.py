@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,18 @@ from nst_det.detection.solver import build_optimizer
 from nst_det.detection.torchvision import Detector
 from nst_det.engine import distributed
 from nst_det.engine.config import plain
+from nst_det.engine.device import HostCopy
 from nst_det.engine.distributed import average_gradients, log_batch, rank, running_statistics, world_size
+from nst_det.engine.foreach import counted_together
 from nst_det.engine.metrics import loss_note
-from nst_det.engine.nan_guard import NonFiniteGuard, NotFinite, broken_values, gradient_norm
+from nst_det.engine.nan_guard import (
+    NonFiniteGuard,
+    NotFinite,
+    broken_values,
+    gradient_norm,
+    late_checks,
+    not_finite,
+)
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything
 from nst_det.engine.solver import clip_gradients, lr_schedule, set_learning_rate
@@ -97,6 +107,16 @@ def data_parallel(model: nn.Module) -> nn.Module:
     )
 
 
+@dataclass
+class Unread:
+    """The last step's losses by name, norm and flags, which the host hasn't read yet, and its scalars so far."""
+
+    step: int
+    names: list[str]
+    values: HostCopy
+    scalars: dict[str, float]
+
+
 class Trainer(TrainLoop):
     """The torchvision engine's; ``batches_from(step)`` gives the batches from there on, without end.
 
@@ -121,10 +141,15 @@ class Trainer(TrainLoop):
         optimizer = build_optimizer(model, self.solver)
         self.state = OptimizedState(model, transfer_of(model), guard, average, optimizer, folder)
         self._parallel = data_parallel(model)
+        self._unread: Unread | None = None
+        # steps and scalars for the metrics, and the losses that are known last
+        self._rows: list[tuple[int, Mapping[str, float]]] = []
+        self.losses: dict[str, float] = {}
 
     def before_train(self) -> None:
         self.model.train()
         self._batches = iter(self.batches_from(self.iter))
+        self._rows = [(step, scalars) for step, scalars in self._rows if step < self.iter]
         super().before_train()
 
     def run_step(self) -> None:
@@ -132,31 +157,88 @@ class Trainer(TrainLoop):
         start = time.perf_counter()
         batch = next(self._batches)
         self._data_seconds = time.perf_counter() - start
-        state = self.state
+        state, transfer = self.state, transfer_of(self.model)
         factor = self.schedule(self.iter) * state.guard.rate
         set_learning_rate(state.optimizer, factor)
-        state.guard.keep_buffers()
-        losses: dict[str, float] = {}
+        state.guard.keep_buffers(self.iter)
+        # the weights that the first steps choose are chosen on the host
+        if state.waits or (transfer is not None and transfer.balance.wants(self.iter)):
+            self._make_step(batch)
+        else:
+            self._make_late_step(batch)
+        self.put_scalars(lr=self.solver.BASE_LR * factor)
+        if self.is_due():
+            self._settle()
+
+    def _make_step(self, batch: Batch) -> None:
+        self._settle()
+        state, losses = self.state, dict[str, float]()
         broken: list[str] | None = None
         try:
             own = self.backward(batch)
-            values = {name: value.clone() for name, value in own.items()}
-            distributed.average([*values.values(), *running_statistics(self.model)])
+            values, norm = self._averaged(own)
             losses = {name: float(value) for name, value in values.items()}
-            norm = gradient_norm(state.parameters)
             if not (all(map(math.isfinite, losses.values())) and norm.isfinite()):
                 broken = broken_in(self.model, {name: float(value) for name, value in own.items()})
         except NotFinite as error:
             broken = [str(error)] if str(error) else []
         if broken is None:
-            state.optimizer_step(lambda: clip_gradients(state.parameters, self.solver.CLIP_GRADIENTS))
+            state.optimizer_step(partial(self._clip, norm))
         else:
             content = partial(step_content, self.model, self.config, self.seed, batch, losses)
             state.skip_or_roll_back(broken, [str(item["image_id"]) for item in batch], content)
         if state.step <= self.iter:
             self.iter = state.step
             raise RollbackStep
-        self.put_scalars(**losses, total_loss=sum(losses.values()), lr=self.solver.BASE_LR * factor)
+        self._finish(self.iter, losses, self._scalars)
+
+    def _make_late_step(self, batch: Batch) -> None:
+        with late_checks() as flags:
+            own = self.backward(batch)
+        # 1 or infinite
+        checked = {str(number): flag.reciprocal() for number, flag in enumerate(flags)}
+        values, norm = self._averaged(own | checked)
+        seen = torch.stack([*values.values(), norm])
+        self._settle()
+        self.state.late_step(partial(self._clip, norm), not_finite(seen))
+        self._unread = Unread(self.iter, list(own), HostCopy(seen), self._scalars)
+
+    def _averaged(self, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Return means over all processes, and the norm of all gradients."""
+        values = dict(own)
+        if world_size() > 1:
+            values = {name: value.clone() for name, value in own.items()}
+            distributed.average([*values.values(), *running_statistics(self.model)])
+        return values, gradient_norm(self.state.parameters)
+
+    def _clip(self, norm: Tensor) -> None:
+        clip_gradients(self.state.parameters, self.solver.CLIP_GRADIENTS, norm)
+
+    def _settle(self) -> None:
+        """Read how the last step ended, if it isn't known; go back to it where it wasn't finite."""
+        if self._unread is None:
+            return
+        last, self._unread = self._unread, None
+        numbers = last.values.read()
+        finite = all(map(math.isfinite, numbers))
+        self.state.learn(last.step, finite)
+        if not finite:
+            self.iter = last.step
+            raise RollbackStep
+        self._finish(last.step, dict(zip(last.names, numbers)), last.scalars)
+
+    def _finish(self, step: int, losses: dict[str, float], scalars: dict[str, float]) -> None:
+        self.losses = {**losses, "total_loss": sum(losses.values())}
+        scalars |= self.losses
+        self._rows.append((step, scalars))
+
+    @property
+    def settled(self) -> bool:
+        return self._unread is None
+
+    def finished_rows(self) -> list[tuple[int, Mapping[str, float]]]:
+        rows, self._rows = self._rows, []
+        return rows
 
     def backward(self, batch: Batch) -> dict[str, Tensor]:
         """Compute gradients of all processes' images, in SOLVER.ACCUMULATE parts; return this process's losses."""
@@ -168,12 +250,16 @@ class Trainer(TrainLoop):
             seed_everything(self.seed, "step", self.iter, *([piece] if piece else []))
             if isinstance(self.model, DistilledDetector):
                 self.model.iteration = self.iter
-            waits = isinstance(parallel, DistributedDataParallel) and part < parts - 1
-            with parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                losses: dict[str, Tensor] = parallel(batch[part * size : (part + 1) * size])
-                (torch.stack(list(losses.values())).sum() / parts).backward()
+            alone = isinstance(parallel, DistributedDataParallel) and part < parts - 1
+            together = nullcontext() if self.device.type == "cpu" else counted_together(self.model)
+            with parallel.no_sync() if alone else nullcontext():  # type: ignore[operator]
+                with together:
+                    losses: dict[str, Tensor] = parallel(batch[part * size : (part + 1) * size])
+                total = torch.stack(list(losses.values())).sum()
+                (total / parts if parts > 1 else total).backward()
             for name, value in losses.items():
-                totals[name] = totals.get(name, 0) + value.detach() / parts
+                own = value.detach()
+                totals[name] = own if parts == 1 else totals.get(name, 0) + own / parts
         if parallel is self.model:
             average_gradients(self.state.parameters)
         return totals
@@ -203,16 +289,19 @@ def train(
     if is_over(trainer.start_iter):
         trainer.max_iter = trainer.start_iter
     log_batch(solver.IMS_PER_BATCH, solver.ACCUMULATE, solver.BASE_LR)
-    losses, note = lambda: {"loss": trainer.scalars["total_loss"]}, lambda: loss_note(trainer.scalars)
+
+    def losses() -> dict[str, float]:
+        return {"loss": trainer.losses["total_loss"]} if trainer.losses else {}
+
     trainer.register_hooks(
         [
             SpeedHook(solver.IMS_PER_BATCH, trainer.device),
             PeriodicHook(config.TEST.EVAL_PERIOD, evaluate_step),
             MetricsHook(folder, config.TENSORBOARD, config.WANDB),
-            ProgressHook(folder.path.name, losses, note),
+            ProgressHook(folder.path.name, losses, lambda: loss_note(trainer.losses)),
             WallTime(trainer.state),
             PeriodicCheckpointer(solver.CHECKPOINT_PERIOD),
-            StopWhenAsked(trainer.device),
+            StopWhenAsked(),
         ]
     )
     trainer.train()

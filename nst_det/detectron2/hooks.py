@@ -37,7 +37,7 @@ class FiniteCheck(HookBase):
     def after_backward(self) -> None:
         norm = gradient_norm(self.parameters)
         total = sum(value.detach() for value in self.losses.values()) + norm
-        raise_together(not math.isfinite(total), self.parameters[0].device)
+        raise_together(not math.isfinite(total))
         if self.clip.CLIP_TYPE == FULL_MODEL:
             clip_gradients(self.parameters, self.clip, norm)
 

@@ -82,7 +82,7 @@ def propose_together(student: nn.Module) -> None:
             found = forward(images, *args, **kwargs)
         except FloatingPointError as error:
             what = f"the RPN's proposals ({' '.join(str(error).split())})"
-        raise_together(bool(what), images.tensor.device, what)
+        raise_together(bool(what), what)
         return found
 
     proposer.forward = propose
@@ -225,7 +225,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
             WallTime(self.state),
             # behind all that writes about a step, so that no kill leaves a gap
             *saving,
-            StopWhenAsked(self.device),
+            StopWhenAsked(),
         ]
 
     def build_writers(self) -> list[EventWriter]:
@@ -257,7 +257,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         """As Detectron2's; where a loss or a gradient is not finite, in any process, the optimizer never sees it."""
         if self.cfg.SEED >= 0:
             seed_everything(self.cfg.SEED, "step", self.iter, comm.get_rank())
-        self.state.guard.keep_buffers()
+        self.state.guard.keep_buffers(self.iter)
         try:
             DefaultTrainer.run_step(self)
         except NotFinite as error:

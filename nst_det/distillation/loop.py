@@ -13,10 +13,12 @@ from torch import Tensor
 from nst_det.distillation.accuracy import measure
 from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData, TrainingBatches
 from nst_det.distillation.trainer import StudentTrainer
+from nst_det.engine.device import HostCopy
 from nst_det.engine.distributed import is_main_process, world_size
 from nst_det.engine.format import text_table
 from nst_det.engine.loader import load
 from nst_det.engine.metrics import loss_note
+from nst_det.engine.nan_guard import not_finite
 from nst_det.engine.trainer import (
     Clock,
     PeriodicCheckpointer,
@@ -36,15 +38,43 @@ SHOWN_LOSSES = 3
 Teaching = Callable[[Tensor, Tensor | None], ModelOutputs]
 
 
+class Unread:
+    """Losses and gradient norms of the last step, which the host hasn't read yet."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[StudentTrainer, int]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._made)
+
+    def put(self, students: Sequence[StudentTrainer], values: Tensor) -> None:
+        """Take (S, 2) values of the step that these students have just made."""
+        self._made, self._values = [(student, student.step - 1) for student in students], HostCopy(values)
+
+    def read(self) -> dict[str, float]:
+        """Let each student learn how that step ended; return the losses, nothing where there is no such step."""
+        losses = {}
+        for (student, step), (loss, norm) in zip(self._made, self._values.read() if self._made else ()):
+            losses[student.name] = loss
+            student.learn(step, math.isfinite(loss) and math.isfinite(norm))
+        self._made = []
+        return losses
+
+
 def one_step(
     students: Sequence[StudentTrainer],
     teacher: Teaching | None,
     batches: Iterator[Batch],
     normalize: Normalizer,
     clock: Clock,
+    unread: Unread,
 ) -> dict[str, float]:
-    """One batch, one teacher pass, one optimizer step of each student; return the loss of each."""
-    start = clock.total()
+    """One batch, one teacher pass, one optimizer step of each student; return the loss of each.
+
+    On a GPU it is put into ``unread``, and those of the step before are returned.  A student that finds then that it
+    wasn't finite makes no step, and goes back to that one.
+    """
+    start, step, waits = clock.total(), students[0].step, any(student.waits for student in students)
     with clock("data"):
         parts = [
             part._replace(images=normalize(part.images), labels=part.labels.to(normalize.device, non_blocking=True))
@@ -57,15 +87,24 @@ def one_step(
     shared_seconds = (clock.total() - start) / len(students)
     losses: dict[str, float] = {}
     # on a CPU one by one, while a student's gradients are in the cache; each reading of a GPU waits for it, so together
-    for group in [[student] for student in students] if normalize.device.type == "cpu" else [students]:
+    one_by_one = waits and normalize.device.type == "cpu"
+    for group in [[student] for student in students] if one_by_one else [students]:
         start = clock.total()
         with clock("students"):
             for student in group:
                 for number, part in enumerate(parts):
                     student.forward_backward(part.images, part.labels, outputs[number], number)
         with clock("optimizers"):
-            loss_and_norm = torch.stack([student.loss_and_norm for student in group]).tolist()
-            for student, (loss, norm) in zip(group, loss_and_norm):
+            losses |= unread.read()
+            still = [student for student in group if student.step == step]
+            if not still:
+                continue
+            values = torch.stack([value for student in still for value in student.loss_and_norm]).view(-1, 2)
+            if not waits:
+                for student, broken in zip(still, not_finite(values)):
+                    student.update(broken)
+                unread.put(still, values)
+            for student, (loss, norm) in zip(still, values.tolist() if waits else ()):
                 losses[student.name] = loss
                 if math.isfinite(loss) and math.isfinite(norm):
                     student.update()
@@ -100,6 +139,7 @@ class StageOneTrainer(TrainLoop):
         self.active: list[StudentTrainer] = []
         self.stayed: list[StudentTrainer] = []
         self.losses: dict[str, float] = {}
+        self.unread = Unread()
         self.clock = Clock()
         config, device = data.config, data.normalize.device
         title = f"{len(students)} students" if len(students) > 1 else students[0].name
@@ -114,7 +154,7 @@ class StageOneTrainer(TrainLoop):
                     lambda: dict(list(self.losses.items())[:SHOWN_LOSSES]),
                     lambda: "; ".join(f"{student.name}: {loss_note(student.losses)}" for student in self.active),
                 ),
-                StopWhenAsked(device),
+                StopWhenAsked(),
             ]
         )
 
@@ -131,8 +171,9 @@ class StageOneTrainer(TrainLoop):
         """Make step ``iter`` of each student that is at it."""
         waited = self.clock.seconds["data"]
         self.active = [student for student in self.students if student.step == self.iter]
-        self.losses = one_step(self.active, self.teacher, self._batches, self.data.normalize, self.clock)
+        found = one_step(self.active, self.teacher, self._batches, self.data.normalize, self.clock, self.unread)
         self._data_seconds = self.clock.seconds["data"] - waited
+        self.losses = (self.unread.read() if self.is_due() else {}) or found or self.losses
         self.stayed = [student for student in self.active if student.step == self.iter + 1]
         log_balance(self.stayed)
         if len(self.stayed) < len(self.active):
@@ -140,6 +181,10 @@ class StageOneTrainer(TrainLoop):
             self.after_step()
             self.iter = self._first_step()
             raise RollbackStep
+
+    @property
+    def settled(self) -> bool:
+        return not self.unread
 
     def write_metrics(self) -> None:
         """Write a row of each student's metrics."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, astuple
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +24,9 @@ from nst_det.engine.distributed import (
     is_main_process,
     rank,
     running_statistics,
+    world_size,
 )
+from nst_det.engine.foreach import counted_together, weights_in
 from nst_det.engine.metrics import MetricsWriter
 from nst_det.engine.nan_guard import NonFiniteGuard, broken_values, gradient_norm
 from nst_det.engine.run_dir import RunFolder
@@ -123,22 +126,25 @@ class StudentTrainer(OptimizedState):
         torch.manual_seed(derive_seed(self.config.SEED, "forward", self.step, *([piece] if piece else [])))
         self.model.train()
         if part == 0:
-            self.guard.keep_buffers()
+            self.guard.keep_buffers(self.step)
             self.passes = []
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision), ExitStack() as together:
+            if self.device.type != "cpu":
+                together.enter_context(weights_in(self.model, self.precision))
+                together.enter_context(counted_together(self.model))
             outputs = forward_outputs(self.model, images, self.levels)
         outputs.maps = {level: _tap(maps) for level, maps in outputs.maps.items()}
         assert outputs.logits is not None
         outputs.logits, outputs.labels = outputs.logits.float(), labels
         ce = self._cross_entropy(outputs.logits, labels)
-        terms = {"ce": self.solver.CE_WEIGHT * ce}
+        terms = {"ce": _times(self.solver.CE_WEIGHT, ce)}
         if teacher is not None:
             warmup = self.config.TRANSFER.WARMUP_ITERS
             rise = min(1.0, (self.step + 1) / warmup) if warmup else 1.0
             weighted = self._balanced(terms["ce"], self.transfer(outputs, teacher))
-            terms |= {term: rise * value for term, value in weighted.items()}
-        total = torch.stack(list(terms.values())).sum()
-        self.scaler.scale(total / parts).backward()
+            terms |= {term: _times(rise, value) for term, value in weighted.items()}
+        total = _sum(terms)
+        self.scaler.scale(total / parts if parts > 1 else total).backward()
         # its gradient is wanted alone only to tell the parts from each other
         norm = gradient_norm(self.parameters) if parts > 1 and not self.scaler.is_enabled() else total.detach()
         places = {} if teacher is None else dict(self.transfer.parts)
@@ -176,22 +182,35 @@ class StudentTrainer(OptimizedState):
             for one in self.passes
         ]
         self.terms, self.by_level = _mean([one.terms for one in self.passes]), _mean(by_level)
-        statistics = [*running_statistics(self.model), *running_statistics(self.transfer)]
-        average_gradients(self.parameters, [*self.terms.values(), *self.by_level.values(), *statistics])
-        self.total = torch.stack(list(self.terms.values())).sum()
+        if world_size() > 1:
+            statistics = [*running_statistics(self.model), *running_statistics(self.transfer)]
+            average_gradients(self.parameters, [*self.terms.values(), *self.by_level.values(), *statistics])
+        self.total = _sum(self.terms)
         # infinite gradients are an everyday matter of fp16's scaler, which passes over such steps by itself
         self._norm = self.total if self.scaler.is_enabled() else gradient_norm(self.parameters)
 
     @property
-    def loss_and_norm(self) -> Tensor:
-        """Return (2,): the loss of the step and the norm of its gradient; finite in a sound step."""
-        return torch.stack([self.total, self._norm])
+    def waits(self) -> bool:
+        # the weights that the first steps choose are chosen on the host
+        return super().waits or self.transfer.balance.wants(self.step)
 
-    def update(self) -> None:
-        """Make one optimizer step with the gradients that are there."""
+    @property
+    def loss_and_norm(self) -> tuple[Tensor, Tensor]:
+        """The loss of the step and the norm of its gradient, scalars; finite in a sound step."""
+        return self.total, self._norm
+
+    def update(self, broken: Tensor | None = None) -> None:
+        """Make one optimizer step with the gradients that are there; see :meth:`late_step` for ``broken``."""
         set_learning_rate(self.optimizer, self._rate(self.step))
         norm = None if self.scaler.is_enabled() else self._norm
-        self.optimizer_step(lambda: clip_gradients(self.parameters, self.solver.CLIP_GRADIENTS, norm))
+
+        def clip() -> None:
+            clip_gradients(self.parameters, self.solver.CLIP_GRADIENTS, norm)
+
+        if broken is None:
+            self.optimizer_step(clip)
+        else:
+            self.late_step(clip, broken)
 
     def _rate(self, step: int) -> float:
         return self._schedule(step) * self.guard.rate
@@ -252,14 +271,15 @@ class StudentTrainer(OptimizedState):
 
     @property
     def losses(self) -> dict[str, float]:
-        """Return the terms of the last step and their sum, by their names in the metrics."""
-        terms = {f"loss/{term}": float(value) for term, value in self.terms.items()}
-        return {**terms, "loss/total": float(self.total)}
+        """Return the terms of the last step, their sum, and those on maps by level, by their names in the metrics."""
+        values = {f"loss/{term}": value for term, value in self.terms.items()} | {"loss/total": self.total}
+        values |= {f"level/{term}": value for term, value in self.by_level.items()}
+        # a GPU is waited for once
+        return dict(zip(values, torch.stack(list(values.values())).tolist()))
 
     def log(self, more: Mapping[str, float]) -> None:
         """Write the losses of the step that was just done, and what else is to be in their row."""
-        levels = {f"level/{term}": float(value) for term, value in self.by_level.items()}
-        self._write({**self.losses, **levels, "lr": self.solver.BASE_LR * self._rate(self.step - 1), **more})
+        self._write({**self.losses, "lr": self.solver.BASE_LR * self._rate(self.step - 1), **more})
 
     def record(self, accuracy: Accuracy) -> None:
         """Take note of the accuracy after the step that was just done."""
@@ -293,7 +313,17 @@ def build_optimizer(modules: Iterable[nn.Module], solver: CfgNode) -> torch.opti
     return make_optimizer([group for group in groups if group["params"]], solver)
 
 
+def _times(factor: float, value: Tensor) -> Tensor:
+    return value if factor == 1 else factor * value
+
+
+def _sum(terms: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum() if len(terms) > 1 else next(iter(terms.values()))
+
+
 def _mean(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    if len(parts) == world_size() == 1:
+        return dict(parts[0])
     return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
 

@@ -7,11 +7,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 
+from nst_det.engine.foreach import CAST_LAYERS
 from nst_det.engine.keys import AMP_DTYPES, FLOAT32_PRECISIONS
 from nst_det.engine.machine import core_count, machine_name
 from nst_det.errors import UserError
@@ -84,9 +86,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def cast_frozen(
-    model: nn.Module, dtype: torch.dtype | None, kinds: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
-) -> None:
+def cast_frozen(model: nn.Module, dtype: torch.dtype | None, kinds: tuple[type[nn.Module], ...] = CAST_LAYERS) -> None:
     """Cast frozen weights once, to the bits to which :func:`autocast` would cast them anew in each pass.
 
     ``kinds`` are layers whose own parameters enter one convolution or product as they are; all other layers, subclasses
@@ -96,6 +96,23 @@ def cast_frozen(
         if type(layer) in kinds:
             for name, parameter in layer.named_parameters(recurse=False):
                 setattr(layer, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+
+
+class HostCopy:
+    """Numbers on their way from a device to the host, which goes on meanwhile."""
+
+    def __init__(self, values: Tensor) -> None:
+        # torch takes pinned memory for it
+        self._values, self._copied = values.detach().to("cpu", non_blocking=True), None
+        if values.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(values.device))
+
+    def read(self) -> Any:
+        """Wait until they are there; return them as ``tolist`` does."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
 
 
 def set_float32_precision(name: str, device: torch.device) -> None:

@@ -113,12 +113,12 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def largest_of_processes(sizes: Sequence[int], device: torch.device) -> list[int]:
-    """Return the largest of each number over all processes."""
+def largest_of_processes(sizes: Sequence[int]) -> list[int]:
+    """Return the largest of each number over all processes, which no GPU is asked for or waited for."""
     if world_size() == 1:
         return list(sizes)
-    found = torch.tensor(list(sizes), device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
+    found = torch.tensor(list(sizes))
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_host_group())
     return list(map(int, found.tolist()))
 
 
@@ -160,11 +160,10 @@ def average_gradients(parameters: Iterable[Tensor], others: Iterable[Tensor] = (
     if world_size() == 1:
         return
     parameters = list(parameters)
-    # made on the host and sent in one piece
-    there = torch.tensor([float(item.grad is not None) for item in parameters], device=parameters[0].device)
+    there = largest_of_processes([int(item.grad is not None) for item in parameters])
     gradients = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters]
-    average([there, *gradients, *others])
-    for item, mean, used in zip(parameters, gradients, there.tolist()):
+    average([*gradients, *others])
+    for item, mean, used in zip(parameters, gradients, there):
         item.grad = mean if used else None
 
 

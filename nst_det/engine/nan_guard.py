@@ -3,6 +3,9 @@
 A trainer asks for the loss and the norm of all gradients after each backward pass.  Where one is not finite the step is
 not made: :class:`NonFiniteGuard` restores what the forward pass changed, dumps all that the step depends on to
 ``nonfinite/step-00000042.pt`` in the run folder, and follows SOLVER.NON_FINITE.  :func:`replay` runs the step again.
+
+On a GPU the trainer goes on without the answer.  There the optimizer itself passes over a step that :func:`not_finite`
+marks, and the host, which reads the answer during the next step, then makes the first one again and waits for it.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 from nst_det.engine.checkpoint import SCHEMA, check_schema, load_checkpoint, write_state
 from nst_det.engine.device import is_gpu_error
 from nst_det.engine.distributed import gathered, largest_of_processes, rank, world_size
+from nst_det.engine.foreach import copy_together
 from nst_det.engine.keys import BACK, SKIP, STOP
 from nst_det.errors import UserError
 
@@ -37,13 +42,48 @@ class NotFinite(UserError):
     """A pass is not finite; the message names what, and is empty where the losses or another process tell."""
 
 
-def raise_together(failed: bool, device: torch.device, what: str = "") -> None:
+def raise_together(failed: bool, what: str = "") -> None:
     """Raise :class:`NotFinite` in all processes if a pass failed in one, with the message ``what`` where it failed.
 
     All must come here: one that ended alone would leave the others waiting for it.
     """
-    if largest_of_processes([int(failed)], device)[0]:
+    if largest_of_processes([int(failed)])[0]:
         raise NotFinite(what if failed else "")
+
+
+# flags on the device that nobody waits for; None where each is read at once
+_flags: list[Tensor] | None = None
+
+
+@contextmanager
+def late_checks() -> Iterator[list[Tensor]]:
+    """Within the block :func:`require_finite` waits for nothing; the list that is given gets its flags."""
+    global _flags
+    found: list[Tensor] = []
+    _flags = found
+    try:
+        yield found
+    finally:
+        _flags = None
+
+
+def require_finite(finite: Tensor, what: Callable[[], str]) -> None:
+    """End the pass in all processes if ``finite``, a bool on the device, is False in one, where ``what()`` names it.
+
+    Within :func:`late_checks` the pass goes on, and the trainer that asked for it throws its step away.
+    """
+    if _flags is not None:
+        _flags.append(finite)
+        return
+    failed = not bool(finite)
+    raise_together(failed, what() if failed else "")
+
+
+def not_finite(values: Tensor) -> Tensor:
+    """Return, for each row of (..., N), 1 where one of its numbers is not finite, else 0, on the device in float32."""
+    total = values.sum(-1)
+    # infinity less infinity is no number, and no number equals 0
+    return (total - total).ne_(0)
 
 
 def broken_values(
@@ -81,7 +121,8 @@ class NonFiniteGuard:
         self.node, self.folder, self.model, self.who = node, folder, model, f"{who}: " if who else ""
         # steps skipped or times rolled back; on the learning rate, less than 1 after rolling back
         self.count, self.rate = 0, 1.0
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        # step to each buffer's copy before it
+        self._kept: dict[int, dict[Tensor, Tensor]] = {}
 
     @property
     def needs_first_checkpoint(self) -> bool:
@@ -94,8 +135,26 @@ class NonFiniteGuard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.count, self.rate = int(state["count"]), float(state["rate"])
 
-    def keep_buffers(self) -> None:
-        self._kept = [(own, own.clone()) for own in self.model.buffers()] if self.model.training else []
+    def keep_buffers(self, step: int) -> None:
+        """Keep the buffers as they are before a step, beside those before the last one."""
+        if not self.model.training:
+            self._kept = {}
+            return
+        last = {number: kept for number, kept in self._kept.items() if number == step - 1}
+        spare = [kept for number, kept in self._kept.items() if number not in last]
+        kept = spare[0] if spare else {own: torch.empty_like(own) for own in self.model.buffers()}
+        copy_together(list(kept.values()), list(kept))
+        self._kept = {**last, step: kept}
+
+    def buffers_before(self, step: int) -> Mapping[Tensor, Tensor]:
+        """Return each buffer's copy before a step; nothing where the step hasn't begun."""
+        return self._kept.get(step, {})
+
+    def restore_buffers(self, step: int) -> None:
+        """Make the buffers what they were before a step."""
+        kept = self.buffers_before(step)
+        copy_together(list(kept), list(kept.values()))
+        self._kept = {}
 
     def handle(
         self, step: int, names: Sequence[str], images: Sequence[str], content: Callable[[], Mapping[str, Any]]
@@ -105,9 +164,7 @@ class NonFiniteGuard:
         ``names`` are what is not finite in this process and ``images`` the ids of its batch; ``content`` gives the rest
         of the dump.  Of several processes, all come here; the first one in which something was found writes.
         """
-        with torch.no_grad():
-            for own, kept in self._kept:
-                own.copy_(kept)
+        self.restore_buffers(step)
         path = self.folder / "nonfinite" / f"step-{step:08d}.pt"
         everywhere = gathered((list(names), list(images)))
         # where only the mean of all gradients is not finite, each process may be at fault

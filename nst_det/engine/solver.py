@@ -97,12 +97,10 @@ def clip_gradients(parameters: Iterable[Tensor], node: CfgNode, norm: Tensor | N
     kept = [parameter for parameter in parameters if parameter.grad is not None]
     grads = [parameter.grad for parameter in kept if parameter.grad is not None]
     if node.CLIP_TYPE == "value":
-        for grad in grads:
-            grad.clamp_(-node.CLIP_VALUE, node.CLIP_VALUE)
+        nn.utils.clip_grad_value_(kept, node.CLIP_VALUE, foreach=True)
     elif node.CLIP_TYPE == "norm":
-        for grad in grads:
-            own = torch.linalg.vector_norm(grad, node.NORM_TYPE)
-            grad.mul_((node.CLIP_VALUE / (own + 1e-6)).clamp(max=1.0))
+        own = torch.stack(torch._foreach_norm(grads, node.NORM_TYPE))
+        torch._foreach_mul_(grads, (node.CLIP_VALUE / (own + 1e-6)).clamp(max=1.0).unbind())
     else:
         if node.NORM_TYPE != 2.0:
             norm = nn.utils.get_total_norm(grads, node.NORM_TYPE)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from nst_det.engine.checkpoint import SCHEMA, check_schema, load_latest_checkpoint, save_checkpoint
 from nst_det.engine.device import is_gpu_error
 from nst_det.engine.distributed import broadcast_from_rank0, is_main_process
+from nst_det.engine.foreach import copy_together
 from nst_det.engine.nan_guard import SKIP, NonFiniteGuard
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
@@ -37,10 +39,25 @@ class AveragedWeights:
         self.network: nn.Module = self._average.module.requires_grad_(False)
         self.steps = 0
 
-    def update(self) -> None:
-        """Add the weights that an optimizer step has just made."""
+    @cached_property
+    def _pairs(self) -> tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
+        """The average's tensors and those in training: of floating point, then counters."""
+        both = zip(*(network.state_dict(keep_vars=True).values() for network in (self.network, self._trained)))
+        found: tuple[tuple[list[Tensor], list[Tensor]], ...] = (([], []), ([], []))
+        for average, trained in both:
+            own, theirs = found[not average.is_floating_point()]
+            own.append(average)
+            theirs.append(trained)
+        return found[0], found[1]
+
+    @torch.no_grad()
+    def update(self, kept: Mapping[Tensor, Tensor] = MappingProxyType({})) -> None:
+        """Add the weights that an optimizer step has made; ``kept`` are copies of what has changed since."""
         self.steps += 1
-        self._average.update(self._trained, self.steps)
+        (own, trained), (own_counters, counters) = self._pairs
+        weight = 1.0 - self._average.get_decay(self.steps)
+        torch._foreach_lerp_(own, [kept.get(value, value) for value in trained], weight=weight)
+        copy_together(own_counters, [kept.get(value, value) for value in counters])
 
     def restart(self) -> None:
         """Become the weights in training, as before their first step."""
@@ -100,6 +117,8 @@ class OptimizedState(TrainState):
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
     # finished optimizer steps
     step: int = field(default=0, init=False)
+    # one that wasn't finite when nobody waited for it
+    suspect: int = field(default=-1, init=False)
 
     @cached_property
     def parameters(self) -> list[Tensor]:
@@ -142,8 +161,16 @@ class OptimizedState(TrainState):
         self.step = int(state["iteration"]) + 1
         log.info("%s: resumed at step %d", self.folder.path, self.step)
 
+    @property
+    def waits(self) -> bool:
+        """Whether the host must know that the next step is finite before it goes on."""
+        on_cpu = self.parameters[0].device.type == "cpu"
+        return on_cpu or self.scaler.is_enabled() or self.suspect == self.step
+
     def optimizer_step(self, clip: Callable[[], None]) -> None:
         """Apply the gradients that are there; ``clip`` changes them before, at their true scale."""
+        if self.suspect == self.step:
+            log.warning("%s: step %d was not finite, and was when it was made again", self.folder.path, self.step)
         scale = self.scaler.get_scale() if self.average is not None else 0.0
         self.scaler.unscale_(self.optimizer)
         clip()
@@ -155,11 +182,38 @@ class OptimizedState(TrainState):
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
+    def late_step(self, clip: Callable[[], None], broken: Tensor) -> None:
+        """Make a step that changes nothing if ``broken``, a number on the device, is 1; then :meth:`learn` of it."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if group.get("momentum") else ():
+                # torch's own begins with memory that a first step which is passed over never fills
+                state = self.optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+        clip()
+        self.optimizer.found_inf, self.optimizer.grad_scale = broken, None  # type: ignore[attr-defined]
+        try:
+            self.optimizer.step()
+        finally:
+            del self.optimizer.found_inf, self.optimizer.grad_scale  # type: ignore[attr-defined]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def learn(self, step: int, finite: bool) -> None:
+        """Complete the :meth:`late_step` before the next one is made; one that wasn't finite is to be made again."""
+        if not finite:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.guard.restore_buffers(step)
+            self.step = self.suspect = step
+        elif self.average is not None:
+            self.average.update(self.guard.buffers_before(step + 1))
+
     def skip_or_roll_back(
         self, broken: Sequence[str], images: Sequence[str], content: Callable[[], Mapping[str, Any]]
     ) -> None:
         """Follow SOLVER.NON_FINITE after a pass that was not finite; see :meth:`NonFiniteGuard.handle`."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.suspect = -1
         if self.guard.handle(self.step, broken, images, content) == SKIP:
             self.step += 1
         else:

@@ -43,6 +43,10 @@ class Hook:
     # called after an error too
     def after_train(self) -> None: ...
 
+    def due(self) -> bool:
+        """Whether ``after_step`` must know that the step was finite, which a GPU tells later."""
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -88,6 +92,19 @@ class TrainLoop:
     def save_step(self) -> None:
         """Save a checkpoint after step ``iter``."""
         raise NotImplementedError
+
+    @property
+    def settled(self) -> bool:
+        """Whether the step that was made last is known to be finite, or what to do where it wasn't."""
+        return True
+
+    def is_due(self) -> bool:
+        """Return whether a hook must know it of this step."""
+        return any(hook.due() for hook in self._hooks)
+
+    def finished_rows(self) -> list[tuple[int, Mapping[str, float]]]:
+        """Return each step whose scalars are all there, with them, once."""
+        return [(self.iter, self.scalars)]
 
     @property
     def scalars(self) -> Mapping[str, float]:
@@ -190,9 +207,12 @@ class PeriodicHook(Hook):
     def __init__(self, period: int, call: Callable[[], None], last: bool = False) -> None:
         self.period, self.call, self.last = period, call, last
 
-    def after_step(self) -> None:
+    def due(self) -> bool:
         done = self.trainer.iter + 1
-        if self.last if done == self.trainer.max_iter else self.period and done % self.period == 0:
+        return self.last if done == self.trainer.max_iter else bool(self.period) and done % self.period == 0
+
+    def after_step(self) -> None:
+        if self.due():
             self.call()
 
 
@@ -217,8 +237,9 @@ class MetricsHook(Hook):
             self._writer = MetricsWriter(self.folder.metrics_path, self.trainer.iter, self.board, self.wandb)
 
     def after_step(self) -> None:
-        if self._writer is not None:
-            self._writer.write(self.trainer.iter, self.trainer.scalars)
+        for step, scalars in self.trainer.finished_rows():
+            if self._writer is not None:
+                self._writer.write(step, scalars)
 
     def after_train(self) -> None:
         if self._writer is not None:
@@ -250,15 +271,20 @@ class ProgressHook(Hook):
 class StopWhenAsked(Hook):
     """Saves and ends where a signal came to any of the processes; the last of the hooks."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.leaving = device, False
+    def __init__(self) -> None:
+        # the signal, as soon as all processes know of it
+        self.signum, self.leaving = 0, False
+
+    def due(self) -> bool:
+        return self.signum > 0
 
     def after_step(self) -> None:
-        signum = largest_of_processes([self.trainer.stop.signum], self.device)[0]
-        if signum:
+        self.signum = self.signum or largest_of_processes([self.trainer.stop.signum])[0]
+        # else after the next step
+        if self.signum and self.trainer.settled:
             self.trainer.save_step()
             self.leaving = True
-            raise Preempted(signum)
+            raise Preempted(self.signum)
 
     def after_train(self) -> None:
         if self.leaving:

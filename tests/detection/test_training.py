@@ -17,10 +17,12 @@ from nst_det.detection.config import load_detect_config
 from nst_det.detection.data import data_classes
 from nst_det.detection.pipeline import evaluate_detector, train_detector
 from nst_det.detection.torchvision import Detector, build_detector
+from nst_det.detection.torchvision.rpn import Rpn
 from nst_det.detection.trainer import Trainer
 from nst_det.engine.checkpoint import checkpoints
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.nan_guard import read_step
+from nst_det.engine.train_state import OptimizedState
 from nst_det.errors import UserError
 from nst_det.losses.loss_balance import GradientBalance
 from tests.helpers.detection import same_bits
@@ -262,6 +264,66 @@ def test_rolling_back(on_shapes, tmp_path, poisoned):
     found, whole = rows_of(tmp_path / "run"), rows_of(tmp_path / "whole")
     assert [row["lr"] for row in found] == [row["lr"] * (1 if row["step"] < 3 else 0.5) for row in whole]
     assert found[:3] == whole[:3]
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """A call: from there on the host learns a step later how a step ended, as on a GPU."""
+    return lambda: monkeypatch.setattr(OptimizedState, "waits", property(lambda self: self.suspect == self.step))
+
+
+# what is read in the next step and at a checkpoint; proposals that no loss shows
+@pytest.mark.parametrize(
+    ("faulty", "what", "policy", "keys"),
+    [
+        (3, "loss_cls", "skip", {"SOLVER.EMA_DECAY": 0.9}),
+        (4, "proposals", "back", {"SOLVER.OPTIMIZER": "SGD", "SOLVER.ACCUMULATE": 2}),
+        (5, "proposals", "skip", {"SOLVER.CLIP_GRADIENTS": {"ENABLED": True, "CLIP_TYPE": "norm", "CLIP_VALUE": 0.1}}),
+    ],
+)
+def test_a_fault_that_is_seen_a_step_later_is_handled_alike(
+    on_shapes, tmp_path, taught, monkeypatch, unread, faulty, what, policy, keys
+):
+    backward, forward, propose = Trainer.backward, Detector.forward, Rpn.propose
+    made, broken = [], []
+
+    def noted(self, batch):
+        made.append(self.iter)
+        broken[:] = [self.iter == faulty and not self.state.guard.count]
+        return backward(self, batch)
+
+    def with_loss(self, batch):
+        losses = forward(self, batch)
+        factor = math.nan if self.training and broken[0] and what == "loss_cls" else 1
+        return {**losses, "loss_cls": losses["loss_cls"] * factor} if self.training else losses
+
+    def with_proposals(self, anchors, logits, deltas, *more):
+        if self.training and broken[0] and what == "proposals":
+            deltas = [torch.full_like(deltas[0], math.inf), *deltas[1:]]
+        return propose(self, anchors, logits, deltas, *more)
+
+    for place, name, function in (
+        (Trainer, "backward", noted), (Detector, "forward", with_loss), (Rpn, "propose", with_proposals)
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, function)
+    changes = {**UNTESTED, **taught, "SOLVER.NON_FINITE.POLICY": policy, **keys}
+    steps = {}
+    for name in ("known", "unread"):
+        train_detector(on_shapes(name, changes))
+        steps[name], made[:] = list(made), []
+        unread()
+    assert same_runs(tmp_path / "known", tmp_path / "unread")
+    dumps = [read_step(file) for name in steps for file in (tmp_path / name).rglob("nonfinite/*.pt")]
+    assert len(dumps) == 2
+    for content in dumps:
+        assert content["step"] == faulty
+        assert what in content["not_finite"][0]
+        assert all(torch.equal(content["model"][name], value) for name, value in dumps[0]["model"].items())
+    # it was made again, and in vain the one after it had been begun
+    again = steps["unread"]
+    for step in steps["known"]:
+        again.remove(step)
+    assert again == [faulty] + [faulty + 1] * (faulty < 5)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pretended_cuda import Counts, pretended
+from tests.helpers.pretended_cuda import Counts, pretended
 
 from nst_det.cli import main
 from nst_det.data.synthetic import CLASSIFICATION, DETECTION, GenerateSettings, generate_data

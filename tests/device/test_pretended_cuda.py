@@ -1,4 +1,4 @@
-"""Both stages and the commands on GPUs that are only pretended: see ``pretended_cuda.py`` for what that shows.
+"""Both stages and the commands on GPUs that are only pretended: see ``tests/helpers/pretended_cuda.py`` for what that shows.
 
 ``python tests/device/test_pretended_cuda.py [GROUP ...]`` prints :data:`MOST` as it is now.
 """
@@ -39,11 +39,11 @@ MOST: dict[str, tuple[int, int]] = {
     "stage one, nst-gaussian": (581, 1),
     "stage one, evaluation": (72, 3),
     "stage two, on the CPU": (0, 0),
-    "stage two, ce, 16 images": (3199, 280),
-    "stage two, ce": (1099, 56),
-    "stage two, nst-poly@det": (1482, 57),
-    "stage two, cwd@det": (1378, 57),
-    "stage two, evaluation": (434, 35),
+    "stage two, ce, 16 images": (590, 2),
+    "stage two, ce": (590, 2),
+    "stage two, nst-poly@det": (966, 1),
+    "stage two, cwd@det": (862, 1),
+    "stage two, evaluation": (269, 10),
     "detectron2, ce": (1136, 71),
     "detectron2, nst-poly@det": (1383, 72),
     "detectron2, cwd@det": (1279, 72),

@@ -4,6 +4,7 @@ import errno
 import logging
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from nst_det.distillation.build import Teacher
 from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import checkpoints, load_checkpoint
 from nst_det.engine.nan_guard import read_step
+from nst_det.engine.train_state import OptimizedState
 from nst_det.errors import UserError
-from tests.helpers.stage_one import metrics, overrides, run
+from tests.helpers.stage_one import assert_same_run, metrics, overrides, run
 
 METHOD = "kd+nst-poly"
 KEYS = {"METHODS": ["ce", METHOD], "SOLVER.CHECKPOINT_PERIOD": 2}
@@ -160,6 +162,92 @@ def test_rolling_back_lowers_the_rate_from_the_last_checkpoint_on(images, tmp_pa
 def test_the_limit_holds(images, tmp_path, poisoned):
     with pytest.raises(UserError, match=r"step 7.*after 2 times skip, SOLVER.NON_FINITE.LIMIT"):
         run(images, tmp_path, **poisoned(), **{"SOLVER.NON_FINITE": {"POLICY": "skip", "LIMIT": 2}})
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """A call: from there on the host learns a step later how a step ended, as on a GPU."""
+    return lambda: monkeypatch.setattr(OptimizedState, "waits", property(lambda self: self.suspect == self.step))
+
+
+# what is read in the next step, at a checkpoint, at the end, and before the optimizer has any state
+@pytest.mark.parametrize(
+    ("faulty", "method", "policy", "keys"),
+    [
+        (4, METHOD, "skip", {"SOLVER.EMA_DECAY": 0.9}),
+        (4, METHOD, "back", {"SOLVER.EMA_DECAY": 0.9, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "norm"}),
+        (3, "ce", "skip", {"SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "value"}),
+        (7, METHOD, "skip", {"SOLVER.OPTIMIZER": "SGD", "SOLVER.ACCUMULATE": 2, "SOLVER.IMS_PER_BATCH": 6}),
+        (0, "ce", "skip", {"SOLVER.OPTIMIZER": "SGD", "METHODS": ["ce"]}),
+        (None, "ce", "skip", {"SOLVER.EMA_DECAY": 0.9}),
+    ],
+)
+def test_a_fault_that_is_seen_a_step_later_is_handled_alike(
+    images, tmp_path, taught, monkeypatch, unread, faulty, method, policy, keys
+):
+    forward_backward, made = StudentTrainer.forward_backward, []
+
+    def infinite(self, *args):
+        broken = (self.name, self.step, self.guard.count) == (method, faulty, 0)
+        made.append((self.name, self.step))
+        bias = dict(self.model.named_parameters())["fc.bias"]
+        hook = bias.register_hook(lambda gradient: gradient.fill_(math.inf)) if broken else None
+        forward_backward(self, *args)
+        if hook is not None:
+            hook.remove()
+
+    monkeypatch.setattr(StudentTrainer, "forward_backward", infinite)
+    keys = {**taught, "METHODS": ["ce", METHOD], "LOG_PERIOD": 3, "SOLVER.NON_FINITE.POLICY": policy, **keys}
+    results, steps = {}, {}
+    for name in ("known", "unread"):
+        results[name] = run(images, tmp_path / name, **keys)
+        steps[name], made[:] = list(made), []
+        unread()
+    assert_same_run(tmp_path / "known", tmp_path / "unread", *results.values(), methods=keys["METHODS"])
+    dumps = [sorted((tmp_path / name).rglob("nonfinite/*.pt")) for name in results]
+    assert [file.name for file in dumps[0]] == ([] if faulty is None else [f"step-{faulty:08d}.pt"])
+    for one, other in zip(*dumps, strict=True):
+        first, second = read_step(one), read_step(other)
+        assert (first["not_finite"], first["images"]) == (second["not_finite"], second["images"])
+        assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+    # it was made again, and in vain the one after it had been begun
+    again = [step for name, step in steps["unread"] if name == method]
+    for step in steps["known"]:
+        again.remove(step[1]) if step[0] == method else None
+    parts = keys.get("SOLVER.ACCUMULATE", 1)
+    assert again == ([] if faulty is None else [faulty] * parts if faulty in (3, 7) else [faulty, faulty + 1])
+
+
+def test_a_fault_that_is_seen_later_ends_the_run_at_its_own_step(images, tmp_path, poisoned, unread):
+    unread()
+    with pytest.raises(UserError, match=rf"kd\+nst-poly: not finite at step 4: {re.escape(BROKEN)}; images"):
+        run(images, tmp_path, **poisoned(faulty=4), LOG_PERIOD=3)
+    assert dump(tmp_path, 4).is_file()
+
+
+def test_a_signal_waits_for_a_step_that_is_known(images, tmp_path, taught, monkeypatch, cli, unread, finished):
+    update = StudentTrainer.update
+
+    def signalled(self, *args):
+        if self.name == "ce" and self.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(self, *args)
+
+    unread()
+    (tmp_path / "c.yaml").write_text("SEED: 0\n")
+    typed = overrides(images, tmp_path / "out", **{**KEYS, **taught, "LOG_PERIOD": 4, "SOLVER.CHECKPOINT_PERIOD": 9})
+    command = ["distill", "--config-file", tmp_path / "c.yaml", *typed]
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentTrainer, "update", signalled)
+        assert cli(*command) == 75
+    for method in KEYS["METHODS"]:
+        saved = checkpoints(tmp_path / "out" / "students" / method / "checkpoints")
+        assert [file.name for file in saved] == ["step-00000003.pt"]
+    assert cli(*command) == 0
+    for method in KEYS["METHODS"]:
+        name = f"backbones/small-{method}-s0.safetensors"
+        one, other = (load_file(folder / name) for folder in (finished[0], tmp_path / "out"))
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.fixture

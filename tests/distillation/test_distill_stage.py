@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from nst_det.distillation import build, loop
 from nst_det.distillation.build import Teacher, build_losses, copy_of, initial_student, initial_teacher
 from nst_det.distillation.config import load_distill_config
-from nst_det.distillation.loop import one_step
+from nst_det.distillation.loop import Unread, one_step
 from nst_det.distillation.pipeline import StageOne, distill
 from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import checkpoints
@@ -250,9 +250,9 @@ def test_one_teacher_pass_feeds_all_students(images, tmp_path):
     ]
     batches, clock = stage.data.training(stage.config.DATA.AUGMENT, solver), Clock()
     before = {key: value.clone() for key, value in real.model.state_dict().items()}
-    one_step(students, asked, iter([batches[0]]), stage.data.normalize, clock)
+    one_step(students, asked, iter([batches[0]]), stage.data.normalize, clock, Unread())
     assert len(calls) == 1
-    one_step(students[:1], asked, iter([batches[1]]), stage.data.normalize, clock)
+    one_step(students[:1], asked, iter([batches[1]]), stage.data.normalize, clock, Unread())
     assert len(calls) == 1, "a student without terms asks no teacher"
     assert all(torch.equal(before[key], value) for key, value in real.model.state_dict().items())
     assert all(parameter.grad is None for parameter in real.model.parameters())

@@ -23,7 +23,7 @@ from nst_det.models.sync_norm import sync_batch_norm
 
 
 def test_a_process_alone_is_the_first():
-    largest = largest_of_processes([2, 1], torch.device("cpu"))
+    largest = largest_of_processes([2, 1])
     assert (rank(), gathered("a"), broadcast_from_rank0(lambda: 3), largest) == (0, ["a"], 3, [2, 1])
     assert share_of(7, "IMS") == slice(0, 7)
     with pytest.raises(UserError, match="^IMS: 7 "):
@@ -47,7 +47,7 @@ def together():
         "share": share_of(8, "IMS", 2),
         "gathered": gathered(mine),
         "first": broadcast_from_rank0(lambda: mine),
-        "largest": largest_of_processes([3 + mine, 9 - mine], torch.device("cpu")),
+        "largest": largest_of_processes([3 + mine, 9 - mine]),
         "weight": layer.weight.tolist(),
     }
 

@@ -39,6 +39,7 @@ WAITS = {"torchvision.nms"} | {
 INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
 
 plain_to, plain_autocast, plain_generator = torch.Tensor.to, torch.autocast.__init__, torch.Generator
+plain_groups = torch._C._group_tensors_by_device_and_dtype
 
 
 @dataclass
@@ -121,6 +122,7 @@ class PretendedCuda:
             # in scripted functions it stays torch's own
             torch.jit._builtins._register_builtin(made, torch.jit._builtins._find_builtin(make))
         torch.Generator = PretendedGenerator
+        torch._C._group_tensors_by_device_and_dtype = _groups
         torch.autocast.__init__ = _autocast_on_cpu
         enabled = torch.is_autocast_enabled
         torch.is_autocast_enabled = lambda device_type="cuda": enabled("cpu")
@@ -336,6 +338,12 @@ def _made_on_device(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
         return found.requires_grad_() if requires_grad else found
 
     return made
+
+
+def _groups(tensors: Any, with_indices: bool = False) -> dict[Any, Any]:
+    """The lists of optimizers by device and dtype; C++ would say that all are on the CPU."""
+    groups = plain_groups(tensors, with_indices)
+    return {(group[0][0][0].device, dtype): group for (_, dtype), group in groups.items()}
 
 
 def _autocast_on_cpu(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
