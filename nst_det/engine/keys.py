@@ -58,7 +58,8 @@ FLOAT32_PRECISION = one_of(
     "of float32 on a GPU, in convolutions and matrix products alike: highest is float32; high and medium "
     "are TF32, which "
     'is faster and rounds factors to 11 bits, those of transfer losses too; "" is torch\'s own (TF32 in convolutions, '
-    "float32 in products); what SOLVER.AMP computes in bf16 or fp16 is not float32",
+    "float32 in products, but TF32 in the gradient of NST on bf16 or fp16 maps); what SOLVER.AMP computes in bf16 or "
+    "fp16 is not float32",
     *FLOAT32_PRECISIONS,
 )
 TRUST_PICKLE = Key(
