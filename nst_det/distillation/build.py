@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
@@ -97,6 +98,16 @@ def initial_student(config: CfgNode, num_classes: int) -> Network:
 
 def initial_teacher(config: CfgNode, classes: list[str] | None) -> Network:
     """Return the teacher as TEACHER.WEIGHTS gives it, or as its training starts; ``classes`` None aren't known yet."""
+    network, node = _initial_teacher(config, classes), config.TEACHER
+    if network.to_train and classes is not None and (node.IMAGE_SIZE or node.MEAN or node.STD):
+        raise UserError(
+            "TEACHER.IMAGE_SIZE, MEAN and STD are for a teacher that is taken as it is, and this one is trained here; "
+            "leave them out, or set TEACHER.TRAIN False"
+        )
+    return network
+
+
+def _initial_teacher(config: CfgNode, classes: list[str] | None) -> Network:
     node = config.TEACHER
     if node.WEIGHTS:
         path = resolve(expand_path(node.WEIGHTS, "TEACHER.WEIGHTS"))
@@ -108,11 +119,8 @@ def initial_teacher(config: CfgNode, classes: list[str] | None) -> Network:
     if not node.TRAIN and not node.PRETRAINED:
         raise UserError("config: TEACHER.TRAIN is False, but there are no weights; set TEACHER.WEIGHTS or PRETRAINED")
     known = getattr(network.model, "pretrained_cfg", {}).get("num_classes")
-    if not node.TRAIN and classes is not None and known != len(classes):
-        raise UserError(
-            f"config: TEACHER.TRAIN is False, but {network.arch} was pretrained on {known} classes and the data has "
-            f"{len(classes)}; set TEACHER.TRAIN to True to fine-tune it first"
-        )
+    # timm gives weights for another number of classes a random head
+    network.headless = not node.TRAIN and known != len(classes or UNKNOWN)
     return network
 
 
@@ -123,7 +131,7 @@ def _new_network(config: CfgNode, key: str, num_classes: int, pretrained: bool =
         with seeded(config.SEED, key.lower()):
             model = create_model(node.ARCH, num_classes, pretrained, **kwargs)
         feature_levels(model)
-        check_image_size(model, node.ARCH, config.DATA.IMAGE_SIZE, key)
+        check_image_size(model, node.ARCH, image_size(config, key), key)
     except ValueError as error:
         raise UserError(f"{key}.ARCH: {error}") from error
     if pretrained:
@@ -132,7 +140,7 @@ def _new_network(config: CfgNode, key: str, num_classes: int, pretrained: bool =
 
 
 def _check_published(config: CfgNode, model: nn.Module, source: str, must: bool, doubt: str = "") -> None:
-    """Compare DATA.MEAN and STD with what timm's published weights of an architecture want; warn, or refuse."""
+    """Compare mean and std with what timm's published weights of an architecture want; warn, or refuse."""
     try:
         _check_pixels(config, published_card(model, ""), source)
     except UserError as error:
@@ -143,10 +151,23 @@ def _check_published(config: CfgNode, model: nn.Module, source: str, must: bool,
 
 def _check_pixels(config: CfgNode, card: Card, source: str) -> None:
     try:
-        check_input_contract(card, config.DATA.MEAN, config.DATA.STD, "RGB")
+        of_teacher = source.startswith("TEACHER")
+        mean, std = teacher_pixels(config) if of_teacher else (config.DATA.MEAN, config.DATA.STD)
+        check_input_contract(card, mean, std, "RGB")
     except UserError as error:
         wanted = ", ".join(f"DATA.{name.upper()} {list(card.input[name])}" for name in ("mean", "std"))
-        raise UserError(f"{source}: {error} ({wanted})") from error
+        alone = "; TEACHER.MEAN and STD for the teacher alone" if of_teacher else ""
+        raise UserError(f"{source}: {error} ({wanted}{alone})") from error
+
+
+def teacher_pixels(config: CfgNode) -> tuple[list[float], list[float]]:
+    """Return mean and std of a teacher's images, RGB, 0..1."""
+    return list(config.TEACHER.MEAN or config.DATA.MEAN), list(config.TEACHER.STD or config.DATA.STD)
+
+
+def image_size(config: CfgNode, key: str) -> int:
+    """Return the side of the images of the TEACHER or STUDENT, in pixels."""
+    return int((key == "TEACHER" and config.TEACHER.IMAGE_SIZE) or config.DATA.IMAGE_SIZE)
 
 
 def _from_backbone_file(config: CfgNode, path: Path) -> Network:
@@ -155,7 +176,7 @@ def _from_backbone_file(config: CfgNode, path: Path) -> Network:
     model = create_model(card.arch, card.num_classes, **card.arch_kwargs)
     load_strict(model, state_dict, str(path))
     try:
-        check_image_size(model, card.arch, config.DATA.IMAGE_SIZE, "TEACHER")
+        check_image_size(model, card.arch, image_size(config, "TEACHER"), "TEACHER")
     except ValueError as error:
         raise UserError(f"TEACHER.WEIGHTS: {error}") from error
     return Network(model, card.arch, card.arch_kwargs, path, card, card.sha256)
@@ -248,10 +269,14 @@ def build_losses(
     return losses
 
 
-def log_shapes(losses: Mapping[str, TransferLoss], student: Network, teacher: Network, size: int) -> None:
-    """Log a table of all pairs that the methods compare, for an image of ``size`` pixels."""
+def log_shapes(
+    losses: Mapping[str, TransferLoss], student: Network, teacher: Network, size: int, teacher_size: int
+) -> None:
+    """Log a table of all pairs that the methods compare, for images of ``size`` and ``teacher_size`` pixels."""
     mine, my_strides = _probe(student, {name for loss in losses.values() for name in loss.student_levels}, size)
-    theirs, their_strides = _probe(teacher, {name for loss in losses.values() for name in loss.teacher_levels}, size)
+    theirs, their_strides = _probe(
+        teacher, {name for loss in losses.values() for name in loss.teacher_levels}, teacher_size
+    )
     pairs = [pair_shapes(loss, mine, theirs, my_strides, their_strides) for loss in losses.values()]
     # one line for each kind of pair
     lines = dict.fromkeys(line for lines in pairs for line in lines)
@@ -284,20 +309,54 @@ def by_positions(maps: Tensor) -> Tensor:
     return torch.stack([image.contiguous() for image in maps]).float()
 
 
-class Teacher:
-    """A frozen classifier in evaluation mode that gives logits, embedding and the maps of the levels in ``reads``."""
+class TeacherView(nn.Module):
+    """From the students' normalized images (B, 3, H, W) to a teacher's of another size, mean and std."""
 
-    def __init__(self, model: nn.Module, reads: Iterable[str], precision: torch.dtype | None) -> None:
-        self.model, self.precision = model.eval().requires_grad_(False), precision
-        cast_frozen(self.model, precision)
-        self.device = next(model.parameters()).device
+    # (3, 1, 1)
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, config: CfgNode) -> None:
+        super().__init__()
+        self.size = config.TEACHER.IMAGE_SIZE
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.DATA.MEAN, config.DATA.STD))
+        its_mean, its_std = (torch.tensor(values).view(3, 1, 1) for values in teacher_pixels(config))
+        self.changes = not (torch.equal(mean, its_mean) and torch.equal(std, its_std))
+        self.register_buffer("factor", std / its_std)
+        self.register_buffer("offset", (mean - its_mean) / its_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.size and images.shape[-2:] != (self.size, self.size):
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        return torch.addcmul(self.offset, images, self.factor) if self.changes else images
+
+
+class Teacher:
+    """A frozen classifier in evaluation mode that gives logits, embedding and the maps of the levels in ``reads``.
+
+    ``view`` makes its images of the students'.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reads: Iterable[str],
+        precision: torch.dtype | None,
+        view: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.model, self.precision, self.view = model.eval().requires_grad_(False), precision, view
+        # found by a forward pass, which wants all weights in one precision
         names = set(reads)
         self.levels = {name: info for name, info in feature_levels(model).items() if name in names}
+        cast_frozen(self.model, precision)
+        self.device = next(model.parameters()).device
 
     def raw(self, images: Tensor) -> ModelOutputs:
         """Return the outputs for normalized images (B, 3, H, W) as they are computed, without gradient."""
-        with torch.no_grad(), autocast(self.device, self.precision):
-            return forward_outputs(self.model, images, self.levels)
+        with torch.no_grad():
+            seen = images if self.view is None else self.view(images)
+            with autocast(self.device, self.precision):
+                return forward_outputs(self.model, seen, self.levels)
 
     def __call__(self, images: Tensor, rows: Tensor | None = None) -> ModelOutputs:
         """Return the outputs for normalized images (B, 3, H, W); ``rows`` are for a cache in the teacher's place."""

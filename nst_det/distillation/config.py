@@ -93,6 +93,9 @@ KEYS: dict[str, Key] = {
     "TEACHER.EXPECTED_TOP1": Key(
         0.0, "top-1 on the validation split, 0..1; a worse teacher stops the run, 0 takes any"
     ),
+    "TEACHER.IMAGE_SIZE": Key(0, "side of the images that a teacher sees which isn't trained here; 0 takes DATA's"),
+    "TEACHER.MEAN": Key([], "as DATA.MEAN, for the images of such a teacher; [] takes DATA's"),
+    "TEACHER.STD": Key([], "likewise"),
     "TEACHER.SOLVER": Key({}, "keys of SOLVER that differ while the teacher is trained, such as {MAX_ITER: 400}"),
     "TEACHER.AUGMENT": Key({}, "keys of DATA.AUGMENT that differ while the teacher is trained"),
     "CACHE.VIEWS": Key(
@@ -256,6 +259,12 @@ RULES: Rules = {
     "DATA.MEAN": _COLORS,
     "DATA.STD": (lambda values, node: _are_colors(values, node) and min(values) > 0, f"above 0, {_COLORS[1]}"),
     "DATA.CACHE_GIB": _from(0),
+    "TEACHER.IMAGE_SIZE": (lambda value, _: value == 0 or value >= 8, "0 or at least 8"),
+    "TEACHER.MEAN": (lambda values, _: not values or _are_colors(values, _), f"[] or {_COLORS[1]}"),
+    "TEACHER.STD": (
+        lambda values, _: not values or (_are_colors(values, _) and min(values) > 0),
+        f"[] or above 0, {_COLORS[1]}",
+    ),
     "TEACHER.EXPECTED_TOP1": (lambda value, _: 0 <= value <= 1, "a fraction from 0 to 1"),
     "STUDENT.WEIGHTS": (lambda value, node: not (value and node.PRETRAINED), "empty where STUDENT.PRETRAINED is True"),
     "CACHE.VIEWS": (lambda value, node: value >= (1 if node.DIR else 0), "0, or at least 1 where CACHE.DIR is set"),

@@ -12,16 +12,20 @@ import torch
 from fvcore.common.config import CfgNode
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from nst_det.distillation.accuracy import Accuracy, measure
 from nst_det.distillation.build import (
     Network,
     Teacher,
+    TeacherView,
     build_losses,
     copy_of,
+    image_size,
     initial_student,
     initial_teacher,
     log_shapes,
+    teacher_pixels,
 )
 from nst_det.distillation.cache import CacheWriter
 from nst_det.distillation.config import check_config, teacher_augment, teacher_solver
@@ -122,7 +126,7 @@ class StageOne:
         losses = build_losses(self.config, self.methods, student, teacher, labels_shared)
         if teacher is None:
             return self.train_students(student, None, losses, {})
-        log_shapes(losses, student, teacher, self.config.DATA.IMAGE_SIZE)
+        log_shapes(losses, student, teacher, self.config.DATA.IMAGE_SIZE, image_size(self.config, "TEACHER"))
         result = self.prepare_teacher(teacher, labels_shared)
         return {"teacher": result, **self.train_students(student, teacher, losses, result)}
 
@@ -163,7 +167,7 @@ class StageOne:
         """Measure a teacher whose weights are there already, and give plain weights a card."""
         accuracy = None
         if labels_shared:
-            model = copy_of(network, self.device)
+            model = nn.Sequential(TeacherView(self.config), copy_of(network, self.device)).to(self.device)
             precision = amp_dtype(teacher_solver(self.config).AMP, self.device)
             accuracy = measure({"": model}, self.data.validation(), self.data.normalize, precision)[""]
         if not is_main_process():
@@ -218,7 +222,8 @@ class StageOne:
         """Return the teacher, or where CACHE.DIR is set, its cached outputs for every view."""
         precision = amp_dtype(self.config.SOLVER.AMP, self.device)
         reads = {level for loss in losses.values() for level in loss.teacher_levels}
-        teacher = Teacher(copy_of(network, self.device), reads, precision)
+        view = TeacherView(self.config).to(self.device)
+        teacher = Teacher(copy_of(network, self.device), reads, precision, None if network.to_train else view)
         views = self.data.views()
         if not self.config.CACHE.DIR or views is None:
             return teacher
@@ -260,14 +265,16 @@ class StageOne:
             checkpoint.unlink(missing_ok=True)
 
     def _card(self, network: Network, accuracy: Accuracy | None, method: str, **fields: Any) -> Card:
-        node = self.config.DATA
+        taken = not network.to_train and method not in self.methods
+        mean, std = teacher_pixels(self.config) if taken else (self.config.DATA.MEAN, self.config.DATA.STD)
+        size = image_size(self.config, "TEACHER" if taken else "STUDENT")
         return Card(
             arch=network.arch,
             num_classes=network.num_classes,
             arch_kwargs=network.arch_kwargs,
             start=network.start,
             classes=self.data.classes if network.has_labels(self.data.classes) else [],
-            input=input_contract(node.MEAN, node.STD, "RGB", node.IMAGE_SIZE),
+            input=input_contract(mean, std, "RGB", size),
             method=method,
             data=self.data.description(whole=method not in self.methods),
             top1=accuracy.top1 if accuracy else None,

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -94,16 +95,30 @@ def batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
 class LevelInfo:
     """Where a level is: its index in ``forward_intermediates``, its stride in pixels and its channels.
 
-    Stride 0 is a vector: a map (B, channels, 1, 1) without positions, such as a hidden layer of an MLP.
+    Stride 0 is a vector: a map (B, channels, 1, 1) without positions, such as a hidden layer of an MLP.  ``of_stride``
+    is that of the network's own map where the level is made of it, at another size.
     """
 
     index: int
     stride: int
     channels: int
+    of_stride: int = 0
+
+    def resized(self, map_: Tensor) -> Tensor:
+        """Return the network's map (B, C, H, W) at the level's size."""
+        if not self.of_stride:
+            return map_
+        if self.stride < self.of_stride:
+            return F.interpolate(map_, scale_factor=self.of_stride / self.stride, mode="bilinear")
+        return F.max_pool2d(map_, self.stride // self.of_stride, ceil_mode=True)
 
 
 def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
     """The levels of a timm model: the last map of stride 4, 8, 16 and 32, as far as it has them.
+
+    A transformer of one stride (ViT) has the map of each of its blocks too, ``block1`` and so on, and of its last map,
+    as Li et al. 2022 (https://arxiv.org/abs/2203.16527) but without weights, one of half the stride and one of twice
+    that: a teacher's, since a detector's bottom-up wants maps of the network's own.
 
     A model with ``vector_levels`` gives its hidden vectors by these names instead, with stride 0, and one with
     ``level_names`` all its maps by these names.  A black image is sent through the model once, in evaluation mode and
@@ -130,11 +145,17 @@ def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
         return {vector: LevelInfo(index, 0, maps[index].shape[1]) for index, vector in enumerate(names)}
     levels: dict[str, LevelInfo] = {}
     own: Sequence[str] | None = getattr(model, "level_names", None)
-    for index, map_ in enumerate(maps):
-        stride = stride_of(map_, size)
+    strides = [stride_of(map_, size) for map_ in maps]
+    for index, (map_, stride) in enumerate(zip(maps, strides)):
         level = own[index] if own else f"res{int(math.log2(stride))}"
         if own or level in LEVELS:
             levels[level] = LevelInfo(index, stride, map_.shape[1])
+    if levels and not own and len(maps) > 1 and len({*strides}) == 1:
+        last, (stride, channels) = len(maps) - 1, (strides[-1], maps[-1].shape[1])
+        for other in (stride // 2, stride * 2):
+            if f"res{int(math.log2(other))}" in LEVELS:
+                levels[f"res{int(math.log2(other))}"] = LevelInfo(last, other, channels, of_stride=stride)
+        levels |= {f"block{index + 1}": LevelInfo(index, stride, map_.shape[1]) for index, map_ in enumerate(maps)}
     if not levels:
         raise ValueError(f"{name} has no feature map of stride 4, 8, 16 or 32; use another model")
     return levels
@@ -149,6 +170,8 @@ def take_levels(available: Mapping[str, LevelInfo], names: Sequence[str], arch: 
             raise ValueError(f"{arch} has no level '{name}'; it has {', '.join(available)}")
         if not available[name].stride:
             raise ValueError(f"{arch}: '{name}' is a vector, and a detector needs maps; use a convolutional network")
+        if available[name].of_stride or name not in LEVELS:
+            raise ValueError(f"{arch}: '{name}' is a teacher's; a detector needs maps of its network's own strides")
     return {name: info for name, info in available.items() if name in names}
 
 
@@ -172,6 +195,9 @@ def probe_size(model: nn.Module) -> int:
 
 def own_size(model: nn.Module) -> int:
     """Return the side of the images that timm made the model for, in pixels."""
+    # as its architecture arguments say, where it takes one size alone
+    if size := getattr(getattr(model, "patch_embed", None), "img_size", None):
+        return int(size[0])
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", {})
     return int(config.get("input_size", (3, 224, 224))[-1])
 
@@ -234,7 +260,7 @@ def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, Level
     Returns:
         logits (B, K), maps (B, C, H / stride, W / stride) by level, embedding (B, D): what enters the classifier.
     """
-    indices = [info.index for info in levels.values()]
+    indices = sorted({info.index for info in levels.values()})
     if indices:
         features, maps = model.forward_intermediates(images, indices=indices)  # type: ignore[operator]
     else:
@@ -247,7 +273,9 @@ def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, Level
         logits = model.forward_head(features)  # type: ignore[operator]
     finally:
         hook.remove()
-    return ModelOutputs(logits=logits, maps=dict(zip(levels, maps)), embedding=seen[0].flatten(1) if seen else None)
+    by_index = dict(zip(indices, maps))
+    found = {name: info.resized(by_index[info.index]) for name, info in levels.items()}
+    return ModelOutputs(logits=logits, maps=found, embedding=seen[0].flatten(1) if seen else None)
 
 
 def probe_outputs(model: nn.Module, levels: Mapping[str, LevelInfo], size: int) -> ModelOutputs:

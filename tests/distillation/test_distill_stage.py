@@ -16,9 +16,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torchvision.transforms.v2 import functional as F
 
 from nst_det.distillation import build, loop
-from nst_det.distillation.build import Teacher, build_losses, copy_of, initial_student, initial_teacher
+from nst_det.distillation.build import Teacher, TeacherView, build_losses, copy_of, initial_student, initial_teacher
 from nst_det.distillation.config import load_distill_config
 from nst_det.distillation.loop import Unread, one_step
 from nst_det.distillation.pipeline import StageOne, distill
@@ -428,13 +429,61 @@ def test_a_folder_with_another_run_is_refused(finished, images):
         run(images, finished[0], **{"SOLVER.BASE_LR": 0.5})
 
 
-def test_pretrained_weights_of_other_classes_are_not_taken_as_a_teacher(images, tmp_path, monkeypatch):
+def test_pretrained_weights_of_other_classes_teach_maps(images, tmp_path, monkeypatch):
     real = build.create_model
     # timm's weights would be fetched; their number of classes is in timm's own table
-    monkeypatch.setattr(build, "create_model", lambda arch, classes, pretrained, **kw: real(arch, classes, **kw))
+    monkeypatch.setattr(build, "create_model", lambda arch, classes, pretrained=False, **kw: real(arch, classes, **kw))
     keys = {"TEACHER.ARCH": "resnet18", "TEACHER.PRETRAINED": True, "TEACHER.TRAIN": False}
-    with pytest.raises(UserError, match="resnet18 was pretrained on 1000 classes and the data has 3"):
-        run(images, tmp_path, **keys)
+    with pytest.raises(UserError, match=r"METHODS: kd compares logits"):
+        run(images, tmp_path / "a", METHODS=["kd"], **keys)
+    assert run(images, tmp_path / "a", METHODS=["at"], **keys)["teacher"]["top1"] is None
+
+
+# networks without classes that see images of another size, mean and std, and the level that they teach
+FROZEN = {
+    "vit_tiny_patch16_224": ({"img_size": 48}, 48, "res4:block6"),
+    "convnext_atto": ({}, 64, "res4"),
+}
+
+
+@pytest.mark.parametrize("labels", [1.0, 0.0])
+@pytest.mark.parametrize("arch", FROZEN)
+def test_a_frozen_teacher_without_classes(images, tmp_path, arch, labels):
+    kwargs, size, level = FROZEN[arch]
+    torch.manual_seed(3)
+    torch.save(timm.create_model(arch, num_classes=0, **kwargs).state_dict(), tmp_path / "teacher.pth")
+    keys = {
+        "TEACHER.ARCH": arch,
+        "TEACHER.ARCH_KWARGS": kwargs,
+        "TEACHER.WEIGHTS": tmp_path / "teacher.pth",
+        "TEACHER.TRAIN": False,
+        "TEACHER.IMAGE_SIZE": size,
+        "TEACHER.MEAN": [0.5] * 3,
+        "TEACHER.STD": [0.5] * 3,
+        "STUDENT.ARCH": "resnet10t",
+        "TRANSFER.LEVELS": [level],
+        "SOLVER.CE_WEIGHT": labels,
+    }
+    results = run(images, tmp_path / "out", METHODS=["nst-poly+fitnet"], **keys)
+    card = load_card(results["teacher"]["backbone"])
+    assert (card.input["mean"], card.input["size"], results["teacher"]["top1"]) == ([0.5] * 3, size, None)
+    method = next(name for name in results if name != "teacher")
+    losses = [row["loss/total"] for row in metrics(tmp_path / "out", method) if "loss/total" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_a_teacher_sees_its_own_images(images, tmp_path):
+    keys = {"TEACHER.IMAGE_SIZE": 20, "TEACHER.MEAN": [0.5, 0.4, 0.3], "TEACHER.STD": [0.2, 0.3, 0.4]}
+    view = TeacherView(config(images, tmp_path, **keys))
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = view(F.normalize(pixels, *PIXELS).float())
+    wanted = F.normalize(F.resize(pixels, [20, 20], antialias=True), keys["TEACHER.MEAN"], keys["TEACHER.STD"])
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+    same = TeacherView(config(images, tmp_path))
+    assert same(pixels) is pixels
+    # one that is trained here sees the students' images
+    with pytest.raises(UserError, match=r"TEACHER\.IMAGE_SIZE.*TEACHER\.TRAIN"):
+        run(images, tmp_path / "out", METHODS=["at"], **keys)
 
 
 def test_the_command_prints_a_table(images, tmp_path, finished, capsys, cli):

@@ -12,8 +12,13 @@ KNOWN = {
     "mobilenetv3_large_100": {"res2": (1, 4, 24), "res3": (2, 8, 40), "res4": (3, 16, 112), "res5": (4, 32, 960)},
     "efficientnet_b0": {"res2": (1, 4, 24), "res3": (2, 8, 40), "res4": (3, 16, 112), "res5": (4, 32, 320)},
     "convnext_atto": {"res2": (0, 4, 40), "res3": (1, 8, 80), "res4": (2, 16, 160), "res5": (3, 32, 320)},
-    # refuses other sizes than its own; twelve maps of one stride, of which the last counts
-    "vit_tiny_patch16_224": {"res4": (11, 16, 192)},
+    # refuses other sizes than its own; twelve maps of one stride, the last of which is resized too
+    "vit_tiny_patch16_224": {
+        "res4": (11, 16, 192),
+        "res3": (11, 8, 192, 16),
+        "res5": (11, 32, 192, 16),
+        **{f"block{number}": (number - 1, 16, 192) for number in range(1, 13)},
+    },
     # convolutions without padding: 299 / 8 is 37, which stands for 32
     "inception_v3": {"res2": (1, 4, 192), "res3": (2, 8, 288), "res4": (3, 16, 768), "res5": (4, 32, 2048)},
     "nst_resnet10_w32": {"res2": (1, 4, 32), "res3": (2, 8, 64), "res4": (3, 16, 128), "res5": (4, 32, 256)},
@@ -43,6 +48,23 @@ def test_one_pass_gives_what_the_classifier_computes(arch):
     alone = forward_outputs(model, images, {})
     assert alone.maps == {}
     assert torch.equal(alone.logits, outputs.logits)
+
+
+def test_a_transformers_levels_are_its_blocks_and_a_pyramid():
+    model = create_model("vit_tiny_patch16_224", 7, img_size=64).eval()
+    levels = feature_levels(model)
+    with torch.no_grad():
+        maps = model.forward_intermediates(torch.ones(1, 3, 64, 64), intermediates_only=True)
+        found = forward_outputs(model, torch.ones(1, 3, 64, 64), levels).maps
+    assert [found[f"block{number}"].equal(map_) for number, map_ in enumerate(maps, 1)] == [True] * 12
+    assert found["res4"].equal(maps[-1])
+    assert {name: found[name].shape[-1] for name in ("res3", "res4", "res5")} == {"res3": 8, "res4": 4, "res5": 2}
+    torch.testing.assert_close(found["res5"][0, :, 0, 0], maps[-1][0, :, :2, :2].amax(dim=(1, 2)))
+    # between two cells' centers, a quarter of the way
+    wanted = 0.75 * maps[-1][0, :, 0, 0] + 0.25 * maps[-1][0, :, 0, 1]
+    torch.testing.assert_close(found["res3"][0, :, 0, 1], wanted)
+    with pytest.raises(ValueError, match="res3"):
+        take_levels(levels, ["res3", "res4"], "vit")
 
 
 def test_measuring_changes_nothing():
