@@ -20,7 +20,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tests.helpers.pretended_cuda import Counts, pretended
 
 from nst_det.cli import main
 from nst_det.data.synthetic import CLASSIFICATION, DETECTION, GenerateSettings, generate_data
@@ -29,6 +28,7 @@ from nst_det.detection.pipeline import train_detector
 from nst_det.distillation.config import load_distill_config
 from nst_det.distillation.pipeline import distill
 from nst_det.losses import ModelOutputs, build_transfer, terms
+from tests.helpers.pretended_cuda import Counts, pretended
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 Words = dict[str, Any]
