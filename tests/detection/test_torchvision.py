@@ -10,7 +10,7 @@ from torchvision.ops import roi_align
 
 from nst_det.detection.torchvision import build_detector
 from nst_det.detection.torchvision.box_coder import Anchors, BoxCoder, cell_anchors, clip, larger_than, smooth_l1
-from nst_det.detection.torchvision.roi_heads import Pooler
+from nst_det.detection.torchvision.pooler import Pooler, roi_align_by_rows
 from nst_det.engine.nan_guard import NotFinite
 from nst_det.errors import UserError
 
@@ -95,10 +95,32 @@ def test_every_box_is_pooled_on_its_own_level_in_its_own_place(given):
             one = maps[level][image : image + 1]
             expected.append(roi_align(one, [box[None]], 3, 0.25 / 2**level, 2, True)[0])
     assert levels == {0, 1, 2, 3}
-    assert torch.equal(pooled, torch.stack(expected))
+    assert torch.allclose(pooled, torch.stack(expected), atol=1e-6)
     weights = torch.randn(pooled.shape)
     mine, theirs = (torch.autograd.grad((x * weights).sum(), maps) for x in (pooled, torch.stack(expected)))
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(mine, theirs))
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 1, 3])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_roi_align_by_rows_is_torchvisions(sampling_ratio, aligned, layout):
+    torch.manual_seed(0)
+    map_ = torch.randn(2, 5, 13, 17, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    corners = torch.rand(40, 2, dtype=torch.float64) * 80 - 12
+    boxes = torch.cat((corners, corners + torch.rand(40, 2) ** 3 * 90), dim=1)
+    # beside the map, of no size, of the whole map, along its edges
+    boxes[:5] = torch.tensor([[900.0, 0, 950, 10], [20, 20, 20, 20], [0, 0, 68, 52], [-9, -9, 1, 60], [60, 40, 68, 52]])
+    rois = torch.cat((torch.randint(0, 2, (40, 1)), boxes), dim=1)
+    found, expected = (
+        function(map_, rois, 3, 0.25, sampling_ratio, aligned) for function in (roi_align_by_rows, roi_align)
+    )
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert (found[0] == 0).all()
+    weights = torch.randn(found.shape, dtype=torch.float64)
+    mine, theirs = (torch.autograd.grad((x * weights).sum(), map_)[0] for x in (found, expected))
+    assert torch.allclose(mine, theirs, atol=1e-12)
+    assert roi_align_by_rows(map_, rois[:0], 3, 0.25, sampling_ratio, aligned).shape == (0, 5, 3, 3)
 
 
 def test_names_and_shapes_in_the_state_dict_are_detectron2s(talkative):

@@ -1,4 +1,4 @@
-"""Both stages and the commands on GPUs that are only pretended: see ``tests/helpers/pretended_cuda.py`` for what that shows.
+"""Both stages and the commands on GPUs that are only pretended: see ``tests/helpers/pretended_cuda.py``.
 
 ``python tests/device/test_pretended_cuda.py [GROUP ...]`` prints :data:`MOST` as it is now.
 """

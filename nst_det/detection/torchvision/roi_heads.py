@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from nst_det.detection.torchvision.backbone import Shape
-from nst_det.detection.torchvision.batch import Truth, to_device
+from nst_det.detection.torchvision.batch import Truth
 from nst_det.detection.torchvision.box_coder import BoxCoder, clip, larger_than
 from nst_det.detection.torchvision.nms import kept_by_nms
+from nst_det.detection.torchvision.pooler import Pooler, with_images
 from nst_det.detection.torchvision.sampling import match, random_keys, sample
 from nst_det.engine.distributed import mean_of_processes, world_size
 from nst_det.errors import UserError
@@ -28,84 +28,6 @@ class Instances(NamedTuple):
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-
-
-class Pooler(nn.Module):
-    """RoIAlign, each box on the level of its size (FPN, equation 1)."""
-
-    def __init__(
-        self,
-        strides: Sequence[int],
-        resolution: int,
-        sampling_ratio: int,
-        aligned: bool = True,
-        canonical_size: int = 224,
-        canonical_level: int = 4,
-    ) -> None:
-        super().__init__()
-        self.strides, self.resolution = list(strides), resolution
-        # samples a bin and side, 0 for as many as the bin has pixels; ROIAlignV2 takes half a pixel off (aligned)
-        self.sampling_ratio, self.aligned = sampling_ratio, aligned
-        # a box with sides of this many pixels belongs on this level
-        self.canonical_size, self.canonical_level = canonical_size, canonical_level
-        self.lowest, self.highest = (stride.bit_length() - 1 for stride in (self.strides[0], self.strides[-1]))
-
-    def levels(self, boxes: Tensor) -> Tensor:
-        """Return (...) index into ``strides`` for (..., 4) boxes."""
-        side = torch.sqrt((boxes[..., 2:] - boxes[..., :2]).prod(dim=-1))
-        level = torch.floor(self.canonical_level + torch.log2(side / self.canonical_size + 1e-8))
-        return level.clamp(self.lowest, self.highest).long() - self.lowest
-
-    def count(self, boxes: Tensor, valid: Tensor) -> list[list[int]]:
-        """Return how many boxes (B, N, 4) that are ``valid`` (B, N) each image has on each level; the host waits."""
-        every = torch.arange(len(self.strides), device=boxes.device)
-        on_level = (self.levels(boxes)[..., None] == every) & valid[..., None]
-        counts: list[list[int]] = on_level.sum(dim=1).tolist()
-        return counts
-
-    def forward(
-        self, maps: Sequence[Tensor], boxes: Sequence[Tensor], counts: Sequence[Sequence[int]] | None = None
-    ) -> Tensor:
-        """Pool maps (B, C, H, W) a level and (N, 4) boxes an image to (sum of N, C, resolution, resolution).
-
-        ``counts`` of these boxes, where :meth:`count` told them already, spare the host another wait.
-        """
-        rois = with_images(boxes)
-        if len(self.strides) == 1:
-            return self._pool(maps[0], rois, self.strides[0])
-        level = self.levels(rois[:, 1:])
-        if torch.compiler.is_exporting():
-            # a graph can't have as many parts as there are boxes
-            pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], self.resolution, self.resolution)
-            for index, (map_, stride) in enumerate(zip(maps, self.strides)):
-                chosen = torch.nonzero(level == index).squeeze(1)
-                pooled = pooled.index_put((chosen,), self._pool(map_, rois[chosen], stride))
-            return pooled
-        if counts is None:
-            counts = self.count(rois[None, :, 1:], torch.ones_like(level[None], dtype=torch.bool))
-        order = level.argsort(stable=True)
-        parts = rois[order].split([sum(of_level) for of_level in zip(*counts)])
-        by_level = torch.cat([self._pool(*of_level) for of_level in zip(maps, parts, self.strides)])
-        return by_level.index_select(0, order.argsort())
-
-    def _pool(self, map_: Tensor, rois: Tensor, stride: int) -> Tensor:
-        # in float32 under autocast too, as it does by itself
-        pooled: Tensor = roi_align(map_.float(), rois, self.resolution, 1.0 / stride, self.sampling_ratio, self.aligned)
-        return pooled
-
-
-def with_images(boxes: Sequence[Tensor]) -> Tensor:
-    """Return (sum of N, 5) of (N, 4) boxes of each image: the number of the image, and the box."""
-    if len(boxes) == 1:
-        return F.pad(boxes[0], (1, 0))
-    numbers = torch.arange(len(boxes)).repeat_interleave(torch.tensor([len(found) for found in boxes]))
-    found = torch.cat(list(boxes))
-    return torch.cat((to_device(numbers.to(found.dtype), found.device)[:, None], found), dim=1)
-
-
-def first_rows(values: Tensor, counts: Iterable[int]) -> list[Tensor]:
-    """Return the first rows, as many as counted, of each image in (B, N, ...) values."""
-    return [rows[:count] for rows, count in zip(values, counts)]
 
 
 class BoxHead(nn.Sequential):
@@ -144,6 +66,11 @@ class BoxPredictor(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (N, classes + 1) and deltas (N, 4 * classes), or (N, 4), of features (N, width)."""
         return self.cls_score(features), self.bbox_pred(features)
+
+
+def first_rows(values: Tensor, counts: Iterable[int]) -> list[Tensor]:
+    """Return the first rows, as many as counted, of each image in (B, N, ...) values."""
+    return [rows[:count] for rows, count in zip(values, counts)]
 
 
 class RoiHeads(nn.Module):

@@ -27,10 +27,9 @@ MOST_SIZES = 16
 class Grid(NamedTuple):
     """What maps of one size have in common."""
 
-    # (H * W * A, 4) by level, and of all levels, N in all
-    by_level: list[Tensor]
+    # (N, 4) of all levels, one after the other
     anchors: Tensor
-    # (cells + 1, 9) of each cell of all levels the cells around it, row by row; the last cell is outside of all maps
+    # (cells, 9) of each cell of all levels the cells around it, row by row; number ``cells`` is outside of all maps
     around: Tensor
 
 
@@ -142,7 +141,7 @@ class Rpn(nn.Module):
         if key not in self._grids:
             if len(self._grids) == MOST_SIZES:
                 del self._grids[next(iter(self._grids))]
-            by_level, around, cells = self.anchors(maps), [], 0
+            around, cells = [], 0
             outside = sum(map_.shape[-2:].numel() for map_ in maps)
             for map_ in maps:
                 height, width = map_.shape[-2:]
@@ -150,7 +149,7 @@ class Rpn(nn.Module):
                 padded = F.pad(own, (1, 1, 1, 1), value=outside)
                 around.append(padded.unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9))
                 cells += height * width
-            self._grids[key] = Grid(by_level, torch.cat(by_level), torch.cat(around))
+            self._grids[key] = Grid(torch.cat(self.anchors(maps)), torch.cat(around))
         return self._grids[key]
 
     @torch.no_grad()
