@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nst_det.detection.pipeline import place_detector
 from nst_det.detection.torchvision import build_detector
 from nst_det.detection.torchvision.backbone import Shape
 from nst_det.detection.torchvision.box_coder import (
@@ -267,6 +268,17 @@ def test_mixed_precision_stays_out_of_the_heads_and_of_inference(talkative, batc
     mixed.load_state_dict(plain.state_dict())
     with torch.no_grad():
         assert torch.equal(plain.eval()(batch)[0]["boxes"], mixed.eval()(batch)[0]["boxes"])
+
+
+@pytest.mark.parametrize(("keys", "kind"), [({}, torch.float32), ({"TEST.AMP": True}, torch.bfloat16)])
+def test_inference_has_the_precision_of_its_key(talkative, small, batch, keys, kind):
+    detector, kinds = talkative(), []
+    place_detector(detector, small({"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bf16", **keys}))
+    detector.backbone.register_forward_hook(lambda _, __, maps: kinds.append(maps["p2"].dtype))
+    with torch.no_grad():
+        found = detector.eval()(batch)[0]
+    assert kinds == [kind]
+    assert found["boxes"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(

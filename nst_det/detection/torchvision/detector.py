@@ -33,9 +33,10 @@ class Detector(nn.Module):
         for name, values in (("pixel_mean", config.MODEL.PIXEL_MEAN), ("pixel_std", config.MODEL.PIXEL_STD)):
             self.register_buffer(name, torch.tensor(list(values)).view(3, 1, 1), persistent=False)
         self.input_format = config.INPUT.FORMAT
-        # of the backbone in training, None for float32: the heads stay in float32, since a box coordinate above 128
-        # has steps of a whole pixel in bfloat16, and so does inference
+        # of the backbone in training and in inference, None for float32: the heads stay in float32, since a box
+        # coordinate above 128 has steps of a whole pixel in bfloat16
         self.amp: torch.dtype | None = None
+        self.test_amp: torch.dtype | None = None
 
     def forward(self, batch: Sequence[dict[str, Any]]) -> Any:
         """Return the losses (name to scalar) in training, else a dict of ``Instances`` an image.
@@ -45,7 +46,7 @@ class Detector(nn.Module):
         ``width`` of the original image, in whose pixels boxes are given.
         """
         images, sizes = self.preprocess([item["image"] for item in batch])
-        with autocast(images.device, self.amp if self.training else None):
+        with autocast(images.device, self.amp if self.training else self.test_amp):
             maps = self.backbone(images)
         maps = {name: map_.float() for name, map_ in maps.items()}
         if self.training:
