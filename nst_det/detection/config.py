@@ -100,6 +100,7 @@ ADDED: dict[str, Key] = {
         0.2,
     ),
     "DATASETS.VAL_SEED": Key(0, "chooses these images"),
+    "TEST.AMP": Key(False, "evaluate and predict in the precision of SOLVER.AMP; False is float32"),
     "TEST.SELECT": one_of(
         "the weights that are evaluated on DATASETS.TEST, once; best has the highest mAP on the validation split",
         LAST,
@@ -189,6 +190,8 @@ def check_added_keys(config: CfgNode, source: str) -> None:
             f"{source}: SOLVER.EMA_DECAY {config.SOLVER.EMA_DECAY}: TEST.PRECISE_BN measures the statistics of the "
             "weights in training, not of their average; set TEST.PRECISE_BN.ENABLED False, or SOLVER.EMA_DECAY 0"
         )
+    if config.TEST.AMP and not config.SOLVER.AMP.ENABLED:
+        raise UserError(f"{source}: TEST.AMP True needs SOLVER.AMP.ENABLED True; set it, or TEST.AMP False")
     check_wandb(config.WANDB, source)
     check_non_finite(config.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", source)
 

@@ -44,10 +44,10 @@ def translate_pixels(pixels: Tensor, student: Any, teacher: Any, sizes: Sequence
     if _format(student) != _format(teacher):
         raw = raw.flip(1)
     changed = (raw - teacher.pixel_mean) / teacher.pixel_std
-    out = torch.zeros_like(changed)
-    for image, (height, width) in enumerate(sizes):
-        out[image, :, :height, :width] = changed[image, :, :height, :width]
-    return out
+    ends = torch.tensor(sizes).to(pixels.device, non_blocking=True)[:, :, None]
+    rows, columns = (torch.arange(size, device=pixels.device) for size in pixels.shape[-2:])
+    padding = (rows >= ends[:, 0])[:, None, :, None] | (columns >= ends[:, 1])[:, None, None]
+    return changed.masked_fill_(padding, 0)
 
 
 def take_same_pixels(student: nn.Module, teacher: nn.Module) -> bool:

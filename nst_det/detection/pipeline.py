@@ -211,7 +211,7 @@ def evaluate_detector(config: CfgNode, resume: bool = False) -> dict[str, Any]:
     folder = Path(config.OUTPUT_DIR) / "inference"
     with gpu_errors_in_one_line("lower INPUT.MIN_SIZE_TEST"):
         place_detector(detector, config)
-        log.info(compute_line(detector.pixel_mean.device, None, config.DATALOADER.NUM_WORKERS))
+        log.info(compute_line(detector.pixel_mean.device, detector.test_amp, config.DATALOADER.NUM_WORKERS))
         found = _evaluate(detector, config, _test_data(config, classes), folder / DETECTIONS_FILE)
     if is_main_process():
         write_json(folder / "result.json", found)
@@ -250,6 +250,7 @@ def place_detector(detector: Detector, config: CfgNode) -> None:
     device = torch.device(resolve_device(config.MODEL.DEVICE))
     set_float32_precision(config.FLOAT32_PRECISION, device)
     detector.to(device)
+    detector.test_amp = amp_dtype(config.SOLVER.AMP, device) if config.TEST.AMP else None
     # a layout in which convolutions are faster; the heads work on flat rows
     detector.backbone.to(memory_format=torch.channels_last)
 

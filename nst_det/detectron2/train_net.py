@@ -27,9 +27,15 @@ from nst_det.detection.pipeline import DETECTIONS_FILE, print_result
 from nst_det.detectron2.api import transfer_of
 from nst_det.detectron2.checkpoint import BackboneCheckpointer, numbered, step_of
 from nst_det.detectron2.config import VALIDATION, class_list, load_config, register_datasets, validation_config
-from nst_det.detectron2.trainer import DistillTrainer, inference_folder
+from nst_det.detectron2.trainer import DistillTrainer, inference_folder, reduce_backbones
 from nst_det.engine.checkpoint import would_resume
-from nst_det.engine.device import compute_line, gpu_errors_in_one_line, keep_freed_memory, set_float32_precision
+from nst_det.engine.device import (
+    amp_dtype,
+    compute_line,
+    gpu_errors_in_one_line,
+    keep_freed_memory,
+    set_float32_precision,
+)
 from nst_det.engine.distributed import start_processes, started_together, stop_processes
 from nst_det.engine.io import read_json, write_text
 from nst_det.engine.metrics import last_losses
@@ -186,9 +192,13 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
     cfg.MODEL.WEIGHTS = weights
     # next to the figures, so that a run's own files are left as they are
     _setup(cfg, Path(cfg.OUTPUT_DIR) / "inference", args)
-    log.info(compute_line(torch.device(cfg.MODEL.DEVICE), None, cfg.DATALOADER.NUM_WORKERS))
+    device = torch.device(cfg.MODEL.DEVICE)
+    dtype = amp_dtype(cfg.SOLVER.AMP, device) if cfg.TEST.AMP else None
+    log.info(compute_line(device, dtype, cfg.DATALOADER.NUM_WORKERS))
     model = build_model(cfg)
     BackboneCheckpointer(model, whole=True, classes=class_list(cfg)).load(weights)
+    if dtype is not None and device.type == "cpu":
+        reduce_backbones(model, dtype)
     DistillTrainer.test(cfg, model)
     for name in cfg.DATASETS.TEST:
         path = inference_folder(cfg, name) / "result.json"

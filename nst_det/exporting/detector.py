@@ -60,6 +60,8 @@ def export_detector(
     if form == "onnx":
         require_onnx()
     detector, config, classes = load_run(run_folder)
+    # the graph is in float32
+    detector.test_amp = None
     inputs = list(read_images(config, classes, images))
     about = {
         "classes": list(classes),

@@ -56,6 +56,7 @@ def test_base_config_loads(base_file):
         ("SOLVER.ACCUMULATE", "0"),
         ("SOLVER.EMA_DECAY", "1"),
         ("DATASETS.VAL_FRACTION", "1.0"),
+        ("TEST.AMP", "True"),
         ("TEST.SELECT", "first"),
         ("TEST.SELECT", "best"),
         ("TRANSFER.WARMUP_ITERS", "-1"),

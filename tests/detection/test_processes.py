@@ -20,7 +20,7 @@ from nst_det.engine.distributed import rank
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.nan_guard import read_step
 from nst_det.engine.signals import Preempted
-from nst_det.engine.train_state import AveragedWeights
+from nst_det.engine.train_state import AveragedWeights, OptimizedState
 from tests.helpers.detection import same_bits
 
 # batch normalization over both processes; images of several sizes, so that a batch is padded
@@ -136,7 +136,15 @@ def stopped(config):
     return left.value.signum
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(on_shapes, tmp_path, in_processes, monkeypatch):
+@pytest.fixture(params=[False, True], ids=["", "unread"])
+def unread(request, monkeypatch):
+    """Whether processes learn a step later how a step ended, as on GPUs."""
+    if request.param:
+        monkeypatch.setattr(OptimizedState, "waits", property(lambda self: self.suspect == self.step))
+    return request.param
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(on_shapes, tmp_path, in_processes, monkeypatch, unread):
     step = module.Trainer.run_step
 
     def signalled(self):
@@ -147,19 +155,25 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(on_shapes, tmp_pa
     monkeypatch.setattr(module.Trainer, "run_step", signalled)
     config = on_shapes("run", {"SOLVER.CHECKPOINT_PERIOD": 100, "DATASETS.TEST": []})
     assert in_processes(stopped, config) == [signal.SIGTERM, signal.SIGTERM]
-    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000003.pt"]
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step-0000000{3 + unread}.pt"]
 
 
-def test_proposals_that_are_no_number_in_one_process_are_met_by_all(on_shapes, tmp_path, in_processes, monkeypatch):
-    forward, calls = RpnHead.forward, []
+def test_proposals_that_are_no_number_in_one_process_are_met_by_all(
+    on_shapes, tmp_path, in_processes, monkeypatch, unread
+):
+    forward, backward, now = RpnHead.forward, module.Trainer.backward, {}
+
+    def noted(self, batch):
+        now["step"] = self.iter
+        return backward(self, batch)
 
     def poisoned(self, levels):
         logits, deltas = forward(self, levels)
-        calls.append(self.training)
-        if len(calls) == 3 and rank() == 1:
+        if self.training and now["step"] == 2 and rank() == 1:
             logits = [level * math.nan for level in logits]
         return logits, deltas
 
+    monkeypatch.setattr(module.Trainer, "backward", noted)
     monkeypatch.setattr(RpnHead, "forward", poisoned)
     changes = {"SOLVER.NON_FINITE.POLICY": "skip", "DATASETS.TEST": []}
     results = in_processes(train_detector, on_shapes("run", changes))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import roi_align
 
+from nst_det.detection.pipeline import place_detector
 from nst_det.detection.torchvision import build_detector
 from nst_det.detection.torchvision.box_coder import Anchors, BoxCoder, cell_anchors, clip, larger_than, smooth_l1
 from nst_det.detection.torchvision.pooler import Pooler, roi_align_by_rows
@@ -271,6 +272,17 @@ def test_mixed_precision_ends_before_boxes_and_losses(talkative, batch):
     assert found["boxes"].dtype == found["scores"].dtype == torch.float32
     assert float((found["scores"][0] - expected["scores"][0]).abs()) == pytest.approx(0, abs=0.05)
     assert not torch.equal(found["scores"], expected["scores"])
+
+
+@pytest.mark.parametrize(("keys", "kind"), [({}, torch.float32), ({"TEST.AMP": True}, torch.bfloat16)])
+def test_inference_has_the_precision_of_its_key(talkative, small, batch, keys, kind):
+    detector, kinds = talkative(), []
+    place_detector(detector, small({"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bf16", **keys}))
+    detector.backbone.register_forward_hook(lambda _, __, maps: kinds.append(maps["p2"].dtype))
+    with torch.no_grad():
+        found = detector.eval()(batch)[0]
+    assert kinds == [kind]
+    assert found["boxes"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,10 @@ def test_the_command_leaves_a_run_folder(train, taught, tmp_path, capsys):
     assert alone == {key: result[key] for key in alone}
     keys = "map map_area per_class per_class_area map_by_iou coco objects objects_per_class"
     assert set(keys.split()) == set(alone)
+    mixed = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bf16", "TEST.AMP", True, "MODEL.WEIGHTS", weights)
+    assert train(tmp_path / "amp", *mixed, flags=["--eval-only"], test=True) == 0
+    one, other = (read_json(tmp_path / name / "inference" / "detections.json") for name in ("e", "amp"))
+    assert one != other
     assert train(folder, flags=["--eval-only", "--resume"], test=True) == 0
     assert "square" in capsys.readouterr().out
     assert read_json(folder / "result.json") == result

@@ -6,6 +6,7 @@ FILE is JSON: a dict a scenario with ``error`` (a traceback, or ""), ``counted``
 
 import io
 import json
+import math
 import os
 import pkgutil
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 
 from nst_det.cli import main
 from nst_det.data.synthetic import CLASSIFICATION, DETECTION, GenerateSettings, generate_data
@@ -27,6 +29,9 @@ from nst_det.detection.config import load_detect_config
 from nst_det.detection.pipeline import train_detector
 from nst_det.distillation.config import load_distill_config
 from nst_det.distillation.pipeline import distill
+from nst_det.engine import nan_guard
+from nst_det.engine.nan_guard import NonFiniteGuard
+from nst_det.engine.train_state import OptimizedState
 from nst_det.losses import ModelOutputs, build_transfer, terms
 from tests.helpers.pretended_cuda import Counts, pretended
 
@@ -49,10 +54,11 @@ EVERY = {
     "TEST.EVAL_PERIOD": 1,
 }
 EVERY_DET = {**EVERY, "MODEL.DEVICE": "cuda:1", "DATASETS.VAL_FRACTION": 0.3}
-STAGE_ONE_STEP = tuple(("nst_det.distillation.loop:one_step", call) for call in (2, 3))
+# the third step of four reads the one before, as most do: in the first terms are measured, the last is saved
+STAGE_ONE_STEP = tuple(("nst_det.distillation.loop:one_step", call) for call in (3, 4))
 MEASURE, RECORD = "nst_det.distillation.loop:measure", "nst_det.distillation.trainer:StudentTrainer.record"
 STAGE_ONE_EVALUATION = ((MEASURE, 1), (RECORD, 1))
-STAGE_TWO_STEP = tuple(("nst_det.detection.trainer:Trainer.run_step", call) for call in (2, 3))
+STAGE_TWO_STEP = tuple(("nst_det.detection.trainer:Trainer.run_step", call) for call in (3, 4))
 STAGE_TWO_EVALUATION = (("nst_det.detection.pipeline:detect", 1), ("nst_det.detection.pipeline:score", 1))
 DETECTRON2_STEP = tuple(("nst_det.detectron2.trainer:DistillTrainer.run_step", call) for call in (2, 3))
 
@@ -150,7 +156,7 @@ class Folder:
         os.environ["NST_DET_BACKBONES"] = str(path / "backbones")
 
     def distill(self, output: str, **values: Any) -> None:
-        """Three steps of stage one with six images of 64 pixels."""
+        """Four steps of stage one with six images of 64 pixels."""
         values = {
             "NAME": output,
             "OUTPUT_DIR": self.path / output,
@@ -161,7 +167,7 @@ class Folder:
             "TEACHER.ARCH": "nst_resnet10_w32",
             "TEACHER.SOLVER": {"MAX_ITER": 1},
             "TRANSFER.LEVELS": ["res5"],
-            "SOLVER.MAX_ITER": 3,
+            "SOLVER.MAX_ITER": 4,
             "SOLVER.IMS_PER_BATCH": 6,
             "LOG_PERIOD": 100,
             **values,
@@ -169,7 +175,7 @@ class Folder:
         distill(load_distill_config(None, [str(word) for pair in values.items() for word in pair]))
 
     def detect(self, output: str, **values: Any) -> None:
-        """Three steps of stage two with two images of 64 pixels."""
+        """Four steps of stage two with two images of 64 pixels."""
         voc = {"ROOT": str(self.data / DETECTION)}
         tree: Words = {
             "_BASE_": str(CHECKOUT / "configs" / "detect" / "base_rcnn_fpn.yaml"),
@@ -190,7 +196,7 @@ class Folder:
             },
             "DATALOADER": {"NUM_WORKERS": 0},
             "INPUT": {"MIN_SIZE_TRAIN": [64], "MAX_SIZE_TRAIN": 64, "MIN_SIZE_TEST": 64, "MAX_SIZE_TEST": 64},
-            "SOLVER": {"MAX_ITER": 3, "IMS_PER_BATCH": 2, "BASE_LR": 0.001, "STEPS": [], "AMP": {"ENABLED": True}},
+            "SOLVER": {"MAX_ITER": 4, "IMS_PER_BATCH": 2, "BASE_LR": 0.001, "STEPS": [], "AMP": {"ENABLED": True}},
             "SEED": 0,
         }
         for key, value in values.items():
@@ -214,6 +220,41 @@ class Folder:
             "TEACHER.CONFIG_FILE": str(self.path / f"{teacher}.yaml"),
             "TEACHER.WEIGHTS": str(self.path / teacher / "model.safetensors"),
         }
+
+
+@contextmanager
+def infinite_gradient(at: int) -> Iterator[None]:
+    """The gradient of a step is infinite whenever that step is made."""
+    keep, norm, now = NonFiniteGuard.keep_buffers, nan_guard.gradient_norm, {"step": 0}
+
+    def kept(self: NonFiniteGuard, step: int) -> None:
+        now["step"] = step
+        keep(self, step)
+
+    def broken(parameters: Any) -> torch.Tensor:
+        if now["step"] == at:
+            parameters[0].grad.fill_(math.inf)
+        return norm(parameters)
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(NonFiniteGuard, "keep_buffers", kept))
+        for stage in ("distillation", "detection"):
+            patches.enter_context(mock.patch(f"nst_det.{stage}.trainer.gradient_norm", broken))
+        yield
+
+
+def faults(folder: Folder, run: Callable[..., None], weights: str, **values: Any) -> None:
+    """A step that is not finite, read a step later, ends as one whose end is waited for."""
+    values |= {"SOLVER.NON_FINITE.POLICY": "skip", "SOLVER.EMA_DECAY": 0.9}
+    with infinite_gradient(1):
+        run("later", **values)
+        with mock.patch.object(OptimizedState, "waits", True):
+            run("waited", **values)
+    for name in ("later", "waited"):
+        (dump,) = (folder.path / name).rglob("nonfinite/*.pt")
+        assert dump.name == "step-00000001.pt"
+    later, waited = (load_file(folder.path / weights.format(name)) for name in ("later", "waited"))
+    assert all(torch.equal(later[name], waited[name]) for name in waited)
 
 
 def losses() -> None:
@@ -254,6 +295,8 @@ def stage_one(folder: Folder) -> None:
         with stopped_at(("nst_det.distillation.loop:one_step", 3)):
             folder.distill("resumed", **every)
         folder.distill("resumed", **every)
+    with scenario("stage one, a gradient that is not finite"):
+        faults(folder, folder.distill, "backbones/{}-ce-s0.safetensors", METHODS=["ce"])
     with scenario("stage one, fp16"):
         folder.distill("fp16", **{"METHODS": ["kd+nst-poly"], "SOLVER.AMP.DTYPE": "fp16", "SOLVER.EMA_DECAY": 0.9})
     with scenario("stage one, cached teacher"):
@@ -287,6 +330,8 @@ def stage_two(folder: Folder) -> None:
         with stopped_at(("nst_det.detection.trainer:Trainer.run_step", 2)):
             folder.detect("resumed", **every)
         folder.detect("resumed", **every)
+    with scenario("stage two, a gradient that is not finite"):
+        faults(folder, folder.detect, "{}/model.safetensors", **{"DATASETS.TEST": []})
     with scenario("stage two, replay"):
         folder.detect("broken", **BREAKS)
         nst_det("replay", *(folder.path / "broken").rglob("step-00000001.pt"))

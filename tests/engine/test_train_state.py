@@ -1,11 +1,13 @@
 """The average of the weights against the same recursion in float64, and a network in training that resumes."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from nst_det.engine.keys import non_finite_node
-from nst_det.engine.nan_guard import NonFiniteGuard
+from nst_det.engine.nan_guard import NonFiniteGuard, NotFinite, late_checks, not_finite, require_finite
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.train_state import AveragedWeights, OptimizedState
 from nst_det.errors import UserError
@@ -18,9 +20,10 @@ def network():
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
 
 
-def training(folder, average=True):
+def training(folder, average=True, optimizer="SGD"):
     model, adapters = network(), nn.Linear(2, 2)
-    optimizer = torch.optim.SGD([*model.parameters(), *adapters.parameters()], lr=0.1, momentum=0.9)
+    options = {"lr": 0.1, "fused": True} | ({"momentum": 0.9} if optimizer == "SGD" else {})
+    optimizer = getattr(torch.optim, optimizer)([*model.parameters(), *adapters.parameters()], **options)
     averaged = AveragedWeights(model, DECAY) if average else None
     guard = NonFiniteGuard(non_finite_node(), folder, model)
     return OptimizedState(model, adapters, guard, averaged, optimizer, RunFolder(folder))
@@ -35,6 +38,73 @@ def train(state, last):
         state.optimizer_step(lambda: None)
         states.append({name: value.clone() for name, value in state.model.state_dict().items()})
     return states
+
+
+def bits(state):
+    """Weights, their average and the optimizer's state; buffers are the guard's."""
+    tensors = [*state.model.parameters(), *state.adapters.parameters(), *state.eval_model.state_dict().values()]
+    of_parameters = state.optimizer.state_dict()["state"].values()
+    return [value.clone() for value in (*tensors, *(value for one in of_parameters for value in one.values()))]
+
+
+def late_step(state, broken):
+    state.guard.keep_buffers(state.step)
+    images = torch.randn(16, 4, generator=torch.Generator().manual_seed(state.step))
+    state.adapters(state.model(images)).square().mean().backward()
+    if broken:
+        state.parameters[0].grad.fill_(math.nan)
+    state.late_step(lambda: None, not_finite(torch.stack([parameter.grad.sum() for parameter in state.parameters])))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_the_device_passes_over_a_step_that_is_not_finite(tmp_path, optimizer):
+    state, known = training(tmp_path, optimizer=optimizer), training(tmp_path, optimizer=optimizer)
+    # before the optimizer has any state
+    late_step(state, broken=True)
+    state.learn(0, finite=False)
+    assert (state.step, state.suspect, state.waits) == (0, 0, True)
+    for parameter, same in zip(state.parameters, known.parameters):
+        assert torch.equal(parameter, same)
+        assert all(not value.any() for value in state.optimizer.state[parameter].values())
+    state.suspect = -1
+    for step in range(3):
+        late_step(state, broken=False)
+        state.learn(step, finite=True)
+    train(known, 3)
+    assert all(map(torch.equal, bits(state), bits(known)))
+    kept, buffers = bits(state), [value.clone() for value in state.model.buffers()]
+    late_step(state, broken=True)
+    # the next one is begun before anything is known
+    state.guard.keep_buffers(state.step)
+    state.model(torch.randn(16, 4)).sum().backward()
+    state.learn(3, finite=False)
+    assert all(map(torch.equal, bits(state), kept))
+    assert all(map(torch.equal, state.model.buffers(), buffers))
+    assert all(parameter.grad is None for parameter in state.parameters)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1.0, -3e38], 0), ([0.0, 0.0], 0), ([math.inf, 1.0], 1), ([1.0, -math.inf], 1), ([math.nan, 0.0], 1),
+        ([math.inf, -math.inf], 1),
+    ],
+)  # fmt: skip
+def test_what_is_not_finite_is_marked_for_the_optimizer(values, expected):
+    found = not_finite(torch.tensor([values, [0.0, 1.0]]))
+    assert found.dtype == torch.float32
+    assert found.tolist() == [expected, 0]
+
+
+def test_a_flag_is_read_at_once_but_where_the_trainer_reads_it_later():
+    told = []
+    require_finite(torch.tensor(True), lambda: told.append("not asked"))
+    with late_checks() as flags:
+        require_finite(torch.tensor(False), lambda: told.append("not asked"))
+    assert [bool(flag) for flag in flags] == [False]
+    assert not told
+    with pytest.raises(NotFinite, match="the proposals"):
+        require_finite(torch.tensor(False), lambda: "the proposals")
 
 
 # the decay has its full value from the 32nd step on
