@@ -215,10 +215,10 @@ class DistilledDetector(nn.Module):
 
     def _box_shares(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[Tensor]:
         height, width = self._pixels
-        like = next(iter(self._student_maps.values()))
-        pixels = torch.tensor([width, height, width, height], dtype=torch.float32)
-        shares = [objects_of(item)[0].float() / pixels.to(objects_of(item)[0].device) for item in batched_inputs]
-        return [of_image.to(like.device, non_blocking=True) for of_image in shares]
+        device = next(iter(self._student_maps.values())).device
+        boxes = [objects_of(item)[0].float() for item in batched_inputs]
+        shares = [of_image / of_image.new_tensor([width, height, width, height]) for of_image in boxes]
+        return [of_image.to(device, non_blocking=True) for of_image in shares]
 
     def _log_shapes(self, student: ModelOutputs, teacher: ModelOutputs) -> None:
         known = [level_shapes(backbone_of(detector)).items() for detector in (self.student, self.teacher)]

@@ -103,7 +103,7 @@ class Context(nn.Module):
     "fgd",
     level="maps",
     weight=1.0,
-    source="the FGD authors' code for Faster R-CNN (its four factors are options)",
+    source="the FGD authors' code for Faster R-CNN",
     summary="maps on objects and on background, each by itself, where the teacher attends; the whole image's relations",
     truth="boxes",
 )
