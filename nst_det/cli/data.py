@@ -7,7 +7,7 @@ import shlex
 import time
 from pathlib import Path
 
-from nst_det.cli.command import argument, command, flag, one_of
+from nst_det.cli.command import argument, command, existing, flag, one_of
 from nst_det.errors import UserError
 
 INIT_IMAGES = (
@@ -105,14 +105,13 @@ def generate_data(args: argparse.Namespace) -> None:
     print(f"{output}: {synthetic.CLASSIFICATION} and {synthetic.DETECTION} are there ({seconds:.1f} s)")
 
 
+COCO_IMAGES = "of COCO's JSON: the folder of its images, or one for each file"
+LOOKED_AT = "images with boxes (VOC, labelImg, Roboflow, YOLO), one folder of images a class, or COCO's JSON"
+
+
 @command(
-    argument(
-        "path",
-        "PATH",
-        "images with boxes (VOC, labelImg, Roboflow, YOLO), one folder of images a class, or COCO's JSON",
-        nargs="+",
-    ),
-    argument("--images", "DIR", "of COCO's JSON: the folder of its images, or one for each file", nargs="+"),
+    argument("path", "PATH", LOOKED_AT, nargs="+", type=existing(LOOKED_AT)),
+    argument("--images", "DIR", COCO_IMAGES, nargs="+", type=existing(COCO_IMAGES)),
     argument("--split", "NAME", "look at these lists only (default: everything)", nargs="+"),
     argument("--classes", "NAME", "the only class names that are right", nargs="+"),
     argument("--workers", "N", "threads that decode; 0 takes all cores", type=int, default=0),

@@ -102,7 +102,7 @@ def check_coco(
     source: CocoSource, classes: Sequence[str] | None = None, workers: int = 0
 ) -> tuple[Report, list[CocoImage]]:
     """Look at everything in COCO's JSON, and at the images in it; return what can be used of it, too."""
-    report = Report(source.files[0].parent, "COCO JSON")
+    report = Report(source.files[0].parent.absolute(), "COCO JSON")
     found = read_coco(source, report.add)
     images = {image.annotation.id: image.path for image in found}
     decoded = _check_images(report, list(images.values()), workers or core_count())

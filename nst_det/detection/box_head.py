@@ -5,10 +5,12 @@ The boxes are those that the student trains its box head on: proposals of its ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 from nst_det.errors import UserError
 from nst_det.losses import Method, ModelOutputs, TransferLoss, get_term
@@ -104,6 +106,30 @@ class BoxHeadTap:
             raise RuntimeError("the student's forward didn't call its box head, so there is nothing to compare")
         student.embedding, student.logits = self.outputs
         return self.boxes
+
+
+def objects_of(item: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the (M, 4) boxes and (M,) labels of the objects on an image, in the network's pixels."""
+    instances = item.get("instances")
+    # Detectron2's, or the torchvision engine's
+    return (item["boxes"], item["labels"]) if instances is None else (instances.gt_boxes.tensor, instances.gt_classes)
+
+
+@torch.no_grad()
+def roi_labels(heads: Any, boxes: Sequence[Tensor], objects: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return (R,) int64: the label of the object that each box overlaps most, or the background's, which is last."""
+    background = heads.box_predictor.cls_score.out_features - 1
+    matcher = getattr(heads, "proposal_matcher", None)
+    threshold = heads.settings.IOU_THRESHOLDS[-1] if matcher is None else matcher.thresholds[-2]
+    found = []
+    for rois, (truth, labels) in zip(boxes, objects):
+        label = torch.full((len(rois),), background, dtype=torch.long, device=rois.device)
+        if len(truth):
+            truth, labels = (value.to(rois.device, non_blocking=True) for value in (truth, labels))
+            overlap, nearest = box_iou(truth.to(rois.dtype), rois).max(dim=0)
+            label = torch.where(overlap >= threshold, labels[nearest], label)
+        found.append(label)
+    return torch.cat(found)
 
 
 def box_outputs(heads: Any, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

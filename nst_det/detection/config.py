@@ -48,7 +48,7 @@ def below_one(meaning: str, name: str, example: float) -> Key:
 DETECTOR_TRANSFER_KEYS = {
     **TRANSFER_KEYS,
     "LEVELS": Key([], "p2 .. p6, or res2 .. res5 below an FPN, or student:teacher"),
-    "OPTIONS": TRANSFER_KEYS["OPTIONS"]._replace(default={"kd": {"temperature": 1.0}}),
+    "OPTIONS": TRANSFER_KEYS["OPTIONS"]._replace(default={"kd": {"temperature": 1.0}, "dkd": {"others": 0.25}}),
     "WARMUP_ITERS": at_least(TRANSFER_KEYS["WARMUP_ITERS"].meaning, 0, default=0),
 }
 

@@ -17,7 +17,9 @@ from nst_det.detection.box_head import (
     BoxOutputs,
     box_outputs,
     check_classes,
+    objects_of,
     reads_box_head,
+    roi_labels,
     widths_of,
 )
 from nst_det.engine.distributed import is_main_process
@@ -113,8 +115,9 @@ class DistilledDetector(nn.Module):
     of maps (level -> (B, C, H, W)); levels that only ``student.backbone.bottom_up`` gives (``res2`` .. ``res5`` below
     an FPN) are taken there.  The teacher's backbone gets the same pixels, normalized its own way (``pixel_mean``,
     ``pixel_std`` and ``input_format``, where both detectors have them), in the same autocast state.  For terms on
-    logits or embeddings the teacher's box head gets the boxes that the student's is trained on.  No other part of the
-    teacher is used.  The weighted terms join the student's loss dict, so that any trainer that sums it can train it.
+    logits or embeddings the teacher's box head gets the boxes that the student's is trained on; terms that ask for
+    labels get those of these boxes, terms that ask for boxes the objects'.  No other part of the teacher is used.  The
+    weighted terms join the student's loss dict, so that any trainer that sums it can train it.
 
     In the first step the shapes of all that is compared are logged.  In the first step, or the first few where
     AUTO_WEIGHT chooses weights, the terms' gradients in the backbone are measured against that of the student's own
@@ -158,6 +161,7 @@ class DistilledDetector(nn.Module):
         self._sizes: list[tuple[int, int]] = []
         self._box_outputs, self._tap = box_outputs, None
         self._logged = not is_main_process()
+        self._truths = {get_term(name).truth for name in transfer.pairs}
         if reads_box_head(transfer.method):
             check_classes(transfer, widths_of(student, transfer.method), widths_of(teacher, transfer.method))
             self._tap = BoxHeadTap(student)
@@ -190,10 +194,14 @@ class DistilledDetector(nn.Module):
             student, teacher = ModelOutputs(maps=self._student_maps), ModelOutputs(maps=self._teacher_maps)
             if self._tap is not None:
                 boxes = self._tap.take(student)
+                if "labels" in self._truths:
+                    student.labels = roi_labels(self.student.roi_heads, boxes, map(objects_of, batched_inputs))
                 with torch.no_grad():
                     # as the heads of a detector get them when its backbone computes in lower precision
                     maps = {name: map_.float() for name, map_ in teacher.maps.items()}
                     teacher.embedding, teacher.logits = self._box_outputs(self.teacher.roi_heads, maps, boxes)
+            if "boxes" in self._truths:
+                student.boxes = self._box_shares(batched_inputs)
             if not self._logged:
                 self._log_shapes(student, teacher)
             terms = self._balanced(losses, self.transfer(student, teacher))
@@ -205,6 +213,13 @@ class DistilledDetector(nn.Module):
         self.iteration += 1
         terms = terms if factor == 1 else {name: value * factor for name, value in terms.items()}
         return losses | {f"{PREFIX}{name}": value for name, value in terms.items()}
+
+    def _box_shares(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        height, width = self._pixels
+        device = next(iter(self._student_maps.values())).device
+        boxes = [objects_of(item)[0].float() for item in batched_inputs]
+        shares = [of_image / of_image.new_tensor([width, height, width, height]) for of_image in boxes]
+        return [of_image.to(device, non_blocking=True) for of_image in shares]
 
     def _log_shapes(self, student: ModelOutputs, teacher: ModelOutputs) -> None:
         known = [level_shapes(backbone_of(detector)).items() for detector in (self.student, self.teacher)]
@@ -296,9 +311,9 @@ def distill(
     sizes: dict[str, Any] = {}
     try:
         parsed = parse_method(method)
-        for name in parsed.names:
-            if get_term(name).truth:
-                raise ValueError(f"{name} reads the {get_term(name).truth} of images, which stage one alone gives it")
+        for term in map(get_term, parsed.names):
+            if term.truth == "labels" and term.level == "maps":
+                raise ValueError(f"{term.name} reads the labels of images, which stage one alone gives it")
         if reads_box_head(parsed):
             mine, theirs = widths_of(student, parsed), widths_of(teacher, parsed)
             sizes = {"student_embedding": mine.embedding, "teacher_embedding": theirs.embedding}

@@ -256,6 +256,11 @@ def build_losses(
                 losses[name] = build_transfer(method, **keys, **sizes)
         except (ValueError, TypeError) as error:
             raise UserError(f"config: TRANSFER: {error}") from error
+        boxed = [term for term in method.names if get_term(term).truth == "boxes"]
+        if boxed:
+            raise UserError(
+                f"METHODS: {boxed[0]} reads the boxes of objects, which stage two alone has; write {boxed[0]}@det"
+            )
         if config.DATA.REST == "unlabelled" and any(get_term(term).truth for term in method.names):
             raise UserError(f"DATA.REST: {name} reads the label of every image; take drop, or leave this method out")
         if "logits" in losses[name].reads("teacher") and not labels_shared:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from fvcore.common.config import CfgNode
 
 from nst_det.errors import UserError
 
+log = logging.getLogger(__name__)
 # keys with a default that accept none as well
 NULLABLE = ("SOLVER.WEIGHT_DECAY_NORM",)
 
@@ -139,12 +141,28 @@ def key_values(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def merge_overrides(config: CfgNode, overrides: Sequence[str]) -> None:
-    """Merge ``KEY VALUE`` pairs."""
+    """Merge ``KEY VALUE`` pairs; another ARCH doesn't get the arguments of the network that was there."""
+    for key, text in key_values(overrides):
+        _leave_arguments(config, key, text)
     for key, text in key_values(overrides):
         tree = parse_value(text)
         for part in reversed(key.split(".")):
             tree = {part: tree}
         merge_tree(config, tree, "command line")
+
+
+def _leave_arguments(config: CfgNode, key: str, text: str) -> None:
+    *path, last = key.split(".")
+    node: Any = config
+    for part in path:
+        node = node.get(part) if isinstance(node, CfgNode) else None
+    if last != "ARCH" or not isinstance(node, CfgNode) or node.get(last) == text:
+        return
+    for name in ("ARCH_KWARGS", "KWARGS"):
+        if node.get(name):
+            where = ".".join([*path, name])
+            log.warning("%s %s: %s of %s are left out: %s", key, text, where, node[last], plain(node[name]))
+            node[name].clear()
 
 
 def parse_value(text: str) -> Any:

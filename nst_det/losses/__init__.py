@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nst_det.losses.cwd import cwd_loss
     from nst_det.losses.dist import dist_loss
     from nst_det.losses.dkd import dkd_loss
+    from nst_det.losses.fgd import fgd_loss
     from nst_det.losses.fitnet import hint_loss
     from nst_det.losses.kd import kd_loss
     from nst_det.losses.locality_preserving import lp_loss
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from nst_det.losses.outputs import ModelOutputs
     from nst_det.losses.pkd import pkd_loss
     from nst_det.losses.registry import LayerPair, LossSpec, get_term, register_term, terms, unregister_term
+    from nst_det.losses.reviewkd import hcl_loss
     from nst_det.losses.rkd import rkd_loss
     from nst_det.losses.sp import sp_loss
     from nst_det.losses.vid import gaussian_nll
@@ -38,10 +40,12 @@ __all__ = [
     "cwd_loss",
     "dist_loss",
     "dkd_loss",
+    "fgd_loss",
     "gaussian_nll",
     "generation_loss",
     "get_term",
     "gradient_norms",
+    "hcl_loss",
     "hint_loss",
     "kd_loss",
     "lp_loss",

@@ -17,6 +17,8 @@ from nst_det.losses.outputs import ModelOutputs
 from nst_det.losses.registry import LayerPair, LossSpec, check_weight, get_term, terms
 
 Level = str | tuple[str, str]
+# the name of what compares all pairs of a term at once; no level has it
+JOINT = "all levels"
 HEADINGS = ("term", "student", "teacher", "alignment")
 
 
@@ -54,7 +56,7 @@ class TransferLoss(nn.Module):
         self._truths = {name: get_term(name).truth for name in pairs}
         self.terms = nn.ModuleDict(
             {
-                name: nn.ModuleDict({pair.label: get_term(name).build(pair, **options[name]) for pair in places})
+                name: nn.ModuleDict(_modules(get_term(name), places, options[name]))
                 for name, places in self.pairs.items()
             }
         )
@@ -77,8 +79,9 @@ class TransferLoss(nn.Module):
         return frozenset(kinds[who == "teacher"] for kinds in self.kinds.values())
 
     def module(self, term: str, pair: LayerPair) -> nn.Module:
-        """What compares one of a term's pairs."""
-        return cast(nn.ModuleDict, self.terms[term])[pair.label]
+        """What compares one of a term's pairs, alone or with the others."""
+        modules = cast(nn.ModuleDict, self.terms[term])
+        return modules[pair.label if pair.label in modules else JOINT]
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> dict[str, Tensor]:
         """Each term by name: its weight times its value, a scalar in float32 even under autocast.
@@ -92,21 +95,29 @@ class TransferLoss(nn.Module):
         for name, pairs in self.pairs.items():
             student_kind, teacher_kind = self.kinds[name]
             truth = student.truth(self._truths[name])
-            parts = {}
-            for pair in pairs:
-                target = teacher.of(teacher_kind, pair.teacher)
-                shared = partial(_shared, teacher, (teacher_kind, pair.teacher))
-                with torch.autocast(target.device.type, enabled=False):
-                    value = self.module(name, pair)(student.of(student_kind, pair.student), target, shared, **truth)
-                parts[pair.label] = value
-            several = list(parts.values())
-            values[name] = self.weights[name] * (torch.stack(several).sum() if len(several) > 1 else several[0])
-            self.parts[name] = {label: value.detach() for label, value in parts.items()}
+            mine = [student.of(student_kind, pair.student) for pair in pairs]
+            theirs = [teacher.of(teacher_kind, pair.teacher) for pair in pairs]
+            shared = [partial(_shared, teacher, (teacher_kind, pair.teacher)) for pair in pairs]
+            modules = [self.module(name, pair) for pair in pairs]
+            with torch.autocast(theirs[0].device.type, enabled=False):
+                if JOINT in cast(nn.ModuleDict, self.terms[name]):
+                    parts = modules[0](mine, theirs, shared, **truth)
+                else:
+                    each = zip(modules, mine, theirs, shared)
+                    parts = [module(*given, **truth) for module, *given in each]
+            values[name] = self.weights[name] * (torch.stack(parts).sum() if len(parts) > 1 else parts[0])
+            self.parts[name] = {pair.label: value.detach() for pair, value in zip(pairs, parts)}
         return values
 
     def extra_repr(self) -> str:
         """The method and its weights."""
         return f"{self.method}, weights={self.weights}"
+
+
+def _modules(term: LossSpec, pairs: Sequence[LayerPair], options: Mapping[str, Any]) -> dict[str, nn.Module]:
+    if term.joint:
+        return {JOINT: term.build(pairs, **options)}
+    return {pair.label: term.build(pair, **options) for pair in pairs}
 
 
 def _shared(teacher: ModelOutputs, place: tuple[str, str], key: Hashable, compute: Any) -> Any:

@@ -22,6 +22,7 @@ class ModelOutputs:
         maps: level name to feature map (B, C, H, W).
         embedding: (B, D), the pooled vector before the classifier.
         labels: (B,) int64, the class of each image, on the student's side.
+        boxes: (N, 4) objects of each image, there too: xmin, ymin, xmax, ymax in shares of the maps' width and height.
 
     Example:
         >>> teacher = ModelOutputs(logits=torch.zeros(2, 10), maps={"res4": torch.rand(2, 8, 7, 7)})
@@ -33,6 +34,7 @@ class ModelOutputs:
     maps: dict[str, Tensor] = field(default_factory=dict)
     embedding: Tensor | None = None
     labels: Tensor | None = None
+    boxes: list[Tensor] | None = None
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
@@ -57,6 +59,7 @@ class ModelOutputs:
             {level: value[rows] for level, value in self.maps.items()},
             None if self.embedding is None else self.embedding[rows],
             None if self.labels is None else self.labels[rows],
+            None if self.boxes is None else [self.boxes[row] for row in torch.arange(len(self.boxes))[rows].tolist()],
         )
 
     def tensors(self) -> list[Tensor]:
@@ -64,7 +67,7 @@ class ModelOutputs:
         return [value for value in (self.logits, *self.maps.values(), self.embedding) if value is not None]
 
     def truth(self, name: str) -> dict[str, Any]:
-        """Return the annotation that a loss is called with by keyword: ``labels``, or nothing for ""."""
+        """Return the annotation that a loss is called with by keyword: ``labels``, ``boxes``, or nothing for ""."""
         if name and getattr(self, name) is None:
             raise ValueError(f"no {name} among the outputs, but a transfer term reads them")
         return {name: getattr(self, name)} if name else {}

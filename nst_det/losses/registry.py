@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from torch import nn
 
-# what a loss may ask for beside the outputs: the class of each image
-TRUTHS = ("", "labels")
+# what a loss may ask for beside the outputs: the class of each image (of each RoI in stage two), or the objects' boxes
+TRUTHS = ("", "labels", "boxes")
 KINDS = ("logits", "maps", "embedding")
 # in a loss's ``reads``: the teacher's output itself
 OUTPUT = "output"
@@ -40,6 +40,8 @@ OWN_TERMS = {
     "rkd": ("rkd",),
     "dkd": ("dkd",),
     "dist": ("dist",),
+    "reviewkd": ("reviewkd",),
+    "fgd": ("fgd",),
 }
 
 Build = TypeVar("Build", bound="Callable[..., nn.Module]")
@@ -82,7 +84,8 @@ class LossSpec:
         build: ``build(pair, **options)`` gives a module; ``module(student, teacher, shared)`` gives a scalar.
         student_kind: the kind of output read from the student.
         vectors: the module also compares a student's vector with a teacher's map (:attr:`LayerPair.vector`).
-        truth: what of the annotation the module is called with, as a keyword: ``labels`` or nothing.
+        truth: what of the annotation the module is called with, as a keyword: ``labels``, ``boxes`` or nothing.
+        joint: one module compares all pairs: ``build`` and the module get lists, and the module gives one.
     """
 
     name: str
@@ -94,6 +97,7 @@ class LossSpec:
     student_kind: str
     vectors: bool = False
     truth: str = ""
+    joint: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -114,6 +118,7 @@ def register_term(
     student_kind: str = "",
     vectors: bool = False,
     truth: str = "",
+    joint: bool = False,
 ) -> Callable[[Build], Build]:
     """Decorate the class of a loss, to make it a term of methods; the parameters are those of :class:`LossSpec`.
 
@@ -136,7 +141,7 @@ def register_term(
     check_weight(name, weight)
 
     def register(build: Build) -> Build:
-        _TERMS[name] = LossSpec(name, level, weight, source, summary, build, student_kind, vectors, truth)
+        _TERMS[name] = LossSpec(name, level, weight, source, summary, build, student_kind, vectors, truth, joint)
         return build
 
     return register

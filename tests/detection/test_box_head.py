@@ -12,6 +12,7 @@ from nst_det.detection.config import detector_transfer_node
 from nst_det.detection.distiller import distill
 from nst_det.detection.torchvision import build_detector
 from nst_det.errors import UserError
+from nst_det.losses.ops import compute_now
 from tests.helpers.detection import step, with_instances
 
 WIDE = {"MODEL.TIMM.ARCH": "nst_resnet18_w48", "MODEL.FPN.OUT_CHANNELS": 24, "MODEL.ROI_BOX_HEAD.FC_DIM": 40}
@@ -80,6 +81,57 @@ def test_kd_is_the_divergence_of_both_heads_on_the_students_proposals(talkative,
     expected = 3 * divergence(*said, temperature=4.0 if options else 1.0)
     assert expected > 0.1
     assert float(losses["loss_transfer_kd"].detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_dkd_reads_the_class_of_each_proposal(talkative, teacher, batch):
+    student = talkative()
+    model = distill(student, teacher, *node("dkd:3")).train()
+    seen, learned, losses_of = [], [], student.roi_heads.losses
+    student.roi_heads.box_predictor.register_forward_hook(lambda *given: seen.append(given[2][0].detach()))
+    teacher.roi_heads.box_predictor.cls_score.register_forward_hook(lambda *given: seen.append(given[2].detach()))
+    student.roi_heads.losses = lambda *given: (learned.append(given[-1]), losses_of(*given))[1]
+    losses = step(model, batch)
+    (labels,) = learned
+    assert {3} < set(labels.tolist())
+    ours, theirs = (np.exp(logits.double().numpy()) for logits in seen)
+    total = 0.0
+    for mine, wanted, label in zip(ours, theirs, labels.tolist()):
+        p, q = wanted / wanted.sum(), mine / mine.sum()
+        target = sum(a * math.log(a / b) for a, b in ((p[label], q[label]), (1 - p[label], 1 - q[label])))
+        rest = [(p[k] / (1 - p[label]), q[k] / (1 - q[label])) for k in range(4) if k != label]
+        # mdistiller's factors for detectors
+        total += target + 0.25 * sum(a * math.log(a / b) for a, b in rest)
+    assert float(losses["loss_transfer_dkd"].detach()) == pytest.approx(3 * total / len(labels), rel=1e-4)
+    losses["loss_transfer_dkd"].backward()
+    assert all(value.grad is None for name, value in student.named_parameters() if "proposal_generator" in name)
+
+
+def test_fgd_reads_the_boxes_of_the_objects(talkative, teacher, batch):
+    student = talkative()
+    model = distill(student, teacher, *node("fgd", LEVELS=["p2", "p3"])).train()
+    found = step(model, batch)["loss_transfer_fgd"]
+    same = talkative().train()
+    pixels, _ = same.preprocess([item["image"] for item in batch])
+    height, width = pixels.shape[2:]
+    shares = [item["boxes"].float() / torch.tensor([width, height, width, height]) for item in batch]
+    assert {len(of_image) for of_image in shares} > {0}
+    with torch.no_grad():
+        mine, theirs = same.backbone(pixels), teacher.backbone(pixels)
+        expected = sum(
+            model.transfer.terms["fgd"][level](mine[level], theirs[level], compute_now, shares)
+            for level in ("p2", "p3")
+        )
+    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("term", ["dkd", "fgd"])
+def test_images_without_objects_are_background(talkative, teacher, batch, term):
+    model = distill(talkative(), teacher, *node(term)).train()
+    empty = [{**item, "boxes": item["boxes"][:0], "labels": item["labels"][:0]} for item in batch]
+    loss = step(model, empty)[f"loss_transfer_{term}"]
+    loss.backward()
+    assert float(loss.detach()) > 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.student.parameters())
 
 
 def test_gradient_reaches_the_students_backbone_and_box_head_alone(talkative, teacher, batch):
@@ -155,7 +207,7 @@ def test_both_engines_agree(talkative, teacher, small_words, base_file, exhausti
         ((their_student, teacher), inputs),
     ):
         torch.manual_seed(1)
-        model = distill(*pair, *node("kd+vid-logits+lp+nst-poly"), box_outputs).train()
+        model = distill(*pair, *node("kd+vid-logits+lp+nst-poly+dkd+reviewkd+fgd"), box_outputs).train()
         with EventStorage(0):
             losses.append(step(model, images))
     for other in losses[1:]:

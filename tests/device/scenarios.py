@@ -264,9 +264,8 @@ def losses() -> None:
     def outputs(widths: dict[str, int], learns: bool) -> ModelOutputs:
         shapes = [(6, 5), (6, 32), *((6, width, 8, 8) for width in widths.values())]
         logits, embedding, *maps = (torch.rand(shape, device="cuda:1", requires_grad=learns) for shape in shapes)
-        return ModelOutputs(
-            logits, dict(zip(widths, maps)), embedding, torch.zeros(6, dtype=torch.int64, device="cuda:1")
-        )
+        labels, boxes = torch.zeros(6, dtype=torch.int64, device="cuda:1"), [torch.rand(2, 4, device="cuda:1")] * 6
+        return ModelOutputs(logits, dict(zip(widths, maps)), embedding, labels, boxes)
 
     for term in terms():
         # PKD has no adapter
@@ -290,7 +289,7 @@ def stage_one(folder: Folder) -> None:
     with scenario("stage one, evaluation", STAGE_ONE_EVALUATION):
         folder.distill("evaluated", METHODS=["ce"])
     clipped = {"SOLVER.CLIP_GRADIENTS": {"ENABLED": True, "CLIP_VALUE": 1.0}, "SOLVER.ACCUMULATE": 2}
-    every = {**EVERY, **clipped, "METHODS": ["ce", "+".join(terms())], "LOG_PERIOD": 1}
+    every = {**EVERY, **clipped, "METHODS": ["ce", without_boxes()], "LOG_PERIOD": 1}
     with scenario("stage one, every term, resumed"):
         with stopped_at(("nst_det.distillation.loop:one_step", 3)):
             folder.distill("resumed", **every)
@@ -324,7 +323,7 @@ def stage_two(folder: Folder) -> None:
         folder.detect("evaluated", **{"MODEL.DEVICE": "cuda:1"})
     clip = {"ENABLED": True, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0}
     # terms that don't compare maps learn at the box heads
-    every = {**EVERY_DET, **folder.taught(without_labels(), "evaluated")}
+    every = {**EVERY_DET, **folder.taught("+".join(terms()), "evaluated")}
     every |= {"SOLVER.CLIP_GRADIENTS": clip, "SOLVER.ACCUMULATE": 2}
     with scenario("stage two, every term, resumed", device="cuda:1"):
         with stopped_at(("nst_det.detection.trainer:Trainer.run_step", 2)):
@@ -337,9 +336,9 @@ def stage_two(folder: Folder) -> None:
         nst_det("replay", *(folder.path / "broken").rglob("step-00000001.pt"))
 
 
-def without_labels() -> str:
-    """All terms of stage two, which gives none the labels."""
-    return "+".join(name for name, spec in terms().items() if not spec.truth)
+def without_boxes() -> str:
+    """All terms of stage one, which has no boxes."""
+    return "+".join(name for name, spec in terms().items() if spec.truth != "boxes")
 
 
 def detectron2(folder: Folder) -> None:
@@ -351,7 +350,7 @@ def detectron2(folder: Folder) -> None:
     for method in ("nst-poly", "cwd"):
         with scenario(f"detectron2, {method}@det", DETECTRON2_STEP):
             folder.detect(method, **engine, **{"DATASETS.TEST": []}, **folder.taught(method, "teacher"))
-    every = {**EVERY_DET, **folder.taught(without_labels(), "teacher")}
+    every = {**EVERY_DET, **folder.taught("+".join(terms()), "teacher")}
     with scenario("detectron2, every term, resumed", device="cuda:1"):
         with stopped_at(("nst_det.detectron2.trainer:DistillTrainer.run_step", 2)):
             folder.detect("resumed", **engine, **every)

@@ -32,6 +32,8 @@ from tests.helpers.stage_one import config, metrics
 from tests.helpers.stage_one import run as run_small
 
 METHODS = ["ce", "nst-poly", "kd+at"]
+# there are no boxes here
+TERMS = [name for name, term in terms().items() if term.truth != "boxes"]
 VIEWS, IMAGES, BATCH = 2, 24, 7
 ROWS = VIEWS * IMAGES
 # nine steps are two epochs and a half: every view is read, some again
@@ -81,13 +83,13 @@ def test_cached_and_uncached_runs_are_equal_to_the_bit(run, cached, tmp_path):
 
 
 def test_every_registered_term_learns_the_same_from_a_cache(run, tmp_path):
-    keys = {"METHODS": list(terms()), "SOLVER.MAX_ITER": 2}
+    keys = {"METHODS": TERMS, "SOLVER.MAX_ITER": 2}
     live, kept = run(tmp_path / "live", **keys), run(tmp_path / "kept", tmp_path / "cache", **keys)
-    assert hashes(live, terms()) == hashes(kept, terms())
+    assert hashes(live, TERMS) == hashes(kept, TERMS)
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [((3, 3), (3, 3)), ((4, 4), (8, 8)), ((12, 12), (12, 12))])
-@pytest.mark.parametrize("name", terms())
+@pytest.mark.parametrize("name", TERMS)
 def test_a_loss_reads_no_more_than_it_declares(name, mine, theirs):
     """With NaN in all outputs that it doesn't declare, of student and teacher, value and gradient stay."""
     generator, channels = torch.Generator().manual_seed(0), {"student": 6, "teacher": 6 if name == "pkd" else 9}

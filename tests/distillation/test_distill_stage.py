@@ -304,6 +304,11 @@ def test_a_teacher_of_other_classes_gives_maps_but_no_logits(images, tmp_path, t
     assert done["at"]["steps"] == STEPS
 
 
+def test_a_term_that_reads_boxes_is_refused(images, tmp_path, taught):
+    with pytest.raises(UserError, match="fgd@det"):
+        run(images, tmp_path, METHODS=["fgd"], **taught)
+
+
 @pytest.mark.parametrize("classes", [1000, 2, 0])
 def test_plain_weights_of_other_classes(images, tmp_path, classes, caplog):
     caplog.set_level("INFO")

@@ -13,7 +13,7 @@ from nst_det.engine.config import (
     plain,
     read_yaml,
 )
-from nst_det.engine.keys import transfer_node
+from nst_det.engine.keys import Key, config_tree, transfer_node
 from nst_det.errors import UserError
 
 # ten times itself, six times over
@@ -46,6 +46,25 @@ def test_base_file_is_merged_under_the_file_and_overrides_over_it(tmp_path):
         "TRANSFER.WEIGHTS.kd": 2,
         "TRANSFER.WARMUP_ITERS": 0,
     }
+
+
+def test_another_network_has_none_of_the_arguments_of_the_one_before(tmp_path, caplog):
+    name, arguments = Key("a", "a network"), Key({}, "its arguments")
+    known = {"STUDENT.ARCH": name, "STUDENT.ARCH_KWARGS": arguments}
+    known = config_tree(known | {"MODEL.TIMM.ARCH": name, "MODEL.TIMM.KWARGS": arguments})
+    text = "STUDENT: {ARCH: r10, ARCH_KWARGS: {width: 8}}\nMODEL: {TIMM: {ARCH: r10, KWARGS: {width: 8}}}\n"
+    file = write(tmp_path / "x.yaml", text)
+    for words, student, bottom_up in (
+        ([], {"width": 8}, {"width": 8}),
+        (["STUDENT.ARCH", "r10"], {"width": 8}, {"width": 8}),
+        (["STUDENT.ARCH", "r18"], {}, {"width": 8}),
+        (["STUDENT.ARCH_KWARGS.depth", "3", "STUDENT.ARCH", "r18"], {"depth": 3}, {"width": 8}),
+        (["MODEL.TIMM.ARCH", "r18", "STUDENT.ARCH_KWARGS", "{depth: 3}"], {"width": 8, "depth": 3}, {}),
+    ):
+        caplog.clear()
+        config = load_config(known, file, words)
+        assert (plain(config.STUDENT.ARCH_KWARGS), plain(config.MODEL.TIMM.KWARGS)) == (student, bottom_up)
+        assert ("r18" in words) == ("ARGS of r10 are left out" in caplog.text)
 
 
 def test_defaults_are_not_changed_the_result_is_frozen_and_free_nodes_take_any_key():

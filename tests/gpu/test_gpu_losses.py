@@ -18,8 +18,9 @@ def outputs(channels, side, seed, device):
         "embedding": torch.randn(8, channels, generator=draw),
     }
     leaves = {name: value.to(device).requires_grad_() for name, value in kinds.items()}
+    boxes = [torch.tensor([[0.1, 0.2, 0.5, 0.9]], device=device)] * 8
     return leaves, ModelOutputs(
-        leaves["logits"], {"res4": leaves["map"]}, leaves["embedding"], torch.arange(8, device=device)
+        leaves["logits"], {"res4": leaves["map"]}, leaves["embedding"], torch.arange(8, device=device), boxes
     )
 
 

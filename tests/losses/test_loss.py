@@ -31,7 +31,7 @@ def outputs(seed=0, requires_grad=False, batch=4):
     student = ModelOutputs(
         draw(batch, 10), {"res3": draw(batch, 6, 8, 8), "res4": draw(batch, 8, 4, 4)}, draw(batch, 8)
     )
-    student.labels = torch.arange(batch)
+    student.labels, student.boxes = torch.arange(batch), [torch.tensor([[0.1, 0.2, 0.5, 0.9]])] * batch
     maps = {"res3": draw(batch, 6, 8, 8), "res4": draw(batch, 12, 4, 4), "res5": draw(batch, 16, 2, 2)}
     return student, ModelOutputs(draw(batch, 10), maps, draw(batch, 16))
 

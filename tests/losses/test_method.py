@@ -61,7 +61,7 @@ def test_a_bad_word_gives_one_clear_line(word, said):
 
 
 def printed(cli, capsys, monkeypatch, *words):
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "500")
     assert cli("methods", *words) == 0
     text = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("│")] for line in text.splitlines() if "│" in line]
