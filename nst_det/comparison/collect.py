@@ -28,13 +28,12 @@ from nst_det.comparison.result import (
     RowResult,
     SeedResult,
     TeacherResult,
-    from_json,
 )
 from nst_det.comparison.statistics import EXPLANATION, REFERENCE, Difference, holm, mean_std, paired_difference
 from nst_det.distillation.config import transfer_of
 from nst_det.engine.config import flat, plain
 from nst_det.engine.fingerprint import RESUME, RUN, concerns
-from nst_det.engine.io import read_json
+from nst_det.engine.io import from_json, read_json
 from nst_det.engine.run_dir import provenance
 from nst_det.errors import UserError
 from nst_det.losses import get_term

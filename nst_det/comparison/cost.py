@@ -13,13 +13,13 @@ from fvcore.common.config import CfgNode
 
 from nst_det.benchmark import Batched, benchmark, photo_size
 from nst_det.comparison.plan import DETECTOR, Run
-from nst_det.comparison.result import BASELINE, Cost, Latency, from_json
+from nst_det.comparison.result import BASELINE, Cost, Latency
 from nst_det.detection.config import resolve_device
 from nst_det.detection.predict import load_run
 from nst_det.engine.config import flat, plain
 from nst_det.engine.device import gpu_errors_in_one_line
 from nst_det.engine.fingerprint import FORWARD, concerns
-from nst_det.engine.io import read_json, write_json
+from nst_det.engine.io import from_json, read_json, write_json
 from nst_det.engine.machine import machine_name
 from nst_det.engine.run_dir import config_hash
 from nst_det.errors import UserError

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from nst_det.engine.io import read_json, write_json
+from nst_det.engine.io import from_json, read_json, write_json
 from nst_det.errors import UserError
 
 BASELINE, SCRATCH, NO_FPN, TEACHER = "ce", "scratch", "no-fpn", "teacher"
@@ -278,39 +276,6 @@ class ComparisonResult:
                     name = f"rows.{index}.{where}{key}"
                     raise UserError(f"{path}: {name} is missing, or not what all rows are judged by; {REMEDY}")
         return result
-
-
-def from_json(kind: Any, value: Any, path: str, remedy: str, key: str = "") -> Any:
-    """Return parsed JSON as the type ``kind``: a dataclass, or what its fields here have; a missing key counts as null.
-
-    The error names ``path`` and the dotted key of a value of another type, or of one that isn't finite.
-    """
-
-    def inner(kind: Any, value: Any, name: object) -> Any:
-        return from_json(kind, value, path, remedy, f"{key}.{name}".lstrip("."))
-
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, UnionType):
-        return None if value is None else from_json(args[0], value, path, remedy, key)
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        kinds = get_type_hints(kind)
-        return kind(
-            **{field.name: inner(kinds[field.name], value.get(field.name), field.name) for field in fields(kind)}
-        )
-    if origin is dict and isinstance(value, dict):
-        return {name: inner(args[1], item, name) for name, item in value.items()}
-    if origin is list and isinstance(value, list):
-        return [inner(args[0], item, index) for index, item in enumerate(value)]
-    if origin is tuple and isinstance(value, list) and len(value) == len(args):
-        return tuple(inner(arg, item, index) for index, (arg, item) in enumerate(zip(args, value)))
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if (origin is Literal and value in args) or (kind in (int, str) and type(value) is kind):
-        return value
-    wanted = "a finite number" if kind is float else str(kind) if origin else kind.__name__
-    raise UserError(f"{path}: {key or 'it'} must be {wanted}, but is {value!r:.80}; {remedy}")
 
 
 def comparable(results: Any) -> Any:

@@ -16,6 +16,7 @@ from nst_det.detection.torchvision import Detector
 from nst_det.engine.config import expand_path
 from nst_det.engine.safetensors_io import read_metadata, write_tensors
 from nst_det.errors import UserError
+from nst_det.evaluation.thresholds import THRESHOLDS
 from nst_det.models import load_into, load_plain, load_strict, resolve
 from nst_det.models.card import check_pixels
 from nst_det.models.io import card_path, trusting_pickles
@@ -106,9 +107,10 @@ def keep_best(
 ) -> dict[str, Any]:
     """Write :data:`BEST_FILE` if these weights have a higher mAP on the validation split than those in it.
 
-    Return the record of these weights: ``step``, and of ``figures`` ``map`` and ``map_area``, 0..1 or None.
+    Return the record of these weights: ``step``, and of ``figures`` ``map`` and ``map_area``, 0..1 or None, and
+    ``thresholds`` (see :mod:`nst_det.evaluation.thresholds`).
     """
-    record = {"step": step, "map": figures.get("map"), "map_area": figures.get("map_area")}
+    record = {"step": step, **{name: figures.get(name) for name in ("map", "map_area", THRESHOLDS)}}
     before = read_best(folder)
     # of equal ones the first; the record is in the file itself, so that a kill can't part the two
     if before is None or (record["map"] or 0.0) > (before["map"] or 0.0):
@@ -137,11 +139,14 @@ def patience_is_over(folder: Path, step: int, test: CfgNode) -> bool:
 
 
 def settle(folder: Path, student: nn.Module, last: Mapping[str, Any], select: str) -> dict[str, Any]:
-    """Return the records of the ``best`` and the ``last`` weights, and which are ``tested``: those of TEST.SELECT.
+    """Return what ``result.json`` has of both: ``checkpoints``, and ``thresholds`` of the tested ones.
 
+    ``checkpoints`` are the records of the ``best`` and the ``last`` weights, and which are ``tested``, by TEST.SELECT.
     With ``best`` the student takes up those weights; the last ones have been offered to :func:`keep_best` before.
     """
     best = read_best(folder) or dict(last)
     if select == BEST and best["step"] != last["step"]:
         load_strict(student, load_plain(folder / BEST_FILE), str(folder / BEST_FILE))
-    return {BEST: best, LAST: dict(last), "tested": select}
+    records = {BEST: best, LAST: dict(last)}
+    thresholds = {name: record.pop(THRESHOLDS, None) for name, record in records.items()}
+    return {"checkpoints": {**records, "tested": select}, THRESHOLDS: thresholds[select]}

@@ -68,6 +68,7 @@ from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections, GroundTruth
 from nst_det.evaluation.io import write_detections
 from nst_det.evaluation.metrics import summarize
+from nst_det.evaluation.thresholds import THRESHOLDS
 from nst_det.losses import parse_method
 from nst_det.models import count_parameters
 from nst_det.models.io import trusting_pickles
@@ -103,9 +104,9 @@ def share_of_batches() -> slice:
     return slice(rank(), None, world_size())
 
 
-def score(found: Detections, data: VocDataset | JoinedVoc) -> dict[str, Any]:
+def score(found: Detections, data: VocDataset | JoinedVoc, validation: bool = False) -> dict[str, Any]:
     """Return what ``result.json`` holds of a detector, see :func:`~nst_det.evaluation.metrics.summarize`."""
-    return summarize(found, GroundTruth.from_annotations(data.annotations(), data.classes))[1]
+    return summarize(found, GroundTruth.from_annotations(data.annotations(), data.classes), validation=validation)[1]
 
 
 def train_detector(config: CfgNode) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
         kept = student if average is None else cast(Detector, average.network)
 
         def evaluate(step: int) -> dict[str, float]:
-            found = _evaluate(kept, config, validation or data)
+            found = _evaluate(kept, config, validation or data, validation=validation is not None)
             if validation is not None and is_main_process():
                 keep_best(folder.path, kept, classes, step, found)
             prefix = "" if validation is None else "val/"
@@ -159,13 +160,14 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
         train(trainer, folder, evaluate, is_over)
         validated: dict[str, Any] = {}
         if validation is not None:
-            found = _evaluate(kept, config, validation)
+            found = _evaluate(kept, config, validation, validation=True)
 
             def settled() -> dict[str, Any]:
                 last = keep_best(folder.path, kept, classes, trainer.max_iter, found)
                 return settle(folder.path, kept, last, config.TEST.SELECT)
 
-            validated = {"validation": found, "checkpoints": broadcast_from_rank0(settled)}
+            figures = {key: value for key, value in found.items() if key != THRESHOLDS}
+            validated = {"validation": figures, **broadcast_from_rank0(settled)}
             # those of the best step, where they are tested
             copy_from_first(kept)
         if is_main_process():
@@ -304,7 +306,11 @@ def _test_data(config: CfgNode, classes: Sequence[str]) -> VocDataset | None:
 
 
 def _evaluate(
-    detector: Detector, config: CfgNode, data: VocDataset | JoinedVoc | None, detections_file: Path | None = None
+    detector: Detector,
+    config: CfgNode,
+    data: VocDataset | JoinedVoc | None,
+    detections_file: Path | None = None,
+    validation: bool = False,
 ) -> dict[str, Any]:
     """Return the detector's figures, {} without test data."""
     if data is None:
@@ -312,7 +318,7 @@ def _evaluate(
     found = detect(detector, evaluation_batches(config, data, share=share_of_batches()), data)
     if detections_file is not None and is_main_process():
         write_detections(detections_file, found)
-    return broadcast_from_rank0(lambda: score(found, data))
+    return broadcast_from_rank0(lambda: score(found, data, validation))
 
 
 def print_result(result: Mapping[str, Any], folder: str) -> None:

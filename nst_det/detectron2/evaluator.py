@@ -13,6 +13,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
+from nst_det.detectron2.config import VALIDATION
 from nst_det.engine.io import write_json
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections, GroundTruth
@@ -62,7 +63,7 @@ class VocEvaluator(DatasetEvaluator):
         found = list({item[0]: item for part in gathered for item in part}.values())
         detections = Detections.from_images(found, self.data.classes)
         truth = GroundTruth.from_annotations(self.data.annotations(), self.data.classes)
-        result, figures = summarize(detections, truth, self.coco)
+        result, figures = summarize(detections, truth, self.coco, validation=self.name == VALIDATION)
         if self.output_dir:
             write_json(Path(self.output_dir) / "result.json", figures)
             write_detections(Path(self.output_dir) / "detections.json", detections)

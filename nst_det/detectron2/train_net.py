@@ -36,6 +36,7 @@ from nst_det.engine.metrics import last_losses
 from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder
 from nst_det.engine.signals import EXIT_RESUME, Preempted, preemptible
 from nst_det.errors import UserError
+from nst_det.evaluation.thresholds import THRESHOLDS
 from nst_det.losses import parse_method
 from nst_det.models import count_parameters
 from nst_det.models.io import trusting_pickles
@@ -204,8 +205,9 @@ def run_result(cfg: CfgNode, trainer: DistillTrainer) -> dict[str, Any]:
         figures = read_json(path)
     validation, transfer = validation_config(cfg), transfer_of(trainer.distilled)
     if validation is not None:
-        figures["validation"] = read_json(inference_folder(validation, VALIDATION) / "result.json")
-        figures["checkpoints"] = trainer.checkpoints
+        found = read_json(inference_folder(validation, VALIDATION) / "result.json")
+        figures["validation"] = {key: value for key, value in found.items() if key != THRESHOLDS}
+        figures |= trainer.validated
     return {
         **figures,
         "seconds": round(trainer.state.seconds, 3),

@@ -104,7 +104,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
     Attributes:
         student: the detector alone.
         state: what a checkpoint has of it besides Detectron2's part.
-        checkpoints: after a training with a validation split, the record of the best and the last weights.
+        validated: after a training with a validation split, what :func:`~nst_det.detection.checkpoint.settle` gives.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -144,7 +144,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         self.finite = FiniteCheck(model, parallel, cfg.SOLVER.CLIP_GRADIENTS)
         self._trainer.register_hooks([self.finite])
         propose_together(self.student)
-        self.checkpoints: dict[str, Any] = {}
+        self.validated: dict[str, Any] = {}
         self.register_hooks(self.build_hooks())
 
     @classmethod
@@ -327,7 +327,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
             self.put_scalars(**{f"val/{name}": last[name] for name in ("map", "map_area") if last[name] is not None})
         if done == self.max_iter:
             comm.synchronize()
-            self.checkpoints = settle(folder, self.state.eval_model, last, self.cfg.TEST.SELECT)
+            self.validated = settle(folder, self.state.eval_model, last, self.cfg.TEST.SELECT)
             self._test()
         self._stop_early(done)
         return {f"validation/{name}": values for name, values in found.items()}

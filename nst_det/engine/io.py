@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -12,8 +13,10 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import psutil
 
@@ -188,3 +191,36 @@ def sha256_of_file(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def from_json(kind: Any, value: Any, path: str, remedy: str, key: str = "") -> Any:
+    """Return parsed JSON as the type ``kind``: a dataclass, or what its fields here have; a missing key counts as null.
+
+    The error names ``path`` and the dotted key of a value of another type, or of one that isn't finite.
+    """
+
+    def inner(kind: Any, value: Any, name: object) -> Any:
+        return from_json(kind, value, path, remedy, f"{key}.{name}".lstrip("."))
+
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, UnionType):
+        return None if value is None else from_json(args[0], value, path, remedy, key)
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+        kinds = get_type_hints(kind)
+        return kind(
+            **{field.name: inner(kinds[field.name], value.get(field.name), field.name) for field in fields(kind)}
+        )
+    if origin is dict and isinstance(value, dict):
+        return {name: inner(args[1], item, name) for name, item in value.items()}
+    if origin is list and isinstance(value, list):
+        return [inner(args[0], item, index) for index, item in enumerate(value)]
+    if origin is tuple and isinstance(value, list) and len(value) == len(args):
+        return tuple(inner(arg, item, index) for index, (arg, item) in enumerate(zip(args, value)))
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if (origin is Literal and value in args) or (kind in (int, str) and type(value) is kind):
+        return value
+    wanted = "a finite number" if kind is float else str(kind) if origin else kind.__name__
+    raise UserError(f"{path}: {key or 'it'} must be {wanted}, but is {value!r:.80}; {remedy}")

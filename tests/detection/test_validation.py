@@ -17,6 +17,7 @@ from nst_det.engine.checkpoint import checkpoints, load_checkpoint
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.nan_guard import NotFinite
 from nst_det.errors import UserError
+from nst_det.evaluation.thresholds import read_thresholds
 from tests.helpers.detection import same_bits
 
 VALIDATED = {"DATASETS.VAL_FRACTION": 0.25, "SOLVER.MAX_ITER": 4, "TEST.EVAL_PERIOD": 2}
@@ -60,6 +61,7 @@ def test_a_run_trains_on_the_rest_and_validates_on_what_was_kept(on_shapes, shap
     assert [ids for ids, _ in evaluated] == [kept.ids] * 2
     assert 0 <= result["validation"]["map"] <= 1
     assert "map" not in result
+    assert set(read_thresholds(result, "result.json")) <= set(whole.classes)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["validation"] == result["validation"]
     assert split_training(on_shapes(), [whole]) == ([whole], None)
 
@@ -69,7 +71,12 @@ def test_the_best_checkpoint_is_chosen_without_the_test_split(
     on_shapes, shapes, tmp_path, monkeypatch, evaluated, select, maps
 ):
     figures = iter([*maps, 0.125])
-    monkeypatch.setattr(pipeline, "score", lambda *_: {"map": next(figures), "map_area": 0.0})
+
+    def score(found, data, validation):
+        value = next(figures)
+        return {"map": value, "map_area": 0.0, **({"thresholds": {"arrow": value}} if validation else {})}
+
+    monkeypatch.setattr(pipeline, "score", score)
     result = train_detector(on_shapes("run", {**VALIDATED, "TEST.SELECT": select}))
     (_, middle), (_, last), (tested, chosen) = evaluated
     best = middle if maps[0] > maps[1] else last
@@ -86,7 +93,8 @@ def test_the_best_checkpoint_is_chosen_without_the_test_split(
         "last": {"step": 4, "map": maps[1], "map_area": 0.0},
         "tested": select,
     }
-    assert (result["map"], result["validation"]["map"]) == (0.125, maps[1])
+    assert result["thresholds"] == {"arrow": max(maps) if select == "best" else maps[1]}
+    assert (result["map"], result["validation"]) == (0.125, {"map": maps[1], "map_area": 0.0})
     row = read_metrics(tmp_path / "run" / "metrics.jsonl")[1]
     assert row["val/map"] == maps[0]
     assert "map" not in row

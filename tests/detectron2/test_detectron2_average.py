@@ -18,6 +18,7 @@ from nst_det.engine.io import read_json
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
+from nst_det.evaluation.thresholds import read_thresholds
 
 # reached at the fourth of six steps
 DECAY = 0.6
@@ -131,6 +132,8 @@ def test_a_run_validates_on_the_images_that_were_kept_and_tests_at_the_end(confi
     result = folder.result()
     assert 0 <= result["validation"]["map"] <= 1
     assert 0 <= result["map"] <= 1
+    assert set(read_thresholds(result, "result.json")) <= set(left.classes)
+    assert "thresholds" not in result["validation"]
     checkpoints = result["checkpoints"]
     assert checkpoints["last"] == {"step": 6, **{name: result["validation"][name] for name in ("map", "map_area")}}
     assert checkpoints["best"]["map"] >= checkpoints["last"]["map"]
@@ -141,7 +144,7 @@ def test_a_run_validates_on_the_images_that_were_kept_and_tests_at_the_end(confi
 
 
 def test_the_best_weights_are_tested_and_kept(configured, tmp_path, monkeypatch):
-    measured = iter([{"map": 0.5, "map_area": 0.5}, {"map": 0.25, "map_area": 0.25}])
+    measured = iter([{"map": 0.5, "map_area": 0.5, "thresholds": {"cat": 0.5}}, {"map": 0.25, "map_area": 0.25}])
     read = trainer.read_json
     monkeypatch.setattr(trainer, "read_json", lambda path: next(measured) if VALIDATION in str(path) else read(path))
     cfg = configured(*VALIDATED, "TEST.SELECT", "best")
@@ -153,6 +156,7 @@ def test_the_best_weights_are_tested_and_kept(configured, tmp_path, monkeypatch)
     assert not same(best, torch.load(tmp_path / "run" / "model_final.pth")["model"])
     assert folder.result()["checkpoints"]["best"] == {"step": 3, "map": 0.5, "map_area": 0.5}
     assert folder.result()["checkpoints"]["tested"] == "best"
+    assert folder.result()["thresholds"] == {"cat": 0.5}
 
 
 def test_training_stops_where_validation_gets_no_better(configured, tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ from xml.sax.saxutils import escape
 
 from PIL import Image
 
-from nst_det.comparison.result import ComparisonResult, from_json
+from nst_det.comparison.result import ComparisonResult
 from nst_det.comparison.statistics import mean_std, paired_difference
+from nst_det.engine.io import from_json
 
 CLASSES = ("arrow", "bolt", "crescent", "cross", "heart", "hexagon", "ring", "star")
 # method -> (mAP by seed, top-1 by seed)
