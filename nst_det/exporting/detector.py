@@ -18,12 +18,14 @@ from nst_det.detection.data import open_voc, resize, resized_shape, runs_of_equa
 from nst_det.detection.predict import find_sources, load_run, read_sources
 from nst_det.detection.torchvision import Detector
 from nst_det.engine.io import atomic_files, write_text
+from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
+from nst_det.evaluation.thresholds import read_thresholds
 from nst_det.exporting import Exported, formats
 from nst_det.exporting.agreement import Detections, compare_detections, detect, equal_scores, found_again
 from nst_det.exporting.contract import Contract
 from nst_det.exporting.graph import DetectorGraph
-from nst_det.exporting.modelcard import detector_card
+from nst_det.exporting.modelcard import detector_card, detector_script
 from nst_det.exporting.quantization import quantize_onnx, quantize_openvino
 from nst_det.exporting.runtime import RUNTIMES, SUFFIXES, ExportedDetector, load_exported, require
 
@@ -72,8 +74,9 @@ class DetectorExport:
             written = folder / output.name
             self._save(written, form, precision, ranges)
             agreement = self._compare(load_exported(written), output, inputs)
-            card = detector_card(self.run, self.config, self.classes, output.name, form, agreement)
+            card = detector_card(self.run, self.config, self.contract(precision), output.name, form, agreement)
             write_text(folder / f"{output.name}.md", card)
+            write_text(folder / f"{output.name}.py", detector_script(output.name, form))
             names = [path.name for path in folder.iterdir()]
         kinds = {output.suffix: "detector", ".bin": "weights", ".md": "card", ".py": "script"}
         files = {kinds[Path(name).suffix]: output.with_name(name) for name in sorted(names, key=len)}
@@ -81,10 +84,12 @@ class DetectorExport:
 
     def contract(self, precision: str) -> Contract:
         """Return what a file of this detector says of itself."""
-        config = self.config
+        config, run = self.config, RunFolder(self.run)
         least = config.MODEL.ROI_HEADS.SCORE_THRESH_TEST
         sizes = config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST
-        return Contract(tuple(self.classes), self.batch, precision, *sizes, least)
+        best = read_thresholds(run.result(), str(run.result_path)) if run.done else {}
+        scores = {name: threshold.score for name, threshold in best.items()}
+        return Contract(tuple(self.classes), self.batch, precision, *sizes, least, scores)
 
     def _save(self, path: Path, form: str, precision: str, ranges: Sequence[np.ndarray]) -> None:
         contract = self.contract(precision)

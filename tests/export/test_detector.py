@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -275,7 +276,7 @@ def test_equal_scores_come_by_index_and_are_counted(run_folder):
     assert equal_scores(detector, noise(128, 160)) >= min(100, cells) - 6
 
 
-def test_the_card_is_the_runs_own_result(exported, run_folder, tmp_path):
+def test_the_card_is_the_runs_own_result(exported, maker, run_folder, tmp_path):
     # the difference was measured on the test images
     said = re.fullmatch(
         r"4 images, (\d+) detections: boxes within (\S+) px .*, scores within (\S+) .*", exported.agreement
@@ -298,17 +299,47 @@ def test_the_card_is_the_runs_own_result(exported, run_folder, tmp_path):
     # without figures it says so
     run = shutil.copytree(run_folder, tmp_path / "run")
     (run / "result.json").unlink()
-    bare = detector_card(run, *load_run(run)[1:], "d.onnx", "onnx", exported.agreement)
+    bare = detector_card(run, load_run(run)[1], maker.contract("fp32"), "d.onnx", "onnx", exported.agreement)
     assert "model-index" not in bare
     assert "Not measured." in bare
 
 
-def test_the_code_on_the_card_runs(exported, monkeypatch, capsys):
-    (code,) = exported.files["card"].read_text().split("```python\n")[1:]
-    monkeypatch.chdir(exported.files["detector"].parent)
-    Image.fromarray(noise(256, 300).transpose(1, 2, 0)).save("image.jpg")
-    exec(code.split("```")[0], {})
-    assert len(capsys.readouterr().out.splitlines()) > 3
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "torchvision", "nst_det", "cv2"):
+    sys.modules[name] = None  # an import of it would fail
+import runpy
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_the_script_needs_numpy_pillow_and_the_runtime_alone(written, run_folder, tmp_path, monkeypatch, form):
+    exported = written(form)
+    script = exported.files["script"]
+    assert len(script.read_text().splitlines()) <= 40
+    assert script.read_text().rstrip() in exported.files["card"].read_text()
+    for seed, (height, width) in enumerate(((256, 300), (140, 97), (128, 128), (90, 500))):
+        Image.fromarray(noise(height, width, seed).transpose(1, 2, 0)).save(tmp_path / f"{seed}.png")
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    # scores of random weights are low
+    text = script.read_text().replace(", 0.5)", ", 0.0)")
+    (tmp_path / script.name).write_text(text)
+    for name in ("detector", "weights"):
+        if name in exported.files:
+            shutil.copy(exported.files[name], tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    command = [sys.executable, "-c", WITHOUT_TORCH, script.name, *names]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    detector = ImageDetector(*load_run(run_folder))
+    for name in names:
+        mine, wanted = [one for one in found if one["file"] == name], detector(tmp_path / name)
+        assert tuple(one["category"] for one in mine) == wanted.names
+        np.testing.assert_allclose([one["box"] for one in mine], wanted.boxes, atol=0.01)
+        np.testing.assert_allclose([one["score"] for one in mine], wanted.scores, atol=1e-4)
 
 
 def test_torch_export_by_the_command_line(cli, run_folder, tmp_path, capsys):
