@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nst_det.comparison.result import ComparisonResult, RowResult
     from nst_det.detection.predict import ImageDetector
     from nst_det.detection.predictions import PredictResult
+    from nst_det.detection.tiles import Tiles
     from nst_det.errors import UserError
     from nst_det.evaluation.voc import VocResult
     from nst_det.exporting import Exported
@@ -241,7 +242,9 @@ def load_backbone(weights: str | Path) -> tuple[nn.Module, Card]:
     return classifier_from_file(weights)
 
 
-def load_detector(run: str | Path, *, threshold: float = 0.5, device: str = "") -> ImageDetector:
+def load_detector(
+    run: str | Path, *, threshold: float | None = None, device: str = "", tile: int = 0, overlap: float | None = None
+) -> ImageDetector:
     """Load the detector of a finished run, to be called with images.
 
     ``detector(image)`` takes a path, a PIL image or an (H, W, 3) uint8 RGB array, and gives ``boxes`` (N, 4) float32
@@ -250,8 +253,11 @@ def load_detector(run: str | Path, *, threshold: float = 0.5, device: str = "") 
 
     Args:
         run: folder of a train-det run, such as ``my_project/output/detect/seed0/nst-poly``.
-        threshold: least score, 0 to 1.
+        threshold: least score, 0 to 1; None takes for each class the one of best F1 on the run's validation split, and
+            0.5 where there was none.
         device: ``cpu`` or ``cuda``; "" takes the GPU if there is one.
+        tile: look at larger images in square tiles of so many pixels a side; 0 looks at each image as a whole.
+        overlap: part of a tile that its neighbors share, at least 0 and below 1 (with ``tile``; None: 0.2).
 
     Raises:
         UserError: no finished run of the torchvision engine, or an image that can't be read.
@@ -263,11 +269,11 @@ def load_detector(run: str | Path, *, threshold: float = 0.5, device: str = "") 
         >>> found.boxes.shape == (len(found.scores), 4), set(found.names) <= set(detector.classes)
         (True, True)
     """
-    from nst_det.detection.predict import ImageDetector, load_run
+    from nst_det.detection import predict
     from nst_det.engine.device import named_device
 
     _check_threshold(threshold)
-    return ImageDetector(*load_run(run, named_device(device), threshold))
+    return predict.load_detector(run, named_device(device), threshold, _tiles(tile, overlap))
 
 
 def predict(
@@ -276,10 +282,12 @@ def predict(
     output: str | Path = "predictions",
     *,
     formats: Sequence[str] = ("images", "json"),
-    threshold: float = 0.5,
+    threshold: float | None = None,
     classes: Sequence[str] = (),
     device: str = "",
     every: int = 1,
+    tile: int = 0,
+    overlap: float | None = None,
 ) -> PredictResult:
     """Detect objects with a finished run and write what was found; ``nst-det predict`` does the same.
 
@@ -287,11 +295,14 @@ def predict(
         images: images, folders of images, or videos.
         run: folder of a train-det run.
         output: the folder to write into.
-        formats: of ``images`` (with boxes drawn), ``json``, ``voc`` and ``csv``.
-        threshold: least score, 0 to 1.
+        formats: of ``images`` (pictures and videos with boxes drawn), ``json``, ``voc`` and ``csv``.
+        threshold: least score, 0 to 1; None takes for each class the one of best F1 on the run's validation split, and
+            0.5 where there was none.
         classes: only these; () takes all.
         device: ``cpu`` or ``cuda``; "" takes the GPU if there is one.
         every: take each so many-th frame of a video.
+        tile: look at larger images in square tiles of so many pixels a side; 0 looks at each image as a whole.
+        overlap: part of a tile that its neighbors share, at least 0 and below 1 (with ``tile``; None: 0.2).
 
     Raises:
         UserError: no such image or run, or an option that can't be used.  A file that can't be read is passed over and
@@ -303,38 +314,53 @@ def predict(
         >>> result.images, result.unreadable
         (12, [])
     """
-    from nst_det.detection.predict import find_sources, load_run, read_sources
-    from nst_det.detection.predict import predict as detections_on
+    from nst_det.detection.predict import load_detector
     from nst_det.detection.predictions import FORMATS, PredictionWriter, PredictResult
+    from nst_det.detection.sources import find_sources, read_sources
     from nst_det.engine.device import gpu_errors_in_one_line, named_device
     from nst_det.errors import UserError
 
     if not formats or not set(formats) <= set(FORMATS):
         raise UserError(f"--format: '{','.join(formats)}': choose from {', '.join(FORMATS)}, joined by commas")
     _check_threshold(threshold)
+    tiles = _tiles(tile, overlap)
     if every < 1:
         raise UserError(f"--every: {every}; give 1 or more")
     sources = find_sources([images] if isinstance(images, str | Path) else images)
     unreadable: list[UserError] = []
-    count = 0
+    count, best = 0, None
     with gpu_errors_in_one_line("take --device cpu"):
-        detector, config, known = load_run(run, named_device(device), threshold)
+        detector = load_detector(run, named_device(device), threshold, tiles)
         for name in classes:
-            if name not in known:
-                raise UserError(f"--classes: this detector doesn't know '{name}'; it knows {', '.join(known)}")
-        labels = [known.index(name) for name in classes or known]
-        writer = PredictionWriter(output, formats, known)
-        for prediction in detections_on(detector, config, read_sources(sources, every, unreadable.append)):
-            writer.add(prediction.of_labels(labels))
-            count += 1
-    return PredictResult(count, writer.finish(), unreadable, len(sources), Path(output))
+            if name not in detector.classes:
+                known = ", ".join(detector.classes)
+                raise UserError(f"--classes: this detector doesn't know '{name}'; it knows {known}")
+        least = detector.least_scores(classes or None)
+        with PredictionWriter(output, formats, detector.classes) as writer:
+            for found in detector.predict(read_sources(sources, every, unreadable.append)):
+                wanted = found.scores[least[found.labels] <= 1]
+                best = max([*([] if best is None else [best]), *wanted[:1].tolist()], default=None)
+                writer.add(found.above(least))
+                count += 1
+            detections = writer.finish()
+    known_scores = detector.thresholds, detector.chosen
+    return PredictResult(count, detections, unreadable, len(sources), Path(output), *known_scores, best)
 
 
-def _check_threshold(threshold: float) -> None:
+def _check_threshold(threshold: float | None) -> None:
     from nst_det.errors import UserError
 
-    if not 0 <= threshold <= 1:
+    if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"--threshold: {threshold} is not a score; give a number from 0 to 1")
+
+
+def _tiles(tile: int, overlap: float | None) -> Tiles | None:
+    from nst_det.detection.tiles import OVERLAP, Tiles
+    from nst_det.errors import UserError
+
+    if not tile and overlap is not None:
+        raise UserError("--overlap: is that of tiles; give --tile PIXELS too")
+    return Tiles(tile, OVERLAP if overlap is None else overlap) if tile else None
 
 
 def export(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nst_det.cli.command import DEVICE, TRUST_PICKLE, argument, command, flag, one_of
 from nst_det.errors import UserError
+
+if TYPE_CHECKING:
+    from nst_det.detection.predictions import PredictResult
 
 
 def _check_paths(sources: Iterable[str], run_folder: str | None) -> None:
@@ -25,31 +31,55 @@ def _check_paths(sources: Iterable[str], run_folder: str | None) -> None:
     argument("--run", "DIR", "folder of a train-det run", dest="run_folder", required=True),
     argument("--output", "DIR", "where to write (default: predictions)", default="predictions"),
     argument("--format", "LIST", "images, json, voc, csv by commas (default: images,json)", default="images,json"),
-    argument("--threshold", "X", "least score, 0 to 1 (default: 0.5)", type=float, default=0.5),
+    argument("--threshold", "X", "least score, 0 to 1 (default: of best F1 on validation; else 0.5)", type=float),
     argument("--classes", "NAME", "only these classes (default: all)", nargs="+"),
     DEVICE,
     argument("--every", "N", "take each N-th frame of a video", type=int, default=1),
+    argument("--tile", "N", "look at larger images in square tiles of N pixels a side", type=int, default=0),
+    argument("--overlap", "X", "part of a tile that its neighbors share, below 1 (default: 0.2)", type=float),
     epilog="exit code: 0 if every image was read, 2 if one was not (the others are processed anyway). "
     "To score detections.json by nst-det evaluate, take --threshold 0.02 or less: AP counts low scores too.",
 )
 def predict(args: argparse.Namespace) -> int:
-    """Detect objects on images, folders or a video with a finished run; writes pictures, JSON, VOC XML or CSV."""
+    """Detect objects on images, folders or videos with a finished run; writes pictures, JSON, VOC XML or CSV."""
     _check_paths(args.inputs, args.run_folder)
     from nst_det import api
     from nst_det.engine.device import compute_line, named_device
 
     formats = [name for name in args.format.split(",") if name]
-    given = {"threshold": args.threshold, "classes": args.classes or (), "device": args.device, "every": args.every}
+    given = {name: getattr(args, name) for name in ("threshold", "device", "every", "tile", "overlap")}
     print(compute_line(named_device(args.device), None))
-    result = api.predict(args.inputs, args.run_folder, args.output, formats=formats, **given)
+    result = api.predict(
+        args.inputs, args.run_folder, args.output, formats=formats, classes=args.classes or (), **given
+    )
     counts = result.detections
+    print(_thresholds_line(result))
     by_class = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{result.images} images, {sum(counts.values())} detections ({by_class or 'none'}) in {args.output}")
+    if not counts and result.images:
+        print(_nothing_line(result))
     if result.unreadable:
         print(f"nst-det: {len(result.unreadable)} of {result.files} files could not be read:", file=sys.stderr)
         for error in result.unreadable:
             print(f"  {error}", file=sys.stderr)
     return 2 if result.unreadable else 0
+
+
+def _thresholds_line(result: PredictResult) -> str:
+    scores = {name: f"{score:.2g}" for name, score in result.thresholds.items()}
+    if result.chosen == "validation":
+        by_class = ", ".join(f"{name} {score}" for name, score in scores.items())
+        return f"least scores, of best F1 on the validation split: {by_class}"
+    note = "" if result.chosen == "given" else " (the run has no validation split to choose it on; --threshold sets it)"
+    return f"least score: {next(iter(scores.values()))}{note}"
+
+
+def _nothing_line(result: PredictResult) -> str:
+    if result.best is None:
+        return "no detection of any score"
+    # below the best score, by as few digits as tell it
+    digits = next(n for n in itertools.count(1) if math.floor(result.best * 10**n))
+    return f"best score {result.best:.2g}, try --threshold {math.floor(result.best * 10**digits) / 10**digits:g}"
 
 
 @command(

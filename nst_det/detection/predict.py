@@ -1,31 +1,32 @@
-"""A finished detector on somebody's own images and videos."""
+"""A finished detector, called with somebody's own images."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
 
-from nst_det.data.images import EXTENSIONS, decode_image, read_image
-from nst_det.data.safe_io import shown_path
+from nst_det.data.images import decode_image, read_image
 from nst_det.detection.checkpoint import load_weights, saved_classes
 from nst_det.detection.config import config_of_run, defrosted, listed_classes
 from nst_det.detection.data import network_input, runs_of_equals
 from nst_det.detection.pipeline import place_detector
-from nst_det.detection.predictions import Prediction
+from nst_det.detection.predictions import Boxes, Find, Prediction
+from nst_det.detection.sources import Picture
+from nst_det.detection.tiles import Tiles
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.engine.run_dir import WEIGHTS_FILE
 from nst_det.errors import UserError
+from nst_det.evaluation.thresholds import DEFAULT, read_thresholds
 
-VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
-KINDS = (*EXTENSIONS, *VIDEO_EXTENSIONS)
 # as at evaluation, so that the same images give the same bits
 LARGEST_BATCH = 8
 
@@ -83,12 +84,21 @@ class ImageDetector:
 
     Attributes:
         classes: names of the classes by label.
-        detector: the network, in evaluation mode.
-        config: of its run.
+        thresholds: least score of a detection by class, 0 to 1.
+        chosen: where they are from: ``given``, ``validation`` (the best F1 there; a class of which nothing was found
+            there has the default), or ``default``.
     """
 
-    def __init__(self, detector: Detector, config: CfgNode, classes: tuple[str, ...]) -> None:
-        self.detector, self.config, self.classes = detector, config, classes
+    def __init__(
+        self, find: Find, classes: Sequence[str], best: Mapping[str, float], threshold: float | None = None
+    ) -> None:
+        """``find`` gives all detections of some images; ``best`` are the thresholds of best F1, {} for none."""
+        self._find, self.classes = find, tuple(classes)
+        if threshold is None:
+            self.thresholds = {name: best.get(name, DEFAULT) for name in classes}
+        else:
+            self.thresholds = dict.fromkeys(classes, threshold)
+        self.chosen = "given" if threshold is not None else "validation" if best else "default"
 
     def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Found:
         """Return the objects on an image: a path, a PIL image, or an (H, W, 3) uint8 RGB array.
@@ -96,9 +106,42 @@ class ImageDetector:
         Raises:
             UserError: an image that can't be read, or an array of another shape or type.
         """
-        (found,) = predict(self.detector, self.config, [("", Path(), _pixels(image))])
+        (all_found,) = self.predict([Picture("", Path(), _pixels(image))])
+        found = all_found.above(self.least_scores())
         names = tuple(self.classes[label] for label in found.labels.tolist())
         return Found(found.boxes, found.scores, found.labels, names)
+
+    def least_scores(self, wanted: Iterable[str] | None = None) -> np.ndarray:
+        """Return the least score of each label, (K,) float64; infinite for a class that isn't ``wanted``."""
+        wanted = self.classes if wanted is None else set(wanted)
+        return np.array([self.thresholds[name] if name in wanted else np.inf for name in self.classes])
+
+    def predict(self, pictures: Iterable[Picture]) -> Iterator[Prediction]:
+        """Yield all detections on pictures, in their order, also those below the thresholds."""
+        waiting: deque[Picture] = deque()
+
+        def pixels() -> Iterator[np.ndarray]:
+            for picture in pictures:
+                waiting.append(picture)
+                yield picture.pixels
+
+        for found in self._find(pixels()):
+            yield Prediction(waiting.popleft(), *found)
+
+
+def load_detector(
+    folder: str | Path, device: str | torch.device = "cpu", threshold: float | None = None, tiles: Tiles | None = None
+) -> ImageDetector:
+    """Return the detector of a finished run of the torchvision engine; with its own thresholds, unless one is given.
+
+    With ``tiles`` images that are larger than one are looked at tile by tile.
+    """
+    # lower scores are found too: they tell what a lower threshold would give
+    lowest = run_config(Path(folder)).MODEL.ROI_HEADS.SCORE_THRESH_TEST
+    detector, config, classes = load_run(folder, device, None if threshold is None else min(threshold, lowest))
+    find = partial(find_by_run, detector, config)
+    best = {name: one.score for name, one in read_thresholds(folder).items()}
+    return ImageDetector(tiles.around(find) if tiles else find, classes, best, threshold)
 
 
 def _pixels(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -128,94 +171,10 @@ def run_config(folder: Path) -> CfgNode:
     return config_of_run(path)
 
 
-def find_sources(paths: Sequence[str | Path]) -> list[Path]:
-    """Return the images and videos that a user names: files, and those directly in folders, sorted by name.
-
-    The stem of a file names what is written for it, so no two may share one.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = [file for file in sorted(path.iterdir()) if _is_source(file) and not file.name.startswith(".")]
-            if not inside:
-                raise UserError(
-                    f"{shown_path(path)}: no image or video in this folder ({', '.join(KINDS)}); name another one"
-                )
-            found += inside
-        elif not path.exists():
-            raise UserError(f"{shown_path(path)}: no such file or folder; name images, folders or a video")
-        elif not _is_source(path):
-            raise UserError(f"{shown_path(path)}: neither an image nor a video ({', '.join(KINDS)}); convert it")
-        else:
-            found.append(path)
-    of_stem: dict[str, Path] = {}
-    for path in found:
-        twin = of_stem.setdefault(path.stem, path)
-        if twin != path:
-            raise UserError(
-                f"{shown_path(path)}: has the same name as {shown_path(twin)}, and both would be written as "
-                f"{path.stem}; rename one, or predict them one after the other"
-            )
-    return list(of_stem.values())
-
-
-def _is_source(path: Path) -> bool:
-    return path.suffix.lower() in KINDS
-
-
-def is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_EXTENSIONS
-
-
-def read_frames(path: Path, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (number from 1, (H, W, 3) uint8 RGB) of each ``every``-th frame of a video, beginning with the first."""
-    video = cv2.VideoCapture(str(path))
-    try:
-        number = 0
-        while video.grab():
-            number += 1
-            if (number - 1) % every == 0:
-                done, frame = video.retrieve()
-                if not done:
-                    raise UserError(f"{shown_path(path)}: frame {number} can't be decoded; convert the video again")
-                yield number, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-        if not number:
-            raise UserError(f"{shown_path(path)}: can't be read as a video; convert it to MP4 (H.264)")
-    finally:
-        video.release()
-
-
-def read_sources(
-    sources: Iterable[Path], every: int = 1, unusable: Callable[[UserError], None] | None = None
-) -> Iterator[tuple[str, Path, np.ndarray]]:
-    """Yield (id, file, pixels) of all images, and of each ``every``-th frame of the videos.
-
-    A file that can't be read is given to ``unusable``, and the others follow; without it the error is raised.
-    """
-    for path in sources:
-        try:
-            if is_video(path):
-                for number, frame in read_frames(path, every):
-                    yield f"{path.stem}_{number:06}", path, frame
-            else:
-                yield path.stem, path, read_image(path)
-        except UserError as error:
-            if unusable is None:
-                raise
-            unusable(error)
-
-
 @torch.no_grad()
-def predict(
-    detector: Detector, config: CfgNode, images: Iterable[tuple[str, Path, np.ndarray]]
-) -> Iterator[Prediction]:
-    """Yield the detections on images (id, file, (H, W, 3) uint8 RGB), in their order."""
-    items = (
-        {"image": network_input(x, config), "height": x.shape[0], "width": x.shape[1], "source": (id_, file, x)}
-        for id_, file, x in images
-    )
+def find_by_run(detector: Detector, config: CfgNode, images: Iterable[np.ndarray]) -> Iterator[Boxes]:
+    """Yield the detections on images (H, W, 3) uint8 RGB; those that follow each other share a batch if they can."""
+    items = ({"image": network_input(x, config), "height": x.shape[0], "width": x.shape[1]} for x in images)
     for batch in runs_of_equals(items, lambda item: item["image"].shape, LARGEST_BATCH):
-        for item, found in zip(batch, detector(batch)):
-            boxes, labels, scores = (found[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
-            id_, file, pixels = item["source"]
-            yield Prediction(id_, str(file), item["width"], item["height"], boxes, labels, scores, pixels)
+        for found in detector(batch):
+            yield Boxes(*(found[name].cpu().numpy() for name in ("boxes", "labels", "scores")))

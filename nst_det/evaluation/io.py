@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -37,12 +38,16 @@ class CocoNames:
     categories: Mapping[int | str, str]
 
 
-def write_detections(path: str | Path, found: Detections) -> None:
-    """Write COCO's results style with image and category by name, one detection a line."""
+def write_detections(path: str | Path, found: Detections, frames: Sequence[int | None] = ()) -> None:
+    """Write COCO's results style with image and category by name, one detection a line.
+
+    ``frames``, one for each detection, are the numbers of frames of a video, where the image is one.
+    """
     rows = zip(found.image_id, found.label.tolist(), to_xywh(found.box).tolist(), found.score.tolist())
     records = (
         {"image_id": id_, "category": found.classes[label], "bbox": bbox, "score": score}
-        for id_, label, bbox, score in rows
+        | ({} if frame is None else {"frame": frame})
+        for (id_, label, bbox, score), frame in zip(rows, frames or itertools.repeat(None))
     )
     lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
     write_text(path, f"[\n{lines}\n]\n")

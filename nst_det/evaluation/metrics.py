@@ -6,14 +6,13 @@ from typing import Any
 
 from nst_det.evaluation.boxes import Detections, GroundTruth
 from nst_det.evaluation.coco import SUMMARY, evaluate_coco
+from nst_det.evaluation.objects import count_objects
 from nst_det.evaluation.thresholds import THRESHOLDS as BY_CLASS
 from nst_det.evaluation.thresholds import best_thresholds, to_json
 from nst_det.evaluation.voc import VocResult, evaluate_voc
 
 # COCO's; the first is the one that VOC is quoted at
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
-# COCO's sizes: the area of a box in pixels of the image as it was annotated, up to and including
-SMALL, MEDIUM = 32**2, 96**2
 
 
 def summarize(
@@ -30,9 +29,7 @@ def summarize(
     """
     voc = evaluate_voc(found, truth, THRESHOLDS)
     at_half = voc.to_dict()
-    sides = truth.box[~truth.difficult, 2:] - truth.box[~truth.difficult, :2] + 1
-    area = sides.prod(axis=1)
-    small, large = int((area <= SMALL).sum()), int((area > MEDIUM).sum())
+    counts = count_objects(truth).values()
     summary = evaluate_coco(found, truth).to_dict() if coco else {}
     return voc, {
         "map": at_half["map"],
@@ -41,7 +38,7 @@ def summarize(
         "per_class_area": {name: numbers["ap_area"] for name, numbers in at_half["per_class"].items()},
         "map_by_iou": {str(threshold): voc.to_dict(threshold)["map"] for threshold in THRESHOLDS},
         "coco": {name: summary[name] for name in SUMMARY if coco},
-        "objects": {"small": small, "medium": len(area) - small - large, "large": large},
+        "objects": {size: sum(getattr(one, size) for one in counts) for size in ("small", "medium", "large")},
         "objects_per_class": {name: numbers["positives"] for name, numbers in at_half["per_class"].items()},
         **({BY_CLASS: to_json(best_thresholds(voc))} if validation else {}),
     }

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nst_det.engine.io import from_json
+from nst_det.engine.run_dir import RunFolder
 from nst_det.evaluation.voc import Curve, VocResult
 
 # at which a curve is kept
 SCORES = np.arange(51) / 50
+# the least score of a class for which none is known
+DEFAULT = 0.5
 # of result.json
 THRESHOLDS = "thresholds"
 
@@ -61,7 +65,9 @@ def to_json(thresholds: Mapping[str, ScoreThreshold]) -> dict[str, Any]:
     return {name: asdict(one) for name, one in thresholds.items()}
 
 
-def read_thresholds(result: Mapping[str, Any], path: str) -> dict[str, ScoreThreshold]:
-    """Return those in the result of a run; {} where none was validated. ``path`` is the file, for the error."""
-    kind = dict[str, ScoreThreshold] | None
-    return from_json(kind, result.get(THRESHOLDS), path, "remove the file to run this again", THRESHOLDS) or {}
+def read_thresholds(run: str | Path) -> dict[str, ScoreThreshold]:
+    """Return those of a finished run's folder; {} where nothing was validated, or it isn't finished."""
+    folder = RunFolder(run)
+    found = folder.result().get(THRESHOLDS) if folder.done else None
+    kind, remedy = dict[str, ScoreThreshold] | None, "remove the file to run this again"
+    return from_json(kind, found, str(folder.result_path), remedy, THRESHOLDS) or {}

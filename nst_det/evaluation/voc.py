@@ -128,13 +128,13 @@ def evaluate_voc(detections: Detections, truth: GroundTruth, iou: float | Sequen
     # best score first; lexsort keeps the given order of equal scores
     order = np.lexsort((-detections.score, label))
     image, label, score = image[order], label[order], detections.score[order]
-    overlap, match = _best_match(image, label, detections.box[order], truth)
+    overlap, match = best_match(image, label, detections.box[order], truth)
     count = len(truth.classes)
     positives = np.bincount(truth.label[~truth.difficult], minlength=count)
     ends = np.searchsorted(label, np.arange(count + 1))
     curves = []
     for threshold in thresholds:
-        hit, counted = _judge(overlap >= threshold, match, truth.difficult)
+        hit, counted = judge(overlap >= threshold, match, truth.difficult)
         row = []
         for start, end, objects in zip(ends, ends[1:], positives):
             taken = counted[start:end]
@@ -156,35 +156,43 @@ def evaluate_voc(detections: Detections, truth: GroundTruth, iou: float | Sequen
     )
 
 
-def _best_match(
+def best_match(
     image: np.ndarray, label: np.ndarray, box: np.ndarray, truth: GroundTruth
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each detection's largest overlap with an object of its class on its image, and that object (or -1)."""
     count = len(truth.classes)
-    # objects grouped by image and class; each group keeps the order of the annotation
-    group = truth.image * count + truth.label
+    rows, target = pairs_of(image * count + label, truth.image * count + truth.label)
+    return best_pairs(rows, target, overlap_of(box[rows], truth.box[target]), len(image))
+
+
+def pairs_of(wanted: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a row for each pair of a detection and an object of its group: indices of both, in the order of both.
+
+    ``wanted`` (N,) and ``group`` (M,) are the groups of detections and objects.
+    """
     by_group = np.argsort(group, kind="stable")
-    wanted = image * count + label
     first = np.searchsorted(group[by_group], wanted, side="left")
-    pairs = np.searchsorted(group[by_group], wanted, side="right") - first
-    overlap = np.full(len(image), -np.inf)
-    match = np.full(len(image), -1, dtype=np.int64)
-    some = np.flatnonzero(pairs)
-    if not some.size:
-        return overlap, match
-    # one row for each pair of a detection and an object of its group
-    starts = np.concatenate([[0], np.cumsum(pairs[some])])
-    rows = np.repeat(np.arange(len(some)), pairs[some])
-    target = by_group[first[some][rows] + np.arange(starts[-1]) - starts[rows]]
-    values = _overlap(box[some][rows], truth.box[target])
-    overlap[some] = best = np.maximum.reduceat(values, starts[:-1])
-    # the first object that reaches the maximum
-    at = np.flatnonzero(values == best[rows])
-    match[some] = target[at[np.unique(rows[at], return_index=True)[1]]]
-    return overlap, match
+    counts = np.searchsorted(group[by_group], wanted, side="right") - first
+    rows = np.repeat(np.arange(len(wanted)), counts)
+    starts = np.cumsum(counts) - counts
+    return rows, by_group[first[rows] + np.arange(len(rows)) - starts[rows]]
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def best_pairs(rows: np.ndarray, target: np.ndarray, values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the largest value of each of ``count`` detections, and the first object that has it (-inf and -1 of none).
+
+    ``rows`` (P,), rising, and ``target`` (P,) are the pairs that have the ``values`` (P,).
+    """
+    best, match = np.full(count, -np.inf), np.full(count, -1, dtype=np.int64)
+    some, starts = np.unique(rows, return_index=True)
+    if some.size:
+        best[some] = np.maximum.reduceat(values, starts)
+        at = np.flatnonzero(values == best[rows])
+        match[some] = target[at[np.unique(rows[at], return_index=True)[1]]]
+    return best, match
+
+
+def overlap_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return intersection over union of boxes row by row, (P,), with the devkit's + 1 and its order of operations."""
     sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + 1
     shared = sides[:, 0] * sides[:, 1]
@@ -194,7 +202,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(shared, area_a + area_b - shared, out=np.full(len(shared), -np.inf), where=touching)
 
 
-def _judge(enough: np.ndarray, match: np.ndarray, difficult: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def judge(enough: np.ndarray, match: np.ndarray, difficult: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return which detections are hits, and which count at all; they come best first within a class."""
     matched = np.flatnonzero(enough)
     on_difficult = difficult[match[matched]]

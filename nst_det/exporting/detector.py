@@ -15,10 +15,10 @@ from torch.export import ExportedProgram
 
 from nst_det.data.splits import shared_images
 from nst_det.detection.data import open_voc, resize, resized_shape, runs_of_equals, split_training
-from nst_det.detection.predict import find_sources, load_run, read_sources
+from nst_det.detection.predict import load_run
+from nst_det.detection.sources import find_sources, read_sources
 from nst_det.detection.torchvision import Detector
 from nst_det.engine.io import atomic_files, write_text
-from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.evaluation.thresholds import read_thresholds
 from nst_det.exporting import Exported, formats
@@ -84,11 +84,10 @@ class DetectorExport:
 
     def contract(self, precision: str) -> Contract:
         """Return what a file of this detector says of itself."""
-        config, run = self.config, RunFolder(self.run)
+        config = self.config
         least = config.MODEL.ROI_HEADS.SCORE_THRESH_TEST
         sizes = config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST
-        best = read_thresholds(run.result(), str(run.result_path)) if run.done else {}
-        scores = {name: threshold.score for name, threshold in best.items()}
+        scores = {name: best.score for name, best in read_thresholds(self.run).items()}
         return Contract(tuple(self.classes), self.batch, precision, *sizes, least, scores)
 
     def _save(self, path: Path, form: str, precision: str, ranges: Sequence[np.ndarray]) -> None:
@@ -150,8 +149,8 @@ class DetectorExport:
     def _batches(self, named: Sequence[str | Path]) -> list[np.ndarray]:
         """Return calibration images, named or of the training split, as batches (B, 3, H, W)."""
         paths = find_sources(named) if named else self._training_images()
-        pixels = (x for _, _, x in itertools.islice(read_sources(paths), CALIBRATION_IMAGES))
-        images = sorted((_resized(self.config, x) for x in pixels), key=lambda image: image.shape)
+        pictures = itertools.islice(read_sources(paths), CALIBRATION_IMAGES)
+        images = sorted((_resized(self.config, picture.pixels) for picture in pictures), key=lambda image: image.shape)
         batches = runs_of_equals(images, lambda image: image.shape, self.batch)
         # the last image again where there are too few
         return [np.stack([*batch, *[batch[-1]] * (self.batch - len(batch))]) for batch in batches]
@@ -190,8 +189,8 @@ def read_images(config: CfgNode, classes: Sequence[str], named: Sequence[str | P
             named = [data.image_path(id_) for id_ in data.ids[:MOST_IMAGES]]
         except UserError as error:
             raise UserError(f"no test images to compare the export on ({error}); name some by --images") from error
-    for _, _, pixels in itertools.islice(read_sources(find_sources(named)), MOST_IMAGES):
-        yield _resized(config, pixels)
+    for picture in itertools.islice(read_sources(find_sources(named)), MOST_IMAGES):
+        yield _resized(config, picture.pixels)
 
 
 def _resized(config: CfgNode, pixels: np.ndarray) -> np.ndarray:

@@ -60,7 +60,7 @@ def detector_card(
         runtime=RUNTIMES[form],
         script=detector_script(file, form).rstrip(),
         default_threshold=DEFAULT,
-        thresholds=read_thresholds(result, str(folder.result_path)),
+        thresholds=read_thresholds(folder.path),
         f1_at=[(score, index) for index, score in enumerate(SCORES.tolist()) if index % 10 == 5],
         result=result,
         origin=_origin(folder.path),

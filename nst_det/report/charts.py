@@ -14,7 +14,9 @@ from matplotlib.ticker import LogLocator
 
 from nst_det.comparison.result import BASELINE, MAP, MARKS, TOP1, ComparisonResult
 from nst_det.engine.metrics import TOTALS
-from nst_det.report.curves import RECALLS, Curve, Curves, Precision
+from nst_det.evaluation.thresholds import SCORES
+from nst_det.report.analysis import RECALLS, Precision, RowAnalysis, precision_by_class
+from nst_det.report.curves import Curve, Curves
 from nst_det.report.svg import CSS_COLORS, INK, METHOD_COLORS, MUTED, STYLE, SURFACE, new_axes, to_svg
 from nst_det.report.tables import fraction
 
@@ -74,9 +76,10 @@ def draw_charts(
     looks: Looks,
     distill: Mapping[str, Curves],
     detect: Mapping[str, Curves],
-    precision: Mapping[str, Mapping[str, Precision]],
+    analyses: Mapping[str, RowAnalysis],
 ) -> dict[str, Any]:
     """Return all charts of the page by name; None and empty lists where nothing is known."""
+    precision = precision_by_class(analyses)
     methods = dict.fromkeys(method for curves in precision.values() for method in curves)
     mean = {method: np.mean([curves[method] for curves in precision.values()], axis=0) for method in methods}
     by_class = enumerate(precision.items())
@@ -86,6 +89,7 @@ def draw_charts(
             "scatter": _top1_scatter(results, looks),
             "precision": _precision_panel(mean, looks, "precision") if mean else None,
             "precision_by_class": [_precision_panel(one, looks, f"precision{n}", name) for n, (name, one) in by_class],
+            "f1": _f1_chart(analyses, looks),
             "overlap": _overlap_chart(results, looks),
             "sizes": _size_chart(results, looks),
             "distill_terms": _term_panels(distill["loss"], "terms"),
@@ -205,6 +209,20 @@ def _precision_panel(curves: Mapping[str, Precision], looks: Looks, name: str, t
     # what a reader of the words can use: how precise at half of the objects
     halves = ", ".join(f"{method} {fraction(float(p[len(RECALLS) // 2]), 2)}" for method, p in curves.items())
     return to_svg(axes, name, f"Precision over recall, {title or 'mean over classes'}; at recall 0.5: {halves}")
+
+
+def _f1_chart(analyses: Mapping[str, RowAnalysis], looks: Looks) -> Markup | None:
+    """Draw F1 on the validation split over the score that a detection needs, one line a row; None without any."""
+    curves = {method: row.f1 for method, row in analyses.items() if row.f1 is not None}
+    if not curves:
+        return None
+    axes = new_axes(*SMALL)
+    for method, f1 in curves.items():
+        axes.plot(SCORES, f1, **looks[method].stroke)
+    axes.set(xlim=(0, 1), xlabel="least score", ylabel="F1, mean over classes")
+    _start_at_zero(axes)
+    tops = [f"{name} {fraction(float(f1.max()), 2)} at {SCORES[f1.argmax()]:.2f}" for name, f1 in curves.items()]
+    return to_svg(axes, "f1", f"F1 over the least score; the highest: {', '.join(tops)}")
 
 
 def _overlap_chart(results: ComparisonResult, looks: Looks) -> Markup | None:

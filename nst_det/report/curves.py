@@ -1,4 +1,4 @@
-"""Curves from the files that runs left: losses and accuracies over steps, and precision over recall."""
+"""Curves from the metrics that runs left: losses and accuracies over steps."""
 
 from __future__ import annotations
 
@@ -13,17 +13,11 @@ from numpy.typing import NDArray
 from nst_det.comparison.result import ComparisonResult
 from nst_det.engine.metrics import read_metrics
 from nst_det.errors import UserError
-from nst_det.evaluation import voc
-from nst_det.evaluation.boxes import GroundTruth
-from nst_det.report.samples import open_test, read_detections
 
 log = logging.getLogger(__name__)
 BINS = 60
 ACCURACIES = ("top1", "top5", "val_top1", "val_top5", "map", "map_area", "accuracy")
-# at which precision is drawn
-RECALLS = np.linspace(0, 1, 51)
 Array = NDArray[np.float64]
-Precision = Array  # at RECALLS
 Points = Sequence[tuple[int, float]]  # (step, value)
 
 
@@ -97,35 +91,3 @@ def merge_seeds(seeds: Sequence[Points], bins: int = BINS) -> Curve:
         table = (sums / counts)[:, filled]
     places = (step_sums / counts.sum(axis=0).clip(1))[filled]
     return Curve(places, np.nanmean(table, axis=0), np.nanmin(table, axis=0), np.nanmax(table, axis=0))
-
-
-def read_precision(results: ComparisonResult, runs: Path) -> dict[str, dict[str, Precision]]:
-    """Read precision at overlap 0.5, means over seeds, by class and method.
-
-    A row of which a seed's detections or images are gone is left out with a warning.
-    """
-    per_class: dict[str, dict[str, Precision]] = {}
-    for row in results.rows if results.classes else ():
-        try:
-            seeds = [_precision_by_class(runs / str(one.run), results.classes) for one in row.per_seed.values()]
-        except (UserError, OSError) as error:
-            log.warning("%s: no precision over recall in the report: %s", row.method, error)
-            continue
-        for name in seeds[0]:
-            per_class.setdefault(name, {})[row.method] = np.mean([seed[name] for seed in seeds], axis=0)
-    return per_class
-
-
-def _precision_by_class(run: Path, classes: Sequence[str]) -> dict[str, Precision]:
-    """Return the curves of one run, of the classes that have objects."""
-    annotations = (annotation for data in open_test(run, classes) for annotation in data.annotations())
-    truth = GroundTruth.from_annotations(annotations, classes)
-    result = voc.evaluate_voc(read_detections(run, truth.image_ids, classes), truth)
-    curves = zip(result.classes, result.curves[0], result.positives)
-    return {name: interpolated(curve) for name, curve, count in curves if count}
-
-
-def interpolated(curve: voc.Curve) -> Precision:
-    """Return the highest precision at each of :data:`RECALLS` or beyond, which AP is computed from."""
-    best = np.append(np.maximum.accumulate(curve.precision[::-1])[::-1], 0.0)
-    return best[np.searchsorted(curve.recall, RECALLS, side="left")]

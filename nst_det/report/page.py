@@ -16,9 +16,12 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from scipy import stats
 
 from nst_det.comparison.result import BASELINE, TEACHER, ComparisonResult, RowResult
+from nst_det.evaluation.errors import KINDS
+from nst_det.evaluation.thresholds import DEFAULT
 from nst_det.report import charts, summary, tables
-from nst_det.report.curves import Curves, read_precision
-from nst_det.report.samples import SCORE_THRESHOLD, choose_samples
+from nst_det.report.analysis import RowAnalysis, count_data, read_analyses
+from nst_det.report.curves import Curves
+from nst_det.report.samples import choose_samples
 
 # of the heat map from 0 to 1, and of a difference from -1 to 0 to 1
 HEAT = ("#f7f9fc", "#bedbe8", "#68aecb", "#2674a0", "#0d3a63")
@@ -49,10 +52,13 @@ def render_page(
     environment.globals.update(
         {name: getattr(tables, name) for name in ("fraction", "signed", "interval_text", "legend", "MARKS", "UNTOLD")}
     )
-    environment.filters.update(in_terms=in_terms, flat=flat, known=lambda value: "" if value is None else value)
+    environment.filters.update(in_terms=in_terms, flat=flat, count=count)
+    environment.filters["known"] = lambda value: "" if value is None else value
     assert environment.loader is not None
     style, script = (environment.loader.get_source(environment, name)[0] for name in ("style.css", "script.js"))
     looks = charts.method_looks([row.method for row in results.rows])
+    analyses = read_analyses(results, runs)
+    leader = results.leader.method if results.leader else BASELINE
     return environment.get_template("index.html").render(
         results=results,
         summary=summary,
@@ -78,8 +84,14 @@ def render_page(
             if speed
         ],
         chosen=choose_samples(results, runs),
-        threshold=SCORE_THRESHOLD,
-        **charts.draw_charts(results, looks, distill, detect, read_precision(results, runs)),
+        threshold=DEFAULT,
+        analyses=analyses,
+        kinds=KINDS,
+        shown=[row for row in dict.fromkeys((leader, BASELINE)) if row in analyses],
+        confusion_cell=_confusion_cell,
+        thresholds=_threshold_lines(analyses.get(leader)),
+        data=count_data(results, runs),
+        **charts.draw_charts(results, looks, distill, detect, analyses),
     )
 
 
@@ -111,6 +123,33 @@ def _rank_correlation(results: ComparisonResult) -> float | None:
 
 def _heat_cell(ap: float | None) -> Cell:
     return Cell() if ap is None else Cell(tables.fraction(ap, 2), ap, *readable(ap, HEAT))
+
+
+def _confusion_cell(row: RowAnalysis, true: int, predicted: int) -> Cell:
+    """Return a cell of the confusion matrix, colored by its share of its line."""
+    value, whole = float(row.confusion[true, predicted]), float(row.confusion[true].sum())
+    return Cell(count(value), value, *readable(value / whole, HEAT)) if value else Cell("·", 0.0)
+
+
+def _threshold_lines(row: RowAnalysis | None) -> list[tuple[str, list[str], float]]:
+    """Return (class, least score of each seed, mean F1 there) of the classes that all seeds know."""
+    seeds = row.thresholds if row else []
+    names = [name for name in seeds[0] if all(name in seed for seed in seeds)] if seeds else []
+    by_class = {name: [seed[name] for seed in seeds] for name in names}
+    return [
+        (name, [f"{one.score:.2f}" for one in known], sum(one.f1 for one in known) / len(known))
+        for name, known in by_class.items()
+    ]
+
+
+def count(value: float) -> str:
+    """Return a number of things, or a mean of such numbers.
+
+    Example:
+        >>> count(12.0), count(12.345)
+        ('12', '12.3')
+    """
+    return f"{value:.1f}".removesuffix(".0")
 
 
 def _change_cells(results: ComparisonResult) -> Callable[[RowResult, str], Cell]:

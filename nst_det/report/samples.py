@@ -23,9 +23,9 @@ from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections
 from nst_det.evaluation.io import detections_from_json
+from nst_det.evaluation.thresholds import DEFAULT, read_thresholds
 
 log = logging.getLogger(__name__)
-SCORE_THRESHOLD = 0.5
 IOU_THRESHOLD = 0.5
 IMAGES = 6
 LONGEST_SIDE = 400
@@ -83,19 +83,21 @@ class Samples:
     seed: str = ""
     images: int = 0
     reason: str = ""
+    # whether its least scores were chosen on a validation split
+    validated: bool = False
 
 
-def open_test(run: Path, classes: Sequence[str]) -> list[VocDataset]:
-    """Return the data sets that a run was tested on, as its ``config.json`` names them."""
+def open_data(run: Path, classes: Sequence[str], part: str = "TEST") -> list[VocDataset]:
+    """Return the data sets that a run was tested on (or ``TRAIN``), as its ``config.json`` names them."""
     config = RunFolder(run).config()
 
     def value(key: str) -> Any:
         if not isinstance(config, dict) or not config.get(key):
-            raise UserError(f"{run / 'config.json'}: {key} is missing; the report can't find the test images")
+            raise UserError(f"{run / 'config.json'}: {key} is missing; the report can't find the images")
         return config[key]
 
     opened = []
-    for name in value("DATASETS.TEST"):
+    for name in value(f"DATASETS.{part}"):
         root, split = (f"DATASETS.VOC.{name}.{field}" for field in ("ROOT", "SPLIT"))
         opened.append(VocDataset(expand_path(value(root), root), value(split), classes))
     return opened
@@ -107,10 +109,16 @@ def read_detections(run: Path, image_ids: Sequence[str], classes: Sequence[str])
     return detections_from_json(read_json(path), image_ids, classes, str(path))
 
 
+def least_scores(run: Path, classes: Sequence[str]) -> list[float]:
+    """Return the score that a detection of each class needs: of best F1 on the validation split, or 0.5."""
+    best = read_thresholds(run)
+    return [best[name].score if name in best else DEFAULT for name in classes]
+
+
 def choose_samples(results: ComparisonResult, runs: Path) -> Samples:
     """Choose the :data:`IMAGES` images on which the leading row misses most, with every row's detections on them.
 
-    Detections are those of the first seed with a score of at least :data:`SCORE_THRESHOLD`.
+    Detections are those of the first seed with at least the scores of :func:`least_scores`.
     """
     if not results.classes:
         return Samples()
@@ -119,11 +127,11 @@ def choose_samples(results: ComparisonResult, runs: Path) -> Samples:
     seed = min(leader.per_seed, key=int)
     folders = {row.method: runs / str(row.per_seed[seed].run) for row in results.rows if seed in row.per_seed}
     try:
-        tests = open_test(folders[leader.method], results.classes)
+        tests = open_data(folders[leader.method], results.classes)
         truth = [(image, data.image_path(image.id)) for data in tests for image in data.annotations()]
         ids = [image.id for image, _ in truth]
         by_row = {
-            method: _by_image(read_detections(folder, ids, results.classes))
+            method: _by_image(read_detections(folder, ids, results.classes), least_scores(folder, results.classes))
             for method, folder in folders.items()
             if (folder / "detections.json").exists()
         }
@@ -151,13 +159,13 @@ def choose_samples(results: ComparisonResult, runs: Path) -> Samples:
             more = [panel(method, image) for method in by_row if method not in first]
             samples.append(Sample(image.id, *picture, Panel("ground truth", boxes), panels, more))
     reason = "" if samples else "none of the test images can be read any more"
-    return Samples(samples, leader.method, seed, len(truth), reason)
+    return Samples(samples, leader.method, seed, len(truth), reason, bool(read_thresholds(folders[leader.method])))
 
 
-def _by_image(found: Detections) -> dict[str, list[tuple[str, float, NDArray[Any]]]]:
+def _by_image(found: Detections, least: Sequence[float]) -> dict[str, list[tuple[str, float, NDArray[Any]]]]:
     by_image: dict[str, list[tuple[str, float, NDArray[Any]]]] = {}
     for index in np.argsort(-found.score, kind="stable"):
-        if (score := float(found.score[index])) >= SCORE_THRESHOLD:
+        if (score := float(found.score[index])) >= least[found.label[index]]:
             one = (found.classes[found.label[index]], score, found.box[index] - (1, 1, 0, 0))
             by_image.setdefault(found.image_id[index], []).append(one)
     return by_image

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from nst_det.detection.predict import find_sources, is_video, read_sources
+from nst_det.detection.sources import find_sources, is_video, read_sources
 from nst_det.errors import UserError
 from nst_det.losses import nst_loss
 from nst_det.losses.mmd import KERNELS
@@ -86,9 +86,9 @@ def read_squares(paths: Sequence[str], size: int) -> tuple[list[str], Tensor]:
     if len(sources) > MOST_IMAGES or any(map(is_video, sources)):
         raise UserError(f"--image: {len(sources)} files; name at most {MOST_IMAGES}, and no video")
     names, squares = [], []
-    for name, _, pixels in read_sources(sources):
-        names.append(name)
-        image = F.resize(torch.from_numpy(pixels).permute(2, 0, 1), [size], antialias=True)
+    for picture in read_sources(sources):
+        names.append(picture.id)
+        image = F.resize(torch.from_numpy(picture.pixels).permute(2, 0, 1), [size], antialias=True)
         squares.append(F.center_crop(image, [size, size]))
     return names, torch.stack(squares)
 

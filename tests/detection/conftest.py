@@ -86,7 +86,7 @@ def base_file() -> Path:
     return CONFIGS / "base_rcnn_fpn.yaml"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def talkative(small):
     """A small detector whose heads say something else for every box, as trained ones do; its config on request."""
 
@@ -132,11 +132,11 @@ def shapes(tmp_path_factory) -> Path:
     return generate_data(tmp_path_factory.mktemp("generated") / "data", settings, workers=1) / DETECTION
 
 
-@pytest.fixture
-def on_shapes(small, shapes, tmp_path):
-    """The small detector's config on the generated folder, writing to ``tmp_path / name``."""
+@pytest.fixture(scope="session")
+def shapes_config(small, shapes):
+    """The small detector's config on the generated folder, writing to a folder."""
 
-    def config(name: str = "run", changes=None):
+    def config(folder: Path, changes=None):
         return small(
             {
                 "MODEL.ROI_HEADS.NUM_CLASSES": 0,
@@ -146,12 +146,18 @@ def on_shapes(small, shapes, tmp_path):
                 },
                 "DATASETS.TRAIN": ["shapes_trainval"],
                 "DATASETS.TEST": ["shapes_test"],
-                "OUTPUT_DIR": str(tmp_path / name),
+                "OUTPUT_DIR": str(folder),
                 **(changes or {}),
             }
         )
 
     return config
+
+
+@pytest.fixture
+def on_shapes(shapes_config, tmp_path):
+    """The same config, writing to ``tmp_path / name``."""
+    return lambda name="run", changes=None: shapes_config(tmp_path / name, changes)
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ from nst_det.data.voc import VocDataset
 from nst_det.detection.checkpoint import save_weights
 from nst_det.detection.data import evaluation_batches
 from nst_det.detection.pipeline import detect
-from nst_det.detection.predict import find_sources, load_run, predict, read_sources
+from nst_det.detection.predict import load_detector
 from nst_det.detection.predictions import Prediction, draw, voc_annotation
+from nst_det.detection.sources import Picture, find_sources, read_sources
+from nst_det.detection.video import read_frames, video_file
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.evaluation.io import read_detections, write_detections
@@ -26,15 +28,15 @@ from nst_det.evaluation.io import read_detections, write_detections
 THRESHOLD = 0.15
 
 
-@pytest.fixture
-def run(talkative, on_shapes, shapes):
+@pytest.fixture(scope="module")
+def finished(talkative, shapes_config, shapes, tmp_path_factory):
     """A run folder as train-det leaves it, of a detector that was never trained but detects much."""
     data = VocDataset(shapes, "trainval")
     changes = {
         "MODEL.ROI_HEADS.NUM_CLASSES": len(data.classes), "MODEL.ROI_HEADS.SCORE_THRESH_TEST": THRESHOLD,
         "ENGINE": "torchvision",
     }  # fmt: skip
-    config, detector = on_shapes("run", changes), talkative(changes)
+    config, detector = shapes_config(tmp_path_factory.mktemp("finished") / "run", changes), talkative(changes)
     folder = RunFolder(config.OUTPUT_DIR)
     with folder.opened(config):
         save_weights(folder.path / "model.safetensors", detector, data.classes)
@@ -43,6 +45,12 @@ def run(talkative, on_shapes, shapes):
         write_detections(folder.path / "detections.json", detect(detector, evaluation_batches(config, test), test))
         folder.finish({})
     return folder.path
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture
@@ -79,23 +87,22 @@ def test_json_equals_what_the_run_itself_detected(run, command, images, shapes):
 
 
 def test_voc_round_trips_exactly(run, command, images):
-    detector, config, classes = load_run(run)
-    found = {p.id: p for p in predict(detector, config, read_sources(find_sources([images])))}
+    detector = load_detector(run, threshold=THRESHOLD)
+    found = {p.picture.id: p for p in detector.predict(read_sources(find_sources([images])))}
     _, out = command("--format", "voc")
-    read = VocDataset(out / "voc", "predicted", classes)
+    read = VocDataset(out / "voc", "predicted", detector.classes)
     assert read.ids == tuple(found) == tuple(sorted(path.stem for path in images.iterdir()))
     for id_ in read.ids:
         annotation = read.annotation(id_)
-        assert (annotation.width, annotation.height) == (found[id_].width, found[id_].height)
+        assert (annotation.height, annotation.width) == found[id_].picture.pixels.shape[:2]
         np.testing.assert_array_equal(annotation.boxes, found[id_].boxes)
         np.testing.assert_array_equal(read.labels(annotation), found[id_].labels)
     assert sum(len(p.boxes) for p in found.values()) > 20
 
 
 def prediction(box, image):
-    height, width = image.shape[:2]
-    scores = np.array([0.5], np.float32)
-    return Prediction("a", "dir/<a>.jpg", width, height, np.array([box], np.float32), np.array([1]), scores, image)
+    picture = Picture("a", Path("dir/<a>.jpg"), image)
+    return Prediction(picture, np.array([box], np.float32), np.array([1]), np.array([0.5], np.float32))
 
 
 def test_names_are_escaped_in_xml_and_boxes_are_one_based(tmp_path):
@@ -150,17 +157,112 @@ def test_a_gpu_that_is_full_is_one_line(command, monkeypatch, capsys):
     assert "--device" in printed.err.splitlines()[-1]
 
 
-def test_frames_of_a_video(command, tmp_path):
-    path = tmp_path / "clip.avi"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
-    for level in (0, 80, 160, 240, 120):
-        writer.write(np.full((48, 64, 3), level, np.uint8))
+def film(path, frames=12, size=(64, 48), rate=5):
+    """A video whose frames are of one gray each."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), rate, size)
+    for number in range(frames):
+        writer.write(np.full((size[1], size[0], 3), 20 * number % 256, np.uint8))
     writer.release()
-    frames = list(read_sources(find_sources([path]), every=2))
-    assert [id_ for id_, _, _ in frames] == ["clip_000001", "clip_000003", "clip_000005"]
-    assert [round(float(pixels.mean()), -1) for _, _, pixels in frames] == [0, 160, 120]
-    code, out = command("--every", 2, "--format", "images", inputs=path)
-    assert (code, len(list((out / "images").iterdir()))) == (0, 3)
+    return path
+
+
+def test_frames_of_a_video(tmp_path):
+    pictures = list(read_sources(find_sources([film(tmp_path / "clip.avi")]), every=5))
+    assert [(p.id, p.frame, p.rate) for p in pictures] == [(f"clip_{n:06}", n, 1.0) for n in (1, 6, 11)]
+    assert [round(float(p.pixels.mean()), -1) for p in pictures] == [0, 100, 200]
+
+
+def test_a_video_becomes_a_video_between_images(command, images, run, tmp_path):
+    """Frames are those of the images, so that there is something to find; the still images keep their own files."""
+    still = sorted(images.iterdir())
+    frames = [cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB) for path in still]
+    height, width = frames[0].shape[:2]
+    with video_file(images / "film.mp4", 10.0) as write:
+        for frame in frames * 2:
+            write(cv2.resize(frame, (width, height)))
+    code, out = command("--every", 2, "--format", "images,json,csv,voc", "--device", "cpu")
+    assert code == 0
+    assert sorted(path.name for path in (out / "images").iterdir()) == sorted(path.name for path in still)
+    (video,) = (out / "videos").iterdir()
+    drawn = list(read_frames(video))
+    assert (video.name, len(drawn), drawn[0][1]) == ("film.mp4", len(still), 5.0)
+    # boxes are drawn on it
+    read = [frame for _, _, frame in read_frames(images / "film.mp4", 2)]
+    assert all(np.abs(a.astype(int) - b[2]).max() > 60 for a, b in zip(read, drawn))
+    found = json.loads((out / "detections.json").read_text())
+    of_video = [entry for entry in found if "frame" in entry]
+    assert {entry["image_id"] for entry in of_video} == {f"film_{entry['frame']:06}" for entry in of_video}
+    assert {entry["frame"] for entry in of_video} == set(range(1, 2 * len(still), 2))
+    own = json.loads((run / "detections.json").read_text())
+    assert [entry for entry in found if "frame" not in entry] == own
+    with open(out / "detections.csv", newline="") as file:
+        assert [row["frame"] for row in csv.DictReader(file)] == [str(entry.get("frame", "")) for entry in found]
+    ids = [*(path.stem for path in still), *(f"film_{number:06}" for number in range(1, 2 * len(still), 2))]
+    assert sorted(VocDataset(out / "voc", "predicted", ["arrow"]).ids) == sorted(ids)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut"])
+def test_a_bad_video_is_one_line_and_the_others_are_done(command, tmp_path, capfd, damage):
+    good, bad = film(tmp_path / "good.avi"), tmp_path / "bad.avi"
+    data = film(bad, frames=60).read_bytes()
+    bad.write_bytes({"empty": b"", "text": b"no video", "cut": data[: len(data) // 2]}[damage])
+    code, out = command("--format", "images", inputs=tmp_path)
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert [line for line in lines[1:] if str(bad) not in line] == []
+    assert len(lines) == 2
+    assert (out / "videos" / "good.mp4").is_file()
+    assert len(list(read_frames(out / "videos" / "good.mp4"))) == len(list(read_frames(good)))
+    # what could be read of a file that was cut off is a whole video too
+    left = sorted(path.name for path in (out / "videos").iterdir())
+    assert left == (["bad.mp4", "good.mp4"] if damage == "cut" else ["good.mp4"])
+
+
+def test_an_error_leaves_no_part_of_a_video(tmp_path):
+    with pytest.raises(ZeroDivisionError), video_file(tmp_path / "a.mp4", 5.0) as write:  # noqa: PT012
+        write(np.zeros((48, 64, 3), np.uint8))
+        1 / 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def finish(run, thresholds):
+    path = run / "result.json"
+    one = {"f1": 0.5, "curve": []}
+    path.write_text(json.dumps({"thresholds": {name: {"score": score, **one} for name, score in thresholds.items()}}))
+
+
+def test_thresholds_of_the_validation_split_are_the_default(run, cli, images, tmp_path, capsys):
+    own = json.loads((run / "detections.json").read_text())
+    name, other = sorted({entry["category"] for entry in own})[:2]
+    scores = sorted(entry["score"] for entry in own if entry["category"] == name)
+    middle = scores[len(scores) // 2]
+
+    def kept(*options):
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        options = ("--run", run, "--output", out, "--format", "json", "--device", "cpu", *options)
+        assert cli("predict", images, *options) == 0
+        return json.loads((out / "detections.json").read_text()), capsys.readouterr().out
+
+    # no validation split
+    found, printed = kept()
+    assert found == [entry for entry in own if entry["score"] >= 0.5]
+    assert "validation" in printed
+    assert "0.5" in printed
+    finish(run, {name: middle})
+    found, printed = kept()
+    # of other classes nothing was found there
+    assert found == [entry for entry in own if entry["score"] >= (middle if entry["category"] == name else 0.5)]
+    assert f"{name} {middle:.2g}" in printed
+    found, printed = kept("--threshold", THRESHOLD)
+    assert found == own
+    # one that is above all scores: the best one is told, and what to try finds it
+    best = max(entry["score"] for entry in own if entry["category"] == other)
+    found, printed = kept("--threshold", 1, "--classes", other)
+    assert found == []
+    (line,) = (line for line in printed.splitlines() if "try" in line)
+    assert f"best score {best:.2g}" in line
+    assert kept("--classes", other, *line.split("try ")[1].split())[0]
 
 
 def test_drawing_marks_the_box_and_nothing_else():
@@ -187,6 +289,11 @@ def test_drawing_marks_the_box_and_nothing_else():
         ("", None, ["--classes", "unicorn"], "--classes"),
         ("", None, ["--device", "abacus"], "--device"),
         ("", None, ["--every", "0"], "--every"),
+        ("", None, ["--tile", "8"], "--tile"),
+        ("", None, ["--tile", "-64"], "--tile"),
+        ("", None, ["--tile", "64", "--overlap", "1"], "--overlap"),
+        ("", None, ["--tile", "64", "--overlap", "-0.1"], "--overlap"),
+        ("", None, ["--overlap", "0.3"], "--tile"),
     ],
 )
 def test_bad_input_is_one_clear_line(run, command, capsys, file, content, options, named):

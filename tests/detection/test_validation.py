@@ -61,7 +61,7 @@ def test_a_run_trains_on_the_rest_and_validates_on_what_was_kept(on_shapes, shap
     assert [ids for ids, _ in evaluated] == [kept.ids] * 2
     assert 0 <= result["validation"]["map"] <= 1
     assert "map" not in result
-    assert set(read_thresholds(result, "result.json")) <= set(whole.classes)
+    assert set(read_thresholds(tmp_path / "run")) <= set(whole.classes)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["validation"] == result["validation"]
     assert split_training(on_shapes(), [whole]) == ([whole], None)
 

@@ -132,7 +132,7 @@ def test_a_run_validates_on_the_images_that_were_kept_and_tests_at_the_end(confi
     result = folder.result()
     assert 0 <= result["validation"]["map"] <= 1
     assert 0 <= result["map"] <= 1
-    assert set(read_thresholds(result, "result.json")) <= set(left.classes)
+    assert set(read_thresholds(folder.path)) <= set(left.classes)
     assert "thresholds" not in result["validation"]
     checkpoints = result["checkpoints"]
     assert checkpoints["last"] == {"step": 6, **{name: result["validation"][name] for name in ("map", "map_area")}}

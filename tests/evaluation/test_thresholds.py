@@ -1,10 +1,9 @@
 """Score thresholds of best F1, against plain loops over all thresholds."""
 
-import json
-
 import numpy as np
 import pytest
 
+from nst_det.engine.io import write_json
 from nst_det.errors import UserError
 from nst_det.evaluation.metrics import summarize
 from nst_det.evaluation.thresholds import SCORES, best_thresholds, read_thresholds
@@ -92,16 +91,19 @@ def test_by_hand():
     assert [one.curve[round(s * 50)] for s in (0.58, 0.62, 0.82, 0.92)] == [0.8, 0.5, 0.6667, 0.0]
 
 
-def test_only_a_validation_split_gives_thresholds_and_they_survive_json():
+def test_only_a_validation_split_gives_thresholds_and_a_run_keeps_them(tmp_path):
     objects, rows = random_case(0)
     gold, detections = truth(objects), found(rows)
     assert "thresholds" not in summarize(detections, gold)[1]
-    result = json.loads(json.dumps(summarize(detections, gold, validation=True)[1], allow_nan=False))
-    assert read_thresholds(result, "result.json") == best_thresholds(evaluate_voc(detections, gold))
-    assert read_thresholds({}, "result.json") == {}
+    assert read_thresholds(tmp_path) == {}
+    write_json(tmp_path / "result.json", summarize(detections, gold, validation=True)[1])
+    assert read_thresholds(tmp_path) == best_thresholds(evaluate_voc(detections, gold))
+    write_json(tmp_path / "result.json", {"map": 0.5})
+    assert read_thresholds(tmp_path) == {}
 
 
 @pytest.mark.parametrize("damaged", [[], {"cat": 0.5}, {"cat": {"score": "high", "f1": 1.0, "curve": []}}])
-def test_damaged_thresholds_are_named(damaged):
-    with pytest.raises(UserError, match=r"r/result\.json: thresholds"):
-        read_thresholds({"thresholds": damaged}, "r/result.json")
+def test_damaged_thresholds_are_named(damaged, tmp_path):
+    write_json(tmp_path / "result.json", {"thresholds": damaged})
+    with pytest.raises(UserError, match=r"result\.json: thresholds"):
+        read_thresholds(tmp_path)

@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from nst_det.detection.predict import ImageDetector, load_run
+from nst_det.detection.predict import load_detector, load_run
 from nst_det.errors import UserError
 from nst_det.exporting import formats
 from nst_det.exporting.agreement import Difference, compare_detections, equal_scores, found_again, partners
@@ -161,14 +161,14 @@ def test_every_format_in_every_precision(written, run_folder, form, precision):
     if (form, precision) == ("torch-export", "int8"):
         pytest.skip("refused, see test_a_wrong_call_ends_in_one_line")
     exported = written(form, precision)
-    detector, config, classes = load_run(run_folder)
+    detector, _, classes = load_run(run_folder)
     loaded = load_exported(exported.files["detector"], threads=1)
     said = loaded.contract
     assert (said.classes, said.batch, said.precision) == (classes, 1, precision)
     assert (said.min_size, said.max_size, said.score_threshold) == (128, 160, 0.15)
     image = noise(150, 210).transpose(1, 2, 0)
     found = loaded(image)
-    wanted = ImageDetector(detector, config, classes)(image)
+    wanted = load_detector(run_folder, threshold=0.15)(image)
     assert len(wanted.boxes) > 10
     assert found.names == tuple(classes[label] for label in found.labels)
     if precision == "fp32":
@@ -334,7 +334,7 @@ def test_the_script_needs_numpy_pillow_and_the_runtime_alone(written, run_folder
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    detector = ImageDetector(*load_run(run_folder))
+    detector = load_detector(run_folder, threshold=0.15)
     for name in names:
         mine, wanted = [one for one in found if one["file"] == name], detector(tmp_path / name)
         assert tuple(one["category"] for one in mine) == wanted.names

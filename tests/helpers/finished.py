@@ -126,7 +126,8 @@ def build_runs(folder, results):
     """Write the run folders that results name, and the VOC folder that they were tested on; return its objects."""
     truth = write_voc(folder / "data", results["classes"])
     data = {"SPLIT": "test", "ROOT": str(folder / "data")}
-    config = {"DATASETS.TEST": ["shapes"], **{f"DATASETS.VOC.shapes.{key}": value for key, value in data.items()}}
+    config = {f"DATASETS.{part}": ["shapes"] for part in ("TRAIN", "TEST")}
+    config |= {f"DATASETS.VOC.shapes.{key}": value for key, value in data.items()}
     for row in results["rows"]:
         for seed, entry in row["per_seed"].items():
             draw = random.Random(f"{row['method']}-{seed}")
@@ -137,6 +138,7 @@ def build_runs(folder, results):
                 box for id_ in truth for box in detections(id_, truth[id_], entry["map"], results["classes"], draw)
             ]
             (run / "detections.json").write_text(json.dumps(found))
+            (run / "result.json").write_text(json.dumps({"thresholds": thresholds(results["classes"], entry["map"])}))
             terms = {"loss_cls": 0.6, "loss_box_reg": 0.3, "loss_rpn_cls": 0.4, "loss_rpn_loc": 0.15}
             write_metrics(run, terms, 1 - 0.7 * entry["map"], draw)
             if entry["distill_run"]:
@@ -147,6 +149,12 @@ def build_runs(folder, results):
                 student.mkdir(parents=True)
                 write_metrics(student, {**terms, "loss/total": 5.0}, 0.2, draw, entry["top1"])
     return truth
+
+
+def thresholds(classes, quality):
+    """All 0.5, with an F1 that falls from ``quality`` at it to both sides."""
+    curve = [quality * (1 - abs(score - 25) / 50) for score in range(51)]
+    return {name: {"score": 0.5, "f1": quality, "curve": curve} for name in classes}
 
 
 def write_metrics(run, terms, floor, draw, top1=None):

@@ -1,62 +1,11 @@
 import json
-import shutil
 
 import numpy as np
 import pytest
 
-from nst_det.evaluation import voc
-from nst_det.report.curves import RECALLS, Curve, interpolated, merge_seeds, read_curves, read_precision
+from nst_det.report.curves import Curve, merge_seeds, read_curves
 from nst_det.report.summary import term_shares
 from tests.helpers.finished import NUMBERS, typed
-
-
-def overlap(entry, item):
-    """IoU of an entry of detections.json and an object as on disk."""
-    x, y, width, height = entry["bbox"]
-    xmin, ymin, xmax, ymax = item[1]
-    inner = max(0, min(x + width, xmax) - max(x, xmin - 1)) * max(0, min(y + height, ymax) - max(y, ymin - 1))
-    return inner / (width * height + (xmax - xmin + 1) * (ymax - ymin + 1) - inner)
-
-
-def precision_by_hand(folder, name, truth):
-    """Precision at each recall from the files alone: detections from the best down, each object found once."""
-    objects = {id_: [item for item in found if item[0] == name] for id_, found in truth.items()}
-    total = sum(not item[2] for found in objects.values() for item in found)
-    taken, points, hits, counted = [], [], 0, 0
-    entries = json.loads((folder / "detections.json").read_text())
-    for entry in sorted((e for e in entries if e["category"] == name), key=lambda e: -e["score"]):
-        best = max(objects[entry["image_id"]], key=lambda item: overlap(entry, item), default=None)
-        matched = best is not None and overlap(entry, best) >= 0.5
-        if matched and best[2]:
-            continue
-        counted += 1
-        if matched and not any(best is item for item in taken):
-            taken.append(best)
-            hits += 1
-        points.append((hits / total, hits / counted))
-    return [max((p for r, p in points if r >= recall - 1e-12), default=0.0) for recall in RECALLS]
-
-
-def test_precision_is_that_of_the_files(finished):
-    folder, tree, truth = finished
-    found = read_precision(typed(tree), folder)
-    assert {tuple(curves) for curves in found.values()} == {tuple(NUMBERS)}
-    for method in ("ce", "fitnet"):
-        for name in ("ring", "star"):
-            by_seed = [precision_by_hand(folder / f"detect/seed{seed}/{method}", name, truth) for seed in range(3)]
-            assert found[name][method].tolist() == pytest.approx(np.mean(by_seed, axis=0).tolist())
-    nothing = np.zeros(0)
-    assert not interpolated(voc.Curve(nothing, nothing, nothing)).any()
-
-
-def test_a_row_without_detections_is_left_out(finished, tmp_path):
-    folder, tree, _ = finished
-    copy = tmp_path / "copy"
-    shutil.copytree(folder / "detect", copy / "detect")
-    (copy / "detect/seed1/kd/detections.json").unlink()
-    (copy / "detect/seed2/at/detections.json").write_text("[{}]")
-    assert set(read_precision(typed(tree), copy)["ring"]) == NUMBERS.keys() - {"kd", "at"}
-    assert read_precision(typed(tree), tmp_path / "nowhere") == {}
 
 
 def test_the_detectors_own_losses_are_one_term_of_stage_two():

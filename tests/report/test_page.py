@@ -120,6 +120,25 @@ def test_overlap_size_checkpoints_and_speed_as_numbers(page, rows):
     assert page.tables["speed"][1:] == speed
 
 
+def test_errors_confusion_thresholds_and_counts(page, rows, finished):
+    methods, classes = [row["method"] for row in rows], finished[1]["classes"]
+    assert page.tables["kinds"][0] == [
+        *("method", "found", "class", "localization", "both", "duplicate", "background", "missed")
+    ]
+    assert [line[0] for line in page.tables["kinds"][1:]] == methods
+    heads = page.tables["confusion0"][0]
+    assert heads == ["true class", *classes, "not found"]
+    lines = page.values["confusion0"][1:]
+    # the leader's diagonal is what it finds
+    found = {line[0]: float(values[1]) for line, values in zip(page.tables["kinds"], page.values["kinds"]) if values[1]}
+    assert sum(float(line[at + 1]) for at, line in enumerate(lines[:-1])) == pytest.approx(found["fitnet"])
+    there = {line[0]: int(line[2]) for line in page.tables["objects"][1:]}
+    sums = {line[0]: sum(map(float, values[1:])) for line, values in zip(page.tables["confusion0"][1:-1], lines)}
+    assert sums == pytest.approx(there)
+    assert page.tables["confusion1"][0] == heads
+    assert page.tables["thresholds"][1:] == [[name, "0.50, 0.50, 0.50", "0.81"] for name in classes]
+
+
 def test_shares_of_the_terms_sum_to_one(page):
     shares = {}
     for line, values in zip(page.tables["balance"][1:], page.values["balance"][1:]):
@@ -173,8 +192,8 @@ def test_pictures_have_words_and_data(page, rows):
     drawn = [a for a in page.all("svg") if a.get("aria-hidden") != "true"]
     assert all(a.get("role") == "img" and len(a.get("aria-label") or "") > 10 for a in drawn)
     # 6 images x (truth + 3 rows, 4 more); bars, scatter; top-1, top-5; 7 - 1 terms; levels of 2;
-    # 4 losses; 6 differences; precision over recall of all classes and of 8; overlap, sizes
-    assert len(drawn) == 6 * 8 + 2 + 2 + 6 + 2 + 4 + 6 + 9 + 2
+    # 4 losses; 6 differences; precision over recall of all classes and of 8; overlap, sizes, F1
+    assert len(drawn) == 6 * 8 + 2 + 2 + 6 + 2 + 4 + 6 + 9 + 3
     images = [a["href"] for a in page.all("image")]
     assert len(images) == 6
     assert all(len(data) > 1000 and data.startswith("data:image/jpeg;base64,") for data in images)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nst_det.data.annotation import VocAnnotation, VocObject
-from nst_det.report.samples import choose_samples, match, open_test
+from nst_det.report.samples import choose_samples, match, open_data
 from tests.helpers.finished import typed
 
 
@@ -18,7 +18,7 @@ def image(boxes, labels, difficult):
 
 
 def annotations(folder):
-    (data,) = open_test(folder / "detect/seed0/fitnet", ("any",))
+    (data,) = open_data(folder / "detect/seed0/fitnet", ("any",))
     return {one.id: one for one in data.annotations()}
 
 
@@ -29,6 +29,25 @@ def copied(finished, tmp_path):
     for config in copy.rglob("config.json"):
         config.write_text(config.read_text().replace(str(finished[0]), str(copy)))
     return copy
+
+
+def test_thresholds_of_the_validation_split_decide_what_is_shown(finished, copied):
+    _, tree, _ = finished
+    for path in copied.glob("detect/*/*/result.json"):
+        result = json.loads(path.read_text())
+        result["thresholds"]["ring"]["score"] = 0.8
+        del result["thresholds"]["star"]
+        path.write_text(json.dumps(result))
+    found = {("ring", 0.79): False, ("ring", 0.8): True, ("star", 0.49): False, ("star", 0.5): True}
+    entries = [{"image_id": "000000", "category": name, "bbox": [0, 0, 9, 9], "score": s} for name, s in found]
+    (copied / "detect/seed0/fitnet/detections.json").write_text(json.dumps(entries))
+    chosen = choose_samples(typed(tree), copied)
+    (panel,) = (
+        panel for one in chosen.samples if one.image_id == "000000" for panel in one.panels if panel.title == "fitnet"
+    )
+    assert chosen.validated
+    shown = {(box.label, box.score) for box in panel.boxes if box.score}
+    assert shown == {key for key, there in found.items() if there}
 
 
 def test_match_by_the_rule_of_voc():
