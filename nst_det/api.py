@@ -374,6 +374,7 @@ def export(
     precision: str = "fp32",
     batch: int = 1,
     calibration: Sequence[str | Path] = (),
+    measure: bool = False,
 ) -> Exported:
     """Write a backbone for timm, torchvision or Detectron2, or a detector for ONNX, OpenVINO or torch.export.
 
@@ -392,6 +393,8 @@ def export(
             convolutions and products are quantized.
         batch: images that a detector takes at once, all of one size.
         calibration: images that int8 sets its ranges by; () takes those of the training split.
+        measure: also measure a detector's mAP on its test images, latency, size and memory, beside PyTorch;
+            ``deployed`` of the result, and ``deployed.json`` in the run's folder, have all that were measured.
 
     Returns:
         ``files`` by what they are, and ``agreement``, what was compared and how far it differs.
@@ -419,6 +422,7 @@ def export(
         "--images": images,
         "--precision": precision != "fp32",
         "--batch": batch != 1,
+        "--measure": measure,
         "--calibration": calibration,
     }
     for option, value in given.items() if not of_detector else ():
@@ -433,7 +437,7 @@ def export(
         from nst_det.exporting.detector import DetectorExport, check_form
 
         check_form(Path(output), format, precision)
-        return DetectorExport(run, batch).write(output, format, precision, images, calibration)
+        return DetectorExport(run, batch).write(output, format, precision, images, calibration, measure)
     from nst_det.exporting import backbone
 
     if format == "detectron2":

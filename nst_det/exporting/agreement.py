@@ -109,11 +109,11 @@ def found_again(mine: Detections, theirs: Detections) -> int:
 def detect(detector: Detector, image: np.ndarray) -> Detections:
     """Return what a detector finds on an image (3, H, W) uint8 RGB, in its pixels."""
     with torch.no_grad():
-        found = detector([{"image": _in_own_order(detector, image)}])[0]
+        found = detector([{"image": in_own_order(detector, image)}])[0]
     return [found[name].numpy() for name in ("boxes", "scores", "labels")]
 
 
-def _in_own_order(detector: Detector, image: np.ndarray) -> Tensor:
+def in_own_order(detector: Detector, image: np.ndarray) -> Tensor:
     pixels = torch.from_numpy(image)
     return pixels.flip(0) if detector.input_format == "BGR" else pixels
 
@@ -122,7 +122,7 @@ def equal_scores(detector: Detector, image: np.ndarray) -> int:
     """Count the anchors, of those that become proposals of an image (3, H, W) RGB, that share their score."""
     rpn = detector.proposal_generator
     with torch.no_grad():
-        images, _ = detector.preprocess([_in_own_order(detector, image)])
+        images, _ = detector.preprocess([in_own_order(detector, image)])
         maps = detector.backbone(images)
         logits, _ = rpn.rpn_head([maps[name] for name in rpn.settings.IN_FEATURES])
     best = [row[0].topk(min(rpn.settings.PRE_NMS_TOPK_TEST, row.shape[1])).values for row in logits]

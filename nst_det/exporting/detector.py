@@ -25,9 +25,11 @@ from nst_det.exporting import Exported, formats
 from nst_det.exporting.agreement import Detections, compare_detections, detect, equal_scores, found_again
 from nst_det.exporting.contract import Contract
 from nst_det.exporting.graph import DetectorGraph
+from nst_det.exporting.measure import measure
 from nst_det.exporting.modelcard import detector_card, detector_script
 from nst_det.exporting.quantization import quantize_onnx, quantize_openvino
 from nst_det.exporting.runtime import RUNTIMES, SUFFIXES, ExportedDetector, load_exported, require
+from nst_det.report.deployed import add_deployed, markdown
 
 if TYPE_CHECKING:
     import onnx
@@ -60,6 +62,7 @@ class DetectorExport:
         precision: str = "fp32",
         images: Sequence[str | Path] = (),
         calibration: Sequence[str | Path] = (),
+        measured: bool = False,
     ) -> Exported:
         """Write a file with its card; a file that finds something else than PyTorch is refused, and nothing is left.
 
@@ -74,13 +77,14 @@ class DetectorExport:
             written = folder / output.name
             self._save(written, form, precision, ranges)
             agreement = self._compare(load_exported(written), output, inputs)
-            card = detector_card(self.run, self.config, self.contract(precision), output.name, form, agreement)
-            write_text(folder / f"{output.name}.md", card)
             write_text(folder / f"{output.name}.py", detector_script(output.name, form))
+            rows = measure([written], self.run) if measured else []
+            about = self.contract(precision), output.name, form, agreement, markdown(rows) if rows else ""
+            write_text(folder / f"{output.name}.md", detector_card(self.run, self.config, *about))
             names = [path.name for path in folder.iterdir()]
         kinds = {output.suffix: "detector", ".bin": "weights", ".md": "card", ".py": "script"}
         files = {kinds[Path(name).suffix]: output.with_name(name) for name in sorted(names, key=len)}
-        return Exported(files, agreement)
+        return Exported(files, agreement, add_deployed(self.run, rows) if rows else [])
 
     def contract(self, precision: str) -> Contract:
         """Return what a file of this detector says of itself."""

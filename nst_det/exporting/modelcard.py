@@ -29,9 +29,15 @@ def detector_script(file: str, form: str) -> str:
 
 
 def detector_card(
-    run_folder: str | Path, config: CfgNode, contract: Contract, file: str, form: str, agreement: str
+    run_folder: str | Path,
+    config: CfgNode,
+    contract: Contract,
+    file: str,
+    form: str,
+    agreement: str,
+    measured: str = "",
 ) -> str:
-    """Return the card of a detector, exported as ``file`` in the form ``form``."""
+    """Return the card of a detector, exported as ``file`` in the form ``form``; ``measured`` is a Markdown table."""
     folder, classes = RunFolder(run_folder), contract.classes
     result = folder.result() if folder.done else {}
     measured_on = ", ".join(_data_sets(config, "TEST"))
@@ -55,6 +61,7 @@ def detector_card(
         arch=config.MODEL.TIMM.ARCH,
         classes=list(classes),
         contract=contract,
+        measured=measured.strip(),
         call=CALL,
         key=KEY,
         runtime=RUNTIMES[form],
