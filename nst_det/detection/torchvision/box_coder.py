@@ -105,4 +105,4 @@ def clip(boxes: Tensor, limits: Tensor) -> Tensor:
 
 def larger_than(boxes: Tensor, side: float) -> Tensor:
     """Return (...) whether both sides of (..., 4) boxes are longer than ``side``."""
-    return ((boxes[..., 2:] - boxes[..., :2]) > side).all(dim=-1)
+    return ((boxes[..., 2] - boxes[..., 0]) > side) & ((boxes[..., 3] - boxes[..., 1]) > side)

@@ -57,23 +57,17 @@ class Pooler(nn.Module):
         """
         rois = with_images(boxes)
         if len(self.strides) == 1:
-            return self._pool(maps[0], rois, self.strides[0])
+            return self.pool(maps[0], rois, self.strides[0])
         level = self.levels(rois[:, 1:])
-        if torch.compiler.is_exporting():
-            # a graph can't have as many parts as there are boxes
-            pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], self.resolution, self.resolution)
-            for index, (map_, stride) in enumerate(zip(maps, self.strides)):
-                chosen = torch.nonzero(level == index).squeeze(1)
-                pooled = pooled.index_put((chosen,), self._pool(map_, rois[chosen], stride))
-            return pooled
         if counts is None:
             counts = self.count(rois[None, :, 1:], torch.ones_like(level[None], dtype=torch.bool))
         order = level.argsort(stable=True)
         parts = rois[order].split([sum(of_level) for of_level in zip(*counts)])
-        by_level = torch.cat([self._pool(*of_level) for of_level in zip(maps, parts, self.strides)])
+        by_level = torch.cat([self.pool(*of_level) for of_level in zip(maps, parts, self.strides)])
         return by_level.index_select(0, order.argsort())
 
-    def _pool(self, map_: Tensor, rois: Tensor, stride: int) -> Tensor:
+    def pool(self, map_: Tensor, rois: Tensor, stride: int) -> Tensor:
+        """Pool (N, 5) boxes, each behind its image's index, from one level to (N, C, resolution, resolution)."""
         # in float32 under autocast too, as torchvision's does by itself
         values, settings = map_.float(), (self.resolution, 1.0 / stride, self.sampling_ratio, self.aligned)
         on_cpu = map_.device.type == "cpu" and not torch.compiler.is_exporting()
