@@ -344,7 +344,7 @@ def predict(
                 count += 1
             detections = writer.finish()
     known_scores = detector.thresholds, detector.chosen
-    return PredictResult(count, detections, unreadable, len(sources), Path(output), *known_scores, best)
+    return PredictResult(count, detections, unreadable, len(sources), Path(output), *known_scores, best, detector.tile)
 
 
 def _check_threshold(threshold: float | None) -> None:

@@ -53,6 +53,8 @@ def predict(args: argparse.Namespace) -> int:
         args.inputs, args.run_folder, args.output, formats=formats, classes=args.classes or (), **given
     )
     counts = result.detections
+    if result.tile and result.tile[0] != result.tile[1]:
+        print("tiles of {} pixels, seen by the network at {}: best as large as training images".format(*result.tile))
     print(_thresholds_line(result))
     by_class = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{result.images} images, {sum(counts.values())} detections ({by_class or 'none'}) in {args.output}")
