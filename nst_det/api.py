@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Settings = Mapping[str, Any] | Sequence[str]
 # of nst-det export
 BACKBONE_FORMATS = ["timm", "torchvision", "detectron2"]
-DETECTOR_FORMATS = ["onnx", "torch-export"]
+DETECTOR_FORMATS = ["onnx", "openvino", "torch-export"]
 
 
 @dataclass(frozen=True)
@@ -371,19 +371,30 @@ def export(
     weights: str | Path = "",
     arch: str = "",
     images: Sequence[str | Path] = (),
+    precision: str = "fp32",
+    batch: int = 1,
+    calibration: Sequence[str | Path] = (),
+    measure: bool = False,
 ) -> Exported:
-    """Write a backbone for timm, torchvision or Detectron2, or a detector as ONNX or for torch.export.
+    """Write a backbone for timm, torchvision or Detectron2, or a detector for ONNX, OpenVINO or torch.export.
 
     ``nst-det export`` does the same.  What is written is compared with the original, and a model card is written next
     to it.
 
     Args:
-        output: ``FILE.onnx``, ``FILE.pt2`` (torch-export), a folder to make (timm), ``FILE.pth``, or ``FILE.pkl``.
-        format: ``timm``, ``torchvision``, ``detectron2``, ``onnx`` or ``torch-export``.
-        run: for a detector: the folder of a train-det run.
+        output: ``FILE.onnx``, ``FILE.xml`` (openvino, with ``FILE.bin``), ``FILE.pt2`` (torch-export), a folder to make
+            (timm), ``FILE.pth``, or ``FILE.pkl``.
+        format: ``timm``, ``torchvision``, ``detectron2``, ``onnx``, ``openvino`` or ``torch-export``.
+        run: for a detector: the folder of a train-det run, of either engine.
         weights: for a backbone: its file, or ``backbone://NAME``; for detectron2 also plain ResNet weights.
         arch: timm name of plain weights, for example resnet50.
         images: compare a detector on these; () takes its test images.
+        precision: of a detector: ``fp32``; ``fp16``, whose weights are rounded to 16 bits; or ``int8``, whose
+            convolutions and products are quantized.
+        batch: images that a detector takes at once, all of one size.
+        calibration: images that int8 sets its ranges by; () takes those of the training split.
+        measure: also measure a detector's mAP on its test images, latency, size and memory, beside PyTorch;
+            ``deployed`` of the result, and ``deployed.json`` in the run's folder, have all that were measured.
 
     Returns:
         ``files`` by what they are, and ``agreement``, what was compared and how far it differs.
@@ -407,15 +418,26 @@ def export(
         raise UserError(f"--format {format} is for {wanted}")
     if arch and format != "detectron2":
         raise UserError("--arch: a backbone file says its architecture itself; leave --arch out")
-    if images and not of_detector:
-        raise UserError("--images: only detectors are compared on images; leave it out")
+    given = {
+        "--images": images,
+        "--precision": precision != "fp32",
+        "--batch": batch != 1,
+        "--measure": measure,
+        "--calibration": calibration,
+    }
+    for option, value in given.items() if not of_detector else ():
+        if value:
+            raise UserError(f"{option}: only for detectors; leave it out")
+    if calibration and precision != "int8":
+        raise UserError("--calibration: only int8 is calibrated; add --precision int8")
     if of_detector:
         # before torch is imported, which takes seconds
         if not Path(run).is_dir():
             raise UserError(f"{run}: no such folder; name the folder of a finished detector run")
-        from nst_det.exporting.detector import export_detector
+        from nst_det.exporting.detector import DetectorExport, check_form
 
-        return export_detector(run, output, format, images)
+        check_form(Path(output), format, precision)
+        return DetectorExport(run, batch).write(output, format, precision, images, calibration, measure)
     from nst_det.exporting import backbone
 
     if format == "detectron2":

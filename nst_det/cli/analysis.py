@@ -111,8 +111,10 @@ def methods(args: argparse.Namespace) -> None:
         argument("--weights", "FILE", "a backbone file, or backbone://NAME"),
         argument("--run", "DIR", "the detector of a finished train-det run", dest="run_folder"),
         argument("--config-file", "FILE", "the detector of a stage-two YAML, with random weights"),
+        required=False,
     ),
-    argument("--batch", "N", "batch sizes (default: 1 8)", nargs="+", type=int, default=[1, 8]),
+    argument("--exported", "FILE", "files of nst-det export; with --run also mAP, and PyTorch beside them", nargs="+"),
+    argument("--batch", "N", "batch sizes (default: 1 8; a file has its own)", nargs="+", type=int, default=[1, 8]),
     argument("--size", "S", "224, or HEIGHTxWIDTH (default: 224; a detector's own test size)", default=""),
     DEVICE,
     argument("--threads", "N", "CPU threads (default: torch's)", type=int, default=0),
@@ -131,6 +133,11 @@ def benchmark(args: argparse.Namespace) -> None:
 
     if min(args.batch) < 1 or args.repeats < 1 or args.threads < 0:
         raise UserError("--batch and --repeats must be at least 1, --threads at least 0")
+    if args.exported:
+        _benchmark_exported(args)
+        return
+    if not (args.arch or args.weights or args.run_folder or args.config_file):
+        raise UserError("command line: name a network by --arch, --weights, --run, --config-file or --exported")
     if args.opts and not args.config_file:
         raise UserError(f"command line: '{args.opts[0]}': KEY VALUE pairs go with --config-file")
     size, device = parse_size(args.size), named_device(args.device)
@@ -150,6 +157,27 @@ def benchmark(args: argparse.Namespace) -> None:
     _print_figures(figures)
     if args.json:
         write_json(args.json, figures)
+
+
+def _benchmark_exported(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from nst_det.engine.format import print_table
+    from nst_det.engine.io import write_json
+    from nst_det.exporting.measure import measure
+    from nst_det.report.deployed import add_deployed, table
+
+    for name in ("arch", "weights", "config_file", "size", "opts"):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: not with --exported, whose files say it themselves")
+    if args.device not in ("", "cpu"):
+        raise UserError(f"--device {args.device}: exported files are measured on the CPU; leave it out")
+    rows = measure(args.exported, args.run_folder or "", args.threads, args.repeats)
+    if args.run_folder:
+        rows = add_deployed(Path(args.run_folder), rows)
+    print_table(table(rows, args.run_folder or "exported files, on noise"))
+    if args.json:
+        write_json(args.json, [asdict(row) for row in rows])
 
 
 def parse_size(text: str) -> tuple[int, int] | None:

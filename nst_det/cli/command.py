@@ -46,11 +46,11 @@ def flag(name: str, help: str) -> Argument:
     return lambda parser: parser.add_argument(name, action="store_true", help=help)
 
 
-def one_of(*arguments: Argument) -> Argument:
-    """Return arguments of which exactly one must be given."""
+def one_of(*arguments: Argument, required: bool = True) -> Argument:
+    """Return arguments of which exactly one must be given, or at most one."""
 
     def add(parser: argparse._ActionsContainer) -> None:
-        group = parser.add_mutually_exclusive_group(required=True)
+        group = parser.add_mutually_exclusive_group(required=required)
         for add_to in arguments:
             add_to(group)
 

@@ -120,8 +120,8 @@ def evaluate(args: argparse.Namespace) -> None:
         write_json(args.output, figures)
 
 
-FORMATS = ["timm", "torchvision", "detectron2", "onnx", "torch-export"]
-EXPORT_OUTPUT = "FILE.onnx, FILE.pt2 (torch-export), a folder to make (timm), FILE.pth, or FILE.pkl (detectron2 alone)"
+FORMATS = ["timm", "torchvision", "detectron2", "onnx", "openvino", "torch-export"]
+EXPORT_OUTPUT = "FILE.onnx, .xml (openvino), .pt2 (torch-export), .pth, .pkl (detectron2 alone), or a folder (timm)"
 
 
 @command(
@@ -133,17 +133,32 @@ EXPORT_OUTPUT = "FILE.onnx, FILE.pt2 (torch-export), a folder to make (timm), FI
     argument("--output", "PATH", EXPORT_OUTPUT, required=True),
     argument("--arch", "NAME", "timm name of plain weights, for example resnet50", default=""),
     argument("--images", "PATH", "compare a detector on these (default: its test images)", nargs="+", default=[]),
+    argument("--precision", None, "of a detector (default: fp32)", choices=["fp32", "fp16", "int8"], default="fp32"),
+    argument("--batch", "N", "images that a detector takes at once (default: 1)", type=int, default=1),
+    flag("--measure", "measure a detector's mAP on its test images, latency, size and memory, beside PyTorch"),
+    argument("--calibration", "PATH", "images for int8 (default: of the training split)", nargs="+", default=[]),
     epilog="What is written is compared with the original, and a model card is written next to it.",
 )
 def export(args: argparse.Namespace) -> None:
-    """Write a backbone for timm, torchvision or Detectron2, or a detector as ONNX or for torch.export."""
+    """Write a backbone for timm, torchvision or Detectron2, or a detector for ONNX, OpenVINO or torch.export."""
     from nst_det import api
 
     given = {"run": args.run_folder or "", "weights": args.weights or "", "arch": args.arch, "images": args.images}
-    written = api.export(args.output, args.format, **given)
+    of_detector = {
+        "precision": args.precision,
+        "batch": args.batch,
+        "calibration": args.calibration,
+        "measure": args.measure,
+    }
+    written = api.export(args.output, args.format, **given, **of_detector)
     for name, path in written.files.items():
         print(f"{name:9} {path}")
     print(f"compared  {written.agreement}")
+    if written.deployed:
+        from nst_det.engine.format import print_table
+        from nst_det.report.deployed import table
+
+        print_table(table(written.deployed, args.run_folder))
 
 
 CONVERT_TO = "timm: both engines here; detectron2: build_resnet_fpn_backbone; torchvision: its own Faster R-CNN"

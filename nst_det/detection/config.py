@@ -12,7 +12,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from nst_det.detection.d2_defaults import DETECTRON2_ONLY, HONORED
-from nst_det.engine.config import expand_path, flat, key_values, load_config, parse_value, read_yaml
+from nst_det.engine.config import expand_path, flat, key_values, load_config, merge_tree, parse_value, read_yaml
 from nst_det.engine.keys import (
     EMA_DECAY,
     NON_FINITE_KEYS,
@@ -137,6 +137,29 @@ def load_detect_config(file: str | Path | None, overrides: Sequence[str] = ()) -
     config = load_config(get_defaults(), file, overrides)
     check_config(config, source)
     return config
+
+
+def config_of_run(file: Path) -> CfgNode:
+    """Return the torchvision engine's config of a run by either engine; Detectron2's names all keys of its own."""
+    tree = read_yaml(file)
+    if not isinstance(tree.get("MODEL"), dict):
+        raise UserError(f"{file}: not the config of a detector; name the folder of a train-det run")
+    if tree.get("ENGINE") == "torchvision":
+        return load_detect_config(file)
+    config = get_defaults()
+    merge_tree(config, _without(tree, DETECTRON2_ONLY), str(file))
+    check_config(config, str(file))
+    config.freeze()
+    return config
+
+
+def _without(tree: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """Return a tree without some dotted keys."""
+    return {
+        key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if f"{prefix}{key}" not in keys
+    }
 
 
 def _tree_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -16,14 +16,13 @@ from PIL import Image
 
 from nst_det.data.images import decode_image, read_image
 from nst_det.detection.checkpoint import load_weights, saved_classes
-from nst_det.detection.config import defrosted, listed_classes, load_detect_config
+from nst_det.detection.config import config_of_run, defrosted, listed_classes
 from nst_det.detection.data import network_input, resized_shape, runs_of_equals
 from nst_det.detection.pipeline import place_detector
 from nst_det.detection.predictions import Boxes, Find, Prediction
 from nst_det.detection.sources import Picture
 from nst_det.detection.tiles import Tiles
 from nst_det.detection.torchvision import Detector, build_detector
-from nst_det.engine.config import read_yaml
 from nst_det.engine.run_dir import WEIGHTS_FILE
 from nst_det.errors import UserError
 from nst_det.evaluation.thresholds import DEFAULT, read_thresholds
@@ -35,8 +34,9 @@ LARGEST_BATCH = 8
 def load_run(
     folder: str | Path, device: str | torch.device = "cpu", threshold: float | None = None
 ) -> tuple[Detector, CfgNode, tuple[str, ...]]:
-    """Return the detector of a finished run of the torchvision engine in evaluation mode, its config and its classes.
+    """Return the detector of a finished run in evaluation mode, its config and its classes.
 
+    A run of Detectron2 is read into the torchvision engine's detector, which computes the same.
     ``threshold`` is the least score of a detection; None takes the run's MODEL.ROI_HEADS.SCORE_THRESH_TEST.
     """
     folder = Path(folder)
@@ -176,16 +176,11 @@ def _pixels(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
 
 
 def run_config(folder: Path) -> CfgNode:
-    """Return the config that a run of the torchvision engine left in its folder."""
+    """Return the torchvision engine's config of a run, by either engine."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: no config.yaml in it; name the folder of a finished detector run")
-    tree = read_yaml(path)
-    if not isinstance(tree.get("MODEL"), dict):
-        raise UserError(f"{path}: not the config of a detector; name the folder of a train-det run")
-    if tree.get("ENGINE") != "torchvision":
-        raise UserError(f"{path}: ENGINE is {tree.get('ENGINE')}; only runs of the torchvision engine are read")
-    return load_detect_config(path)
+    return config_of_run(path)
 
 
 @torch.no_grad()

@@ -55,17 +55,37 @@ def atomic_folder(folder: str | Path, remedy: str) -> Iterator[Path]:
 
     ``remedy`` is what to do where it can't be written, for the error.
     """
-    folder = Path(folder)
-    temporary = _temporary(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_over(folder.parent)
-        temporary.mkdir()
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); {remedy}") from error
-    try:
+    with _temporary_folder(Path(folder), remedy) as temporary:
         yield temporary
         os.replace(temporary, folder)
+
+
+@contextmanager
+def atomic_files(path: str | Path, remedy: str) -> Iterator[Path]:
+    """Give a temporary folder whose files come beside ``path`` at the end of the block, that of its name last.
+
+    On errors they are removed; ``remedy`` is what to do where nothing can be written, for the error.
+    """
+    path = Path(path)
+    with _temporary_folder(path, remedy) as temporary:
+        yield temporary
+        for file in sorted(temporary.iterdir(), key=lambda file: (file.name == path.name, file.name)):
+            _sync(file)
+            os.replace(file, path.with_name(file.name))
+        _sync(path.parent)
+
+
+@contextmanager
+def _temporary_folder(path: Path, remedy: str) -> Iterator[Path]:
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_over(path.parent)
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); {remedy}") from error
+    try:
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

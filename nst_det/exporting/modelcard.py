@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,32 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from nst_det.detection.predict import run_config
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
+from nst_det.evaluation.thresholds import DEFAULT, SCORES, read_thresholds
+from nst_det.exporting.contract import CALL, KEY, Contract
 from nst_det.models import Card, load_card
 
 # that read a form of another name
 LIBRARIES = {"torch-export": "pytorch"}
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch and torchvision"}
+
+
+def detector_script(file: str, form: str) -> str:
+    """Return a program of 40 lines that runs an exported detector by numpy, Pillow and the runtime alone."""
+    template = _environment().get_template("detect.py.jinja")
+    return template.render(file=file, form=form, key=KEY, default_threshold=DEFAULT)
 
 
 def detector_card(
-    run_folder: str | Path, config: CfgNode, classes: Sequence[str], file: str, form: str, agreement: str
+    run_folder: str | Path,
+    config: CfgNode,
+    contract: Contract,
+    file: str,
+    form: str,
+    agreement: str,
+    measured: str = "",
 ) -> str:
-    """Return the card of a detector, exported as ``file`` in the form ``onnx`` or ``torch-export``."""
-    folder = RunFolder(run_folder)
+    """Return the card of a detector, exported as ``file`` in the form ``form``; ``measured`` is a Markdown table."""
+    folder, classes = RunFolder(run_folder), contract.classes
     result = folder.result() if folder.done else {}
     measured_on = ", ".join(_data_sets(config, "TEST"))
     name = f"{folder.path.resolve().name}-{config.MODEL.TIMM.ARCH}"
@@ -45,6 +60,15 @@ def detector_card(
         config=config,
         arch=config.MODEL.TIMM.ARCH,
         classes=list(classes),
+        contract=contract,
+        measured=measured.strip(),
+        call=CALL,
+        key=KEY,
+        runtime=RUNTIMES[form],
+        script=detector_script(file, form).rstrip(),
+        default_threshold=DEFAULT,
+        thresholds=read_thresholds(folder.path),
+        f1_at=[(score, index) for index, score in enumerate(SCORES.tolist()) if index % 10 == 5],
         result=result,
         origin=_origin(folder.path),
         trained_on=", ".join(_data_sets(config, "TRAIN")) or "not known",
@@ -86,6 +110,10 @@ def _render(
         model_name=name if metrics else None,
         eval_results=metrics or None,
     )
+    return _environment().get_template(template).render(metadata=metadata.to_yaml(), form=form, name=name, **values)
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("nst_det.exporting"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -96,7 +124,7 @@ def _render(
         numbers=lambda values: "(" + ", ".join(f"{value:g}" for value in values) + ")",
         thousands=lambda value: "not known" if value is None else f"{value:,}",
     )
-    return environment.get_template(template).render(metadata=metadata.to_yaml(), form=form, name=name, **values)
+    return environment
 
 
 def _measured(values: Mapping[str, float | None]) -> dict[str, float]:

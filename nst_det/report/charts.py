@@ -17,6 +17,7 @@ from nst_det.engine.metrics import TOTALS
 from nst_det.evaluation.thresholds import SCORES
 from nst_det.report.analysis import RECALLS, Precision, RowAnalysis, precision_by_class
 from nst_det.report.curves import Curve, Curves
+from nst_det.report.deployed import Deployed
 from nst_det.report.svg import CSS_COLORS, INK, METHOD_COLORS, MUTED, STYLE, SURFACE, new_axes, to_svg
 from nst_det.report.tables import fraction
 
@@ -223,6 +224,31 @@ def _f1_chart(analyses: Mapping[str, RowAnalysis], looks: Looks) -> Markup | Non
     _start_at_zero(axes)
     tops = [f"{name} {fraction(float(f1.max()), 2)} at {SCORES[f1.argmax()]:.2f}" for name, f1 in curves.items()]
     return to_svg(axes, "f1", f"F1 over the least score; the highest: {', '.join(tops)}")
+
+
+def trade_chart(files: Mapping[str, Sequence[Deployed]], looks: Looks) -> Markup | None:
+    """Draw mAP against the time an image, one mark a file in the color of its row; None where nothing was measured."""
+    points = [
+        (method, row, 1000 * row.latency["median"] / row.batch, row.map)
+        for method, rows in files.items()
+        for row in rows
+        if row.map is not None
+    ]
+    if not points:
+        return None
+    with rc_context(fname=STYLE):
+        axes = new_axes(WIDE, 3.3 + 0.17 * (len(points) // 2))
+        for index, (method, row, milliseconds, ap) in enumerate(points):
+            label = shorten(f"{row.name}{f', {row.batch} images' if row.batch > 1 else ''}", 26)
+            name = f"{shorten(method, 12)}: {label}" if len(files) > 1 else label
+            style: Any = {"color": looks[method].color, "ms": 7, "mec": SURFACE, "mew": 1, "label": name}
+            axes.plot(milliseconds, ap, MARKERS[index % len(MARKERS)], **style)
+        axes.margins(0.1)
+        axes.set_xlim(left=0)
+        axes.set(xlabel="milliseconds an image", ylabel="mAP (11-point)")
+        axes.figure.legend(loc="outside lower center", ncols=2, handletextpad=0.3)
+    values = ", ".join(f"{method} {row.name} {fraction(ap)} in {time:.1f} ms" for method, row, time, ap in points)
+    return to_svg(axes, "trade", f"Scatter plot of milliseconds an image against mAP: {values}")
 
 
 def _overlap_chart(results: ComparisonResult, looks: Looks) -> Markup | None:

@@ -18,7 +18,7 @@ from scipy import stats
 from nst_det.comparison.result import BASELINE, TEACHER, ComparisonResult, RowResult
 from nst_det.evaluation.errors import KINDS
 from nst_det.evaluation.thresholds import DEFAULT
-from nst_det.report import charts, summary, tables
+from nst_det.report import charts, deployed, summary, tables
 from nst_det.report.analysis import RowAnalysis, count_data, read_analyses
 from nst_det.report.curves import Curves
 from nst_det.report.samples import choose_samples
@@ -57,7 +57,7 @@ def render_page(
     assert environment.loader is not None
     style, script = (environment.loader.get_source(environment, name)[0] for name in ("style.css", "script.js"))
     looks = charts.method_looks([row.method for row in results.rows])
-    analyses = read_analyses(results, runs)
+    analyses, files = read_analyses(results, runs), deployed.deployed_rows(results, runs)
     leader = results.leader.method if results.leader else BASELINE
     return environment.get_template("index.html").render(
         results=results,
@@ -91,6 +91,11 @@ def render_page(
         confusion_cell=_confusion_cell,
         thresholds=_threshold_lines(analyses.get(leader)),
         data=count_data(results, runs),
+        deployed=files,
+        deployed_columns=deployed.COLUMNS,
+        deployed_lines=deployed.lines,
+        deployed_conditions=deployed.conditions,
+        trade=charts.trade_chart(files, looks),
         **charts.draw_charts(results, looks, distill, detect, analyses),
     )
 

@@ -126,5 +126,5 @@ def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def larger_than(boxes: Tensor, side: float) -> Tensor:
-    """Return (N,) whether both sides of (N, 4) boxes are longer than ``side``."""
-    return ((boxes[:, 2] - boxes[:, 0]) > side) & ((boxes[:, 3] - boxes[:, 1]) > side)
+    """Return (...) whether both sides of (..., 4) boxes are longer than ``side``."""
+    return ((boxes[..., 2] - boxes[..., 0]) > side) & ((boxes[..., 3] - boxes[..., 1]) > side)

@@ -57,15 +57,16 @@ class Pooler(nn.Module):
         """Pool maps (B, C, H, W) a level and (N, 4) boxes an image to (sum of N, C, resolution, resolution)."""
         rois = torch.cat([F.pad(found, (1, 0), value=float(image)) for image, found in enumerate(boxes)])
         if len(self.strides) == 1:
-            return self._pool(maps[0], rois, self.strides[0])
+            return self.pool(maps[0], rois, self.strides[0])
         level = self.levels(rois[:, 1:])
         pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], self.resolution, self.resolution)
         for index, (map_, stride) in enumerate(zip(maps, self.strides)):
             chosen = torch.nonzero(level == index).squeeze(1)
-            pooled = pooled.index_put((chosen,), self._pool(map_, rois[chosen], stride))
+            pooled = pooled.index_put((chosen,), self.pool(map_, rois[chosen], stride))
         return pooled
 
-    def _pool(self, map_: Tensor, rois: Tensor, stride: int) -> Tensor:
+    def pool(self, map_: Tensor, rois: Tensor, stride: int) -> Tensor:
+        """Pool (N, 5) boxes, each behind its image's index, from one level to (N, C, resolution, resolution)."""
         pooled: Tensor = roi_align(map_, rois, self.resolution, 1.0 / stride, self.sampling_ratio, self.aligned)
         return pooled
 

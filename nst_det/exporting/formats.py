@@ -1,0 +1,153 @@
+"""The files of a traced detector: ONNX, OpenVINO, and a program of ``torch.export``."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn.utils import parametrize
+
+from nst_det.detection.torchvision import Detector
+from nst_det.exporting.contract import INPUT, KEY, OUTPUTS, Contract
+from nst_det.exporting.graph import DetectorGraph
+
+if TYPE_CHECKING:
+    import onnx
+    import openvino
+
+# of the picture that is traced; the graph takes any size
+TRACED_SIZE = (224, 288)
+# RoiAlign with half a pixel taken off is in 16 and later, and every runtime of the last years has 18
+OPSET = 18
+
+
+class _Widened(nn.Module):
+    """A weight that is kept in float16 and computes in float32."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.float()
+
+
+def with_half_weights(detector: Detector) -> Detector:
+    """Return a copy that keeps the weights of convolutions and products in float16; it computes in float32.
+
+    Processors have few operators in float16, and a coordinate above 1024 would have steps of a whole pixel in it.
+    """
+    halved = copy.deepcopy(detector)
+    for layer in list(halved.modules()):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.weight.data = layer.weight.data.half()
+            parametrize.register_parametrization(layer, "weight", _Widened(), unsafe=True)
+    return halved
+
+
+def trace(detector: Detector, batch: int = 1) -> ExportedProgram:
+    """Return the graph of a detector on the CPU, for so many images of any one size."""
+    # torch.export itself wants sides longer than the largest stride (64 pixels with FPN); ONNX has no such limit
+    images = torch.zeros(batch, 3, *TRACED_SIZE, dtype=torch.uint8)
+    sizes = {INPUT: {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(DetectorGraph(detector).cpu(), (images,), dynamic_shapes=sizes, strict=False)
+    for node in program.graph.nodes:
+        # source lines with paths of this machine
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def save_program(program: ExportedProgram, contract: Contract, path: Path) -> None:
+    """Write a program of ``torch.export``."""
+    # by its own name torch.export would refuse a file that doesn't end in .pt2
+    with open(path, "wb") as file, _quiet():
+        torch.export.save(program, file, extra_files={f"{KEY}.json": contract.to_json()})
+
+
+def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
+    """Return the program in ONNX."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    with torch.no_grad(), _quiet():
+        written = torch.onnx.export(
+            program,
+            program.example_inputs[0],
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            opset_version=OPSET,
+            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+            dynamo=True,
+            verbose=False,
+        )
+    assert written is not None
+    ClearMetadataAndDocStringPass()(written.model)
+    proto: onnx.ModelProto = written.model_proto
+    # sizes are named by the tracer's symbols; those in between are inferred again by runtimes
+    del proto.graph.value_info[:]
+    for size, name in zip(proto.graph.input[0].type.tensor_type.shape.dim[2:], ("height", "width")):
+        size.dim_param = name
+    for output in proto.graph.output:
+        output.type.tensor_type.shape.dim[0].dim_param = "detections"
+    return proto
+
+
+def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """Return ``aten::sort.stable`` of (..., N) values in ONNX, whose TopK takes the lower index first of equal ones."""
+    from onnxscript import opset18 as op
+
+    return op.TopK(values, op.Shape(values, start=-1), axis=dim, largest=int(descending), sorted=1)
+
+
+def save_onnx(proto: onnx.ModelProto, contract: Contract, path: Path) -> None:
+    """Write ONNX with its contract."""
+    import onnx
+
+    onnx.helper.set_model_props(proto, {KEY: contract.to_json()})
+    onnx.checker.check_model(proto)
+    onnx.save(proto, str(path))
+
+
+def to_openvino(proto: onnx.ModelProto) -> openvino.Model:
+    """Return ONNX as OpenVINO reads it."""
+    import openvino
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "detector.onnx"
+        path.write_bytes(proto.SerializeToString())
+        # a third of the operators less than Core.read_model gives
+        model = openvino.convert_model(path)
+    for op in model.get_ops():
+        # of equal values ONNX takes the lower index first, which its reader forgets
+        if op.get_type_name() == "TopK" and op.get_attributes()["sort"] == "value":
+            op.set_attribute("stable", True)
+    return model
+
+
+def save_openvino(model: openvino.Model, contract: Contract, path: Path) -> None:
+    """Write ``FILE.xml`` and ``FILE.bin``."""
+    import openvino
+
+    model.set_rt_info(contract.to_json(), [KEY])
+    openvino.save_model(model, path, compress_to_fp16=False)
+    # without the indentation, which is a third of it
+    path.write_text(re.sub(r">\s+<", "><", path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' remarks on each other's interfaces; an error is raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

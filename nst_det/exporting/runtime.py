@@ -1,0 +1,167 @@
+"""Exported detectors, each run by its own runtime, called like the detector of a run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nst_det.detection.data import resize, resized_shape, runs_of_equals
+from nst_det.detection.predict import Found
+from nst_det.detection.torchvision.roi_heads import Instances, postprocess
+from nst_det.errors import UserError
+from nst_det.exporting.agreement import Detections
+from nst_det.exporting.contract import INPUT, KEY, OUTPUTS, Contract
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
+# on a CPU with bfloat16 OpenVINO would compute float32 networks in it
+OPENVINO_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}
+
+# (B, 3, H, W) uint8 to boxes, scores, labels and batch indices
+Run = Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+class ExportedDetector:
+    """A detector's file, called with one image at a time; :func:`load_exported` makes it.
+
+    Attributes:
+        path: the file.
+        contract: what it says of itself, such as its classes.
+    """
+
+    def __init__(self, path: Path, contract: Contract, run: Run) -> None:
+        self.path, self.contract, self.run = path, contract, run
+
+    def __call__(self, image: np.ndarray) -> Found:
+        """Return all that the file finds on an (H, W, 3) uint8 RGB image, boxes in its pixels."""
+        ((boxes, labels, scores),) = self.find([image])
+        return Found(boxes, scores, labels, tuple(self.contract.classes[label] for label in labels.tolist()))
+
+    def find(self, images: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield boxes (N, 4), labels (N,) and scores (N,), the best first, of each (H, W, 3) uint8 RGB image.
+
+        Images that follow each other share a batch where they are of one size after resizing.
+        """
+        items = ((self.resized(image), image.shape[:2]) for image in images)
+        for batch in runs_of_equals(items, lambda item: item[0].shape, self.contract.batch):
+            for (seen, size), found in zip(batch, self.detect(np.stack([item[0] for item in batch]))):
+                given = Instances(*map(torch.from_numpy, found))
+                boxes, scores, labels = postprocess(given, (seen.shape[1], seen.shape[2]), (size[0], size[1]))
+                yield boxes.numpy(), labels.numpy(), scores.numpy()
+
+    def resized(self, pixels: np.ndarray) -> np.ndarray:
+        """Return an image (H, W, 3) uint8 RGB as the file takes it, (3, h, w)."""
+        height, width = pixels.shape[:2]
+        size = resized_shape(height, width, self.contract.min_size, self.contract.max_size)
+        return np.ascontiguousarray(resize(pixels, *size).transpose(2, 0, 1))
+
+    def detect(self, images: np.ndarray) -> list[Detections]:
+        """Return boxes in pixels of the resized images, scores and labels of each of (n, 3, h, w) uint8 RGB.
+
+        There may be at most ``contract.batch`` images; a batch is filled up with black ones.
+        """
+        count, batch = len(images), self.contract.batch
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not 1 <= count <= batch:
+            shape = f"{images.dtype} {images.shape}"
+            raise UserError(f"{self.path}: takes 1 to {batch} images as uint8 (n, 3, height, width), not {shape}")
+        whole = np.concatenate((images, np.zeros((batch - count, *images.shape[1:]), np.uint8)))
+        try:
+            *found, index = self.run(whole)
+        except Exception as error:  # each runtime has errors of its own
+            size = f"{images.shape[2]} x {images.shape[3]}"
+            raise UserError(f"{self.path}: can't be run on images of {size} pixels ({_first_line(error)})") from error
+        return [[np.asarray(x)[np.asarray(index) == image] for x in found] for image in range(count)]
+
+
+def load_exported(path: str | Path, threads: int = 0) -> ExportedDetector:
+    """Load a detector that ``nst-det export`` wrote, to be called with images.
+
+    Args:
+        path: ``FILE.onnx``, ``FILE.xml`` (OpenVINO, with ``FILE.bin`` beside it) or ``FILE.pt2`` (torch-export).
+        threads: of the CPU; 0 leaves them to the runtime.
+
+    Raises:
+        UserError: no such file, one of another project, or a runtime that is missing or can't run it.
+    """
+    path = Path(path)
+    form = next((form for form, suffix in SUFFIXES.items() if suffix == path.suffix), None)
+    if form is None:
+        known = ", ".join(f"{suffix} ({form})" for form, suffix in SUFFIXES.items())
+        raise UserError(f"{path}: ends in none of {known}; name a file that nst-det export wrote")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name one that nst-det export wrote")
+    require(form, RUNTIMES[form])
+    try:
+        text, run = _OPEN[form](path, threads)
+    except Exception as error:  # each runtime has errors of its own
+        raise UserError(f"{path}: {form} can't load it ({_first_line(error)}); export it again") from error
+    return ExportedDetector(path, Contract.from_json(text, path), run)
+
+
+RUNTIMES = {"onnx": ("onnxruntime",), "openvino": ("openvino",), "torch-export": ()}
+
+
+def require(form: str, modules: Iterable[str]) -> None:
+    """Raise UserError where one of a format's libraries is missing."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            missing = f"--format {form}: {error.name} is not installed"
+            raise UserError(f"{missing}; pip install {name}, or nst_det with its extra: nst_det[export]") from error
+
+
+def _open_onnx(path: Path, threads: int) -> tuple[str | None, Run]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    text = session.get_modelmeta().custom_metadata_map.get(KEY)
+    return text, lambda images: session.run(list(OUTPUTS), {INPUT: images})
+
+
+def _open_openvino(path: Path, threads: int) -> tuple[str | None, Run]:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    text = model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else None
+    options = {**OPENVINO_OPTIONS, **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+    request = core.compile_model(model, "CPU", options).create_infer_request()
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        request.infer({INPUT: images})
+        # the request's own memory, which the next image changes
+        return [request.get_tensor(name).data.copy() for name in OUTPUTS]
+
+    return text, run
+
+
+def _open_program(path: Path, threads: int) -> tuple[str | None, Run]:
+    extra = {f"{KEY}.json": ""}
+    if threads:
+        torch.set_num_threads(threads)
+    with open(path, "rb") as file:
+        module = torch.export.load(file, extra_files=extra).module()
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        try:
+            with torch.no_grad():
+                return [value.numpy() for value in module(torch.from_numpy(images))]
+        except AssertionError as error:
+            larger = "both sides must be longer than the largest stride, 64 with FPN"
+            raise ValueError(f"{larger}; take --format onnx, or larger images") from error
+
+    return extra[f"{KEY}.json"] or None, run
+
+
+_OPEN = {"onnx": _open_onnx, "openvino": _open_openvino, "torch-export": _open_program}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
