@@ -17,18 +17,23 @@ if TYPE_CHECKING:
     from nst_det.detection.predictions import PredictResult
 
 
-def _check_paths(sources: Iterable[str], run_folder: str | None) -> None:
+def _check_paths(sources: Iterable[str], run_folder: str | None, model: str | None) -> None:
     """Refuse what isn't there before torch is imported, which takes seconds."""
     for path in sources:
         if not Path(path).exists():
             raise UserError(f"{path}: no such file or folder; name images, folders or a video")
     if run_folder and not Path(run_folder).is_dir():
         raise UserError(f"{run_folder}: no such folder; name the folder of a finished detector run")
+    if model and not Path(model).is_file():
+        raise UserError(f"{model}: no such file; name one that nst-det export wrote")
 
 
 @command(
     argument("inputs", "PATH", "images, folders of images, or videos", nargs="+"),
-    argument("--run", "DIR", "folder of a train-det run", dest="run_folder", required=True),
+    one_of(
+        argument("--run", "DIR", "folder of a train-det run", dest="run_folder"),
+        argument("--model", "FILE", "a detector that nst-det export wrote: .onnx, .xml (openvino) or .pt2"),
+    ),
     argument("--output", "DIR", "where to write (default: predictions)", default="predictions"),
     argument("--format", "LIST", "images, json, voc, csv by commas (default: images,json)", default="images,json"),
     argument("--threshold", "X", "least score, 0 to 1 (default: of best F1 on validation; else 0.5)", type=float),
@@ -41,17 +46,16 @@ def _check_paths(sources: Iterable[str], run_folder: str | None) -> None:
     "To score detections.json by nst-det evaluate, take --threshold 0.02 or less: AP counts low scores too.",
 )
 def predict(args: argparse.Namespace) -> int:
-    """Detect objects on images, folders or videos with a finished run; writes pictures, JSON, VOC XML or CSV."""
-    _check_paths(args.inputs, args.run_folder)
+    """Detect objects on images, folders or videos with a run or an exported file; writes pictures, JSON, VOC or CSV."""
+    _check_paths(args.inputs, args.run_folder, args.model)
     from nst_det import api
     from nst_det.engine.device import compute_line, named_device
 
     formats = [name for name in args.format.split(",") if name]
     given = {name: getattr(args, name) for name in ("threshold", "device", "every", "tile", "overlap")}
-    print(compute_line(named_device(args.device), None))
-    result = api.predict(
-        args.inputs, args.run_folder, args.output, formats=formats, classes=args.classes or (), **given
-    )
+    print(compute_line(named_device(args.device or ("cpu" if args.model else "")), None))
+    run = args.run_folder or args.model
+    result = api.predict(args.inputs, run, args.output, formats=formats, classes=args.classes or (), **given)
     counts = result.detections
     if result.tile and result.tile[0] != result.tile[1]:
         print("tiles of {} pixels, seen by the network at {}: best as large as training images".format(*result.tile))

@@ -143,7 +143,7 @@ class ImageDetector:
 def load_detector(
     folder: str | Path, device: str | torch.device = "cpu", threshold: float | None = None, tiles: Tiles | None = None
 ) -> ImageDetector:
-    """Return the detector of a finished run of the torchvision engine; with its own thresholds, unless one is given.
+    """Return the detector of a finished run, with the thresholds that its validation split chose unless one is given.
 
     With ``tiles`` images that are larger than one are looked at tile by tile.
     """

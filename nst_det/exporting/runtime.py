@@ -11,6 +11,7 @@ import torch
 
 from nst_det.detection.data import resize, resized_shape, runs_of_equals
 from nst_det.detection.predict import Found
+from nst_det.detection.predictions import Boxes
 from nst_det.detection.torchvision.roi_heads import Instances, postprocess
 from nst_det.errors import UserError
 from nst_det.exporting.agreement import Detections
@@ -40,8 +41,8 @@ class ExportedDetector:
         ((boxes, labels, scores),) = self.find([image])
         return Found(boxes, scores, labels, tuple(self.contract.classes[label] for label in labels.tolist()))
 
-    def find(self, images: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield boxes (N, 4), labels (N,) and scores (N,), the best first, of each (H, W, 3) uint8 RGB image.
+    def find(self, images: Iterable[np.ndarray]) -> Iterator[Boxes]:
+        """Yield the detections on each (H, W, 3) uint8 RGB image, in its pixels.
 
         Images that follow each other share a batch where they are of one size after resizing.
         """
@@ -50,7 +51,7 @@ class ExportedDetector:
             for (seen, size), found in zip(batch, self.detect(np.stack([item[0] for item in batch]))):
                 given = Instances(*map(torch.from_numpy, found))
                 boxes, scores, labels = postprocess(given, (seen.shape[1], seen.shape[2]), (size[0], size[1]))
-                yield boxes.numpy(), labels.numpy(), scores.numpy()
+                yield Boxes(boxes.numpy(), labels.numpy(), scores.numpy())
 
     def resized(self, pixels: np.ndarray) -> np.ndarray:
         """Return an image (H, W, 3) uint8 RGB as the file takes it, (3, h, w)."""
