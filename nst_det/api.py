@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from nst_det.comparison.result import ComparisonResult, RowResult
     from nst_det.detection.predict import ImageDetector
     from nst_det.detection.predictions import PredictResult
-    from nst_det.detection.tiles import Tiles
     from nst_det.errors import UserError
     from nst_det.evaluation.voc import VocResult
     from nst_det.exporting import Exported
@@ -261,22 +260,23 @@ def load_backbone(weights: str | Path) -> tuple[nn.Module, Card]:
 def load_detector(
     run: str | Path, *, threshold: float | None = None, device: str = "", tile: int = 0, overlap: float | None = None
 ) -> ImageDetector:
-    """Load the detector of a finished run, to be called with images.
+    """Load the detector of a finished run, or an exported one, to be called with images.
 
     ``detector(image)`` takes a path, a PIL image or an (H, W, 3) uint8 RGB array, and gives ``boxes`` (N, 4) float32
     ``xmin ymin xmax ymax`` in pixels of that image from its upper left corner, ``scores`` (N,) float32 from 0 to 1,
     best first, ``labels`` (N,) int64 and their ``names``.  They are equal to those of ``nst-det predict``.
 
     Args:
-        run: folder of a train-det run, such as ``my_project/output/detect/seed0/nst-poly``.
+        run: folder of a train-det run, such as ``my_project/output/detect/seed0/nst-poly``, or the file of a detector
+            that ``export`` wrote.
         threshold: least score, 0 to 1; None takes for each class the one of best F1 on the run's validation split, and
             0.5 where there was none.
-        device: ``cpu`` or ``cuda``; "" takes the GPU if there is one.
+        device: ``cpu`` or ``cuda``; "" takes the GPU if there is one. An exported file is run on the CPU.
         tile: look at larger images in square tiles of so many pixels a side; 0 looks at each image as a whole.
         overlap: part of a tile that its neighbors share, at least 0 and below 1 (with ``tile``; None: 0.2).
 
     Raises:
-        UserError: no finished run of the torchvision engine, or an image that can't be read.
+        UserError: no finished run and no exported detector, or an image that can't be read.
 
     Example:
         >>> import nst_det
@@ -286,10 +286,28 @@ def load_detector(
         (True, True)
     """
     from nst_det.detection import predict
+    from nst_det.detection.tiles import OVERLAP, Tiles
     from nst_det.engine.device import named_device
+    from nst_det.errors import UserError
 
-    _check_threshold(threshold)
-    return predict.load_detector(run, named_device(device), threshold, _tiles(tile, overlap))
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UserError(f"--threshold: {threshold} is not a score; give a number from 0 to 1")
+    if not tile and overlap is not None:
+        raise UserError("--overlap: is that of tiles; give --tile PIXELS too")
+    tiles = Tiles(tile, OVERLAP if overlap is None else overlap) if tile else None
+    if not Path(run).is_file():
+        return predict.load_detector(run, named_device(device), threshold, tiles)
+    from nst_det.exporting.runtime import load_exported
+
+    if device not in ("", "cpu"):
+        raise UserError(f"--device {device}: an exported file is run on the CPU; leave it out")
+    exported = load_exported(run)
+    told = exported.contract
+    if threshold is not None and threshold < told.score_threshold:
+        lowest = f"{told.score_threshold:g}"
+        raise UserError(f"--threshold: {threshold:g}, but {run} gives no score below {lowest}; give {lowest} or more")
+    sizes = told.min_size, told.max_size
+    return predict.ImageDetector(exported.find, told.classes, told.thresholds, sizes, threshold, tiles)
 
 
 def predict(
@@ -305,17 +323,17 @@ def predict(
     tile: int = 0,
     overlap: float | None = None,
 ) -> PredictResult:
-    """Detect objects with a finished run and write what was found; ``nst-det predict`` does the same.
+    """Detect objects with a finished run or an exported file, and write them; ``nst-det predict`` does the same.
 
     Args:
         images: images, folders of images, or videos.
-        run: folder of a train-det run.
+        run: folder of a train-det run, or the file of a detector that ``export`` wrote.
         output: the folder to write into.
         formats: of ``images`` (pictures and videos with boxes drawn), ``json``, ``voc`` and ``csv``.
         threshold: least score, 0 to 1; None takes for each class the one of best F1 on the run's validation split, and
             0.5 where there was none.
         classes: only these; () takes all.
-        device: ``cpu`` or ``cuda``; "" takes the GPU if there is one.
+        device: ``cpu`` or ``cuda``; "" takes the GPU if there is one. An exported file is run on the CPU.
         every: take each so many-th frame of a video.
         tile: look at larger images in square tiles of so many pixels a side; 0 looks at each image as a whole.
         overlap: part of a tile that its neighbors share, at least 0 and below 1 (with ``tile``; None: 0.2).
@@ -330,23 +348,20 @@ def predict(
         >>> result.images, result.unreadable
         (12, [])
     """
-    from nst_det.detection.predict import load_detector
     from nst_det.detection.predictions import FORMATS, PredictionWriter, PredictResult
     from nst_det.detection.sources import find_sources, read_sources
-    from nst_det.engine.device import gpu_errors_in_one_line, named_device
+    from nst_det.engine.device import gpu_errors_in_one_line
     from nst_det.errors import UserError
 
     if not formats or not set(formats) <= set(FORMATS):
         raise UserError(f"--format: '{','.join(formats)}': choose from {', '.join(FORMATS)}, joined by commas")
-    _check_threshold(threshold)
-    tiles = _tiles(tile, overlap)
     if every < 1:
         raise UserError(f"--every: {every}; give 1 or more")
     sources = find_sources([images] if isinstance(images, str | Path) else images)
     unreadable: list[UserError] = []
     count, best = 0, None
     with gpu_errors_in_one_line("take --device cpu"):
-        detector = load_detector(run, named_device(device), threshold, tiles)
+        detector = load_detector(run, threshold=threshold, device=device, tile=tile, overlap=overlap)
         for name in classes:
             if name not in detector.classes:
                 known = ", ".join(detector.classes)
@@ -360,23 +375,7 @@ def predict(
                 count += 1
             detections = writer.finish()
     known_scores = detector.thresholds, detector.chosen
-    return PredictResult(count, detections, unreadable, len(sources), Path(output), *known_scores, best)
-
-
-def _check_threshold(threshold: float | None) -> None:
-    from nst_det.errors import UserError
-
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise UserError(f"--threshold: {threshold} is not a score; give a number from 0 to 1")
-
-
-def _tiles(tile: int, overlap: float | None) -> Tiles | None:
-    from nst_det.detection.tiles import OVERLAP, Tiles
-    from nst_det.errors import UserError
-
-    if not tile and overlap is not None:
-        raise UserError("--overlap: is that of tiles; give --tile PIXELS too")
-    return Tiles(tile, OVERLAP if overlap is None else overlap) if tile else None
+    return PredictResult(count, detections, unreadable, len(sources), Path(output), *known_scores, best, detector.tile)
 
 
 def export(

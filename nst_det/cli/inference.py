@@ -13,14 +13,19 @@ from nst_det.cli.command import BACKBONE, DEVICE, RUN, TRUST_PICKLE, argument, c
 if TYPE_CHECKING:
     from nst_det.detection.predictions import PredictResult
 
-WEIGHTS = existing("a file of weights")
+WEIGHTS, EXPORTED = existing("a file of weights"), existing("a file that nst-det export wrote")
 
 
 @command(
     argument(
         "inputs", "PATH", "images, folders of images, or videos", nargs="+", type=existing("images, folders or a video")
     ),
-    argument("--run", "DIR", "folder of a train-det run", dest="run_folder", required=True, type=RUN),
+    one_of(
+        argument("--run", "DIR", "folder of a train-det run", dest="run_folder", type=RUN),
+        argument(
+            "--model", "FILE", "a detector that nst-det export wrote: .onnx, .xml (openvino) or .pt2", type=EXPORTED
+        ),
+    ),
     argument("--output", "DIR", "where to write (default: predictions)", default="predictions"),
     argument("--format", "LIST", "images, json, voc, csv by commas (default: images,json)", default="images,json"),
     argument("--threshold", "X", "least score, 0 to 1 (default: of best F1 on validation; else 0.5)", type=float),
@@ -33,17 +38,18 @@ WEIGHTS = existing("a file of weights")
     "To score detections.json by nst-det evaluate, take --threshold 0.02 or less: AP counts low scores too.",
 )
 def predict(args: argparse.Namespace) -> int:
-    """Detect objects on images, folders or videos with a finished run; writes pictures, JSON, VOC XML or CSV."""
+    """Detect objects on images, folders or videos with a run or an exported file; writes pictures, JSON, VOC or CSV."""
     from nst_det import api
     from nst_det.engine.device import compute_line, named_device
 
     formats = [name for name in args.format.split(",") if name]
     given = {name: getattr(args, name) for name in ("threshold", "device", "every", "tile", "overlap")}
-    print(compute_line(named_device(args.device), None))
-    result = api.predict(
-        args.inputs, args.run_folder, args.output, formats=formats, classes=args.classes or (), **given
-    )
+    print(compute_line(named_device(args.device or ("cpu" if args.model else "")), None))
+    run = args.run_folder or args.model
+    result = api.predict(args.inputs, run, args.output, formats=formats, classes=args.classes or (), **given)
     counts = result.detections
+    if result.tile and result.tile[0] != result.tile[1]:
+        print("tiles of {} pixels, seen by the network at {}: best as large as training images".format(*result.tile))
     print(_thresholds_line(result))
     by_class = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{result.images} images, {sum(counts.values())} detections ({by_class or 'none'}) in {args.output}")

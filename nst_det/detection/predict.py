@@ -17,7 +17,7 @@ from PIL import Image
 from nst_det.data.images import decode_image, read_image
 from nst_det.detection.checkpoint import load_weights, saved_classes
 from nst_det.detection.config import config_of_run, defrosted, listed_classes
-from nst_det.detection.data import network_input, runs_of_equals
+from nst_det.detection.data import network_input, resized_shape, runs_of_equals
 from nst_det.detection.pipeline import place_detector
 from nst_det.detection.predictions import Boxes, Find, Prediction
 from nst_det.detection.sources import Picture
@@ -87,13 +87,24 @@ class ImageDetector:
         thresholds: least score of a detection by class, 0 to 1.
         chosen: where they are from: ``given``, ``validation`` (the best F1 there; a class of which nothing was found
             there has the default), or ``default``.
+        tile: side of a tile in pixels of the image, and of what the network sees of it; None without tiles.
     """
 
     def __init__(
-        self, find: Find, classes: Sequence[str], best: Mapping[str, float], threshold: float | None = None
+        self,
+        find: Find,
+        classes: Sequence[str],
+        best: Mapping[str, float],
+        sizes: tuple[int, int],
+        threshold: float | None = None,
+        tiles: Tiles | None = None,
     ) -> None:
-        """``find`` gives all detections of some images; ``best`` are the thresholds of best F1, {} for none."""
-        self._find, self.classes = find, tuple(classes)
+        """``find`` gives all detections of some images, and ``best`` are the thresholds of best F1, {} for none.
+
+        ``sizes`` are the shortest side that images are resized to, and the longest that they have at most.
+        """
+        self._find, self.classes = tiles.around(find) if tiles else find, tuple(classes)
+        self.tile = (tiles.side, resized_shape(tiles.side, tiles.side, *sizes)[0]) if tiles else None
         if threshold is None:
             self.thresholds = {name: best.get(name, DEFAULT) for name in classes}
         else:
@@ -132,7 +143,7 @@ class ImageDetector:
 def load_detector(
     folder: str | Path, device: str | torch.device = "cpu", threshold: float | None = None, tiles: Tiles | None = None
 ) -> ImageDetector:
-    """Return the detector of a finished run of the torchvision engine; with its own thresholds, unless one is given.
+    """Return the detector of a finished run, with the thresholds that its validation split chose unless one is given.
 
     With ``tiles`` images that are larger than one are looked at tile by tile.
     """
@@ -141,7 +152,8 @@ def load_detector(
     detector, config, classes = load_run(folder, device, None if threshold is None else min(threshold, lowest))
     find = partial(find_by_run, detector, config)
     best = {name: one.score for name, one in read_thresholds(folder).items()}
-    return ImageDetector(tiles.around(find) if tiles else find, classes, best, threshold)
+    sizes = config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST
+    return ImageDetector(find, classes, best, sizes, threshold, tiles)
 
 
 def _pixels(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:

@@ -72,6 +72,7 @@ class PredictResult:
         thresholds: least score of a detection by class, and ``chosen``, where they are from (``given``,
             ``validation`` or ``default``).
         best: the best score of all detections, also of those below the thresholds; None without any.
+        tile: side of a tile in pixels of the image, and of what the network sees of it; None without tiles.
     """
 
     images: int
@@ -82,6 +83,7 @@ class PredictResult:
     thresholds: dict[str, float]
     chosen: str
     best: float | None
+    tile: tuple[int, int] | None
 
 
 def draw(prediction: Prediction, classes: Sequence[str]) -> np.ndarray:

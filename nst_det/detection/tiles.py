@@ -15,8 +15,9 @@ from nst_det.errors import UserError
 
 SMALLEST = 32
 OVERLAP = 0.2
-# two tiles see one object where their boxes, cut off at what both see, overlap (IoU) by more
-SAME = 0.5
+# two tiles see one object where their boxes, cut off at what both see, overlap (IoU) by more, or where more than this
+# part of the smaller box lies in the larger one
+SAME, INSIDE = 0.5, 0.7
 # a box that ends nearer to its tile's edge than this part of the tile may go on behind it
 EDGE = 0.01
 
@@ -48,10 +49,11 @@ class Tiles:
         return np.hstack((corners, np.minimum(corners + self.side, (width, height))))
 
     def around(self, find: Find) -> Find:
-        """Return a detector that looks at an image tile by tile, and once at the whole for what no tile need hold.
+        """Return a detector that looks at an image tile by tile, and once at the whole for what no tile can hold.
 
-        An object as large as the overlap or smaller is whole in one tile at least; only larger ones are taken from the
-        look at the whole image.  An image that fits into a tile is given to ``find`` as it is.
+        An object as large as the overlap or smaller is whole in one tile at least, and pieces of larger ones are put
+        together; from the look at the whole image only what is larger than a tile is taken.  An image that fits into a
+        tile is given to ``find`` as it is.
         """
 
         def find_in_tiles(images: Iterable[np.ndarray]) -> Iterator[Boxes]:
@@ -89,7 +91,7 @@ class Tiles:
         cut = ((boxes[:, :2] < of[:, :2] + near) & (of[:, :2] > 0)).any(1)
         cut |= ((boxes[:, 2:] > of[:, 2:] - near) & (of[:, 2:] < image[2:])).any(1)
         from_whole = np.arange(len(boxes)) >= len(boxes) - sizes[-1]
-        seen = ~from_whole | ((boxes[:, 2:] - boxes[:, :2]).max(1) > self.side * self.overlap)
+        seen = ~from_whole | ((boxes[:, 2:] - boxes[:, :2]).max(1) > self.side)
         order = np.lexsort((-scores, cut))
         order = order[seen[order]]
         by_label = (order[labels[order] == label] for label in np.unique(labels))
@@ -112,8 +114,7 @@ def _groups(order: np.ndarray, boxes: np.ndarray, tiles: np.ndarray, cut: np.nda
         known = members[:count]
         # a tile's own boxes are different objects
         elsewhere = (tiles[known] != tiles[index]).any(1)
-        overlap = _overlap_where_both_see(boxes[index], tiles[index], boxes[known], tiles[known])
-        same = np.flatnonzero(elsewhere & (overlap > SAME))
+        same = np.flatnonzero(elsewhere & _are_one(boxes[index], tiles[index], boxes[known], tiles[known]))
         group = int(group_of[same].min()) if same.size else len(groups)
         if not same.size:
             groups.append([])
@@ -125,17 +126,21 @@ def _groups(order: np.ndarray, boxes: np.ndarray, tiles: np.ndarray, cut: np.nda
     return groups
 
 
-def _overlap_where_both_see(box: np.ndarray, tile: np.ndarray, boxes: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-    """Return the IoU (N,) of a box with others, of what lies in the part that the tiles of both share."""
-    shared = np.hstack((np.maximum(tile[:2], tiles[:, :2]), np.minimum(tile[2:], tiles[:, 2:])))
-    first, second = (
-        np.hstack((np.maximum(one[..., :2], shared[:, :2]), np.minimum(one[..., 2:], shared[:, 2:])))
-        for one in (box, boxes)
-    )
-    both = np.hstack((np.maximum(first[:, :2], second[:, :2]), np.minimum(first[:, 2:], second[:, 2:])))
-    area, area_first, area_second = (np.clip(one[:, 2:] - one[:, :2], 0, None).prod(1) for one in (both, first, second))
-    union = area_first + area_second - area
-    return np.divide(area, union, out=np.zeros(len(boxes), np.float32), where=union > 0)
+def _are_one(box: np.ndarray, tile: np.ndarray, boxes: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """Return whether a box of a tile and others (N, 4) of other tiles are one object, (N,) bool."""
+    shared = _intersection(tile, tiles)
+    first, second = _intersection(box, shared), _intersection(boxes, shared)
+    both = _area(_intersection(first, second))
+    union = _area(first) + _area(second) - both
+    return (both > SAME * union) | (both > INSIDE * np.minimum(_area(box), _area(boxes)))
+
+
+def _intersection(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.concatenate((np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])), axis=-1)
+
+
+def _area(boxes: np.ndarray) -> np.ndarray:
+    return np.clip(boxes[..., 2:] - boxes[..., :2], 0, None).prod(-1)
 
 
 def _around(boxes: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 
 from nst_det.detection.data import resize, resized_shape, runs_of_equals
 from nst_det.detection.predict import Found
+from nst_det.detection.predictions import Boxes
 from nst_det.detection.torchvision.batch import limits_of
 from nst_det.detection.torchvision.box_coder import clip, larger_than
 from nst_det.errors import UserError
@@ -41,8 +42,8 @@ class ExportedDetector:
         ((boxes, labels, scores),) = self.find([image])
         return Found(boxes, scores, labels, tuple(self.contract.classes[label] for label in labels.tolist()))
 
-    def find(self, images: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield boxes (N, 4), labels (N,) and scores (N,), the best first, of each (H, W, 3) uint8 RGB image.
+    def find(self, images: Iterable[np.ndarray]) -> Iterator[Boxes]:
+        """Yield the detections on each (H, W, 3) uint8 RGB image, in its pixels.
 
         Images that follow each other share a batch where they are of one size after resizing.
         """
@@ -53,7 +54,7 @@ class ExportedDetector:
                 before, limits = limits_of([seen.shape[1:], size])
                 boxes = clip(boxes * (limits / before).float(), limits.float())
                 kept = larger_than(boxes, 0)
-                yield boxes[kept].numpy(), labels[kept].numpy(), scores[kept].numpy()
+                yield Boxes(boxes[kept].numpy(), labels[kept].numpy(), scores[kept].numpy())
 
     def resized(self, pixels: np.ndarray) -> np.ndarray:
         """Return an image (H, W, 3) uint8 RGB as the file takes it, (3, h, w)."""
