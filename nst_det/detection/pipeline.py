@@ -44,8 +44,10 @@ from nst_det.detection.data import (
 from nst_det.detection.distiller import DistilledDetector, distill, level_channels, wants_teacher
 from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.torchvision import Detector, build_detector
+from nst_det.detection.torchvision.backbone import compile_backbone
 from nst_det.detection.trainer import Trainer, train
 from nst_det.engine.checkpoint import checkpoints, would_resume
+from nst_det.engine.compilation import check_compile
 from nst_det.engine.config import expand_path
 from nst_det.engine.device import amp_dtype, cast_frozen, compute_line, gpu_errors_in_one_line, set_float32_precision
 from nst_det.engine.distributed import (
@@ -124,6 +126,7 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
 
 def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
     _begin(config)
+    check_compile(config.SOLVER.COMPILE, torch.device(config.MODEL.DEVICE))
     classes = data_classes(config)
     resolve_classes(config, classes)
     with folder.opened(config, input_fingerprints(config, classes)) if is_main_process() else nullcontext():
@@ -139,6 +142,7 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
         student = _student(config, classes, seed)
         average = AveragedWeights(student, config.SOLVER.EMA_DECAY) if config.SOLVER.EMA_DECAY else None
         model = _with_teacher(student, config, seed, classes)
+        _compile(model, config.SOLVER.COMPILE)
         # what is evaluated and written
         kept = student if average is None else cast(Detector, average.network)
 
@@ -273,6 +277,15 @@ def _with_teacher(
     # of the teacher's backbone alone: its box head computes in float32
     cast_frozen(teacher.backbone, student.amp)
     return model
+
+
+def _compile(model: Detector | DistilledDetector, mode: str) -> None:
+    student = cast(Detector, model.student) if isinstance(model, DistilledDetector) else model
+    device = student.pixel_mean.device
+    # evaluated images have many sizes
+    compile_backbone(student.backbone, mode, device, "the student's", lambda: student.training)
+    if isinstance(model, DistilledDetector):
+        compile_backbone(cast(Detector, model.teacher).backbone, mode, device, "the teacher's")
 
 
 def teacher_of(config: CfgNode) -> tuple[Detector, str, Sequence[str]]:

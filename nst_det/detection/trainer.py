@@ -18,6 +18,7 @@ from nst_det.detection.distiller import DistilledDetector
 from nst_det.detection.solver import build_optimizer
 from nst_det.detection.torchvision import Detector
 from nst_det.engine import distributed
+from nst_det.engine.compilation import begin_step
 from nst_det.engine.config import plain
 from nst_det.engine.distributed import average_gradients, log_batch, rank, running_statistics, world_size
 from nst_det.engine.metrics import loss_note
@@ -136,6 +137,7 @@ class Trainer(TrainLoop):
         factor = self.schedule(self.iter) * state.guard.rate
         set_learning_rate(state.optimizer, factor)
         state.guard.keep_buffers()
+        begin_step(self.solver.COMPILE)
         losses: dict[str, float] = {}
         broken: list[str] | None = None
         try:

@@ -13,6 +13,7 @@ from torch import Tensor
 from nst_det.distillation.accuracy import measure
 from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData, TrainingBatches
 from nst_det.distillation.trainer import StudentTrainer
+from nst_det.engine.compilation import begin_step
 from nst_det.engine.distributed import is_main_process, world_size
 from nst_det.engine.format import text_table
 from nst_det.engine.loader import load
@@ -44,6 +45,7 @@ def one_step(
     clock: Clock,
 ) -> dict[str, float]:
     """One batch, one teacher pass, one optimizer step of each student; return the loss of each."""
+    begin_step(students[0].solver.COMPILE)
     start = clock.total()
     with clock("data"):
         parts = [

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from nst_det.distillation.accuracy import Accuracy
 from nst_det.distillation.build import Network, by_positions, copy_of
 from nst_det.distillation.cache import is_stand_in
+from nst_det.engine.compilation import compiled
 from nst_det.engine.config import plain
 from nst_det.engine.device import autocast, default_device
 from nst_det.engine.distributed import (
@@ -86,6 +87,7 @@ class StudentTrainer(OptimizedState):
         )
         self.name, self.network, self.transfer, self.precision = name, network, transfer, precision
         self.config, self.solver = config, solver
+        self._outputs = compiled(forward_outputs, solver.COMPILE, self.device, f"{name}'s network")
         self._schedule = lr_schedule(solver)
         self.levels = {level: info for level, info in network.levels.items() if level in transfer.student_levels}
         self.needs_teacher = bool(transfer.pairs)
@@ -126,7 +128,7 @@ class StudentTrainer(OptimizedState):
             self.guard.keep_buffers()
             self.passes = []
         with autocast(self.device, self.precision):
-            outputs = forward_outputs(self.model, images, self.levels)
+            outputs = self._outputs(self.model, images, self.levels)
         outputs.maps = {level: _tap(maps) for level, maps in outputs.maps.items()}
         assert outputs.logits is not None
         outputs.logits, outputs.labels = outputs.logits.float(), labels
