@@ -49,7 +49,15 @@ from nst_det.detection.trainer import Trainer, train
 from nst_det.engine.checkpoint import checkpoints, would_resume
 from nst_det.engine.compilation import check_compile
 from nst_det.engine.config import expand_path
-from nst_det.engine.device import amp_dtype, cast_frozen, compute_line, gpu_errors_in_one_line, set_float32_precision
+from nst_det.engine.device import (
+    amp_dtype,
+    cast_frozen,
+    compute_line,
+    gpu_errors_in_one_line,
+    many_sizes,
+    set_cudnn_benchmark,
+    set_float32_precision,
+)
 from nst_det.engine.distributed import (
     broadcast_from_rank0,
     copy_from_first,
@@ -81,6 +89,7 @@ DETECTIONS_FILE = "detections.json"
 
 
 @torch.no_grad()
+@many_sizes()
 def detect(detector: Detector, batches: Iterable[list[dict[str, Any]]], data: VocDataset | JoinedVoc) -> Detections:
     """Return the detections on all images of a split, the best of each first; the detector is left in evaluation mode.
 
@@ -241,13 +250,13 @@ def _student(config: CfgNode, classes: Sequence[str], seed: int) -> Detector:
     place_detector(detector, config)
     amp, device = config.SOLVER.AMP, detector.pixel_mean.device
     detector.amp = amp_dtype(amp, device)
+    set_cudnn_benchmark(config.CUDNN_BENCHMARK, device)
     log.info(compute_line(device, detector.amp, config.DATALOADER.NUM_WORKERS, amp.ENABLED))
     return detector
 
 
 def place_detector(detector: Detector, config: CfgNode) -> None:
     """Move a detector to MODEL.DEVICE, in the layout and precision that its config asks for."""
-    torch.backends.cudnn.benchmark = config.CUDNN_BENCHMARK
     device = torch.device(resolve_device(config.MODEL.DEVICE))
     set_float32_precision(config.FLOAT32_PRECISION, device)
     detector.to(device)

@@ -15,6 +15,7 @@ from nst_det.engine.keys import (
     CLIP_TYPES,
     COMPILE,
     COMPILE_MODES,
+    CUDNN_BENCHMARK,
     EMA_DECAY,
     FLOAT32_PRECISION,
     FLOAT32_PRECISIONS,
@@ -42,6 +43,7 @@ KEYS: dict[str, Key] = {
     "REGISTRY": Key("", 'folder for the backbone files; "" takes the first one of $NST_DET_BACKBONES'),
     "SEED": Key(0, "of all random draws"),
     "FLOAT32_PRECISION": FLOAT32_PRECISION,
+    "CUDNN_BENCHMARK": CUDNN_BENCHMARK,
     "TRUST_PICKLE": TRUST_PICKLE,
     "METHODS": Key(
         ["ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"], "a student for each; [] trains the teacher alone"

@@ -38,6 +38,7 @@ from nst_det.engine.device import (
     default_device,
     gpu_errors_in_one_line,
     loader_workers,
+    set_cudnn_benchmark,
     set_float32_precision,
 )
 from nst_det.engine.distributed import (
@@ -105,6 +106,7 @@ class StageOne:
         self.student_files = {name: self._file(f"{name}-s{config.SEED}") for name in self.methods}
         self.data = StageOneData(config)
         set_float32_precision(config.FLOAT32_PRECISION, self.device)
+        set_cudnn_benchmark(config.CUDNN_BENCHMARK, self.device)
 
     def _file(self, name: str) -> Path:
         return self.registry / f"{check_name(f'{self.config.NAME}-{name}')}.safetensors"

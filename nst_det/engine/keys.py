@@ -65,6 +65,10 @@ FLOAT32_PRECISION = one_of(
     "fp16 is not float32",
     *FLOAT32_PRECISIONS,
 )
+CUDNN_BENCHMARK = Key(
+    False,
+    "with a GPU: let cuDNN try its kernels at each new size of a training batch (seconds), and keep the fastest",
+)
 COMPILE = one_of(
     "mode of torch.compile for what trains: students and teacher of stage one, in stage two backbones and FPNs for the "
     "sizes of INPUT.PADDED_SIZES (torchvision engine); the last two make CUDA graphs, and need a GPU; what can't be "

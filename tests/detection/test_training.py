@@ -394,6 +394,24 @@ def test_batches_are_padded_to_the_smallest_size_that_holds_them(small, changes,
     assert tuple(images.shape[-2:]) == (64, 64)
 
 
+def test_cudnn_tries_its_kernels_in_training_alone(on_shapes, monkeypatch):
+    """As on a GPU: the images of an evaluation have too many sizes."""
+    seen = {}
+    forward = Detector.forward
+
+    def watched(self, batch):
+        seen.setdefault(self.training, set()).add(torch.backends.cudnn.benchmark)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Detector, "forward", watched)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(
+        pipeline, "set_cudnn_benchmark", lambda wanted, _: setattr(torch.backends.cudnn, "benchmark", wanted)
+    )
+    train_detector(on_shapes(changes={"CUDNN_BENCHMARK": True, "SOLVER.MAX_ITER": 2, "TEST.EVAL_PERIOD": 1}))
+    assert seen == {True: {True}, False: {False}}
+
+
 def test_sizes_that_do_not_hold_all_images_are_refused(small):
     with pytest.raises(UserError, match=r"INPUT.PADDED_SIZES: .*\[96, 96\]"):
         small({"INPUT.PADDED_SIZES": [[64, 96], [96, 64]]})

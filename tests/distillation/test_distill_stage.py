@@ -443,6 +443,14 @@ def test_compiled_networks_train_alike(images, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "off", tmp_path / "default", *results, keys["METHODS"])
 
 
+def test_cudnn_is_set_by_the_config(images, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("nst_det.distillation.pipeline.set_cudnn_benchmark", lambda *asked: seen.append(asked))
+    for wanted in (True, False):
+        StageOne(config(images, tmp_path, **{"CUDNN_BENCHMARK": wanted}))
+    assert [asked[0] for asked in seen] == [True, False]
+
+
 def test_cuda_graphs_on_a_cpu_are_refused_before_anything_is_written(images, tmp_path):
     with pytest.raises(UserError, match=r"SOLVER.COMPILE reduce-overhead"):
         run(images, tmp_path / "run", **{"TEACHER.SOLVER": {"COMPILE": "reduce-overhead"}})
