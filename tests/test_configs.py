@@ -79,6 +79,22 @@ def engine_of(file):
     return [] if file.stem.startswith("cifar10") else TORCHVISION
 
 
+@pytest.mark.parametrize("file", [*CONFIGS.glob("detect/voc/*.yaml"), *CONFIGS.glob("detect/c4/*.yaml")], ids=str)
+def test_a_detector_for_a_gpu_takes_what_it_has(file):
+    config = load_detect_config(file, TORCHVISION)
+    found = config.MODEL.DEVICE, config.SOLVER.AMP.ENABLED, config.CUDNN_BENCHMARK, config.DATALOADER.NUM_WORKERS
+    assert found == ("auto", True, True, -1)
+
+
+@pytest.mark.parametrize(
+    "file", [*CONFIGS.glob("distill/imagenet*.yaml"), *CONFIGS.glob("distill/paper/*.yaml")], ids=str
+)
+def test_a_stage_one_for_a_gpu_takes_what_it_has(file):
+    config = load_distill_config(file)
+    assert (config.SOLVER.AMP.ENABLED, config.CUDNN_BENCHMARK) == (True, True)
+    assert config.DATALOADER.NUM_WORKERS in (-1, 16)
+
+
 @files("compare")
 def test_compare(file, tmp_path):
     comparison = load_comparison(file, output=tmp_path / "out", overrides=engine_of(file))

@@ -15,10 +15,12 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from nst_det.distillation.config import transfer_of
+from nst_det.engine.compilation import compiled
 from nst_det.engine.config import expand_path, plain
 from nst_det.engine.device import autocast, cast_frozen
 from nst_det.engine.format import text_table
 from nst_det.engine.io import sha256_of_file
+from nst_det.engine.keys import OFF
 from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
 from nst_det.losses import Method, ModelOutputs, TransferLoss, build_transfer, get_term, pair_shapes
@@ -348,6 +350,7 @@ class Teacher:
         reads: Iterable[str],
         precision: torch.dtype | None,
         view: Callable[[Tensor], Tensor] | None = None,
+        compile_mode: str = OFF,
     ) -> None:
         self.model, self.precision, self.view = model.eval().requires_grad_(False), precision, view
         # found by a forward pass, which wants all weights in one precision
@@ -355,13 +358,15 @@ class Teacher:
         self.levels = {name: info for name, info in feature_levels(model).items() if name in names}
         cast_frozen(self.model, precision)
         self.device = next(model.parameters()).device
+        self._outputs = compiled(forward_outputs, compile_mode, self.device, "the teacher's network")
 
     def raw(self, images: Tensor) -> ModelOutputs:
         """Return the outputs for normalized images (B, 3, H, W) as they are computed, without gradient."""
         with torch.no_grad():
             seen = images if self.view is None else self.view(images)
             with autocast(self.device, self.precision):
-                return forward_outputs(self.model, seen, self.levels)
+                outputs: ModelOutputs = self._outputs(self.model, seen, self.levels)
+        return outputs
 
     def __call__(self, images: Tensor, rows: Tensor | None = None) -> ModelOutputs:
         """Return the outputs for normalized images (B, 3, H, W); ``rows`` are for a cache in the teacher's place."""

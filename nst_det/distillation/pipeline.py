@@ -34,6 +34,7 @@ from nst_det.distillation.fingerprint import cache_claim, student_claim, teacher
 from nst_det.distillation.loop import StageOneTrainer, Teaching, warn_of_neighbors
 from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import checkpoints, would_resume
+from nst_det.engine.compilation import check_compile
 from nst_det.engine.config import expand_path, plain
 from nst_det.engine.device import (
     amp_dtype,
@@ -41,6 +42,7 @@ from nst_det.engine.device import (
     default_device,
     gpu_errors_in_one_line,
     loader_workers,
+    set_cudnn_benchmark,
     set_float32_precision,
 )
 from nst_det.engine.distributed import (
@@ -52,6 +54,7 @@ from nst_det.engine.distributed import (
     wait_for_all,
 )
 from nst_det.engine.io import write_text
+from nst_det.engine.keys import OFF
 from nst_det.engine.progress import waiting
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
@@ -99,6 +102,8 @@ class StageOne:
         config.defrost()
         config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, self.device.type == "cpu")
         config.freeze()
+        for solver in (config.SOLVER, teacher_solver(config)):
+            check_compile(solver.COMPILE, self.device)
         self.output = Path(expand_path(config.OUTPUT_DIR, "OUTPUT_DIR"))
         self.registry = Path(expand_path(config.REGISTRY, "REGISTRY")) if config.REGISTRY else registry_folders()[0]
         self.methods = parse_methods(config.METHODS)
@@ -107,6 +112,7 @@ class StageOne:
         with waiting("loading data"):
             self.data = StageOneData(config)
         set_float32_precision(config.FLOAT32_PRECISION, self.device)
+        set_cudnn_benchmark(config.CUDNN_BENCHMARK, self.device)
 
     def _file(self, name: str) -> Path:
         return self.registry / f"{check_name(f'{self.config.NAME}-{name}')}.safetensors"
@@ -222,10 +228,12 @@ class StageOne:
         """Return the teacher, or where CACHE.DIR is set, its cached outputs for every view."""
         precision = amp_dtype(self.config.SOLVER.AMP, self.device)
         reads = {level for loss in losses.values() for level in loss.teacher_levels}
-        view = TeacherView(self.config).to(self.device)
-        teacher = Teacher(copy_of(network, self.device), reads, precision, None if network.to_train else view)
-        views = self.data.views()
-        if not self.config.CACHE.DIR or views is None:
+        views, cached = self.data.views(), bool(self.config.CACHE.DIR)
+        view = None if network.to_train else TeacherView(self.config).to(self.device)
+        # a cache has the outputs of the network as it is
+        mode = OFF if cached else self.config.SOLVER.COMPILE
+        teacher = Teacher(copy_of(network, self.device), reads, precision, view, mode)
+        if not cached or views is None:
             return teacher
         arch = " ".join([network.arch, *(f"{key}={value}" for key, value in sorted(network.arch_kwargs.items()))])
         computed = str(precision or torch.float32).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from nst_det.detection.config import padded_sizes
 from nst_det.detection.torchvision.backbone import BackboneOnly, Fpn, build_backbone
 from nst_det.detection.torchvision.batch import limits_of, read_truth, stack_images, to_device
 from nst_det.detection.torchvision.roi_heads import RoiHeads
@@ -34,10 +36,14 @@ class Detector(nn.Module):
         for name, values in (("pixel_mean", config.MODEL.PIXEL_MEAN), ("pixel_std", config.MODEL.PIXEL_STD)):
             self.register_buffer(name, torch.tensor(list(values)).view(3, 1, 1), persistent=False)
         self.input_format = config.INPUT.FORMAT
+        # of training batches; none where each is as large as its largest image
+        self.padded_sizes = padded_sizes(config)
         # of the forward pass in training and of that in evaluation, None for float32.  Boxes and losses are float32 in
         # either: a coordinate above 128 has steps of a whole pixel in bfloat16
         self.amp: torch.dtype | None = None
         self.test_amp: torch.dtype | None = None
+        # a compiled backbone casts its weights itself
+        self.eager = True
 
     def forward(self, batch: Sequence[dict[str, Any]]) -> Any:
         """Return the losses (name to scalar) in training, else a dict of ``Instances`` an image.
@@ -49,7 +55,7 @@ class Detector(nn.Module):
         images, sizes = self.preprocess([item["image"] for item in batch])
         dtype = self.amp if self.training else self.test_amp
         # where processes exchange gradients as they come, each must come by itself
-        together = images.device.type == "cuda" and world_size() == 1
+        together = images.device.type == "cuda" and world_size() == 1 and self.eager
         with autocast(images.device, dtype), weights_in(self, dtype if together else None):
             maps = self.backbone(images)
             if self.training:
@@ -72,6 +78,9 @@ class Detector(nn.Module):
         largest = [max(side) for side in zip(*sizes)]
         if self.training:
             largest = largest_of_processes(largest)
+            # the configuration has one that holds all
+            fitting = [size for size in self.padded_sizes if size[0] >= largest[0] and size[1] >= largest[1]]
+            largest = list(min(fitting, key=math.prod, default=largest))
         height, width = (-(-side // multiple) * multiple for side in largest)
         pixels = stack_images(images, height, width, self.pixel_mean.device)
         pixels = (pixels - self.pixel_mean) / self.pixel_std
