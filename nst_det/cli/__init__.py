@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from nst_det import __version__
 from nst_det.cli import analysis, data, inference, training  # noqa: F401
-from nst_det.cli.command import COMMANDS
+from nst_det.cli.command import COMMANDS, check_existing
 from nst_det.engine.signals import EXIT_RESUME, Preempted, end_with_parent, preemptible
 from nst_det.errors import RunFailed, UserError
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = build_parser().parse_args(argv)
         # Detectron2's launch sends the arguments to its processes, where no function of a command can go
         command = vars(args).pop("command")
+        check_existing(args)
         if args.end_with_parent:
             end_with_parent(args.end_with_parent)
         with preemptible() if command.resumes else contextlib.nullcontext():

@@ -32,7 +32,7 @@ def backbones(args: argparse.Namespace) -> None:
         path = name if "/" in name else f"{PREFIX}{name}"
         if args.root and path != name:
             path = str(folders[0] / f"{name.removesuffix('.safetensors')}.safetensors")
-        BACKBONE(path)
+        BACKBONE(path).check()
         # torch takes seconds to import
         from nst_det.models.bottomup import prove_parity
 

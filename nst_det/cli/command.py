@@ -44,22 +44,38 @@ def argument(names: str, metavar: str | None, help: str, **options: Any) -> Argu
     return lambda parser: parser.add_argument(*names.split(), metavar=metavar, help=help, **options)
 
 
-def existing(what: str) -> Callable[[str], str]:
-    """Return the ``type`` of an argument that names something that is there, or ``backbone://NAME``.
+class Existing(str):
+    """The name of something that has to be there, or ``backbone://NAME``."""
 
-    ``what`` it is to name ends the line that refuses it, which comes before torch is imported: that takes seconds.
-    """
+    what = ""
 
-    def check(path: str) -> str:
-        if path.startswith("backbone:"):
+    def check(self) -> None:
+        """Refuse what isn't there, by a line that ends with what is to be named."""
+        if self.startswith("backbone:"):
             from nst_det.models.registry import resolve
 
-            resolve(path)
-        elif not Path(path).expanduser().exists():
-            raise UserError(f"{path}: no such file or folder; name {what}")
-        return path
+            resolve(self)
+        elif not Path(self).expanduser().exists():
+            raise UserError(f"{self}: no such file or folder; name {self.what}")
 
-    return check
+
+def existing(what: str) -> Callable[[str], Existing]:
+    """Return the ``type`` of an argument that names something that has to be there; see :func:`check_existing`."""
+
+    def named(path: str) -> Existing:
+        found = Existing(path)
+        found.what = what
+        return found
+
+    return named
+
+
+def check_existing(args: argparse.Namespace) -> None:
+    """Refuse what isn't there, before a command imports torch, which takes seconds."""
+    for value in vars(args).values():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Existing):
+                item.check()
 
 
 def flag(name: str, help: str) -> Argument:

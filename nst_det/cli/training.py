@@ -40,7 +40,7 @@ def distill(args: argparse.Namespace) -> None:
     values = with_trust(args.overrides, args, "")
     # what can be wrong with it is told before torch is imported, which takes seconds
     root = load_distill_config(args.config_file, values).DATA.ROOT
-    existing("by DATA.ROOT the images of stage one")(expand_path(root, "DATA.ROOT"))
+    existing("by DATA.ROOT the images of stage one")(expand_path(root, "DATA.ROOT")).check()
     from nst_det.engine import device, distributed
 
     device.keep_freed_memory()
