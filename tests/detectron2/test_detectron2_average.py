@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from nst_det.data.splits import hold_out
 from nst_det.data.voc import VocDataset
 from nst_det.detectron2 import DistillTrainer, trainer
-from nst_det.detectron2.config import VALIDATION
+from nst_det.detectron2.config import VALIDATION, validation_config
 from nst_det.detectron2.train_net import train as train_net
 from nst_det.engine.io import read_json
 from nst_det.engine.metrics import read_metrics
@@ -157,6 +157,16 @@ def test_the_best_weights_are_tested_and_kept(configured, tmp_path, monkeypatch)
     assert folder.result()["checkpoints"]["best"] == {"step": 3, "map": 0.5, "map_area": 0.5}
     assert folder.result()["checkpoints"]["tested"] == "best"
     assert folder.result()["thresholds"] == {"cat": 0.5}
+
+
+def test_a_split_of_its_own_is_validated_on(configured):
+    cfg = configured("DATASETS.VAL", "[tiny_test]", "TEST.EVAL_PERIOD", 3, "TEST.SELECT", "best")
+    ids = {name: [item["image_id"] for item in DatasetCatalog.get(name)] for name in ("tiny_train", "tiny_test")}
+    assert len(ids["tiny_train"]) == 8
+    (name,) = validation_config(cfg).DATASETS.TEST
+    assert [item["image_id"] for item in DatasetCatalog.get(name)] == ids["tiny_test"]
+    with pytest.raises(UserError, match="no data set 'nowhere'"):
+        configured("DATASETS.VAL", "[nowhere]")
 
 
 def test_training_stops_where_validation_gets_no_better(configured, tmp_path, monkeypatch):
