@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from nst_det.data.safe_io import shown_path
-from nst_det.engine.io import atomic_path, cannot_write
+from nst_det.engine.io import atomic_files, cannot_write
 from nst_det.errors import UserError
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
@@ -58,22 +58,18 @@ def video_file(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], None]
 
     All frames are as large as the first one.  The file is there when the block ends, and not at all on errors.
     """
-    with atomic_path(path) as temporary:
-        # FFmpeg knows the container by its suffix
-        draft = temporary.with_name(temporary.name + path.suffix)
+    # a folder, since FFmpeg knows the container by the file's suffix
+    with atomic_files(path, "name another output folder") as folder:
         writer = cv2.VideoWriter()
 
         def write(frame: np.ndarray) -> None:
             height, width = frame.shape[:2]
             kind = cv2.VideoWriter_fourcc(*CODEC)
-            if not writer.isOpened() and not writer.open(str(draft), kind, rate, (width, height)):
+            if not writer.isOpened() and not writer.open(str(folder / path.name), kind, rate, (width, height)):
                 raise cannot_write(path, f"OpenCV makes no {CODEC} video of {width} x {height} pixels there")
             writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
 
         try:
             yield write
-            writer.release()
-            os.replace(draft, temporary)
         finally:
             writer.release()
-            draft.unlink(missing_ok=True)

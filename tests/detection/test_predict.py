@@ -281,7 +281,7 @@ def test_drawing_marks_the_box_and_nothing_else():
         ("model.safetensors", None, [], "model.safetensors"),
         ("model.safetensors", b"x" * 40, [], "model.safetensors"),
         ("config.yaml", None, [], "config.yaml"),
-        ("config.yaml", b"MODEL: {}\nENGINE: detectron2", [], "ENGINE is detectron2"),
+        ("config.yaml", b"MODEL: {}\nENGINE: detectron2", [], "config.yaml"),
         ("config.yaml", b"NAME: x", [], "config.yaml"),
         ("", None, ["--run", "nowhere"], "nowhere"),
         ("", None, ["--threshold", "2"], "--threshold"),
