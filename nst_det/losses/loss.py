@@ -105,7 +105,8 @@ class TransferLoss(nn.Module):
                 else:
                     each = zip(modules, mine, theirs, shared)
                     parts = [module(*given, **truth) for module, *given in each]
-            values[name] = self.weights[name] * (torch.stack(parts).sum() if len(parts) > 1 else parts[0])
+            value, weight = torch.stack(parts).sum() if len(parts) > 1 else parts[0], self.weights[name]
+            values[name] = value if weight == 1 else weight * value
             self.parts[name] = {pair.label: value.detach() for pair, value in zip(pairs, parts)}
         return values
 
