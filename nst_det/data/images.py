@@ -81,9 +81,14 @@ class EncodedImage:
     def __init__(self, data: bytes, name: str) -> None:
         # EXIF orientation: 1 is upright, from 5 on the image lies on its side
         self._image, self.orientation = _opened(data, name)
-        self.name = name
+        self.data, self.name = data, name
         width, height = self._image.size
         self.width, self.height = (height, width) if self.orientation >= 5 else (width, height)
+
+    @property
+    def is_plain_jpeg(self) -> bool:
+        """Return whether it is a JPEG that needs neither turning nor another mode."""
+        return self._image.format == "JPEG" and self._image.mode == "RGB" and self.orientation == 1
 
     def reduction(self, most: int) -> int:
         """Return the largest n up to ``most`` that :meth:`pixels` takes: of 1, 2, 4 and 8 for a JPEG, else 1."""

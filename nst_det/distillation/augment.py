@@ -1,6 +1,6 @@
 """Decoded images and their augmentation; every draw comes from a seed of its own.
 
-A loader's worker decodes and cuts (:func:`cut_out`); what changes pixels is drawn there, and done to a whole batch on the
+A worker of the loader decodes and cuts (:func:`cut_out`); what changes pixels is drawn there, and done to the batch on the
 device that trains (:func:`changed`).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from random import Random
 from typing import NamedTuple
 
@@ -17,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor
+from torchvision.io import decode_jpeg
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from nst_det.data.folders import ImageSplit
+from nst_det.data.images import EncodedImage
 from nst_det.distillation.color_jitter import draw_colors, jittered
 from nst_det.engine.seeds import derive_seed
 
@@ -69,12 +72,13 @@ class ImageStore:
             image = self.split.encoded(index, source)
             top, left, height, width = random_box(image.height, image.width, area, aspect, rng)
             reduction = image.reduction(min(height, width) // self.size)
-            pixels = image.pixels(reduction)
+            pixels = decode(image, reduction)
         else:
-            pixels = source
-            top, left, height, width = random_box(*pixels.shape[:2], area, aspect, rng)
+            pixels = torch.from_numpy(source)
+            top, left, height, width = random_box(*source.shape[:2], area, aspect, rng)
         bottom, right = (top + height) // reduction, (left + width) // reduction
-        cut = torch.from_numpy(pixels)[None, top // reduction : bottom, left // reduction : right].permute(0, 3, 1, 2)
+        # channels last: three times as fast to resize
+        cut = pixels[None, top // reduction : bottom, left // reduction : right].permute(0, 3, 1, 2)
         return F.interpolate(cut, (self.size, self.size), mode="bilinear", antialias=True)[0]
 
     def _estimated_bytes(self) -> int:
@@ -90,11 +94,22 @@ class ImageStore:
         if not isinstance(source, bytes):
             return source
         image = self.split.encoded(index, source)
-        return source if image.reduction(min(image.height, image.width) // self.size) > 1 else image.pixels()
+        return source if image.reduction(min(image.height, image.width) // self.size) > 1 else decode(image).numpy()
 
     def _square(self, index: int) -> Tensor:
-        # channels last: three times as fast to resize
-        return center_square(torch.from_numpy(self.split.image(index)).permute(2, 0, 1), self.size, self.crop_ratio)
+        source = self.split.source(index)
+        encoded = isinstance(source, bytes)
+        pixels = decode(self.split.encoded(index, source)) if encoded else torch.from_numpy(source)
+        return center_square(pixels.permute(2, 0, 1), self.size, self.crop_ratio)
+
+
+def decode(image: EncodedImage, reduction: int = 1) -> Tensor:
+    """Return what :meth:`EncodedImage.pixels` does, (H, W, 3) uint8, of plain JPEGs in less time."""
+    if image.is_plain_jpeg and reduction == 1:
+        # what it can't decode, Pillow decodes or refuses
+        with suppress(RuntimeError):
+            return decode_jpeg(torch.frombuffer(bytearray(image.data), dtype=torch.uint8)).permute(1, 2, 0)
+    return torch.from_numpy(image.pixels(reduction))
 
 
 def _batch(count: int, size: int, images: Iterable[Tensor]) -> Tensor:

@@ -19,21 +19,23 @@ def draw_colors(jitter: Sequence[float], rng: Random) -> list[float]:
     """Return one image's row of :func:`jittered` for DATA.AUGMENT.COLOR_JITTER; all orders are equally likely."""
     *amounts, hue = jitter
     factors = [rng.uniform(max(0.0, 1 - amount), 1 + amount) for amount in amounts]
-    order = sorted(range(4 if hue else 3), key=lambda _: rng.random())
-    blends = [_blend(kind, factors[kind]) for kind in order if kind != HUE]
-    if hue:
+    order = list(range(4 if hue else 3))
+    order.sort(key=lambda _: rng.random())
+    row: list[float] = []
+    for kind in order:
         # as many for all images: three before the hue and three after it, some of which change nothing
-        nothing, before = [_blend(BRIGHTNESS, 1.0)], order.index(HUE)
-        blends = [*blends[:before], *nothing * 3, *blends[before:]]
-    return [number for blend in blends for number in blend] + [rng.uniform(-hue, hue)]
+        row += _blend(kind, factors[kind]) if kind != HUE else 3 * _blend(BRIGHTNESS, 1.0)
+    return [*row, rng.uniform(-hue, hue)]
 
 
 def _blend(kind: int, factor: float) -> list[float]:
     """Return what makes an image ``factor`` times itself and for the rest black, its mean grey, or its grey."""
-    rest = [(1 - factor) * part for part in GREY]
-    mixed = rest if kind == SATURATION else [0.0] * 3
-    own = [[factor * (row == column) + mixed[column] for column in range(3)] for row in range(3)]
-    return [*sum(own, []), *(rest if kind == CONTRAST else [0.0] * 3)]
+    red, green, blue = ((1 - factor) * part for part in GREY)
+    if kind == SATURATION:
+        own = [factor + red, green, blue, red, factor + green, blue, red, green, factor + blue]
+        return [*own, 0.0, 0.0, 0.0]
+    own = [factor, 0.0, 0.0, 0.0, factor, 0.0, 0.0, 0.0, factor]
+    return [*own, red, green, blue] if kind == CONTRAST else [*own, 0.0, 0.0, 0.0]
 
 
 def jittered(images: Tensor, colors: Tensor) -> Tensor:
