@@ -4,8 +4,8 @@ The loader makes batches from a folder of JPEGs as configs/distill/imagenet_r50_
 100 % of the area, colors, mirror images; 224 pixels).  It is compared with two others, in turns, batch by batch of the
 same images, in time of this process on the CPU:
 
-* whole images: all of the image is decoded and made a tensor, then torchvision's RandomResizedCrop and ColorJitter (v2, of
-  uint8 tensors), image by image; the batch is mirrored.  That was this project's loader before.
+* whole images: all of the image is decoded and made a tensor, then cropped and colored by torchvision's v2
+  transforms for uint8 tensors, image by image; the batch is mirrored.  That was this project's loader before.
 * torchvision: its reference pipeline on PIL images: RandomResizedCrop, ColorJitter, RandomHorizontalFlip, ToTensor.
 
 What the device that trains does to the pixels (colors, mirror images, normalization) is timed beside it.

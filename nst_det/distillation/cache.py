@@ -44,7 +44,7 @@ from nst_det.losses.registry import KINDS, OUTPUT
 
 log = logging.getLogger(__name__)
 INDEX = "index.json"
-VERSION = 3
+VERSION = 4
 GIB = 1 << 30
 SHARD_BYTES = 256 << 20
 MOST_SHARDS = 512

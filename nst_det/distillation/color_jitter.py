@@ -15,17 +15,21 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 NUMBERS = 12
 
 
-def draw_colors(jitter: Sequence[float], rng: Random) -> list[float]:
-    """Return one image's row of :func:`jittered` for DATA.AUGMENT.COLOR_JITTER; all orders are equally likely."""
+def draw_colors(jitter: Sequence[float], rng: Random) -> list[tuple[int, float]]:
+    """Return kind and amount of each step for one image, in an order of its own, by DATA.AUGMENT.COLOR_JITTER."""
     *amounts, hue = jitter
-    factors = [rng.uniform(max(0.0, 1 - amount), 1 + amount) for amount in amounts]
-    order = list(range(4 if hue else 3))
-    order.sort(key=lambda _: rng.random())
+    steps = [(kind, rng.uniform(max(0.0, 1 - amount), 1 + amount)) for kind, amount in enumerate(amounts)]
+    steps += [(HUE, rng.uniform(-hue, hue))] if hue else []
+    return sorted(steps, key=lambda _: rng.random())
+
+
+def color_row(steps: Sequence[tuple[int, float]]) -> list[float]:
+    """Return the numbers of one image's steps as :func:`jittered` takes them: its blends, then the turn of its hue."""
     row: list[float] = []
-    for kind in order:
+    for kind, amount in steps:
         # as many for all images: three before the hue and three after it, some of which change nothing
-        row += _blend(kind, factors[kind]) if kind != HUE else 3 * _blend(BRIGHTNESS, 1.0)
-    return [*row, rng.uniform(-hue, hue)]
+        row += _blend(kind, amount) if kind != HUE else 3 * _blend(BRIGHTNESS, 1.0)
+    return [*row, dict(steps).get(HUE, 0.0)]
 
 
 def _blend(kind: int, factor: float) -> list[float]:
@@ -39,7 +43,7 @@ def _blend(kind: int, factor: float) -> list[float]:
 
 
 def jittered(images: Tensor, colors: Tensor) -> Tensor:
-    """Return images (B, 3, H, W) 0..255 with other colors, as float32, by rows (B, R) of :func:`draw_colors`.
+    """Return images (B, 3, H, W) 0..255 with other colors, as float32, by rows (B, R) of :func:`color_row`.
 
     Where float32 products are TF32, a tenth of a level is lost.
     """

@@ -43,7 +43,10 @@ class Batch(NamedTuple):
         """Return equal parts one after another; B is a multiple of their number."""
         size = len(self.labels) // parts
         cuts = [slice(start, start + size) for start in range(0, size * parts, size)]
-        return [Batch(*(part[cut] for part in self[:4]), self.changes.of(cut)) for cut in cuts]
+        return [
+            Batch(self.images[cut], self.labels[cut], self.rows[cut], self.names[cut], self.changes.of(cut))
+            for cut in cuts
+        ]
 
 
 class TrainingBatches:
