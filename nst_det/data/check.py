@@ -14,7 +14,7 @@ from typing import NamedTuple
 from nst_det.data.annotation import MAX_XML_BYTES, VocAnnotation, annotation_from, parse_xml
 from nst_det.data.coco import SPLITS, CocoImage, CocoSource, read_coco
 from nst_det.data.folders import class_folders
-from nst_det.data.images import EXTENSIONS, MAX_IMAGE_BYTES, decode_oriented
+from nst_det.data.images import EXTENSIONS, MAX_IMAGE_BYTES, EncodedImage
 from nst_det.data.layouts import Layout, find_layout
 from nst_det.data.safe_io import leads_outside, name_problem, read_bytes, read_text, shown, shown_path
 from nst_det.data.splits import original
@@ -133,10 +133,11 @@ def _check_images(report: Report, paths: Sequence[Path], workers: int) -> dict[P
     def decode(path: Path) -> _Decoded | UserError:
         try:
             data = read_bytes(path, MAX_IMAGE_BYTES, "image")
-            image, orientation = decode_oriented(data, shown_path(path))
+            image = EncodedImage(data, shown_path(path))
+            image.pixels()
         except UserError as error:
             return error
-        return _Decoded((image.shape[1], image.shape[0]), hashlib.sha256(data).hexdigest(), orientation)
+        return _Decoded((image.width, image.height), hashlib.sha256(data).hexdigest(), image.orientation)
 
     report.counts["images"] = len(paths)
     decoded = {}

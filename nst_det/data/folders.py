@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nst_det.data.images import EXTENSIONS, decode_image, read_image
-from nst_det.data.safe_io import name_problem, shown, shown_path
+from nst_det.data.images import EXTENSIONS, MAX_IMAGE_BYTES, EncodedImage
+from nst_det.data.safe_io import name_problem, read_bytes, shown, shown_path
 from nst_det.data.splits import held_out, same_pictures, shuffled
 from nst_det.errors import UserError
 
@@ -33,12 +33,18 @@ class ImageSplit:
         """Return the file of one image."""
         return self.root / self.paths[index]
 
+    def source(self, index: int) -> np.ndarray | bytes:
+        """Return the pixels (H, W, 3) uint8 of one image, or the bytes of its file."""
+        return self.held[index] if self.held else read_bytes(self.path(index), MAX_IMAGE_BYTES, "image")
+
+    def encoded(self, index: int, source: bytes) -> EncodedImage:
+        """Return one image as the bytes of its :meth:`source`; errors name its file."""
+        return EncodedImage(source, shown_path(self.path(index)))
+
     def image(self, index: int) -> np.ndarray:
         """Return the pixels (H, W, 3) uint8 of one image, RGB."""
-        held = self.held[index] if self.held else None
-        if isinstance(held, bytes):
-            return decode_image(held, shown_path(self.path(index)))
-        return read_image(self.path(index)) if held is None else held
+        source = self.source(index)
+        return self.encoded(index, source).pixels() if isinstance(source, bytes) else source
 
     def select(self, indices: np.ndarray) -> ImageSplit:
         """Return the images at ``indices``, in that order."""

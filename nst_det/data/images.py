@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import (
     Image,
-    MpoImagePlugin,  # noqa: F401 (Pillow registers these three when they are imported)
+    JpegImagePlugin,
+    MpoImagePlugin,  # noqa: F401 (Pillow registers these when they are imported)
     TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
@@ -68,25 +69,53 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     Grey and palette images become RGB, transparency is dropped, EXIF orientation is applied.  Errors call it ``name``:
     not an image, truncated, more than :data:`MAX_IMAGE_PIXELS`, more than 8 bits a channel, or several pages.
     """
-    return decode_oriented(data, name)[0]
+    return EncodedImage(data, name).pixels()
 
 
-def decode_oriented(data: bytes, name: str) -> tuple[np.ndarray, int]:
-    """Return what :func:`decode_image` does, and the EXIF orientation: 1 is upright, from 5 on sides are exchanged."""
-    image, orientation = _opened(data, name)
-    try:
-        image.load()
-        upright = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-        return np.array(upright.convert("RGB")), orientation
-    except Exception as error:  # Pillow's decoders raise all kinds of errors
-        raise _undecodable(name, error) from error
+class EncodedImage:
+    """An image of which only the header was read; width and height are in pixels, EXIF orientation applied.
+
+    Errors are those of :func:`decode_image`.
+    """
+
+    def __init__(self, data: bytes, name: str) -> None:
+        # EXIF orientation: 1 is upright, from 5 on the image lies on its side
+        self._image, self.orientation = _opened(data, name)
+        self.data, self.name = data, name
+        width, height = self._image.size
+        self.width, self.height = (height, width) if self.orientation >= 5 else (width, height)
+
+    @property
+    def is_plain_jpeg(self) -> bool:
+        """Return whether it is a JPEG that needs neither turning nor another mode."""
+        return self._image.format == "JPEG" and self._image.mode == "RGB" and self.orientation == 1
+
+    def reduction(self, most: int) -> int:
+        """Return the largest n up to ``most`` that :meth:`pixels` takes: of 1, 2, 4 and 8 for a JPEG, else 1."""
+        jpeg = isinstance(self._image, JpegImagePlugin.JpegImageFile)
+        return next((n for n in (8, 4, 2) if jpeg and n <= most), 1)
+
+    def pixels(self, reduction: int = 1) -> np.ndarray:
+        """Return (H, W, 3) uint8, RGB; may be called once.
+
+        With a ``reduction`` n the sides are 1 / n as long, rounded up: each pixel is what the JPEG has of n x n.
+        """
+        try:
+            if reduction > 1:
+                width, height = self._image.size
+                self._image.draft(None, (width // reduction, height // reduction))
+            self._image.load()
+            turn = _TURNS.get(self.orientation)
+            upright = self._image if turn is None else self._image.transpose(turn)
+            return np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise all kinds of errors
+            raise _undecodable(self.name, error) from error
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """Return (width, height) in pixels as :func:`decode_image` would give it, from the header alone."""
-    image, orientation = _opened(data, name)
-    # from 5 on, the image lies on its side
-    return (image.height, image.width) if orientation >= 5 else (image.width, image.height)
+    image = EncodedImage(data, name)
+    return image.width, image.height
 
 
 def _opened(data: bytes, name: str) -> tuple[Image.Image, int]:

@@ -44,14 +44,17 @@ def read_bytes(path: Path, limit: int, what: str, remedy: str = "add the file or
         if status.st_size > limit:
             raise too_large
         with open(path, "rb") as file:
-            data = file.read(limit + 1)
+            # not ``limit`` bytes at once, whose buffer costs more than to read a small file
+            data = file.read(status.st_size + 1)
+            # it may have grown
+            if len(data) > status.st_size:
+                data += file.read(limit + 1 - len(data))
     except FileNotFoundError as error:
         raise UserError(f"{name}: no such {what}; {remedy}") from error
     except OSError as error:
         raise UserError(f"{name}: {what} can't be read ({error.strerror}); correct its permissions") from error
     except ValueError as error:
         raise UserError(f"{name}: not the name of a file ({error})") from error
-    # it may have grown
     if len(data) > limit:
         raise too_large
     return data

@@ -296,7 +296,7 @@ def runs_of_equals(items: Iterable[T], key: Callable[[T], Any], largest: int) ->
 def evaluation_batches(
     config: CfgNode, data: VocDataset | JoinedVoc, largest: int = 8, share: slice = slice(None)
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the ``share`` of the batches of a split; images that follow each other share one if they are of equal size.
+    """Yield the ``share`` of the batches of a split, in which all images of equal size are taken together.
 
     Equal sizes need no padding to each other, so that an image's detections don't depend on its neighbors.
     """
@@ -307,5 +307,5 @@ def evaluation_batches(
     ]
     images = DetectionImages(items, config, train=False)
     shapes = [images.shape(item, images.sizes[0]) for item in items]
-    batches = list(runs_of_equals(range(len(items)), shapes.__getitem__, largest))
+    batches = list(runs_of_equals(sorted(range(len(items)), key=shapes.__getitem__), shapes.__getitem__, largest))
     yield from load(images, batches[share], config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE)

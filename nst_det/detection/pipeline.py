@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -98,17 +97,15 @@ def detect(detector: Detector, batches: Iterable[list[dict[str, Any]]], data: Vo
     Of several processes each has the batches of its share (see :func:`share_of_batches`); all get all detections.
     """
     detector.eval()
-    mine: list[list[Image]] = []
+    mine: list[Image] = []
     with progress("evaluation", len(data) // world_size()) as meter:
         for batch in batches:
-            mine.append([])
             for item, found in zip(batch, detector(batch)):
                 boxes, labels, scores = (found[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
-                mine[-1].append((item["image_id"], boxes, labels, scores))
+                mine.append((item["image_id"], boxes, labels, scores))
                 meter.step()
-    # dealt out one by one, so that they come back in the order of the images
-    dealt = itertools.chain.from_iterable(itertools.zip_longest(*gathered(mine), fillvalue=[]))
-    return Detections.from_images([image for batch in dealt for image in batch], data.classes)
+    by_id = {image[0]: image for images in gathered(mine) for image in images}
+    return Detections.from_images([by_id[item.id] for item in data.annotations()], data.classes)
 
 
 def share_of_batches() -> slice:

@@ -42,7 +42,7 @@ def measure(
     counts, total = torch.zeros(len(networks), 2, dtype=torch.long, device=normalize.device), 0
     with torch.no_grad(), waiting("evaluation"):
         for batch in batches:
-            images, labels = normalize(batch.images), batch.labels.to(normalize.device)
+            images, labels = normalize(batch.images), batch.labels.to(normalize.device, non_blocking=True)
             total += len(labels)
             for row, network in zip(counts, networks.values()):
                 with autocast(normalize.device, precision):

@@ -1,25 +1,39 @@
-"""Decoded images and their augmentation; every draw comes from a seed of its own."""
+"""Decoded images and their augmentation; every draw comes from a seed of its own.
+
+A worker of the loader decodes and cuts (:func:`cut_out`); what changes pixels is drawn there, and done to the batch
+on the device that trains (:func:`changed`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from random import Random
+from typing import NamedTuple
 
+import cv2
+import numpy as np
 import torch
+import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from nst_det.data.folders import ImageSplit
+from nst_det.data.images import EncodedImage
+from nst_det.distillation.color_jitter import color_row, draw_colors, jittered
 from nst_det.engine.seeds import derive_seed
 
-# images decoded to estimate the memory of all
+# images read to estimate the memory of all
 PROBED = 16
+# boxes that are drawn before one from the middle is taken
+ATTEMPTS = 10
+END_OF_IMAGE = b"\xff\xd9"
 
 
 class ImageStore:
-    """Decoded images (3, H, W) uint8 of one split by index, kept in memory where at most ``limit`` bytes are needed.
+    """The images of one split by index, kept in memory where at most ``limit`` bytes are needed.
 
     They are the central squares that evaluation sees, or with ``square=False`` whole images for random crops.
     """
@@ -27,78 +41,150 @@ class ImageStore:
     def __init__(self, split: ImageSplit, size: int, crop_ratio: float, square: bool, limit: float) -> None:
         self.split, self.size, self.crop_ratio, self.square = split, size, crop_ratio, square
         self.labels = torch.from_numpy(split.labels)
-        self._images: Tensor | list[Tensor] = []
+        self._squares = torch.empty(0)
+        self._whole: list[np.ndarray | bytes] = []
         self.cached = 0 < self._estimated_bytes() <= limit
         if not self.cached:
             return
         with ThreadPoolExecutor(max_workers=min(torch.get_num_threads() + 1, 16)) as pool:
-            decoded = pool.map(self._decode, range(len(self)))
             if square:
-                shape = (len(self), 3, size, size)
-                self._images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-                for row, image in enumerate(decoded):
-                    self._images[row] = image
+                self._squares = _batch(len(self), size, pool.map(self._square, range(len(self))))
             else:
-                self._images = list(decoded)
+                self._whole = list(pool.map(self._read, range(len(self))))
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self._images[index] if self.cached else self._decode(index)
-
     def squares(self, indices: Tensor) -> Tensor:
         """Return the images of a square store at ``indices`` (B,): (B, 3, S, S) uint8."""
-        if isinstance(self._images, Tensor):
-            return self._images[indices]
-        return torch.stack([self[index] for index in indices.tolist()])
+        if self.cached:
+            return self._squares[indices]
+        return _batch(len(indices), self.size, map(self._square, indices.tolist()))
+
+    def crop(self, index: int, area: Sequence[float], aspect: Sequence[float], rng: Random) -> Tensor:
+        """Return a :func:`random_box` of a whole image, resized: (3, S, S) uint8.
+
+        A JPEG is decoded at the smallest scale that leaves S pixels of each side of the box, which is then cut at the
+        pixels of that scale.
+        """
+        source, reduction = self._whole[index] if self.cached else self.split.source(index), 1
+        if isinstance(source, bytes):
+            image = self.split.encoded(index, source)
+            top, left, height, width = random_box(image.height, image.width, area, aspect, rng)
+            reduction = image.reduction(min(height, width) // self.size)
+            pixels = decode(image, reduction)
+        else:
+            pixels = source
+            top, left, height, width = random_box(len(pixels), pixels.shape[1], area, aspect, rng)
+        bottom, right = (top + height) // reduction, (left + width) // reduction
+        # channels last: three times as fast to resize
+        cut = torch.from_numpy(pixels)[None, top // reduction : bottom, left // reduction : right].permute(0, 3, 1, 2)
+        return F.interpolate(cut, (self.size, self.size), mode="bilinear", antialias=True)[0]
 
     def _estimated_bytes(self) -> int:
         if self.square:
             return len(self) * 3 * self.size**2
         some = range(0, len(self), max(len(self) // PROBED, 1))
-        return int(sum(self._decode(index).numel() for index in some) / len(some) * len(self))
+        read = [self._read(index) for index in some]
+        return sum(len(one) if isinstance(one, bytes) else one.nbytes for one in read) * len(self) // max(len(some), 1)
 
-    def _decode(self, index: int) -> Tensor:
-        image = torch.from_numpy(self.split.image(index)).permute(2, 0, 1).contiguous()
-        return center_square(image, self.size, self.crop_ratio) if self.square else image
+    def _read(self, index: int) -> np.ndarray | bytes:
+        """Return a whole image as it is kept: decoded, unless a crop of it may be decoded at a smaller scale."""
+        source = self.split.source(index)
+        if not isinstance(source, bytes):
+            return source
+        image = self.split.encoded(index, source)
+        return source if image.reduction(min(image.height, image.width) // self.size) > 1 else decode(image)
+
+    def _square(self, index: int) -> Tensor:
+        source = self.split.source(index)
+        pixels = decode(self.split.encoded(index, source)) if isinstance(source, bytes) else source
+        return center_square(torch.from_numpy(pixels).permute(2, 0, 1), self.size, self.crop_ratio)
+
+
+def decode(image: EncodedImage, reduction: int = 1) -> np.ndarray:
+    """Return what :meth:`EncodedImage.pixels` does, of most JPEGs in two thirds of the time.
+
+    OpenCV gives the same bits, but passes over some damage inside a JPEG for which Pillow refuses it.
+    """
+    # one that is cut short is Pillow's to refuse
+    if reduction == 1 and image.is_plain_jpeg and image.data.endswith(END_OF_IMAGE):
+        pixels = cv2.imdecode(np.frombuffer(image.data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if pixels is not None:
+            return pixels
+    return image.pixels(reduction)
+
+
+def _batch(count: int, size: int, images: Iterable[Tensor]) -> Tensor:
+    """Return images (3, size, size) uint8 one after another, channels last."""
+    batch = torch.empty((count, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
+    for row, image in enumerate(images):
+        batch[row] = image
+    return batch
 
 
 def center_square(image: Tensor, size: int, crop_ratio: float = 1.0) -> Tensor:
     """Return the central square (3, size, size) of an image (3, H, W) uint8, as at evaluation."""
     if image.shape[-2:] == (size, size) and crop_ratio == 1:
         return image
-    resized = F.resize(image, [round(size / crop_ratio)], antialias=True)
-    return F.center_crop(resized, [size, size])
+    resized = resize(image, [round(size / crop_ratio)], antialias=True)
+    return center_crop(resized, [size, size])
 
 
-def augmented(
-    store: ImageStore, indices: Tensor, crop_seeds: Iterable[int], offsets: Tensor, mirrored: Tensor, augment: CfgNode
-) -> Tensor:
-    """Return the images (B, 3, S, S) uint8 cropped, colored, mirrored and moved by DATA.AUGMENT."""
-    if augment.CROP_AREA or augment.COLOR_JITTER:
-        whole = (store[index] for index in indices.tolist())
-        images = crop_and_jitter(whole, store.size, crop_seeds, augment)
-    else:
-        images = store.squares(indices)
-    return move(images, offsets, mirrored) if augment.SHIFT or augment.HFLIP else images
+def random_box(
+    height: int, width: int, area: Sequence[float], aspect: Sequence[float], rng: Random
+) -> tuple[int, int, int, int]:
+    """Return top, left, height and width of a part of an image, distributed as by torchvision's RandomResizedCrop."""
+    for _ in range(ATTEMPTS):
+        pixels = height * width * rng.uniform(*area)
+        ratio = math.exp(rng.uniform(*map(math.log, aspect)))
+        rows, columns = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < rows <= height and 0 < columns <= width:
+            return int(rng.random() * (height - rows + 1)), int(rng.random() * (width - columns + 1)), rows, columns
+    rows, columns = min(height, round(width / aspect[0])), min(width, round(height * aspect[1]))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
-def crop_and_jitter(images: Iterable[Tensor], size: int, seeds: Iterable[int], augment: CfgNode) -> Tensor:
-    """Return random crops with random colors (B, 3, size, size) of images (3, H, W) uint8."""
-    steps: list[v2.Transform] = []
-    if augment.CROP_AREA:
-        area, aspect = tuple(augment.CROP_AREA), tuple(augment.CROP_ASPECT)
-        steps.append(v2.RandomResizedCrop(size, scale=area, ratio=aspect, antialias=True))
+class Changes(NamedTuple):
+    """What is left to do to the pixels of B decoded images; None is nothing."""
+
+    # (B, 2, S) int32: the rows, and the columns, of the decoded image that are seen
+    places: Tensor | None = None
+    # (B, R) float32, see ``color_row``
+    colors: Tensor | None = None
+
+    def of(self, cut: slice) -> Changes:
+        """Return those of some of the images."""
+        return Changes(*(part if part is None else part[cut] for part in self))
+
+
+def cut_out(
+    store: ImageStore, indices: Tensor, seeds: Iterable[int], offsets: Tensor, mirrored: Tensor, augment: CfgNode
+) -> tuple[Tensor, Changes]:
+    """Return decoded images (B, 3, S, S) uint8, and what DATA.AUGMENT changes in them.
+
+    Image i has its crop and its colors by the i-th of ``seeds``, and its move by ``offsets`` (2, B), ``mirrored`` (B,).
+    """
+    generators = [Random(seed) for seed in seeds] if augment.CROP_AREA or augment.COLOR_JITTER else []
+    colors = places = None
     if augment.COLOR_JITTER:
-        steps.append(v2.ColorJitter(*augment.COLOR_JITTER))
-    transform, changed = v2.Compose(steps), []
-    with torch.random.fork_rng(devices=[]):
-        for image, seed in zip(images, seeds):
-            # how many numbers an image draws depends on its shape, so each has a seed
-            torch.default_generator.manual_seed(seed)
-            changed.append(transform(image))
-    return torch.stack(changed)
+        colors = torch.tensor([color_row(draw_colors(augment.COLOR_JITTER, rng)) for rng in generators])
+    if augment.SHIFT or augment.HFLIP:
+        places = seen_places(offsets, mirrored, store.size)
+    if not augment.CROP_AREA:
+        return store.squares(indices), Changes(places, colors)
+    drawn = zip(indices.tolist(), generators)
+    crops = (store.crop(index, augment.CROP_AREA, augment.CROP_ASPECT, rng) for index, rng in drawn)
+    return _batch(len(indices), store.size, crops), Changes(places, colors)
+
+
+def changed(images: Tensor, changes: Changes) -> Tensor:
+    """Return images (B, 3, S, S) uint8 changed, on their device; float32 where colors are."""
+    if changes.places is not None:
+        images = move(images, changes.places.to(images.device, non_blocking=True))
+    if changes.colors is not None:
+        images = jittered(images, changes.colors.to(images.device, non_blocking=True))
+    return images
 
 
 def draw_moves(count: int, augment: CfgNode, *seed: int | str) -> tuple[Tensor, Tensor]:
@@ -109,26 +195,28 @@ def draw_moves(count: int, augment: CfgNode, *seed: int | str) -> tuple[Tensor, 
     return offsets, torch.rand(count, generator=generator) < augment.HFLIP
 
 
-def move(images: Tensor, offsets: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror some images (B, C, H, W), then move each by its offsets (2, B), borders reflected; channels last.
+def seen_places(offsets: Tensor, mirrored: Tensor, size: int) -> Tensor:
+    """Return the rows and the columns (B, 2, size) seen of squares that are mirrored, then moved by offsets (2, B).
+
+    Borders are reflected.
+    """
+    places = offsets.T[:, :, None].int() + torch.arange(size, dtype=torch.int32)
+    places[mirrored, 1] = offsets[1, mirrored, None].int() + torch.arange(size - 1, -1, -1, dtype=torch.int32)
+    # positions outside 0 .. size - 1
+    return size - 1 - (size - 1 - places.abs()).abs()
+
+
+def move(images: Tensor, places: Tensor) -> Tensor:
+    """Return the seen rows and columns (B, 2, S) of images (B, C, S, S), channels last.
 
     The whole batch is one gather of pixels: about a millisecond for 64 images of 64 x 64, where single transforms
     take several.
     """
-    count, channels, height, width = images.shape
-    columns = torch.arange(width).expand(count, width)
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    rows = _reflected(offsets[0, :, None].long() + torch.arange(height), height)
-    columns = _reflected(offsets[1, :, None].long() + columns, width)
-    rows = rows + height * torch.arange(count)[:, None]
+    count, channels, size, _ = images.shape
+    rows = places[:, 0] + size * torch.arange(count, device=images.device)[:, None]
     pixels = images.permute(0, 2, 3, 1).reshape(-1, channels)
-    taken = pixels.index_select(0, (rows[:, :, None] * width + columns[:, None, :]).view(-1))
-    return taken.view(count, height, width, channels).permute(0, 3, 1, 2)
-
-
-def _reflected(positions: Tensor, size: int) -> Tensor:
-    """Mirror positions outside 0 .. size - 1 at the border pixels."""
-    return size - 1 - (size - 1 - positions.abs()).abs()
+    taken = pixels.index_select(0, (rows[:, :, None] * size + places[:, None, 1]).view(-1))
+    return taken.view(count, size, size, channels).permute(0, 3, 1, 2)
 
 
 class Views:
@@ -146,9 +234,9 @@ class Views:
     def __len__(self) -> int:
         return self.count * len(self.store)
 
-    def __getitem__(self, rows: Tensor | range) -> Tensor:
-        """Return the pixels (B, 3, S, S) uint8 of rows (B,); after the last row comes the first."""
+    def __getitem__(self, rows: Tensor | range) -> tuple[Tensor, Changes]:
+        """Return what :func:`cut_out` does, of rows (B,); after the last row comes the first."""
         rows = torch.as_tensor(rows) % len(self)
         indices = rows % len(self.store)
         seeds = (derive_seed(self.seed, "view", *divmod(row, len(self.store))) for row in rows.tolist())
-        return augmented(self.store, indices, seeds, self._offsets[:, rows], self._mirrored[rows], self.augment)
+        return cut_out(self.store, indices, seeds, self._offsets[:, rows], self._mirrored[rows], self.augment)

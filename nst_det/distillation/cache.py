@@ -44,7 +44,7 @@ from nst_det.losses.registry import KINDS, OUTPUT
 
 log = logging.getLogger(__name__)
 INDEX = "index.json"
-VERSION = 3
+VERSION = 4
 GIB = 1 << 30
 SHARD_BYTES = 256 << 20
 MOST_SHARDS = 512
@@ -331,7 +331,7 @@ class CacheWriter:
         self.claim = {**claim, "version": VERSION}
         self.folder = Path(expand_path(config.CACHE.DIR, "CACHE.DIR"))
         self.normalize = Normalizer(config.DATA.MEAN, config.DATA.STD, teacher.device)
-        images = self.normalize(views[range(IMAGES)])
+        images = self.normalize(*views[range(IMAGES)])
         levels = {level for loss in losses.values() for level in loss.student_levels}
         outputs = Teacher(student, levels, teacher.precision)(images)
         self.trial, self.raw = Trial(losses, outputs, teacher.device), teacher.raw(images)
@@ -446,7 +446,7 @@ class CacheWriter:
             for shard in missing:
                 parts: list[dict[str, Tensor]] = []
                 for _ in spans[shard][::batch]:
-                    parts.append(self._ask(next(source), index.pieces))
+                    parts.append(self._ask(self.normalize(*next(source)), index.pieces))
                     meter.step()
                 tensors = {name: torch.cat([part[name] for part in parts])[: len(spans[shard])] for name in parts[0]}
                 path = shard_path(self.folder, shard)
@@ -456,7 +456,7 @@ class CacheWriter:
                 self._save(index)
 
     def _ask(self, images: Tensor, pieces: Sequence[Piece]) -> dict[str, Tensor]:
-        values = self.trial.values(self.teacher.raw(self.normalize(images)), pieces)
+        values = self.trial.values(self.teacher.raw(images), pieces)
         for piece in pieces:
             if piece.kept:
                 value = values[piece.name]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nst_det.data.cifar import read_images
 from nst_det.data.folders import ImageFolder
-from nst_det.distillation.augment import ImageStore, Views, augmented, draw_moves
+from nst_det.distillation.augment import Changes, ImageStore, Views, changed, cut_out, draw_moves
 from nst_det.engine.config import expand_path
 from nst_det.engine.device import default_device
 from nst_det.engine.distributed import rank, share_of, world_size
@@ -22,10 +22,11 @@ from nst_det.engine.seeds import derive_seed
 from nst_det.errors import UserError
 
 GIB = 1 << 30
+NO_CHANGES = Changes()
 
 
 class Batch(NamedTuple):
-    """One batch before normalization."""
+    """One batch as it is decoded."""
 
     # (B, 3, S, S) uint8 RGB
     images: Tensor
@@ -35,12 +36,17 @@ class Batch(NamedTuple):
     rows: Tensor
     # paths below the data's root, for messages
     names: tuple[str, ...] = ()
+    # what is left of the augmentation
+    changes: Changes = NO_CHANGES
 
     def split(self, parts: int) -> list[Batch]:
         """Return equal parts one after another; B is a multiple of their number."""
         size = len(self.labels) // parts
         cuts = [slice(start, start + size) for start in range(0, size * parts, size)]
-        return [Batch(self.images[cut], self.labels[cut], self.rows[cut], self.names[cut]) for cut in cuts]
+        return [
+            Batch(self.images[cut], self.labels[cut], self.rows[cut], self.names[cut], self.changes.of(cut))
+            for cut in cuts
+        ]
 
 
 class TrainingBatches:
@@ -76,15 +82,15 @@ class TrainingBatches:
         rows = self.rows(step)[self.share]
         indices = rows % len(self.store)
         if self.views is not None:
-            images = self.views[rows]
+            images, changes = self.views[rows]
         else:
             slots = range(self.share.start, self.share.stop)
             seeds = (derive_seed(self.seed, "crop", step, slot) for slot in slots)
             offsets, mirrored = draw_moves(self.batch_size, self.augment, self.seed, "augment", step)
             offsets, mirrored = offsets[:, self.share], mirrored[self.share]
-            images = augmented(self.store, indices, seeds, offsets, mirrored, self.augment)
+            images, changes = cut_out(self.store, indices, seeds, offsets, mirrored, self.augment)
         names = tuple(self.store.split.paths[index] for index in indices.tolist())
-        return Batch(images, self.store.labels[indices], rows, names)
+        return Batch(images, self.store.labels[indices], rows, names, changes)
 
 
 # a batch at the end of an epoch needs the next one's as well
@@ -106,17 +112,18 @@ class EvaluationBatches:
 
 
 class Normalizer:
-    """uint8 batches to what networks take: float32, channels last, (x / 255 - mean) / std."""
+    """uint8 batches to what networks take: augmented, then float32, channels last, (x / 255 - mean) / std."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self.device = device
         self._mean = 255 * torch.tensor(mean, device=device)
         self._scale = 1 / (255 * torch.tensor(std, device=device))
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, changes: Changes = NO_CHANGES) -> Tensor:
         """Return (B, 3, H, W) float32 for the same in uint8."""
         width = images.shape[3]
-        pixels = images.to(self.device, non_blocking=True).permute(0, 2, 3, 1).float().contiguous()
+        images = changed(images.to(self.device, non_blocking=True), changes)
+        pixels = images.permute(0, 2, 3, 1).float().contiguous()
         # as wide as a row: one value a channel would break the vector loops into threes
         pixels = pixels.sub_(self._mean.repeat(width, 1)).mul_(self._scale.repeat(width, 1))
         return pixels.permute(0, 3, 1, 2)

@@ -79,7 +79,10 @@ def one_step(
     start, step, waits = clock.total(), students[0].step, any(student.waits for student in students)
     with clock("data"):
         parts = [
-            part._replace(images=normalize(part.images), labels=part.labels.to(normalize.device, non_blocking=True))
+            part._replace(
+                images=normalize(part.images, part.changes),
+                labels=part.labels.to(normalize.device, non_blocking=True),
+            )
             for part in next(batches).split(students[0].solver.ACCUMULATE)
         ]
     outputs: list[ModelOutputs | None] = [None] * len(parts)

@@ -1,6 +1,8 @@
 """Batches of stage one: augmentation against NumPy, what a batch depends on, views, workers, accuracy."""
 
 import signal
+from collections import Counter
+from random import Random
 
 import numpy as np
 import pytest
@@ -8,10 +10,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import chisquare, ks_2samp
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
 
 from nst_det.data.folders import read_image_folder
+from nst_det.data.images import EncodedImage, read_image
 from nst_det.distillation.accuracy import correct_counts, measure
-from nst_det.distillation.augment import ImageStore, Views, center_square, crop_and_jitter, move
+from nst_det.distillation.augment import (
+    ImageStore,
+    Views,
+    center_square,
+    changed,
+    cut_out,
+    decode,
+    move,
+    random_box,
+    seen_places,
+)
+from nst_det.distillation.color_jitter import color_row, draw_colors, jittered
 from nst_det.distillation.config import get_defaults
 from nst_det.distillation.dataloader import Batch, EvaluationBatches, Normalizer, TrainingBatches
 from nst_det.engine.loader import load
@@ -19,29 +36,137 @@ from nst_det.errors import UserError
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 5), st.floats(0, 1), st.integers(1, 4), st.integers(6, 9), st.integers(6, 9), st.integers(0, 99))
-def test_moves_against_numpy(shift, flip, count, height, width, seed):
+@given(st.integers(0, 5), st.floats(0, 1), st.integers(1, 4), st.integers(6, 9), st.integers(0, 99))
+def test_moves_against_numpy(shift, flip, count, size, seed):
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
     offsets = torch.randint(-shift, shift + 1, (2, count), generator=generator)
     mirrored = torch.rand(count, generator=generator) < flip
-    for row, moved in enumerate(move(images, offsets, mirrored)):
+    for row, moved in enumerate(move(images, seen_places(offsets, mirrored, size))):
         # mirrored first: columns are reversed, then moved
         pixels = images[row].numpy()[:, :, ::-1] if mirrored[row] else images[row].numpy()
         padded = np.pad(pixels, ((0, 0), (shift, shift), (shift, shift)), mode="reflect")
         top = shift + offsets[0, row].item()
         left = shift + (-1 if mirrored[row] else 1) * offsets[1, row].item()
-        assert np.array_equal(moved.numpy(), padded[:, top : top + height, left : left + width])
+        assert np.array_equal(moved.numpy(), padded[:, top : top + size, left : left + size])
 
 
-def test_crops_have_the_size_asked_for_and_depend_on_their_seeds():
+def jpeg_folder(folder, *sizes, **options):
+    """An image folder of smooth JPEGs of (width, height)."""
+    (folder / "a").mkdir(parents=True)
+    for number, (width, height) in enumerate(sizes):
+        coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        image.save(folder / "a" / f"{number}.jpg", quality=95, **options)
+    return read_image_folder(folder, val_fraction=0).train
+
+
+@pytest.mark.parametrize("limit", [0, 1e9])
+def test_crops_are_torchvisions_of_the_box_that_is_drawn(tmp_path, limit):
+    split = jpeg_folder(tmp_path, (60, 40), (41, 130), (99, 110), (500, 400))
+    store, area, aspect = ImageStore(split, 32, 1.0, False, limit), (0.2, 1.0), (0.75, 4 / 3)
+    assert store.cached == bool(limit)
+    reductions = set()
+    for index in range(len(split)):
+        whole = torch.from_numpy(split.image(index)).permute(2, 0, 1)
+        for seed in range(20):
+            found = store.crop(index, area, aspect, Random(seed))
+            top, left, height, width = random_box(*whole.shape[1:], area, aspect, Random(seed))
+            n = max(n for n in (1, 2, 4, 8) if n == 1 or 32 * n <= min(height, width))
+            # cut at whole pixels of the scale at which it is decoded
+            rows, columns = (top + height) // n - top // n, (left + width) // n - left // n
+            box = top // n * n, left // n * n, rows * n, columns * n
+            away = (found.int() - F.resized_crop(whole, *box, [32, 32], antialias=True).int()).abs().float()
+            assert away.max() == 0 if n == 1 else away.mean() < 1.5
+            reductions.add(n)
+    assert reductions == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}, {"exif": 6}])
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_fast_decoding_gives_pillows_bits(tmp_path, options, reduction):
+    if "exif" in options:
+        options = {"exif": Image.Exif()}
+        options["exif"][0x0112] = 6
+    path = jpeg_folder(tmp_path, (203, 149), **options).path(0)
+    data, image = path.read_bytes(), Image.open(path)
+    image.draft(None, (203 // reduction, 149 // reduction))
+    wanted = np.rot90(image, -1) if "exif" in options else np.asarray(image)
+    assert np.array_equal(decode(EncodedImage(data, "x"), reduction), wanted)
+    for cut in (data[:-2], data[: len(data) // 2]):
+        with pytest.raises(UserError, match="^x: can't be decoded"):
+            decode(EncodedImage(cut, "x"), reduction)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_jpegs_are_decoded_as_everywhere(tmp_path, mode):
+    path = tmp_path / "x.jpg"
+    Image.effect_noise((90, 60), 50).convert(mode).save(path)
+    assert np.array_equal(decode(EncodedImage(path.read_bytes(), "x")), read_image(path))
+
+
+# the distance of two samples of 3,000 from one distribution is larger once in 20,000 times
+FAR = 0.058
+
+
+def test_boxes_are_distributed_as_torchvisions():
+    torch.manual_seed(0)
+    rng, area, aspect = Random(0), (0.08, 1.0), (0.75, 4 / 3)
+    for height, width in ((375, 500), (64, 64), (300, 90)):
+        image = torch.empty(3, height, width)
+        theirs = np.array([RandomResizedCrop.get_params(image, area, aspect) for _ in range(3000)])
+        ours = np.array([random_box(height, width, area, aspect, rng) for _ in range(3000)])
+        assert (ours >= (0, 0, 1, 1)).all()
+        assert (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
+        found, wanted = ([b[:, 0], b[:, 1], b[:, 2] * b[:, 3], b[:, 3] / b[:, 2]] for b in (ours, theirs))
+        assert max(ks_2samp(*pair).statistic for pair in zip(found, wanted)) < FAR
+    # nothing fits: the largest permitted part of the middle
+    assert random_box(10, 100, (0.9, 1.0), aspect, rng) == (0, 43, 10, 13)
+    assert random_box(100, 10, (0.9, 1.0), aspect, rng) == (43, 0, 13, 10)
+
+
+COLORS = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
+
+
+@pytest.mark.parametrize("jitter", [[0.4, 0.4, 0.4, 0.0], [0.4, 0.3, 0.6, 0.2], [2.0, 0.0, 3.0, 0.5]])
+def test_colors_are_torchvisions(jitter):
+    images = torch.randint(0, 256, (6, 3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[1], images[2], images[3, :, 10:] = images[1, :1], 0, 255
+    for seed in range(10):
+        steps = [draw_colors(jitter, Random(100 * seed + number)) for number in range(len(images))]
+        rows = torch.tensor([color_row(some) for some in steps])
+        found = jittered(images, rows)
+        for image, of_image, ours in zip(images, steps, found):
+            wanted = image.float() / 255
+            for kind, amount in of_image:
+                wanted = COLORS[kind](wanted, amount)
+            assert (ours - 255 * wanted).abs().max() < 0.01
+        assert torch.equal(found[2:4], jittered(images[2:4], rows[2:4]))
+
+
+def test_colors_are_distributed_as_torchvisions():
+    torch.manual_seed(0)
+    drawn = [draw_colors([0.4, 1.5, 0.2, 0.1], Random(seed)) for seed in range(3000)]
+    theirs = [ColorJitter.get_params((0.6, 1.4), (0.0, 2.5), (0.8, 1.2), (-0.1, 0.1)) for _ in range(3000)]
+    for kind in range(4):
+        assert ks_2samp([dict(steps)[kind] for steps in drawn], [one[1 + kind] for one in theirs]).statistic < FAR
+    orders = Counter(tuple(kind for kind, _ in steps) for steps in drawn)
+    # 24 orders of 125 each, in theirs as well
+    for counts in (orders, Counter(tuple(order.tolist()) for order, *_ in theirs)):
+        assert len(counts) == 24
+        assert chisquare(list(counts.values())).pvalue > 1e-4
+
+
+def test_crops_have_the_size_asked_for_and_depend_on_their_seeds(tmp_path):
     augment = augmentation(CROP_AREA=[0.2, 1.0], COLOR_JITTER=[0.4, 0.4, 0.4, 0.1])
-    whole = [torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8), torch.zeros(3, 20, 50, dtype=torch.uint8)]
+    store = ImageStore(jpeg_folder(tmp_path, (40, 30), (20, 50)), 16, 1.0, False, 1e9)
+    places = torch.zeros(2, 2, dtype=torch.int16), torch.zeros(2, dtype=torch.bool)
     before = torch.get_rng_state()
-    first, again = (crop_and_jitter(whole, 16, [1, 2], augment) for _ in range(2))
-    assert (first.shape, first.dtype) == ((2, 3, 16, 16), torch.uint8)
-    assert torch.equal(first, again)
-    assert torch.equal(first[:1], crop_and_jitter(whole[:1], 16, [1], augment))
+    first, again = (cut_out(store, torch.tensor([0, 1]), [1, 2], *places, augment) for _ in range(2))
+    assert (first[0].shape, first[0].dtype) == ((2, 3, 16, 16), torch.uint8)
+    assert torch.equal(changed(*first), changed(*again))
+    alone = cut_out(store, torch.tensor([1]), [2], places[0][:, :1], places[1][:1], augment)
+    assert torch.equal(changed(*first)[1:], changed(*alone))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -77,8 +202,14 @@ def batches(split, size=7, seed=0, limit=1e9, views=0, **keys):
     return TrainingBatches(store, size, seed, augment, Views(store, augment, views, 5) if views else None)
 
 
+def seen(batch):
+    """The pixels that are trained on."""
+    return changed(batch.images, batch.changes)
+
+
 def same(one, other):
-    return all(torch.equal(*pair) for pair in zip(one[:3], other[:3], strict=True)) and one.names == other.names
+    pairs = [(seen(one), seen(other)), *zip(one[1:3], other[1:3], strict=True)]
+    return all(torch.equal(*pair) for pair in pairs) and one.names == other.names
 
 
 def test_every_epoch_shows_each_image_once(images):
@@ -105,7 +236,7 @@ def test_a_batch_depends_on_seed_and_step_alone(images):
     for workers, limit in ((0, 1e9), (2, 1e9), (0, 0)):
         other = load(batches(split, limit=limit, **keys), range(4, 6), workers)
         assert all(same(*pair) for pair in zip(straight[4:], other, strict=True))
-    assert not torch.equal(batches(split, seed=1, **keys)[4].images, straight[4].images)
+    assert not torch.equal(seen(batches(split, seed=1, **keys)[4]), seen(straight[4]))
 
 
 def test_labels_go_with_their_images(images):
@@ -117,18 +248,18 @@ def test_labels_go_with_their_images(images):
             assert band < 80, "the band of its class is the dark one"
 
 
-@pytest.mark.parametrize("area", [[], [0.3, 1.0]])
-def test_a_view_of_an_image_depends_on_nothing_beside_it(images, area):
-    split, keys = read_image_folder(images).train, {"SHIFT": 3, "HFLIP": 0.5, "CROP_AREA": area}
+@pytest.mark.parametrize("more", [{}, {"CROP_AREA": [0.3, 1.0], "COLOR_JITTER": [0.4, 0.4, 0.4, 0.1]}])
+def test_a_view_of_an_image_depends_on_nothing_beside_it(images, more):
+    split, keys = read_image_folder(images).train, {"SHIFT": 3, "HFLIP": 0.5, **more}
     views = batches(split, views=3, **keys).views
     rows, before = torch.tensor([71, 2, 26, 50, 3]), torch.get_rng_state()
-    together = views[rows]
-    alone = torch.cat([batches(split, views=3, **keys).views[row[None]] for row in rows])
+    together = changed(*views[rows])
+    alone = torch.cat([changed(*batches(split, views=3, **keys).views[row[None]]) for row in rows])
     assert torch.equal(together, alone)
-    assert torch.equal(together[1:2], views[range(74, 75)]), "after the last row comes the first"
+    assert torch.equal(together[1:2], changed(*views[range(74, 75)])), "after the last row comes the first"
     assert torch.equal(before, torch.get_rng_state())
     assert len({image.numpy().tobytes() for image in together[1:4]}) == 3, "image 2 in three views"
-    assert not torch.equal(together, Views(views.store, views.augment, 3, seed=6)[rows])
+    assert not torch.equal(together, changed(*Views(views.store, views.augment, 3, seed=6)[rows]))
 
 
 def test_the_view_of_an_epoch_is_its_number_modulo_the_views(images):
@@ -139,7 +270,7 @@ def test_the_view_of_an_epoch_is_its_number_modulo_the_views(images):
     assert (rows // 24).tolist() == [0] * 24 + [1] * 24 + [0] * 24 + [1] * 24
     assert rows.bincount().tolist() == [2] * 48
     assert torch.equal(rows % 24, torch.cat([plain.rows(step) for step in range(6)]))
-    assert torch.equal(train[1].images, train.views[train[1].rows])
+    assert torch.equal(seen(train[1]), changed(*train.views[train[1].rows]))
     assert torch.equal(train[1].labels, train.store.labels[train[1].rows % 24])
 
 
