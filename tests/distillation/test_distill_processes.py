@@ -44,7 +44,7 @@ def test_two_processes_train_as_one(images, tmp_path, in_processes):
     one, two = (metrics(tmp_path / run, METHOD) for run in ("one", "two"))
     assert len([row for row in two if "loss/total" in row]) == 20
     for mine, shared in zip(one, two, strict=True):
-        assert shared == pytest.approx(mine, rel=1e-5, abs=1e-7)
+        assert shared == pytest.approx(mine, rel=5e-5, abs=1e-7)
     assert first[METHOD]["top1"] == alone[METHOD]["top1"]
     mine, shared = (load_file(results[METHOD]["backbone"]) for results in (alone, first))
     for name, value in mine.items():
@@ -84,6 +84,9 @@ def test_shares_of_a_batch_are_the_batch(images, tmp_path):
     halves = [TrainingBatches(whole.store, 8, 0, made.DATA.AUGMENT, None, share)[3] for share in shares]
     batch = whole[3]
     assert torch.equal(batch.images, torch.cat([half.images for half in halves]))
+    places = [half.changes.places for half in halves]
+    assert torch.equal(batch.changes.places, torch.cat(places))
+    assert [part.changes.places.tolist() for part in batch.split(2)] == [some.tolist() for some in places]
     assert torch.equal(batch.labels, torch.cat([half.labels for half in halves]))
     assert batch.names == halves[0].names + halves[1].names
     assert [part.names for part in batch.split(2)] == [half.names for half in halves]
