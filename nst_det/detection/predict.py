@@ -47,13 +47,15 @@ def load_run(
     if not weights.is_file():
         raise UserError(f"{folder}: no {WEIGHTS_FILE} in it; finish this run by train-det first")
     classes = tuple(saved_classes(weights)) or listed_classes(config)
-    if len(classes) != config.MODEL.ROI_HEADS.NUM_CLASSES:
+    # Detectron2's runs keep the 0 that stands for as many as the data have
+    if config.MODEL.ROI_HEADS.NUM_CLASSES not in (0, len(classes)):
         raise UserError(
             f"{weights}: names {len(classes)} classes, the run's config {config.MODEL.ROI_HEADS.NUM_CLASSES}; "
             "name a folder as train-det left it"
         )
     with defrosted(config):
         config.MODEL.WEIGHTS, config.MODEL.DEVICE, config.MODEL.TIMM.PRETRAINED = str(weights), str(device), False
+        config.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
         if threshold is not None:
             config.MODEL.ROI_HEADS.SCORE_THRESH_TEST = float(threshold)
     detector = build_detector(config)

@@ -111,7 +111,7 @@ def measure(
 
 def _of_file(one: ExportedDetector) -> Candidate:
     form = next(form for form, suffix in SUFFIXES.items() if suffix == one.path.suffix)
-    files = [path for path in (one.path, one.path.with_suffix(".bin")) if path.exists()]
+    files = [one.path, *([one.path.with_suffix(".bin")] if form == "openvino" else [])]
     script = one.path.with_name(f"{one.path.name}.py")
     program = [str(script.resolve())] if script.exists() else []
     return Candidate(form, one.contract.precision, one.contract.batch, one.detect, one.find, files, program)

@@ -14,11 +14,16 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
-from nst_det.detectron2 import add_config
+from nst_det.data.images import read_image
+from nst_det.detection.data import network_input
+from nst_det.detectron2 import add_config, parity
 from nst_det.detectron2.checkpoint import BackboneCheckpointer
+from nst_det.detectron2.config import load_config
 from nst_det.detectron2.export import export_backbone
 from nst_det.detectron2.modeling import check_frozen_random
 from nst_det.errors import UserError
+from nst_det.exporting.agreement import partners
+from nst_det.exporting.runtime import load_exported
 from nst_det.models import bottomup_from_file
 
 LEVELS = ["res2", "res3", "res4", "res5"]
@@ -128,6 +133,32 @@ def test_the_command_prints_files_and_parity(cli, tmp_path, capsys):
     assert "compared  " in printed
     content = pickle.loads((tmp_path / "x.pkl").read_bytes())
     assert not any("fc" in key.split(".") for key in content["model"])
+
+
+def test_a_run_of_detectron2_finds_the_same_in_onnx(cli, whole, voc_root, tmp_path, capsys):
+    for module in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(module)
+    output = tmp_path / "detector.onnx"
+    words = ["--format", "onnx", "--run", whole, "--output", output, "--images", voc_root / "JPEGImages"]
+    assert cli("export", *words) == 0
+    assert "compared  12 images" in capsys.readouterr().out
+    # its own config, model and weights
+    cfg = load_config(whole / "config.yaml")
+    model, exported = parity.load_run(whole, cfg, torch.device("cpu")), load_exported(output)
+    assert exported.contract.classes == ("bar", "square")
+    count = 0
+    for path in sorted((voc_root / "JPEGImages").iterdir())[:4]:
+        pixels = read_image(path)
+        item = {"image": network_input(pixels, cfg), "height": pixels.shape[0], "width": pixels.shape[1]}
+        with torch.no_grad():
+            (wanted,) = parity.detect(model, [item])
+        found = exported(pixels)
+        pairs, alone = partners(
+            [wanted[name].numpy() for name in ("boxes", "scores", "labels")], [found.boxes, found.scores, found.labels]
+        )
+        assert alone == []
+        count += len(pairs)
+    assert count > 20
 
 
 def test_a_network_that_detectron2_can_not_build(tmp_path):

@@ -64,6 +64,22 @@ def test_the_table_shows_the_numbers(page, rows):
         assert cells[4] == {"noise": "within noise"}.get(row["verdict"], row["verdict"])
 
 
+def test_files_are_shown_beside_pytorch(page, rows):
+    assert [name for name in page.tables if name.startswith("deployed")] == ["deployed0"]
+    head, *lines = page.tables["deployed0"]
+    shown = {(line[0], line[1]): dict(zip(head, line)) for line in lines}
+    assert list(shown) == [
+        *(("PyTorch fp32", "1"), ("ONNX fp32", "1"), ("ONNX int8", "1"), ("PyTorch fp32", "8"), ("OpenVINO int8", "8"))
+    ]
+    small = shown["ONNX int8", "1"]
+    second = list(rows[-1]["per_class"])[1]
+    assert (small["most lost"], small["median ms"], small["images/s"]) == (f"{second} −0.0100", "5.0", "200.0")
+    assert (small["time/PyTorch's"], small["size/PyTorch's"], small["MB"]) == ("0.25", "0.25", "2.00")
+    labels = [attributes.get("aria-label", "") for attributes in page.all("svg")]
+    (label,) = [text for text in labels if text.startswith("Scatter plot of milliseconds")]
+    assert f"{rows[-1]['method']} OpenVINO int8 {float(shown['OpenVINO int8', '8']['mAP']):.3f} in 10.0 ms" in label
+
+
 def test_a_narrow_head_is_broken_between_terms_alone(page):
     head = page.html[page.html.index('<table id="heat"') :].split("</thead>")[0]
     assert '>kd</span><wbr><span class="whole">+nst-poly</span></th>' in head
