@@ -285,29 +285,9 @@ def load_detector(
         >>> found.boxes.shape == (len(found.scores), 4), set(found.names) <= set(detector.classes)
         (True, True)
     """
-    from nst_det.detection import predict
-    from nst_det.detection.tiles import OVERLAP, Tiles
-    from nst_det.engine.device import named_device
-    from nst_det.errors import UserError
+    from nst_det.exporting.runtime import load_detector
 
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise UserError(f"--threshold: {threshold} is not a score; give a number from 0 to 1")
-    if not tile and overlap is not None:
-        raise UserError("--overlap: is that of tiles; give --tile PIXELS too")
-    tiles = Tiles(tile, OVERLAP if overlap is None else overlap) if tile else None
-    if not Path(run).is_file():
-        return predict.load_detector(run, named_device(device), threshold, tiles)
-    from nst_det.exporting.runtime import load_exported
-
-    if device not in ("", "cpu"):
-        raise UserError(f"--device {device}: an exported file is run on the CPU; leave it out")
-    exported = load_exported(run)
-    told = exported.contract
-    if threshold is not None and threshold < told.score_threshold:
-        lowest = f"{told.score_threshold:g}"
-        raise UserError(f"--threshold: {threshold:g}, but {run} gives no score below {lowest}; give {lowest} or more")
-    sizes = told.min_size, told.max_size
-    return predict.ImageDetector(exported.find, told.classes, told.thresholds, sizes, threshold, tiles)
+    return load_detector(run, threshold, device, tile, overlap)
 
 
 def predict(

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nst_det.detection import predict
 from nst_det.detection.data import resize, resized_shape, runs_of_equals
-from nst_det.detection.predict import Found
+from nst_det.detection.predict import Found, ImageDetector
 from nst_det.detection.predictions import Boxes
+from nst_det.detection.tiles import OVERLAP, Tiles
 from nst_det.detection.torchvision.batch import limits_of
 from nst_det.detection.torchvision.box_coder import clip, larger_than
+from nst_det.engine.device import named_device
 from nst_det.errors import UserError
 from nst_det.exporting.agreement import Detections
 from nst_det.exporting.contract import INPUT, KEY, OUTPUTS, Contract
@@ -164,6 +167,28 @@ def _open_program(path: Path, threads: int) -> tuple[str | None, Run]:
 
 
 _OPEN = {"onnx": _open_onnx, "openvino": _open_openvino, "torch-export": _open_program}
+
+
+def load_detector(
+    source: str | Path, threshold: float | None, device: str, tile: int, overlap: float | None
+) -> ImageDetector:
+    """Return the detector of a run's folder, or of an exported file; arguments as in :func:`nst_det.load_detector`."""
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UserError(f"--threshold: {threshold} is not a score; give a number from 0 to 1")
+    if not tile and overlap is not None:
+        raise UserError("--overlap: is that of tiles; give --tile PIXELS too")
+    tiles = Tiles(tile, OVERLAP if overlap is None else overlap) if tile else None
+    if not Path(source).is_file():
+        return predict.load_detector(source, named_device(device), threshold, tiles)
+    if device not in ("", "cpu"):
+        raise UserError(f"--device {device}: an exported file is run on the CPU; leave it out")
+    exported = load_exported(source)
+    told = exported.contract
+    lowest = told.score_threshold
+    if threshold is not None and threshold < lowest:
+        raise UserError(f"--threshold: {threshold:g}, but {source} gives nothing below {lowest:g}; give that or more")
+    sizes = told.min_size, told.max_size
+    return ImageDetector(exported.find, told.classes, told.thresholds, sizes, threshold, tiles)
 
 
 def _first_line(error: Exception) -> str:
