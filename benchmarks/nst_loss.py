@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from nst_det.engine.device import keep_freed_memory
-from nst_det.losses import nst_loss
-from nst_det.losses.mmd import CPU_LIMIT, DEVICE_LIMIT, KERNELS, positions_side_is_cheaper
+from nst_det.losses import mmd, mmd_gpu, nst_loss
+from nst_det.losses.mmd import KERNELS, positions_side_is_cheaper
 
 EPS = 1e-6
 MIB = 2**20
@@ -127,7 +127,7 @@ def bare_products(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
     gradient = torch.empty_like(student)
     s, t, of_chunks = student.flatten(2), teacher.flatten(2), gradient.flatten(2)
     cs, ct, n = s.shape[1], t.shape[1], s.shape[2]
-    limit = CPU_LIMIT if s.device.type == "cpu" else DEVICE_LIMIT
+    limit = mmd.LIMIT if s.device.type == "cpu" else mmd_gpu.LIMIT
     by_positions = kernel == "poly" and positions_side_is_cheaper(cs, ct, n)
     floats = n if kernel == "linear" else 2 * n * n if by_positions else cs * cs + cs * ct + ct * ct
     count = max(1, limit // (4 * floats))

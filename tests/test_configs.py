@@ -74,6 +74,22 @@ def test_detect(file):
         assert config.SOLVER.MAX_ITER * config.SOLVER.IMS_PER_BATCH / images == pytest.approx(17.5, abs=0.2)
 
 
+@pytest.mark.parametrize("file", [*CONFIGS.glob("detect/voc/*.yaml"), *CONFIGS.glob("detect/c4/*.yaml")], ids=str)
+def test_a_detector_for_a_gpu_takes_what_it_has(file):
+    config = load_detect_config(file, TORCHVISION)
+    found = config.MODEL.DEVICE, config.SOLVER.AMP.ENABLED, config.CUDNN_BENCHMARK, config.DATALOADER.NUM_WORKERS
+    assert found == ("auto", True, True, -1)
+
+
+@pytest.mark.parametrize(
+    "file", [*CONFIGS.glob("distill/imagenet*.yaml"), *CONFIGS.glob("distill/paper/*.yaml")], ids=str
+)
+def test_a_stage_one_for_a_gpu_takes_what_it_has(file):
+    config = load_distill_config(file)
+    assert (config.SOLVER.AMP.ENABLED, config.CUDNN_BENCHMARK) == (True, True)
+    assert config.DATALOADER.NUM_WORKERS in (-1, 16)
+
+
 @files("compare")
 def test_compare(file, tmp_path):
     comparison = load_comparison(file, output=tmp_path / "out", overrides=TORCHVISION)

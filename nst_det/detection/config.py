@@ -14,8 +14,10 @@ from fvcore.common.config import CfgNode
 from nst_det.detection.d2_defaults import DETECTRON2_ONLY, HONORED
 from nst_det.engine.config import expand_path, flat, key_values, load_config, parse_value, read_yaml
 from nst_det.engine.keys import (
+    COMPILE,
     EMA_DECAY,
     NON_FINITE_KEYS,
+    OFF,
     TENSORBOARD,
     TRANSFER_KEYS,
     TRUST_PICKLE,
@@ -77,6 +79,18 @@ ADDED: dict[str, Key] = {
         "GPU",
         "auto",
         "bf16",
+    ),
+    "SOLVER.COMPILE": COMPILE,
+    "INPUT.PADDED_SIZES": Key(
+        [],
+        "heights and widths, such as [[800, 1344], [1344, 800], [1344, 1344]], to the smallest of which training "
+        "batches are padded (torchvision engine); [] pads to the largest image, or with SOLVER.COMPILE, to "
+        "have few sizes, to wide, tall and square ones of MIN_SIZE_TRAIN and MAX_SIZE_TRAIN",
+        "a list of [height, width], above 0",
+        lambda sizes: all(
+            isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+            for size in sizes
+        ),
     ),
     "SOLVER.OPTIMIZER": one_of("the optimizer", "SGD", "ADAMW"),
     "SOLVER.BACKBONE_MULTIPLIER": Key(1.0, "learning rate of the bottom-up as a part of BASE_LR"),
@@ -170,6 +184,21 @@ def check_config(config: CfgNode, source: str = "detection config") -> None:
     if not sizes or (config.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2):
         raise UserError(f"{source}: INPUT.MIN_SIZE_TRAIN must be a list of sizes, and two of them to sample a range")
     _check_levels(model, source)
+    longest = config.INPUT.MAX_SIZE_TRAIN
+    if config.INPUT.PADDED_SIZES and not any(min(size) >= longest for size in config.INPUT.PADDED_SIZES):
+        raise UserError(
+            f"{source}: INPUT.PADDED_SIZES: a batch of wide and tall images fits in none of them; add "
+            f"[{longest}, {longest}], as INPUT.MAX_SIZE_TRAIN is {longest}"
+        )
+
+
+def padded_sizes(config: CfgNode) -> list[tuple[int, int]]:
+    """Return the (height, width) that training batches may be padded to; none where each has its own."""
+    given = config.INPUT.PADDED_SIZES
+    if given or config.SOLVER.COMPILE == OFF:
+        return [(height, width) for height, width in given]
+    short, long = min(max(config.INPUT.MIN_SIZE_TRAIN), config.INPUT.MAX_SIZE_TRAIN), config.INPUT.MAX_SIZE_TRAIN
+    return [(short, long), (long, short), (long, long)]
 
 
 def check_added_keys(config: CfgNode, source: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nst_det.engine.keys import CLIP_TYPE, CLIP_TYPES, FLOAT32_PRECISION, Key, at_least, one_of
+from nst_det.engine.keys import CLIP_TYPE, CLIP_TYPES, CUDNN_BENCHMARK, FLOAT32_PRECISION, Key, at_least, one_of
 
 # keys and groups that Detectron2 has and this engine doesn't; naming one is an error
 DETECTRON2_ONLY = (
@@ -38,7 +38,7 @@ HONORED: dict[str, Key] = {
     "VERSION": one_of("of Detectron2's config format", 2),
     "OUTPUT_DIR": Key("./output", "the folder of the run"),
     "SEED": Key(-1, "of all random draws; a negative one is drawn by chance"),
-    "CUDNN_BENCHMARK": Key(False, "let cuDNN look for the fastest kernels"),
+    "CUDNN_BENCHMARK": CUDNN_BENCHMARK,
     "FLOAT32_PRECISION": FLOAT32_PRECISION,
     "VIS_PERIOD": one_of("steps between pictures of the training data", 0),
     "MODEL.LOAD_PROPOSALS": one_of("proposals from files in place of the RPN's", False),

@@ -44,10 +44,20 @@ from nst_det.detection.data import (
 from nst_det.detection.distiller import DistilledDetector, distill, level_channels, wants_teacher
 from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.torchvision import Detector, build_detector
+from nst_det.detection.torchvision.backbone import compile_backbone
 from nst_det.detection.trainer import Trainer, train
 from nst_det.engine.checkpoint import checkpoints, would_resume
+from nst_det.engine.compilation import check_compile
 from nst_det.engine.config import expand_path
-from nst_det.engine.device import amp_dtype, cast_frozen, compute_line, gpu_errors_in_one_line, set_float32_precision
+from nst_det.engine.device import (
+    amp_dtype,
+    cast_frozen,
+    compute_line,
+    gpu_errors_in_one_line,
+    many_sizes,
+    set_cudnn_benchmark,
+    set_float32_precision,
+)
 from nst_det.engine.distributed import (
     broadcast_from_rank0,
     copy_from_first,
@@ -79,6 +89,7 @@ DETECTIONS_FILE = "detections.json"
 
 
 @torch.no_grad()
+@many_sizes()
 def detect(detector: Detector, batches: Iterable[list[dict[str, Any]]], data: VocDataset | JoinedVoc) -> Detections:
     """Return the detections on all images of a split, the best of each first; the detector is left in evaluation mode.
 
@@ -124,6 +135,7 @@ def train_detector(config: CfgNode) -> dict[str, Any]:
 
 def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
     _begin(config)
+    check_compile(config.SOLVER.COMPILE, torch.device(config.MODEL.DEVICE))
     classes = data_classes(config)
     resolve_classes(config, classes)
     with folder.opened(config, input_fingerprints(config, classes)) if is_main_process() else nullcontext():
@@ -139,6 +151,7 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
         student = _student(config, classes, seed)
         average = AveragedWeights(student, config.SOLVER.EMA_DECAY) if config.SOLVER.EMA_DECAY else None
         model = _with_teacher(student, config, seed, classes)
+        _compile(model, config.SOLVER.COMPILE)
         # what is evaluated and written
         kept = student if average is None else cast(Detector, average.network)
 
@@ -237,13 +250,13 @@ def _student(config: CfgNode, classes: Sequence[str], seed: int) -> Detector:
     place_detector(detector, config)
     amp, device = config.SOLVER.AMP, detector.pixel_mean.device
     detector.amp = amp_dtype(amp, device)
+    set_cudnn_benchmark(config.CUDNN_BENCHMARK, device)
     log.info(compute_line(device, detector.amp, config.DATALOADER.NUM_WORKERS, amp.ENABLED))
     return detector
 
 
 def place_detector(detector: Detector, config: CfgNode) -> None:
     """Move a detector to MODEL.DEVICE, in the layout and precision that its config asks for."""
-    torch.backends.cudnn.benchmark = config.CUDNN_BENCHMARK
     device = torch.device(resolve_device(config.MODEL.DEVICE))
     set_float32_precision(config.FLOAT32_PRECISION, device)
     detector.to(device)
@@ -273,6 +286,15 @@ def _with_teacher(
     # of the teacher's backbone alone: its box head computes in float32
     cast_frozen(teacher.backbone, student.amp)
     return model
+
+
+def _compile(model: Detector | DistilledDetector, mode: str) -> None:
+    student = cast(Detector, model.student) if isinstance(model, DistilledDetector) else model
+    device = student.pixel_mean.device
+    # evaluated images have many sizes
+    compile_backbone(student.backbone, mode, device, "the student's", lambda: student.training)
+    if isinstance(model, DistilledDetector):
+        compile_backbone(cast(Detector, model.teacher).backbone, mode, device, "the teacher's")
 
 
 def teacher_of(config: CfgNode) -> tuple[Detector, str, Sequence[str]]:

@@ -19,10 +19,12 @@ from nst_det.detection.distiller import DistilledDetector
 from nst_det.detection.solver import build_optimizer
 from nst_det.detection.torchvision import Detector
 from nst_det.engine import distributed
+from nst_det.engine.compilation import begin_step
 from nst_det.engine.config import plain
 from nst_det.engine.device import HostCopy
 from nst_det.engine.distributed import average_gradients, log_batch, rank, running_statistics, world_size
 from nst_det.engine.foreach import counted_together
+from nst_det.engine.keys import OFF
 from nst_det.engine.metrics import loss_note
 from nst_det.engine.nan_guard import (
     NonFiniteGuard,
@@ -161,6 +163,7 @@ class Trainer(TrainLoop):
         factor = self.schedule(self.iter) * state.guard.rate
         set_learning_rate(state.optimizer, factor)
         state.guard.keep_buffers(self.iter)
+        begin_step(self.solver.COMPILE)
         # the weights that the first steps choose are chosen on the host
         if state.waits or (transfer is not None and transfer.balance.wants(self.iter)):
             self._make_step(batch)
@@ -244,6 +247,8 @@ class Trainer(TrainLoop):
         """Compute gradients of all processes' images, in SOLVER.ACCUMULATE parts; return this process's losses."""
         parts, totals = self.solver.ACCUMULATE, dict[str, Tensor]()
         parallel, size = self._parallel, len(batch) // parts
+        # a compiled pass counts by itself
+        lists = self.device.type != "cpu" and self.solver.COMPILE == OFF
         for part in range(parts):
             # dropout and the like; the choice of anchors and proposals is seeded by image
             piece = rank() * parts + part
@@ -251,7 +256,7 @@ class Trainer(TrainLoop):
             if isinstance(self.model, DistilledDetector):
                 self.model.iteration = self.iter
             alone = isinstance(parallel, DistributedDataParallel) and part < parts - 1
-            together = nullcontext() if self.device.type == "cpu" else counted_together(self.model)
+            together = counted_together(self.model) if lists else nullcontext()
             with parallel.no_sync() if alone else nullcontext():  # type: ignore[operator]
                 with together:
                     losses: dict[str, Tensor] = parallel(batch[part * size : (part + 1) * size])

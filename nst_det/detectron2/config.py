@@ -24,6 +24,7 @@ from nst_det.detectron2.data import register_images
 from nst_det.detectron2.modeling import choose_roi_heads
 from nst_det.engine.config import load_config as read_config
 from nst_det.engine.distributed import is_main_process
+from nst_det.engine.keys import OFF
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,11 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
         raise UserError(
             f"{source}: SOLVER.ACCUMULATE: Detectron2's trainer doesn't take a step in parts; set it to 1, or ENGINE "
             "torchvision"
+        )
+    if cfg.SOLVER.COMPILE != OFF or cfg.INPUT.PADDED_SIZES:
+        raise UserError(
+            f"{source}: SOLVER.COMPILE and INPUT.PADDED_SIZES: Detectron2 pads a batch to its largest image, "
+            'which makes too many sizes to compile; set them to "off" and [], or ENGINE torchvision'
         )
     check_added_keys(cfg, source)
     return cfg

@@ -14,10 +14,12 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from nst_det.distillation.config import transfer_of
+from nst_det.engine.compilation import compiled
 from nst_det.engine.config import expand_path, plain
 from nst_det.engine.device import autocast, cast_frozen
 from nst_det.engine.format import text_table
 from nst_det.engine.io import sha256_of_file
+from nst_det.engine.keys import OFF
 from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
 from nst_det.losses import Method, ModelOutputs, TransferLoss, build_transfer, get_term, pair_shapes
@@ -250,17 +252,21 @@ def by_positions(maps: Tensor) -> Tensor:
 class Teacher:
     """A frozen classifier in evaluation mode that gives logits, embedding and the maps of the levels in ``reads``."""
 
-    def __init__(self, model: nn.Module, reads: Iterable[str], precision: torch.dtype | None) -> None:
+    def __init__(
+        self, model: nn.Module, reads: Iterable[str], precision: torch.dtype | None, compile_mode: str = OFF
+    ) -> None:
         self.model, self.precision = model.eval().requires_grad_(False), precision
         cast_frozen(self.model, precision)
         self.device = next(model.parameters()).device
         names = set(reads)
         self.levels = {name: info for name, info in feature_levels(model).items() if name in names}
+        self._outputs = compiled(forward_outputs, compile_mode, self.device, "the teacher's network")
 
     def raw(self, images: Tensor) -> ModelOutputs:
         """Return the outputs for normalized images (B, 3, H, W) as they are computed, without gradient."""
         with torch.no_grad(), autocast(self.device, self.precision):
-            return forward_outputs(self.model, images, self.levels)
+            outputs: ModelOutputs = self._outputs(self.model, images, self.levels)
+        return outputs
 
     def __call__(self, images: Tensor, rows: Tensor | None = None) -> ModelOutputs:
         """Return the outputs for normalized images (B, 3, H, W); ``rows`` are for a cache in the teacher's place."""

@@ -13,6 +13,9 @@ from nst_det.engine.keys import (
     AMP_DTYPES,
     CLIP_TYPE,
     CLIP_TYPES,
+    COMPILE,
+    COMPILE_MODES,
+    CUDNN_BENCHMARK,
     EMA_DECAY,
     FLOAT32_PRECISION,
     FLOAT32_PRECISIONS,
@@ -40,6 +43,7 @@ KEYS: dict[str, Key] = {
     "REGISTRY": Key("", 'folder for the backbone files; "" takes the first one of $NST_DET_BACKBONES'),
     "SEED": Key(0, "of all random draws"),
     "FLOAT32_PRECISION": FLOAT32_PRECISION,
+    "CUDNN_BENCHMARK": CUDNN_BENCHMARK,
     "TRUST_PICKLE": TRUST_PICKLE,
     "METHODS": Key(
         ["ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"], "a student for each; [] trains the teacher alone"
@@ -147,6 +151,7 @@ KEYS: dict[str, Key] = {
         "bf16, fp16, or auto: bf16 where the device is fast in it (NVIDIA's GPUs since Ampere, processors with "
         "AVX512-BF16), else float32; the log's first line names it",
     ),
+    "SOLVER.COMPILE": COMPILE,
     "SOLVER.CE_WEIGHT": Key(1.0, "weight of the labels' cross-entropy"),
     "SOLVER.LABEL_SMOOTHING": Key(0.0, "of the labels, 0 to below 1"),
     "TEST.EVAL_PERIOD": Key(0, "steps between validations; 0 validates at the end alone"),
@@ -231,6 +236,7 @@ SOLVER_RULES: Rules = {
     "CLIP_GRADIENTS.CLIP_VALUE": _ABOVE_0,
     "EMA_DECAY": (lambda value, _: 0 <= value < 1, "0 for no average, or a fraction below 1 such as 0.999"),
     "AMP.DTYPE": _one_of(*AMP_DTYPES),
+    "COMPILE": _one_of(*COMPILE_MODES),
     "CE_WEIGHT": _from(0),
     "LABEL_SMOOTHING": (lambda value, _: 0 <= value < 1, "from 0 to below 1"),
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 from nst_det.distillation.accuracy import measure
 from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData, TrainingBatches
 from nst_det.distillation.trainer import StudentTrainer
+from nst_det.engine.compilation import begin_step
 from nst_det.engine.device import HostCopy
 from nst_det.engine.distributed import is_main_process, world_size
 from nst_det.engine.format import text_table
@@ -74,6 +75,7 @@ def one_step(
     On a GPU it is put into ``unread``, and those of the step before are returned.  A student that finds then that it
     wasn't finite makes no step, and goes back to that one.
     """
+    begin_step(students[0].solver.COMPILE)
     start, step, waits = clock.total(), students[0].step, any(student.waits for student in students)
     with clock("data"):
         parts = [

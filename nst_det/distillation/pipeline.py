@@ -30,6 +30,7 @@ from nst_det.distillation.fingerprint import cache_claim, student_claim, teacher
 from nst_det.distillation.loop import StageOneTrainer, Teaching, warn_of_neighbors
 from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import checkpoints, would_resume
+from nst_det.engine.compilation import check_compile
 from nst_det.engine.config import expand_path, plain
 from nst_det.engine.device import (
     amp_dtype,
@@ -37,6 +38,7 @@ from nst_det.engine.device import (
     default_device,
     gpu_errors_in_one_line,
     loader_workers,
+    set_cudnn_benchmark,
     set_float32_precision,
 )
 from nst_det.engine.distributed import (
@@ -48,6 +50,7 @@ from nst_det.engine.distributed import (
     wait_for_all,
 )
 from nst_det.engine.io import write_text
+from nst_det.engine.keys import OFF
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.losses import LABELS_ONLY, Method, TransferLoss, build_transfer, parse_method
@@ -94,6 +97,8 @@ class StageOne:
         config.defrost()
         config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, self.device.type == "cpu")
         config.freeze()
+        for solver in (config.SOLVER, teacher_solver(config)):
+            check_compile(solver.COMPILE, self.device)
         self.output = Path(expand_path(config.OUTPUT_DIR, "OUTPUT_DIR"))
         self.registry = Path(expand_path(config.REGISTRY, "REGISTRY")) if config.REGISTRY else registry_folders()[0]
         self.methods = parse_methods(config.METHODS)
@@ -101,6 +106,7 @@ class StageOne:
         self.student_files = {name: self._file(f"{name}-s{config.SEED}") for name in self.methods}
         self.data = StageOneData(config)
         set_float32_precision(config.FLOAT32_PRECISION, self.device)
+        set_cudnn_benchmark(config.CUDNN_BENCHMARK, self.device)
 
     def _file(self, name: str) -> Path:
         return self.registry / f"{check_name(f'{self.config.NAME}-{name}')}.safetensors"
@@ -214,9 +220,11 @@ class StageOne:
         """Return the teacher, or where CACHE.DIR is set, its cached outputs for every view."""
         precision = amp_dtype(self.config.SOLVER.AMP, self.device)
         reads = {level for loss in losses.values() for level in loss.teacher_levels}
-        teacher = Teacher(copy_of(network, self.device), reads, precision)
-        views = self.data.views()
-        if not self.config.CACHE.DIR or views is None:
+        views, cached = self.data.views(), bool(self.config.CACHE.DIR)
+        # a cache has the outputs of the network as it is
+        mode = OFF if cached else self.config.SOLVER.COMPILE
+        teacher = Teacher(copy_of(network, self.device), reads, precision, mode)
+        if not cached or views is None:
             return teacher
         arch = " ".join([network.arch, *(f"{key}={value}" for key, value in sorted(network.arch_kwargs.items()))])
         computed = str(precision or torch.float32).removeprefix("torch.")

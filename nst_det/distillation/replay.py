@@ -12,6 +12,7 @@ from nst_det.distillation.config import get_defaults
 from nst_det.distillation.trainer import StudentTrainer, moved
 from nst_det.engine.config import merge_tree
 from nst_det.engine.device import default_device, set_float32_precision
+from nst_det.engine.keys import OFF
 from nst_det.engine.nan_guard import NORM, Step, gradient_norm
 from nst_det.engine.run_dir import RunFolder
 from nst_det.losses import ModelOutputs, TransferLoss, parse_method
@@ -53,7 +54,7 @@ def _student(content: dict[str, Any]) -> StudentTrainer:
     solver = config.SOLVER.clone()
     merge_tree(solver, content["solver"], "the step's file")
     # the file has one part of the step's images
-    solver.ACCUMULATE, solver.SYNC_BN = 1, False
+    solver.ACCUMULATE, solver.SYNC_BN, solver.COMPILE = 1, False, OFF
     set_float32_precision(config.FLOAT32_PRECISION, default_device())
     precision = getattr(torch, content["precision"])
     precision = None if precision == torch.float32 else precision

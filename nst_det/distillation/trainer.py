@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from nst_det.distillation.accuracy import Accuracy
 from nst_det.distillation.build import Network, by_positions, copy_of
 from nst_det.distillation.cache import is_stand_in
+from nst_det.engine.compilation import compiled
 from nst_det.engine.config import plain
 from nst_det.engine.device import autocast, default_device
 from nst_det.engine.distributed import (
@@ -27,6 +28,7 @@ from nst_det.engine.distributed import (
     world_size,
 )
 from nst_det.engine.foreach import counted_together, weights_in
+from nst_det.engine.keys import OFF
 from nst_det.engine.metrics import MetricsWriter
 from nst_det.engine.nan_guard import NonFiniteGuard, broken_values, gradient_norm
 from nst_det.engine.run_dir import RunFolder
@@ -89,6 +91,7 @@ class StudentTrainer(OptimizedState):
         )
         self.name, self.network, self.transfer, self.precision = name, network, transfer, precision
         self.config, self.solver = config, solver
+        self._outputs = compiled(forward_outputs, solver.COMPILE, self.device, f"{name}'s network")
         self._schedule = lr_schedule(solver)
         self.levels = {level: info for level, info in network.levels.items() if level in transfer.student_levels}
         self.needs_teacher = bool(transfer.pairs)
@@ -129,10 +132,10 @@ class StudentTrainer(OptimizedState):
             self.guard.keep_buffers(self.step)
             self.passes = []
         with autocast(self.device, self.precision), ExitStack() as together:
-            if self.device.type != "cpu":
+            if self.device.type != "cpu" and self.solver.COMPILE == OFF:
                 together.enter_context(weights_in(self.model, self.precision))
                 together.enter_context(counted_together(self.model))
-            outputs = forward_outputs(self.model, images, self.levels)
+            outputs = self._outputs(self.model, images, self.levels)
         outputs.maps = {level: _tap(maps) for level, maps in outputs.maps.items()}
         assert outputs.logits is not None
         outputs.logits, outputs.labels = outputs.logits.float(), labels

@@ -130,6 +130,21 @@ def set_float32_precision(name: str, device: torch.device) -> None:
         torch.backends.cudnn.allow_tf32 = name != "highest"
 
 
+def set_cudnn_benchmark(wanted: bool, device: torch.device) -> None:
+    """Set CUDNN_BENCHMARK in this process, where it computes on a GPU."""
+    torch.backends.cudnn.benchmark = wanted and device.type == "cuda"
+
+
+@contextmanager
+def many_sizes() -> Iterator[None]:
+    """Keep cuDNN from trying its kernels at each of the sizes that the images of an evaluation have."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def compute_line(
     device: torch.device, precision: torch.dtype | None, workers: int | None = None, mixed: bool = False
 ) -> str:
@@ -141,6 +156,7 @@ def compute_line(
         products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         kinds = {"convolutions": convolutions, "matrix products": products}
         parts += [f"float32 {kind} in {'TF32' if tf32 else 'float32'}" for kind, tf32 in kinds.items()]
+        parts += ["the fastest of cuDNN's kernels"] * torch.backends.cudnn.benchmark
     if workers is not None:
         parts.append(f"{workers} loader workers")
     return f"{device} ({machine_name(str(device))}): {', '.join(parts)}"

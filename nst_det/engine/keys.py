@@ -12,6 +12,9 @@ from nst_det.errors import UserError
 
 AMP_DTYPES = ("auto", "bf16", "fp16")
 FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
+# of COMPILE
+OFF, *_ = COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
+CUDA_GRAPHS = COMPILE_MODES[2:]
 # of CLIP_GRADIENTS.CLIP_TYPE; the first two are Detectron2's
 FULL_MODEL = "full_model"
 CLIP_TYPES = ("value", "norm", FULL_MODEL)
@@ -58,8 +61,19 @@ FLOAT32_PRECISION = one_of(
     "of float32 on a GPU, in convolutions and matrix products alike: highest is float32; high and medium "
     "are TF32, which "
     'is faster and rounds factors to 11 bits, those of transfer losses too; "" is torch\'s own (TF32 in convolutions, '
-    "float32 in products); what SOLVER.AMP computes in bf16 or fp16 is not float32",
+    "float32 in products, but TF32 in the gradient of NST on bf16 or fp16 maps); what SOLVER.AMP computes in bf16 or "
+    "fp16 is not float32",
     *FLOAT32_PRECISIONS,
+)
+CUDNN_BENCHMARK = Key(
+    False,
+    "with a GPU: let cuDNN try its kernels at each new size of a training batch (seconds), and keep the fastest",
+)
+COMPILE = one_of(
+    "mode of torch.compile for what trains: students and teacher of stage one, in stage two backbones and FPNs for the "
+    "sizes of INPUT.PADDED_SIZES (torchvision engine); the last two make CUDA graphs, and need a GPU; what can't be "
+    "compiled runs as it is, after one line; sums are rounded, and dropout drawn, differently than with off",
+    *COMPILE_MODES,
 )
 TRUST_PICKLE = Key(
     False, "open weights that are pickles with more than tensors in them, which can run code; --trust-pickle sets it"

@@ -99,7 +99,8 @@ class TransferLoss(nn.Module):
                 with torch.autocast(target.device.type, enabled=False):
                     value = self.module(name, pair)(student.of(student_kind, pair.student), target, shared, **truth)
                 parts[pair.label] = value
-            values[name] = self.weights[name] * torch.stack(list(parts.values())).sum()
+            several = list(parts.values())
+            values[name] = self.weights[name] * (torch.stack(several).sum() if len(several) > 1 else several[0])
             self.parts[name] = {label: value.detach() for label, value in parts.items()}
         return values
 

@@ -1,7 +1,7 @@
-"""MMD^2 between normalized channel maps, and its gradient, in the fewest products and in bounded memory.
+"""MMD^2 between normalized channel maps, and its gradient, in the fewest products and in bounded memory: a CPU's way.
 
-Value and gradient are computed together, a few images at a time, so that nothing of a map's size is kept but the
-gradient itself.  What makes it cheap:
+A GPU's is in ``mmd_gpu.py``.  Value and gradient are computed together, a few images at a time, so that nothing of a
+map's size is kept but the gradient itself.  What makes it cheap:
 
 - For the kernel (x'y)^2 the sum over C x C kernel values equals a squared distance of two N x N Gram matrices over the
   positions; the side with fewer operations is taken.
@@ -28,10 +28,8 @@ from nst_det.losses.products import ROWS, gram, product, product_minus, rows_at_
 
 KERNELS = ("linear", "poly", "gaussian")
 
-# Temporary tensors of one chunk stay below this many bytes, or belong to a single image.  On the CPU a chunk should
-# fit into the cache; on an accelerator the number of launches counts more.
-CPU_LIMIT = 2 * 2**20
-DEVICE_LIMIT = 256 * 2**20
+# temporary tensors of one chunk stay below this many bytes, to fit into the cache, or belong to a single image
+LIMIT = 2 * 2**20
 
 # (maps of a chunk, what it takes of the teacher, where the gradient goes or None) to the values of the images, and the
 # factor of each channel's gradient: a tensor times a number
@@ -59,24 +57,21 @@ def mmd(
         kernel: one of ``KERNELS``.
         shared: keeps the teacher's part.
         with_gradient: whether the gradient is wanted.
-        limit: bytes for the temporary tensors of a chunk; by default what suits the device.
+        limit: bytes for the temporary tensors of a chunk; by default what suits a CPU.
 
     Returns:
         A scalar >= 0; a tensor like the student's maps; (B, S), by which each channel of it is still to be
         multiplied (the caller multiplies by the outer gradient anyway).  The last two are None if not wanted.
     """
     batch, s, n = student_BSN.shape
-    on_cpu = student_BSN.device.type == "cpu"
-    if limit is None:
-        # torch.compile unrolls the loop over chunks, so these should be few there
-        limit = CPU_LIMIT if on_cpu and not torch.compiler.is_compiling() else DEVICE_LIMIT
-    step, floats = _plan(kernel, s, t, n, min(ROWS, t) if on_cpu else t)
+    limit = LIMIT if limit is None else limit
+    step, floats = _plan(kernel, s, t, n, min(ROWS, t))
     per_teacher = _teacher_side(step, teacher_BTN, shared, limit // max(1, 4 * t * n))
     # fp16 can't hold a gradient that no loss scaler has scaled yet
     keep = torch.float32 if student_BSN.dtype == torch.float16 else student_BSN.dtype
     gradient = torch.empty_like(student_BSN, dtype=keep) if with_gradient else None
     values, factors = [], []
-    for s_bSN, out, *of_teacher in _chunks(limit // max(1, 4 * floats), student_BSN, gradient, *per_teacher):
+    for s_bSN, out, *of_teacher in chunks(limit // max(1, 4 * floats), student_BSN, gradient, *per_teacher):
         s_bSN = full_precision(s_bSN)
         exact = out if out is None or out.dtype == s_bSN.dtype else torch.empty_like(s_bSN)
         value_b, factor_bS, constant = step(s_bSN, *of_teacher, exact)
@@ -84,14 +79,20 @@ def mmd(
         factors.append(factor_bS)
         if exact is not out:
             out.copy_(exact)
-    value = _joined(values).mean().to(s_bSN.dtype)
-    return value, gradient, None if gradient is None else _joined(factors).mul_(constant / batch)
+    value = joined(values).mean().to(s_bSN.dtype)
+    return value, gradient, None if gradient is None else joined(factors).mul_(constant / batch)
 
 
 def positions_side_is_cheaper(student_channels: int, teacher_channels: int, positions: int) -> bool:
     """Whether N x N Gram matrices take fewer operations than the C x C kernel matrices."""
     s, t = student_channels, teacher_channels
     return positions * (s + t) < s * s + t * t + s * t
+
+
+def products_side_is_cheaper(student_channels: int, teacher_channels: int, positions: int) -> bool:
+    """Whether ``gaussian`` takes less from products of raw maps than from maps that are scaled."""
+    s, t = student_channels, teacher_channels
+    return (s + t) * positions > 2 * (s * s + s * t + t * t)
 
 
 def _plan(kernel: str, s: int, t: int, n: int, rows: int) -> tuple[Step, int]:
@@ -103,7 +104,7 @@ def _plan(kernel: str, s: int, t: int, n: int, rows: int) -> tuple[Step, int]:
         if positions_side_is_cheaper(s, t, n):
             return _poly_by_positions, 2 * s * n + 2 * n * n
         return _poly_by_channels, s * (s + t)
-    if (s + t) * n > 2 * (s * s + s * t + t * t):
+    if products_side_is_cheaper(s, t, n):
         return _gaussian_by_scaled_products, 2 * s * (s + t) + t * t
     return _gaussian_by_scaled_maps, 3 * (s + t) * n + s * (s + t) + rows * t
 
@@ -113,7 +114,7 @@ def _teacher_side(step: Step, teacher: Callable[[], Tensor], shared: Shared, ima
 
     def once(name: str, compute: Callable[..., Tensor], *more: Tensor) -> Tensor:
         def all_images() -> Tensor:
-            return _joined([compute(*map(full_precision, chunk)) for chunk in _chunks(images, teacher(), *more)])
+            return joined([compute(*map(full_precision, chunk)) for chunk in chunks(images, teacher(), *more)])
 
         found: Tensor = shared(name, all_images)
         return found
@@ -131,7 +132,7 @@ def _teacher_side(step: Step, teacher: Callable[[], Tensor], shared: Shared, ima
     return maps_BTN, scale_BT, mean_B1N
 
 
-def _chunks(count: int, *of_batch: Any) -> Iterable[tuple[Any, ...]]:
+def chunks(count: int, *of_batch: Any) -> Iterable[tuple[Any, ...]]:
     """The tensors (or None in their place) ``count`` images at a time, but at least one."""
     count = max(1, count)
     if count >= len(of_batch[0]):
@@ -139,7 +140,7 @@ def _chunks(count: int, *of_batch: Any) -> Iterable[tuple[Any, ...]]:
     return zip(*(repeat(None) if x is None else x.split(count) for x in of_batch))
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -180,7 +181,7 @@ def _upper_rows(left_bCN: Tensor, right_bCN: Tensor) -> Iterator[tuple[Tensor, i
 
 
 def _mean_square_product(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
-    total, start = _wide(x_bCN.new_zeros(len(x_bCN))), 0
+    total, start = x_bCN.new_zeros(len(x_bCN)).double(), 0
     for block, rows in _upper_rows(x_bCN, x_bCN):
         block.mul_(scale_bC[:, start : start + rows, None]).mul_(scale_bC[:, None, start:])
         total = total + 2 * _sum_of_squares(block) - _sum_of_squares(block[:, :, :rows])
@@ -189,18 +190,7 @@ def _mean_square_product(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    return _wide(torch.linalg.vector_norm(x, dim=(1, 2))).square()
-
-
-def _wide(x: Tensor) -> Tensor:
-    # the three terms nearly cancel, so their sums are kept in float64 where the device has it
-    return x if x.device.type == "mps" else x.double()
-
-
-def _mean_in_float64(x_bTT: Tensor) -> Tensor:
-    # a GPU is spared the float64 copy of it all, which ``mean(dtype=float64)`` makes too; float32 sums of rows are what
-    # the other terms have
-    return _wide(x_bTT).mean((1, 2)) if x_bTT.device.type == "cpu" else _wide(x_bTT.mean(2)).mean(1)
+    return torch.linalg.vector_norm(x, dim=(1, 2)).double().square()
 
 
 def _linear(s_bSN: Tensor, mean_b1N: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, float]:
@@ -245,7 +235,7 @@ def _poly_by_channels(
 
 
 def _three_terms(term_b: Tensor, rows_own_bS: Tensor, rows_cross_bS: Tensor, t: int) -> Tensor:
-    own_b, cross_b = _wide(rows_own_bS).sum(1), _wide(rows_cross_bS).sum(1)
+    own_b, cross_b = rows_own_bS.double().sum(1), rows_cross_bS.double().sum(1)
     s = rows_own_bS.shape[1]
     # where both sets are equal, rounding can leave -1e-8
     return (term_b + own_b / s**2 - cross_b * 2 / (s * t)).clamp_min_(0)
@@ -305,7 +295,7 @@ def _gaussian_by_scaled_products(
         diagonal_bS = -kernel_bSJ.sum(2)
         radial_bS = products_bSJ.mul_(kernel_bSJ).sum(2) + diagonal_bS * norms_bS
         _pull_back(out, kernel_bSJ, diagonal_bS - radial_bS, s_bSN, t_bTN, scale_bJ)
-    term_b = _mean_in_float64(kernel(products_bTT, norms_bT, norms_bT))
+    term_b = kernel(products_bTT, norms_bT, norms_bT).double().mean((1, 2))
     return _three_terms(term_b, rows_own, rows_cross, t), torch.ones_like(inverse_bS), 1.0
 
 
@@ -338,8 +328,8 @@ def _gaussian_by_scaled_maps(
         out.addcmul_(scaled_bSN, (weight_own * rows_own + weight_cross * rows_cross)[:, :, None], value=-1)
         radial_bS = (out * scaled_bSN).sum(2) * variance_b[:, None]
         out.addcmul_(scaled_bSN, radial_bS[:, :, None], value=-1)
-    total_b = _wide(s_bSN.new_zeros(len(s_bSN)))
+    total_b = s_bSN.new_zeros(len(s_bSN)).double()
     for block, rows in _upper_rows(left_t, right_t):
         block.exp_()
-        total_b = total_b + 2 * _wide(block.sum((1, 2))) - _wide(block[:, :, :rows].sum((1, 2)))
+        total_b = total_b + 2 * block.sum((1, 2)).double() - block[:, :, :rows].sum((1, 2)).double()
     return _three_terms(total_b / t**2, rows_own, rows_cross, t), inverse_bS * root_b11[:, :, 0], 1.0

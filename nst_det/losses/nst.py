@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nst_det.losses.mmd import KERNELS, mmd
+from nst_det.losses.mmd_gpu import mmd_in_few_launches
 from nst_det.losses.ops import Shared, at_size, check_maps, common_size, compute_now, teacher_at
 from nst_det.losses.registry import LayerPair, register_term
 
@@ -30,6 +31,7 @@ def nst_loss(
     kernel: str = "poly",
     shared: Shared = compute_now,
     limit: int | None = None,
+    few_launches: bool | None = None,
 ) -> Tensor:
     """MMD^2 between the normalized channel maps of student and teacher, mean over the batch.
 
@@ -40,7 +42,10 @@ def nst_loss(
             squared distance of all pairs of one image, a constant for the gradient.
         shared: keeps what is the teacher's alone for other students and kernels.
         limit: bytes for temporary tensors beside the gradient, as far as single images fit in; by default 2 MiB on
-            the CPU and 256 MiB elsewhere.
+            the CPU and 1 GiB elsewhere.
+        few_launches: compute as suits a GPU, all images at once, instead of a few images in a CPU's cache; by default
+            where the maps are not on a CPU, and under ``torch.compile``.  There maps in bf16 or fp16 have a gradient
+            from TF32 products (1e-3 of its norm off, as their own type is), unless FLOAT32_PRECISION is ``highest``.
 
     Returns:
         A scalar >= 0, in float32 (float64 for float64 maps) whatever autocast says.
@@ -58,7 +63,7 @@ def nst_loss(
     check_maps(student, teacher)
     if torch.is_autocast_enabled(student.device.type):
         with torch.autocast(student.device.type, enabled=False):
-            return nst_loss(student, teacher, kernel, shared, limit)
+            return nst_loss(student, teacher, kernel, shared, limit, few_launches)
     size = common_size(student, teacher)
     # maps of the right size are taken in their own precision, which is widened a few images at a time
     small = student if tuple(student.shape[2:]) == size else at_size(student, size)
@@ -68,15 +73,32 @@ def nst_loss(
         return maps.flatten(2)
 
     wanted = small.requires_grad and torch.is_grad_enabled()
+    compiling = torch.compiler.is_compiling()
+    if few_launches is None:
+        few_launches = compiling or student.device.type != "cpu"
     arguments = (teacher.shape[1], target, kernel, partial(_named, shared, size))
+    compute = partial(_computed, mmd_in_few_launches if few_launches else mmd, arguments, limit)
     with torch.no_grad():
-        value, gradient, factor = mmd(small.detach().flatten(2), *arguments, wanted, limit)
-    if gradient is None or factor is None:
+        value, gradient, factor = compute(small.detach(), wanted)
+    if gradient is None:
         return value
-    gradient, factor = gradient.view(small.shape), factor[..., None, None]
-    if torch.compiler.is_compiling():
-        return _WithGradient.apply(small, value, gradient, factor)
-    return _WithGradientOnce.apply(small, (value, gradient, factor), arguments, limit)
+    if compiling:
+        return _WithGradient.apply(small, value, gradient if factor is None else gradient * factor)
+    return _WithGradientOnce.apply(small, (value, gradient, factor), compute)
+
+
+def _computed(
+    way: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]],
+    arguments: tuple[Any, ...],
+    limit: int | None,
+    maps: Tensor,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return value, gradient and what it is still to be multiplied by, in the shape of maps (B, S, H, W)."""
+    value, gradient, factor = way(maps.flatten(2), *arguments, with_gradient, limit)
+    if gradient is not None:
+        gradient = gradient.view(maps.shape)
+    return value, gradient, None if factor is None else factor[..., None, None]
 
 
 def _named(shared: Shared, size: tuple[int, int], name: str, compute: Callable[[], Any]) -> Any:
@@ -84,19 +106,19 @@ def _named(shared: Shared, size: tuple[int, int], name: str, compute: Callable[[
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value whose gradient ``gradient * factor`` is known already; this form is the one that can be compiled."""
+    """A value whose gradient is known already; this form is the one that can be compiled."""
 
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, value: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient, factor)
+    def forward(ctx: Any, maps: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
         ctx.dtype = maps.dtype
         return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
-        gradient, factor = ctx.saved_tensors
-        return (gradient * (factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * outer).to(ctx.dtype), None, None
 
 
 class _WithGradientOnce(torch.autograd.Function):
@@ -107,27 +129,23 @@ class _WithGradientOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        maps: Tensor,
-        ready: tuple[Tensor, Tensor, Tensor],
-        arguments: tuple[Any, ...],
-        limit: int | None,
+        ctx: Any, maps: Tensor, ready: tuple[Tensor, Tensor, Tensor | None], compute: Callable[..., Any]
     ) -> Tensor:
         ctx.save_for_backward(maps)
         value, *ctx.ready = ready
-        ctx.arguments, ctx.dtype = (*arguments, True, limit), maps.dtype
+        ctx.compute, ctx.dtype = compute, maps.dtype
         return value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
         if ctx.ready is None:
             # autograd refuses these after a backward that freed the graph
-            (maps,) = ctx.saved_tensors
-            _, again, factor_BS = mmd(maps.flatten(2), *ctx.arguments)
-            ctx.ready = cast(Tensor, again).view_as(maps), cast(Tensor, factor_BS)[..., None, None]
+            _, *ctx.ready = ctx.compute(*ctx.saved_tensors, True)
         (gradient, factor), ctx.ready = ctx.ready, None
-        return gradient.mul_((factor * outer).to(gradient.dtype)).to(ctx.dtype), None, None, None
+        if factor is not None:
+            outer = (factor * outer).to(gradient.dtype)
+        return gradient.mul_(outer).to(ctx.dtype), None, None
 
 
 class NST(nn.Module):

@@ -46,19 +46,15 @@ def product_minus(left_bMK: Tensor, right_bNK: Tensor, factor: float, minus_bMN:
 
 
 def rows_at_a_time(x_bCK: Tensor) -> int:
-    """How many rows :func:`gram` and whoever walks over its upper blocks should take at a time.
-
-    On a GPU all: there half of the multiplications cost less than the launches of the blocks.
-    """
-    rows: int = x_bCK.shape[1]
-    return min(ROWS, max(64, -(-rows // 4))) if x_bCK.device.type == "cpu" else rows
+    """How many rows :func:`gram` and whoever walks over its upper blocks should take at a time."""
+    return min(ROWS, max(64, -(-x_bCK.shape[1] // 4)))
 
 
 def gram(x_bCK: Tensor, out_bCC: Tensor | None = None) -> Tensor:
     """``x x'`` of each image, (b, C, C), of which only the blocks from the diagonal on are multiplied out."""
     channels, rows = x_bCK.shape[1], rows_at_a_time(x_bCK)
     # with few columns mirroring costs more than it saves
-    if torch.compiler.is_compiling() or channels <= rows or x_bCK.shape[2] < channels:
+    if channels <= rows or x_bCK.shape[2] < channels:
         return product(x_bCK, x_bCK, out_bCC)
     out = x_bCK.new_empty(len(x_bCK), channels, channels) if out_bCC is None else out_bCC
     for start in range(0, channels, rows):
@@ -95,7 +91,6 @@ def _large(x: Tensor, multiplications: int) -> bool:
         multiplications >= WORTH_A_CALL
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and not torch.compiler.is_compiling()
         and bool(torch.backends.mkldnn.enabled)
         and _has_onednn()
     )

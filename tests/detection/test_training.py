@@ -410,3 +410,70 @@ def test_a_few_steps_on_real_blood_cells(real_data, tmp_path, monkeypatch):
     rows = rows_of(tmp_path / "run")
     assert rows[-1]["total_loss"] < rows[0]["total_loss"]
     assert result["params"] > 1_000_000
+
+
+@pytest.mark.parametrize("arch", [{}, {"MODEL.BACKBONE.NAME": "build_timm_backbone"}], ids=["FPN", "no FPN"])
+def test_compiled_backbones_train_alike(on_shapes, tmp_path, monkeypatch, untrained_teacher, arch):
+    """Student and teacher, whose maps are taken between their two graphs; a compiler would round sums differently."""
+    compile_, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, mode, dynamic: compile_(function, backend=backend))
+    torch.compiler.reset()
+    if arch:
+        arch |= {"MODEL.RPN.IN_FEATURES": ["res4"], "MODEL.ROI_HEADS.IN_FEATURES": ["res4"]}
+        arch |= {"MODEL.ANCHOR_GENERATOR.SIZES": [[12, 24, 48]]}
+    changes = {"METHOD": "nst-poly:1", "TRANSFER.LEVELS": ["res3"] if arch else ["res3", "p3"], "SOLVER.EMA_DECAY": 0.9}
+    changes |= {"INPUT.PADDED_SIZES": [[96, 128], [128, 128]], "SOLVER.MAX_ITER": 2, **UNTESTED}
+    changes |= {**arch, **untrained_teacher(arch)}
+    for mode in ("off", "default"):
+        train_detector(on_shapes(mode, {**changes, "SOLVER.COMPILE": mode}))
+    assert len(graphs) >= (2 if arch else 4)
+    assert same_runs(tmp_path / "off", tmp_path / "default")
+
+
+@pytest.mark.parametrize(
+    ("changes", "padded"),
+    [
+        ({}, [(96, 96), (64, 96), (96, 64)]),
+        # made multiples of 32
+        ({"INPUT.PADDED_SIZES": [[128, 128], [64, 112]]}, [(128, 128), (64, 128), (128, 128)]),
+        # wide, tall and square
+        ({"SOLVER.COMPILE": "default", "INPUT.MIN_SIZE_TRAIN": [70]}, [(96, 96), (96, 96), (96, 96)]),
+        ({"SOLVER.COMPILE": "default", "INPUT.MIN_SIZE_TRAIN": [64]}, [(96, 96), (64, 96), (96, 64)]),
+    ],
+)
+def test_batches_are_padded_to_the_smallest_size_that_holds_them(small, changes, padded):
+    detector = build_detector(small(changes)).train()
+    for batch, size in zip(([(64, 96), (96, 64)], [(60, 90), (50, 40)], [(96, 40)]), padded):
+        images, _ = detector.preprocess([torch.zeros(3, *sides) for sides in batch])
+        assert tuple(images.shape[-2:]) == size
+    # evaluated images are padded to a multiple alone
+    images, _ = detector.eval().preprocess([torch.zeros(3, 40, 50)])
+    assert tuple(images.shape[-2:]) == (64, 64)
+
+
+def test_cudnn_tries_its_kernels_in_training_alone(on_shapes, monkeypatch):
+    """As on a GPU: the images of an evaluation have too many sizes."""
+    seen = {}
+    forward = Detector.forward
+
+    def watched(self, batch):
+        seen.setdefault(self.training, set()).add(torch.backends.cudnn.benchmark)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Detector, "forward", watched)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(
+        pipeline, "set_cudnn_benchmark", lambda wanted, _: setattr(torch.backends.cudnn, "benchmark", wanted)
+    )
+    train_detector(on_shapes(changes={"CUDNN_BENCHMARK": True, "SOLVER.MAX_ITER": 2, "TEST.EVAL_PERIOD": 1}))
+    assert seen == {True: {True}, False: {False}}
+
+
+def test_sizes_that_do_not_hold_all_images_are_refused(small):
+    with pytest.raises(UserError, match=r"INPUT.PADDED_SIZES: .*\[96, 96\]"):
+        small({"INPUT.PADDED_SIZES": [[64, 96], [96, 64]]})

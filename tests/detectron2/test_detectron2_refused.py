@@ -25,6 +25,8 @@ TEACHER = ["METHOD", "nst-poly", "TEACHER.CONFIG_FILE"]
         (["MODEL.WEIGHTS", __file__], "test_detectron2_refused.py"),
         (["SOLVER.OPTIMIZER", "LION"], "SOLVER.OPTIMIZER"),
         (["SOLVER.ACCUMULATE", "2"], "SOLVER.ACCUMULATE"),
+        (["SOLVER.COMPILE", "default"], "SOLVER.COMPILE"),
+        (["INPUT.PADDED_SIZES", "[[96, 96]]"], "INPUT.PADDED_SIZES"),
         (["SOLVER.EMA_DECAY", "1.5"], "SOLVER.EMA_DECAY"),
         (["SOLVER.EMA_DECAY", "0.9", "TEST.PRECISE_BN.ENABLED", "True"], "SOLVER.EMA_DECAY .* TEST.PRECISE_BN"),
         (["DATASETS.TRAIN", "['voc_x']"], "add DATASETS.VOC.voc_x"),

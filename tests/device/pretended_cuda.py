@@ -36,6 +36,10 @@ WAITS = {"torchvision.nms"} | {
         *("_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"),
     )
 }
+# what a GPU alone has
+ON_GPU = {
+    getattr(torch.ops.aten.bmm, "dtype", None): lambda left, right, dtype: torch.bmm(left.to(dtype), right.to(dtype))
+}
 INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
 
 plain_to, plain_autocast, plain_generator = torch.Tensor.to, torch.autocast.__init__, torch.Generator
@@ -378,7 +382,7 @@ def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("pin_memory"):
         kwargs = kwargs | {"pin_memory": False}
     with dispatch._disable_current_modes():
-        found = operator(*tree_map(_data, args), **tree_map(_data, kwargs))
+        found = ON_GPU.get(operator, operator)(*tree_map(_data, args), **tree_map(_data, kwargs))
         if name == "aten.copy_":
             return args[0]
         wrapped = tree_map(

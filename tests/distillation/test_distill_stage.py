@@ -425,3 +425,33 @@ def test_two_steps_on_real_images(real_data, tmp_path):
     card = load_card(results["kd+nst-poly"]["backbone"])
     assert (card.num_classes, card.data["images"], card.data["validation_images"]) == (50, 6000, 1500)
     assert all(name.startswith("n0") for name in card.classes)
+
+
+def test_compiled_networks_train_alike(images, tmp_path, monkeypatch):
+    """Students, teacher, averages, and what is written; a compiler would round sums differently."""
+    compile_, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", lambda function, mode, dynamic: compile_(function, backend=backend))
+    keys = {"METHODS": ["ce", "kd+nst-poly"], "SOLVER.EMA_DECAY": 0.9, "SOLVER.MAX_ITER": 4}
+    results = [run(images, tmp_path / mode, **keys, **{"SOLVER.COMPILE": mode}) for mode in ("off", "default")]
+    assert len(graphs) > 2
+    assert_same_run(tmp_path / "off", tmp_path / "default", *results, keys["METHODS"])
+
+
+def test_cudnn_is_set_by_the_config(images, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("nst_det.distillation.pipeline.set_cudnn_benchmark", lambda *asked: seen.append(asked))
+    for wanted in (True, False):
+        StageOne(config(images, tmp_path, **{"CUDNN_BENCHMARK": wanted}))
+    assert [asked[0] for asked in seen] == [True, False]
+
+
+def test_cuda_graphs_on_a_cpu_are_refused_before_anything_is_written(images, tmp_path):
+    with pytest.raises(UserError, match=r"SOLVER.COMPILE reduce-overhead"):
+        run(images, tmp_path / "run", **{"TEACHER.SOLVER": {"COMPILE": "reduce-overhead"}})
+    assert not (tmp_path / "run").exists()

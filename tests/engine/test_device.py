@@ -13,7 +13,9 @@ from nst_det.engine.device import (
     cast_frozen,
     compute_line,
     gpu_errors_in_one_line,
+    many_sizes,
     named_device,
+    set_cudnn_benchmark,
     set_float32_precision,
 )
 from nst_det.errors import UserError
@@ -98,6 +100,19 @@ def test_weights_cast_once_give_the_bits_of_autocast(arch, channels_last):
     for layer in model.modules():
         cast = type(layer) in (nn.Conv2d, nn.Linear)
         assert {item.dtype for item in layer.parameters(recurse=False)} <= {torch.bfloat16 if cast else torch.float32}
+
+
+@pytest.mark.parametrize(("wanted", "device"), [(True, NEW), (False, NEW), (True, CPU)])
+def test_cudnn_tries_its_kernels_on_a_gpu_that_trains(monkeypatch, two_gpus, wanted, device):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    set_cudnn_benchmark(wanted, device)
+    tries = wanted and device != CPU
+    assert torch.backends.cudnn.benchmark == tries
+    assert ("cuDNN" in compute_line(device, None)) == tries
+    with pytest.raises(KeyError), many_sizes():
+        assert not torch.backends.cudnn.benchmark
+        raise KeyError
+    assert torch.backends.cudnn.benchmark == tries
 
 
 def test_the_first_line_says_what_computes(two_gpus, torch_settings):

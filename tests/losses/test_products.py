@@ -2,10 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nst_det.losses import mmd as nst_kernels
 from nst_det.losses import products
-from nst_det.losses.mmd import mmd
-from nst_det.losses.ops import compute_now
 
 # over and under the size from which oneDNN is asked
 SHAPES = [(2, 160, 300, 170), (1, 96, 4000, 96), (3, 8, 30, 5)]
@@ -100,20 +97,3 @@ def test_an_operator_that_has_changed_is_not_used(monkeypatch):
         close(products.product(large, large), large.double() @ large.double().mT)
     finally:
         products._has_onednn.cache_clear()
-
-
-@pytest.mark.parametrize("kernel", ["poly", "gaussian"])
-@pytest.mark.parametrize(("s", "t", "n"), [(96, 600, 100), (200, 300, 1500)])
-def test_in_one_product_as_on_a_gpu_the_values_are_those_of_blocks(monkeypatch, kernel, s, t, n):
-    assert products.rows_at_a_time(torch.empty(1, t, n, device="meta")) == t
-    assert products.rows_at_a_time(torch.empty(1, t, n)) < t
-    generator = torch.Generator().manual_seed(n)
-    maps = torch.randn(2, s, n, generator=generator), torch.randn(2, t, n, generator=generator)
-    exact = mmd(maps[0].double(), t, maps[1].double, kernel, compute_now, with_gradient=True)
-    for module in (products, nst_kernels):
-        monkeypatch.setattr(module, "rows_at_a_time", lambda x: x.shape[1])
-    value, gradient, factors = mmd(maps[0], t, lambda: maps[1], kernel, compute_now, with_gradient=True)
-    # the value is a difference of terms that are 1 and more
-    assert_close(value.double(), exact[0], rtol=1e-6, atol=1e-7)
-    gradient, exact_gradient = gradient * factors[:, :, None], exact[1] * exact[2][:, :, None]
-    assert float((gradient - exact_gradient).norm() / exact_gradient.norm()) < 1e-5

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
+from nst_det.engine.compilation import compiled
+from nst_det.engine.keys import OFF
 from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
 from nst_det.models import Bottomup
@@ -64,7 +67,10 @@ class Fpn(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return maps (B, channels, H / stride, W / stride) of (B, 3, H, W) normalized images: ``p2`` .. ``p6``."""
-        maps = self.bottom_up(images)
+        return self.pyramid(self.bottom_up(images))
+
+    def pyramid(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return :meth:`forward` from the bottom-up's maps."""
         above: Tensor | None = None
         pyramid: dict[str, Tensor] = {}
         for level, name in zip(reversed(self.levels), reversed(self.in_features)):
@@ -80,6 +86,18 @@ class Fpn(nn.Module):
 
     def output_shape(self) -> dict[str, Shape]:
         return {f"p{level}": Shape(self.channels, 2**level) for level in [*self.levels, self.levels[-1] + 1]}
+
+
+def compile_backbone(
+    backbone: BackboneOnly | Fpn, mode: str, device: torch.device, whose: str, when: Callable[[], bool] = lambda: True
+) -> None:
+    """Compile bottom-up and pyramid in place, each by itself: hooks on modules run between and around them."""
+    if mode == OFF:
+        return
+    bottom_up = backbone.bottom_up
+    bottom_up.forward = compiled(bottom_up.forward, mode, device, f"{whose} bottom-up", when)  # type: ignore[method-assign]
+    if isinstance(backbone, Fpn):
+        backbone.pyramid = compiled(backbone.pyramid, mode, device, f"{whose} FPN", when)  # type: ignore[method-assign]
 
 
 def build_backbone(config: CfgNode, seed: int) -> BackboneOnly | Fpn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from nst_det.detection.config import padded_sizes
 from nst_det.detection.torchvision.backbone import BackboneOnly, Fpn, build_backbone
 from nst_det.detection.torchvision.roi_heads import RoiHeads, postprocess
 from nst_det.detection.torchvision.rpn import Rpn
@@ -33,6 +35,8 @@ class Detector(nn.Module):
         for name, values in (("pixel_mean", config.MODEL.PIXEL_MEAN), ("pixel_std", config.MODEL.PIXEL_STD)):
             self.register_buffer(name, torch.tensor(list(values)).view(3, 1, 1), persistent=False)
         self.input_format = config.INPUT.FORMAT
+        # of training batches; none where each is as large as its largest image
+        self.padded_sizes = padded_sizes(config)
         # of the backbone in training and in inference, None for float32: the heads stay in float32, since a box
         # coordinate above 128 has steps of a whole pixel in bfloat16
         self.amp: torch.dtype | None = None
@@ -70,6 +74,9 @@ class Detector(nn.Module):
         largest = [max(side) for side in zip(*sizes)]
         if self.training:
             largest = largest_of_processes(largest)
+            # the configuration has one that holds all
+            fitting = [size for size in self.padded_sizes if size[0] >= largest[0] and size[1] >= largest[1]]
+            largest = list(min(fitting, key=math.prod, default=largest))
         height, width = (-(-side // multiple) * multiple for side in largest)
         padded = [
             F.pad(
