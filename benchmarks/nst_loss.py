@@ -127,7 +127,7 @@ def bare_products(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
     gradient = torch.empty_like(student)
     s, t, of_chunks = student.flatten(2), teacher.flatten(2), gradient.flatten(2)
     cs, ct, n = s.shape[1], t.shape[1], s.shape[2]
-    limit = mmd.LIMIT if s.device.type == "cpu" else mmd_gpu.LIMIT
+    limit = mmd.LIMIT if s.device.type == "cpu" else mmd_gpu.memory_limit(s.device)
     by_positions = kernel == "poly" and positions_side_is_cheaper(cs, ct, n)
     floats = n if kernel == "linear" else 2 * n * n if by_positions else cs * cs + cs * ct + ct * ct
     count = max(1, limit // (4 * floats))

@@ -189,6 +189,24 @@ def left_behind():
 
 
 @pytest.fixture
+def captured_graphs(monkeypatch):
+    """The graphs that torch.compile captures; they run forward and backward by plain kernels."""
+    import torch
+    from torch._dynamo.backends.debugging import aot_eager
+
+    compile_, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda function, mode, dynamic: compile_(function, backend=backend))
+    torch.compiler.reset()
+    yield graphs
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def cuda_in_use(monkeypatch):
     """As where this process has used a GPU: one that is forked from it and asks CUDA for anything gets CUDA's error."""
     import torch

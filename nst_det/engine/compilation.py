@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -79,11 +80,18 @@ def compiled(
     check_compile(mode, device)
     if mode == OFF:
         return function
-    for name in ("recompile_limit", "cache_size_limit"):
-        if hasattr(torch._dynamo.config, name):
-            setattr(torch._dynamo.config, name, max(MOST_GRAPHS, getattr(torch._dynamo.config, name)))
-            break
+    _configure_torch()
     return Compiled(function, mode, what, when)
+
+
+def _configure_torch() -> None:
+    dynamo, functorch = torch._dynamo.config, importlib.import_module("torch._functorch.config")
+    # older releases have the second name
+    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
+    setattr(dynamo, limit, max(MOST_GRAPHS, getattr(dynamo, limit)))
+    # the balance of terms goes backward several times through the graph of a step
+    if hasattr(functorch, "donated_buffer"):
+        setattr(functorch, "donated_buffer", False)  # noqa: B010
 
 
 def begin_step(mode: str) -> None:

@@ -99,8 +99,9 @@ class TransferLoss(nn.Module):
                 with torch.autocast(target.device.type, enabled=False):
                     value = self.module(name, pair)(student.of(student_kind, pair.student), target, shared, **truth)
                 parts[pair.label] = value
-            several = list(parts.values())
-            values[name] = self.weights[name] * (torch.stack(several).sum() if len(several) > 1 else several[0])
+            several, weight = list(parts.values()), self.weights[name]
+            value = torch.stack(several).sum() if len(several) > 1 else several[0]
+            values[name] = value if weight == 1 else weight * value
             self.parts[name] = {label: value.detach() for label, value in parts.items()}
         return values
 

@@ -1,18 +1,18 @@
 """MMD^2 between normalized channel maps, and its gradient, in few launches: the way of a GPU.
 
-There a launch costs more than most of what it computes, so all images are taken at once, and nothing that a product
-gives for free is computed by itself.  Let x_i be the raw channels of both sets, the student's first; q_i = |x_i|^2,
-c_i = 1 / (q_i + eps), r_i = sqrt(c_i); u_i = r_i x_i the normalized ones; P_ij = x_i'x_j for i of the student; and
-w_j = 1 for the student's channels, -S/T for the teacher's.
+There a launch costs more than most of what it computes, so as many images are taken at once as its memory allows, and
+nothing that a product gives for free is computed by itself.  Let x_i be the raw channels of both sets, the student's
+first; q_i = |x_i|^2, c_i = 1 / (q_i + eps), r_i = sqrt(c_i); u_i = r_i x_i the normalized ones; P_ij = x_i'x_j for i of
+the student; and w_j = 1 for the student's channels, -S/T for the teacher's.
 
 - ``poly`` over the channels.  (u_i'u_j)^2 = c_i c_j P_ij^2, and the chain through the normalization takes away what
   points along x_i.  So with U_ij = w_j c_j P_ij and e_i = sum_j U_ij P_ij, of which e'_i are the student's columns,
       MMD^2 = mean_TT + sum_i c_i (2 e_i - e'_i) / S^2,    gradient_i = 4/S^2 c_i (sum_j U_ij x_j - c_i e_i x_i),
   where the last bracket is one product, of U with -c_i e_i added on its diagonal and all maps.
 - ``poly`` over the positions, where there are fewer of these: sum_ij (u_i'u_j)^2 = |sum_i u_i u_i'|^2, so that MMD^2 is
-  |D|^2 for D = sum_S c_i x_i x_i' / S - sum_T c_i x_i x_i' / T, N x N, and with g_i = D x_i
-      gradient_i = 4/S c_i (g_i - c_i (x_i'g_i) x_i).
-- ``linear`` is the same with d = mean_S u - mean_T u in the place of D:  2/S r_i (d - c_i (x_i'd) x_i).
+  |D|^2 for D = sum_S u_i u_i' / S - sum_T u_i u_i' / T, N x N, and with g_i = D u_i
+      gradient_i = 4/S r_i (g_i - (u_i'g_i) u_i).
+- ``linear`` is the same with d = sum_S u_i / S - sum_T u_i / T in the place of D and of g_i, and 2/S.
 - ``gaussian``.  K_ij = w_j exp((u_i'u_j - u_i'u_i / 2 - u_j'u_j / 2) / sigma^2) has rows d_i = sum_j K_ij, and with
   K_ii -= d_i:  gradient_i = 2 / (S sigma)^2 r_i (sum_j K_ij u_j - (sum_j K_ij u_i'u_j) u_i).
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ from nst_det.losses.mmd import SMALLEST_BANDWIDTH, chunks, joined, positions_sid
 from nst_det.losses.ops import EPS, Shared, full_precision
 
 HALF = (torch.bfloat16, torch.float16)
-# temporary tensors stay below this many bytes, or belong to a single image
-LIMIT = 2**30
+# temporary tensors stay below this part of a GPU's memory, or belong to a single image
+PART = 1 / 32
 # tiles of a product's result that keep a large GPU busy, some two a multiprocessor, and their sides
 TILES, TILE = 256, 128
 # positions below which a slice of a sum isn't worth it
@@ -55,7 +56,7 @@ def mmd_in_few_launches(
     type, is multiplied in TF32 where convolutions are (all but FLOAT32_PRECISION ``highest``); nothing else is.
     """
     batch, s, n = student_BSN.shape
-    limit = LIMIT if limit is None else limit
+    limit = memory_limit(student_BSN.device) if limit is None else limit
     # products and their kernels; both sets side by side, and in float32
     floats = 3 * s * (s + t) + 2 * (s + t) * n + (2 * t * t if kernel == "gaussian" else 0)
     images = limit // max(1, 4 * floats)
@@ -63,26 +64,40 @@ def mmd_in_few_launches(
     keep = torch.float32 if student_BSN.dtype == torch.float16 else student_BSN.dtype
     gradient = torch.empty_like(student_BSN, dtype=keep) if with_gradient else None
 
-    def once(name: str, compute: Callable[..., Tensor], *more: Tensor) -> Tensor:
-        each = limit // max(1, 4 * (t * t if name in ("poly", "products") else t * n))
-        found: Tensor = shared(name, lambda: joined([compute(*chunk) for chunk in chunks(each, teacher_BTN(), *more)]))
-        return found
+    def once(names: tuple[str, ...], compute: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+        images = limit // max(1, 4 * t * (t + n))
+        made: list[Tensor] = []
+
+        def make(place: int) -> Tensor:
+            if not made:
+                made.extend(joined(list(of)) for of in zip(*(compute(x) for (x,) in chunks(images, teacher_BTN()))))
+            return made[place]
+
+        return [shared(name, partial(make, place)) for place, name in enumerate(names)]
 
     step: Callable[..., Tensor]
     if kernel == "linear":
-        step, of_teacher = _linear, [once("mean", _mean_of_normalized)]
+        step, of_teacher = _linear, once(("mean",), _mean_of_normalized)
     elif kernel == "poly" and positions_side_is_cheaper(s, t, n):
-        step, of_teacher = _poly_by_positions, [once("gram", _gram_over_positions)]
+        step, of_teacher = _poly_by_positions, once(("gram",), _gram_over_positions)
+    elif kernel == "poly":
+        step, of_teacher = _poly_by_channels, once(("scale", "poly"), _scale_and_mean_square)
+    elif products_side_is_cheaper(s, t, n):
+        step, of_teacher = _gaussian, once(("scale", "mean", "products"), _scale_mean_and_products)
     else:
-        of_teacher = [shared("maps", teacher_BTN), once("scale", _inverse_norm)]
-        if kernel == "poly":
-            step, of_teacher = _poly_by_channels, [*of_teacher, once("poly", _mean_square_product, of_teacher[1])]
-        else:
-            step, of_teacher = _gaussian, [*of_teacher, once("mean", _mean_of_normalized, of_teacher[1])]
-            if products_side_is_cheaper(s, t, n):
-                of_teacher.append(once("products", _products, of_teacher[1]))
+        # the products are too large to be kept
+        step, of_teacher = _gaussian, once(("scale", "mean"), _scale_and_mean)
+    if step in (_poly_by_channels, _gaussian):
+        of_teacher = [shared("maps", teacher_BTN), *of_teacher]
     values = [step(x, out, batch, *rest) for x, out, *rest in chunks(images, student_BSN, gradient, *of_teacher)]
     return torch.stack(values).sum() if len(values) > 1 else values[0], gradient, None
+
+
+def memory_limit(device: torch.device) -> int:
+    """Return the bytes that temporary tensors may take by default."""
+    if device.type != "cuda":
+        return 2**30
+    return int(PART * torch.cuda.get_device_properties(device).total_memory)
 
 
 def map_products(left_bSN: Tensor, right_bJN: Tensor) -> Tensor:
@@ -130,37 +145,58 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def _squared_norm(x_bCN: Tensor) -> Tensor:
-    norm_bC: Tensor = torch.linalg.vector_norm(x_bCN, dim=2, dtype=torch.promote_types(x_bCN.dtype, torch.float32))
-    return norm_bC.square_().add_(EPS)
-
-
 def _inverse_norm(x_bCN: Tensor) -> Tensor:
-    return _squared_norm(x_bCN).rsqrt_()
-
-
-def _mean_of_normalized(x_bCN: Tensor, scale_bC: Tensor | None = None) -> Tensor:
-    scale_bC = _inverse_norm(x_bCN) if scale_bC is None else scale_bC
-    return _scaled_product(scale_bC[:, None], full_precision(x_bCN), 1 / x_bCN.shape[1])
-
-
-def _gram_over_positions(x_bCN: Tensor) -> Tensor:
-    with _as_convolutions(x_bCN):
-        c_bC1, x_bCN = _squared_norm(x_bCN).reciprocal_()[:, :, None], full_precision(x_bCN)
-        return _scaled_product((x_bCN * c_bC1).mT, x_bCN, 1 / x_bCN.shape[1])
+    norm_bC: Tensor = torch.linalg.vector_norm(x_bCN, dim=2, dtype=torch.promote_types(x_bCN.dtype, torch.float32))
+    return norm_bC.square_().add_(EPS).rsqrt_()
 
 
 def _scaled_product(left_bMK: Tensor, right_bKN: Tensor, factor: float) -> Tensor:
     return torch.baddbmm(left_bMK.new_empty(1, 1, 1), left_bMK, right_bKN, beta=0, alpha=factor)
 
 
-def _products(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
-    return map_products(x_bCN, x_bCN).mul_(scale_bC[:, :, None]).mul_(scale_bC[:, None])
+def _mean(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
+    return _scaled_product(scale_bC[:, None], full_precision(x_bCN), 1 / x_bCN.shape[1])
 
 
-def _mean_square_product(x_bCN: Tensor, scale_bC: Tensor) -> Tensor:
+def _mean_of_normalized(x_bCN: Tensor) -> tuple[Tensor]:
+    return (_mean(x_bCN, _inverse_norm(x_bCN)),)
+
+
+def _gram_over_positions(x_bCN: Tensor) -> tuple[Tensor]:
+    with _as_convolutions(x_bCN):
+        unit_bCN = x_bCN * _inverse_norm(x_bCN)[:, :, None]
+        return (_scaled_product(unit_bCN.mT, unit_bCN, 1 / x_bCN.shape[1]),)
+
+
+def _scale_and_products(x_bCN: Tensor) -> tuple[Tensor, Tensor]:
+    products_bCC = map_products(x_bCN, x_bCN)
+    scale_bC = _scale(products_bCC)
+    return scale_bC, _normalized(products_bCC, scale_bC)
+
+
+def _normalized(products_bCC: Tensor, scale_bC: Tensor) -> Tensor:
+    return products_bCC.mul_(scale_bC[:, :, None]).mul_(scale_bC[:, None])
+
+
+def _scale(products_bSJ: Tensor) -> Tensor:
+    # the squared norms stand on the diagonal
+    return (products_bSJ.diagonal(dim1=1, dim2=2) + EPS).rsqrt_()
+
+
+def _scale_and_mean_square(x_bCN: Tensor) -> tuple[Tensor, Tensor]:
+    scale_bC, products_bCC = _scale_and_products(x_bCN)
     # by rows first: a float64 copy of them is small
-    return _products(x_bCN, scale_bC).square_().mean(2).mean(1, dtype=_wide(x_bCN))
+    return scale_bC, products_bCC.square_().mean(2).mean(1, dtype=_wide(x_bCN))
+
+
+def _scale_mean_and_products(x_bCN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale_bC, products_bCC = _scale_and_products(x_bCN)
+    return scale_bC, _mean(x_bCN, scale_bC), products_bCC
+
+
+def _scale_and_mean(x_bCN: Tensor) -> tuple[Tensor, Tensor]:
+    scale_bC = _inverse_norm(x_bCN)
+    return scale_bC, _mean(x_bCN, scale_bC)
 
 
 def _side_by_side(s_bSN: Tensor, t_bTN: Tensor) -> Tensor:
@@ -186,13 +222,14 @@ def _linear(s_bSN: Tensor, out: Tensor | None, batch: int, mean_b1N: Tensor) -> 
 
 def _poly_by_positions(s_bSN: Tensor, out: Tensor | None, batch: int, gram_bNN: Tensor) -> Tensor:
     with _as_convolutions(s_bSN):
-        c_bS1, s_bSN = _squared_norm(s_bSN).reciprocal_()[:, :, None], full_precision(s_bSN)
-        s, root = s_bSN.shape[1], batch**-0.5
-        d_bNN = torch.baddbmm(gram_bNN, (s_bSN * c_bS1).mT, s_bSN, beta=-root, alpha=root / s)
+        r_bS1 = _inverse_norm(s_bSN)[:, :, None]
+        u_bSN = s_bSN * r_bS1
+        s, root = u_bSN.shape[1], batch**-0.5
+        d_bNN = torch.baddbmm(gram_bNN, u_bSN.mT, u_bSN, beta=-root, alpha=root / s)
         if out is not None:
-            g_bSN = torch.empty_like(s_bSN).baddbmm_(s_bSN, d_bNN, beta=0, alpha=4 / s * root)
-            g_bSN.addcmul_(s_bSN, (g_bSN * s_bSN).sum(2, keepdim=True).mul_(c_bS1), value=-1)
-            torch.mul(g_bSN, c_bS1, out=out)
+            g_bSN = torch.empty_like(u_bSN).baddbmm_(u_bSN, d_bNN, beta=0, alpha=4 / s * root)
+            g_bSN.addcmul_(u_bSN, (g_bSN * u_bSN).sum(2, keepdim=True), value=-1)
+            torch.mul(g_bSN, r_bS1, out=out)
     return _squares(d_bNN)
 
 
@@ -225,8 +262,8 @@ def _gaussian(
     j = s + t
     both_bJN = _side_by_side(s_bSN, t_bTN)
     p_bSJ = map_products(both_bJN[:, :s], both_bJN)
-    products_bTT = _products(t_bTN, scale_bT) if products_bTT is None else products_bTT
-    scale_bJ = torch.cat([(p_bSJ.diagonal(dim1=1, dim2=2) + EPS).rsqrt_(), scale_bT], 1)
+    products_bTT = _normalized(map_products(t_bTN, t_bTN), scale_bT) if products_bTT is None else products_bTT
+    scale_bJ = torch.cat([_scale(p_bSJ), scale_bT], 1)
     scale_bS = scale_bJ[:, :s]
     z_bSJ = p_bSJ.mul_(scale_bS[:, :, None]).mul_(scale_bJ[:, None])
     squared_bJ = torch.cat([z.diagonal(dim1=1, dim2=2) for z in (z_bSJ, products_bTT)], 1)

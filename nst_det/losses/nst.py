@@ -42,8 +42,8 @@ def nst_loss(
             squared distance of all pairs of one image, a constant for the gradient.
         shared: keeps what is the teacher's alone for other students and kernels.
         limit: bytes for temporary tensors beside the gradient, as far as single images fit in; by default 2 MiB on
-            the CPU and 1 GiB elsewhere.
-        few_launches: compute as suits a GPU, all images at once, instead of a few images in a CPU's cache; by default
+            the CPU and 1/32 of a GPU's memory.
+        few_launches: compute as suits a GPU, many images at once, instead of a few images in a CPU's cache; by default
             where the maps are not on a CPU, and under ``torch.compile``.  There maps in bf16 or fp16 have a gradient
             from TF32 products (1e-3 of its norm off, as their own type is), unless FLOAT32_PRECISION is ``highest``.
 

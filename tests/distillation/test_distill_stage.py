@@ -427,19 +427,11 @@ def test_two_steps_on_real_images(real_data, tmp_path):
     assert all(name.startswith("n0") for name in card.classes)
 
 
-def test_compiled_networks_train_alike(images, tmp_path, monkeypatch):
+def test_compiled_networks_train_alike(images, tmp_path, captured_graphs):
     """Students, teacher, averages, and what is written; a compiler would round sums differently."""
-    compile_, graphs = torch.compile, []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", lambda function, mode, dynamic: compile_(function, backend=backend))
     keys = {"METHODS": ["ce", "kd+nst-poly"], "SOLVER.EMA_DECAY": 0.9, "SOLVER.MAX_ITER": 4}
     results = [run(images, tmp_path / mode, **keys, **{"SOLVER.COMPILE": mode}) for mode in ("off", "default")]
-    assert len(graphs) > 2
+    assert len(captured_graphs) > 2
     assert_same_run(tmp_path / "off", tmp_path / "default", *results, keys["METHODS"])
 
 
