@@ -247,6 +247,8 @@ class Trainer(TrainLoop):
         """Compute gradients of all processes' images, in SOLVER.ACCUMULATE parts; return this process's losses."""
         parts, totals = self.solver.ACCUMULATE, dict[str, Tensor]()
         parallel, size = self._parallel, len(batch) // parts
+        # a compiled pass counts by itself
+        lists = self.device.type != "cpu" and self.solver.COMPILE == OFF
         for part in range(parts):
             # dropout and the like; the choice of anchors and proposals is seeded by image
             piece = rank() * parts + part
@@ -254,8 +256,7 @@ class Trainer(TrainLoop):
             if isinstance(self.model, DistilledDetector):
                 self.model.iteration = self.iter
             alone = isinstance(parallel, DistributedDataParallel) and part < parts - 1
-            eager = self.device.type == "cpu" or self.solver.COMPILE != OFF
-            together = nullcontext() if eager else counted_together(self.model)
+            together = counted_together(self.model) if lists else nullcontext()
             with parallel.no_sync() if alone else nullcontext():  # type: ignore[operator]
                 with together:
                     losses: dict[str, Tensor] = parallel(batch[part * size : (part + 1) * size])
