@@ -34,6 +34,8 @@ MOST: dict[str, tuple[int, int]] = {
     "loss rkd": (92, 0),
     "loss dkd": (59, 0),
     "loss dist": (91, 0),
+    "loss reviewkd": (110, 0),
+    "loss fgd": (602, 0),
     "stage one, ce": (297, 1),
     "stage one, kd+nst-poly": (537, 1),
     "stage one, nst-gaussian": (581, 1),
