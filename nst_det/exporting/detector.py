@@ -76,7 +76,11 @@ class DetectorExport:
         with atomic_files(output, "name another --output") as folder:
             written = folder / output.name
             self._save(written, form, precision, ranges)
-            agreement = self._compare(load_exported(written), output, inputs)
+            try:
+                agreement = self._compare(load_exported(written), output, inputs)
+            except UserError as error:
+                # it is there for now alone
+                raise UserError(str(error).replace(str(written), str(output))) from error
             write_text(folder / f"{output.name}.py", detector_script(output.name, form))
             rows = measure([written], self.run) if measured else []
             about = self.contract(precision), output.name, form, agreement, markdown(rows) if rows else ""

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
 from nst_det.detection.torchvision import Detector
+from nst_det.errors import UserError
 from nst_det.exporting.contract import INPUT, KEY, OUTPUTS, Contract
 from nst_det.exporting.graph import DetectorGraph
 
@@ -75,17 +76,20 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
     """Return the program in ONNX."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    with torch.no_grad(), _quiet():
-        written = torch.onnx.export(
-            program,
-            program.example_inputs[0],
-            input_names=[INPUT],
-            output_names=list(OUTPUTS),
-            opset_version=OPSET,
-            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
-            dynamo=True,
-            verbose=False,
-        )
+    try:
+        with torch.no_grad(), _quiet():
+            written = torch.onnx.export(
+                program,
+                program.example_inputs[0],
+                input_names=[INPUT],
+                output_names=list(OUTPUTS),
+                opset_version=OPSET,
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise _lacking("onnx", error) from error
     assert written is not None
     ClearMetadataAndDocStringPass()(written.model)
     proto: onnx.ModelProto = written.model_proto
@@ -123,7 +127,10 @@ def to_openvino(proto: onnx.ModelProto) -> openvino.Model:
         path.write_bytes(proto.SerializeToString())
         # converting leaves a third of the operators less than reading, but widens weights that are in float16
         halved = any(weight.data_type == weight.FLOAT16 for weight in proto.graph.initializer)
-        model = openvino.Core().read_model(path) if halved else openvino.convert_model(path)
+        try:
+            model = openvino.Core().read_model(path) if halved else openvino.convert_model(path)
+        except openvino.frontend.OpConversionFailure as error:
+            raise _lacking("openvino", error) from error
     for op in model.get_ops():
         # of equal values ONNX takes the lower index first, which its reader forgets
         if op.get_type_name() == "TopK" and op.get_attributes()["sort"] == "value":
@@ -139,6 +146,16 @@ def save_openvino(model: openvino.Model, contract: Contract, path: Path) -> None
     openvino.save_model(model, path, compress_to_fp16=False)
     # without the indentation, which is a third of it
     path.write_text(re.sub(r">\s+<", "><", path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _lacking(form: str, error: BaseException) -> UserError:
+    """Return the error of an operator that a format doesn't have."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # OpenVINO begins with its own source
+    told = next((line for line in lines if "operation" in line or "function" in line), lines[0])
+    return UserError(f"--format {form}: {told[:200]}; choose another --format")
 
 
 @contextmanager

@@ -3,10 +3,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from nst_det.detection.predict import load_run
 from nst_det.errors import UserError
 from nst_det.exporting.contract import Contract
+from nst_det.exporting.detector import DetectorExport
+from nst_det.exporting.formats import to_onnx, to_openvino
+from nst_det.exporting.graph import DetectorGraph
 from nst_det.exporting.measure import in_turns, measure, peak_memory
 from nst_det.exporting.runtime import ExportedDetector, load_exported
 from nst_det.report.deployed import COLUMNS, Deployed, add_deployed, lines, read_deployed
@@ -21,10 +25,6 @@ def graph_as_file(run_folder, monkeypatch):
         contract = Contract(given, 2, "int8", config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST, 0.15)
 
         def run(images):
-            import torch
-
-            from nst_det.exporting.graph import DetectorGraph
-
             with torch.no_grad():
                 boxes, *others = (x.numpy() for x in DetectorGraph(detector)(torch.from_numpy(images)))
             return boxes + moved, *others
@@ -40,15 +40,15 @@ def test_a_file_that_does_the_same_has_pytorchs_figures(graph_as_file, run_folde
     graph_as_file()
     path = tmp_path / "detector.onnx"
     path.write_bytes(b"x" * 1000)
-    torch, row = measure([path], run_folder, threads=1, repeats=1)
-    assert (torch.name, row.name, torch.batch, row.batch) == ("PyTorch fp32", "ONNX int8", 2, 2)
-    assert row.map == pytest.approx(torch.map, abs=1e-6)
+    in_torch, row = measure([path], run_folder, threads=1, repeats=1)
+    assert (in_torch.name, row.name, in_torch.batch, row.batch) == ("PyTorch fp32", "ONNX int8", 2, 2)
+    assert row.map == pytest.approx(in_torch.map, abs=1e-6)
     assert row.per_class.keys() == set(load_run(run_folder)[2])
-    assert (row.size, torch.size) == (1000, (run_folder / "model.safetensors").stat().st_size)
+    assert (row.size, in_torch.size) == (1000, (run_folder / "model.safetensors").stat().st_size)
     # no program beside it
     assert row.memory is None
     assert 0 < row.latency["p10"] <= row.latency["median"] <= row.latency["p90"] <= row.latency["p99"]
-    assert (torch.ratio, row.threads) == (1.0, 1)
+    assert (in_torch.ratio, row.threads) == (1.0, 1)
 
 
 def test_boxes_that_are_elsewhere_cost_accuracy(graph_as_file, run_folder, tmp_path):
@@ -166,14 +166,63 @@ def test_files_that_are_no_detectors(tmp_path, name, content, named):
     assert "\n" not in str(error.value)
 
 
-def test_an_operator_that_the_runtime_lacks(tmp_path):
+@pytest.fixture
+def of_nobody():
+    """ONNX with an operator that there isn't."""
     onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
     value = onnx.helper.make_tensor_value_info("x", 1, [1])
     node = onnx.helper.make_node("NoSuchOperator", ["x"], ["y"], domain="of.nobody")
     graph = onnx.helper.make_graph([node], "g", [value], [onnx.helper.make_tensor_value_info("y", 1, [1])])
     imports = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("of.nobody", 1)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=imports, ir_version=9), tmp_path / "other.onnx")
+    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=9)
+
+
+def test_an_operator_that_onnx_runtime_lacks(of_nobody, tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "other.onnx").write_bytes(of_nobody.SerializeToString())
     with pytest.raises(UserError, match="other.onnx: onnx can't load it .*NoSuchOperator") as error:
         load_exported(tmp_path / "other.onnx")
     assert "\n" not in str(error.value)
+
+
+def test_an_operator_that_openvino_lacks(of_nobody):
+    pytest.importorskip("openvino")
+    with pytest.raises(UserError, match="--format openvino: .*NoSuchOperator") as error:
+        to_openvino(of_nobody)
+    assert "\n" not in str(error.value)
+
+
+def test_an_operator_that_onnx_lacks():
+    class Eigenvalues(torch.nn.Module):
+        def forward(self, images):
+            return torch.linalg.eigvals(images.float()).real
+
+    pytest.importorskip("onnxscript")
+    program = torch.export.export(Eigenvalues(), (torch.zeros(1, 3, 2, 2),), strict=False)
+    with pytest.raises(UserError, match="--format onnx: .*linalg_eig") as error:
+        to_onnx(program)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "named"),
+    [
+        ("file/d.onnx", {}, "file/d.onnx: can't be written"),
+        ("d.onnx", {"precision": "int8", "calibration": ["empty"]}, "empty: no image or video"),
+        ("d.onnx", {"images": ["nowhere"]}, "nowhere"),
+    ],
+)
+def test_what_is_refused_before_anything_is_traced(run_folder, tmp_path, monkeypatch, output, options, named):
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("nst_det.exporting.formats.trace", lambda *_: pytest.fail("traced"))
+    with pytest.raises(UserError, match=named):
+        DetectorExport(run_folder).write(output, "onnx", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_a_batch_of_none(run_folder):
+    with pytest.raises(UserError, match="--batch"):
+        DetectorExport(run_folder, batch=0)

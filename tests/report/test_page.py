@@ -208,8 +208,8 @@ def test_pictures_have_words_and_data(page, rows):
     drawn = [a for a in page.all("svg") if a.get("aria-hidden") != "true"]
     assert all(a.get("role") == "img" and len(a.get("aria-label") or "") > 10 for a in drawn)
     # 6 images x (truth + 3 rows, 4 more); bars, scatter; top-1, top-5; 7 - 1 terms; levels of 2;
-    # 4 losses; 6 differences; precision over recall of all classes and of 8; overlap, sizes, F1
-    assert len(drawn) == 6 * 8 + 2 + 2 + 6 + 2 + 4 + 6 + 9 + 3
+    # 4 losses; 6 differences; precision over recall of all classes and of 8; overlap, sizes, F1, files
+    assert len(drawn) == 6 * 8 + 2 + 2 + 6 + 2 + 4 + 6 + 9 + 4
     images = [a["href"] for a in page.all("image")]
     assert len(images) == 6
     assert all(len(data) > 1000 and data.startswith("data:image/jpeg;base64,") for data in images)
