@@ -1,12 +1,14 @@
-"""What a training step costs: Detectron2's own trainer, ours without transfer, ours with NST on p2..p5.
+"""What a training step costs: Detectron2's own trainer, the torchvision engine, ours on Detectron2, and NST on p2..p5.
 
-The steps of the three trainers are taken in turn, so that whatever else the machine does falls on all of them.
+The steps of all trainers are taken in turn, so that whatever else the machine does falls on all of them.
 
     python benchmarks/detectron2_step.py --voc-root ROOT [--config-file X] [--student A] [--teacher B] [--steps 60]
+        [--trainers torchvision ce nst]
 
 With one thread the time is the process's own CPU time, which other load on the machine hardly changes.  It prints the
-median of each, and exits with 1 if ours without transfer takes more than 2 % longer than Detectron2's, or NST costs
-more than the teacher's forward pass and 5 % of the step.
+median of each, and exits with 1 if the torchvision engine takes more than 0.90 of Detectron2's own trainer, if ours on
+Detectron2 without transfer takes more than 2 % longer than it, or if NST costs more than the teacher's forward pass and
+5 % of the step.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +29,8 @@ from nst_det.engine.device import keep_freed_memory
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "detect" / "voc" / "base_fpn.yaml"
 WARM_UP = 3
+PLAIN = "detectron2's own"
+OURS = {"torchvision": "torchvision engine", "ce": "detectron2 engine, ce", "nst": "detectron2 engine, nst-poly"}
 
 
 def build(kind: type, cfg, storage_at: int = 0):
@@ -37,9 +43,32 @@ def build(kind: type, cfg, storage_at: int = 0):
     return trainer
 
 
+def build_ours(words: list[str], config_file: str, folder: Path) -> Any:
+    """The torchvision engine's trainer on the same YAML."""
+    from nst_det.detection.config import load_detect_config, resolve_classes
+    from nst_det.detection.data import data_classes, open_voc, training_batches
+    from nst_det.detection.pipeline import place_detector
+    from nst_det.detection.torchvision import build_detector
+    from nst_det.detection.trainer import Trainer
+    from nst_det.engine.run_dir import RunFolder
+    from nst_det.engine.trainer import MetricsHook
+
+    config = load_detect_config(config_file, [*words, "ENGINE", "torchvision"])
+    classes = data_classes(config)
+    resolve_classes(config, classes)
+    sets = open_voc(config, "DATASETS.TRAIN", classes)
+    detector = build_detector(config)
+    detector.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
+    place_detector(detector, config)
+    run = RunFolder(folder)
+    trainer = Trainer(detector, config, 0, run, lambda start: training_batches(config, sets, 0, start))
+    trainer.register_hooks([MetricsHook(run, False, {})])
+    return trainer
+
+
 def step(trainer, clock) -> float:
     """Seconds of one step, hooks included."""
-    with trainer.storage:
+    with getattr(trainer, "storage", nullcontext()):
         start = clock()
         trainer.before_step()
         trainer.run_step()
@@ -59,6 +88,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--student", default="resnet18")
     parser.add_argument("--teacher", default="resnet50")
+    parser.add_argument("--trainers", nargs="+", choices=list(OURS), default=list(OURS), help="beside Detectron2's")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as train-det does; it holds for all three
@@ -80,18 +110,21 @@ def main() -> int:
             *("SOLVER.IMS_PER_BATCH", str(args.batch), "SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", "0.00001"),
             *("INPUT.MIN_SIZE_TRAIN", f"[{args.image_size}]", "INPUT.MAX_SIZE_TRAIN", str(2 * args.image_size)),
             # Detectron2's own loader keeps no images; random weights must not be frozen
-            *("DATALOADER.CACHE_IMAGES_MB", "0", "MODEL.TIMM.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"),
+            *("SOLVER.AMP.ENABLED", "False", "TENSORBOARD", "False", "DATALOADER.CACHE_IMAGES_MB", "0"),
+            *("MODEL.TIMM.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"),
         ]
+        names = [OURS[name] for name in args.trainers]
         teacher_opts = [*shared, "MODEL.TIMM.ARCH", args.teacher, "OUTPUT_DIR", f"{folder}/teacher"]
         teacher_cfg = load_config(args.config_file, teacher_opts)
         register_datasets(teacher_cfg)
         torch.save({"model": build_model(teacher_cfg).state_dict()}, f"{folder}/teacher.pth")
         (Path(folder) / "teacher.yaml").write_text(teacher_cfg.dump())
 
+        def words(name: str, *opts: str) -> list[str]:
+            return [*shared, "MODEL.TIMM.ARCH", args.student, "OUTPUT_DIR", f"{folder}/{name}", *opts]
+
         def cfg(name: str, *opts: str):
-            made = load_config(
-                args.config_file, [*shared, "MODEL.TIMM.ARCH", args.student, "OUTPUT_DIR", f"{folder}/{name}", *opts]
-            )
+            made = load_config(args.config_file, words(name, *opts))
             register_datasets(made)
             return made
 
@@ -102,52 +135,59 @@ def main() -> int:
         class Plain(DefaultTrainer):
             """Detectron2's trainer as it is; only its evaluation is switched off."""
 
-        trainers = {
-            "detectron2": build(Plain, cfg("plain")),
-            "ours, ce": build(DistillTrainer, cfg("ce")),
-            "ours, nst-poly": build(DistillTrainer, cfg("nst", *nst)),
-        }
-        for trainer in trainers.values():
-            for hook in trainer._hooks:
-                hook.before_train()
-        distilled = trainers["ours, nst-poly"].model
+        trainers = {PLAIN: build(Plain, cfg("plain"))}
+        if OURS["torchvision"] in names:
+            trainers[OURS["torchvision"]] = build_ours(words("ours"), args.config_file, Path(folder) / "ours")
+        if OURS["ce"] in names:
+            trainers[OURS["ce"]] = build(DistillTrainer, cfg("ce"))
         teacher_seconds: list[float] = []
-        forward = distilled._teacher_forward
-
-        def timed(pixels):
-            start = clock()
-            maps = forward(pixels)
-            teacher_seconds.append(clock() - start)
-            return maps
-
-        distilled._teacher_forward = timed
+        if OURS["nst"] in names:
+            trainers[OURS["nst"]] = build(DistillTrainer, cfg("nst", *nst))
+            backbone, begun = trainers[OURS["nst"]].distilled.teacher.backbone, []
+            backbone.register_forward_pre_hook(lambda *_: begun.append(clock()))
+            backbone.register_forward_hook(lambda *_: teacher_seconds.append(clock() - begun.pop()))
+        for name, trainer in trainers.items():
+            if name == OURS["torchvision"]:
+                trainer.before_train()
+            else:
+                for hook in trainer._hooks:
+                    hook.before_train()
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
         for index in range(args.steps + WARM_UP):
             # begin with another one each time
-            order = list(trainers.items())
-            for name, trainer in order[index % 3 :] + order[: index % 3]:
+            order, first = list(trainers.items()), index % len(trainers)
+            for name, trainer in order[first:] + order[:first]:
                 taken = step(trainer, clock)
                 if index >= WARM_UP:
                     seconds[name].append(taken)
 
     width = teacher_cfg.MODEL.FPN.OUT_CHANNELS
     medians = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
-    teacher = 1000 * statistics.median(teacher_seconds[WARM_UP:])
-    base = medians["detectron2"]
-    # differences of steps taken in the same round, so that load on the machine cancels
-    off = statistics.median(b / a for a, b in zip(seconds["detectron2"], seconds["ours, ce"])) - 1
-    extra = 1000 * statistics.median(b - a for a, b in zip(seconds["ours, ce"], seconds["ours, nst-poly"]))
-    loss = (extra - teacher) / base
     print(
         f"{args.student} from {args.teacher}, {args.batch} images of {args.image_size} pixels, FPN of {width} channels"
     )
     print(f"median of {args.steps} steps, {args.threads} thread(s), torch {torch.__version__}")
     for name, value in medians.items():
-        print(f"  {name:16s} {value:8.1f} ms")
-    print(f"  teacher forward  {teacher:8.1f} ms")
-    print(f"ours without transfer: {100 * off:+.1f} % (limit 2 %)")
-    print(f"NST beyond the teacher's forward: {100 * loss:+.1f} % of the step (limit 5 %)")
-    return int(off > 0.02 or loss > 0.05)
+        print(f"  {name:28s} {value:8.1f} ms")
+    within = True
+
+    def ratio(name: str, limit: float) -> bool:
+        # of steps taken in the same round, so that load on the machine cancels
+        found = statistics.median(b / a for a, b in zip(seconds[PLAIN], seconds[name]))
+        print(f"{name} / {PLAIN}: {found:.3f} (limit {limit:.2f})")
+        return found <= limit
+
+    for name, limit in ((OURS["torchvision"], 0.90), (OURS["ce"], 1.02)):
+        if name in names:
+            within &= ratio(name, limit)
+    if {OURS["ce"], OURS["nst"]} <= set(names):
+        teacher = 1000 * statistics.median(teacher_seconds[WARM_UP:])
+        extra = 1000 * statistics.median(b - a for a, b in zip(seconds[OURS["ce"]], seconds[OURS["nst"]]))
+        loss = (extra - teacher) / medians[PLAIN]
+        print(f"teacher's forward pass: {teacher:.1f} ms")
+        print(f"NST beyond it: {100 * loss:+.1f} % of the step (limit 5 %)")
+        within &= loss <= 0.05
+    return int(not within)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from nst_det.detection.checkpoint import save_weights
 from nst_det.detection.config import load_detect_config
 from nst_det.detection.data import data_classes
 from nst_det.detection.torchvision import build_detector
+from nst_det.detection.torchvision.backbone import Shape
+from nst_det.detection.torchvision.roi_heads import RoiHeads
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detect"
 
@@ -98,6 +100,24 @@ def talkative(small):
                 if parameter.ndim > 1 and any(part in name for part in ("rpn_head", "box_predictor")):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         return detector
+
+    return build
+
+
+@pytest.fixture
+def roi_heads(small):
+    """RoI heads on one level, of two classes."""
+
+    def build(**changes):
+        settings = {
+            "MODEL.ROI_HEADS.NUM_CLASSES": 2, "MODEL.ROI_HEADS.IN_FEATURES": ["p2"],
+            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 64, "MODEL.ROI_HEADS.POSITIVE_FRACTION": 1.0,
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": 2.0,
+        }  # fmt: skip
+        return RoiHeads(
+            small(settings | {f"MODEL.{x if '.' in x else f'ROI_HEADS.{x}'}": value for x, value in changes.items()}),
+            {"p2": Shape(channels=16, stride=4)},
+        )
 
     return build
 

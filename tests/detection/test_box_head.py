@@ -107,8 +107,8 @@ def test_all_kinds_of_terms_together(talkative, teacher, batch):
 
 def test_images_without_any_proposal_give_zero(talkative, teacher, batch):
     model = distill(talkative(), teacher, *node()).train()
-    model.student.proposal_generator.forward = lambda maps, sizes, *_: (
-        [torch.zeros(0, 4) for _ in sizes], {"loss_rpn_cls": maps["p3"].sum() * 0}
+    model.student.proposal_generator.forward = lambda maps, limits, _: (
+        torch.zeros(1, 5, 4), torch.zeros(1, 5, dtype=torch.bool), {"loss_rpn_cls": maps["p3"].sum() * 0}
     )  # fmt: skip
     loss = step(model, [batch[2]])["loss_transfer_kd"]
     loss.backward()

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from tests.helpers.detection import step, with_instances
+from nst_det.detection.torchvision.batch import read_truth
+from nst_det.detection.torchvision.sampling import IGNORED, random_keys, sample
+from tests.helpers.detection import with_instances
 
 pytestmark = pytest.mark.detectron2
 
@@ -77,18 +79,50 @@ def test_maps_and_detections(pair, batch, name):
             assert torch.equal(found["labels"], expected.pred_classes)
 
 
+def our_choice(batch, append_objects, slots):
+    """Detectron2's ``subsample_labels``, which takes those that the torchvision engine takes.
+
+    It is called for the anchors of each image, then for its proposals, of which the engine has ``slots``.
+    """
+    seeds = read_truth(batch, torch.device("cpu"))[1].seeds
+    calls = iter([(item, seed) for halves in seeds.split(2, dim=1) for item, seed in zip(batch, halves)])
+    anchors = iter([True] * len(batch) + [False] * len(batch))
+
+    def subsample_labels(label, count, fraction, background):
+        item, seed = next(calls)
+        # proposals first, in the slots that there are for them, then the objects
+        objects = 0 if next(anchors) or not append_objects else len(item["boxes"])
+        found = len(label) - objects
+        places = torch.cat((torch.arange(found), slots[0] + torch.arange(objects)))
+        keys = random_keys(seed[None], int(places.max()) + 1)[:, places]
+        negative = (label == background)[None]
+        positive = (label != IGNORED)[None] & ~negative
+        chosen, drawn = (values[0] for values in sample(positive, negative, count, fraction, keys))
+        return tuple(chosen[drawn & kind[0, chosen]] for kind in (positive, negative))
+
+    return subsample_labels
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("sampling", ["exhaustive", "sampled"])
-def test_losses_and_gradients(pair, batch, exhaustive, name, sampling):
+def test_losses_and_gradients(pair, batch, exhaustive, monkeypatch, name, sampling):
+    from detectron2.modeling.proposal_generator import rpn
+    from detectron2.modeling.roi_heads import roi_heads
     from detectron2.utils.events import EventStorage
 
+    batch = [{**item, "seed": seed} for seed, item in enumerate(batch)]
     ours, theirs, inputs = pair({**SETTINGS[name], **(exhaustive if sampling == "exhaustive" else {})})
     ours.train()
     theirs.train()
-    # drawn in the same order from the same seed, so even the random samples are the same
-    one = step(ours, batch)
+    slots = []
+    ours.proposal_generator.register_forward_hook(lambda _, inputs, outputs: slots.append(outputs[0].shape[1]))
+    one = ours(batch)
+    if sampling == "sampled":
+        choose = our_choice(batch, ours.roi_heads.settings.PROPOSAL_APPEND_GT, slots)
+        for module in (rpn, roi_heads):
+            monkeypatch.setattr(module, "subsample_labels", choose)
     with EventStorage(0):
-        other = step(theirs, inputs)
+        other = theirs(inputs)
     assert set(one) == set(other)
     for key in one:
         assert float(one[key].detach()) == pytest.approx(float(other[key].detach()), rel=1e-4, abs=1e-6), key

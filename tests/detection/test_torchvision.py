@@ -6,23 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torchvision.ops import roi_align
 
 from nst_det.detection.pipeline import place_detector
 from nst_det.detection.torchvision import build_detector
-from nst_det.detection.torchvision.backbone import Shape
-from nst_det.detection.torchvision.box_coder import (
-    Anchors,
-    BoxCoder,
-    cell_anchors,
-    clip,
-    larger_than,
-    match,
-    sample,
-    smooth_l1_sum,
-)
-from nst_det.detection.torchvision.roi_heads import Instances, Pooler, RoiHeads, postprocess
+from nst_det.detection.torchvision.box_coder import Anchors, BoxCoder, cell_anchors, clip, larger_than, smooth_l1
+from nst_det.detection.torchvision.pooler import Pooler, roi_align_by_rows
 from nst_det.engine.nan_guard import NotFinite
 from nst_det.errors import UserError
 
@@ -45,7 +34,7 @@ def test_anchors():
 def test_box_coding():
     coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
     box, target = torch.tensor([[10.0, 20.0, 30.0, 60.0]]), torch.tensor([[15.0, 20.0, 25.0, 100.0]])
-    deltas = coder.encode_single(target, box)
+    deltas = coder.encode(target, box)
     # center stays at x = 20, moves from y = 40 to 60: half the height; width halves, height doubles
     assert deltas.tolist()[0] == pytest.approx([0, 5, -5 * math.log(2), 5 * math.log(2)])
     assert coder.decode_rows(deltas, box).tolist()[0] == pytest.approx(target.tolist()[0])
@@ -61,48 +50,13 @@ def test_box_coding():
 
 def test_smooth_l1():
     predicted, target = torch.tensor([0.0, 0.0]), torch.tensor([0.05, 2.0])
-    assert float(smooth_l1_sum(predicted, target, 0.0)) == pytest.approx(2.05)
+    assert smooth_l1(predicted, target, 0.0).tolist() == pytest.approx([0.05, 2.0])
     # below beta x^2 / (2 beta), above it x - beta / 2
-    assert float(smooth_l1_sum(predicted, target, 0.1)) == pytest.approx(0.05**2 / 0.2 + 2.0 - 0.05)
-
-
-LEVELS = {"p2": Shape(channels=16, stride=4)}
-TRUTH = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10]])
-# IoU with the first: 1, 0.5, 0.2, 0; with the second: 0, 0, 0, 0.35
-CANDIDATES = torch.tensor([[0.0, 0, 10, 10], [0, 0, 5, 10], [0, 0, 2, 10], [20, 0, 23.5, 10]])
-
-
-def test_match():
-    index, label = match(TRUTH, CANDIDATES, [0.3, 0.7], (0, -1, 1), low_quality=False)
-    assert index.tolist() == [0, 0, 0, 1]
-    assert label.tolist() == [1, -1, 0, -1]
-    # every object keeps its best candidate
-    assert match(TRUTH, CANDIDATES, [0.3, 0.7], (0, -1, 1), low_quality=True)[1].tolist() == [1, -1, 0, 1]
-    # a bound belongs to the label above it
-    assert match(TRUTH, CANDIDATES, [0.5], (0, 1), low_quality=False)[1].tolist() == [1, 1, 0, 0]
-    index, label = match(torch.zeros(0, 4), CANDIDATES, [0.3, 0.7], (0, -1, 1), low_quality=True)
-    assert index.tolist() == label.tolist() == [0, 0, 0, 0]
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.sampled_from([-1, 0, 1, 2]), max_size=40),
-    st.integers(1, 20),
-    st.floats(0, 1),
-)
-def test_sample_takes_what_it_may(labels, count, fraction):
-    label = torch.tensor(labels, dtype=torch.int64)
-    positive, negative = sample(label, 0, count, fraction)
-    objects, background = sum(x > 0 for x in labels), labels.count(0)
-    assert len(positive) == min(objects, int(count * fraction))
-    assert len(negative) == min(background, count - len(positive))
-    assert (label[positive] > 0).all()
-    assert (label[negative] == 0).all()
-    assert len(set(positive.tolist())) == len(positive)
+    assert smooth_l1(predicted, target, 0.1).tolist() == pytest.approx([0.05**2 / 0.2, 2.0 - 0.05])
 
 
 def test_clip_and_size():
-    boxes = clip(torch.tensor([[-5.0, 2, 50, 9], [12, 3, 40, 4]]), (8, 10))
+    boxes = clip(torch.tensor([[-5.0, 2, 50, 9], [12, 3, 40, 4]]), torch.tensor([10.0, 8, 10, 8]))
     assert boxes.tolist() == [[0, 2, 10, 8], [10, 3, 10, 4]]
     assert larger_than(boxes, 0).tolist() == [True, False]
     assert larger_than(torch.tensor([[0.0, 0, 3, 4]]), 3).tolist() == [False]
@@ -122,11 +76,52 @@ def test_pooling():
     assert pooled[0, 0, 0].tolist() == pytest.approx([3.5, 7.5])
 
 
-def test_postprocess_scales_clips_and_drops_empty_boxes():
-    found = Instances(torch.tensor([[0.0, 0, 10, 5], [10, 0, 12, 5]]), torch.tensor([0.9, 0.8]), torch.tensor([1, 0]))
-    boxes, scores, labels = postprocess(found, seen=(5, 10), size=(10, 30))
-    assert boxes.tolist() == [[0, 0, 30, 10]]
-    assert (scores.tolist(), labels.tolist()) == (pytest.approx([0.9]), [1])
+@pytest.mark.parametrize("given", ["counted by the pooler", "counted before"])
+def test_every_box_is_pooled_on_its_own_level_in_its_own_place(given):
+    torch.manual_seed(0)
+    maps = [torch.randn(3, 2, 64 // 2**level, 64 // 2**level, requires_grad=True) for level in range(4)]
+    corners = torch.rand(3, 9, 2) * 100
+    boxes = torch.cat((corners, corners + 2 ** (torch.rand(3, 9, 2) * 7)), dim=-1)
+    pooler, lengths = Pooler([4, 8, 16, 32], 3, 2, canonical_size=32), (9, 0, 4)
+    valid = torch.arange(9) < torch.tensor(lengths)[:, None]
+    counts = pooler.count(boxes, valid)
+    assert [sum(of_image) for of_image in counts] == list(lengths)
+    lists = [rows[:count] for rows, count in zip(boxes, lengths)]
+    pooled = pooler(maps, lists, *([counts] if given == "counted before" else []))
+    expected, levels = [], set()
+    for image, rows in enumerate(lists):
+        for box in rows:
+            level = int(pooler.levels(box))
+            levels.add(level)
+            one = maps[level][image : image + 1]
+            expected.append(roi_align(one, [box[None]], 3, 0.25 / 2**level, 2, True)[0])
+    assert levels == {0, 1, 2, 3}
+    assert torch.allclose(pooled, torch.stack(expected), atol=1e-6)
+    weights = torch.randn(pooled.shape)
+    mine, theirs = (torch.autograd.grad((x * weights).sum(), maps) for x in (pooled, torch.stack(expected)))
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(mine, theirs))
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 1, 3])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_roi_align_by_rows_is_torchvisions(sampling_ratio, aligned, layout):
+    torch.manual_seed(0)
+    map_ = torch.randn(2, 5, 13, 17, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    corners = torch.rand(40, 2, dtype=torch.float64) * 80 - 12
+    boxes = torch.cat((corners, corners + torch.rand(40, 2) ** 3 * 90), dim=1)
+    # beside the map, of no size, of the whole map, along its edges
+    boxes[:5] = torch.tensor([[900.0, 0, 950, 10], [20, 20, 20, 20], [0, 0, 68, 52], [-9, -9, 1, 60], [60, 40, 68, 52]])
+    rois = torch.cat((torch.randint(0, 2, (40, 1)), boxes), dim=1)
+    found, expected = (
+        function(map_, rois, 3, 0.25, sampling_ratio, aligned) for function in (roi_align_by_rows, roi_align)
+    )
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert (found[0] == 0).all()
+    weights = torch.randn(found.shape, dtype=torch.float64)
+    mine, theirs = (torch.autograd.grad((x * weights).sum(), map_)[0] for x in (found, expected))
+    assert torch.allclose(mine, theirs, atol=1e-12)
+    assert roi_align_by_rows(map_, rois[:0], 3, 0.25, sampling_ratio, aligned).shape == (0, 5, 3, 3)
 
 
 def test_names_and_shapes_in_the_state_dict_are_detectron2s(talkative):
@@ -253,21 +248,30 @@ def test_without_fpn_on_one_level(talkative, batch):
         assert len(detector.eval()(batch)) == 3
 
 
-def test_mixed_precision_stays_out_of_the_heads_and_of_inference(talkative, batch):
-    detector = talkative()
+def test_mixed_precision_ends_before_boxes_and_losses(talkative, batch):
+    detector, seen = talkative(), []
     plain, mixed = detector, copy.deepcopy(detector)
     mixed.amp = torch.bfloat16
     torch.manual_seed(0)
     first = plain.train()(batch)
     torch.manual_seed(0)
+    for layer in (mixed.proposal_generator.rpn_head.conv, mixed.roi_heads.box_predictor.cls_score):
+        layer.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
     second = mixed.train()(batch)
+    assert set(seen) == {torch.bfloat16}
     assert all(value.dtype == torch.float32 for value in second.values())
     assert float(first["loss_rpn_cls"]) != float(second["loss_rpn_cls"])
     assert float(first["loss_rpn_cls"]) == pytest.approx(float(second["loss_rpn_cls"]), rel=0.05)
     # training moved the batch statistics of the two apart
     mixed.load_state_dict(plain.state_dict())
     with torch.no_grad():
-        assert torch.equal(plain.eval()(batch)[0]["boxes"], mixed.eval()(batch)[0]["boxes"])
+        expected = plain.eval()(batch)[0]
+        assert torch.equal(expected["boxes"], mixed.eval()(batch)[0]["boxes"])
+        mixed.test_amp = torch.bfloat16
+        found = mixed(batch)[0]
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+    assert float((found["scores"][0] - expected["scores"][0]).abs()) == pytest.approx(0, abs=0.05)
+    assert not torch.equal(found["scores"], expected["scores"])
 
 
 @pytest.mark.parametrize(("keys", "kind"), [({}, torch.float32), ({"TEST.AMP": True}, torch.bfloat16)])
@@ -309,21 +313,6 @@ def test_freezing(small):
     assert detector.roi_heads.training
 
 
-@pytest.fixture
-def roi_heads(small):
-    """RoI heads on one level, of two classes."""
-
-    def build(**changes):
-        settings = {
-            "MODEL.ROI_HEADS.NUM_CLASSES": 2, "MODEL.ROI_HEADS.IN_FEATURES": ["p2"],
-            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 64, "MODEL.ROI_HEADS.POSITIVE_FRACTION": 1.0,
-            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": 2.0,
-        }  # fmt: skip
-        return RoiHeads(small(settings | {f"MODEL.ROI_HEADS.{key}": value for key, value in changes.items()}), LEVELS)
-
-    return build
-
-
 def test_box_losses_by_hand(roi_heads):
     heads = roi_heads()
     logits = torch.tensor([[2.0, 0, 0], [0, 0, 0], [0, 0, 3.0]])
@@ -343,35 +332,3 @@ def test_box_losses_by_hand(roi_heads):
     # no RoI at all gives 0, not NaN
     nothing = heads.losses(*(values[:0] for values in (logits, deltas, boxes, targets, labels)))
     assert [float(value) for value in nothing.values()] == [0, 0]
-
-
-def test_rois_are_sampled_with_their_objects(roi_heads):
-    heads = roi_heads()
-    truth = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])
-    proposals = torch.tensor([[0.0, 0, 10, 9], [20, 20, 30, 30], [21, 20, 40, 40]])
-    rois, targets, labels = heads.sample_proposals(proposals, truth, torch.tensor([1, 0]))
-    by_roi = {
-        tuple(roi): (tuple(target), label)
-        for roi, target, label in zip(rois.tolist(), targets.tolist(), labels.tolist())
-    }
-    assert len(by_roi) == 5
-    assert by_roi[0, 0, 10, 9] == ((0, 0, 10, 10), 1)
-    assert by_roi[21, 20, 40, 40] == ((20, 20, 40, 40), 0)
-    # IoU 0.25: background, which is the last class
-    assert by_roi[20, 20, 30, 30][1] == 2
-    # the objects themselves are proposals too
-    assert by_roi[20, 20, 40, 40] == ((20, 20, 40, 40), 0)
-    assert len(roi_heads(PROPOSAL_APPEND_GT=False).sample_proposals(proposals, truth, torch.tensor([1, 0]))[0]) == 3
-
-
-def test_rpn_losses_by_hand(talkative):
-    rpn = talkative({"MODEL.RPN.BATCH_SIZE_PER_IMAGE": 4}).proposal_generator
-    anchors = [torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [0, 0, 10, 6], [50, 50, 60, 60]])]
-    logits = [torch.tensor([[1.0, -2.0, 0.5, 3.0]])]
-    deltas = [torch.full((1, 4, 4), 0.25)]
-    truth = [torch.tensor([[0.0, 0, 10, 10]])]
-    losses = rpn.losses(anchors, logits, deltas, [(64, 64)], truth)
-    # the first is an object, the third (IoU 0.6) is ignored, two are background
-    objectness = sum(float(F.softplus(torch.tensor(x, dtype=torch.float64))) for x in (-1.0, -2.0, 3.0))
-    assert float(losses["loss_rpn_cls"]) == pytest.approx(objectness / 4, rel=1e-6)
-    assert float(losses["loss_rpn_loc"]) == pytest.approx(4 * 0.25 / 4)

@@ -21,7 +21,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pretended_cuda import Counts, pretended
 from safetensors.torch import load_file
 
 from nst_det.cli import main
@@ -34,6 +33,7 @@ from nst_det.engine import nan_guard
 from nst_det.engine.nan_guard import NonFiniteGuard
 from nst_det.engine.train_state import OptimizedState
 from nst_det.losses import ModelOutputs, build_transfer, terms
+from tests.helpers.pretended_cuda import Counts, pretended
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 Words = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Anchors, box coding, matching and sampling: the arithmetic on boxes."""
+"""Anchors, box coding and clipping: the arithmetic on boxes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection import _utils
-from torchvision.ops import box_iou
 
-# an anchor or proposal that is trained on neither as object nor as background
-IGNORED = -1
-# what the random choices for each image of a batch are drawn from
-Generators = Sequence[torch.Generator | None]
+# of the logarithm of a side's growth, as in Detectron2
+LARGEST_GROWTH = math.log(1000.0 / 16)
 
 
 class Anchors(nn.Module):
@@ -64,67 +60,49 @@ def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tens
     return torch.tensor(rows, dtype=torch.float32)
 
 
-class BoxCoder(_utils.BoxCoder):
-    """Detectron2's Box2BoxTransform, by torchvision's coder."""
+class BoxCoder(nn.Module):
+    """Detectron2's Box2BoxTransform: a box as it is moved and grown from another one, times ``weights``."""
+
+    # (4,), of x, y, width and height
+    weights: Tensor
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.tensor(list(weights), dtype=torch.float32), persistent=False)
+
+    def encode(self, targets: Tensor, boxes: Tensor) -> Tensor:
+        """Return the deltas (..., 4) that lead from boxes (..., 4) xyxy to targets."""
+        size, target_size = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
+        moved = (targets[..., :2] + 0.5 * target_size) - (boxes[..., :2] + 0.5 * size)
+        # multiplied before it is divided, as in torchvision and Detectron2, to the last bit
+        return torch.cat((self.weights[:2] * moved / size, self.weights[2:] * torch.log(target_size / size)), dim=-1)
 
     def decode_rows(self, deltas: Tensor, boxes: Tensor) -> Tensor:
-        """Apply (N, ..., K * 4) deltas to (N, ..., 4) boxes in pixels, of the same leading shape."""
-        flat: Tensor = self.decode_single(deltas.flatten(0, -2), boxes.flatten(0, -2))
-        return flat.reshape(deltas.shape)
+        """Apply (..., K * 4) deltas to (..., 4) boxes in pixels, of the same leading shape."""
+        rows = deltas.unflatten(-1, (-1, 4)) / self.weights
+        size = (boxes[..., 2:] - boxes[..., :2]).unsqueeze(-2)
+        center = boxes[..., :2].unsqueeze(-2) + 0.5 * size
+        moved = rows[..., :2] * size + center
+        half = 0.5 * (torch.exp(rows[..., 2:].clamp(max=LARGEST_GROWTH)) * size)
+        return torch.cat((moved - half, moved + half), dim=-1).flatten(-2)
 
-    def regression_loss(self, deltas: Tensor, boxes: Tensor, targets: Tensor, beta: float) -> Tensor:
-        """Sum the smooth L1 distances between (N, 4) deltas and those that lead from boxes to targets."""
-        return smooth_l1_sum(deltas, self.encode_single(targets, boxes), beta)
+    def distances(self, deltas: Tensor, boxes: Tensor, targets: Tensor, beta: float) -> Tensor:
+        """Return the smooth L1 distances (...) between deltas (..., 4) and those that lead from boxes to targets."""
+        return smooth_l1(deltas, self.encode(targets, boxes), beta).sum(dim=-1)
 
 
-def smooth_l1_sum(predicted: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Return the summed smooth L1 distance, a scalar; quadratic below ``beta``, plain L1 for beta 0."""
+def smooth_l1(predicted: Tensor, target: Tensor, beta: float) -> Tensor:
+    """Return the smooth L1 distance of each entry; quadratic below ``beta``, plain L1 for beta 0."""
     if beta < 1e-5:
-        return F.l1_loss(predicted, target, reduction="sum")
-    return F.smooth_l1_loss(predicted, target, beta=beta, reduction="sum")
+        return F.l1_loss(predicted, target, reduction="none")
+    return F.smooth_l1_loss(predicted, target, beta=beta, reduction="none")
 
 
-def match(
-    truth: Tensor, boxes: Tensor, thresholds: Sequence[float], labels: Sequence[int], low_quality: bool
-) -> tuple[Tensor, Tensor]:
-    """Return, of (N, 4) boxes, the (N,) index of the object in ``truth`` (M, 4) with the highest IoU, and (N,) label.
-
-    ``labels`` (-1 ignored, 0 background, 1 object) are one more than the ascending ``thresholds`` between them.
-    """
-    if len(truth) == 0:
-        return boxes.new_zeros(len(boxes), dtype=torch.int64), boxes.new_full((len(boxes),), labels[0]).long()
-    iou = box_iou(truth, boxes)
-    best, index = iou.max(dim=0)
-    bounds = torch.tensor(list(thresholds), dtype=best.dtype, device=best.device)
-    kinds = torch.tensor(list(labels), device=best.device)
-    label = kinds[torch.bucketize(best, bounds, right=True)]
-    if low_quality:
-        # the best anchors of each object, ties included, learn something however low their IoU is: not necessarily
-        # this object, as in Detectron2
-        label[(iou == iou.max(dim=1, keepdim=True).values).any(dim=0)] = 1
-    return index, label
-
-
-def sample(
-    label: Tensor, background: int, count: int, positive_fraction: float, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Draw indices of objects, at most that fraction of ``count``, and of background for the rest, by (N,) labels."""
-    positive = torch.nonzero((label != IGNORED) & (label != background)).squeeze(1)
-    negative = torch.nonzero(label == background).squeeze(1)
-    positives = min(len(positive), int(count * positive_fraction))
-    negatives = min(len(negative), count - positives)
-    chosen = torch.randperm(len(positive), device=label.device, generator=generator)[:positives]
-    rest = torch.randperm(len(negative), device=label.device, generator=generator)[:negatives]
-    return positive[chosen], negative[rest]
-
-
-def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut (..., 4) boxes off at an image of (height, width)."""
-    height, width = size
-    limits = boxes.new_tensor([width, height, width, height])
+def clip(boxes: Tensor, limits: Tensor) -> Tensor:
+    """Cut (..., 4) boxes off at 0 and at ``limits`` (..., 4): width, height, width, height."""
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
 def larger_than(boxes: Tensor, side: float) -> Tensor:
-    """Return (N,) whether both sides of (N, 4) boxes are longer than ``side``."""
-    return ((boxes[:, 2] - boxes[:, 0]) > side) & ((boxes[:, 3] - boxes[:, 1]) > side)
+    """Return (...) whether both sides of (..., 4) boxes are longer than ``side``."""
+    return ((boxes[..., 2:] - boxes[..., :2]) > side).all(dim=-1)

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from nst_det.detection.config import padded_sizes
 from nst_det.detection.torchvision.backbone import BackboneOnly, Fpn, build_backbone
-from nst_det.detection.torchvision.roi_heads import RoiHeads, postprocess
+from nst_det.detection.torchvision.batch import limits_of, read_truth, stack_images, to_device
+from nst_det.detection.torchvision.roi_heads import RoiHeads
 from nst_det.detection.torchvision.rpn import Rpn
+from nst_det.engine.compilation import Compiled
 from nst_det.engine.device import autocast
-from nst_det.engine.distributed import largest_of_processes
+from nst_det.engine.distributed import largest_of_processes, world_size
+from nst_det.engine.foreach import weights_in
 from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
 from nst_det.models import NORM_POLICIES
@@ -37,8 +39,8 @@ class Detector(nn.Module):
         self.input_format = config.INPUT.FORMAT
         # of training batches; none where each is as large as its largest image
         self.padded_sizes = padded_sizes(config)
-        # of the backbone in training and in inference, None for float32: the heads stay in float32, since a box
-        # coordinate above 128 has steps of a whole pixel in bfloat16
+        # of the forward pass in training and of that in evaluation, None for float32.  Boxes and losses are float32 in
+        # either: a coordinate above 128 has steps of a whole pixel in bfloat16
         self.amp: torch.dtype | None = None
         self.test_amp: torch.dtype | None = None
 
@@ -50,22 +52,24 @@ class Detector(nn.Module):
         ``width`` of the original image, in whose pixels boxes are given.
         """
         images, sizes = self.preprocess([item["image"] for item in batch])
-        with autocast(images.device, self.amp if self.training else self.test_amp):
+        dtype = self.amp if self.training else self.test_amp
+        # a compiled pass casts by itself; where processes exchange gradients as they come, each must come by itself
+        alone = world_size() > 1 or isinstance(self.backbone.forward, Compiled)
+        together = images.device.type == "cuda" and not alone
+        with autocast(images.device, dtype), weights_in(self, dtype if together else None):
             maps = self.backbone(images)
-        maps = {name: map_.float() for name, map_ in maps.items()}
-        if self.training:
-            generators = []
-            if all("seed" in item for item in batch):
-                generators = [torch.Generator(images.device).manual_seed(int(item["seed"])) for item in batch]
-            boxes = [item["boxes"].to(images.device, torch.float32) for item in batch]
-            labels = [item["labels"].to(images.device) for item in batch]
-            proposals, losses = self.proposal_generator(maps, sizes, boxes, generators)
-            _, own = self.roi_heads(maps, proposals, sizes, list(zip(boxes, labels)), generators)
-            return {**own, **losses}
-        proposals, _ = self.proposal_generator(maps, sizes)
-        found, _ = self.roi_heads(maps, proposals, sizes)
-        originals = [(item.get("height", seen[0]), item.get("width", seen[1])) for item, seen in zip(batch, sizes)]
-        return [postprocess(*of_image)._asdict() for of_image in zip(found, sizes, originals)]
+            if self.training:
+                limits, truth = read_truth(batch, images.device)
+                proposals, valid, losses = self.proposal_generator(maps, limits, truth)
+                return {**self.roi_heads(maps, proposals, valid, truth), **losses}
+            seen = limits_of(sizes)
+            originals = [
+                (item.get("height", height), item.get("width", width)) for item, (height, width) in zip(batch, sizes)
+            ]
+            wanted = limits_of(originals)
+            limits, scales, wanted = to_device(torch.stack((seen, wanted / seen, wanted)).float(), images.device)
+            proposals, valid, _ = self.proposal_generator(maps, limits)
+            return [found._asdict() for found in self.roi_heads.detect(maps, proposals, valid, limits, scales, wanted)]
 
     def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalize images and pad them with zeros, right and below, to one size: in training that of all processes."""
@@ -78,14 +82,13 @@ class Detector(nn.Module):
             fitting = [size for size in self.padded_sizes if size[0] >= largest[0] and size[1] >= largest[1]]
             largest = list(min(fitting, key=math.prod, default=largest))
         height, width = (-(-side // multiple) * multiple for side in largest)
-        padded = [
-            F.pad(
-                (image.to(self.pixel_mean.device) - self.pixel_mean) / self.pixel_std,
-                (0, width - image.shape[-1], 0, height - image.shape[-2]),
-            )
-            for image in images
-        ]
-        return torch.stack(padded), sizes
+        pixels = stack_images(images, height, width, self.pixel_mean.device)
+        pixels = (pixels - self.pixel_mean) / self.pixel_std
+        padding = [rows[:, h:] for rows, (h, _) in zip(pixels, sizes) if h < height]
+        padding += [rows[:, :, w:] for rows, (_, w) in zip(pixels, sizes) if w < width]
+        if padding:
+            torch._foreach_zero_(padding)
+        return pixels, sizes
 
     def freeze(self, at: int, norm: str) -> None:
         """Freeze what MODEL.BACKBONE.FREEZE_AT and MODEL.TIMM.NORM say; random layers are refused."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, roi_align
 
 from nst_det.detection.torchvision.backbone import Shape
-from nst_det.detection.torchvision.box_coder import BoxCoder, Generators, clip, larger_than, match, sample
+from nst_det.detection.torchvision.batch import Truth
+from nst_det.detection.torchvision.box_coder import BoxCoder, clip, larger_than
+from nst_det.detection.torchvision.nms import kept_by_nms
+from nst_det.detection.torchvision.pooler import Pooler, with_images
+from nst_det.detection.torchvision.sampling import match, random_keys, sample
 from nst_det.engine.distributed import mean_of_processes, world_size
 from nst_det.errors import UserError
 
@@ -25,49 +28,6 @@ class Instances(NamedTuple):
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-
-
-class Pooler(nn.Module):
-    """RoIAlign, each box on the level of its size (FPN, equation 1)."""
-
-    def __init__(
-        self,
-        strides: Sequence[int],
-        resolution: int,
-        sampling_ratio: int,
-        aligned: bool = True,
-        canonical_size: int = 224,
-        canonical_level: int = 4,
-    ) -> None:
-        super().__init__()
-        self.strides, self.resolution = list(strides), resolution
-        # samples a bin and side, 0 for as many as the bin has pixels; ROIAlignV2 takes half a pixel off (aligned)
-        self.sampling_ratio, self.aligned = sampling_ratio, aligned
-        # a box with sides of this many pixels belongs on this level
-        self.canonical_size, self.canonical_level = canonical_size, canonical_level
-        self.lowest, self.highest = (stride.bit_length() - 1 for stride in (self.strides[0], self.strides[-1]))
-
-    def levels(self, boxes: Tensor) -> Tensor:
-        """Return (N,) index into ``strides`` for (N, 4) boxes."""
-        side = torch.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
-        level = torch.floor(self.canonical_level + torch.log2(side / self.canonical_size + 1e-8))
-        return level.clamp(self.lowest, self.highest).long() - self.lowest
-
-    def forward(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """Pool maps (B, C, H, W) a level and (N, 4) boxes an image to (sum of N, C, resolution, resolution)."""
-        rois = torch.cat([F.pad(found, (1, 0), value=float(image)) for image, found in enumerate(boxes)])
-        if len(self.strides) == 1:
-            return self._pool(maps[0], rois, self.strides[0])
-        level = self.levels(rois[:, 1:])
-        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], self.resolution, self.resolution)
-        for index, (map_, stride) in enumerate(zip(maps, self.strides)):
-            chosen = torch.nonzero(level == index).squeeze(1)
-            pooled = pooled.index_put((chosen,), self._pool(map_, rois[chosen], stride))
-        return pooled
-
-    def _pool(self, map_: Tensor, rois: Tensor, stride: int) -> Tensor:
-        pooled: Tensor = roi_align(map_, rois, self.resolution, 1.0 / stride, self.sampling_ratio, self.aligned)
-        return pooled
 
 
 class BoxHead(nn.Sequential):
@@ -108,6 +68,11 @@ class BoxPredictor(nn.Module):
         return self.cls_score(features), self.bbox_pred(features)
 
 
+def first_rows(values: Tensor, counts: Iterable[int]) -> list[Tensor]:
+    """Return the first rows, as many as counted, of each image in (B, N, ...) values."""
+    return [rows[:count] for rows, count in zip(values, counts)]
+
+
 class RoiHeads(nn.Module):
     """Detections, or in training the losses ``loss_cls`` and ``loss_box_reg``, on levels of the given shapes."""
 
@@ -136,29 +101,28 @@ class RoiHeads(nn.Module):
         convs, fcs = [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC
         self.box_head = BoxHead(levels[0].channels, box.POOLER_RESOLUTION, convs, fcs)
         self.box_predictor = BoxPredictor(self.box_head.width, classes, box.CLS_AGNOSTIC_BBOX_REG)
-        self.coder = BoxCoder(tuple(box.BBOX_REG_WEIGHTS))
+        self.coder = BoxCoder(box.BBOX_REG_WEIGHTS)
 
-    def forward(
-        self,
-        maps: dict[str, Tensor],
-        proposals: list[Tensor],
-        sizes: Sequence[tuple[int, int]],
-        truth: Sequence[tuple[Tensor, Tensor]] | None = None,
-        generators: Generators = (),
-    ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """Return the detections of each image, or the losses if ``truth`` has its (M, 4) boxes and (M,) labels.
+    def forward(self, maps: dict[str, Tensor], proposals: Tensor, valid: Tensor, truth: Truth) -> dict[str, Tensor]:
+        """Return the losses of proposals (B, N, 4), of which those that are ``valid`` (B, N) are trained on.
 
-        ``maps`` are (B, C, H, W) float32 by level, ``proposals`` (N, 4) and ``sizes`` (height, width) of each image.
+        ``maps`` are (B, C, H, W) by level.
         """
+        rois, targets, labels, drawn = self.sample_proposals(proposals, valid, truth)
+        counts = self.box_pooler.count(rois, drawn)
+        of_images = [sum(of_image) for of_image in counts]
+        boxes = first_rows(rois, of_images)
+        logits, deltas = self.predict(maps, boxes, counts)
+        chosen = (torch.cat(first_rows(values, of_images)) for values in (targets, labels))
+        return self.losses(logits, deltas, torch.cat(boxes), *chosen)
+
+    def predict(
+        self, maps: Mapping[str, Tensor], boxes: Sequence[Tensor], counts: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return float32 logits (R, classes + 1) and deltas (R, 4 * classes) for (N, 4) boxes of each image."""
         levels = [maps[name] for name in self.settings.IN_FEATURES]
-        if truth is None:
-            logits, deltas = self.box_predictor(self.box_head(self.box_pooler(levels, proposals)))
-            return self.detect(logits, deltas, proposals, sizes), {}
-        given = zip(proposals, truth, generators or itertools.repeat(None))
-        chosen = [self.sample_proposals(found, *objects, generator) for found, objects, generator in given]
-        logits, deltas = self.box_predictor(self.box_head(self.box_pooler(levels, [rois for rois, _, _ in chosen])))
-        boxes, targets, labels = (torch.cat(parts) for parts in zip(*chosen))
-        return [], self.losses(logits, deltas, boxes, targets, labels)
+        logits, deltas = self.box_predictor(self.box_head(self.box_pooler(levels, boxes, counts)))
+        return logits.float(), deltas.float()
 
     def box_outputs(self, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return, for (N, 4) boxes of each image, the predictor's input (R, D) and the logits (R, classes + 1)."""
@@ -166,63 +130,105 @@ class RoiHeads(nn.Module):
         return features, self.box_predictor.cls_score(features)
 
     @torch.no_grad()
-    def sample_proposals(
-        self, proposals: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw (R, 4) proposals of an image to train on, with (R, 4) their objects' boxes and (R,) labels."""
+    def sample_proposals(self, proposals: Tensor, valid: Tensor, truth: Truth) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw (B, R, 4) proposals to train on, with (B, R, 4) their objects' boxes and (B, R) labels.
+
+        The last are (B, R) whether one was drawn: the first ones of each image are, where it has fewer than R.
+        """
         settings, background = self.settings, self.settings.NUM_CLASSES
         if settings.PROPOSAL_APPEND_GT:
-            proposals = torch.cat((proposals, boxes))
-        index, kind = match(boxes, proposals, settings.IOU_THRESHOLDS, (0, 1), low_quality=False)
-        label = torch.full_like(index, background)
-        if len(boxes):
-            label = torch.where(kind == 1, labels[index], label)
-        count = settings.BATCH_SIZE_PER_IMAGE
-        positive, negative = sample(label, background, count, settings.POSITIVE_FRACTION, generator)
-        chosen = torch.cat((positive, negative))
-        # background has no object; its own box takes that place and is never read
-        targets = boxes[index[chosen]] if len(boxes) else proposals[chosen]
-        return proposals[chosen], targets, label[chosen]
+            proposals, valid = torch.cat((proposals, truth.boxes), dim=1), torch.cat((valid, truth.real), dim=1)
+        index, kind = match(truth.boxes, truth.real, proposals, settings.IOU_THRESHOLDS, (0, 1))
+        keys = random_keys(truth.seeds[:, 2:], proposals.shape[1])
+        count, fraction = settings.BATCH_SIZE_PER_IMAGE, settings.POSITIVE_FRACTION
+        chosen, drawn = sample(valid & (kind == 1), valid & (kind == 0), count, fraction, keys)
+        index, positive = index.gather(1, chosen), kind.gather(1, chosen) == 1
+        rois, targets = (
+            values.gather(1, rows[..., None].expand(-1, -1, 4))
+            for values, rows in ((proposals, chosen), (truth.boxes, index))
+        )
+        labels = torch.where(positive, truth.labels.gather(1, index), background)
+        # background has no object; its own box takes that place
+        return rois, torch.where(positive[..., None], targets, rois), labels, drawn
 
     def losses(
         self, logits: Tensor, deltas: Tensor, boxes: Tensor, targets: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        settings = self.box_settings
-        positive = torch.nonzero(labels < self.settings.NUM_CLASSES).squeeze(1)
-        rows = deltas.unflatten(1, (deltas.shape[1] // 4, 4))
-        agnostic = rows.shape[1] == 1
-        found = rows[positive, 0 if agnostic else labels[positive]]
-        distance = self.coder.regression_loss(found, boxes[positive], targets[positive], settings.SMOOTH_L1_BETA)
+        """Return the losses of R RoIs; the boxes and targets of those that have the background's label aren't read."""
+        settings, classes = self.box_settings, self.settings.NUM_CLASSES
+        rows = deltas.unflatten(1, (-1, 4))
+        row = torch.zeros_like(labels) if rows.shape[1] == 1 else labels.clamp(max=classes - 1)
+        found = rows.gather(1, row[:, None, None].expand(-1, -1, 4))[:, 0]
+        distances = self.coder.distances(found, boxes, targets, settings.SMOOTH_L1_BETA)
+        distance = torch.where(labels < classes, distances, 0.0).sum()
         # over all RoIs, so that an object weighs the same in every batch; no RoI at all gives 0, not NaN
-        count = max(len(labels), 1) if world_size() == 1 else mean_of_processes(logits.new_tensor(len(labels))).clamp(1)
+        count: int | Tensor = max(len(labels), 1)
+        if world_size() > 1:
+            count = mean_of_processes(torch.full((), len(labels), dtype=logits.dtype, device=logits.device)).clamp(1)
         classification = F.cross_entropy(logits, labels, reduction="sum") / count
         return {"loss_cls": classification, "loss_box_reg": distance / count * settings.BBOX_REG_LOSS_WEIGHT}
 
     def detect(
-        self, logits: Tensor, deltas: Tensor, proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+        self,
+        maps: Mapping[str, Tensor],
+        proposals: Tensor,
+        valid: Tensor,
+        limits: Tensor,
+        scales: Tensor,
+        originals: Tensor,
     ) -> list[Instances]:
-        """Return the detections of each image that are above the score threshold and that NMS keeps."""
-        settings, detections = self.settings, []
-        counts = [len(found) for found in proposals]
-        all_boxes = self.coder.decode_rows(deltas, torch.cat(list(proposals))).split(counts)
-        all_scores = F.softmax(logits, dim=1).split(counts)
-        for boxes, scores, size in zip(all_boxes, all_scores, sizes):
-            finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
-            boxes, scores = boxes[finite], scores[finite, :-1]
-            rows, labels = torch.nonzero(scores > settings.SCORE_THRESH_TEST, as_tuple=True)
-            by_class = clip(boxes.unflatten(1, (boxes.shape[1] // 4, 4)), size)
-            chosen = by_class[rows, 0 if by_class.shape[1] == 1 else labels]
-            confidence = scores[rows, labels]
-            best = batched_nms(chosen, confidence, labels, settings.NMS_THRESH_TEST)
-            if self.detections >= 0:
-                best = best[: self.detections]
-            detections.append(Instances(chosen[best], confidence[best], labels[best]))
-        return detections
+        """Return the detections of each image that are above the score threshold and that NMS keeps.
 
+        Args:
+            maps: (B, C, H, W) by level.
+            proposals: (B, N, 4), the first of each image ``valid`` (B, N).
+            limits: (B, 4), see :func:`.clip`.
+            scales: (B, 4), what the boxes are multiplied by; then they are cut off at ``originals`` (B, 4).
+        """
+        counts = self.box_pooler.count(proposals, valid)
+        rois = first_rows(proposals, [sum(of_image) for of_image in counts])
+        logits, deltas = self.predict(maps, rois, counts)
+        boxes, scores, labels, images = self.candidates(logits, deltas, with_images(rois), limits)
+        kept = torch.nonzero(self.kept(boxes, scores, labels, images)).squeeze(1)
+        # the best first in each image
+        kept = kept[scores[kept].argsort(descending=True, stable=True)]
+        kept = kept[images[kept].argsort(stable=True)]
+        boxes, scores, labels, images = (values[kept] for values in (boxes, scores, labels, images))
+        boxes = clip(boxes * scales[images], originals[images])
+        in_image = torch.arange(len(limits), device=images.device)[:, None] == images
+        if self.detections >= 0:
+            in_image &= in_image.cumsum(dim=1) <= self.detections
+        in_image &= larger_than(boxes, 0)
+        chosen = torch.nonzero(in_image)
+        counted = in_image.sum(dim=1).tolist()
+        parts = (values[chosen[:, 1]].split(counted) for values in (boxes, scores, labels))
+        return [Instances(*of_image) for of_image in zip(*parts)]
 
-def postprocess(found: Instances, seen: tuple[int, int], size: tuple[int, int]) -> Instances:
-    """Return detections, which the network saw at (height, width) ``seen``, in pixels of an image of ``size``."""
-    scale_y, scale_x = size[0] / seen[0], size[1] / seen[1]
-    boxes = clip(found.boxes * found.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y]), size)
-    kept = larger_than(boxes, 0)
-    return Instances(boxes[kept], found.scores[kept], found.labels[kept])
+    def candidates(
+        self, logits: Tensor, deltas: Tensor, rois: Tensor, limits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return boxes (K, 4), scores, labels and images (K,) above the threshold, of (R, 5) RoIs with their images."""
+        boxes = self.coder.decode_rows(deltas, rois[:, 1:])
+        scores = F.softmax(logits, dim=1)
+        finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
+        scores = scores[:, :-1]
+        rows, labels = torch.nonzero((scores > self.settings.SCORE_THRESH_TEST) & finite[:, None], as_tuple=True)
+        images = rois[rows, 0].long()
+        by_class = boxes.unflatten(1, (-1, 4))
+        chosen = by_class[rows, 0 if by_class.shape[1] == 1 else labels]
+        return clip(chosen, limits[images]), scores[rows, labels], labels, images
+
+    def kept(self, boxes: Tensor, scores: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        """Return (K,) whether NMS, in each class of each image by itself, keeps a candidate."""
+        best = scores.argsort(descending=True, stable=True)
+        groups, order = (images * self.settings.NUM_CLASSES + labels)[best].sort(stable=True)
+        order = best[order]
+        # a group in use a row
+        used, row, sizes = torch.unique_consecutive(groups, return_inverse=True, return_counts=True)
+        place = torch.arange(len(row), device=row.device) - (sizes.cumsum(0) - sizes)[row]
+        shape = len(used), int(sizes.max()) if len(used) else 0
+        padded, valid = boxes.new_zeros(*shape, 4), boxes.new_zeros(shape, dtype=torch.bool)
+        padded[row, place], valid[row, place] = boxes[order], True
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        kept[order] = kept_by_nms(padded, valid, self.settings.NMS_THRESH_TEST)[row, place]
+        return kept

@@ -5,26 +5,32 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from nst_det.detection.torchvision.backbone import Shape
-from nst_det.detection.torchvision.box_coder import (
-    IGNORED,
-    Anchors,
-    BoxCoder,
-    Generators,
-    clip,
-    larger_than,
-    match,
-    sample,
-)
+from nst_det.detection.torchvision.batch import Truth
+from nst_det.detection.torchvision.box_coder import Anchors, BoxCoder, clip, larger_than
+from nst_det.detection.torchvision.nms import kept_by_nms
+from nst_det.detection.torchvision.sampling import IGNORED, match, random_keys, sample
 from nst_det.engine.nan_guard import require_finite
 from nst_det.errors import UserError
+
+# sizes of maps whose anchors are kept
+MOST_SIZES = 16
+
+
+class Grid(NamedTuple):
+    """What maps of one size have in common."""
+
+    # (N, 4) of all levels, one after the other
+    anchors: Tensor
+    # (cells, 9) of each cell of all levels the cells around it, row by row; number ``cells`` is outside of all maps
+    around: Tensor
 
 
 class RpnHead(nn.Module):
@@ -58,6 +64,33 @@ class RpnHead(nn.Module):
             deltas.append(delta.reshape(len(delta), -1, 4))
         return logits, deltas
 
+    @property
+    def is_local(self) -> bool:
+        """Whether an output depends on the nine cells around it alone, see :meth:`at`."""
+        return not isinstance(self.conv, nn.Sequential)
+
+    def at(self, maps: Sequence[Tensor], around: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (B, R) and deltas (B, R, 4) at some anchors (B, R) of all levels.
+
+        They are those of :meth:`forward`.  But few anchors are trained on, and where the gradient comes from these
+        alone the convolution's passes back are products of their number, not of the maps' size.
+        """
+        per_cell, (images, count) = self.objectness_logits.out_channels, places.shape
+        channels = maps[0].shape[1]
+        outside = maps[0].new_zeros(images, 1, channels)
+        cells = torch.cat([*(map_.flatten(2).transpose(1, 2) for map_ in maps), outside], dim=1)
+        first = torch.arange(images, device=places.device)[:, None, None] * cells.shape[1]
+        nine = cells.flatten(0, 1).index_select(0, (around[places // per_cell] + first).flatten())
+        conv = self.conv
+        assert isinstance(conv, nn.Conv2d), "see is_local"
+        hidden = F.relu(F.linear(nine.view(-1, 9 * channels), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias))
+        logits, deltas = (
+            F.linear(hidden, layer.weight.flatten(1), layer.bias).view(images, count, per_cell, -1)
+            for layer in (self.objectness_logits, self.anchor_deltas)
+        )
+        of_cell = (places % per_cell)[..., None, None]
+        return logits.gather(2, of_cell)[..., 0, 0], deltas.gather(2, of_cell.expand(-1, -1, -1, 4))[:, :, 0]
+
 
 class Rpn(nn.Module):
     """Proposals, and in training the losses ``loss_rpn_cls`` and ``loss_rpn_loc``, on levels of the given shapes."""
@@ -76,91 +109,114 @@ class Rpn(nn.Module):
         except ValueError as error:
             raise UserError(f"MODEL.ANCHOR_GENERATOR: {error}") from error
         self.rpn_head = RpnHead(levels[0].channels, self.anchors.per_cell, settings.CONV_DIMS)
-        self.coder = BoxCoder(tuple(settings.BBOX_REG_WEIGHTS))
+        self.coder = BoxCoder(settings.BBOX_REG_WEIGHTS)
+        self._grids: dict[tuple[torch.device, tuple[torch.Size, ...]], Grid] = {}
 
     def forward(
-        self,
-        maps: dict[str, Tensor],
-        sizes: Sequence[tuple[int, int]],
-        truth: Sequence[Tensor] | None = None,
-        generators: Generators = (),
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Return (N, 4) proposals of each image, best first, and the losses, if ``truth`` has its (M, 4) objects.
+        self, maps: dict[str, Tensor], limits: Tensor, truth: Truth | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return (B, P, 4) proposals, best first, (B, P) whether there are as many, and the losses if there is truth.
 
-        ``maps`` are (B, C, H, W) float32 by level; ``sizes`` (height, width) of each image without padding.
+        ``maps`` are (B, C, H, W) by level; ``limits`` (B, 4) of the images without padding, see :func:`.clip`.
         """
         levels = [maps[name] for name in self.settings.IN_FEATURES]
-        anchors = self.anchors(levels)
-        logits, deltas = self.rpn_head(levels)
-        losses = {} if truth is None else self.losses(anchors, logits, deltas, sizes, truth, generators)
+        grid = self.grid(levels)
+        losses: dict[str, Tensor] = {}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and truth is not None and not self.rpn_head.is_local):
+            logits, deltas = self.rpn_head(levels)
+        if truth is not None:
+            places, positive, drawn, targets = self.choose(grid, limits, truth)
+            if self.rpn_head.is_local:
+                scores, moves = self.rpn_head.at(levels, grid.around, places)
+            else:
+                scores = torch.cat(logits, dim=1).gather(1, places)
+                moves = torch.cat(deltas, dim=1).gather(1, places[..., None].expand(-1, -1, 4))
+            losses = self.losses(scores.float(), moves.float(), grid.anchors[places], targets, positive, drawn)
         with torch.no_grad():
-            return self.propose(anchors, logits, deltas, sizes), losses
+            return *self.propose(grid, logits, deltas, limits), losses
+
+    def grid(self, maps: Sequence[Tensor]) -> Grid:
+        """Return what depends on the maps' sizes alone; that of the last sizes is kept."""
+        key = maps[0].device, tuple(map_.shape[-2:] for map_ in maps)
+        if key not in self._grids:
+            if len(self._grids) == MOST_SIZES:
+                del self._grids[next(iter(self._grids))]
+            around, cells = [], 0
+            outside = sum(map_.shape[-2:].numel() for map_ in maps)
+            for map_ in maps:
+                height, width = map_.shape[-2:]
+                own = torch.arange(cells, cells + height * width, device=map_.device).view(height, width)
+                padded = F.pad(own, (1, 1, 1, 1), value=outside)
+                around.append(padded.unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9))
+                cells += height * width
+            self._grids[key] = Grid(torch.cat(self.anchors(maps)), torch.cat(around))
+        return self._grids[key]
+
+    @torch.no_grad()
+    def choose(self, grid: Grid, limits: Tensor, truth: Truth) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw anchors to train on: (B, R) their places, whether objects, whether drawn; (B, R, 4) the objects' boxes.
+
+        Where there is no object the anchor's own box takes its place.
+        """
+        settings, anchors = self.settings, grid.anchors
+        index, label = match(
+            truth.boxes, truth.real, anchors, settings.IOU_THRESHOLDS, (0, IGNORED, 1), low_quality=True
+        )
+        if settings.BOUNDARY_THRESH >= 0:
+            margin = settings.BOUNDARY_THRESH
+            inside = (anchors[:, :2] >= -margin).all(dim=1) & (anchors[:, 2:] < limits[:, None, 2:] + margin).all(dim=2)
+            label = torch.where(inside, label, IGNORED)
+        keys = random_keys(truth.seeds[:, :2], len(anchors))
+        count, fraction = settings.BATCH_SIZE_PER_IMAGE, settings.POSITIVE_FRACTION
+        places, drawn = sample(label == 1, label == 0, count, fraction, keys)
+        positive = drawn & (label.gather(1, places) == 1)
+        objects = truth.boxes.gather(1, index.gather(1, places)[..., None].expand(-1, -1, 4))
+        return places, positive, drawn, torch.where(positive[..., None], objects, anchors[places])
 
     def losses(
-        self,
-        anchors: list[Tensor],
-        logits: list[Tensor],
-        deltas: list[Tensor],
-        sizes: Sequence[tuple[int, int]],
-        truth: Sequence[Tensor],
-        generators: Generators = (),
+        self, scores: Tensor, moves: Tensor, anchors: Tensor, targets: Tensor, positive: Tensor, drawn: Tensor
     ) -> dict[str, Tensor]:
-        """Return both losses; where there are no generators, torch's own draws the anchors to train on."""
-        settings, all_anchors = self.settings, torch.cat(anchors)
-        all_logits, all_deltas = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
-        scores, labels = [], []
-        distance = all_logits.new_zeros(())
-        given = zip(truth, sizes, generators or itertools.repeat(None))
-        for image, (boxes, (height, width), generator) in enumerate(given):
-            index, label = match(boxes, all_anchors, settings.IOU_THRESHOLDS, (0, IGNORED, 1), low_quality=True)
-            if settings.BOUNDARY_THRESH >= 0:
-                margin = settings.BOUNDARY_THRESH
-                begins_inside = (all_anchors[:, :2] >= -margin).all(dim=1)
-                limits = all_anchors.new_tensor([width + margin, height + margin])
-                label[~(begins_inside & (all_anchors[:, 2:] < limits).all(dim=1))] = IGNORED
-            count = settings.BATCH_SIZE_PER_IMAGE
-            positive, negative = sample(label, 0, count, settings.POSITIVE_FRACTION, generator)
-            scores.append(all_logits[image, torch.cat((positive, negative))])
-            labels.append(torch.cat((torch.ones_like(positive), torch.zeros_like(negative))))
-            found, places, targets = all_deltas[image, positive], all_anchors[positive], boxes[index[positive]]
-            distance = distance + self.coder.regression_loss(found, places, targets, settings.SMOOTH_L1_BETA)
-        objectness = F.binary_cross_entropy_with_logits(
-            torch.cat(scores), torch.cat(labels).to(all_logits.dtype), reduction="sum"
-        )
-        normalizer = settings.BATCH_SIZE_PER_IMAGE * len(truth)
+        """Return both losses of scores (B, R) and moves (B, R, 4) at chosen anchors, see :meth:`choose`."""
+        settings = self.settings
+        objectness = F.binary_cross_entropy_with_logits(scores, positive.float(), drawn.float(), reduction="sum")
+        distances = self.coder.distances(moves, anchors, targets, settings.SMOOTH_L1_BETA)
+        distance = torch.where(positive, distances, 0.0).sum()
+        normalizer = settings.BATCH_SIZE_PER_IMAGE * len(scores)
         return {
-            "loss_rpn_cls": objectness / normalizer * settings.LOSS_WEIGHT,
-            "loss_rpn_loc": distance / normalizer * (settings.LOSS_WEIGHT * settings.BBOX_REG_LOSS_WEIGHT),
+            "loss_rpn_cls": objectness * (settings.LOSS_WEIGHT / normalizer),
+            "loss_rpn_loc": distance * (settings.LOSS_WEIGHT * settings.BBOX_REG_LOSS_WEIGHT / normalizer),
         }
 
-    def propose(
-        self, anchors: list[Tensor], logits: list[Tensor], deltas: list[Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[Tensor]:
-        """Return the proposals; in training, those that are not finite in any process raise NotFinite in all."""
+    def propose(self, grid: Grid, logits: list[Tensor], deltas: list[Tensor], limits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the proposals and whether there are as many; in training they are required to be finite."""
         settings, phase = self.settings, "TRAIN" if self.training else "TEST"
         before_nms, after_nms = settings[f"PRE_NMS_TOPK_{phase}"], settings[f"POST_NMS_TOPK_{phase}"]
-        boxes, scores, levels = [], [], []
-        for level, (level_anchors, level_logits, level_deltas) in enumerate(zip(anchors, logits, deltas)):
-            best, index = level_logits.topk(min(before_nms, level_logits.shape[1]), dim=1)
-            rows = level_deltas.gather(1, index[..., None].expand(-1, -1, 4))
-            boxes.append(self.coder.decode_rows(rows, level_anchors[index]))
-            scores.append(best)
-            levels.append(torch.full((best.shape[1],), level, device=best.device))
-        all_boxes, all_scores, all_levels = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(levels)
-        finite = torch.isfinite(all_boxes).all(dim=2) & torch.isfinite(all_scores)
+        most = min(before_nms, max(row.shape[1] for row in logits))
+        scores, places, start = [], [], 0
+        for row in logits:
+            best, place = row.topk(min(before_nms, row.shape[1]), dim=1)
+            missing = most - best.shape[1]
+            # smaller levels are filled up with anchors that are none
+            scores.append(F.pad(best, (0, missing)) if missing else best)
+            places.append(F.pad(place + start, (0, missing), value=-1) if missing else place + start)
+            start += row.shape[1]
+        # (B, levels, most)
+        all_scores, all_places = torch.stack(scores, dim=1).float(), torch.stack(places, dim=1)
+        real, all_places = all_places >= 0, all_places.clamp(min=0).flatten(1)
+        moves = torch.cat(deltas, dim=1).gather(1, all_places[..., None].expand(-1, -1, 4)).float()
+        boxes = self.coder.decode_rows(moves, grid.anchors[all_places]).unflatten(1, real.shape[1:])
+        finite = torch.isfinite(torch.cat((boxes, all_scores[..., None]), dim=-1)).all(dim=-1) | ~real
         if self.training:
 
             def broken() -> str:
-                levels = all_levels[~finite.all(dim=0)].unique().tolist()
-                names = ", ".join(settings.IN_FEATURES[level] for level in levels)
-                return f"the RPN's proposals, which are not finite on {names}"
+                ends_well = finite.transpose(0, 1).flatten(1).all(dim=1).tolist()
+                names = [name for name, well in zip(settings.IN_FEATURES, ends_well) if not well]
+                return f"the RPN's proposals, which are not finite on {', '.join(names)}"
 
             require_finite(finite.all(), broken)
-        proposals = []
-        for image, size in enumerate(sizes):
-            found = clip(all_boxes[image], size)
-            kept = torch.nonzero(finite[image] & larger_than(found, self.min_size)).squeeze(1)
-            found, score = found[kept], all_scores[image, kept]
-            best = batched_nms(found, score, all_levels[kept], settings.NMS_THRESH)
-            proposals.append(found[best[:after_nms]])
-        return proposals
+        boxes = clip(boxes, limits[:, None, None])
+        valid = real & finite & larger_than(boxes, self.min_size)
+        kept = kept_by_nms(boxes.flatten(0, 1), valid.flatten(0, 1), settings.NMS_THRESH).view_as(valid)
+        best, order = torch.where(kept, all_scores, -torch.inf).flatten(1).sort(dim=1, descending=True, stable=True)
+        chosen = order[:, :after_nms, None].expand(-1, -1, 4)
+        return boxes.flatten(1, 2).gather(1, chosen), best[:, :after_nms] > -torch.inf
