@@ -224,7 +224,7 @@ def test_detectors_that_cant_be_compared(talkative, teacher, batch):
         step(model, batch)
     step(distill(model.student, teacher, *node("kd")).train(), batch)
     model = distill(talkative(), teacher, *node("kd")).train()
-    model.student.roi_heads.forward = lambda *_: ([], {})
+    model.student.roi_heads.forward = lambda *_: {}
     with pytest.raises(RuntimeError, match="didn't call its box head"):
         step(model, batch)
     model.student.forward = lambda _batch: {}
