@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nst_det.losses import ModelOutputs, build_transfer
+from nst_det.losses import ModelOutputs, build_transfer, nst_loss
+from nst_det.losses.mmd import KERNELS
 from nst_det.losses.registry import terms
 
 pytestmark = pytest.mark.gpu
@@ -56,3 +57,24 @@ def test_a_term_equals_that_of_the_cpu(term, gpu_device):
     for name, value in wanted.items():
         difference = (ours[name] - value).norm() / value.norm()
         assert difference < 1e-4, name
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+# over positions and over channels, and a long sum in slices
+@pytest.mark.parametrize("shape", [(8, 64, 128, 7, 7), (2, 64, 96, 84, 50), (2, 64, 64, 200, 100)])
+@pytest.mark.parametrize("tf32", [True, False])
+def test_nst_of_bfloat16_maps_is_as_exact_as_they_are(kernel, shape, tf32, gpu_device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    draw = torch.Generator().manual_seed(0)
+    b, s, t, height, width = shape
+    maps = [torch.randn(b, c, height, width, generator=draw).relu().bfloat16() for c in (s, t)]
+    found = []
+    for device, dtype in ((gpu_device, torch.bfloat16), ("cpu", torch.float64)):
+        student, teacher = (x.to(device, dtype).contiguous(memory_format=torch.channels_last) for x in maps)
+        value = nst_loss(student.requires_grad_(), teacher, kernel, few_launches=True)
+        (gradient,) = torch.autograd.grad(value, student)
+        found.append((value.detach().cpu().double(), gradient.cpu().double()))
+    (value, gradient), (exact, exact_gradient) = found
+    assert abs(value - exact) < 2e-4 * max(float(exact), 0.1)
+    assert (gradient - exact_gradient).norm() < 4e-3 * exact_gradient.norm()
+    assert not torch.backends.cuda.matmul.allow_tf32

@@ -11,6 +11,7 @@ from nst_det.distillation.dataloader import StageOneData
 from nst_det.distillation.replay import rebuild
 from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import load_latest_checkpoint
+from nst_det.engine.keys import COMPILE_MODES
 from nst_det.engine.loader import load
 from nst_det.engine.nan_guard import read_step, replay
 from nst_det.errors import UserError
@@ -51,6 +52,18 @@ def test_float16_with_its_loss_scale(stage_one, from_teacher, tmp_path, gpu_devi
     assert all(math.isfinite(value) for row in rows for value in losses(row).values())
     state = load_latest_checkpoint(tmp_path / "students" / METHOD / "checkpoints")
     assert state["scaler"]["scale"] > 0
+
+
+@pytest.mark.parametrize("mode", COMPILE_MODES[1:])
+def test_compiled_networks_have_the_losses_of_plain_ones(stage_one, from_teacher, tmp_path, mode, gpu_device):
+    if gpu_device == "cpu" and mode != "default":
+        pytest.skip("CUDA graphs need a GPU")
+    keys = {**from_teacher, "METHODS": ["ce", METHOD], "SOLVER.EMA_DECAY": 0.9}
+    plain = stage_one(tmp_path / "plain", keys)["rows"]
+    found = stage_one(tmp_path / "compiled", {**keys, "SOLVER.COMPILE": mode})["rows"]
+    for word, rows in plain.items():
+        assert losses(found[word][0]) == pytest.approx(losses(rows[0]), rel=1e-3), word
+        assert losses(found[word][-1]) == pytest.approx(losses(rows[-1]), rel=0.02), word
 
 
 def test_workers_give_the_batches_of_this_process(stage_one_config, tmp_path, gpu_device):

@@ -9,6 +9,7 @@ import torch
 from nst_det.detection.config import load_detect_config
 from nst_det.detection.data import data_classes, open_voc, training_batches
 from nst_det.engine.io import read_json
+from nst_det.engine.keys import COMPILE_MODES
 from nst_det.engine.train_state import OptimizedState
 from nst_det.errors import UserError
 
@@ -53,6 +54,19 @@ def test_the_first_step_in_float32_has_the_losses_of_the_cpu(engine, stage_two, 
     assert [ours[name] for name in alone] == pytest.approx([wanted[name] for name in alone], rel=1e-3)
     # proposals of nearly equal scores may change places
     assert losses(ours) == pytest.approx(losses(wanted), rel=0.02, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", COMPILE_MODES[1:])
+def test_a_compiled_student_has_the_losses_of_a_plain_one(stage_two, taught, tmp_path, mode, gpu_device):
+    if gpu_device == "cpu" and mode != "default":
+        pytest.skip("CUDA graphs need a GPU")
+    keys = {**taught("torchvision"), "SOLVER.AMP.ENABLED": False, "DATASETS.TEST": []}
+    # padded alike
+    keys |= {"INPUT.MAX_SIZE_TRAIN": 128, "INPUT.PADDED_SIZES": [[96, 128], [128, 96], [128, 128]]}
+    plain = stage_two(tmp_path / "plain", "torchvision", keys)
+    found = stage_two(tmp_path / "compiled", "torchvision", {**keys, "SOLVER.COMPILE": mode})
+    assert losses(found[0]) == pytest.approx(losses(plain[0]), rel=1e-3, abs=1e-4)
+    assert losses(found[-1]) == pytest.approx(losses(plain[-1]), rel=0.05, abs=1e-2)
 
 
 def test_workers_give_the_batches_of_this_process(engine, detector_config, detector_words, tmp_path, gpu_device):
