@@ -203,7 +203,7 @@ class StudentTrainer(OptimizedState):
         return self.total, self._norm
 
     def update(self, broken: Tensor | None = None) -> None:
-        """Make one optimizer step with the gradients that are there; see :meth:`late_step` for ``broken``."""
+        """Make one optimizer step with the gradients that are there; see ``late_step`` for ``broken``."""
         set_learning_rate(self.optimizer, self._rate(self.step))
         norm = None if self.scaler.is_enabled() else self._norm
 

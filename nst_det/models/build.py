@@ -133,7 +133,7 @@ def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
     Example:
         >>> import timm
         >>> feature_levels(timm.create_model("resnet18"))["res3"]
-        LevelInfo(index=2, stride=8, channels=128)
+        LevelInfo(index=2, stride=8, channels=128, of_stride=0)
     """
     name = type(model).__name__
     if not hasattr(model, "forward_intermediates"):

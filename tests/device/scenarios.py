@@ -392,7 +392,7 @@ def commands(folder: Folder) -> None:
     for name, line in words.items():
         with scenario(name, device="cuda:1" if "cuda:1" in line else ""):
             nst_det(*line)
-    with scenario("export"), stopped_at(("nst_det.exporting.detector:trace", 1)):
+    with scenario("export"), stopped_at(("nst_det.exporting.formats:trace", 1)):
         # the comparison of detector and graph; tracing takes long
         nst_det("export", "--format", "torch-export", "--run", run, "--output", out / "detector.pt2")
 

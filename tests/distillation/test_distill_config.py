@@ -14,7 +14,9 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "distill"
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_configs_of_the_repository(file):
     config = load_distill_config(file, ["DATA.ROOT", "somewhere"])
-    assert config.METHODS == ["ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"]
+    # a perceptron has no maps to compare
+    of_maps = [] if "mlp" in file.stem else ["at", "nst-poly", "kd+nst-poly"]
+    assert {"ce", "kd", "fitnet", *of_maps} <= set(config.METHODS)
 
 
 # each must be named by its key; where another key is named, it is the third

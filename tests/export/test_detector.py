@@ -399,16 +399,16 @@ def test_what_differs_is_not_written(maker, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--format", "onnx", "--weights", "x", "--output", "a.onnx"], "--run"),
-        (["--format", "timm", "--run", "x", "--output", "a"], "--weights"),
+        (["--format", "onnx", "--weights", __file__, "--output", "a.onnx"], "--run"),
+        (["--format", "timm", "--run", ".", "--output", "a"], "--weights"),
         (["--format", "onnx", "--run", ".", "--output", "a.pt"], ".onnx"),
         (["--format", "onnx", "--run", "nowhere", "--output", "a.onnx"], "nowhere"),
-        (["--format", "timm", "--weights", "x", "--output", "a", "--images", "b"], "--images"),
-        (["--format", "timm", "--weights", "x", "--output", "a", "--arch", "b"], "--arch"),
-        (["--format", "timm", "--weights", "x", "--output", "a", "--precision", "int8"], "--precision"),
-        (["--format", "timm", "--weights", "x", "--output", "a", "--batch", "2"], "--batch"),
+        (["--format", "timm", "--weights", __file__, "--output", "a", "--images", "."], "--images"),
+        (["--format", "timm", "--weights", __file__, "--output", "a", "--arch", "b"], "--arch"),
+        (["--format", "timm", "--weights", __file__, "--output", "a", "--precision", "int8"], "--precision"),
+        (["--format", "timm", "--weights", __file__, "--output", "a", "--batch", "2"], "--batch"),
         (["--format", "torch-export", "--run", ".", "--output", "a.pt2", "--precision", "int8"], "--precision int8"),
-        (["--format", "onnx", "--run", ".", "--output", "a.onnx", "--calibration", "b"], "--calibration"),
+        (["--format", "onnx", "--run", ".", "--output", "a.onnx", "--calibration", "."], "--calibration"),
         (["--format", "openvino", "--run", ".", "--output", "a.onnx"], ".xml"),
     ],
 )

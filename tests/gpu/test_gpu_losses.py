@@ -55,8 +55,8 @@ def test_a_term_equals_that_of_the_cpu(term, gpu_device):
     ours, wanted = value_and_gradients(term, gpu_device), value_and_gradients(term, "cpu")
     assert ours.keys() == wanted.keys()
     for name, value in wanted.items():
-        difference = (ours[name] - value).norm() / value.norm()
-        assert difference < 1e-4, name
+        # some are 0 in both, behind layers that begin with 0
+        assert (ours[name] - value).norm() <= 1e-4 * value.norm(), name
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -182,7 +182,7 @@ class RoiHeads(nn.Module):
         Args:
             maps: (B, C, H, W) by level.
             proposals: (B, N, 4), the first of each image ``valid`` (B, N).
-            limits: (B, 4), see :func:`.clip`.
+            limits: (B, 4), see ``clip``.
             scales: (B, 4), what the boxes are multiplied by; then they are cut off at ``originals`` (B, 4).
         """
         counts = self.box_pooler.count(proposals, valid)

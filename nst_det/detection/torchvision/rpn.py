@@ -117,7 +117,7 @@ class Rpn(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return (B, P, 4) proposals, best first, (B, P) whether there are as many, and the losses if there is truth.
 
-        ``maps`` are (B, C, H, W) by level; ``limits`` (B, 4) of the images without padding, see :func:`.clip`.
+        ``maps`` are (B, C, H, W) by level; ``limits`` (B, 4) of the images without padding, see ``clip``.
         """
         levels = [maps[name] for name in self.settings.IN_FEATURES]
         grid = self.grid(levels)
