@@ -71,11 +71,14 @@ def existing(what: str) -> Callable[[str], Existing]:
 
 
 def check_existing(args: argparse.Namespace) -> None:
-    """Refuse what isn't there, before a command imports torch, which takes seconds."""
-    for value in vars(args).values():
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, Existing):
-                item.check()
+    """Refuse what isn't there, before a command imports torch, which takes seconds; the rest becomes plain text."""
+    for name, value in vars(args).items():
+        items = value if isinstance(value, list) else [value]
+        found = [item for item in items if isinstance(item, Existing)]
+        for item in found:
+            item.check()
+        if found:
+            setattr(args, name, list(map(str, items)) if isinstance(value, list) else str(value))
 
 
 def flag(name: str, help: str) -> Argument:
