@@ -413,13 +413,8 @@ def export(
         raise UserError(f"--format {format} is for {wanted}")
     if arch and format != "detectron2":
         raise UserError("--arch: a backbone file says its architecture itself; leave --arch out")
-    given = {
-        "--images": images,
-        "--precision": precision != "fp32",
-        "--batch": batch != 1,
-        "--measure": measure,
-        "--calibration": calibration,
-    }
+    given = {"--images": images, "--precision": precision != "fp32", "--batch": batch != 1}
+    given |= {"--measure": measure, "--calibration": calibration}
     for option, value in given.items() if not of_detector else ():
         if value:
             raise UserError(f"{option}: only for detectors; leave it out")
