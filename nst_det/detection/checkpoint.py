@@ -65,7 +65,7 @@ def load_weights(
     with trusting_pickles(config.TRUST_PICKLE):
         state_dict = load_plain(path, detector.state_dict())
         if not are_of_detector(state_dict):
-            load_recognized(detector.backbone.bottom_up, path, *pixels, f"{key} {path}")
+            load_recognized(detector.backbone.bottom_up, path, *pixels, f"{key} {path}", state_dict)
             return "backbone"
         if any(name.startswith(TORCHVISION) for name in state_dict):
             state_dict = convert(state_dict, "timm")

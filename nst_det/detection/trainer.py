@@ -15,6 +15,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nst_det.detection.box_head import objects_of
 from nst_det.detection.distiller import DistilledDetector
 from nst_det.detection.solver import build_optimizer
 from nst_det.detection.torchvision import Detector
@@ -87,10 +88,8 @@ def step_content(
 
 def _plain_item(item: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: value for key, value in item.items() if isinstance(value, Tensor | str | int | float)}
-    instances = item.get("instances")
-    if instances is not None:
-        # Detectron2's, by the torchvision engine's names
-        values |= {"boxes": instances.gt_boxes.tensor, "labels": instances.gt_classes}
+    # Detectron2's objects too, by the torchvision engine's names
+    values["boxes"], values["labels"] = objects_of(item)
     return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in values.items()}
 
 

@@ -57,7 +57,7 @@ def trace(detector: Detector, batch: int = 1) -> ExportedProgram:
     # torch.export itself wants sides longer than the largest stride (64 pixels with FPN); ONNX has no such limit
     images = torch.zeros(batch, 3, *TRACED_SIZE, dtype=torch.uint8)
     sizes = {INPUT: {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.export.export(DetectorGraph(detector).cpu(), (images,), dynamic_shapes=sizes, strict=False)
     for node in program.graph.nodes:
         # source lines with paths of this machine
@@ -68,7 +68,7 @@ def trace(detector: Detector, batch: int = 1) -> ExportedProgram:
 def save_program(program: ExportedProgram, contract: Contract, path: Path) -> None:
     """Write a program of ``torch.export``."""
     # by its own name torch.export would refuse a file that doesn't end in .pt2
-    with open(path, "wb") as file, _quiet():
+    with open(path, "wb") as file, quiet():
         torch.export.save(program, file, extra_files={f"{KEY}.json": contract.to_json()})
 
 
@@ -77,7 +77,7 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             written = torch.onnx.export(
                 program,
                 program.example_inputs[0],
@@ -159,8 +159,8 @@ def _lacking(form: str, error: BaseException) -> UserError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks on each other's interfaces; an error is raised all the same."""
+def quiet() -> Iterator[None]:
+    """Without the remarks of exporters and quantizers on each other's interfaces; an error is raised all the same."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nst_det.exporting.contract import INPUT
+from nst_det.exporting.formats import quiet
 
 if TYPE_CHECKING:
     import onnx
@@ -98,12 +97,6 @@ def _is_last(weight: str) -> bool:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Without the progress bars and the advice of the quantizers; an error is raised all the same."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    """Without the progress bars and the advice of the quantizers."""
+    with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield

@@ -246,7 +246,13 @@ def load_into(model: nn.Module, path: str | Path) -> Card:
 
 
 def load_recognized(
-    bottom_up: Bottomup, path: str | Path, mean: Sequence[float], std: Sequence[float], order: str, source: str
+    bottom_up: Bottomup,
+    path: str | Path,
+    mean: Sequence[float],
+    std: Sequence[float],
+    order: str,
+    source: str,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Fill a detector's bottom-up from a classifier's weights of another program; see :func:`recognize`.
 
@@ -255,7 +261,7 @@ def load_recognized(
     ``source``.
     """
     try:
-        found = recognize(path, bottom_up.arch, bottom_up.arch_kwargs, 1)
+        found = recognize(path, bottom_up.arch, bottom_up.arch_kwargs, 1, tensors)
     except UserError as error:
         raise UserError(f"{source}: {str(error).removeprefix(f'{path}: ')}") from error
     bottom_up.load_classifier(found.tensors, str(path))

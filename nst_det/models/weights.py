@@ -123,7 +123,13 @@ FAMILIES: dict[str, tuple[str, Callable[[Named, _Asked], Named], bool]] = {
 }
 
 
-def recognize(path: str | Path, arch: str, arch_kwargs: Mapping[str, Any], num_classes: int) -> Recognized:
+def recognize(
+    path: str | Path,
+    arch: str,
+    arch_kwargs: Mapping[str, Any],
+    num_classes: int,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Recognized:
     """Read the weights of a classifier from somebody else's file, whole or not at all.
 
     Known are timm's names, which torchvision's ResNets and DenseNets, mmpretrain and mmdet have too below their
@@ -134,6 +140,7 @@ def recognize(path: str | Path, arch: str, arch_kwargs: Mapping[str, Any], num_c
     Args:
         path: as :func:`~nst_det.models.io.load_plain` takes it.
         arch: timm name; with ``arch_kwargs`` and ``num_classes`` it is the model that the weights are for.
+        tensors: those in the file by their names there, where they are read already.
 
     Raises:
         UserError: no such file, or these weights don't fit; in one line.
@@ -143,7 +150,7 @@ def recognize(path: str | Path, arch: str, arch_kwargs: Mapping[str, Any], num_c
         model = create_model(arch, num_classes, **arch_kwargs)
     own = model.state_dict()
     asked = _Asked(arch, arch_kwargs, own, frozenset(classifier_names(model)), model)
-    given = read_any(path)
+    given = read_any(path) if tensors is None else dict(tensors)
     origin, contract = "timm's", False
     try:
         for family, (mark, rename, known) in FAMILIES.items():

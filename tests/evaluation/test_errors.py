@@ -6,17 +6,9 @@ import pytest
 from nst_det.evaluation.errors import KINDS, analyze_errors
 from nst_det.evaluation.objects import ObjectCounts, count_objects
 from nst_det.evaluation.voc import evaluate_voc
-from tests.helpers.boxes import CLASSES, found, truth
+from tests.helpers.boxes import CLASSES, found, overlap, truth
 
 A, B, C = (1, 1, 20, 20), (41, 41, 60, 60), (81, 1, 100, 20)
-
-
-def overlap(a, b):
-    sides = [min(a[i + 2], b[i + 2]) - max(a[i], b[i]) + 1 for i in (0, 1)]
-    if min(sides) <= 0:
-        return 0.0
-    both = sides[0] * sides[1]
-    return both / (sum((c[2] - c[0] + 1) * (c[3] - c[1] + 1) for c in (a, b)) - both)
 
 
 def by_loops(objects, rows, least):

@@ -8,17 +8,9 @@ from nst_det.errors import UserError
 from nst_det.evaluation.metrics import summarize
 from nst_det.evaluation.thresholds import SCORES, best_thresholds, read_thresholds
 from nst_det.evaluation.voc import evaluate_voc
-from tests.helpers.boxes import CLASSES, found, truth
+from tests.helpers.boxes import CLASSES, found, overlap, truth
 
 BOXES = [(x, y, x + 11, y + 13) for x in (1, 31, 61) for y in (1, 41)]
-
-
-def overlap(a, b):
-    sides = [min(a[i + 2], b[i + 2]) - max(a[i], b[i]) + 1 for i in (0, 1)]
-    if min(sides) <= 0:
-        return 0.0
-    both = sides[0] * sides[1]
-    return both / (sum((c[2] - c[0] + 1) * (c[3] - c[1] + 1) for c in (a, b)) - both)
 
 
 def counted_at(objects, rows, name, least):

@@ -28,3 +28,12 @@ def found(rows, classes=CLASSES):
         np.array([r[2] for r in rows], dtype=np.float64).reshape(-1, 4),
         np.array([r[3] for r in rows], dtype=np.float64),
     )
+
+
+def overlap(a, b):
+    """IoU of two boxes as the devkit has it, whose last pixels count."""
+    sides = [min(a[i + 2], b[i + 2]) - max(a[i], b[i]) + 1 for i in (0, 1)]
+    if min(sides) <= 0:
+        return 0.0
+    both = sides[0] * sides[1]
+    return both / (sum((c[2] - c[0] + 1) * (c[3] - c[1] + 1) for c in (a, b)) - both)
