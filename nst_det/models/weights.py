@@ -140,7 +140,7 @@ def recognize(
     Args:
         path: as :func:`~nst_det.models.io.load_plain` takes it.
         arch: timm name; with ``arch_kwargs`` and ``num_classes`` it is the model that the weights are for.
-        tensors: those in the file by their names there, where they are read already.
+        tensors: the file's state dict, where it is read already.
 
     Raises:
         UserError: no such file, or these weights don't fit; in one line.
