@@ -34,7 +34,7 @@ from nst_det.models import (
 from nst_det.models.bottomup import load_recognized
 from nst_det.models.card import check_pixels
 from nst_det.models.convert import batch_norm_eps, resnet_to_detectron2
-from nst_det.models.io import card_path, load_pickled
+from nst_det.models.io import card_path, load_pickled, named_tensors
 from nst_det.models.weights import are_of_detector
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,9 @@ class BackboneCheckpointer(DetectionCheckpointer):
             loaded = super()._load_file(filename)
         prefix, bottom_up = bottom_up_of(self.model)
         if isinstance(bottom_up, Bottomup) and not are_of_detector(loaded.get("model", loaded)):
-            load_recognized(bottom_up, filename, *_pixels(self.model), f"MODEL.WEIGHTS {filename}")
+            # Detectron2 puts what has no entry of that name into one
+            tensors = named_tensors(loaded if len(loaded) > 1 else loaded["model"], filename)
+            load_recognized(bottom_up, filename, *_pixels(self.model), f"MODEL.WEIGHTS {filename}", tensors)
             return {"model": {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()}}
         if filename.endswith(SUFFIX):
             path = Path(filename)

@@ -11,7 +11,7 @@ import torch
 
 from nst_det.detection import predict
 from nst_det.detection.data import resize, resized_shape, runs_of_equals
-from nst_det.detection.predict import Found, ImageDetector
+from nst_det.detection.predict import ImageDetector
 from nst_det.detection.predictions import Boxes
 from nst_det.detection.tiles import OVERLAP, Tiles
 from nst_det.detection.torchvision.batch import limits_of
@@ -30,7 +30,7 @@ Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
 class ExportedDetector:
-    """A detector's file, called with one image at a time; :func:`load_exported` makes it.
+    """A detector's file as it is; :func:`load_exported` opens it, :func:`load_detector` makes an ImageDetector of it.
 
     Attributes:
         path: the file.
@@ -39,11 +39,6 @@ class ExportedDetector:
 
     def __init__(self, path: Path, contract: Contract, run: Run) -> None:
         self.path, self.contract, self.run = path, contract, run
-
-    def __call__(self, image: np.ndarray) -> Found:
-        """Return all that the file finds on an (H, W, 3) uint8 RGB image, boxes in its pixels."""
-        ((boxes, labels, scores),) = self.find([image])
-        return Found(boxes, scores, labels, tuple(self.contract.classes[label] for label in labels.tolist()))
 
     def find(self, images: Iterable[np.ndarray]) -> Iterator[Boxes]:
         """Yield the detections on each (H, W, 3) uint8 RGB image, in its pixels.
@@ -84,7 +79,7 @@ class ExportedDetector:
 
 
 def load_exported(path: str | Path, threads: int = 0) -> ExportedDetector:
-    """Load a detector that ``nst-det export`` wrote, to be called with images.
+    """Open a detector that ``nst-det export`` wrote.
 
     Args:
         path: ``FILE.onnx``, ``FILE.xml`` (OpenVINO, with ``FILE.bin`` beside it) or ``FILE.pt2`` (torch-export).

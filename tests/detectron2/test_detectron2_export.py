@@ -165,7 +165,7 @@ def test_a_run_of_detectron2_finds_the_same_in_onnx(cli, whole, voc_root, tmp_pa
         item = {"image": network_input(pixels, cfg), "height": pixels.shape[0], "width": pixels.shape[1]}
         with torch.no_grad():
             (wanted,) = parity.detect(model, [item])
-        found = exported(pixels)
+        (found,) = exported.find([pixels])
         pairs, alone = partners(
             [wanted[name].numpy() for name in ("boxes", "scores", "labels")], [found.boxes, found.scores, found.labels]
         )
