@@ -170,10 +170,8 @@ KEYS: dict[str, Key] = {
     "WANDB": WANDB,
     "DATALOADER.NUM_WORKERS": Key(
         0,
-        "processes that decode images, to train and to evaluate; 0 does it in this process, which is right where the "
-        "images fit in "
-        "memory and the "
-        "CPU trains; -1 takes 0 on a CPU, and with a GPU one for each core of the run, up to 8",
+        "what decodes images, to train and to evaluate: processes that work ahead of a GPU, or threads that take turns "
+        "with the networks of a CPU; 0 is the process itself, -1 one for each core of the run, up to 8",
     ),
 }
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fvcore.common.config import CfgNode
@@ -129,6 +129,14 @@ class Normalizer:
         return pixels.permute(0, 3, 1, 2)
 
 
+def load_images(source: Any, keys: Iterable[Any], config: CfgNode, device: torch.device) -> Iterator[Any]:
+    """Give ``source[key]`` for each key in turn, made by DATALOADER.NUM_WORKERS: for a GPU by processes, ahead.
+
+    On a CPU these would take the cores on which the networks compute; there the stores have as many threads.
+    """
+    return load(source, keys, 0 if device.type == "cpu" else config.DATALOADER.NUM_WORKERS)
+
+
 def read_data(config: CfgNode) -> ImageFolder:
     """Return the images that a config of stage one names, with the labels that the students get."""
     return _labelled(_read_all(config), config)
@@ -182,9 +190,13 @@ class StageOneData:
         """Return this process's share of the batches of the validation split."""
         store, batch_size = self._store("val", square=True), self.config.TEST.IMS_PER_BATCH
         firsts = range(0, len(store), batch_size)[rank() :: world_size()]
+        batches = EvaluationBatches(store, batch_size)
         # images that are decoded already need no workers
-        workers = 0 if store.cached else self.config.DATALOADER.NUM_WORKERS
-        return load(EvaluationBatches(store, batch_size), firsts, workers)
+        return (
+            map(batches.__getitem__, firsts)
+            if store.cached
+            else load_images(batches, firsts, self.config, self.normalize.device)
+        )
 
     def description(self, whole: bool = False) -> dict[str, object]:
         """Return the data's part of a student's card, or of the teacher's (``whole``)."""
@@ -204,6 +216,8 @@ class StageOneData:
         if (name, square) not in self._stores:
             data = self.config.DATA
             split = {"val": self.folder.val, "train": self.folder.train, "whole": self.whole.train}[name]
-            limit = data.CACHE_GIB * GIB
-            self._stores[name, square] = ImageStore(split, data.IMAGE_SIZE, data.CROP_RATIO, square, limit)
+            threads = self.config.DATALOADER.NUM_WORKERS if self.normalize.device.type == "cpu" else 1
+            self._stores[name, square] = ImageStore(
+                split, data.IMAGE_SIZE, data.CROP_RATIO, square, data.CACHE_GIB * GIB, threads
+            )
         return self._stores[name, square]
