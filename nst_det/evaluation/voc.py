@@ -113,15 +113,10 @@ def _plain(value: float) -> float | None:
 
 
 def evaluate_voc(detections: Detections, truth: GroundTruth, iou: float | Sequence[float] = 0.5) -> VocResult:
-    """Return AP of every class of the ground truth.
+    """Return AP of every class of the ground truth, at one overlap threshold or several.
 
-    Args:
-        detections: on images of ``truth`` and of classes of ``truth``, in any order of classes.
-        truth: the annotated objects.
-        iou: one overlap threshold, or several; further ones cost little, since overlaps are computed once.
-
-    Raises:
-        ValueError: a detection on an image, or of a class, that the ground truth doesn't have.
+    A ValueError names a detection on an image, or of a class, that the ground truth doesn't have; the order of classes
+    may be another one.
     """
     thresholds = (float(iou),) if isinstance(iou, int | float) else tuple(float(value) for value in iou)
     image, label = detections.indices(truth)
