@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from rich.jupyter import JupyterMixin
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from nst_det.evaluation.boxes import Detections, GroundTruth
 
@@ -88,13 +88,12 @@ class VocResult(JupyterMixin):
         return {"iou": self.thresholds[t], **means, "per_class": per_class}
 
     def __rich__(self) -> Table:
-        table = Table(title=f"VOC AP at IoU {self.thresholds[0]:g}")
-        table.add_column("class")
-        for column in ("AP 11-point", "AP area", "objects", "difficult", "detections"):
-            table.add_column(column, justify="right")
+        numbers = ("AP 11-point", "AP area", "objects", "difficult", "detections")
+        columns = (Column(name, justify="right") for name in numbers)
+        table = Table("class", *columns, title=f"VOC AP at IoU {self.thresholds[0]:g}")
         counts = np.stack([self.positives, self.difficult, self.detections], axis=1)
-        for name, *ap, numbers in zip(self.classes, self.ap11[0], self.ap_area[0], counts):
-            table.add_row(escape(name), *map(_cell, ap), *map(str, numbers))
+        for name, *ap, count in zip(self.classes, self.ap11[0], self.ap_area[0], counts):
+            table.add_row(escape(name), *map(_cell, ap), *map(str, count))
         table.add_section()
         means = (self.map11[0], self.map_area[0])
         table.add_row("mean", *map(_cell, means), *map(str, counts.sum(axis=0)), style="bold")
