@@ -1,7 +1,5 @@
 """Commands that make and check data sets and projects."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import time

@@ -8,8 +8,6 @@
 - ``parity``: the same weights on both engines
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

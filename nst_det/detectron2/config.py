@@ -1,7 +1,5 @@
 """Detectron2's config with this project's keys, read as strictly as every other config of this project."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

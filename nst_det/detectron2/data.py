@@ -1,7 +1,5 @@
 """VOC folders in Detectron2's catalogs, and training batches that are a function of the seed and the step alone."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence

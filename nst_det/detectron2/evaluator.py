@@ -1,7 +1,5 @@
 """VOC and COCO AP as a Detectron2 evaluator."""
 
-from __future__ import annotations
-
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence

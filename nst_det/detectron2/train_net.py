@@ -1,7 +1,5 @@
 """One training or evaluation run of a config by Detectron2, started with Detectron2's arguments."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import multiprocessing

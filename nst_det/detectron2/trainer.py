@@ -1,7 +1,5 @@
 """Detectron2's trainer around a student that learns from a teacher detector."""
 
-from __future__ import annotations
-
 import logging
 import math
 import weakref

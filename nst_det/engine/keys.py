@@ -1,7 +1,5 @@
 """How the keys of a config are declared, each with its default and its meaning, and those that both stages share."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

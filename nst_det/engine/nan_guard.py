@@ -8,8 +8,6 @@ On a GPU the trainer goes on without the answer.  There the optimizer itself pas
 marks, and the host, which reads the answer during the next step, then makes the first one again and waits for it.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math

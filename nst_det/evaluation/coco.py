@@ -1,7 +1,5 @@
 """COCO average precision of the same detections, by pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

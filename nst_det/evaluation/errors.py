@@ -14,8 +14,6 @@ at IoU .5, and so are the overlaps; ``difficult`` objects are neither found nor 
 to them are no errors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

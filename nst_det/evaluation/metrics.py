@@ -1,7 +1,5 @@
 """The figures of one detector that ``result.json`` holds, the same for both engines."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from nst_det.evaluation.boxes import Detections, GroundTruth, count_objects

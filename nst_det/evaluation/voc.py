@@ -14,8 +14,6 @@ The 11-point AP (VOC 2007) samples the curve at recalls 0, 0.1, ... 1, the area 
 whole area below the curve made monotone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """How near the detections of two detectors are on the same images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

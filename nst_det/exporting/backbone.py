@@ -1,7 +1,5 @@
 """A backbone file for timm, torchvision or Detectron2, in their files, compared with what it was made of."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Mapping
 from pathlib import Path

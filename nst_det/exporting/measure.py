@@ -1,7 +1,5 @@
 """What an exported file does: its mAP on the run's test images, its latency, size and memory, beside PyTorch's."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

@@ -1,7 +1,5 @@
 """Model cards: Markdown with the metadata that the Hugging Face hub reads, from what a run wrote about itself."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The sum of a method's terms, built for the levels and widths of one student and one teacher."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """The gradient norm of each term at the student's backbone, measured in the first steps, and weights chosen from it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The grammar of methods: ``ce``, ``kd``, ``nst-poly:50+kd:0.9``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -9,8 +9,6 @@ three terms, so that it is >= 0 and 0 for equal sets:
 Shapes: B batch, C channels, N = H*W positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
