@@ -153,6 +153,7 @@ class FGD(nn.Module):
         masks = shared[0](("fgd", "masks", *sizes), lambda: box_masks(boxes, sizes))
         values = []
         for level, (mine, theirs), share, (inside, around) in zip(self.levels, maps, shared, masks):
+            assert isinstance(level, _Level)
             mine = level.adapter(mine)
             weights = self.objects * inside + self.background * around
             attended = share(
@@ -161,8 +162,8 @@ class FGD(nn.Module):
             )
             value = _focal(mine, theirs, weights, attended, self.focus, self.temperature)
             if self.relation:
-                related = [context(given) for context, given in zip(level.contexts, (mine, theirs))]
-                value = value + self.relation * F.mse_loss(*related, reduction="sum") / len(mine)
+                one, other = (context(given) for context, given in zip(level.contexts, (mine, theirs)))
+                value = value + self.relation * F.mse_loss(one, other, reduction="sum") / len(mine)
             values.append(value)
         return values
 

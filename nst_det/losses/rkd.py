@@ -42,8 +42,7 @@ def angles_loss(x: Tensor, y: Tensor, shared: Shared) -> Tensor:
         return F.smooth_l1_loss(angles(x), shared(("rkd", "angles"), lambda: angles(y)))
     at_once = max(at_once, 1)
     corners = [slice(start, start + at_once) for start in range(0, count, at_once)]
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    parts: list[Tensor] = [checkpoint(_at_corners, x, y, part, **options) for part in corners]
+    parts = [checkpoint(_at_corners, x, y, part, use_reentrant=False, preserve_rng_state=False) for part in corners]
     return torch.stack(parts).sum() / count**3
 
 
