@@ -21,6 +21,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "CACHE.DIR": (),
     "MODEL.WEIGHTS": (RUN,),
     "TEACHER.WEIGHTS": (),
+    "TEST.PROBE.ROOT": (),
     "STUDENT.WEIGHTS": (),
     "TEACHER.CONFIG_FILE": (),
     "MODEL.DEVICE": (),

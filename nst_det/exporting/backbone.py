@@ -74,6 +74,8 @@ def export_torchvision(weights: str, output: str | Path) -> Exported:
     with atomic_path(output) as temporary:
         torch.save(model.state_dict(), temporary)
         again = torchvision.models.get_model(arch, weights=None, num_classes=card.num_classes)
+        if not card.num_classes:
+            again.fc = nn.Identity()
         again.load_state_dict(torch.load(temporary, weights_only=True))
         agreement = _compare(model, again, card, output)
     text = backbone_card(card, output.stem, "torchvision", f"{agreement} on noise", output.name)

@@ -93,7 +93,7 @@ def backbone_card(card: Card, name: str, form: str, agreement: str, file: str, o
         own_arch=own_arch,
         data=data,
         measured_on="validation",
-        accuracy=_measured({"top-1": card.top1, "top-5": card.top5}),
+        accuracy=_measured({"top-1": card.top1, "top-5": card.top5, **card.measured}),
     )
 
 

@@ -32,7 +32,7 @@ from nst_det.engine.io import read_json, write_text
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed
 from nst_det.errors import UserError
-from nst_det.tune.config import MAP, Space, Tuning
+from nst_det.tune.config import MAP, TOP1, Space, Tuning
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -90,7 +90,7 @@ class Evaluator:
             for name, values in (space.choices or {"": ("",)}).items():
                 for value in values:
                     settings = space.settings({**space.default, **({name: value} if name else {})})
-                    methods = {method: self.base.methods[method] for method in (BASELINE, word)}
+                    methods = {one: self.base.methods[one] for one in (BASELINE, word) if one in self.base.methods}
                     trial = replace(self.base, tuned={word: Tuned(settings)}, methods=methods)
                     checked_configs(trial, make_plan(trial))
 
@@ -133,7 +133,7 @@ class Evaluator:
         assert folder is not None
         path = folder / "result.json"
         result = read_json(path)
-        value = result.get("validation", {}).get("map") if by_map else result.get("top1")
+        value = result.get("validation", {}).get("map") if by_map else result.get(result.get("measure", TOP1))
         if not isinstance(value, int | float):
             raise UserError(f"{path}: no value on the validation split; remove it to run this again")
         return float(value)
