@@ -369,14 +369,16 @@ def list_backbones(folders: Sequence[Path]) -> tuple[list[tuple[str, Card]], lis
 def backbones_table(entries: Sequence[tuple[str, Card]], title: str) -> Table:
     """Return a table of name, architecture, method, accuracy, size, teacher, data and date."""
     table = Table(title=title, title_justify="left")
-    for heading in ("name", "arch", "method", "top-1", "params", "teacher", "data", "date"):
-        right = heading in ("top-1", "params")
+    for heading in ("name", "arch", "method", "measured", "params", "teacher", "data", "date"):
+        right = heading in ("measured", "params")
         table.add_column(heading, justify="right" if right else "left", overflow="ellipsis" if right else "fold")
     for name, card in entries:
-        top1 = "" if card.top1 is None else f"{100 * card.top1:.1f} %"
+        scores = card.measured if card.top1 is None else {"top-1": card.top1}
+        measured = next((f"{name} {100 * value:.1f} %" for name, value in scores.items()), "")
         params = "" if card.params is None else f"{card.params / 1e6:.2f} M"
         teacher, data = str(card.teacher.get("name", "")), str(card.data.get("name", ""))
-        cells = (name, card.arch, card.method, top1, params, teacher, data, card.date[:10])
+        data += "" if card.data.get("labels", True) else ", without labels"
+        cells = (name, card.arch, card.method, measured, params, teacher, data, card.date[:10])
         # not markup: names come from files
         table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in cells))
     return table

@@ -313,7 +313,7 @@ def test_workers_are_threads_of_a_cpu_and_processes_for_a_gpu(images, monkeypatc
     data, asked = dataloader.StageOneData(config), []
     data.normalize.device = torch.device(device)
     monkeypatch.setattr(dataloader, "load", lambda source, keys, workers: asked.append((source.store, workers)))
-    data.validation()
+    data.evaluation("val")
     ((store, workers),) = asked
     assert (workers, store.threads) == (processes, threads)
 
