@@ -61,6 +61,9 @@ class ImageStore:
             self._squares = self._batch(self._square, range(len(self)), everywhere)
         else:
             self._whole = together(self._read, range(len(self)), everywhere)
+        if not any(isinstance(one, bytes) for one in self._whole):
+            # what is decoded already is cut faster than handed to threads
+            self.threads = 1
 
     def __len__(self) -> int:
         return len(self.split)
