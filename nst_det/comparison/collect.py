@@ -10,7 +10,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.config import MARK, Comparison, merge_stage, row_weights, without_fpn
+from nst_det.comparison.config import MARK, Comparison, merge_stage, row_weights
 from nst_det.comparison.plan import (
     STUDENTS,
     Run,
@@ -22,7 +22,7 @@ from nst_det.comparison.plan import (
 )
 from nst_det.comparison.result import (
     BASELINE,
-    NO_FPN,
+    COCO,
     ComparisonResult,
     Cost,
     RowResult,
@@ -164,14 +164,15 @@ def _differs(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]
     """Return what a row's detector has otherwise than ce's, and levels and options that only its terms have."""
     detectors = {run.row: run_config(comparison, run) for run in runs if run.row in (row, BASELINE)}
     own, common = (plain(flat(detectors.get(name, CfgNode()))) for name in (row, BASELINE))
-    # the detector without FPN is what that row is about
-    expected = without_fpn(comparison.detect)[::2] if row == NO_FPN else ()
-    lines = [
+    lines = []
+    if row == COCO:
+        lines.append(f"on {own['MODEL.TIMM.ARCH']}, begins with all of the detector {Path(own['MODEL.WEIGHTS']).name}")
+    lines += [
         f"{key} {own.get(key, 'none')} (ce: {common.get(key, 'none')})"
         for key in dict.fromkeys([*own, *common])
         if own.get(key) != common.get(key)
         and not key.startswith(("METHOD", "TEACHER.", "TRANSFER."))
-        and key not in expected
+        and key not in comparison.another.get(row, ())
         and concerns(key, RESUME)
         and not concerns(key, RUN)
     ]

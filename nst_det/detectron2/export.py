@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nst_det.engine.io import atomic_path, write_text
 from nst_det.errors import UserError
 from nst_det.models import Bottomup, load_backbone, load_plain
+from nst_det.models.caffe import is_caffe
 from nst_det.models.convert import batch_norm_eps, resnet_keys, resnet_to_detectron2
 
 PARITY_LIMIT = 1e-4
@@ -56,7 +57,13 @@ def export_backbone(weights: str, output: str | Path, arch: str = "") -> Exporte
     )
     mean, std = ([float(f"{255 * value:.6g}") for value in pixels[name]] for name in ("mean", "std"))
     text = environment.get_template("resnet_fpn.yaml").render(
-        resnet=resnet, channel_order=pixels["channel_order"], mean=mean, std=std, weights=output.name, origin=origin
+        resnet=resnet,
+        caffe=is_caffe(arch),
+        channel_order=pixels["channel_order"],
+        mean=mean,
+        std=std,
+        weights=output.name,
+        origin=origin,
     )
     config = output.with_suffix(".yaml")
     with atomic_path(output) as temporary:
