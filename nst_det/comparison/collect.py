@@ -10,7 +10,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.config import MARK, Comparison, merge_stage, row_weights, without_fpn
+from nst_det.comparison.config import MARK, Comparison, merge_stage, row_weights
 from nst_det.comparison.plan import (
     STUDENTS,
     Run,
@@ -22,6 +22,7 @@ from nst_det.comparison.plan import (
 )
 from nst_det.comparison.result import (
     BASELINE,
+    COCO,
     MEASURES,
     NO_FPN,
     ComparisonResult,
@@ -184,12 +185,15 @@ def _differs(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]
     own, common = (plain(flat(detectors.get(name, CfgNode()))) for name in (row, baseline))
     # the detector without FPN is what that row is about
     expected = without_fpn(comparison.detect)[::2] if row == NO_FPN else ()
-    lines = [
+    lines = []
+    if row == COCO:
+        lines.append(f"on {own['MODEL.TIMM.ARCH']}, begins with all of the detector {Path(own['MODEL.WEIGHTS']).name}")
+    lines += [
         f"{key} {own.get(key, 'none')} ({baseline}: {common.get(key, 'none')})"
         for key in dict.fromkeys([*own, *common])
         if own.get(key) != common.get(key)
         and not key.startswith(("METHOD", "TEACHER.", "TRANSFER."))
-        and key not in expected
+        and key not in comparison.another.get(row, ())
         and concerns(key, RESUME)
         and not concerns(key, RUN)
     ]

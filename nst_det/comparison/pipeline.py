@@ -19,7 +19,7 @@ from nst_det.comparison.estimate import STEPS, Estimate, cells, estimate, gpu_sh
 from nst_det.comparison.launch_local import Command, Launcher, LocalLauncher, Machine, run_plan, this_machine
 from nst_det.comparison.launch_ray import RayLauncher, connected
 from nst_det.comparison.plan import DATA, STUDENTS, Run, make_plan, run_config, teacher_detector_name, total_steps
-from nst_det.comparison.result import BASELINE, MAP, TOP1, ComparisonResult
+from nst_det.comparison.result import BASELINE, MAP, PUBLISHED_STARTS, TOP1, ComparisonResult
 from nst_det.comparison.stages import (
     check_backbones,
     check_data_folders,
@@ -27,9 +27,11 @@ from nst_det.comparison.stages import (
     check_distill_losses,
 )
 from nst_det.distillation.fingerprint import student_claim
+from nst_det.engine.config import expand_path, flat, plain
 from nst_det.engine.format import duration, print_table, size
-from nst_det.engine.io import write_text
+from nst_det.engine.io import read_json, sha256_of_file, write_text
 from nst_det.engine.run_dir import RunFolder
+from nst_det.errors import UserError
 from nst_det.losses import parse_method
 
 
@@ -67,6 +69,18 @@ def check_folders(comparison: Comparison, runs: Sequence[Run]) -> None:
         for folder in held:
             claim = config if run.detects else student_claim(config, parse_method(folder.name), "", "")
             RunFolder(folder).check(claim, "TRANSFER.")
+            if run.row in PUBLISHED_STARTS:
+                _check_start(RunFolder(folder), run, config)
+
+
+def _check_start(folder: RunFolder, run: Run, config: CfgNode) -> None:
+    """Refuse a run that began with other weights, or with other keys of its row's own."""
+    own = {key: value for key, value in plain(flat(config)).items() if key.startswith(run.options[::2])}
+    folder.check({**folder.config(), **own})
+    begun = read_json(folder.inputs_path).get("MODEL.WEIGHTS_SHA256") if folder.inputs_path.exists() else None
+    weights = expand_path(config.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+    if begun and weights and "://" not in weights and sha256_of_file(weights) != begun:
+        raise UserError(f"{folder.path}: this run began with other weights than {weights}; name another --output")
 
 
 def launch(

@@ -10,10 +10,12 @@ from typing import Any, Literal
 from nst_det.engine.io import from_json, read_json, write_json
 from nst_det.errors import UserError
 
-BASELINE, SCRATCH, IMAGENET, NO_FPN, TEACHER = "ce", "scratch", "imagenet", "no-fpn", "teacher"
-# rows that no transfer method made: a random backbone, the architecture's published weights, ce's without FPN, and the
-# teacher's own
-MARKS = (SCRATCH, IMAGENET, NO_FPN, TEACHER)
+BASELINE, SCRATCH, IMAGENET, COCO, NO_FPN, TEACHER = "ce", "scratch", "imagenet", "coco", "no-fpn", "teacher"
+# rows that no transfer method made: a random backbone, the architecture's published weights, a detector of other data,
+# ce's without FPN, and the teacher's own
+MARKS = (SCRATCH, IMAGENET, COCO, NO_FPN, TEACHER)
+# those that begin with weights from elsewhere
+PUBLISHED_STARTS = (IMAGENET, COCO)
 # they differ between two equal comparisons: when, where and how fast, not what
 VOLATILE = ("provenance", "commands", "cost")
 REMEDY = "make it again with nst-det compare"

@@ -69,6 +69,19 @@ ADDED: dict[str, Key] = {
     "MODEL.TIMM.NORM": one_of("its batch normalization", "FrozenBN", "BN", "SyncBN"),
     "MODEL.TIMM.OUT_FEATURES": Key(["res2", "res3", "res4", "res5"], "levels that it gives"),
     "MODEL.TIMM.KWARGS": Key({}, "more arguments of the network"),
+    "MODEL.KEEP_CLASSES": Key(
+        False,
+        "where the weights are a detector's of other classes: keep the box predictor's rows of those that both have by "
+        "name, and of the background; False begins it anew",
+    ),
+    "MODEL.CLASS_ALIASES": Key(
+        {}, "for KEEP_CLASSES: name in the data -> name in the weights; VOC's names of COCO's classes are known"
+    ),
+    "MODEL.WEIGHTS_CLASSES": Key(
+        [],
+        "classes of a detector's weights in the order of their labels, where the file doesn't say; [] takes COCO's for "
+        "KEEP_CLASSES, if there are 80, or 90 by torchvision's numbers",
+    ),
     "MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE": Key(
         224, "boxes of this size in pixels are pooled from CANONICAL_LEVEL; Detectron2 has no keys for these constants"
     ),
@@ -235,6 +248,8 @@ def check_added_keys(config: CfgNode, source: str) -> None:
                 f"{source}: TEST.{key} {config.TEST[key]} needs a validation split to choose by, and when to look at "
                 f"it; set DATASETS.VAL_FRACTION (such as 0.2) or VAL, and TEST.EVAL_PERIOD, or TEST.{key} {off}"
             )
+    if config.MODEL.CLASS_ALIASES and not config.MODEL.KEEP_CLASSES:
+        raise UserError(f"{source}: MODEL.CLASS_ALIASES is for MODEL.KEEP_CLASSES True; set that, or leave it out")
     if config.DATASETS.VAL and config.DATASETS.VAL_FRACTION:
         raise UserError(f"{source}: DATASETS.VAL and VAL_FRACTION both say what to validate on; set one of them")
     if config.SOLVER.EMA_DECAY and config.TEST.PRECISE_BN.ENABLED:

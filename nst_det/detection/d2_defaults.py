@@ -65,7 +65,12 @@ HONORED: dict[str, Key] = {
     "MODEL.FPN.FUSE_TYPE": one_of("how a level and the one above it are joined", "sum", "avg"),
     "MODEL.PROPOSAL_GENERATOR.NAME": one_of("what proposes boxes", "RPN"),
     "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": Key(0, "smaller proposals are dropped, pixels"),
-    "MODEL.ANCHOR_GENERATOR.NAME": one_of("what makes the anchors", "DefaultAnchorGenerator"),
+    "MODEL.ANCHOR_GENERATOR.NAME": one_of(
+        "what makes the anchors; with RoundedAnchorGenerator their corners are whole pixels from a cell's, as "
+        "torchvision's",
+        "DefaultAnchorGenerator",
+        "RoundedAnchorGenerator",
+    ),
     "MODEL.ANCHOR_GENERATOR.SIZES": Key(
         [[32, 64, 128, 256, 512]],
         "sides of the anchors in pixels, a list for each level of RPN.IN_FEATURES, or one for all",

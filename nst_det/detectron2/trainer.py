@@ -28,6 +28,7 @@ from nst_det.detection.data import StepBatchSampler
 from nst_det.detection.distiller import DistilledDetector, backbone_of
 from nst_det.detection.solver import is_backbone
 from nst_det.detection.trainer import broken_in, step_content
+from nst_det.detection.zoo import ClassNames
 from nst_det.detectron2.api import distill_from_config, student_of, transfer_of
 from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import class_list, validation_config
@@ -184,7 +185,11 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
             self._trainer = AMPTrainer(parallel, data_loader, optimizer, grad_scaler=unscaled, precision=dtype)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(
-            self.student, cfg.OUTPUT_DIR, classes=class_list(cfg), trainer=weakref.proxy(self)
+            self.student,
+            cfg.OUTPUT_DIR,
+            classes=class_list(cfg),
+            names=ClassNames.of(cfg.MODEL),
+            trainer=weakref.proxy(self),
         )
         self.checkpointer.written = self.state.eval_model
         self.finite = FiniteCheck(model, parallel, cfg.SOLVER.CLIP_GRADIENTS)

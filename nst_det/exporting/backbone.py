@@ -107,7 +107,7 @@ def export_detectron2(weights: str, output: str | Path, arch: str = "") -> Expor
     entries = resnet_to_detectron2(state_dict, batch_norm_eps(arch, arch_kwargs))
     mean, std = ([float(f"{255 * value:.6g}") for value in pixels[name]] for name in ("mean", "std"))
     given = {"channel_order": pixels["channel_order"], "mean": mean, "std": std, "origin": origin}
-    text = detectron2_config(resnet=resnet, weights=output.name, **given)
+    text = detectron2_config(resnet=resnet, caffe=is_caffe(arch), weights=output.name, **given)
     config = output.with_suffix(".yaml")
     with atomic_path(output) as temporary:
         _write(entries, temporary, output.suffix)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nst_det.losses import ModelOutputs
-from nst_det.models import cifar, inception_bn, small  # noqa: F401 (registers these networks in timm)
+from nst_det.models import caffe, cifar, inception_bn, small  # noqa: F401 (registers these networks in timm)
 
 # timm's arguments that load weights or read files: an architecture from a card must never reach them
 NOT_ARCHITECTURE = (
