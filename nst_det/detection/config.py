@@ -11,6 +11,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from nst_det.detection.augment import AUGMENTATION_KEYS, PRESETS, check_augmentation
 from nst_det.detection.d2_defaults import DETECTRON2_ONLY, HONORED
 from nst_det.engine.config import expand_path, flat, key_values, load_config, merge_tree, parse_value, read_yaml
 from nst_det.engine.keys import (
@@ -105,6 +106,7 @@ ADDED: dict[str, Key] = {
             for size in sizes
         ),
     ),
+    **AUGMENTATION_KEYS,
     "SOLVER.OPTIMIZER": one_of("the optimizer", "SGD", "ADAMW"),
     "SOLVER.BACKBONE_MULTIPLIER": Key(1.0, "learning rate of the bottom-up as a part of BASE_LR"),
     "SOLVER.ACCUMULATE": at_least(
@@ -163,9 +165,19 @@ def load_detect_config(file: str | Path | None, overrides: Sequence[str] = ()) -
     if file is not None:
         _refuse_detectron2_only(_tree_keys(read_yaml(file)), source)
     _refuse_detectron2_only((key for key, _ in key_values(overrides)), "command line")
-    config = load_config(get_defaults(), file, overrides)
+    config = load_with_preset(get_defaults(), file, overrides)
     check_config(config, source)
     return config
+
+
+def load_with_preset(defaults: CfgNode, file: str | Path | None, overrides: Sequence[str]) -> CfgNode:
+    """Return what ``load_config`` does, with INPUT.AUGMENTATION's values of :data:`PRESETS` as defaults."""
+    config = load_config(defaults, file, overrides)
+    preset = PRESETS.get(config.INPUT.AUGMENTATION)
+    if not preset:
+        return config
+    defaults.merge_from_list([part for item in preset.items() for part in item])
+    return load_config(defaults, file, overrides)
 
 
 def config_of_run(file: Path) -> CfgNode:
@@ -259,6 +271,7 @@ def check_added_keys(config: CfgNode, source: str) -> None:
         )
     if config.TEST.AMP and not config.SOLVER.AMP.ENABLED:
         raise UserError(f"{source}: TEST.AMP True needs SOLVER.AMP.ENABLED True; set it, or TEST.AMP False")
+    check_augmentation(config.INPUT, source)
     check_wandb(config.WANDB, source)
     check_non_finite(config.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", source)
 
