@@ -24,7 +24,6 @@ from nst_det.comparison.result import (
     BASELINE,
     COCO,
     MEASURES,
-    NO_FPN,
     ComparisonResult,
     Cost,
     RowResult,
@@ -183,8 +182,6 @@ def _differs(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]
     baseline = comparison.baseline
     detectors = {run.row: run_config(comparison, run) for run in runs if run.row in (row, baseline)}
     own, common = (plain(flat(detectors.get(name, CfgNode()))) for name in (row, baseline))
-    # the detector without FPN is what that row is about
-    expected = without_fpn(comparison.detect)[::2] if row == NO_FPN else ()
     lines = []
     if row == COCO:
         lines.append(f"on {own['MODEL.TIMM.ARCH']}, begins with all of the detector {Path(own['MODEL.WEIGHTS']).name}")

@@ -17,6 +17,7 @@ from nst_det.errors import UserError
 from nst_det.exporting import Exported
 from nst_det.exporting.modelcard import backbone_card, detectron2_config
 from nst_det.models import Bottomup, Card, classifier_from_file, load_backbone, load_plain
+from nst_det.models.caffe import is_caffe
 from nst_det.models.convert import batch_norm_eps, resnet_keys, resnet_to_detectron2
 
 LIMIT = 1e-4
