@@ -1,7 +1,5 @@
 """Commands that make and check data sets and projects."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import time
@@ -125,7 +123,7 @@ def check_data(args: argparse.Namespace) -> int:
     """List everything that is wrong with images with boxes, an image folder, or COCO's JSON."""
     from dataclasses import asdict
 
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from nst_det.data import check
     from nst_det.data.coco import CocoSource
@@ -144,8 +142,7 @@ def check_data(args: argparse.Namespace) -> int:
     for problem in report.problems:
         print(f"{problem.kind}: {problem.line()}")
     if report.problems:
-        table = Table("problem")
-        table.add_column("times", justify="right")
+        table = Table("problem", Column("times", justify="right"))
         for kind, count in report.by_kind().items():
             table.add_row(kind, str(count))
         print_table(table)

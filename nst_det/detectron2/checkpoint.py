@@ -1,7 +1,5 @@
 """Backbone files in Detectron2's checkpointer, under ``MODEL.WEIGHTS: backbone://NAME``."""
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections import Counter

@@ -1,7 +1,5 @@
 """A step of the Detectron2 engine, run again from its dump."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

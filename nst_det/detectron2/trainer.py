@@ -1,8 +1,7 @@
 """Detectron2's trainer around a student that learns from a teacher detector."""
 
-from __future__ import annotations
-
 import logging
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator, verify_results
 from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
@@ -34,7 +33,6 @@ from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import class_list, validation_config
 from nst_det.detectron2.data import ImageMapper, build_train_loader
 from nst_det.detectron2.evaluator import VocEvaluator
-from nst_det.detectron2.hooks import EvalHook, FiniteCheck
 from nst_det.detectron2.modeling import check_frozen_random
 from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line
 from nst_det.engine.distributed import broadcast_from_rank0, wait_for_all
@@ -42,10 +40,11 @@ from nst_det.engine.io import read_json
 from nst_det.engine.keys import FULL_MODEL
 from nst_det.engine.loader import end_workers_with_us
 from nst_det.engine.metrics import SPEED
-from nst_det.engine.nan_guard import SKIP, NonFiniteGuard, NotFinite, raise_together
+from nst_det.engine.nan_guard import SKIP, NonFiniteGuard, NotFinite, gradient_norm, raise_together
 from nst_det.engine.progress import waiting
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything, seeded
+from nst_det.engine.solver import clip_gradients
 from nst_det.engine.train_state import AveragedWeights, TrainState
 from nst_det.engine.trainer import MetricsHook, RollbackStep, SpeedHook, StopWhenAsked, TrainLoop, WallTime
 from nst_det.errors import UserError
@@ -88,6 +87,42 @@ def propose_together(student: nn.Module) -> None:
     proposer.forward = propose
 
 
+class FiniteCheck(HookBase):
+    """Keeps batch and losses of a pass, and ends the step in all processes where a loss or gradient is not finite.
+
+    A hook of the inner trainer, as only its hooks are called between the backward pass and the optimizer.  It also
+    clips the norm of all gradients, which Detectron2's optimizer can't.
+    """
+
+    def __init__(self, model: nn.Module, parallel: nn.Module, clip: CfgNode) -> None:
+        self.parameters, self.clip = list(model.parameters()), clip
+        self.batch: list[dict[str, Any]] = []
+        self.losses: dict[str, Any] = {}
+        parallel.register_forward_pre_hook(self.see_batch)
+        parallel.register_forward_hook(self.see_losses)
+
+    def see_batch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.batch, self.losses = inputs[0], {}
+
+    def see_losses(self, _: nn.Module, __: Any, losses: Any) -> None:
+        self.losses = losses if isinstance(losses, dict) else {}
+
+    def after_backward(self) -> None:
+        norm = gradient_norm(self.parameters)
+        total = sum(value.detach() for value in self.losses.values()) + norm
+        raise_together(not math.isfinite(total))
+        if self.clip.CLIP_TYPE == FULL_MODEL:
+            clip_gradients(self.parameters, self.clip, norm)
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's, which evaluates after the last step also where that was not made."""
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+
 class DistillTrainer(TrainLoop, DefaultTrainer):
     """Detectron2's DefaultTrainer; the model it trains is the student inside a ``DistilledDetector``.
 
@@ -100,13 +135,8 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
     - several processes and mixed precision work on the CPU too
     - a loss or gradient that is not finite is handled by ``SOLVER.NON_FINITE``, in all processes alike
 
-    Args:
-        cfg: from :func:`~nst_det.detectron2.config.load_config`, with its data sets registered.
-
-    Attributes:
-        student: the detector alone.
-        state: what a checkpoint has of it besides Detectron2's part.
-        validated: after a training with a validation split, what :func:`~nst_det.detection.checkpoint.settle` gives.
+    ``cfg`` is from :func:`~nst_det.detectron2.config.load_config`, with its data sets registered; ``student`` is the
+    detector alone, ``state`` what a checkpoint has of it besides Detectron2's part.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -148,6 +178,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         self.finite = FiniteCheck(model, parallel, cfg.SOLVER.CLIP_GRADIENTS)
         self._trainer.register_hooks([self.finite])
         propose_together(self.student)
+        # of a training with a validation split, see settle
         self.validated: dict[str, Any] = {}
         self.register_hooks(self.build_hooks())
 

@@ -75,8 +75,12 @@ class Validation:
             asked, labels = see(networks, self.data.evaluation("queries"), normalize)
             for name in networks:
                 seen = (bank[name].embedding, bank_labels, asked[name].embedding)
-                parts = [part.to(normalize.device) for part in seen]
-                found = linear_probe(*parts) if probe.BY == LINEAR else nearest(*parts, probe.NEIGHBORS)
+                known, known_labels, new = (part.to(normalize.device) for part in seen)
+                found = (
+                    linear_probe(known, known_labels, new)
+                    if probe.BY == LINEAR
+                    else nearest(known, known_labels, new, probe.NEIGHBORS)
+                )
                 scores[name][probe.BY] = float((found.cpu() == labels).double().mean())
         if self.teacher is not None:
             if self._taught is None:

@@ -1,7 +1,5 @@
 """``torch.compile`` around a forward pass, by SOLVER.COMPILE: as it is where it can't be compiled, after one line."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 from collections.abc import Callable

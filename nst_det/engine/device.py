@@ -1,7 +1,5 @@
 """What computes, in which precision, and the one line that reports a GPU that fails."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

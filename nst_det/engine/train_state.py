@@ -1,7 +1,5 @@
 """One network in training with all that its next step depends on, saved and resumed in one schema."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

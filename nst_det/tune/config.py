@@ -1,7 +1,5 @@
 """What a search is asked to do: its own few keys, and the comparison whose methods it searches for."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich.table import Table
+from rich.table import Column, Table
 
 from nst_det.comparison.config import Comparison, Tuned, merge_stage
 from nst_det.comparison.launch_local import Command, LocalLauncher, this_machine
@@ -265,9 +265,8 @@ def tuning_table(tuning: Tuning, found: dict[str, Best]) -> Table:
     """Return what was found, a row a method."""
     seeds = len(tuning.base.seeds)
     title = f"{tuning.trials} trials a method, {seeds} seed{'s' if seeds > 1 else ''}, on {tuning.budget['validation']}"
-    table = Table(title=title)
-    for name in ("method", "judged by", "configured", "found", "setting"):
-        table.add_column(name, justify="right" if name in ("configured", "found") else "left")
+    values = (Column(name, justify="right") for name in ("configured", "found"))
+    table = Table("method", "judged by", *values, "setting", title=title)
     for word, best in found.items():
         weights = [f"{name} {weight:.3g}" for name, weight in best.settings["WEIGHTS"].items()]
         levels = best.settings.get("LEVELS")

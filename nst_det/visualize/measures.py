@@ -3,8 +3,6 @@
 Shapes: I images, C channels, N positions of all images together, P points.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nst_det.engine.keys import non_finite_node
+from nst_det.engine.keys import NON_FINITE_KEYS, config_tree
 from nst_det.engine.nan_guard import NonFiniteGuard, NotFinite, late_checks, not_finite, require_finite
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.train_state import AveragedWeights, OptimizedState
@@ -25,7 +25,7 @@ def training(folder, average=True, optimizer="SGD"):
     options = {"lr": 0.1, "fused": True} | ({"momentum": 0.9} if optimizer == "SGD" else {})
     optimizer = getattr(torch.optim, optimizer)([*model.parameters(), *adapters.parameters()], **options)
     averaged = AveragedWeights(model, DECAY) if average else None
-    guard = NonFiniteGuard(non_finite_node(), folder, model)
+    guard = NonFiniteGuard(config_tree(NON_FINITE_KEYS), folder, model)
     return OptimizedState(model, adapters, guard, averaged, optimizer, RunFolder(folder))
 
 

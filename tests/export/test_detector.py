@@ -16,9 +16,9 @@ from nst_det.errors import UserError
 from nst_det.exporting import formats
 from nst_det.exporting.agreement import Difference, compare_detections, equal_scores, partners
 from nst_det.exporting.detector import QUANTIZERS, WRITERS, DetectorExport, read_images
+from nst_det.exporting.formats import FLOAT_LAYERS
 from nst_det.exporting.graph import DetectorGraph, best_first
 from nst_det.exporting.modelcard import detector_card
-from nst_det.exporting.quantization import FLOAT_LAYERS
 from nst_det.exporting.runtime import RUNTIMES, SUFFIXES, load_exported
 
 onnx = pytest.importorskip("onnx")
