@@ -11,6 +11,7 @@ from nst_det.data.cifar import read_images
 from nst_det.distillation.validation import TEMPERATURE, linear_probe, nearest
 from nst_det.errors import UserError
 from nst_det.models import classifier_from_file, load_card
+from nst_det.models.bottomup import prove_parity
 from tests.helpers.stage_one import metrics, run
 
 FROZEN = {
@@ -71,6 +72,7 @@ def test_a_student_learns_from_maps_and_has_no_head(nested, images, tmp_path, ar
     assert (card.data["labels"], card.data["images"], card.data["probe"]) == (False, 22, images.name)
     model, _ = classifier_from_file(result["backbone"])
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, model.num_features)
+    assert prove_parity(result["backbone"]) == 0
 
 
 def test_kd_teaches_the_teachers_own_classes(nested, tmp_path):
