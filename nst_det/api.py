@@ -50,13 +50,20 @@ class CompareResult(JupyterMixin):
 
     @property
     def rows(self) -> list[RowResult]:
-        """One a method: ``method``, ``score`` (mAP or top-1, 0..1), ``delta_vs_ce``, ``verdict`` and more."""
+        """One a method: ``method``, ``score`` (0..1), ``delta_vs_ce``, ``verdict``, ``vs_imagenet`` and more."""
         return self.results.rows
 
     @property
     def report(self) -> Path:
         """The report page."""
         return self.folder / "report" / "index.html"
+
+    @property
+    def conclusion(self) -> str:
+        """The result in some sentences, as at the head of the report."""
+        from nst_det.report.summary import conclusion
+
+        return conclusion(self.results)
 
     @property
     def untold(self) -> list[str]:
@@ -69,12 +76,14 @@ class CompareResult(JupyterMixin):
         from rich.text import Text
 
         from nst_det.comparison.pipeline import results_table
+        from nst_det.report.summary import published_start
         from nst_det.report.tables import UNTOLD
 
         lines = self.untold
         more = [f"{len(lines) - SHOWN_LINES} more in the report"] if len(lines) > SHOWN_LINES else []
         box = [f"{UNTOLD}:", *(f"- {line}" for line in [*lines[:SHOWN_LINES], *more])] if lines else []
-        return Group(results_table(self.results), *map(Text, box))
+        start = published_start(self.results)
+        return Group(results_table(self.results), *map(Text, [start] if start else []), *map(Text, box))
 
 
 class DistillResult(JupyterMixin, dict[str, dict[str, Any]]):

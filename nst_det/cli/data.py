@@ -106,6 +106,24 @@ def generate_data(args: argparse.Namespace) -> None:
     print(f"{output}: {synthetic.CLASSIFICATION} and {synthetic.DETECTION} are there ({seconds:.1f} s)")
 
 
+@command(
+    argument("--voc", "DIR", "a folder in VOC's layout", required=True, type=existing("a folder in VOC's layout")),
+    argument("--split", "LIST", "the list whose images are taken; not the one to test on", default="train"),
+    argument("--output", "DIR", "the image folder to make", required=True),
+)
+def crop_objects(args: argparse.Namespace) -> None:
+    """Cut the objects of a VOC list out, into an image folder with a class each for stage one, as init does."""
+    from nst_det.data.voc import VocDataset
+    from nst_det.engine.io import atomic_folder
+    from nst_det.scaffold.crops import write_crops
+
+    if (output := Path(args.output)).exists():
+        raise UserError(f"--output {output}: is there already; remove it, or name another folder")
+    with atomic_folder(output, "name another --output") as made:
+        counts = write_crops(VocDataset(args.voc, args.split), made)
+    print(f"{output}: {counts.total()} crops of {len(counts)} classes, in train and val")
+
+
 COCO_IMAGES = "of COCO's JSON: the folder of its images, or one for each file"
 LOOKED_AT = "images with boxes (VOC, labelImg, Roboflow, YOLO), one folder of images a class, or COCO's JSON"
 

@@ -164,6 +164,10 @@ def dry_run(comparison: Comparison, jobs: int = 0) -> None:
         print(line)
 
 
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else "{:+.3f} .. {:+.3f}".format(*interval)
+
+
 def results_table(results: ComparisonResult) -> Table:
     """Return the rows as a table: fractions with three digits."""
     rows, several = results.rows, len(results.seeds) > 1
@@ -178,8 +182,12 @@ def results_table(results: ComparisonResult) -> Table:
     spread, interval = (["±"], ["95 % interval"]) if several else ([], [])
     beside, below = (("area",), ("top-1",)) if of_detectors else (("error",) if measure is TOP1 else (), ())
     judged = measure.name if of_detectors else measure.head
-    for head in ("row", judged, *spread, *beside, versus, *interval, *below, "seconds", "verdict", "weights"):
-        table.add_column(head, justify="left" if head in ("row", "verdict", "weights") else "right")
+    other = ("vs imagenet", *(f"its {head}" for head in (*interval, "verdict")))
+    other = other if any(row.vs_imagenet for row in rows) else ()
+    left = ("row", "verdict", "its verdict", "weights")
+    heads = ("row", judged, *spread, *beside, versus, *interval, *below, "seconds", "verdict", *other, "weights")
+    for head in heads:
+        table.add_column(head, justify="left" if head in left else "right")
     for row, after in itertools.zip_longest(rows, rows[1:]):
         cells = {
             "row": row.method,
@@ -187,7 +195,10 @@ def results_table(results: ComparisonResult) -> Table:
             "area": "-" if row.map_area is None else f"{row.map_area:.3f}",
             "error": "-" if row.top1 is None else f"{100 * (1 - row.top1):.2f} %",
             versus: f"{row.delta_vs_ce:+.3f}",
-            "95 % interval": "-" if row.delta_interval is None else "{:+.3f} .. {:+.3f}".format(*row.delta_interval),
+            "95 % interval": _interval(row.delta_interval),
+            "vs imagenet": f"{to.mean:+.3f}" if (to := row.vs_imagenet) else "-",
+            "its 95 % interval": _interval(to.interval if to else None),
+            "its verdict": to.verdict if to else "-",
             "top-1": "-" if row.top1 is None else f"{row.top1:.3f}",
             judged: f"{row.score:.3f}",
             "seconds": f"{row.seconds:.0f}",

@@ -26,6 +26,8 @@ from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_stage, erro
 from nst_det.data.synthetic import SETTINGS_FILE
 from nst_det.distillation.config import teacher_solver
 from nst_det.distillation.fingerprint import teacher_claim
+from nst_det.engine.config import expand_path
+from nst_det.engine.io import sha256_of_file
 from nst_det.engine.machine import core_count
 from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder, differing
 
@@ -79,7 +81,7 @@ def make_plan(comparison: Comparison) -> list[Run]:
     """Return all runs, each after those that it needs."""
     runs = [_data_run(comparison)] if comparison.generate else []
     data = tuple(run.name for run in runs)
-    if not comparison.distill.TEACHER.WEIGHTS:
+    if makes_teacher(comparison):
         runs.append(_teacher_run(comparison, data))
     before = tuple(run.name for run in runs)
     runs += [_students_run(comparison, seed, before) for seed in comparison.seeds]
@@ -95,6 +97,17 @@ def make_plan(comparison: Comparison) -> list[Run]:
         else:
             runs.append(replace(run, kind=TEACHER_DETECTOR, row=None, seed=None))
     return runs + [_detector_run(comparison, row, seed, data, before) for row, seed in rows]
+
+
+def makes_teacher(comparison: Comparison) -> bool:
+    """Return whether a run makes the teacher, once for all seeds: anew, or of weights that aren't a backbone file."""
+    node = comparison.distill.TEACHER
+    if not node.WEIGHTS or not node.TRAIN or node.WEIGHTS.startswith("backbone:"):
+        return not node.WEIGHTS
+    # torch takes seconds to import
+    from nst_det.models.io import is_backbone_file
+
+    return not is_backbone_file(Path(expand_path(node.WEIGHTS, f"{DISTILL}.TEACHER.WEIGHTS")))
 
 
 def run_config(comparison: Comparison, run: Run) -> CfgNode:
@@ -127,8 +140,8 @@ def backbone_name(comparison: Comparison, row: str, seed: int) -> str:
 
 
 def backbone_file(comparison: Comparison, row: str, seed: int) -> str:
-    """Return that backbone's file; the user's own for a teacher that isn't trained here."""
-    if row == TEACHER and comparison.distill.TEACHER.WEIGHTS:
+    """Return that backbone's file; the user's own for a teacher that isn't made here."""
+    if row == TEACHER and not makes_teacher(comparison):
         return str(comparison.distill.TEACHER.WEIGHTS)
     name = backbone_name(comparison, row, seed)
     return name and str(comparison.folder / "backbones" / f"{name}.safetensors")
@@ -152,13 +165,15 @@ def teacher_folder(comparison: Comparison) -> Path:
 def finished_teacher(comparison: Comparison) -> str:
     """Return the backbone file of a comparison's own teacher, if it is trained; else ""."""
     folder, file = RunFolder(teacher_folder(comparison)), backbone_file(comparison, TEACHER, TEACHER_SEED)
-    if comparison.distill.TEACHER.WEIGHTS or not (folder.done and Path(file).is_file()):
+    if not (makes_teacher(comparison) and folder.done and Path(file).is_file()):
         return ""
     # torch takes seconds to import
     from nst_det.distillation.dataloader import read_data
 
     config = run_config(comparison, next(run for run in make_plan(comparison) if run.kind == TEACHER))
-    claim = teacher_claim(config, read_data(config).fingerprint(), "", to_train=True)
+    weights = expand_path(config.TEACHER.WEIGHTS, "TEACHER.WEIGHTS")
+    begins = sha256_of_file(weights) if weights else ""
+    claim = teacher_claim(config, read_data(config).fingerprint(), begins, to_train=True)
     return "" if differing(folder.config(), claim) else file
 
 

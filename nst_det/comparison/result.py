@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nst_det.comparison.statistics import Difference, Verdict
 from nst_det.engine.io import from_json, read_json, write_json
 from nst_det.errors import UserError
 
@@ -181,7 +182,8 @@ class RowResult(Scored):
     delta_interval: tuple[float, float] | None
     p_value: float | None
     p_holm: float | None
-    verdict: Literal["reference", "single seed", "noise", "better", "worse"]
+    verdict: Verdict
+    vs_imagenet: Difference | None  # the same to the row imagenet, where the students begin from its weights
     per_class: dict[str, float | None]  # 11-point AP
     per_class_area: dict[str, float | None]
     map_by_iou: dict[str, float | None]  # this and the next three as nst_det.evaluation.metrics.summarize gives them
@@ -254,6 +256,7 @@ class ComparisonResult:
     classes: list[str]
     rows: list[RowResult]
     teacher: TeacherResult | None
+    student_weights: str  # the published weights that all students begin from; "" for random ones
     published: list[str]  # tables of papers beside this one, by their names in nst_det.comparison.published
     settings: dict[str, Any]
     provenance: dict[str, Any]

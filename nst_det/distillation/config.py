@@ -61,6 +61,7 @@ KEYS: dict[str, Key] = {
         "False learns from images without labels: those in and below ROOT, at any depth, or in train and val there; "
         "by terms that read no labels, from a teacher of any or no classes, which is taken as it is",
     ),
+    "DATA.MORE_ROOTS": Key([], "more of them, whose images join those; classes of the same name are one class"),
     "DATA.PER_CLASS": Key(
         0,
         "labelled images of each class for the students, chosen by VAL_SEED; 0 takes all, as a teacher does",
@@ -271,6 +272,10 @@ RULES: Rules = {
         "a list of methods such as [ce, kd, nst-poly]",
     ),
     "DATA.ROOT": (lambda value, _: bool(value), "the path of an image folder"),
+    "DATA.MORE_ROOTS": (
+        lambda values, _: all(isinstance(value, str) and value for value in values),
+        "a list of paths of image folders",
+    ),
     "DATA.VAL_FROM": _one_of("auto", "train"),
     "DATA.PER_CLASS": _from(0),
     "DATA.REST": _one_of("drop", "unlabelled"),
@@ -349,6 +354,11 @@ def _check(config: CfgNode, rules: Rules, prefix: str = "") -> None:
             node = node[part]
         if not fits(node[below[-1]], node):
             raise UserError(f"config: {prefix}{key} must be {wanted}")
+
+
+def image_roots(config: CfgNode) -> list[tuple[str, str]]:
+    """Return the key and the path, as it is written, of each image folder."""
+    return [("DATA.ROOT", config.DATA.ROOT), *(("DATA.MORE_ROOTS", root) for root in config.DATA.MORE_ROOTS)]
 
 
 def teacher_solver(config: CfgNode) -> CfgNode:

@@ -12,8 +12,9 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from nst_det.data.cifar import read_images
-from nst_det.data.folders import ImageFolder
+from nst_det.data.folders import ImageFolder, joined
 from nst_det.distillation.augment import Changes, ImageStore, Views, changed, cut_out, draw_moves
+from nst_det.distillation.config import image_roots
 from nst_det.engine.config import expand_path
 from nst_det.engine.device import default_device
 from nst_det.engine.distributed import rank, share_of, world_size
@@ -143,8 +144,9 @@ def read_data(config: CfgNode) -> ImageFolder:
 
 
 def _read_all(config: CfgNode) -> ImageFolder:
-    data, root = config.DATA, expand_path(config.DATA.ROOT, "DATA.ROOT")
-    return read_images(root, data.VAL_FRACTION, data.VAL_SEED, data.VAL_FROM == "train", data.LABELS)
+    data, cut = config.DATA, config.DATA.VAL_FROM == "train"
+    roots = (expand_path(root, key) for key, root in image_roots(config))
+    return joined([read_images(root, data.VAL_FRACTION, data.VAL_SEED, cut, data.LABELS) for root in roots])
 
 
 def read_probe(config: CfgNode) -> ImageFolder | None:
@@ -173,7 +175,7 @@ class StageOneData:
         self.folder = _labelled(self.whole, config)
         if not len(self.folder.val):
             raise UserError(f"{self.folder.root}: no images to validate on; add a val folder or set DATA.VAL_FRACTION")
-        self.name, self.classes = self.folder.root.resolve().name, list(self.folder.classes)
+        self.name, self.classes = self.folder.name, list(self.folder.classes)
         self.fingerprint = self.folder.fingerprint()
         self.whole_fingerprint = self.whole.fingerprint() if self.whole is not self.folder else self.fingerprint
         self.normalize = Normalizer(data.MEAN, data.STD, default_device())

@@ -17,6 +17,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "OUTPUT_DIR": (RUN,),
     "REGISTRY": (RUN,),
     "DATA.ROOT": (),
+    "DATA.MORE_ROOTS": (),
     "DATASETS.VOC.*.ROOT": (),
     "CACHE.DIR": (),
     "MODEL.WEIGHTS": (RUN,),

@@ -141,6 +141,24 @@ def test_a_teacher_of_ones_own_is_not_trained(config_file):
     assert (row.settings["MODEL.WEIGHTS"], row.settings["MODEL.TIMM.ARCH"]) == ("backbone://big", "resnet50")
 
 
+def test_weights_that_a_teacher_begins_from_are_trained_once_for_all_seeds(config_file, tmp_path):
+    (tmp_path / "lite2.pth").write_bytes(b"")
+    words = ["DISTILL.TEACHER.WEIGHTS", str(tmp_path / "lite2.pth")]
+    runs = {run.name: run for run in make_plan(load_comparison(config_file, tmp_path / "out", words))}
+    assert "TEACHER.WEIGHTS" not in runs["teacher"].settings
+    made = str(tmp_path / "out" / "backbones" / "small-teacher.safetensors")
+    for seed in (0, 1):
+        assert (runs[f"distill/seed{seed}"].needs, runs[f"distill/seed{seed}"].settings["TEACHER.WEIGHTS"]) == (
+            ("teacher",),
+            made,
+        )
+    # those that are taken as they are, are no run
+    frozen = load_comparison(config_file, tmp_path / "out", [*words, "DISTILL.TEACHER.TRAIN", "False"])
+    runs = {run.name: run for run in make_plan(frozen)}
+    assert "teacher" not in runs
+    assert runs["distill/seed0"].settings["TEACHER.WEIGHTS"] == words[1]
+
+
 def test_rows_with_terms_of_stage_two_share_one_teacher_detector(config_file):
     words = ["METHODS", "[kd, cwd@det:5, kd+pkd@det]"]
     comparison = load_comparison(config_file, overrides=words)
