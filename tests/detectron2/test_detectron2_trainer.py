@@ -93,6 +93,7 @@ class Stop(HookBase):
 
 def test_a_resumed_run_repeats_the_undisturbed_one(configured, taught, tmp_path):
     words = [*taught("kd+fitnet+nst-poly"), "DATASETS.TEST", "()", "TRANSFER.AUTO_WEIGHT", "{nst-poly: 0.5}"]
+    words += ["INPUT.AUGMENTATION", "voc"]
     whole, part = (configured(*words, folder=tmp_path / name) for name in ("whole", "part"))
     train_net(whole, RunFolder(whole.OUTPUT_DIR), resume=False)
     first = DistillTrainer(part)
