@@ -101,6 +101,7 @@ def init(
     train: str = "",
     test: str = "",
     device: str = "",
+    unlabelled: str | Path | None = None,
 ) -> Project:
     """Make a project for your own data: configs that fit it, and data for stage one; ``nst-det init`` does the same.
 
@@ -113,6 +114,7 @@ def init(
         train: list of the VOC folder to train on; "" takes the one there is, or cuts one.
         test: list to test on.
         device: ``cpu`` or ``cuda``, to fit sizes and schedules to; "" takes the GPU if there is one.
+        unlabelled: images without labels for stage one, at any depth; a published network teaches.
 
     Returns:
         What was found in the data and chosen for it: ``values``, ``report``, ``images`` and more.
@@ -140,7 +142,7 @@ def init(
     data = CocoSource(annotations, folders) if annotations else voc
     own = folders[0] if folders and not annotations else None
     assert data is not None
-    return init_project(project, data, own, train, test, device)
+    return init_project(project, data, own, train, test, device, unlabelled)
 
 
 def _paths(given: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
@@ -159,8 +161,7 @@ def compare(
 ) -> CompareResult:
     """Run every method and seed through both stages, then write the report; resume what was stopped.
 
-    A config without a detector (no DETECT.CONFIG) compares the students of stage one by their top-1.
-    ``nst-det compare`` does the same.  The runs are processes of their own.
+    Without DETECT.CONFIG it compares the students of stage one.  Runs are processes; ``nst-det compare`` does the same.
 
     Args:
         project: the folder that ``init`` made, or the YAML of a comparison.
@@ -206,8 +207,8 @@ def distill(project: str | Path, settings: Settings = ()) -> DistillResult:
         settings: keys with other values, ``{"METHODS": ["ce", "kd"]}``, or KEY VALUE pairs as on the command line.
 
     Returns:
-        By method: ``top1`` and ``top5`` on the validation split (0..1), ``seconds``, ``steps``, ``params``, and
-        ``backbone``, the file.
+        By method: ``top1`` and ``top5`` on the validation split (0..1; without labels ``measure`` names what else),
+        ``seconds``, ``steps``, ``params``, and ``backbone``, the file.
 
     Raises:
         UserError: something in config, data or weights can't be used, or the teacher is worse than expected.

@@ -1,7 +1,5 @@
 """Commands that train, or show what training gave."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

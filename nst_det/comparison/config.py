@@ -17,6 +17,7 @@ from nst_det.comparison.result import (
     COCO,
     IMAGENET,
     MAP,
+    MEASURES,
     NO_FPN,
     PUBLISHED_STARTS,
     SCRATCH,
@@ -221,9 +222,9 @@ class Comparison:
     name: str
     folder: Path
     engine: str  # "" without detectors
-    methods: Mapping[str, RowSpec]  # by method string, ce first
+    methods: Mapping[str, RowSpec]  # by method string, ce first, which images without labels don't have
     seeds: tuple[int, ...]
-    rows: tuple[str, ...]  # those of ROWS, scratch first; none without detectors
+    rows: tuple[str, ...]  # those of ROWS, scratch first; without detectors none, without labels the students' start
     published: tuple[str, ...]
     jobs: int
     threads: int
@@ -239,7 +240,20 @@ class Comparison:
     @property
     def measure(self) -> Measure:
         """By what the rows are judged."""
-        return MAP if self.detect else TOP1
+        if self.detect:
+            return MAP
+        if self.distill.DATA.LABELS:
+            return TOP1
+        if self.distill.TEST.PROBE.ROOT:
+            return MEASURES[self.distill.TEST.PROBE.BY]
+        # students without a head have no class to agree on
+        kinds = [{get_term(name).student_kind for name in row.backbone.names} for row in self.methods.values()]
+        return MEASURES["agreement" if all("logits" in one for one in kinds) else "cka"]
+
+    @property
+    def baseline(self) -> str:
+        """The row that all others are compared with."""
+        return BASELINE if BASELINE in self.methods else self.rows[0]
 
     def inputs(self) -> dict[str, str]:
         """Return the fingerprints of data and weights, by key; of generated data its settings in the claim say all."""
@@ -286,10 +300,6 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     detects = bool(config.DETECT.CONFIG)
     if not detects:
         check_no_detector(config, methods, forwarded, str(file))
-    measure = MAP if detects else TOP1
-    known_tables = [name for name, table in PUBLISHED.items() if table.measure is measure]
-    if not all(name in known_tables for name in config.PUBLISHED):
-        raise UserError(f"{file}: PUBLISHED must be a list of tables with {measure.name}: {', '.join(known_tables)}")
     rows = tuple(row for row in ROW_OPTS if detects and (row == SCRATCH or row in config.ROWS))
     folder = Path(expand_path(str(output or config.OUTPUT_DIR or f"output/{config.NAME}"), "OUTPUT_DIR")).resolve()
     stages = [DISTILL, DETECT] if detects else [DISTILL]
@@ -301,6 +311,13 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         engine = choose_engine(wanted, str(source))
     configs = {stage: _stage_config(stage, files[stage], engine, config, forwarded, file) for stage in stages}
     distill, detect = configs[DISTILL], configs.get(DETECT, CfgNode())
+    measure = MAP if detects else TOP1
+    known_tables = [name for name, table in PUBLISHED.items() if table.measure is measure and distill.DATA.LABELS]
+    if not all(name in known_tables for name in config.PUBLISHED):
+        tables = f"of tables with {measure.name}: {', '.join(known_tables)}" if known_tables else "without any"
+        raise UserError(f"{file}: PUBLISHED must be a list {tables}")
+    if not distill.DATA.LABELS:
+        methods = methods_without_labels(specs[1:], rows, str(file))
     if detects:
         check_stages_fit(distill, detect, str(file))
     if detects and detect.METHOD != BASELINE and any(row.detector.names for row in methods.values()):
@@ -318,6 +335,9 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         row_opts[row] = (*words, *row_opts[row])
     for row, words in row_opts.items():
         merge_stage(detect, words, f"{file}: DETECT.{ROW_OPTS[row]}")
+    if not detects and not distill.DATA.LABELS:
+        # measured before stage one, not made by a run
+        rows = (IMAGENET if distill.STUDENT.WEIGHTS or distill.STUDENT.PRETRAINED else SCRATCH,)
     generate, data_root = plain(config.DATA.GENERATE), None
     if generate:
         root = expand_path(config.DATA.ROOT, "DATA.ROOT")
@@ -350,6 +370,20 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         tuned=read_tuned(path_beside(config.TUNED, "TUNED", file, own)) if config.TUNED else {},
         claim=claim | {"NAME": config.NAME, "ENGINE": engine, "THREADS": threads},
     )
+
+
+def methods_without_labels(methods: Sequence[RowSpec], rows: Sequence[str], source: str) -> dict[str, RowSpec]:
+    """Return METHODS by method string; refuse rows whose student is that of ce, which nothing can learn."""
+    found = [f"METHODS {row.word}" for row in methods if not row.backbone.names]
+    found += [f"ROWS {NO_FPN}"] * (NO_FPN in rows)
+    if found:
+        raise UserError(
+            f"{source}: {found[0]} has the student of ce (labels only), and DISTILL.DATA.LABELS is False; leave it "
+            "out, or add a term of stage one"
+        )
+    if not methods:
+        raise UserError(f"{source}: METHODS is empty, and without labels there is no other student; name methods")
+    return {row.word: row for row in methods}
 
 
 def check_no_detector(

@@ -402,4 +402,4 @@ def resolve_machine(config: CfgNode) -> None:
 
     with defrosted(config):
         config.MODEL.DEVICE = resolve_device(config.MODEL.DEVICE)
-        config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE == "cpu")
+        config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, none=config.MODEL.DEVICE == "cpu")

@@ -1,7 +1,5 @@
 """Detectron2's config with this project's keys, read as strictly as every other config of this project."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,11 +40,7 @@ def add_config(cfg: CfgNode) -> None:
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
-    """Return Detectron2's config of a YAML file (with ``_BASE_``) and ``KEY VALUE`` pairs, frozen.
-
-    Raises:
-        UserError: no such file, an unknown key, or a value of the wrong type.
-    """
+    """Return Detectron2's config of a YAML file (with ``_BASE_``) and ``KEY VALUE`` pairs, frozen."""
     defaults = get_cfg()
     add_config(defaults)
     cfg = read_config(defaults, file, overrides)

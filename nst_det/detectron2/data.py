@@ -1,7 +1,5 @@
 """VOC folders in Detectron2's catalogs, and training batches that are a function of the seed and the step alone."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -142,20 +140,12 @@ def build_train_loader(cfg: CfgNode) -> Any:
 def register_voc(
     name: str, root: str, split: str, classes: Sequence[str] | None = None, use_difficult: bool = True
 ) -> VocDataset:
-    """Register one split of a VOC folder; a name that is taken already now means this folder.
+    """Register one split of a VOC folder for ``DATASETS.TRAIN`` and ``TEST``; a taken name now means this folder.
 
-    Args:
-        name: for ``DATASETS.TRAIN`` and ``TEST``.
-        root: the folder that holds ``Annotations``.
-        split: a list in ``ImageSets/Main``.
-        classes: class names in the order of their labels; None reads them from the annotations.
-        use_difficult: train on objects marked ``difficult`` too, as Detectron2 does.  Evaluation never counts them.
-
-    Returns:
-        The data set; it is also ``MetadataCatalog.get(name).voc``, where ``VocEvaluator`` finds it.
-
-    Raises:
-        UserError: no such folder or list, or a bad annotation.
+    ``root`` holds ``Annotations``, ``split`` is a list in ``ImageSets/Main``, ``classes`` are in the order of their
+    labels (None reads them from the annotations); ``use_difficult`` trains on objects marked so, as Detectron2 does,
+    and evaluation never counts them.  The data set is also ``MetadataCatalog.get(name).voc``, where ``VocEvaluator``
+    finds it.  A UserError names no such folder or list, or a bad annotation.
     """
     data = VocDataset(root, split, classes)
     register_images(name, data, use_difficult)

@@ -1,7 +1,5 @@
 """timm bottom-ups in Detectron2's registry: ``build_timm_backbone`` and ``build_timm_fpn_backbone``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What each config key concerns: the one table of keys that may differ between two calls of a run, and that may not."""
 
-from __future__ import annotations
-
 import re
 
 # a run folder refuses to resume with another value; the rest are the runs of stage one whose results depend on the key
@@ -23,6 +21,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "CACHE.DIR": (),
     "MODEL.WEIGHTS": (RUN,),
     "TEACHER.WEIGHTS": (),
+    "TEST.PROBE.ROOT": (),
     "STUDENT.WEIGHTS": (),
     "TEACHER.CONFIG_FILE": (),
     "MODEL.DEVICE": (),

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nst_det.losses.ops import EPS, Shared, check_factors, compute_now, full_precision, unit
 from nst_det.losses.registry import OUTPUT, LayerPair, register_term
+
+# of angles or directions at once: 64 MiB in float32; all angles of a batch of 256
+MOST_NUMBERS = 1 << 24
 
 
 def distances(x: Tensor) -> Tensor:
@@ -17,10 +21,29 @@ def distances(x: Tensor) -> Tensor:
     return found / (found.sum() / (count * (count - 1)))
 
 
-def angles(x: Tensor) -> Tensor:
-    """Return the cosines of the angles at each of (B, D) to all pairs of the others: (B, B, B)."""
-    directions = unit(x[:, None] - x)
+def angles(x: Tensor, corners: slice = slice(None)) -> Tensor:
+    """Return the cosines of the angles at each of ``corners`` of (B, D) to all pairs of the others: (b, B, B)."""
+    directions = unit(x[corners, None] - x)
     return directions @ directions.mT
+
+
+def _at_corners(x: Tensor, y: Tensor, corners: slice) -> Tensor:
+    return F.smooth_l1_loss(angles(x, corners), angles(y, corners), reduction="sum")
+
+
+def angles_loss(x: Tensor, y: Tensor, shared: Shared) -> Tensor:
+    """Return the mean Huber loss of all angles; of more than :data:`MOST_NUMBERS` at once those at a few corners.
+
+    These are computed again in the backward pass, so that memory stays bounded; they are summed in another order.
+    """
+    count = len(x)
+    at_once = MOST_NUMBERS // (count * max(count, x.shape[1], y.shape[1]))
+    if at_once >= count:
+        return F.smooth_l1_loss(angles(x), shared(("rkd", "angles"), lambda: angles(y)))
+    at_once = max(at_once, 1)
+    corners = [slice(start, start + at_once) for start in range(0, count, at_once)]
+    parts = [checkpoint(_at_corners, x, y, part, use_reentrant=False, preserve_rng_state=False) for part in corners]
+    return torch.stack(parts).sum() / count**3
 
 
 def rkd_loss(
@@ -39,7 +62,7 @@ def rkd_loss(
     if distance:
         loss = loss + distance * F.smooth_l1_loss(distances(x), shared(("rkd", "distances"), lambda: distances(y)))
     if angle:
-        loss = loss + angle * F.smooth_l1_loss(angles(x), shared(("rkd", "angles"), lambda: angles(y)))
+        loss = loss + angle * angles_loss(x, y, shared)
     return loss
 
 

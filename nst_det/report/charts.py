@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from nst_det.comparison.result import BASELINE, MAP, MARKS, TOP1, ComparisonResult
+from nst_det.comparison.result import BASELINE, MAP, MARKS, MEASURES, TOP1, ComparisonResult
 from nst_det.engine.metrics import TOTALS
 from nst_det.evaluation.thresholds import SCORES
 from nst_det.report.analysis import RECALLS, Precision, RowAnalysis, precision_by_class
@@ -31,12 +31,14 @@ SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 TITLES = {
     "val/top1": "top-1 accuracy",
     "val/top5": "top-5 accuracy",
+    **{f"val/{key}": measure.name for key, measure in MEASURES.items()},
     "val/map": "mAP (11-point), validation split",
     "val/map_area": "mAP (area), validation split",
     "map": "mAP (11-point), test split",
     "map_area": "mAP (area), test split",
 }
 AXES = {MAP: "mAP at IoU 0.5 (11-point)", TOP1: "top-1 accuracy on the validation split"}
+AXES |= {measure: measure.name for measure in MEASURES.values()}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ PADDING = 32
 # share of the training images that a detector is validated on, and how often at least
 VAL_FRACTION, VALIDATIONS = 0.2, 5
 ROUND = (10, 20, 25, 50, 100, 200, 250, 500, 1000)
+# ce needs labels
+METHODS = ("ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly")
 FILES = ("distill.yaml", "detect.yaml", "compare.yaml", "tune.yaml")
 
 
@@ -71,6 +73,7 @@ class Values:
     period: int  # steps of stage two between validations
     val: str  # list to validate on, "" where there is none
     val_fraction: float  # of the training images; 0 where they are too few, or where there is a list
+    labels: bool = True  # whether stage one's images have labels; without, a published network teaches
 
 
 def render(values: Values) -> dict[str, str]:
@@ -78,6 +81,7 @@ def render(values: Values) -> dict[str, str]:
     loader = jinja2.PackageLoader("nst_det.scaffold")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     # JSON is YAML, with names and paths quoted
+    environment.globals["methods"] = METHODS[not values.labels :]
     environment.filters["json"] = partial(json.dumps, ensure_ascii=False, default=str)
     roots = {key: places(getattr(values, key), values.folder) for key in ("voc", "images")}
     return {file: environment.get_template(file).render({**vars(values), **roots}) for file in FILES}

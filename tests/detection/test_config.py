@@ -172,7 +172,7 @@ def test_loader_processes_share_the_cores_of_their_machine(monkeypatch):
     for processes, threads, workers in (("4", 1, 3), ("16", 1, 1), ("1", 1, 1), ("1", 64, 8)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
-        assert loader_workers(-1, on_cpu=False) == workers
+        assert loader_workers(-1) == workers
 
 
 @pytest.mark.detectron2

@@ -165,24 +165,24 @@ def masks(boxes, height, width):
     return objects, background / max(background.sum(), 1)
 
 
-@pytest.mark.parametrize("size", [(4, 6), (1, 1), (7, 3)])
-def test_what_a_position_counts(size):
-    boxes = [*BOXES, torch.tensor([[0.0, 0.0, 1.0, 1.0]])]
-    found = box_masks([of_image.double() for of_image in boxes], size)
-    for index, of_image in enumerate(boxes):
-        for mine, wanted in zip(found, masks(of_image, *size)):
-            np.testing.assert_allclose(mine[index].numpy(), wanted, rtol=1e-12)
-    assert float(found[1][2].sum()) == 0
+def test_what_a_position_counts():
+    boxes, sizes = [*BOXES, torch.tensor([[0.0, 0.0, 1.0, 1.0]])], [(4, 6), (1, 1), (7, 3)]
+    for size, found in zip(sizes, box_masks([of_image.double() for of_image in boxes], sizes)):
+        for index, of_image in enumerate(boxes):
+            for mine, wanted in zip(found, masks(of_image, *size)):
+                np.testing.assert_allclose(mine[index].numpy(), wanted, rtol=1e-12)
+        assert float(found[1][2].sum()) == 0
+    assert not any(float(objects.sum()) for objects, _ in box_masks([torch.zeros(0, 4)] * 2, sizes))
 
 
 @pytest.mark.parametrize(("channels", "options"), [((2, 3), {}), ((3, 3), {"temperature": 0.8, "relation": 0.0})])
 def test_fgd(channels, options, check_formula):
     # factors of one size, so that each part can be wrong
     options = {"objects": 0.5, "background": 2.0, "focus": 0.3, "relation": 0.7} | options
-    module = get_term("fgd").build(LayerPair("p3", "p3", *channels), **options).double()
+    module = get_term("fgd").build([LayerPair("p3", "p3", *channels)], **options).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, 0.2, 0.7)
-    temperature = options.get("temperature", 0.5)
+    level, temperature = module.levels[0], options.get("temperature", 0.5)
     height, width = 3, 2
     teacher = RNG.standard_normal((2, channels[1], height, width))
     boxes = [of_image.double() for of_image in BOXES]
@@ -220,7 +220,7 @@ def test_fgd(channels, options, check_formula):
         total = 0
         for image, target, of_image in zip(x, teacher.astype(complex), boxes):
             if channels[0] != channels[1]:
-                image = convolution(image, *(numbers(value) for value in module.adapter.parameters()))
+                image = convolution(image, *(numbers(value) for value in level.adapter.parameters()))
             objects, background = masks(of_image, height, width)
             spatial, channel = attention(target)
             for c, y, i in np.ndindex(target.shape):
@@ -230,20 +230,20 @@ def test_fgd(channels, options, check_formula):
             total += options["focus"] * sum(size(mine[0][p] - spatial[p]) for p in spatial)
             total += options["focus"] * sum(size(a - b) for a, b in zip(mine[1], channel))
             if options["relation"]:
-                pair = [related(maps, context) for maps, context in zip((image, target), module.contexts)]
+                pair = [related(maps, context) for maps, context in zip((image, target), level.contexts)]
                 total += options["relation"] * ((pair[0] - pair[1]) ** 2).sum()
         return total / len(x)
 
     student = RNG.standard_normal((2, channels[0], height, width))
-    check_formula(formula, lambda x: module(x, tensor(teacher), compute_now, boxes), student)
+    check_formula(formula, lambda x: module([x], [tensor(teacher)], [compute_now], boxes)[0], student)
 
 
 def test_fgd_of_equal_maps_without_objects_is_zero_and_finite_where_all_is_dead():
     maps = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     assert float(fgd_loss(maps, maps, [torch.zeros(0, 4)] * 2)) == 0
-    module = get_term("fgd").build(LayerPair("p3", "p3", 3, 3))
+    module = get_term("fgd").build([LayerPair("p3", "p3", 3, 3)])
     dead = torch.zeros(2, 3, 4, 4, requires_grad=True)
-    value = module(dead, torch.randn(2, 3, 8, 8), compute_now, BOXES)
+    (value,) = module([dead], [torch.randn(2, 3, 8, 8)], [compute_now], BOXES)
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(dead.grad).all()

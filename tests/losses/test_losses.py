@@ -228,8 +228,12 @@ def test_sp(check_formula):
     check_formula(formula, lambda x: sp_loss(x, tensor(teacher)), student)
 
 
-@pytest.mark.parametrize(("distance", "angle"), [(25.0, 0.0), (0.0, 50.0), (1.0, 2.0)])
-def test_rkd(distance, angle, check_formula):
+@pytest.mark.parametrize(
+    ("distance", "angle", "at_once"), [(25.0, 0.0, 4), (0.0, 50.0, 4), (1.0, 2.0, 3), (0.0, 1.0, 0)]
+)
+def test_rkd(distance, angle, at_once, check_formula, monkeypatch):
+    # 4 samples, embeddings of 5 numbers at most: the angles at so many corners at a time, at one at least
+    monkeypatch.setattr("nst_det.losses.rkd.MOST_NUMBERS", at_once * 4 * 5)
     student, teacher = 3 * RNG.standard_normal((4, 3)), RNG.standard_normal((4, 5))
 
     def distances(x):

@@ -9,7 +9,7 @@ import yaml
 
 from nst_det.comparison.config import load_comparison, row_weights
 from nst_det.comparison.plan import make_plan, run_config
-from nst_det.comparison.stages import check_data_folders
+from nst_det.comparison.stages import check_data_folders, check_distill_losses
 from nst_det.data.coco import CocoSource
 from nst_det.data.folders import read_image_folder
 from nst_det.data.splits import hold_out
@@ -160,6 +160,21 @@ def test_own_classification_data_is_taken(thirty, tmp_path):
     assert not (tmp_path / "mine" / "data").exists()
 
 
+def test_images_without_labels_are_taken(thirty, tmp_path, cli, capsys):
+    images = tmp_path / "found"
+    shutil.copytree(thirty / "JPEGImages", images / "deep" / "inside")
+    assert cli("init", tmp_path / "mine", "--voc", thirty, "--unlabelled", images) == 0
+    assert "--methods nst-poly" in capsys.readouterr().out
+    comparison = load_comparison(tmp_path / "mine" / "compare.yaml")
+    distill = comparison.distill
+    assert (str(images), False, True) == (distill.DATA.ROOT, distill.DATA.LABELS, distill.TEACHER.PRETRAINED)
+    assert [*comparison.methods] == ["kd", "fitnet", "at", "nst-poly", "kd+nst-poly"]
+    for run in make_plan(comparison):
+        run_config(comparison, run)
+    check_distill_losses(distill, comparison.students, "mine")
+    assert not (tmp_path / "mine" / "data").exists()
+
+
 def test_names_that_yaml_would_read_otherwise(voc, tmp_path):
     """A class called ``no``, a folder with a colon and a quote."""
     for path in (voc / "Annotations").iterdir():
@@ -275,6 +290,7 @@ def test_lists_that_share_images_are_named(voc, tmp_path, cli, capsys):
         ("empty --voc FOLDER/voc", "empty: is there already"),
         ("my^project --voc FOLDER/voc", "'my^project'"),
         ("mine --voc FOLDER/voc --images FOLDER/empty FOLDER/empty", "--images: "),
+        ("mine --voc FOLDER/cut --images FOLDER/empty --unlabelled FOLDER/empty", "--unlabelled: "),
         ("mine --coco FOLDER/a.json", "--images"),
         ("mine --coco FOLDER/a.json --images FOLDER/empty FOLDER/empty", "COCO: "),
         ("mine --coco FOLDER/a.json --images FOLDER/none", "none: no such folder"),
