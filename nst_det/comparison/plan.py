@@ -102,7 +102,8 @@ def make_plan(comparison: Comparison) -> list[Run]:
 def makes_teacher(comparison: Comparison) -> bool:
     """Return whether a run makes the teacher, once for all seeds: anew, or of weights that aren't a backbone file."""
     node = comparison.distill.TEACHER
-    if not node.WEIGHTS or not node.TRAIN or node.WEIGHTS.startswith("backbone:"):
+    taken = not node.TRAIN or not comparison.distill.DATA.LABELS or node.WEIGHTS.startswith("backbone:")
+    if not node.WEIGHTS or taken:
         return not node.WEIGHTS
     # torch takes seconds to import
     from nst_det.models.io import is_backbone_file

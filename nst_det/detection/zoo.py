@@ -100,7 +100,11 @@ def form_of(names: Mapping[str, Any]) -> str:
 
 def read_detector(path: str | Path, own: Iterable[str] = ()) -> dict[str, Tensor]:
     """Return the tensors of a file without what is before the names of a detector, of this project's or another's."""
-    tensors = read_any(path)
+    return without_prefix(read_any(path), own, path)
+
+
+def without_prefix(tensors: dict[str, Tensor], own: Iterable[str], path: str | Path) -> dict[str, Tensor]:
+    """Return :func:`read_detector` of what is read already."""
     for names in (set(own), set(HEADS.values()), set(HEADS)):
         tensors = below_prefix(tensors, names, path)
     return tensors

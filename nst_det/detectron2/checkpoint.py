@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from nst_det.detection.checkpoint import detector_entries
-from nst_det.detection.zoo import ClassNames, by_own_names
+from nst_det.detection.zoo import ClassNames, by_own_names, without_prefix
 from nst_det.detectron2.modeling import bottom_up_of
 from nst_det.engine.checkpoint import KEPT, check_intact, write_state
 from nst_det.engine.io import write_text
@@ -110,16 +110,16 @@ class BackboneCheckpointer(DetectionCheckpointer):
         if self._resumes:
             return loaded
         prefix, bottom_up = bottom_up_of(self.model)
-        if not are_of_detector(loaded["model"]):
+        # Detectron2 puts what has no entry of that name into one
+        tensors = named_tensors(loaded if len(loaded) > 1 else loaded["model"], filename)
+        if not are_of_detector(tensors):
             self._refuse_to_keep(filename)
-            if isinstance(bottom_up, Bottomup):
-                # Detectron2 puts what has no entry of that name into one
-                tensors = named_tensors(loaded if len(loaded) > 1 else loaded["model"], filename)
-                load_recognized(bottom_up, filename, *_pixels(self.model), f"MODEL.WEIGHTS {filename}", tensors)
-                return {"model": {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()}}
-            return loaded
+            if not isinstance(bottom_up, Bottomup):
+                return loaded
+            load_recognized(bottom_up, filename, *_pixels(self.model), f"MODEL.WEIGHTS {filename}", tensors)
+            return {"model": {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()}}
         path = Path(filename)
-        given = {name: torch.as_tensor(value) for name, value in loaded["model"].items()}
+        given = without_prefix(tensors, own, path)
         given = by_own_names(path, given, own, bottom_up, _pixels(self.model), f"MODEL.WEIGHTS {path}")
         names = None if self.whole else self.names
         loaded["model"], filled = detector_entries(path, given, own, self.classes, "MODEL.WEIGHTS", names)
