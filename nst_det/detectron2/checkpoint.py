@@ -71,7 +71,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self._card, self._source = None, path
-        if path.startswith(PREFIX):
+        if path.startswith(PREFIX) or (path and "://" not in path):
             path = str(resolve(path))
         try:
             loaded: dict[str, Any] = super().load(path, *args, **kwargs)
