@@ -101,6 +101,7 @@ def init(
     train: str = "",
     test: str = "",
     device: str = "",
+    unlabelled: str | Path | None = None,
     student: str = "",
     teacher: str = "",
 ) -> Project:
@@ -114,6 +115,7 @@ def init(
         train: list of the VOC folder to train on; "" takes the one there is, or cuts one.
         test: list to test on.
         device: ``cpu`` or ``cuda``, to fit sizes and schedules to; "" takes the GPU if there is one.
+        unlabelled: images without labels for stage one, at any depth; a published network teaches.
         student: timm's name of a published network; "" takes a small one on a CPU, ``resnet18.tv_in1k`` on a GPU.
         teacher: likewise; "" takes a small one, or ``resnet50.tv_in1k``.
 
@@ -142,7 +144,7 @@ def init(
         raise UserError("--images: one folder of classification data; with --coco there may be two")
     data = CocoSource(annotations, folders) if voc is None else voc
     own = folders[0] if folders and voc is not None else None
-    return init_project(project, data, own, train, test, device, student, teacher)
+    return init_project(project, data, own, train, test, device, unlabelled, student, teacher)
 
 
 def _paths(given: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
@@ -207,8 +209,8 @@ def distill(project: str | Path, settings: Settings = ()) -> DistillResult:
         settings: keys with other values, ``{"METHODS": ["ce", "kd"]}``, or KEY VALUE pairs as on the command line.
 
     Returns:
-        By method: ``top1`` and ``top5`` on the validation split (0..1), ``seconds``, ``steps``, ``params``, and
-        ``backbone``, the file.
+        By method: ``top1`` and ``top5`` on the validation split (0..1; without labels ``measure`` names what else),
+        ``seconds``, ``steps``, ``params``, and ``backbone``, the file.
 
     Raises:
         UserError: something in config, data or weights can't be used, or the teacher is worse than expected.

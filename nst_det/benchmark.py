@@ -5,8 +5,6 @@ single operation, so that a MAC counts as two.  Convolutions, matrix products an
 normalization, activations, pooling and resizing are not.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What this machine has, whether its parts fit together, and for each fault the remedy."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import shutil

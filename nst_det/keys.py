@@ -1,7 +1,5 @@
 """All keys of all configs, with their defaults and meanings: ``nst-det keys``, and docs/keys.md."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Mapping

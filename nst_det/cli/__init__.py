@@ -1,7 +1,5 @@
 """The command line, ``nst-det COMMAND ...``; all commands are imported for a help page, so they import inside."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import errno

@@ -60,7 +60,7 @@ def backbones(args: argparse.Namespace) -> None:
 def keys(args: argparse.Namespace) -> None:
     """List the keys of all configs, with their defaults and meanings."""
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from nst_det.engine.format import print_table
     from nst_det.engine.io import write_text
@@ -70,9 +70,8 @@ def keys(args: argparse.Namespace) -> None:
         write_text(args.output, page())
         return
     for group, found in find_keys(args.prefix):
-        table = Table(title=f"{group.title}, {group.file}", title_justify="left")
-        for column in ("key", "default", "meaning"):
-            table.add_column(column, overflow="fold")
+        columns = (Column(name, overflow="fold") for name in ("key", "default", "meaning"))
+        table = Table(*columns, title=f"{group.title}, {group.file}", title_justify="left")
         for name, key in found.items():
             table.add_row(name, *(escape(text) for text in (default_text(key.default), meaning_text(key))))
         print_table(table)
@@ -81,7 +80,7 @@ def keys(args: argparse.Namespace) -> None:
 @command(argument("method", None, "only the terms of this method, for example kd+nst-poly", nargs="?"))
 def methods(args: argparse.Namespace) -> None:
     """List the transfer terms, their default weights and where these are from."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from nst_det.detection.config import detector_transfer_node
     from nst_det.engine.format import print_table
@@ -92,9 +91,8 @@ def methods(args: argparse.Namespace) -> None:
         chosen: dict[str, float | None] = dict(parse_method(args.method)) if args.method else dict.fromkeys(terms())
     except ValueError as error:
         raise UserError(str(error)) from None
-    table = Table(title="Transfer terms; join them with +, weigh them as in kd:0.9+nst-poly", expand=False)
-    for column in ("term", "reads", "weight", "the weight is from", "hands over", "options"):
-        table.add_column(column, justify="right" if column == "weight" else "left")
+    columns = ("term", "reads", Column("weight", justify="right"), "the weight is from", "hands over", "options")
+    table = Table(*columns, title="Transfer terms; join them with +, weigh them as in kd:0.9+nst-poly")
     for name, weight in chosen.items():
         term = terms()[name]
         reads = term.level if term.student_kind == term.level else f"{term.student_kind} to {term.level}"
@@ -226,15 +224,14 @@ def _load_network(args: argparse.Namespace, device: torch.device) -> tuple[str, 
 
 def _print_figures(figures: dict[str, Any]) -> None:
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from nst_det.engine.format import print_table
 
     height, width = figures["size"]
     where = f"{height}x{width} pixels, {figures['device']}, {figures['threads']} threads"
-    table = Table(title=escape(f"{figures['name']}, {where}"))
-    for column in ("batch", "median ms", "p10 ms", "p90 ms", "images/s"):
-        table.add_column(column, justify="right")
+    columns = (Column(name, justify="right") for name in ("batch", "median ms", "p10 ms", "p90 ms", "images/s"))
+    table = Table(*columns, title=escape(f"{figures['name']}, {where}"))
     for row in figures["latency"]:
         cells = [f"{1000 * row[key]:.1f}" for key in ("median", "p10", "p90")]
         table.add_row(str(row["batch"]), *cells, f"{row['images_per_second']:.1f}")

@@ -1,7 +1,5 @@
 """How a command is declared: its arguments in a decorator, its name and help by the function that it decorates."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass

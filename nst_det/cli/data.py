@@ -1,7 +1,5 @@
 """Commands that make and check data sets and projects."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import time
@@ -24,6 +22,7 @@ INIT_NETWORK = "(published weights where timm has some; default: a small one on 
         argument("--coco", "JSON", "your data: COCO's JSON, converted to VOC; two are to train and test on", nargs="+"),
     ),
     argument("--images", "PATH", INIT_IMAGES, nargs="+", default=[]),
+    argument("--unlabelled", "DIR", "images without labels, at any depth, for stage one: a published network teaches"),
     argument("--train", "LIST", "list to train on (default: found, or cut 4:1)", default=""),
     argument("--test", "LIST", "list to test on", default=""),
     argument("--device", None, "to fit sizes and schedules to (default: cuda if there)", choices=("cpu", "cuda")),
@@ -37,6 +36,7 @@ def init(args: argparse.Namespace) -> None:
 
     given = {"images": args.images, "train": args.train, "test": args.test, "device": args.device or ""}
     given |= {"student": args.student, "teacher": args.teacher}
+    given["unlabelled"] = args.unlabelled
     project = api.init(args.project, args.voc, coco=args.coco or (), **given)
     values, report = project.values, project.report
     root = shown_path(report.root)
@@ -61,14 +61,15 @@ def init(args: argparse.Namespace) -> None:
     for line in project.to_bring:
         print(f"bring     {line}")
     print(f"stage one {values.images}: {values.images_note}")
-    print(f"          {values.teacher.iterations} steps of the teacher, {values.student.iterations} of each student")
+    taught = f"{values.teacher.iterations} steps of the teacher, " if values.labels else ""
+    print(f"          {taught}{values.student.iterations} {'of' if taught else 'steps of'} each student")
     print(f"stage two {values.size[0]} x {values.size[1]} pixels, anchors {', '.join(map(str, values.anchors))}")
     print(f"          {values.detection.iterations} steps of {values.detection.batch} images")
     if project.small > 0.1:
         print(f"          {project.small:.0%} of the {project.objects} objects are smaller than 8 pixels at this size;")
         print("          raise INPUT.MIN_SIZE_* and MAX_SIZE_* and the anchors in detect.yaml")
     compare = shlex.join(["nst-det", "compare", args.project])
-    print(f"next      {compare} --seeds 0 --methods ce,nst-poly")
+    print(f"next      {compare} --seeds 0 --methods {'ce,' if values.labels else ''}nst-poly")
     print(f"          for a first look; {compare} adds all methods and seeds")
     print(f"then      nst-det predict IMAGES --run {args.project}/output/detect/seed0/nst-poly")
 
@@ -129,7 +130,7 @@ def check_data(args: argparse.Namespace) -> int:
     """List everything that is wrong with images with boxes, an image folder, or COCO's JSON."""
     from dataclasses import asdict
 
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from nst_det.data import check
     from nst_det.data.coco import CocoSource
@@ -148,8 +149,7 @@ def check_data(args: argparse.Namespace) -> int:
     for problem in report.problems:
         print(f"{problem.kind}: {problem.line()}")
     if report.problems:
-        table = Table("problem")
-        table.add_column("times", justify="right")
+        table = Table("problem", Column("times", justify="right"))
         for kind, count in report.by_kind().items():
             table.add_row(kind, str(count))
         print_table(table)

@@ -1,7 +1,5 @@
 """Commands that train, or show what training gave."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any
@@ -99,7 +97,7 @@ def train_det(args: argparse.Namespace) -> int | None:
     config("compare.yaml", "YAML of the comparison"),
     METHODS,
     SEEDS,
-    setting("--rows", "ROWS", "LIST", "more rows: scratch, no-fpn, teacher"),
+    setting("--rows", "ROWS", "LIST", "more rows: imagenet, coco, no-fpn, teacher"),
     setting("--tuned", "TUNED", "FILE", "the tuned.yaml of nst-det tune: weights and levels of the methods in it"),
     argument("--output", "DIR", "where everything is written, in place of OUTPUT_DIR"),
     JOBS,

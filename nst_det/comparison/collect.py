@@ -10,7 +10,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.config import MARK, Comparison, merge_stage, row_weights, without_fpn
+from nst_det.comparison.config import MARK, Comparison, merge_stage, row_weights
 from nst_det.comparison.plan import (
     STUDENTS,
     Run,
@@ -22,7 +22,8 @@ from nst_det.comparison.plan import (
 )
 from nst_det.comparison.result import (
     BASELINE,
-    NO_FPN,
+    COCO,
+    MEASURES,
     ComparisonResult,
     Cost,
     RowResult,
@@ -47,8 +48,8 @@ def build_results(
     """Put the results of all runs of a plan together; ``costs`` are by row, from ``measure_costs``."""
     by_row = {row: {seed: _seed(comparison, row, seed) for seed in comparison.seeds} for row in comparison.all_rows}
     scores = {row: {seed: one.score for seed, one in entries.items()} for row, entries in by_row.items()}
-    differences = {row: paired_difference(scores[row], scores[BASELINE]) for row in by_row}
-    differences[BASELINE] = Difference(0.0, None, None, REFERENCE)
+    differences = {row: paired_difference(scores[row], scores[comparison.baseline]) for row in by_row}
+    differences[comparison.baseline] = Difference(0.0, None, None, REFERENCE)
     corrected = holm([difference.p_value for difference in differences.values()])
     rows = [
         RowResult(
@@ -89,9 +90,20 @@ def _read(folder: Path) -> dict[str, Any]:
     return tree
 
 
+def _start(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what a student's result says of its start, as a result."""
+    start = {name: result.get(f"{name}_start") for name in MEASURES}
+    return {**start, "steps": 0, **{key: result.get(key) for key in ("params", "val_images")}}
+
+
 def _seed(comparison: Comparison, row: str, seed: int) -> SeedResult:
     above, below = detector_folder(comparison, row, seed), backbone_folder(comparison, row, seed)
     detector, backbone = _read(above) if comparison.detect else {}, _read(below) if below else {}
+    if not comparison.detect and not below:
+        below = backbone_folder(comparison, next(iter(comparison.methods)), seed)
+        backbone = _start(_read(below)) if below else {}
+    names = [name for name in (comparison.measure.key, *MEASURES) if name in MEASURES]
+    measured = {name: backbone[name] for name in names if backbone.get(name) is not None}
     folder = above if comparison.detect else below
     seconds = [float(result.get("seconds") or 0.0) for result in (detector, backbone)]
     judged, of_detections = detector or backbone, ["map_by_iou", "coco", "objects", "objects_per_class"]
@@ -107,6 +119,7 @@ def _seed(comparison: Comparison, row: str, seed: int) -> SeedResult:
         "speed_detector": detector.get("speed") or {},
         "speed_backbone": backbone.get("speed") or {},
         "term_weights": {"backbone": backbone.get("weights") or {}, "detector": detector.get("weights") or {}},
+        "measured": measured or None,
         "backbone": backbone_name(comparison, row, seed) if backbone else "",
         "run": above.relative_to(comparison.folder).as_posix() if comparison.detect else None,
         "distill_run": below.relative_to(comparison.folder).as_posix() if below and backbone else None,
@@ -114,7 +127,7 @@ def _seed(comparison: Comparison, row: str, seed: int) -> SeedResult:
     for key, kind in (("top1", float | None), ("top5", float | None), ("val_images", int | None)):
         tree[key] = from_json(kind, backbone.get(key), f"{below}/result.json", REMEDY, key)
     for key in ("map", "map_area") if comparison.detect else (comparison.measure.key,):
-        from_json(float, tree.get(key), f"{folder}/result.json", REMEDY, key)
+        from_json(float, (tree | measured).get(key), f"{folder}/result.json", REMEDY, key)
     entry: SeedResult = from_json(SeedResult, tree, f"{folder}/result.json", REMEDY)
     return entry
 
@@ -131,6 +144,10 @@ def _over_seeds(seeds: Sequence[SeedResult]) -> dict[str, Any]:
     for key in ("per_class", "per_class_area", "map_by_iou", "coco", "speed_backbone", "speed_detector"):
         found = [getattr(one, key) for one in seeds]
         values[key] = {name: over(one.get(name) for one in found)[0] for name in found[0]}
+    found = [one.measured or {} for one in seeds]
+    means = {name: over(one[name] for one in found) for name in found[0] if all(name in one for one in found)}
+    values["measured"] = {name: mean for name, (mean, _) in means.items()} or None
+    values["measured_std"] = {name: std for name, (_, std) in means.items() if std is not None} or None
     for key in ("map", "map_area", "top1"):
         values[key], values[f"{key}_std"] = over(getattr(one, key) for one in seeds)
     for key in ("seconds", "seconds_backbone", "seconds_detector"):
@@ -162,16 +179,18 @@ def _transfer(comparison: Comparison, runs: Sequence[Run], row: str, seeds: Sequ
 
 def _differs(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]:
     """Return what a row's detector has otherwise than ce's, and levels and options that only its terms have."""
-    detectors = {run.row: run_config(comparison, run) for run in runs if run.row in (row, BASELINE)}
-    own, common = (plain(flat(detectors.get(name, CfgNode()))) for name in (row, BASELINE))
-    # the detector without FPN is what that row is about
-    expected = without_fpn(comparison.detect)[::2] if row == NO_FPN else ()
-    lines = [
-        f"{key} {own.get(key, 'none')} (ce: {common.get(key, 'none')})"
+    baseline = comparison.baseline
+    detectors = {run.row: run_config(comparison, run) for run in runs if run.row in (row, baseline)}
+    own, common = (plain(flat(detectors.get(name, CfgNode()))) for name in (row, baseline))
+    lines = []
+    if row == COCO:
+        lines.append(f"on {own['MODEL.TIMM.ARCH']}, begins with all of the detector {Path(own['MODEL.WEIGHTS']).name}")
+    lines += [
+        f"{key} {own.get(key, 'none')} ({baseline}: {common.get(key, 'none')})"
         for key in dict.fromkeys([*own, *common])
         if own.get(key) != common.get(key)
         and not key.startswith(("METHOD", "TEACHER.", "TRANSFER."))
-        and key not in expected
+        and key not in comparison.another.get(row, ())
         and concerns(key, RESUME)
         and not concerns(key, RUN)
     ]

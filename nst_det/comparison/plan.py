@@ -4,7 +4,7 @@
 
     data ──► teacher ──► distill/seed0 ──► detect/seed0/ce, detect/seed0/kd, ...
         │       └──► detect/seed0/teacher ──► detect/seed0/cwd@det, ...
-        └──────────────────────────────► detect/seed0/scratch, detect/seed0/imagenet
+        └──────────────────────────────► detect/seed0/scratch, detect/seed0/imagenet, detect/seed0/coco
 
 Where stage one alone is compared, the plan ends with it.  Stage one is one run a seed, because it trains the students
 of all methods side by side.  A run's name is also its folder (``distill/seed0/students/kd`` of a student), and the path
@@ -21,7 +21,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from nst_det.comparison.config import Comparison, merge_stage
-from nst_det.comparison.result import BASELINE, IMAGENET, NO_FPN, SCRATCH, TEACHER
+from nst_det.comparison.result import BASELINE, NO_FPN, PUBLISHED_STARTS, SCRATCH, TEACHER
 from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_stage, errors_of, generated_settings
 from nst_det.data.synthetic import SETTINGS_FILE
 from nst_det.distillation.config import teacher_solver
@@ -121,7 +121,7 @@ def total_steps(run: Run, config: CfgNode) -> int:
 
 def backbone_name(comparison: Comparison, row: str, seed: int) -> str:
     """Return the registry name of the backbone that a row's detector starts from; "" for one not of this comparison."""
-    if row in (SCRATCH, IMAGENET):
+    if row in (SCRATCH, *PUBLISHED_STARTS):
         return ""
     return f"{comparison.name}-{TEACHER if row == TEACHER else f'{_student(comparison, row)}-s{seed}'}"
 
@@ -136,7 +136,7 @@ def backbone_file(comparison: Comparison, row: str, seed: int) -> str:
 
 def backbone_folder(comparison: Comparison, row: str, seed: int) -> Path | None:
     """Return the run folder of that backbone; None where no run made it."""
-    if row in (SCRATCH, IMAGENET, TEACHER):
+    if row in (SCRATCH, *PUBLISHED_STARTS, TEACHER):
         return teacher_folder(comparison) if row == TEACHER else None
     return comparison.folder / "distill" / f"seed{seed}" / "students" / _student(comparison, row)
 
@@ -232,10 +232,10 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
         "SEED": seed,
         "ENGINE": comparison.engine,
         # published weights are among the row's options
-        **({} if row == IMAGENET else {"MODEL.WEIGHTS": backbone_file(comparison, row, seed)}),
+        **({} if row in PUBLISHED_STARTS else {"MODEL.WEIGHTS": backbone_file(comparison, row, seed)}),
         **generated_settings(DETECT, comparison.detect, comparison.data_root),
     }
-    needs = data if row in (SCRATCH, IMAGENET) else teacher if row == TEACHER else (f"distill/seed{seed}",)
+    needs = data if row in (SCRATCH, *PUBLISHED_STARTS) else teacher if row == TEACHER else (f"distill/seed{seed}",)
     if row == TEACHER:
         settings["MODEL.TIMM.ARCH"] = comparison.distill.TEACHER.ARCH
         settings["MODEL.TIMM.KWARGS"] = comparison.distill.TEACHER.ARCH_KWARGS

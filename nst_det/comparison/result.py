@@ -10,10 +10,12 @@ from typing import Any, Literal
 from nst_det.engine.io import from_json, read_json, write_json
 from nst_det.errors import UserError
 
-BASELINE, SCRATCH, IMAGENET, NO_FPN, TEACHER = "ce", "scratch", "imagenet", "no-fpn", "teacher"
-# rows that no transfer method made: a random backbone, the architecture's published weights, ce's without FPN, and the
-# teacher's own
-MARKS = (SCRATCH, IMAGENET, NO_FPN, TEACHER)
+BASELINE, SCRATCH, IMAGENET, COCO, NO_FPN, TEACHER = "ce", "scratch", "imagenet", "coco", "no-fpn", "teacher"
+# rows that no transfer method made: a random backbone, the architecture's published weights, a detector of other data,
+# ce's without FPN, and the teacher's own
+MARKS = (SCRATCH, IMAGENET, COCO, NO_FPN, TEACHER)
+# those that begin with weights from elsewhere
+PUBLISHED_STARTS = (IMAGENET, COCO)
 # they differ between two equal comparisons: when, where and how fast, not what
 VOLATILE = ("provenance", "commands", "cost")
 REMEDY = "make it again with nst-det compare"
@@ -31,24 +33,42 @@ class Measure:
 
 MAP = Measure("map", "mAP", "mAP (11-point)", "detector")
 TOP1 = Measure("top1", "top-1", "top-1", "student")
+# where stage one learns from images without labels
+MEASURES = {
+    "knn": Measure("knn", "k-NN accuracy", "k-NN", "student"),
+    "linear": Measure("linear", "linear probe accuracy", "linear probe", "student"),
+    "agreement": Measure("agreement", "agreement with the teacher", "agreement", "student"),
+    "cka": Measure("cka", "CKA with the teacher", "CKA", "student"),
+}
 
 
 class Scored:
-    """A row, or one seed of it: judged by mAP, or by top-1 where stage one alone is compared."""
+    """A row, or one seed of it: judged by mAP, or where stage one alone is compared by top-1.
+
+    Without labels it is judged by the first that was ``measured``.
+    """
 
     map: float | None
     top1: float | None
+    measured: dict[str, float] | None
 
     @property
     def measure(self) -> Measure:
         """By what it is judged."""
+        if self.map is None and self.measured:
+            return MEASURES.get(next(iter(self.measured)), TOP1)
         return TOP1 if self.map is None else MAP
 
     @property
     def score(self) -> float:
         """The value that it is judged by, 0..1."""
-        score: float = getattr(self, self.measure.key)
+        score: float = self.value(self.measure)  # type: ignore[assignment]
         return score
+
+    def value(self, measure: Measure) -> float | None:
+        """The value of one measure, 0..1; None where it wasn't measured."""
+        found: float | None = getattr(self, measure.key, (self.measured or {}).get(measure.key))
+        return found
 
 
 @dataclass(frozen=True)
@@ -123,6 +143,7 @@ class SeedResult(Scored):
     speed_detector: dict[str, float]
     top1: float | None
     top5: float | None
+    measured: dict[str, float] | None  # by the keys of MEASURES, what it is judged by first; None with labels
     val_images: int | None  # that top1 and top5 are measured on
     term_weights: dict[str, dict[str, float]]  # of each stage (backbone, detector), AUTO_WEIGHT's choice among them
     backbone: str
@@ -156,7 +177,7 @@ class RowResult(Scored):
     map_area: float | None  # by area
     map_area_std: float | None
     seeds: list[int]
-    delta_vs_ce: float  # mean difference in the score; see nst_det.comparison.statistics.EXPLANATION
+    delta_vs_ce: float  # mean difference in the score to ce, or to baseline; see statistics.EXPLANATION
     delta_interval: tuple[float, float] | None
     p_value: float | None
     p_holm: float | None
@@ -169,6 +190,8 @@ class RowResult(Scored):
     objects_per_class: dict[str, int]
     top1: float | None  # of the backbone, or student
     top1_std: float | None
+    measured: dict[str, float] | None  # means over seeds, as SeedResult has them
+    measured_std: dict[str, float] | None
     seconds: float  # of training, both stages together
     seconds_backbone: float
     seconds_detector: float
@@ -183,7 +206,8 @@ class RowResult(Scored):
     @property
     def score_std(self) -> float | None:
         """Standard deviation of the score over seeds."""
-        std: float | None = getattr(self, f"{self.measure.key}_std")
+        key = self.measure.key
+        std: float | None = getattr(self, f"{key}_std", (self.measured_std or {}).get(key))
         return std
 
     @property
@@ -240,6 +264,11 @@ class ComparisonResult:
         return self.rows[0].measure
 
     @property
+    def baseline(self) -> str:
+        """The row that all others are compared with: ce, or without labels the student as stage one began with it."""
+        return next((row.method for row in self.rows if row.verdict == "reference"), BASELINE)
+
+    @property
     def seeds(self) -> list[int]:
         """All seeds that any row has, in order."""
         return sorted({seed for row in self.rows for seed in row.seeds})
@@ -273,7 +302,7 @@ class ComparisonResult:
         for index, row in enumerate(result.rows):
             scored = {"": row, **{f"per_seed.{seed}.": one for seed, one in row.per_seed.items()}}
             for where, one in scored.items():
-                if one.measure.key != key or getattr(one, key) is None:
+                if one.measure.key != key or one.value(one.measure) is None:
                     name = f"rows.{index}.{where}{key}"
                     raise UserError(f"{path}: {name} is missing, or not what all rows are judged by; {REMEDY}")
         return result

@@ -100,8 +100,9 @@ def check_distill_losses(distill: CfgNode, methods: Iterable[str], source: str) 
     config.STUDENT.PRETRAINED = config.TEACHER.PRETRAINED = False
     with errors_of(f"{source}: DISTILL"):
         teacher = initial_teacher(config, None)
-        student = initial_student(config, teacher.num_classes)
-        build_losses(config, parse_methods(list(methods)), student, teacher, labels_shared=True)
+        student = initial_student(config, teacher.num_classes or len(UNKNOWN))
+        shared = config.DATA.LABELS or teacher.num_classes > 0
+        build_losses(config, parse_methods(list(methods)), student, teacher, labels_shared=shared)
 
 
 def check_detector_losses(student: CfgNode, teacher: CfgNode, source: str) -> None:
@@ -142,6 +143,8 @@ def _bare(config: CfgNode) -> CfgNode:
 def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
     """Refuse data folders that aren't there, and lists that aren't in them."""
     folders = {"DISTILL.DATA.ROOT": distill.DATA.ROOT}
+    if distill.TEST.PROBE.ROOT:
+        folders["DISTILL.TEST.PROBE.ROOT"] = distill.TEST.PROBE.ROOT
     # Detectron2 may know other names by itself
     sets = [name for name in detection_config.set_names(detect) if name in detect.DATASETS.VOC] if detect else []
     folders |= {f"DETECT.DATASETS.VOC.{name}.ROOT": detect.DATASETS.VOC[name].get("ROOT", "") for name in sets}
@@ -159,13 +162,15 @@ def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
 def data_fingerprints(distill: CfgNode, detect: CfgNode) -> dict[str, str]:
     """Return the fingerprints, by key, of data and weights that both stages name by a path."""
     # torch takes seconds to import
-    from nst_det.distillation.dataloader import read_data
+    from nst_det.distillation.dataloader import read_data, read_probe
 
     own = input_fingerprints(detect) if detect else {}
     inputs = {f"{DETECT}.{key}": value for key, value in own.items()}
     for part in ("TEACHER", "STUDENT"):
         if weights := expand_path(distill[part].WEIGHTS, f"{DISTILL}.{part}.WEIGHTS"):
             inputs[f"{DISTILL}.{part}.SHA256"] = sha256_of_file(resolve(weights))
+    if probe := read_probe(distill):
+        inputs[f"{DISTILL}.TEST.PROBE.FINGERPRINT"] = probe.fingerprint()
     return {f"{DISTILL}.DATA.FINGERPRINT": read_data(distill).fingerprint(), **inputs}
 
 

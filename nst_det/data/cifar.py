@@ -19,7 +19,7 @@ import numpy as np
 from torchvision import datasets
 
 from nst_det.data.download import unpack
-from nst_det.data.folders import ImageFolder, ImageSplit, cut_validation, read_image_folder
+from nst_det.data.folders import ImageFolder, ImageSplit, cut_validation, read_image_folder, read_unlabelled_folder
 from nst_det.data.safe_io import shown_path
 from nst_det.errors import UserError
 
@@ -57,26 +57,32 @@ MNIST_MD5 = {name.removesuffix(".gz"): md5 for name, md5 in datasets.MNIST.resou
 MNIST_FILES = (("train", "train", 60_000), ("val", "t10k", 10_000))
 
 
-def read_images(root: str | Path, val_fraction: float = 0.1, seed: int = 0, always_cut: bool = False) -> ImageFolder:
+def read_images(
+    root: str | Path, val_fraction: float = 0.1, seed: int = 0, always_cut: bool = False, labels: bool = True
+) -> ImageFolder:
     """Return the images to train and to validate on of an image folder, of CIFAR or of MNIST, in a folder or archive.
 
     The authors' test images are the ``val`` of an image folder, see
-    :func:`~nst_det.data.folders.read_image_folder` for the arguments.  MNIST becomes RGB.
+    :func:`~nst_det.data.folders.read_image_folder` for the arguments.  MNIST becomes RGB.  Without ``labels`` a folder
+    may have images at any depth, and there are no classes.
 
     Raises:
         UserError: nothing of the kind is there, or it is altered or not whole.
     """
     root = Path(root).expanduser()
     if root.is_file():
-        return _from_archive(root, val_fraction, seed, always_cut)
+        return _from_archive(root, val_fraction, seed, always_cut, labels)
     for folder in (root, *(root / name for name in ARCHIVE_MD5), root / "MNIST" / "raw"):
         parts = _read_published(folder)
         if parts is not None:
-            return _folder_of(folder, *parts, val_fraction, seed, always_cut)
+            found = _folder_of(folder, *parts, val_fraction, seed, always_cut)
+            return found if labels else ImageFolder(folder, (), found.train.unlabelled(), found.val.unlabelled())
+    if not labels:
+        return read_unlabelled_folder(root, val_fraction, seed, always_cut)
     return read_image_folder(root, val_fraction, seed, always_cut=always_cut)
 
 
-def _from_archive(path: Path, val_fraction: float, seed: int, always_cut: bool) -> ImageFolder:
+def _from_archive(path: Path, val_fraction: float, seed: int, always_cut: bool, labels: bool) -> ImageFolder:
     try:
         with tarfile.open(path, "r:*") as tar:
             first = tar.next()
@@ -93,7 +99,7 @@ def _from_archive(path: Path, val_fraction: float, seed: int, always_cut: bool) 
         entries = list(Path(made).iterdir())
         folder = entries[0] if len(entries) == 1 and entries[0].name != "train" else Path(made)
         try:
-            found = read_images(folder, val_fraction, seed, always_cut)
+            found = read_images(folder, val_fraction, seed, always_cut, labels)
         except UserError as error:
             raise UserError(str(error).replace(str(folder), shown_path(path))) from error
         splits = [

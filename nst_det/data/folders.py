@@ -1,10 +1,10 @@
-"""Image folders for classification: one folder a class, with or without ``train`` and ``val`` above them."""
+"""Image folders: one folder a class, with or without ``train`` and ``val`` above them; or images without labels."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,6 +69,10 @@ class ImageSplit:
             return self.select(np.flatnonzero(labelled))
         return replace(self, labels=np.where(labelled, self.labels, -1))
 
+    def unlabelled(self) -> ImageSplit:
+        """Return the same images without their labels."""
+        return replace(self, labels=np.full(len(self), -1, dtype=np.int64))
+
     def fingerprint(self) -> str:
         """Return the SHA-256 (hexadecimal) of path, label and bytes of every image; files are not read."""
         digest = hashlib.sha256()
@@ -129,6 +133,45 @@ def read_image_folder(
             raise UserError(f"{shown_path(val_root / extra[0])}: a class that {shown_path(above)} doesn't have")
         return ImageFolder(root, names, train, _read_split(root, val_root, names, required=False))
     return cut_validation(root, names, train, val_fraction, seed)
+
+
+def read_unlabelled_folder(
+    root: str | Path, val_fraction: float = 0.1, seed: int = 0, always_cut: bool = False
+) -> ImageFolder:
+    """List the images in and below a folder, at any depth, without labels: no classes, and -1 for each image.
+
+    ``root/train`` and ``root/val`` are its splits where they are there; what is skipped and the arguments are as for
+    :func:`read_image_folder`.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{shown_path(root)}: no such folder; name one with images in it, at any depth")
+    above, val_root = root / "train" if (root / "train").is_dir() else root, root / "val"
+    train = _unlabelled_split(root, above)
+    if above != root and val_root.is_dir() and not always_cut:
+        return ImageFolder(root, (), train, _unlabelled_split(root, val_root))
+    return cut_validation(root, (), train, val_fraction, seed)
+
+
+def _unlabelled_split(root: Path, folder: Path) -> ImageSplit:
+    paths = list(_images_below(folder, frozenset()))
+    if not paths:
+        raise UserError(
+            f"{shown_path(folder)}: no images ({', '.join(EXTENSIONS)}) in it or below; name another folder"
+        )
+    names = tuple(path.relative_to(root).as_posix() for path in paths)
+    sizes = np.array([path.stat().st_size for path in paths], dtype=np.int64)
+    return ImageSplit(root, names, np.full(len(paths), -1, dtype=np.int64), sizes)
+
+
+def _images_below(folder: Path, around: frozenset[Path]) -> Iterator[Path]:
+    real = folder.resolve()
+    # a link back to a folder that holds it
+    for entry in [] if real in around else _entries(folder):
+        if entry.is_dir():
+            yield from _images_below(folder / entry.name, around | {real})
+        elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+            yield folder / entry.name
 
 
 def cut_validation(

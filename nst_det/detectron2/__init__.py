@@ -3,12 +3,10 @@
 - ``modeling``: timm bottom-ups in Detectron2's ``BACKBONE_REGISTRY``, RoI heads whose canonical box size can be set
 - ``checkpoint``: backbone files and ``backbone://NAME`` in Detectron2's checkpointer
 - ``config``, ``data``, ``evaluator``: VOC roots by name, batches that depend on seed and step alone, VOC AP
-- ``trainer``, ``hooks``, ``train_net``, ``replay``: the trainer, its command, and a non-finite step run again
+- ``trainer``, ``train_net``, ``replay``: the trainer, its command, and a non-finite step run again
 - ``api``: three lines for somebody's own Detectron2 project
-- ``convert``, ``export``, ``parity``: the same weights elsewhere
+- ``parity``: the same weights on both engines
 """
-
-from __future__ import annotations
 
 import importlib
 from typing import Any

@@ -1,7 +1,5 @@
 """Three lines for somebody's own Detectron2 project."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """VOC and COCO AP as a Detectron2 evaluator."""
 
-from __future__ import annotations
-
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -27,11 +25,8 @@ class VocEvaluator(DatasetEvaluator):
     """AP on a data set of :func:`~nst_det.detectron2.data.register_voc`.
 
     Detections are gathered from all processes.  ``difficult`` objects count neither way, scores are not rounded.
-
-    Args:
-        dataset_name: as in ``DATASETS.TEST``.
-        output_dir: gets ``detections.json`` and ``result.json``; "" writes nothing.
-        coco: compute COCO's AP too, by pycocotools, which takes longer than all the rest.
+    ``output_dir`` gets ``detections.json`` and ``result.json``; ``coco`` adds COCO's AP, by pycocotools, which takes
+    longer than all the rest.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | Path = "", coco: bool = True) -> None:

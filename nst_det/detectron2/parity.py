@@ -1,7 +1,5 @@
 """One detector on two engines: how far Detectron2's and the torchvision engine's answers are apart."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A step of the Detectron2 engine, run again from its dump."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +34,7 @@ def rebuild(content: Mapping[str, Any]) -> Step:
     device = next(model.parameters()).device
     dtype = amp_dtype(cfg.SOLVER.AMP, device)
     if dtype is not None and device.type == "cpu":
-        reduce_backbones(model, dtype)
+        reduce_backbones(model, dtype, test=False)
     model.train()
     batch = []
     for item in content["batch"]:

@@ -1,7 +1,5 @@
 """One training or evaluation run of a config by Detectron2, started with Detectron2's arguments."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import multiprocessing
@@ -53,13 +51,9 @@ log = logging.getLogger(__name__)
 def main(args: argparse.Namespace) -> int:
     """Train or evaluate with Detectron2's arguments, in as many processes as asked, or as one of torchrun's; return 0.
 
-    Args:
-        args: ``config_file``, ``resume``, ``eval_only``, ``num_gpus`` (processes a machine; on a machine without a GPU
-            they share the CPU), ``num_machines``, ``machine_rank``, ``dist_url`` and ``opts`` (``KEY VALUE`` pairs).
-
-    Raises:
-        UserError: an input can't be used, in whichever process it was found.
-        Preempted: a signal came, to this process or to one that it started.
+    ``args`` are ``config_file``, ``resume``, ``eval_only``, ``num_gpus`` (processes a machine; on a machine without a
+    GPU they share the CPU), ``num_machines``, ``machine_rank``, ``dist_url`` and ``opts`` (``KEY VALUE`` pairs).  A
+    UserError or Preempted of any of the processes ends all.
     """
     # what can be wrong with the config is reported here, before any process is started
     cfg = load_config(args.config_file or None, args.opts or [])
@@ -198,7 +192,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
     model = build_model(cfg)
     BackboneCheckpointer(model, whole=True, classes=class_list(cfg)).load(weights)
     if dtype is not None and device.type == "cpu":
-        reduce_backbones(model, dtype)
+        reduce_backbones(model, dtype, test=True)
     DistillTrainer.test(cfg, model)
     for name in cfg.DATASETS.TEST:
         path = inference_folder(cfg, name) / "result.json"

@@ -1,8 +1,7 @@
 """Detectron2's trainer around a student that learns from a teacher detector."""
 
-from __future__ import annotations
-
 import logging
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator, verify_results
 from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
@@ -29,12 +28,12 @@ from nst_det.detection.data import StepBatchSampler
 from nst_det.detection.distiller import DistilledDetector, backbone_of
 from nst_det.detection.solver import is_backbone
 from nst_det.detection.trainer import broken_in, step_content
+from nst_det.detection.zoo import ClassNames
 from nst_det.detectron2.api import distill_from_config, student_of, transfer_of
 from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import class_list, validation_config
 from nst_det.detectron2.data import ImageMapper, build_train_loader
 from nst_det.detectron2.evaluator import VocEvaluator
-from nst_det.detectron2.hooks import EvalHook, FiniteCheck
 from nst_det.detectron2.modeling import check_frozen_random
 from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line
 from nst_det.engine.distributed import broadcast_from_rank0, wait_for_all
@@ -42,10 +41,11 @@ from nst_det.engine.io import read_json
 from nst_det.engine.keys import FULL_MODEL
 from nst_det.engine.loader import end_workers_with_us
 from nst_det.engine.metrics import SPEED
-from nst_det.engine.nan_guard import SKIP, NonFiniteGuard, NotFinite, raise_together
+from nst_det.engine.nan_guard import SKIP, NonFiniteGuard, NotFinite, gradient_norm, raise_together
 from nst_det.engine.progress import waiting
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import seed_everything, seeded
+from nst_det.engine.solver import clip_gradients
 from nst_det.engine.train_state import AveragedWeights, TrainState
 from nst_det.engine.trainer import MetricsHook, RollbackStep, SpeedHook, StopWhenAsked, TrainLoop, WallTime
 from nst_det.errors import UserError
@@ -53,16 +53,28 @@ from nst_det.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def reduce_backbones(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the backbones compute in lower precision on the CPU, where Detectron2's mixed precision doesn't work."""
+def reduce_backbones(model: nn.Module, dtype: torch.dtype, test: bool) -> None:
+    """Let the backbones compute in lower precision on the CPU, where Detectron2's mixed precision doesn't work.
+
+    The student's does so in training, and with ``test`` (TEST.AMP) in evaluation too.
+    """
     # the heads stay in float32: in bfloat16 a coordinate above 128 has steps of a whole pixel
-    detectors: list[Any] = [student_of(model), *([model.teacher] if isinstance(model, DistilledDetector) else [])]
-    for detector in detectors:
-        detector.backbone.forward = partial(_reduced, detector.backbone.forward, dtype)
+    detectors: list[tuple[Any, bool]] = [(student_of(model), test)]
+    if isinstance(model, DistilledDetector):
+        detectors.append((model.teacher, True))
+    for detector, always in detectors:
+        backbone = detector.backbone
+        backbone.forward = partial(_reduced, backbone, backbone.forward, dtype, always)
 
 
-def _reduced(forward: Callable[[Tensor], dict[str, Tensor]], dtype: torch.dtype, images: Tensor) -> dict[str, Tensor]:
-    with autocast(images.device, dtype):
+def _reduced(
+    backbone: nn.Module,
+    forward: Callable[[Tensor], dict[str, Tensor]],
+    dtype: torch.dtype,
+    always: bool,
+    images: Tensor,
+) -> dict[str, Tensor]:
+    with autocast(images.device, dtype if always or backbone.training else None):
         maps = forward(images)
     return {name: map_.float() for name, map_ in maps.items()}
 
@@ -88,6 +100,42 @@ def propose_together(student: nn.Module) -> None:
     proposer.forward = propose
 
 
+class FiniteCheck(HookBase):
+    """Keeps batch and losses of a pass, and ends the step in all processes where a loss or gradient is not finite.
+
+    A hook of the inner trainer, as only its hooks are called between the backward pass and the optimizer.  It also
+    clips the norm of all gradients, which Detectron2's optimizer can't.
+    """
+
+    def __init__(self, model: nn.Module, parallel: nn.Module, clip: CfgNode) -> None:
+        self.parameters, self.clip = list(model.parameters()), clip
+        self.batch: list[dict[str, Any]] = []
+        self.losses: dict[str, Any] = {}
+        parallel.register_forward_pre_hook(self.see_batch)
+        parallel.register_forward_hook(self.see_losses)
+
+    def see_batch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.batch, self.losses = inputs[0], {}
+
+    def see_losses(self, _: nn.Module, __: Any, losses: Any) -> None:
+        self.losses = losses if isinstance(losses, dict) else {}
+
+    def after_backward(self) -> None:
+        norm = gradient_norm(self.parameters)
+        total = sum(value.detach() for value in self.losses.values()) + norm
+        raise_together(not math.isfinite(total))
+        if self.clip.CLIP_TYPE == FULL_MODEL:
+            clip_gradients(self.parameters, self.clip, norm)
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's, which evaluates after the last step also where that was not made."""
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+
 class DistillTrainer(TrainLoop, DefaultTrainer):
     """Detectron2's DefaultTrainer; the model it trains is the student inside a ``DistilledDetector``.
 
@@ -100,13 +148,8 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
     - several processes and mixed precision work on the CPU too
     - a loss or gradient that is not finite is handled by ``SOLVER.NON_FINITE``, in all processes alike
 
-    Args:
-        cfg: from :func:`~nst_det.detectron2.config.load_config`, with its data sets registered.
-
-    Attributes:
-        student: the detector alone.
-        state: what a checkpoint has of it besides Detectron2's part.
-        validated: after a training with a validation split, what :func:`~nst_det.detection.checkpoint.settle` gives.
+    ``cfg`` is from :func:`~nst_det.detectron2.config.load_config`, with its data sets registered; ``student`` is the
+    detector alone, ``state`` what a checkpoint has of it besides Detectron2's part.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -130,7 +173,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         log.info(compute_line(self.device, dtype, cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.AMP.ENABLED))
         if dtype is not None and on_cpu:
             for network in [model] if average is None else [model, average.network]:
-                reduce_backbones(network, dtype)
+                reduce_backbones(network, dtype, cfg.TEST.AMP)
         elif isinstance(model, DistilledDetector):
             cast_frozen(backbone_of(model.teacher), dtype, (nn.Conv2d, nn.Linear, Conv2d))
         parallel = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
@@ -142,12 +185,17 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
             self._trainer = AMPTrainer(parallel, data_loader, optimizer, grad_scaler=unscaled, precision=dtype)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(
-            self.student, cfg.OUTPUT_DIR, classes=class_list(cfg), trainer=weakref.proxy(self)
+            self.student,
+            cfg.OUTPUT_DIR,
+            classes=class_list(cfg),
+            names=ClassNames.of(cfg.MODEL),
+            trainer=weakref.proxy(self),
         )
         self.checkpointer.written = self.state.eval_model
         self.finite = FiniteCheck(model, parallel, cfg.SOLVER.CLIP_GRADIENTS)
         self._trainer.register_hooks([self.finite])
         propose_together(self.student)
+        # of a training with a validation split, see settle
         self.validated: dict[str, Any] = {}
         self.register_hooks(self.build_hooks())
 
@@ -212,7 +260,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
-        """As Detectron2's, on a GPU with TEST.AMP in the training's precision."""
+        """As Detectron2's; with TEST.AMP in the training's precision, which on a CPU the backbone has by itself."""
         device = next(model.parameters()).device
         dtype = amp_dtype(cfg.SOLVER.AMP, device) if cfg.TEST.AMP and device.type == "cuda" else None
         with autocast(device, dtype):

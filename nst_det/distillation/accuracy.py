@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,8 @@ from nst_det.engine.device import autocast
 from nst_det.engine.distributed import gathered
 from nst_det.engine.progress import waiting
 
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Fractions of images, 0..1; ``top5`` is among the five best, or all classes where there are fewer."""
-
-    top1: float
-    top5: float
+# what was measured of a network by name, 0..1, larger is better; the first is what it is judged by
+Scores = dict[str, float]
 
 
 def correct_counts(logits: Tensor, labels: Tensor) -> Tensor:
@@ -34,8 +28,11 @@ def measure(
     batches: Iterable[Batch],
     normalize: Normalizer,
     precision: torch.dtype | None,
-) -> dict[str, Accuracy]:
-    """Return the accuracy of every network on this process's batches and those of all others; modes are put back."""
+) -> dict[str, Scores]:
+    """Return top1 and top5 of every network on this process's batches and those of all others; modes are put back.
+
+    ``top5`` is among the five best, or all classes where there are fewer.
+    """
     training = [network.training for network in networks.values()]
     for network in networks.values():
         network.eval()
@@ -53,4 +50,4 @@ def measure(
     shares = gathered((total, counts.cpu()))
     total = sum(count for count, _ in shares)
     fractions = torch.stack([found for _, found in shares]).sum(0).double() / max(total, 1)
-    return {name: Accuracy(*row) for name, row in zip(networks, fractions.tolist())}
+    return {name: dict(zip(("top1", "top5"), row)) for name, row in zip(networks, fractions.tolist())}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
@@ -39,7 +40,7 @@ from nst_det.models import (
 )
 from nst_det.models.build import check_image_size, classifier_names, embedding_width, probe_outputs
 from nst_det.models.card import published_card
-from nst_det.models.io import is_backbone_file, trusting_pickles
+from nst_det.models.io import is_backbone_file, read_any, trusting_pickles
 
 log = logging.getLogger(__name__)
 # classes of a teacher's head where the data aren't there yet
@@ -83,6 +84,10 @@ class Network:
             return self.card.classes == classes
         return self.num_classes == len(classes)
 
+    def shares_labels(self, classes: list[str], labelled: bool) -> bool:
+        """Return whether a student's logits are about what this teacher's are; without labels it has the same head."""
+        return self.has_labels(classes) if labelled else self.num_classes > 0
+
 
 def initial_student(config: CfgNode, num_classes: int) -> Network:
     """Return the network that every student starts from, random, or as STUDENT.WEIGHTS gives it."""
@@ -109,6 +114,20 @@ def initial_teacher(config: CfgNode, classes: list[str] | None) -> Network:
     return network
 
 
+def student_classes(config: CfgNode, classes: list[str], teacher: Network | None) -> int:
+    """Return the classes of a student's head: the data's, or without labels the teacher's (any, where it has none)."""
+    if config.DATA.LABELS or teacher is None:
+        return len(classes)
+    return teacher.num_classes or len(UNKNOWN)
+
+
+def without_head(network: Network) -> Network:
+    """Return the network as it is for a method that reads no logits: without a classifier."""
+    model = copy.deepcopy(network.model)
+    model.reset_classifier(0)  # type: ignore[operator]
+    return replace(network, model=model)
+
+
 def _initial_teacher(config: CfgNode, classes: list[str] | None) -> Network:
     node = config.TEACHER
     if node.WEIGHTS:
@@ -116,6 +135,9 @@ def _initial_teacher(config: CfgNode, classes: list[str] | None) -> Network:
         if is_backbone_file(path):
             return _from_backbone_file(config, path)
         return _teacher_from_plain_weights(config, path, classes)
+    if not config.DATA.LABELS:
+        published = timm.get_pretrained_cfg(node.ARCH)
+        return _new_network(config, "TEACHER", published.num_classes if published else 0, node.PRETRAINED)
     network = _new_network(config, "TEACHER", len(classes or UNKNOWN), node.PRETRAINED)
     network.to_train = node.TRAIN
     if not node.TRAIN and not node.PRETRAINED:
@@ -137,7 +159,12 @@ def _new_network(config: CfgNode, key: str, num_classes: int, pretrained: bool =
     except ValueError as error:
         raise UserError(f"{key}.ARCH: {error}") from error
     if pretrained:
-        _check_pixels(config, published_card(model, ""), f"{key}.PRETRAINED", key == "TEACHER" and node.TRAIN)
+        _check_pixels(
+            config,
+            published_card(model, ""),
+            f"{key}.PRETRAINED",
+            key == "TEACHER" and node.TRAIN and config.DATA.LABELS,
+        )
     network = Network(model, node.ARCH, kwargs)
     if pretrained:
         published: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
@@ -202,16 +229,21 @@ def _student_from_backbone_file(config: CfgNode, path: Path, num_classes: int) -
 def _from_plain_weights(config: CfgNode, key: str, path: Path, num_classes: int, known: bool = True) -> Network:
     """Return the network of ``key`` with weights from elsewhere; ``known`` classes are those of the data."""
     network = _new_network(config, key, num_classes)
-    own, head = network.model.state_dict(), classifier_names(network.model)
     try:
         with trusting_pickles(config.TRUST_PICKLE):
-            found = recognize(path, network.arch, network.arch_kwargs, num_classes)
+            tensors = read_any(path)
+            found = recognize(path, network.arch, network.arch_kwargs, num_classes, tensors)
+            if key == "TEACHER" and not config.DATA.LABELS and found.head is not None:
+                # what it teaches needn't be about the data's classes
+                network = _new_network(config, key, found.head)
+                found = recognize(path, network.arch, network.arch_kwargs, found.head, tensors)
     except UserError as error:
         raise UserError(f"{key}.WEIGHTS: {error} ({key}.ARCH)") from error
+    own, head = network.model.state_dict(), classifier_names(network.model)
     mean, std = teacher_pixels(config) if key == "TEACHER" else (config.DATA.MEAN, config.DATA.STD)
     taken = f"RGB with mean {list(mean)}, std {list(std)}"
     network.headless = found.head is not None
-    learns = key == "TEACHER" and config.TEACHER.TRAIN and network.headless
+    learns = key == "TEACHER" and config.TEACHER.TRAIN and config.DATA.LABELS and network.headless
     found.check_input(
         lambda card: _check_pixels(config, card, f"{key}.WEIGHTS", learns), taken, f"{key}.WEIGHTS {path}"
     )
@@ -226,7 +258,7 @@ def _from_plain_weights(config: CfgNode, key: str, path: Path, num_classes: int,
 
 def _teacher_from_plain_weights(config: CfgNode, path: Path, classes: list[str] | None) -> Network:
     network = _from_plain_weights(config, "TEACHER", path, len(classes or UNKNOWN), classes is not None)
-    network.to_train = network.headless and config.TEACHER.TRAIN
+    network.to_train = network.headless and config.TEACHER.TRAIN and config.DATA.LABELS
     if network.headless and classes is not None:
         log.info(
             "TEACHER.WEIGHTS %s: the data have %d classes; %s",
@@ -268,17 +300,46 @@ def build_losses(
             raise UserError(
                 f"METHODS: {boxed[0]} reads the boxes of objects, which stage two alone has; write {boxed[0]}@det"
             )
+        if not config.DATA.LABELS:
+            _check_unlabelled(name, losses[name])
         if config.DATA.REST == "unlabelled" and any(get_term(term).truth for term in method.names):
             raise UserError(f"DATA.REST: {name} reads the label of every image; take drop, or leave this method out")
         if "logits" in losses[name].reads("teacher") and not labels_shared:
             remedy = (
                 "set TEACHER.TRAIN True to fine-tune it first" if teacher and teacher.headless else "name another one"
             )
+            lacks = "'s classes are not those of the data" if config.DATA.LABELS else " has no classes"
             raise UserError(
-                f"METHODS: {name} compares logits, but the teacher's classes are not those of the data; {remedy}, or "
-                "leave this method out"
+                f"METHODS: {name} compares logits, but the teacher{lacks}; {remedy}, or leave this method out"
             )
     return losses
+
+
+def _check_unlabelled(name: str, loss: TransferLoss) -> None:
+    wanting = [term for term in loss.method.names if get_term(term).truth]
+    if wanting or not loss.pairs:
+        raise UserError(
+            f"METHODS: {wanting[0] if wanting else name} learns from labels, and DATA.LABELS is False; leave it out"
+        )
+    if loss.balance.shares:
+        raise UserError(
+            f"TRANSFER.AUTO_WEIGHT: {', '.join(loss.balance.shares)} of {name} would be measured against the labels' "
+            "loss, and DATA.LABELS is False; give WEIGHTS"
+        )
+
+
+def warn_of_unread(losses: Mapping[str, TransferLoss], student: Network) -> None:
+    """Warn where no term reads what the last maps of the student become: these layers would stay as they began."""
+    last = max(student.levels.values(), key=lambda info: info.index).index
+    for name, loss in losses.items():
+        deepest = max((student.levels[level].index for level in loss.student_levels), default=-1)
+        if deepest < last and loss.reads("student") <= {"maps"}:
+            log.warning(
+                "%s: without labels nothing trains the student's layers after %s, nor the embedding behind them; add a "
+                "later level to TRANSFER.LEVELS, or a term on logits or embedding",
+                name,
+                ", ".join(loss.student_levels),
+            )
 
 
 def log_shapes(

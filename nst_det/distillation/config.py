@@ -33,6 +33,9 @@ from nst_det.engine.metrics import check_wandb
 from nst_det.errors import UserError
 from nst_det.losses import parse_method
 
+KNN, LINEAR, AGREEMENT, CKA = "knn", "linear", "agreement", "cka"
+# what networks are judged by, as tables head it
+HEADS = {"top1": "top-1", "top5": "top-5", KNN: "k-NN", LINEAR: "linear probe", AGREEMENT: "agreement", CKA: "CKA"}
 OWN_KEYS = ("LEVELS", "WEIGHTS", "TERM_LEVELS", "OPTIONS", "AUTO_WEIGHT")
 
 
@@ -52,6 +55,11 @@ KEYS: dict[str, Key] = {
         "",
         "image folder (train/CLASS/* and val/CLASS/*, or CLASS/*), or CIFAR-10, CIFAR-100 or MNIST as published; a "
         "folder, or a tar archive of one",
+    ),
+    "DATA.LABELS": Key(
+        True,
+        "False learns from images without labels: those in and below ROOT, at any depth, or in train and val there; "
+        "by terms that read no labels, from a teacher of any or no classes, which is taken as it is",
     ),
     "DATA.PER_CLASS": Key(
         0,
@@ -93,7 +101,8 @@ KEYS: dict[str, Key] = {
     "TEACHER.TRAIN": Key(
         True,
         "train it first on this data, from PRETRAINED's weights or a plain state dict of other classes, if there are "
-        "some; False takes it as it is; WEIGHTS of these classes, and backbone files, are always taken as they are",
+        "some; False takes it as it is; WEIGHTS of these classes, backbone files, and any teacher of images without "
+        "labels, are always taken as they are",
     ),
     "TEACHER.EXPECTED_TOP1": Key(
         0.0, "top-1 on the validation split, 0..1; a worse teacher stops the run, 0 takes any"
@@ -164,6 +173,13 @@ KEYS: dict[str, Key] = {
     "SOLVER.COMPILE": COMPILE,
     "SOLVER.CE_WEIGHT": Key(1.0, "weight of the labels' cross-entropy"),
     "SOLVER.LABEL_SMOOTHING": Key(0.0, "of the labels, 0 to below 1"),
+    "TEST.PROBE.ROOT": Key(
+        "",
+        "without labels: a labelled image folder, as DATA.ROOT may be one, by which features are judged (its training "
+        'images say what its validation images are); "" measures agreement with the teacher alone',
+    ),
+    "TEST.PROBE.BY": Key(KNN, "knn: the nearest features vote; linear: a linear classifier is trained on the features"),
+    "TEST.PROBE.NEIGHBORS": Key(20, "how many of the nearest features vote"),
     "TEST.EVAL_PERIOD": Key(0, "steps between validations; 0 validates at the end alone"),
     "TEST.IMS_PER_BATCH": Key(128, "images of a batch of the validation"),
     "LOG_PERIOD": Key(20, "steps between rows of the metrics"),
@@ -171,10 +187,8 @@ KEYS: dict[str, Key] = {
     "WANDB": WANDB,
     "DATALOADER.NUM_WORKERS": Key(
         0,
-        "processes that decode images, to train and to evaluate; 0 does it in this process, which is right where the "
-        "images fit in "
-        "memory and the "
-        "CPU trains; -1 takes 0 on a CPU, and with a GPU one for each core of the run, up to 8",
+        "what decodes images, to train and to evaluate: processes that work ahead of a GPU, or threads that take turns "
+        "with the networks of a CPU; 0 is the process itself, -1 one for each core of the run, up to 8",
     ),
 }
 
@@ -279,11 +293,23 @@ RULES: Rules = {
     "CACHE.DTYPE": _one_of("auto", "fp16", "bf16"),
     "CACHE.DIR": (lambda value, node: value or node.DTYPE == "auto", "set where CACHE.DTYPE is not auto"),
     "CACHE.MAX_GIB": _ABOVE_0,
+    "TEST.PROBE.BY": _one_of(KNN, LINEAR),
+    "TEST.PROBE.NEIGHBORS": _from(1),
     "TEST.EVAL_PERIOD": _from(0),
     "TEST.IMS_PER_BATCH": _from(1),
     "LOG_PERIOD": _from(1),
     # -1 takes what fits the machine
     "DATALOADER.NUM_WORKERS": _from(-1),
+}
+# where DATA.LABELS is True, and where it is False
+LABELLED_RULES: Rules = {"TEST.PROBE.ROOT": (lambda value, _: not value, 'empty ("") where DATA.LABELS is True')}
+_NONE = (lambda value, _: not value, "0 where DATA.LABELS is False")
+UNLABELLED_RULES: Rules = {
+    **dict.fromkeys(("SOLVER.CE_WEIGHT", "SOLVER.LABEL_SMOOTHING", "DATA.PER_CLASS", "TEACHER.EXPECTED_TOP1"), _NONE),
+    "TEACHER.WEIGHTS": (
+        lambda value, node: value or node.PRETRAINED,
+        "set where DATA.LABELS is False, or TEACHER.PRETRAINED True: images without labels train no teacher",
+    ),
 }
 
 
@@ -297,6 +323,7 @@ def load_distill_config(file: str | Path | None, overrides: Sequence[str] = ()) 
 def check_config(config: CfgNode) -> None:
     """Refuse values out of range before anything is read or written; the line names the key."""
     _check(config, RULES)
+    _check(config, LABELLED_RULES if config.DATA.LABELS else UNLABELLED_RULES)
     solvers = {"SOLVER": config.SOLVER, "TEACHER.SOLVER": teacher_solver(config)}
     for key, node in solvers.items():
         _check(node, SOLVER_RULES, f"{key}.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fvcore.common.config import CfgNode
@@ -129,6 +129,14 @@ class Normalizer:
         return pixels.permute(0, 3, 1, 2)
 
 
+def load_images(source: Any, keys: Iterable[Any], config: CfgNode, device: torch.device) -> Iterator[Any]:
+    """Give ``source[key]`` for each key in turn, made by DATALOADER.NUM_WORKERS: for a GPU by processes, ahead.
+
+    On a CPU these would take the cores on which the networks compute; there the stores have as many threads.
+    """
+    return load(source, keys, 0 if device.type == "cpu" else config.DATALOADER.NUM_WORKERS)
+
+
 def read_data(config: CfgNode) -> ImageFolder:
     """Return the images that a config of stage one names, with the labels that the students get."""
     return _labelled(_read_all(config), config)
@@ -136,7 +144,13 @@ def read_data(config: CfgNode) -> ImageFolder:
 
 def _read_all(config: CfgNode) -> ImageFolder:
     data, root = config.DATA, expand_path(config.DATA.ROOT, "DATA.ROOT")
-    return read_images(root, data.VAL_FRACTION, data.VAL_SEED, always_cut=data.VAL_FROM == "train")
+    return read_images(root, data.VAL_FRACTION, data.VAL_SEED, data.VAL_FROM == "train", data.LABELS)
+
+
+def read_probe(config: CfgNode) -> ImageFolder | None:
+    """Return the labelled images by which features are judged; None where TEST.PROBE.ROOT names none."""
+    root = expand_path(config.TEST.PROBE.ROOT, "TEST.PROBE.ROOT")
+    return read_images(root, config.DATA.VAL_FRACTION, config.DATA.VAL_SEED) if root else None
 
 
 def _labelled(found: ImageFolder, config: CfgNode) -> ImageFolder:
@@ -163,6 +177,8 @@ class StageOneData:
         self.fingerprint = self.folder.fingerprint()
         self.whole_fingerprint = self.whole.fingerprint() if self.whole is not self.folder else self.fingerprint
         self.normalize = Normalizer(data.MEAN, data.STD, default_device())
+        self.probe = read_probe(config)
+        self.probe_fingerprint = self.probe.fingerprint() if self.probe else ""
         self._stores: dict[tuple[str, bool], ImageStore] = {}
 
     def training(
@@ -178,13 +194,15 @@ class StageOneData:
         node, augment = self.config.CACHE, self.config.DATA.AUGMENT
         return Views(self._training_store(augment), augment, node.VIEWS, node.VIEW_SEED) if node.VIEWS else None
 
-    def validation(self) -> Iterator[Batch]:
-        """Return this process's share of the batches of the validation split."""
-        store, batch_size = self._store("val", square=True), self.config.TEST.IMS_PER_BATCH
+    def evaluation(self, split: str) -> Iterator[Batch]:
+        """Return this process's share of the batches of ``val``, or of the probe's ``neighbors`` or ``queries``."""
+        store, batch_size = self._store(split, square=True), self.config.TEST.IMS_PER_BATCH
         firsts = range(0, len(store), batch_size)[rank() :: world_size()]
+        batches = EvaluationBatches(store, batch_size)
         # images that are decoded already need no workers
-        workers = 0 if store.cached else self.config.DATALOADER.NUM_WORKERS
-        return load(EvaluationBatches(store, batch_size), firsts, workers)
+        if store.cached:
+            return map(batches.__getitem__, firsts)
+        return load_images(batches, firsts, self.config, self.normalize.device)
 
     def description(self, whole: bool = False) -> dict[str, object]:
         """Return the data's part of a student's card, or of the teacher's (``whole``)."""
@@ -194,6 +212,8 @@ class StageOneData:
             "images": len((self.whole if whole else self.folder).train),
             "validation_images": len(self.folder.val),
             "classes": len(self.classes),
+            "labels": self.config.DATA.LABELS,
+            **({"probe": self.probe.root.resolve().name} if self.probe else {}),
         }
 
     def _training_store(self, augment: CfgNode, whole: bool = False) -> ImageStore:
@@ -203,7 +223,11 @@ class StageOneData:
     def _store(self, name: str, square: bool) -> ImageStore:
         if (name, square) not in self._stores:
             data = self.config.DATA
-            split = {"val": self.folder.val, "train": self.folder.train, "whole": self.whole.train}[name]
-            limit = data.CACHE_GIB * GIB
-            self._stores[name, square] = ImageStore(split, data.IMAGE_SIZE, data.CROP_RATIO, square, limit)
+            splits = {"val": self.folder.val, "train": self.folder.train, "whole": self.whole.train}
+            if self.probe is not None:
+                splits |= {"neighbors": self.probe.train, "queries": self.probe.val}
+            threads = self.config.DATALOADER.NUM_WORKERS if self.normalize.device.type == "cpu" else 1
+            self._stores[name, square] = ImageStore(
+                splits[name], data.IMAGE_SIZE, data.CROP_RATIO, square, data.CACHE_GIB * GIB, threads
+            )
         return self._stores[name, square]

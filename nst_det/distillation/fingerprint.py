@@ -18,7 +18,7 @@ KEYED_BY_TERM = ("WEIGHTS", "TERM_LEVELS", "OPTIONS", "AUTO_WEIGHT")
 
 
 def student_claim(
-    config: CfgNode, method: Method, fingerprint: str, teacher_sha256: str, start_sha256: str = ""
+    config: CfgNode, method: Method, fingerprint: str, teacher_sha256: str, start_sha256: str = "", probe: str = ""
 ) -> dict[str, Any]:
     """Return the resolved keys that a student's result depends on; the teacher only where the method has terms."""
     resolved = config.clone()
@@ -27,7 +27,8 @@ def student_claim(
     values = {key: value for key, value in flat(resolved).items() if _concerns_student(key, method)}
     taught = {"TEACHER.SHA256": teacher_sha256} if method.names else {}
     started = {"STUDENT.SHA256": start_sha256} if start_sha256 else {}
-    return dict(plain(values | {"METHOD": method.word, "DATA.FINGERPRINT": fingerprint} | taught | started))
+    judged = {"TEST.PROBE.FINGERPRINT": probe} if probe else {}
+    return dict(plain(values | {"METHOD": method.word, "DATA.FINGERPRINT": fingerprint} | taught | started | judged))
 
 
 def _concerns_student(key: str, method: Method) -> bool:

@@ -10,14 +10,13 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from nst_det.distillation.accuracy import measure
-from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData, TrainingBatches
+from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData, TrainingBatches, load_images
 from nst_det.distillation.trainer import StudentTrainer
+from nst_det.distillation.validation import Validation
 from nst_det.engine.compilation import begin_step
 from nst_det.engine.device import HostCopy
 from nst_det.engine.distributed import is_main_process, world_size
 from nst_det.engine.format import text_table
-from nst_det.engine.loader import load
 from nst_det.engine.metrics import loss_note
 from nst_det.engine.nan_guard import not_finite
 from nst_det.engine.trainer import (
@@ -135,9 +134,11 @@ class StageOneTrainer(TrainLoop):
         students: Sequence[StudentTrainer],
         teacher: Teaching | None,
         solver: CfgNode,
+        validate: Validation,
     ) -> None:
         super().__init__()
         self.data, self.batches, self.students, self.teacher = data, batches, students, teacher
+        self.validate = validate
         self.max_iter = solver.MAX_ITER
         self.start_iter = self._first_step()
         # the students at this step, and those that made or skipped it and were not rolled back
@@ -167,9 +168,12 @@ class StageOneTrainer(TrainLoop):
         return min((student.step for student in self.students), default=self.max_iter)
 
     def before_train(self) -> None:
-        """Begin at ``iter``."""
-        workers = self.data.config.DATALOADER.NUM_WORKERS
-        self._batches = load(self.batches, range(self.iter, self.max_iter), workers)
+        """Begin at ``iter``; without labels, students that begin are measured first: nothing else says what is good."""
+        new = [student for student in self.students if not student.step]
+        if new and not self.data.config.DATA.LABELS:
+            self._measure(new)
+        device, steps = self.data.normalize.device, range(self.iter, self.max_iter)
+        self._batches = load_images(self.batches, steps, self.data.config, device)
         super().before_train()
 
     def run_step(self) -> None:
@@ -198,9 +202,12 @@ class StageOneTrainer(TrainLoop):
 
     def evaluate(self) -> None:
         """Measure each student on the validation split."""
-        models = {student.name: student.eval_model for student in self.stayed}
-        found = measure(models, self.data.validation(), self.data.normalize, self.students[0].precision)
-        for student in self.stayed:
+        self._measure(self.stayed)
+
+    def _measure(self, students: Sequence[StudentTrainer]) -> None:
+        models = {student.name: student.eval_model for student in students}
+        found = self.validate(models, self.students[0].precision)
+        for student in students:
             student.record(found[student.name])
 
     def save_step(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nst_det.distillation.accuracy import Accuracy
+from nst_det.distillation.accuracy import Scores
 from nst_det.distillation.build import Network, by_positions, copy_of
 from nst_det.distillation.cache import is_stand_in
 from nst_det.engine.compilation import compiled
@@ -59,7 +59,7 @@ class Pass(NamedTuple):
 
 
 class StudentTrainer(OptimizedState):
-    """A classifier that learns from labels and, by its method, from a teacher.
+    """A classifier that learns from labels, where there are some, and by its method from a teacher.
 
     What it computes at a step depends on its own state, the batch and the step alone, not on the students that train
     with it: random numbers are drawn under a seed of their own for each step.
@@ -95,8 +95,10 @@ class StudentTrainer(OptimizedState):
         self._schedule = lr_schedule(solver)
         self.levels = {level: info for level, info in network.levels.items() if level in transfer.student_levels}
         self.needs_teacher = bool(transfer.pairs)
-        self.accuracy: Accuracy | None = None
-        self.best, self.best_step = Accuracy(0.0, 0.0), 0
+        # as it began (measured without labels alone), last and best, by the first of the scores
+        self.start: Scores = {}
+        self.scores: Scores = {}
+        self.best, self.best_step = Scores(), 0
         self.passes: list[Pass] = []
         # of the last step: loss terms, those on maps at each pair of levels before their weights, and their sum
         self.terms: dict[str, Tensor] = {}
@@ -137,14 +139,19 @@ class StudentTrainer(OptimizedState):
                 together.enter_context(counted_together(self.model))
             outputs = self._outputs(self.model, images, self.levels)
         outputs.maps = {level: _tap(maps) for level, maps in outputs.maps.items()}
-        assert outputs.logits is not None
-        outputs.logits, outputs.labels = outputs.logits.float(), labels
-        ce = self._cross_entropy(outputs.logits, labels)
-        terms = {"ce": _times(self.solver.CE_WEIGHT, ce)}
+        if outputs.logits is not None:
+            outputs.logits = outputs.logits.float()
+        terms = {}
+        if self.config.DATA.LABELS:
+            assert outputs.logits is not None
+            outputs.labels = labels
+            terms["ce"] = _times(self.solver.CE_WEIGHT, self._cross_entropy(outputs.logits, labels))
         if teacher is not None:
             warmup = self.config.TRANSFER.WARMUP_ITERS
             rise = min(1.0, (self.step + 1) / warmup) if warmup else 1.0
-            weighted = self._balanced(terms["ce"], self.transfer(outputs, teacher))
+            weighted = self.transfer(outputs, teacher)
+            if terms:
+                weighted = self._balanced(terms["ce"], weighted)
             terms |= {term: _times(rise, value) for term, value in weighted.items()}
         total = _sum(terms)
         self.scaler.scale(total / parts if parts > 1 else total).backward()
@@ -284,26 +291,28 @@ class StudentTrainer(OptimizedState):
         """Write the losses of the step that was just done, and what else is to be in their row."""
         self._write({**self.losses, "lr": self.solver.BASE_LR * self._rate(self.step - 1), **more})
 
-    def record(self, accuracy: Accuracy) -> None:
-        """Take note of the accuracy after the step that was just done."""
-        self.accuracy = accuracy
-        if accuracy.top1 > self.best.top1:
-            self.best, self.best_step = accuracy, self.step
-        self._write({"val/top1": accuracy.top1, "val/top5": accuracy.top5})
+    def record(self, scores: Scores) -> None:
+        """Take note of the scores after the step that was just done; before the first, of how it began."""
+        if not self.step:
+            self.start = scores
+            return
+        self.scores, judge = scores, next(iter(scores))
+        if scores[judge] > self.best.get(judge, 0.0):
+            self.best, self.best_step = scores, self.step
+        self._write({f"val/{name}": value for name, value in scores.items()})
 
     def _write(self, values: dict[str, float]) -> None:
         if self._metrics is not None:
             self._metrics.write(self.step - 1, values)
 
     def state_dict(self) -> dict[str, Any]:
-        accuracy = None if self.accuracy is None else asdict(self.accuracy)
-        found = {"accuracy": accuracy, "best": asdict(self.best), "best_step": self.best_step}
+        found = {"start": self.start, "scores": self.scores, "best": self.best, "best_step": self.best_step}
         return {**super().state_dict(), **found}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
-        self.best, self.best_step = Accuracy(**state["best"]), state["best_step"]
+        self.start, self.scores = state["start"], state["scores"]
+        self.best, self.best_step = state["best"], state["best_step"]
 
 
 def build_optimizer(modules: Iterable[nn.Module], solver: CfgNode) -> torch.optim.Optimizer:

@@ -1,7 +1,5 @@
 """Checkpoints of a run: never half written, their checksums compared before they are read, the last two kept."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import re

@@ -1,7 +1,5 @@
 """YAML configs with ``_BASE_``, read strictly: every key must be known, and every error names file and key."""
 
-from __future__ import annotations
-
 import ast
 import difflib
 import logging

@@ -5,8 +5,6 @@ and statistics are averaged over all, everything else is drawn from (seed, step,
 the run folder; the others are sent what they need of it, so that no other machine needs the folder.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence

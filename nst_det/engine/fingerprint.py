@@ -1,7 +1,5 @@
 """What each config key concerns: the one table of keys that may differ between two calls of a run, and that may not."""
 
-from __future__ import annotations
-
 import re
 
 # a run folder refuses to resume with another value; the rest are the runs of stage one whose results depend on the key
@@ -23,6 +21,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "CACHE.DIR": (),
     "MODEL.WEIGHTS": (RUN,),
     "TEACHER.WEIGHTS": (),
+    "TEST.PROBE.ROOT": (),
     "STUDENT.WEIGHTS": (),
     "TEACHER.CONFIG_FILE": (),
     "MODEL.DEVICE": (),
@@ -44,6 +43,9 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "DISTILL": (),
     "DETECT.CONFIG": (),
     "DETECT.OPTS": (),
+    # known by the configs of these rows' runs
+    "DETECT.IMAGENET_OPTS": (),
+    "DETECT.COCO_OPTS": (),
     # a comparison keeps to them; in stage one methods may be added and these may change
     "METHODS": (RUN,),
     "LOG_PERIOD": (RESUME,),
@@ -60,6 +62,9 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "MODEL": (RESUME, STUDENT, FORWARD),
     "MODEL.TIMM.PRETRAINED": (RESUME, STUDENT),
     "MODEL.BACKBONE.FREEZE_AT": (RESUME, STUDENT),
+    "MODEL.KEEP_CLASSES": (RESUME, STUDENT),
+    "MODEL.CLASS_ALIASES": (RESUME, STUDENT),
+    "MODEL.WEIGHTS_CLASSES": (RESUME, STUDENT),
     "INPUT.MIN_SIZE_TEST": (RESUME, STUDENT, FORWARD),
     "INPUT.MAX_SIZE_TEST": (RESUME, STUDENT, FORWARD),
     "TEST": (RESUME, STUDENT, TEACHER),

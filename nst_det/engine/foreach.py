@@ -1,7 +1,5 @@
 """What would be a launch a tensor, by a launch a list: copies, casts of weights, counters of normalization."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

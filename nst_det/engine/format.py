@@ -1,7 +1,5 @@
 """Times, sizes and tables as text."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Iterable, Sequence

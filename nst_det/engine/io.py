@@ -1,7 +1,5 @@
 """Files that are never half written, and JSON that fails in one clear line."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

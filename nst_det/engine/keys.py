@@ -1,7 +1,5 @@
 """How the keys of a config are declared, each with its default and its meaning, and those that both stages share."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -97,11 +95,6 @@ TRANSFER_KEYS = {
 }
 
 
-def transfer_node() -> CfgNode:
-    """Return the ``TRANSFER`` keys that both stages share."""
-    return config_tree(TRANSFER_KEYS)
-
-
 NON_FINITE_KEYS = {
     "POLICY": Key(
         STOP, "where a loss or gradient isn't finite: stop, skip the step, or roll back (back) to the last checkpoint"
@@ -109,11 +102,6 @@ NON_FINITE_KEYS = {
     "LIMIT": Key(3, "how often a step may be skipped or rolled back in one run"),
     "LR_FACTOR": Key(0.5, "by which the learning rate is multiplied when it is rolled back"),
 }
-
-
-def non_finite_node() -> CfgNode:
-    """Return SOLVER.NON_FINITE."""
-    return config_tree(NON_FINITE_KEYS)
 
 
 def check_non_finite(node: CfgNode, key: str, source: str = "config") -> None:

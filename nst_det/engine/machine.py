@@ -1,7 +1,5 @@
 """What the machine has: cores, processor and GPU by name."""
 
-from __future__ import annotations
-
 import os
 import platform
 from pathlib import Path

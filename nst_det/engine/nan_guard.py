@@ -8,8 +8,6 @@ On a GPU the trainer goes on without the answer.  There the optimizer itself pas
 marks, and the host, which reads the answer during the next step, then makes the first one again and waits for it.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math
@@ -22,7 +20,7 @@ from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor, nn
 
@@ -222,9 +220,7 @@ class Replayed:
         return self.broken == self.was_broken
 
     def __rich__(self) -> Table:
-        table = Table("term", title=Text(self.who))
-        for name in ("in the run", "now"):
-            table.add_column(name, justify="right")
+        table = Table("term", *(Column(name, justify="right") for name in ("in the run", "now")), title=Text(self.who))
         for name in dict.fromkeys([*self.recorded, *self.terms]):
             values = (self.recorded.get(name), self.terms.get(name))
             table.add_row(Text(name), *("-" if value is None else f"{value:.9g}" for value in values))

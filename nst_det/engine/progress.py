@@ -1,7 +1,5 @@
 """Progress that fits where it is shown: a live bar on a terminal, a plain line now and then elsewhere."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

@@ -1,7 +1,5 @@
 """Tensors as ``.safetensors`` files that carry the checksum of their content."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ step k draws what the undisturbed run drew there, with no random state to save; 
 batches, augmentation and head initialization, so that they are compared in pairs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Iterator

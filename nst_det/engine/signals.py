@@ -4,8 +4,6 @@ The same command resumes, on the CPU to the same bits.  A second signal doesn't 
 from the checkpoint before.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -37,9 +37,6 @@ def lr_schedule(solver: CfgNode) -> Callable[[int], float]:
 
     LR_SCHEDULER_NAME is WarmupMultiStepLR (times GAMMA at STEPS), WarmupCosineLR (to BASE_LR_END) or OneCycleLR.  For
     WARMUP_ITERS the rate goes from WARMUP_FACTOR in a line to where the schedule then is, or stays at it.
-
-    Raises:
-        UserError: BASE_LR_END is not between 0 and BASE_LR, or STEPS don't rise.
     """
     after: ParamScheduler | _OneCycle
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":

@@ -4,8 +4,6 @@ Names are Detectron2's, so that its hooks work here and these hooks work in its 
 alone, so that on the CPU a resumed run ends with the bits of an undisturbed one.
 """
 
-from __future__ import annotations
-
 import time
 import weakref
 from collections import defaultdict

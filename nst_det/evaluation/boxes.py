@@ -14,6 +14,8 @@ import numpy as np
 from nst_det.data.annotation import VocAnnotation, usable_boxes
 
 log = logging.getLogger(__name__)
+# COCO's sizes: the area of a box in pixels of the image as it was annotated, up to and including
+SMALL, MEDIUM = 32**2, 96**2
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,36 @@ class Detections:
                 raise ValueError(f"a detection of {kind} {unknown!r}, which the ground truth doesn't have")
         image, label = [image_of[id_] for id_ in self.image_id], [label_of[name] for name in names]
         return np.array(image, dtype=np.int64), np.array(label, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class ObjectCounts:
+    """The objects of a class, without the difficult ones; sizes are COCO's, in pixels of the image as annotated."""
+
+    small: int  # up to 32 x 32
+    medium: int  # up to 96 x 96
+    large: int
+    difficult: int
+    side: float | None  # median square root of the area
+
+    @property
+    def objects(self) -> int:
+        """Those of all sizes."""
+        return self.small + self.medium + self.large
+
+
+def count_objects(truth: GroundTruth) -> dict[str, ObjectCounts]:
+    """Return the counts of each class."""
+    area = (truth.box[:, 2:] - truth.box[:, :2] + 1).prod(axis=1)
+    counts = {}
+    for label, name in enumerate(truth.classes):
+        mine = truth.label == label
+        areas = area[mine & ~truth.difficult]
+        up_to_small, up_to_medium = (int((areas <= limit).sum()) for limit in (SMALL, MEDIUM))
+        side = float(np.median(np.sqrt(areas))) if len(areas) else None
+        sizes = (up_to_small, up_to_medium - up_to_small, len(areas) - up_to_medium)
+        counts[name] = ObjectCounts(*sizes, int((mine & truth.difficult).sum()), side)
+    return counts
 
 
 def to_xywh(box: np.ndarray) -> np.ndarray:

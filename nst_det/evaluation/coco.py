@@ -1,7 +1,5 @@
 """COCO average precision of the same detections, by pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging
@@ -22,15 +20,11 @@ SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 @dataclass(frozen=True)
 class CocoResult:
-    """COCO's figures, 0..1; NaN where there is nothing to measure (no object of that size).
+    """COCO's figures, 0..1; NaN where there is nothing to measure (no object of that size)."""
 
-    Attributes:
-        summary: AP (mean over overlaps 0.5, 0.55 .. 0.95), AP50, AP75, and AP of small, medium and large objects.
-        per_class: AP by class name.
-    """
-
+    # AP (mean over overlaps 0.5, 0.55 .. 0.95), AP50, AP75, and AP of small, medium and large objects
     summary: dict[str, float]
-    per_class: dict[str, float]
+    per_class: dict[str, float]  # AP by class name
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary and ``per_class`` for JSON; NaN as None."""
@@ -49,9 +43,6 @@ def evaluate_coco(detections: Detections, truth: GroundTruth) -> CocoResult:
     A ``difficult`` object becomes a crowd (``iscrowd`` 1), as converters of VOC to COCO write it: it is no positive,
     and detections on it count neither way (overlap with a crowd is measured over the detection's own area).  Boxes
     become 0-based (x, y, width, height), so that overlap is continuous, without VOC's + 1.
-
-    Raises:
-        ValueError: a detection on an image, or of a class, that the ground truth doesn't have.
     """
     image, label = detections.indices(truth)
     for line in unlike_voc(image, label, detections.score):

@@ -14,8 +14,6 @@ at IoU .5, and so are the overlaps; ``difficult`` objects are neither found nor 
 to them are no errors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,11 +41,7 @@ class ErrorAnalysis:
 
 
 def analyze_errors(detections: Detections, truth: GroundTruth, least: Sequence[float]) -> ErrorAnalysis:
-    """Return the errors of the detections whose score is at least that of their class, K scores as ``truth`` has them.
-
-    Raises:
-        ValueError: a detection on an image, or of a class, that the ground truth doesn't have.
-    """
+    """Return the errors of detections that score at least what their class has in ``least``, K scores by label."""
     image, label = detections.indices(truth)
     order = np.lexsort((-detections.score, label))
     order = order[detections.score[order] >= np.asarray(least, dtype=np.float64)[label[order]]]

@@ -1,7 +1,5 @@
 """Files of detections: ours (JSON in COCO's results style), COCO results, and the devkit's VOC results."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

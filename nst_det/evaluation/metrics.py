@@ -1,12 +1,9 @@
 """The figures of one detector that ``result.json`` holds, the same for both engines."""
 
-from __future__ import annotations
-
 from typing import Any
 
-from nst_det.evaluation.boxes import Detections, GroundTruth
+from nst_det.evaluation.boxes import Detections, GroundTruth, count_objects
 from nst_det.evaluation.coco import SUMMARY, evaluate_coco
-from nst_det.evaluation.objects import count_objects
 from nst_det.evaluation.thresholds import THRESHOLDS as BY_CLASS
 from nst_det.evaluation.thresholds import best_thresholds, to_json
 from nst_det.evaluation.voc import VocResult, evaluate_voc

@@ -1,7 +1,5 @@
 """The score that the detections of a class need for the best F1, and F1 against that score."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -14,8 +14,6 @@ The 11-point AP (VOC 2007) samples the curve at recalls 0, 0.1, ... 1, the area 
 whole area below the curve made monotone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +22,7 @@ from typing import Any
 import numpy as np
 from rich.jupyter import JupyterMixin
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from nst_det.evaluation.boxes import Detections, GroundTruth
 
@@ -88,13 +86,12 @@ class VocResult(JupyterMixin):
         return {"iou": self.thresholds[t], **means, "per_class": per_class}
 
     def __rich__(self) -> Table:
-        table = Table(title=f"VOC AP at IoU {self.thresholds[0]:g}")
-        table.add_column("class")
-        for column in ("AP 11-point", "AP area", "objects", "difficult", "detections"):
-            table.add_column(column, justify="right")
+        numbers = ("AP 11-point", "AP area", "objects", "difficult", "detections")
+        columns = (Column(name, justify="right") for name in numbers)
+        table = Table("class", *columns, title=f"VOC AP at IoU {self.thresholds[0]:g}")
         counts = np.stack([self.positives, self.difficult, self.detections], axis=1)
-        for name, *ap, numbers in zip(self.classes, self.ap11[0], self.ap_area[0], counts):
-            table.add_row(escape(name), *map(_cell, ap), *map(str, numbers))
+        for name, *ap, count in zip(self.classes, self.ap11[0], self.ap_area[0], counts):
+            table.add_row(escape(name), *map(_cell, ap), *map(str, count))
         table.add_section()
         means = (self.map11[0], self.map_area[0])
         table.add_row("mean", *map(_cell, means), *map(str, counts.sum(axis=0)), style="bold")
@@ -113,15 +110,10 @@ def _plain(value: float) -> float | None:
 
 
 def evaluate_voc(detections: Detections, truth: GroundTruth, iou: float | Sequence[float] = 0.5) -> VocResult:
-    """Return AP of every class of the ground truth.
+    """Return AP of every class of the ground truth, at one overlap threshold or several.
 
-    Args:
-        detections: on images of ``truth`` and of classes of ``truth``, in any order of classes.
-        truth: the annotated objects.
-        iou: one overlap threshold, or several; further ones cost little, since overlaps are computed once.
-
-    Raises:
-        ValueError: a detection on an image, or of a class, that the ground truth doesn't have.
+    A ValueError names a detection on an image, or of a class, that the ground truth doesn't have; the order of classes
+    may be another one.
     """
     thresholds = (float(iou),) if isinstance(iou, int | float) else tuple(float(value) for value in iou)
     image, label = detections.indices(truth)

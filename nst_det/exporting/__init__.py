@@ -1,7 +1,5 @@
 """Backbones and detectors for other frameworks: written, compared with the original, described by a model card."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """How near the detections of two detectors are on the same images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +28,11 @@ class Difference:
     """How far two detectors' detections are apart on some images."""
 
     images: int = 0
-    # with a partner at the other detector, and the largest differences among partners: in pixels, and in score
-    detections: int = 0
+    detections: int = 0  # with a partner at the other detector
+    # the largest differences among partners: in pixels, and in score
     boxes: float = 0.0
     scores: float = 0.0
-    # without a partner within both limits
-    alone: int = 0
+    alone: int = 0  # without a partner within both limits
     # without a partner too, but as near to the score threshold as the limit or, on an image with as many detections as
     # there may be, to the last one's score: either detector may be right
     borderline: int = 0

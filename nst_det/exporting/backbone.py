@@ -1,22 +1,27 @@
 """A backbone file for timm, torchvision or Detectron2, in their files, compared with what it was made of."""
 
-from __future__ import annotations
-
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torchvision
 from timm.models import save_for_hf
-from torch import nn
+from torch import Tensor, nn
 
+from nst_det import detectron2
 from nst_det.engine.io import atomic_folder, atomic_path, write_text
 from nst_det.errors import UserError
 from nst_det.exporting import Exported
-from nst_det.exporting.modelcard import backbone_card
-from nst_det.models import Card, classifier_from_file, load_card
+from nst_det.exporting.modelcard import backbone_card, detectron2_config
+from nst_det.models import Bottomup, Card, classifier_from_file, load_backbone, load_plain
+from nst_det.models.caffe import is_caffe
+from nst_det.models.convert import batch_norm_eps, resnet_keys, resnet_to_detectron2
 
 LIMIT = 1e-4
+IMAGENET = {"channel_order": "RGB", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 # timm's names for what torchvision builds from the same layers under the same names
 TORCHVISION_ARCHS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
@@ -70,6 +75,8 @@ def export_torchvision(weights: str, output: str | Path) -> Exported:
     with atomic_path(output) as temporary:
         torch.save(model.state_dict(), temporary)
         again = torchvision.models.get_model(arch, weights=None, num_classes=card.num_classes)
+        if not card.num_classes:
+            again.fc = nn.Identity()
         again.load_state_dict(torch.load(temporary, weights_only=True))
         agreement = _compare(model, again, card, output)
     text = backbone_card(card, output.stem, "torchvision", f"{agreement} on noise", output.name)
@@ -78,19 +85,96 @@ def export_torchvision(weights: str, output: str | Path) -> Exported:
 
 
 def export_detectron2(weights: str, output: str | Path, arch: str = "") -> Exported:
-    """Write a ResNet's weights, config and, without ``arch``, model card for a plain Detectron2."""
-    from nst_det.detectron2 import INSTALL_PAGE
-    from nst_det.detectron2.export import PARITY_LIMIT, export_backbone
+    """Write a ResNet's weights by Detectron2's names, its config and, without ``arch``, a model card.
 
-    exported = export_backbone(weights, output, arch)
-    agreement = f"not checked: Detectron2 is not installed ({INSTALL_PAGE})"
-    if exported.parity is not None:
-        agreement = f"{exported.parity:.2g} largest difference of res2..res5 (limit {PARITY_LIMIT:g})"
-    files = {"weights": exported.weights, "config": exported.config}
-    if not arch:
-        path = files["card"] = exported.weights.with_suffix(".md")
-        write_text(path, backbone_card(load_card(weights), path.stem, "detectron2", agreement, exported.config.name))
+    ``weights`` is a backbone file, or somebody's plain ResNet weights, then with the timm name ``arch``.  A plain
+    Detectron2 can read both; nothing is written where its maps differ.
+    """
+    output = Path(output)
+    if output.suffix not in (".pkl", ".pth"):
+        raise UserError(f"--output {output}: the file must end in .pkl or .pth")
+    card = None
+    if weights.startswith("backbone://") or weights.endswith(".safetensors"):
+        if arch:
+            raise UserError("--arch: a backbone file has its architecture in it; leave --arch out")
+        state_dict, card = load_backbone(weights)
+        arch, arch_kwargs, pixels = card.arch, card.arch_kwargs, card.input
+        origin = f"{weights}, method {card.method or 'unknown'}"
+    elif arch:
+        state_dict, arch_kwargs, pixels, origin = load_plain(weights), {}, IMAGENET, weights
+    else:
+        raise UserError(f"{weights}: plain weights have no architecture in them; give --arch (for example resnet18)")
+    resnet = resnet_keys(state_dict)
+    entries = resnet_to_detectron2(state_dict, batch_norm_eps(arch, arch_kwargs))
+    mean, std = ([float(f"{255 * value:.6g}") for value in pixels[name]] for name in ("mean", "std"))
+    given = {"channel_order": pixels["channel_order"], "mean": mean, "std": std, "origin": origin}
+    text = detectron2_config(resnet=resnet, caffe=is_caffe(arch), weights=output.name, **given)
+    config = output.with_suffix(".yaml")
+    with atomic_path(output) as temporary:
+        _write(entries, temporary, output.suffix)
+    write_text(config, text)
+    try:
+        agreement = _compare_with_detectron2(state_dict, arch, arch_kwargs, config, output)
+    except UserError:
+        output.unlink(missing_ok=True)
+        config.unlink(missing_ok=True)
+        raise
+    files = {"weights": output, "config": config}
+    if card is not None:
+        files["card"] = output.with_suffix(".md")
+        write_text(files["card"], backbone_card(card, output.stem, "detectron2", agreement, config.name))
     return Exported(files, agreement)
+
+
+def _write(entries: Mapping[str, Tensor], path: Path, suffix: str) -> None:
+    # with matching by the ends of names the same file fits a ResNet alone and under an FPN
+    content: dict[str, Any] = {"model": dict(entries), "__author__": "nst_det", "matching_heuristics": True}
+    if suffix == ".pth":
+        torch.save(content, path)
+        return
+    content["model"] = {name: value.cpu().numpy() for name, value in entries.items()}
+    with open(path, "wb") as file:
+        pickle.dump(content, file)
+
+
+def _compare_with_detectron2(
+    state_dict: Mapping[str, Tensor], arch: str, arch_kwargs: Mapping[str, Any], config: Path, weights: Path
+) -> str:
+    """Return how near the maps of Detectron2's own network are, which is built and filled by its own means."""
+    if not detectron2.is_available():
+        return f"not checked: Detectron2 is not installed ({detectron2.INSTALL_PAGE})"
+    detectron2.require()
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_backbone
+
+    # the classifier's width is of no account for the maps
+    classes = next((value.shape[0] for name, value in state_dict.items() if name == "fc.weight"), 1000)
+    try:
+        bottomup = Bottomup(arch, arch_kwargs=arch_kwargs, state_dict=state_dict, num_classes=classes).eval()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    cfg = get_cfg()
+    cfg.merge_from_file(str(config))
+    cfg.MODEL.DEVICE = "cpu"
+    detector: Any = nn.ModuleDict({"backbone": build_backbone(cfg)}).eval()
+    checkpointer = DetectionCheckpointer(detector)
+    missing: list[str] = []
+    checkpointer._log_incompatible_keys = lambda incompatible: missing.extend(incompatible.missing_keys)
+    checkpointer.load(str(weights))
+    absent = [name for name in missing if name.startswith("backbone.bottom_up.")]
+    if absent:
+        raise UserError(f"{weights}: {len(absent)} entries of the bottom-up are missing ({', '.join(absent[:3])})")
+    images = torch.randn(2, 3, 160, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, got = bottomup(images), detector["backbone"].bottom_up(images)
+    difference = max(float((wanted[name] - got[name]).abs().max()) for name in wanted)
+    if not difference <= LIMIT:
+        raise UserError(
+            f"{weights}: Detectron2's network gives maps that differ by {difference:.3g} (limit {LIMIT:g}), so "
+            "nothing was exported"
+        )
+    return f"{difference:.2g} largest difference of res2..res5 (limit {LIMIT:g})"
 
 
 def _size(card: Card) -> int:

@@ -23,12 +23,10 @@ from nst_det.errors import UserError
 from nst_det.evaluation.thresholds import read_thresholds
 from nst_det.exporting import Exported, formats
 from nst_det.exporting.agreement import Detections, compare_detections, detect, equal_scores, found_again
-from nst_det.exporting.contract import Contract
 from nst_det.exporting.graph import DetectorGraph
 from nst_det.exporting.measure import measure
 from nst_det.exporting.modelcard import detector_card, detector_script
-from nst_det.exporting.quantization import quantize_onnx, quantize_openvino
-from nst_det.exporting.runtime import RUNTIMES, SUFFIXES, ExportedDetector, load_exported, require
+from nst_det.exporting.runtime import RUNTIMES, SUFFIXES, Contract, ExportedDetector, load_exported, require
 from nst_det.report.deployed import add_deployed, markdown
 
 if TYPE_CHECKING:
@@ -105,10 +103,10 @@ class DetectorExport:
             return
         proto = self._onnx(precision == "fp16")
         if form == "onnx":
-            formats.save_onnx(quantize_onnx(proto, ranges) if ranges else proto, contract, path)
+            formats.save_onnx(formats.quantize_onnx(proto, ranges) if ranges else proto, contract, path)
             return
         model = formats.to_openvino(proto)
-        formats.save_openvino(quantize_openvino(model, ranges) if ranges else model, contract, path)
+        formats.save_openvino(formats.quantize_openvino(model, ranges) if ranges else model, contract, path)
 
     def _compare(self, exported: ExportedDetector, output: Path, inputs: Sequence[np.ndarray]) -> str:
         precision, detector = exported.contract.precision, self.detector

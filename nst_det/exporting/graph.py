@@ -1,7 +1,5 @@
 """A detector's inference as one graph of tensors that ``torch.export`` can trace, for images of any size."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """What an exported file does: its mAP on the run's test images, its latency, size and memory, beside PyTorch's."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time
@@ -67,16 +65,10 @@ class Candidate:
 def measure(
     files: Sequence[str | Path], run: str | Path = "", threads: int = 0, repeats: int = REPEATS
 ) -> list[Deployed]:
-    """Measure exported files, and PyTorch's detector of their run in turns with them.
+    """Measure exported files, and PyTorch's detector of their ``run`` in turns with them.
 
-    Args:
-        files: as ``nst-det export`` wrote them.
-        run: the folder of their run; without it there is neither mAP nor PyTorch, and images are noise.
-        threads: of the CPU; 0 takes torch's number.
-        repeats: calls for each of :data:`TIMED_IMAGES` images.
-
-    Raises:
-        UserError: a file that can't be run or has other classes than the run, or test images that are gone.
+    Without ``run`` there is neither mAP nor PyTorch, and images are noise.  0 ``threads`` takes torch's number;
+    ``repeats`` are the calls for each of :data:`TIMED_IMAGES` images.
     """
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)

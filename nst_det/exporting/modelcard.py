@@ -1,7 +1,5 @@
 """Model cards: Markdown with the metadata that the Hugging Face hub reads, from what a run wrote about itself."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from nst_det.detection.predict import run_config
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.evaluation.thresholds import DEFAULT, SCORES, read_thresholds
-from nst_det.exporting.contract import CALL, KEY, Contract
+from nst_det.exporting.runtime import CALL, KEY, Contract
 from nst_det.models import Card, load_card
 
 # that read a form of another name
@@ -95,8 +93,13 @@ def backbone_card(card: Card, name: str, form: str, agreement: str, file: str, o
         own_arch=own_arch,
         data=data,
         measured_on="validation",
-        accuracy=_measured({"top-1": card.top1, "top-5": card.top5}),
+        accuracy=_measured({"top-1": card.top1, "top-5": card.top5, **card.measured}),
     )
+
+
+def detectron2_config(**values: Any) -> str:
+    """Return the YAML with all keys of Detectron2 that the weights of a ResNet need."""
+    return f"{_environment().get_template('resnet_fpn.yaml').render(values)}\n"
 
 
 def _render(

@@ -1,17 +1,20 @@
-"""Exported detectors, each run by its own runtime, called like the detector of a run."""
+"""Exported detectors: what their files say of themselves, and each run by its own runtime as a run's detector is."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from nst_det.detection import predict
 from nst_det.detection.data import resize, resized_shape, runs_of_equals
-from nst_det.detection.predict import Found, ImageDetector
+from nst_det.detection.predict import ImageDetector
 from nst_det.detection.predictions import Boxes
 from nst_det.detection.tiles import OVERLAP, Tiles
 from nst_det.detection.torchvision.batch import limits_of
@@ -19,9 +22,23 @@ from nst_det.detection.torchvision.box_coder import clip, larger_than
 from nst_det.engine.device import named_device
 from nst_det.errors import UserError
 from nst_det.exporting.agreement import Detections
-from nst_det.exporting.contract import INPUT, KEY, OUTPUTS, Contract
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
+# of the entry in ONNX's metadata_props, OpenVINO's rt_info, and (with .json) torch.export's extra files
+KEY = "nst_det"
+INPUT = "images"
+OUTPUTS = ("boxes", "scores", "labels", "batch_index")
+# what is the same in every file, for readers without this package
+CALL = {
+    "input": {"name": INPUT, "layout": "NCHW", "type": "uint8", "channels": "RGB", "range": [0, 255]},
+    "outputs": {
+        "boxes": "(N, 4) float32: xmin, ymin, xmax, ymax in pixels of the resized image",
+        "scores": "(N,) float32, 0 to 1, the best of each image first",
+        "labels": "(N,) int64, indices into classes",
+        "batch_index": "(N,) int64, which image of the batch",
+    },
+    "resize": "Pillow's bilinear filter: the shortest side to min_size, the longest to max_size at most; 0: as it is",
+}
 # on a CPU with bfloat16 OpenVINO would compute float32 networks in it
 OPENVINO_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -29,21 +46,44 @@ OPENVINO_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
-class ExportedDetector:
-    """A detector's file, called with one image at a time; :func:`load_exported` makes it.
+@dataclass(frozen=True)
+class Contract:
+    """What differs between files."""
 
-    Attributes:
-        path: the file.
-        contract: what it says of itself, such as its classes.
-    """
+    classes: tuple[str, ...]  # by label
+    batch: int  # images that are given at once, of one size
+    precision: str  # fp32, fp16 or int8
+    min_size: int  # pixels of the shortest side after resizing; 0 leaves images as they are
+    max_size: int  # pixels that the longest side has at most
+    score_threshold: float  # detections with a lower score are not given
+    thresholds: Mapping[str, float] = field(default_factory=dict)  # by class, the least score that is recommended
+
+    def to_json(self) -> str:
+        """Return it as the text that a file holds."""
+        return json.dumps({**asdict(self), **CALL}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | None, path: str | Path) -> Contract:
+        """Read it from the text in the file ``path``; None where the file has none."""
+        remedy = "name a file that nst-det export wrote"
+        if text is None:
+            raise UserError(f"{path}: says nothing of how to call it, so another project made it; {remedy}")
+        try:
+            told: dict[str, Any] = json.loads(text)
+            named = {part.name: told[part.name] for part in fields(cls)}
+            given = cls(**{**named, "classes": tuple(map(str, named["classes"])), "batch": int(named["batch"])})
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: its entry {KEY} can't be read ({error!r}); {remedy}") from error
+        if any(told.get(key) != value for key, value in CALL.items()):
+            raise UserError(f"{path}: is called in another way ({KEY} in it), by another version; export it again")
+        return given
+
+
+class ExportedDetector:
+    """A detector's file as it is, of :func:`load_exported`; :func:`load_detector` makes an ImageDetector of it."""
 
     def __init__(self, path: Path, contract: Contract, run: Run) -> None:
         self.path, self.contract, self.run = path, contract, run
-
-    def __call__(self, image: np.ndarray) -> Found:
-        """Return all that the file finds on an (H, W, 3) uint8 RGB image, boxes in its pixels."""
-        ((boxes, labels, scores),) = self.find([image])
-        return Found(boxes, scores, labels, tuple(self.contract.classes[label] for label in labels.tolist()))
 
     def find(self, images: Iterable[np.ndarray]) -> Iterator[Boxes]:
         """Yield the detections on each (H, W, 3) uint8 RGB image, in its pixels.
@@ -84,14 +124,9 @@ class ExportedDetector:
 
 
 def load_exported(path: str | Path, threads: int = 0) -> ExportedDetector:
-    """Load a detector that ``nst-det export`` wrote, to be called with images.
+    """Open a detector that ``nst-det export`` wrote; 0 ``threads`` leaves them to the runtime.
 
-    Args:
-        path: ``FILE.onnx``, ``FILE.xml`` (OpenVINO, with ``FILE.bin`` beside it) or ``FILE.pt2`` (torch-export).
-        threads: of the CPU; 0 leaves them to the runtime.
-
-    Raises:
-        UserError: no such file, one of another project, or a runtime that is missing or can't run it.
+    A UserError names no such file, one of another project, or a runtime that is missing or can't run it.
     """
     path = Path(path)
     form = next((form for form, suffix in SUFFIXES.items() if suffix == path.suffix), None)

@@ -60,17 +60,13 @@ __all__ = [
     "unregister_term",
 ]
 
-# the files that have them; the rest of them needs torch, which takes seconds to import
-_LIGHT = "method"
-_FILES = (*OWN_TERMS, "loss", "loss_balance", "outputs", "registry")
+# the files that have them; all but the first need torch, which takes seconds to import
+_FILES = ("method", *OWN_TERMS, "loss", "loss_balance", "outputs", "registry")
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        modules = [import_module(f"{__name__}.{_LIGHT}")]
-        if name not in vars(modules[0]):
-            modules = [import_module(f"{__name__}.{file}") for file in _FILES]
-        for module in modules:
-            if name in vars(module):
-                return getattr(module, name)
+    for file in _FILES if name in __all__ else ():
+        module = import_module(f"{__name__}.{file}")
+        if name in vars(module):
+            return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

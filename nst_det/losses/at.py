@@ -1,7 +1,5 @@
 """AT: where the channels' energy sits (Zagoruyko, Komodakis 2017, arXiv 1612.03928, activation-based)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -1,7 +1,5 @@
 """CWD: where each channel looks, as a distribution over positions (Shu et al. 2021, arXiv 2011.13256)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -1,7 +1,5 @@
 """DIST: class probabilities linearly related, of an image and of a class (Huang et al. 2022, arXiv 2205.10536)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

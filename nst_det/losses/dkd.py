@@ -1,7 +1,5 @@
 """DKD: the target class and the others, each by itself (Zhao et al. 2022, arXiv 2203.08679)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

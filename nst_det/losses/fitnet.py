@@ -1,7 +1,5 @@
 """FitNet hints: the student's map, through a trained regressor, equals the teacher's (arXiv 1412.6550)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

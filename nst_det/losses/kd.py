@@ -1,7 +1,5 @@
 """KD: the teacher's softened class probabilities (Hinton, Vinyals, Dean 2015, arXiv 1503.02531)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -4,8 +4,6 @@ The paper's own text and code could not be read.  The form of the loss is known 
 k, sigma and the weight are therefore defaults of ours.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from nst_det.losses.ops import Shared, compute_now, full_precision

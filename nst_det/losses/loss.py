@@ -1,7 +1,5 @@
 """The sum of a method's terms, built for the levels and widths of one student and one teacher."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from functools import partial
@@ -258,20 +256,10 @@ def pair_shapes(
     student_strides: Mapping[str, int],
     teacher_strides: Mapping[str, int],
 ) -> list[tuple[str, str, str, str]]:
-    """The pairs that ``loss`` compares in these outputs, as rows of a table with :data:`HEADINGS`.
+    """The pairs that ``loss`` compares in outputs of one image, as rows of a table with :data:`HEADINGS`.
 
-    Args:
-        loss: of one method.
-        student: its outputs for some image.
-        teacher: its outputs for the same image.
-        student_strides: level to stride, where it is known.
-        teacher_strides: the same for the teacher.
-
-    Returns:
-        Term, place and shape (without the batch) of student and teacher, and what is done where sizes differ.
-
-    Raises:
-        ValueError: an output that a term reads isn't there.
+    A row is term, place and shape (without the batch) of student and teacher, and what is done where sizes differ;
+    ``student_strides`` and ``teacher_strides`` are by level.  A ValueError names an output that isn't there.
     """
 
     def place(name: str, output: Tensor, strides: Mapping[str, int]) -> str:

@@ -1,7 +1,5 @@
 """The gradient norm of each term at the student's backbone, measured in the first steps, and weights chosen from it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,16 +63,10 @@ class TermBalance:
 
 
 def gradient_norms(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of each loss's gradient in all parameters together.
+    """The L2 norms (L,) of the gradients that L ``losses``, scalars of one forward pass, have in all ``parameters``.
 
-    The graph stays, so that the losses can still go backward; no ``.grad`` is touched and nothing is drawn.
-
-    Args:
-        losses: scalars of one forward pass.
-        parameters: leaves that require a gradient; a loss needn't depend on all of them.
-
-    Returns:
-        (L,) norms in float32, 0 where a loss depends on none of the parameters, inf where it isn't finite.
+    In float32: 0 where a loss depends on none of the parameters, inf where it isn't finite.  The graph stays, so that
+    the losses can still go backward; no ``.grad`` is touched and nothing is drawn.
     """
     norms = []
     with torch.autocast(losses[0].device.type, enabled=False):

@@ -1,7 +1,5 @@
 """The grammar of methods: ``ce``, ``kd``, ``nst-poly:50+kd:0.9``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,16 +44,10 @@ def _shortest(weight: float) -> str:
 
 
 def parse_method(word: str | Method) -> Method:
-    """A method from a string.
+    """The method of a ``word``: term names joined by ``+``, each with ``:weight`` if it isn't to be the default.
 
-    Args:
-        word: term names joined by ``+``, each with ``:weight`` if it isn't to be the default; ``ce`` for none.
-
-    Returns:
-        The method, its terms in the registry's order.
-
-    Raises:
-        ValueError: an empty string, an unknown or repeated term, a weight that isn't a finite number >= 0.
+    Its terms are in the registry's order; ``ce`` has none.  A ValueError names an empty string, an unknown or repeated
+    term, or a weight that isn't a finite number >= 0.
 
     Example:
         >>> parse_method("nst-poly+kd:0.9").word

@@ -1,7 +1,5 @@
 """MGD: a part of the student's map is enough to generate the teacher's (Yang et al. 2022, arXiv 2205.01529)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

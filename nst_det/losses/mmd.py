@@ -14,8 +14,6 @@ Legend of the shape suffixes: B images of the batch, b of a chunk, S and T chann
 both, N = H*W.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
 from typing import Any

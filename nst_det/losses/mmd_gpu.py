@@ -19,8 +19,6 @@ the student; and w_j = 1 for the student's channels, -S/T for the teacher's.
 The teacher's part is named as in ``mmd.py``, so that a cache serves both.  Shape suffixes are those there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial

@@ -9,8 +9,6 @@ three terms, so that it is >= 0 and 0 for equal sets:
 Shapes: B batch, C channels, N = H*W positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +21,9 @@ from nst_det.losses.mmd import KERNELS, mmd
 from nst_det.losses.mmd_gpu import mmd_in_few_launches
 from nst_det.losses.ops import Shared, at_size, check_maps, common_size, compute_now, teacher_at
 from nst_det.losses.registry import LayerPair, register_term
+
+# value, gradient, and what the gradient is still to be multiplied by
+Computed = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def nst_loss(
@@ -76,8 +77,16 @@ def nst_loss(
     compiling = torch.compiler.is_compiling()
     if few_launches is None:
         few_launches = compiling or student.device.type != "cpu"
-    arguments = (teacher.shape[1], target, kernel, partial(_named, shared, size))
-    compute = partial(_computed, mmd_in_few_launches if few_launches else mmd, arguments, limit)
+    way: Callable[..., Computed] = mmd_in_few_launches if few_launches else mmd
+
+    def named(name: str, make: Callable[[], Any]) -> Any:
+        return shared((f"nst-{name}", size), make)
+
+    def compute(maps: Tensor, with_gradient: bool) -> Computed:
+        value, gradient, factor = way(maps.flatten(2), teacher.shape[1], target, kernel, named, with_gradient, limit)
+        gradient = None if gradient is None else gradient.view(maps.shape)
+        return value, gradient, None if factor is None else factor[..., None, None]
+
     with torch.no_grad():
         value, gradient, factor = compute(small.detach(), wanted)
     if gradient is None:
@@ -85,24 +94,6 @@ def nst_loss(
     if compiling:
         return _WithGradient.apply(small, value, gradient if factor is None else gradient * factor)
     return _WithGradientOnce.apply(small, (value, gradient, factor), compute)
-
-
-def _computed(
-    way: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]],
-    arguments: tuple[Any, ...],
-    limit: int | None,
-    maps: Tensor,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return value, gradient and what it is still to be multiplied by, in the shape of maps (B, S, H, W)."""
-    value, gradient, factor = way(maps.flatten(2), *arguments, with_gradient, limit)
-    if gradient is not None:
-        gradient = gradient.view(maps.shape)
-    return value, gradient, None if factor is None else factor[..., None, None]
-
-
-def _named(shared: Shared, size: tuple[int, int], name: str, compute: Callable[[], Any]) -> Any:
-    return shared((f"nst-{name}", size), compute)
 
 
 class _WithGradient(torch.autograd.Function):

@@ -1,7 +1,5 @@
 """Operations of several losses: one floating point width, one spatial size, unit vectors that survive zeros."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """PKD: each channel is linearly related to the teacher's (Cao et al. 2022, arXiv 2207.02039)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -7,8 +7,6 @@ its own compiler calls for linear layers), large products are taken from there; 
 Legend of the shape suffixes: b images, M, K, N rows and columns, C, S, T channels.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

@@ -155,8 +155,7 @@ def unregister_term(name: str) -> None:
 def terms() -> dict[str, LossSpec]:
     """All terms by name, in the order in which they were registered; those of ``$NST_DET_TERMS`` are among them.
 
-    Raises:
-        ValueError: a module named there can't be imported.
+    A ValueError names a module there that can't be imported.
     """
     for file in OWN_TERMS:
         importlib.import_module(f"{__package__}.{file}")

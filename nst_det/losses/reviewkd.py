@@ -1,7 +1,5 @@
 """ReviewKD: levels fused from the deepest up, against the teacher's (Chen et al. 2021, arXiv 2104.09044)."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

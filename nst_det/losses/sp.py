@@ -1,7 +1,5 @@
 """SP: which images of the batch have similar maps (Tung, Mori 2019, arXiv 1907.09682)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

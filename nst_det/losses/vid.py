@@ -4,8 +4,6 @@ The loss is ``-log q(t | s)`` without its constant.  The mean is a small trained
 variance one trained number per channel (per class for logits).
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

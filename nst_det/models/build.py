@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nst_det.errors import UserError
 from nst_det.losses import ModelOutputs
-from nst_det.models import cifar, inception_bn, small  # noqa: F401 (registers these networks in timm)
+from nst_det.models import caffe, cifar, inception_bn, small  # noqa: F401 (registers these networks in timm)
 from nst_det.models.hub import near_names, weights_file
 
 # timm's arguments that load weights or read files: an architecture from a card must never reach them
@@ -274,7 +274,8 @@ def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, Level
         levels: the maps to give, from :func:`feature_levels`; may be empty.
 
     Returns:
-        logits (B, K), maps (B, C, H / stride, W / stride) by level, embedding (B, D): what enters the classifier.
+        logits (B, K), None where the model has no classes; maps (B, C, H / stride, W / stride) by level; embedding
+        (B, D): what enters the classifier.
     """
     indices = sorted({info.index for info in levels.values()})
     if indices:
@@ -291,6 +292,8 @@ def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, Level
         hook.remove()
     by_index = dict(zip(indices, maps))
     found = {name: info.resized(by_index[info.index]) for name, info in levels.items()}
+    if not model.num_classes:
+        logits = None
     return ModelOutputs(logits=logits, maps=found, embedding=seen[0].flatten(1) if seen else None)
 
 

@@ -20,7 +20,7 @@ class Card:
     """The content of ``NAME.json``.
 
     Attributes:
-        arch: timm name; with ``arch_kwargs`` and ``num_classes`` it builds the classifier.
+        arch: timm name; with ``arch_kwargs`` and ``num_classes`` (0: without head) it builds the classifier.
         classes: names of the classes in the order of the logits; empty if unknown.
         levels: level -> {"stride", "channels"}.
         input: {"channel_order", "mean", "std", "size"}; mean and std on the 0..1 scale, in that channel order.
@@ -28,8 +28,10 @@ class Card:
         method: the transfer method, ``ce`` for labels only, or where the weights come from.
         weights: loss weights by term.
         teacher: name, arch, top1 and weights' sha256 of the teacher, or empty.
-        data: name, fingerprint, images and classes of the training data.
+        data: name, fingerprint, images and classes of the training data, and whether it had labels.
         top1: accuracy on the validation split, 0..1; None if not measured.
+        measured: without labels, 0..1 by name: knn and linear (accuracy on a labelled folder), agreement and cka (with
+            the teacher).
         sha256: of the safetensors file; filled in when it is written.
     """
 
@@ -46,6 +48,7 @@ class Card:
     data: dict[str, Any] = field(default_factory=dict)
     top1: float | None = None
     top5: float | None = None
+    measured: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
     steps: int | None = None
     params: int | None = None
@@ -69,7 +72,9 @@ def input_contract(mean: Sequence[float], std: Sequence[float], order: str, size
 def published_card(model: nn.Module, arch: str) -> Card:
     """The contract of timm's published weights for a model of ``create_model(arch, ..., pretrained=True)``."""
     published: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    return Card(arch, 1, input=input_contract(published["mean"], published["std"], "RGB", published["input_size"][-1]))
+    # timm has no channel order: its own networks see RGB
+    order = getattr(model, "channel_order", "RGB")
+    return Card(arch, 1, input=input_contract(published["mean"], published["std"], order, published["input_size"][-1]))
 
 
 def card_from_json(value: Any, source: str) -> Card:
@@ -101,8 +106,8 @@ def card_from_json(value: Any, source: str) -> Card:
         check_arch(card.arch, card.arch_kwargs)
     except ValueError as error:
         raise UserError(f"{source}: field 'arch': {error}") from error
-    if not 1 <= card.num_classes <= 1_000_000:
-        raise refuse("num_classes", f"is {card.num_classes}, outside 1 to 1000000")
+    if not 0 <= card.num_classes <= 1_000_000:
+        raise refuse("num_classes", f"is {card.num_classes}, outside 0 to 1000000")
     return card
 
 

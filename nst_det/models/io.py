@@ -300,13 +300,17 @@ def read_any(path: str | Path, entries: Sequence[str] = ()) -> dict[str, Tensor]
         raise UserError(f"{path}: no such weights file; correct the path")
     if path.suffix == ".safetensors":
         _header(path)
-        tensors = read_tensors(path)
-    else:
-        value: Any = load_pickled(path)
-        for key in entries:
-            if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
-                value = value[key]
-        tensors = dict(_tensors(value))
+        return named_tensors(read_tensors(path), path)
+    value: Any = load_pickled(path)
+    for key in entries:
+        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
+            value = value[key]
+    return named_tensors(value, path)
+
+
+def named_tensors(tree: Any, path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of what was read from ``path`` by their dotted names."""
+    tensors = dict(_tensors(tree))
     if not tensors:
         raise UserError(f"{path}: not a state dict (a mapping of names to tensors); name a file of weights")
     wrappers = {found for name in tensors for found in WRAPPERS.findall(name)}
@@ -367,14 +371,16 @@ def list_backbones(folders: Sequence[Path]) -> tuple[list[tuple[str, Card]], lis
 def backbones_table(entries: Sequence[tuple[str, Card]], title: str) -> Table:
     """Return a table of name, architecture, method, accuracy, size, teacher, data and date."""
     table = Table(title=title, title_justify="left")
-    for heading in ("name", "arch", "method", "top-1", "params", "teacher", "data", "date"):
-        right = heading in ("top-1", "params")
+    for heading in ("name", "arch", "method", "measured", "params", "teacher", "data", "date"):
+        right = heading in ("measured", "params")
         table.add_column(heading, justify="right" if right else "left", overflow="ellipsis" if right else "fold")
     for name, card in entries:
-        top1 = "" if card.top1 is None else f"{100 * card.top1:.1f} %"
+        scores = card.measured if card.top1 is None else {"top-1": card.top1}
+        measured = next((f"{name} {100 * value:.1f} %" for name, value in scores.items()), "")
         params = "" if card.params is None else f"{card.params / 1e6:.2f} M"
         teacher, data = str(card.teacher.get("name", "")), str(card.data.get("name", ""))
-        cells = (name, card.arch, card.method, top1, params, teacher, data, card.date[:10])
+        data += "" if card.data.get("labels", True) else ", without labels"
+        cells = (name, card.arch, card.method, measured, params, teacher, data, card.date[:10])
         # not markup: names come from files
         table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in cells))
     return table

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nst_det.errors import UserError
 from nst_det.models.build import classifier_names, create_model
+from nst_det.models.caffe import check_stride
 from nst_det.models.card import Card, input_contract
 from nst_det.models.convert import batch_norm_eps, resnet_from_detectron2
 from nst_det.models.hub import described
@@ -124,13 +125,7 @@ def _from_lukemelas(given: Named, asked: _Asked) -> Named:
 
 
 def _from_detectron2(given: Named, asked: _Asked) -> Named:
-    # a bottleneck's stride is in its first convolution or in its second, which names and shapes don't tell
-    if "res2.0.conv3.weight" in given:
-        raise ValueError(
-            "they are Detectron2's ResNet, and whether they were trained with STRIDE_IN_1X1 isn't in the file; if it "
-            "was False, write them by torchvision's names first: nst-det convert for a detector, else "
-            "nst_det.models.convert.resnet_from_detectron2"
-        )
+    check_stride(given, asked.model)
     return resnet_from_detectron2(given)
 
 
@@ -165,8 +160,8 @@ def recognize(
 
     Known are timm's names, which torchvision's ResNets and DenseNets, mmpretrain and mmdet have too below their
     prefixes; those that timm converts for this architecture (such as those of ConvNeXt's and DINO's authors);
-    torchvision's EfficientNet, MobileNet, ConvNeXt and MnasNet; Detectron2's ResNet-18 and -34; and the
-    EfficientNets of lukemelas.  A detector's backbone is taken from its file.
+    torchvision's EfficientNet, MobileNet, ConvNeXt and MnasNet; Detectron2's ResNets; and the EfficientNets of
+    lukemelas.  A detector's backbone is taken from its file.
 
     Args:
         path: as :func:`~nst_det.models.io.load_plain` takes it.

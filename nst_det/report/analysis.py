@@ -12,9 +12,8 @@ import numpy as np
 from nst_det.comparison.result import ComparisonResult
 from nst_det.errors import UserError
 from nst_det.evaluation import voc
-from nst_det.evaluation.boxes import GroundTruth
+from nst_det.evaluation.boxes import GroundTruth, ObjectCounts, count_objects
 from nst_det.evaluation.errors import ErrorAnalysis, analyze_errors
-from nst_det.evaluation.objects import ObjectCounts, count_objects
 from nst_det.evaluation.thresholds import ScoreThreshold, read_thresholds
 from nst_det.report.curves import Array
 from nst_det.report.samples import least_scores, open_data, read_detections

@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from nst_det.comparison.result import BASELINE, MAP, MARKS, TOP1, ComparisonResult
+from nst_det.comparison.result import BASELINE, MAP, MARKS, MEASURES, TOP1, ComparisonResult
 from nst_det.engine.metrics import TOTALS
 from nst_det.evaluation.thresholds import SCORES
 from nst_det.report.analysis import RECALLS, Precision, RowAnalysis, precision_by_class
@@ -31,12 +31,14 @@ SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 TITLES = {
     "val/top1": "top-1 accuracy",
     "val/top5": "top-5 accuracy",
+    **{f"val/{key}": measure.name for key, measure in MEASURES.items()},
     "val/map": "mAP (11-point), validation split",
     "val/map_area": "mAP (area), validation split",
     "map": "mAP (11-point), test split",
     "map_area": "mAP (area), test split",
 }
 AXES = {MAP: "mAP at IoU 0.5 (11-point)", TOP1: "top-1 accuracy on the validation split"}
+AXES |= {measure: measure.name for measure in MEASURES.values()}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ Looks = Mapping[str, Look]
 def method_looks(methods: Sequence[str]) -> dict[str, Look]:
     """Return a look for each: the baseline in ink, the marks in grey, each other method in a color of its own."""
     chosen = {BASELINE: Look(INK, "-", "o")}
-    chosen |= {mark: Look(MUTED, line, marker) for mark, line, marker in zip(MARKS, (":", ":", "-.", "--"), "vPX^")}
+    lines = (":", ":", ":", "-.", "--")
+    chosen |= {mark: Look(MUTED, line, marker) for mark, line, marker in zip(MARKS, lines, "vPDX^")}
     for index, method in enumerate(method for method in methods if method not in chosen):
         turn, color = divmod(index, len(METHOD_COLORS))
         line = LINES[(turn + index % 2) % len(LINES)]

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nst_det.comparison.result import ComparisonResult
+from nst_det.comparison.result import MEASURES, ComparisonResult
 from nst_det.engine.metrics import read_metrics
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
 BINS = 60
-ACCURACIES = ("top1", "top5", "val_top1", "val_top5", "map", "map_area", "accuracy")
+ACCURACIES = ("top1", "top5", "val_top1", "val_top5", "map", "map_area", "accuracy", *MEASURES)
 Array = NDArray[np.float64]
 Points = Sequence[tuple[int, float]]  # (step, value)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from statistics import fmean, variance
 
-from nst_det.comparison.result import MAP, TEACHER, ComparisonResult
+from nst_det.comparison.result import MAP, MEASURES, TEACHER, TOP1, ComparisonResult
 from nst_det.comparison.statistics import SINGLE
 from nst_det.report.curves import Curve, Curves
 from nst_det.report.summary import MOST_NAMES, listed
@@ -60,11 +60,11 @@ def _spread(results: ComparisonResult) -> Iterator[str]:
     if len(seeds) == 1:
         yield f"One seed ({seeds[0]}): nothing says how far another one would be from these numbers."
     elif single:
-        yield f"Only one seed is shared with ce by {listed(single)}: no spread to judge by."
+        yield f"Only one seed is shared with {results.baseline} by {listed(single)}: no spread to judge by."
     if len(seeds) == 2:
         yield "Two seeds give very wide intervals; three or more tell differences apart far better."
     if sum(row.delta_interval is not None for row in results.methods) > 1:
-        yield "Intervals compare a method with ce, not two methods with each other."
+        yield f"Intervals compare a method with {results.baseline}, not two methods with each other."
 
 
 def _teacher(results: ComparisonResult) -> Iterator[str]:
@@ -132,7 +132,8 @@ def _unfinished(stage: str, curves: dict[str, Curves], losses: Sequence[str], ro
     for name, methods in curves["accuracy"].items():
         known = {method: last_rise(curve) for method, curve in methods.items() if method in rows}
         rises = {method: rise for method, rise in known.items() if rise > RISE}
-        if rises and (what := {"top1": "top-1", "map": "mAP"}.get(name.rsplit("/", 1)[-1])):
+        names = {key: measure.name for key, measure in (*MEASURES.items(), ("top1", TOP1), ("map", MAP))}
+        if rises and (what := names.get(name.rsplit("/", 1)[-1])):
             parts = [f"{method} ({signed(rise)})" for method, rise in sorted(rises.items(), key=lambda one: -one[1])]
             yield f"{stage}: {what} still rose between the last two evaluations, for {_some(parts)}."
 

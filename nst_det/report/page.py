@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from scipy import stats
 
-from nst_det.comparison.result import BASELINE, TEACHER, ComparisonResult, RowResult
+from nst_det.comparison.result import TEACHER, ComparisonResult, RowResult
 from nst_det.evaluation.errors import KINDS
 from nst_det.evaluation.thresholds import DEFAULT
 from nst_det.report import charts, deployed, summary, tables
@@ -58,7 +58,7 @@ def render_page(
     style, script = (environment.loader.get_source(environment, name)[0] for name in ("style.css", "script.js"))
     looks = charts.method_looks([row.method for row in results.rows])
     analyses, files = read_analyses(results, runs), deployed.deployed_rows(results, runs)
-    leader = results.leader.method if results.leader else BASELINE
+    leader = results.leader.method if results.leader else results.baseline
     return environment.get_template("index.html").render(
         results=results,
         summary=summary,
@@ -87,7 +87,7 @@ def render_page(
         threshold=DEFAULT,
         analyses=analyses,
         kinds=KINDS,
-        shown=[row for row in dict.fromkeys((leader, BASELINE)) if row in analyses],
+        shown=[row for row in dict.fromkeys((leader, results.baseline)) if row in analyses],
         confusion_cell=_confusion_cell,
         thresholds=_threshold_lines(analyses.get(leader)),
         data=count_data(results, runs),
@@ -159,8 +159,8 @@ def count(value: float) -> str:
 
 def _change_cells(results: ComparisonResult) -> Callable[[RowResult, str], Cell]:
     """Return what makes the cell of a row and a class: the row's AP less the baseline's."""
-    baseline = results.row(BASELINE)
-    assert baseline is not None, "every comparison has the row ce"
+    baseline = results.row(results.baseline)
+    assert baseline is not None, "every comparison has a row that the others are compared with"
 
     def change(row: RowResult, name: str) -> float | None:
         ap, ap_of_baseline = row.per_class.get(name), baseline.per_class.get(name)

@@ -52,8 +52,8 @@ def _of_methods(results: ComparisonResult, leader: RowResult) -> str:
     if all(row.verdict == SINGLE for row in methods):
         return (
             f"With one seed there is no spread to judge by: of the transfer methods {leader.method} has the highest "
-            f"{results.measure.name} ({fraction(leader.score)}, {signed(leader.delta_vs_ce)} against ce), "
-            "but another seed may order the rows otherwise."
+            f"{results.measure.name} ({fraction(leader.score)}, {signed(leader.delta_vs_ce)} against "
+            f"{results.baseline}), but another seed may order the rows otherwise."
         )
     ordered = sorted(methods, key=lambda row: -row.delta_vs_ce)
     better, worse, noise = ([row for row in ordered if row.verdict == verdict] for verdict in (BETTER, WORSE, NOISE))
@@ -62,16 +62,20 @@ def _of_methods(results: ComparisonResult, leader: RowResult) -> str:
         best = better[0]
         interval = f" (95 % interval {interval_text(best).strip('[]').replace(', ', ' to ')})"
         gain = f"{signed(best.delta_vs_ce)} {results.measure.name}{interval if best.delta_interval else ''}"
-        text += f"{_names(better)} {'beat' if len(better) > 1 else 'beats'} ce (labels only)"
+        text += f"{_names(better)} {'beat' if len(better) > 1 else 'beats'} {_baseline(results)}"
         text += f". The largest gain is that of {best.method}: {gain}." if len(better) > 1 else f": {gain}."
     else:
-        text += f"no transfer method {'can be told to beat' if noise else 'beats'} ce (labels only)."
+        text += f"no transfer method {'can be told to beat' if noise else 'beats'} {_baseline(results)}."
     if noise:
         which = f"{len(noise)} of the {len(methods)} methods" if len(noise) > MOST_NAMES else _names(noise)
         everyone = len(noise) == len(methods) > 1
         text += " Every difference lies" if everyone else f" For {which}, the difference lies"
         text += " within the noise."
-    return text + (f" Worse than ce: {_names(worse)}." if worse else "")
+    return text + (f" Worse than {results.baseline}: {_names(worse)}." if worse else "")
+
+
+def _baseline(results: ComparisonResult) -> str:
+    return f"{results.baseline} ({'labels only' if results.baseline == BASELINE else 'without stage one'})"
 
 
 def caveats(results: ComparisonResult) -> list[str]:
@@ -81,7 +85,7 @@ def caveats(results: ComparisonResult) -> list[str]:
     if lost := [row for row in told if row.p_holm is not None and row.p_holm >= 0.05]:
         notes.append(
             "Each interval is that of its row alone. With Holm's correction for the number of rows, "
-            f"{_names(lost)} would no longer count as told from ce (p ≥ 0.05)."
+            f"{_names(lost)} would no longer count as told from {results.baseline} (p ≥ 0.05)."
         )
     notes += [note for note in (not_above(results), unequal_weights(results)) if note]
     scratch, baseline, bare = (results.row(method) for method in ("scratch", BASELINE, "no-fpn"))
@@ -105,8 +109,8 @@ def not_above(results: ComparisonResult) -> str | None:
     below = [row for row in results.methods if round(row.delta_vs_ce, 3) <= 0]
     below.sort(key=lambda row: row.delta_vs_ce)
     if not below:
-        return f"Each method's row has a higher {results.measure.name} than ce."
-    return f"Not above ce: {listed([f'{row.method} ({signed(row.delta_vs_ce)})' for row in below])}."
+        return f"Each method's row has a higher {results.measure.name} than {results.baseline}."
+    return f"Not above {results.baseline}: {listed([f'{row.method} ({signed(row.delta_vs_ce)})' for row in below])}."
 
 
 def unequal_weights(results: ComparisonResult) -> str | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from nst_det.comparison.result import MAP, TOP1, ComparisonResult, Measure, RowResult
+from nst_det.comparison.result import BASELINE, MAP, MEASURES, TOP1, ComparisonResult, Measure, RowResult
 from nst_det.comparison.statistics import BETTER, NOISE, REFERENCE, SINGLE, WORSE
 
 MISSING = "–"
@@ -76,6 +76,7 @@ def values_of(row: RowResult) -> dict[str, Any]:
         "delta_low": low,
         "delta_high": high,
         **{name: getattr(row, name) for name in ("verdict", "p_holm", "top1", "top1_std", "params")},
+        **{name: (row.measured or {}).get(name) for name in MEASURES},
         "macs": cost and cost.macs,
         "flops": cost and cost.flops,
         "latency_seconds": cost and cost.latency.median,
@@ -138,7 +139,7 @@ def _training_note(row: RowResult) -> str:
 # LaTeX takes all but the last four
 COLUMNS = (
     Column("method", lambda row: row.method, align="l"),
-    *map(_score, (MAP, TOP1)),
+    *map(_score, (MAP, TOP1, *MEASURES.values())),
     _number("mAP (area)", "map_area", fraction, "area under the curve, IoU 0.5, as in VOC 2010 and later", only=MAP),
     _number("error", "top1", error, "the share of images that is not classified right, as papers print it", only=TOP1),
     Column("difference to ce", lambda row: MISSING if row.verdict == REFERENCE else signed(row.delta_vs_ce)),
@@ -164,8 +165,18 @@ COLUMNS = (
 
 
 def columns_of(results: ComparisonResult, columns: Sequence[Column] = COLUMNS) -> list[Column]:
-    """Return those of the columns that the comparison has."""
-    return [column for column in columns if column.only in (None, results.measure)]
+    """Return those of the columns that the comparison has, headed by its baseline, and what stage one is judged by."""
+    first = next((next(iter(row.measured)) for row in results.rows if row.measured), "")
+    stage_one = (
+        _number(MEASURES[first].head, first, fraction, "of the backbone in stage one", only=MAP) if first else None
+    )
+    found = [stage_one if stage_one and column.head == "top-1" else column for column in columns]
+    ours = f" {results.baseline}"
+    return [
+        replace(column, head=column.head.replace(f" {BASELINE}", ours))
+        for column in found
+        if column.only in (None, results.measure)
+    ]
 
 
 def csv_table(results: ComparisonResult) -> str:
@@ -200,6 +211,20 @@ def _markdown_escape(text: str) -> str:
 LEGENDS = {
     MAP: "mAP is the mean over classes of AP at IoU 0.5: 11-point as in VOC 2007, area as in VOC 2010 and later. ",
     TOP1: "top-1 is the share of the validation images whose most certain class is right, after the last step. ",
+    MEASURES[
+        "knn"
+    ]: "k-NN is the share of a labelled folder's validation images whose class the nearest features of its "
+    "training images have, after the last step. ",
+    MEASURES[
+        "linear"
+    ]: "linear probe is the share of a labelled folder's validation images that a linear classifier of "
+    "the features, trained on its training images, has right, after the last step. ",
+    MEASURES["agreement"]: "agreement is the share of the validation images whose most certain class is the teacher's, "
+    "after the last step. ",
+    MEASURES[
+        "cka"
+    ]: "CKA is the linear centered kernel alignment of the students' pooled features with the teacher's, on "
+    "the validation images, after the last step. ",
 }
 
 
@@ -211,8 +236,9 @@ def legend(results: ComparisonResult) -> str:
     if len(results.seeds) > 1:
         text += (
             "± is the standard deviation over seeds (n − 1). "
-            "The difference to ce is taken within each seed; its interval is a two-sided 95 % t-interval. "
-            "better, worse: the interval leaves out 0; within noise: it holds 0; not corrected for the number of rows."
+            f"The difference to {results.baseline} is taken within each seed; its interval is a two-sided 95 % "
+            "t-interval. better, worse: the interval leaves out 0; within noise: it holds 0; not corrected for the "
+            "number of rows."
         )
     else:
         text += "There is one seed, so there is no spread: a difference can't be told from noise."

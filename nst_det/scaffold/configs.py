@@ -26,6 +26,8 @@ PADDING = 32
 # share of the training images that a detector is validated on, and how often at least
 VAL_FRACTION, VALIDATIONS = 0.2, 5
 ROUND = (10, 20, 25, 50, 100, 200, 250, 500, 1000)
+# ce needs labels
+METHODS = ("ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly")
 FILES = ("distill.yaml", "detect.yaml", "compare.yaml", "tune.yaml")
 
 
@@ -100,6 +102,7 @@ class Values:
     period: int  # steps of stage two between validations
     val: str  # list to validate on, "" where there is none
     val_fraction: float  # of the training images; 0 where they are too few, or where there is a list
+    labels: bool = True  # whether stage one's images have labels; without, a published network teaches
 
 
 def render(values: Values) -> dict[str, str]:
@@ -107,6 +110,7 @@ def render(values: Values) -> dict[str, str]:
     loader = jinja2.PackageLoader("nst_det.scaffold")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     # JSON is YAML, with names and paths quoted
+    environment.globals["methods"] = METHODS[not values.labels :]
     environment.filters["json"] = partial(json.dumps, ensure_ascii=False, default=str)
     student = values.student_network
     pixels = {key: [round(255 * part, 3) for part in getattr(student, key)] for key in ("mean", "std")}
@@ -114,19 +118,27 @@ def render(values: Values) -> dict[str, str]:
     return {file: environment.get_template(file).render({**vars(values), **roots, **pixels}) for file in FILES}
 
 
-def choose_networks(student: str, teacher: str, device: str) -> tuple[Network, Network]:
+def choose_networks(student: str, teacher: str, device: str, labels: bool = True) -> tuple[Network, Network]:
     """Return student and teacher: those named, by timm's names; else small ones on a CPU, on a GPU published ones.
 
-    Published weights are taken where timm has some.  A named student has the teacher that it has on a GPU.
+    Published weights are taken where timm has some.  A named student has the teacher that it has on a GPU.  Without
+    ``labels`` the teacher is a published one.
 
     Raises:
         UserError: unknown, or not to be used for its part.
     """
     small = device == "cpu"
-    return (
+    if not labels and small:
+        teacher = teacher or PUBLISHED["student"]
+    found = (
         _named("student", student or PUBLISHED["student"]) if student or not small else SMALL["student"],
         _named("teacher", teacher or PUBLISHED["teacher"]) if teacher or student or not small else SMALL["teacher"],
     )
+    if not labels and not found[1].published:
+        raise UserError(
+            f"--teacher: {found[1].arch} has no published weights, and images without labels train no teacher"
+        )
+    return found
 
 
 def _named(who: str, arch: str) -> Network:

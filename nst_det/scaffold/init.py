@@ -11,7 +11,7 @@ import numpy as np
 from nst_det.data.annotation import read_annotation
 from nst_det.data.check import Report, check_coco, check_data
 from nst_det.data.coco import OTHER_FORM, CocoSource, write_coco_as_voc
-from nst_det.data.folders import read_image_folder
+from nst_det.data.folders import read_image_folder, read_unlabelled_folder
 from nst_det.data.layouts import convert_layout, find_layout
 from nst_det.data.safe_io import shown_path
 from nst_det.data.splits import TEST_FRACTION, cut_test_ids, hold_out, ids_to_cut, known_pair, same_pictures, write_pair
@@ -66,6 +66,7 @@ def init_project(
     train: str = "",
     test: str = "",
     device: str = "cpu",
+    unlabelled: str | Path | None = None,
     student: str = "",
     teacher: str = "",
 ) -> Project:
@@ -83,15 +84,18 @@ def init_project(
         train: list to train on; "" takes those there are, or cuts them.
         test: list to test on.
         device: ``cpu`` or ``cuda``: what the sizes and schedules are made for; "" takes what is here.
+        unlabelled: images without labels in place of ``images``, at any depth; a published network teaches.
         student: timm's name of the students' network; see :func:`nst_det.scaffold.configs.choose_networks`.
         teacher: of the teacher's.
     """
     folder = Path(folder).expanduser().resolve()
     check_name(folder.name)
+    if images is not None and unlabelled is not None:
+        raise UserError("--unlabelled: stage one learns from one folder; leave out --images")
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another project, or remove it")
     device = device or _device_here()
-    networks = choose_networks(student, teacher, device)
+    networks = choose_networks(student, teacher, device, unlabelled is None)
     cut: list[Path] = []
     try:
         with atomic_folder(folder, "name another project") as made:
@@ -117,7 +121,8 @@ def init_project(
             if lists is None:
                 lists = _cut_lists(root)
                 cut = [split_path(root, name) for name in lists]
-            return _write_project(folder, made, root, report, lists, bool(cut), images, device, networks)
+            stage_one = (images, unlabelled)
+            return _write_project(folder, made, root, report, lists, bool(cut), stage_one, device, networks)
     except BaseException:
         for path in cut:
             path.unlink(missing_ok=True)
@@ -131,12 +136,12 @@ def _write_project(
     report: Report,
     lists: tuple[str, str],
     cut: bool,
-    images: str | Path | None,
+    stage_one: tuple[str | Path | None, str | Path | None],
     device: str,
     networks: tuple[Network, Network],
 ) -> Project:
     """Write the project into ``made``, which becomes ``folder``; ``root`` is where the data is now."""
-    train, test = lists
+    (train, test), (images, unlabelled) = lists, stage_one
     learned, tested = (VocDataset(root, name).annotations() for name in lists)
     of_three = lists == OF_THREE and VAL_LIST in split_names(root)
     files = annotation_files(root)
@@ -148,7 +153,10 @@ def _write_project(
     sizes, names = box_sizes(learned, *size)
     if not len(sizes):
         raise UserError(f"{root}: no object in {train} to train on; see nst-det check-data {root}")
-    if images is None:
+    if unlabelled is not None:
+        bare = read_unlabelled_folder(unlabelled)
+        image_root, count, note = bare.root.resolve(), len(bare.train), f"{len(bare.train)} images without labels"
+    elif images is None:
         counts = write_crops(VocDataset(root, train, classes), made / CROPS)
         image_root, count = folder / CROPS, counts.total()
         note = f"{count} crops, cut out of {train}; with classification data of your own, name its folder here"
@@ -186,6 +194,7 @@ def _write_project(
         period=fit_period(detection.iterations),
         val=val,
         val_fraction=val_fraction,
+        labels=unlabelled is None,
     )
     for file, text in render(values).items():
         write_text(made / file, text)

@@ -1,7 +1,5 @@
 """What a search is asked to do: its own few keys, and the comparison whose methods it searches for."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,7 +90,10 @@ KEYS = {
     "SEEDS": Key([0], "each setting is trained once for each of them"),
     "SEED": at_least("of the search itself", 0, 0),
     "OBJECTIVE": one_of(
-        "top1 of the student, or map of its detector (11-point), which a method with @det takes", TOP1, MAP
+        "top1 of the student (without labels what TEST.PROBE, or the teacher, judges it by), or map of its detector "
+        "(11-point), which a method with @det takes",
+        TOP1,
+        MAP,
     ),
     "VAL_FRACTION": Key(0.2, "share of the training images (of each class) that is kept from training and judged on"),
     "VAL_SEED": Key(0, "chooses these images"),

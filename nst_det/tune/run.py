@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich.table import Table
+from rich.table import Column, Table
 
 from nst_det.comparison.config import Comparison, Tuned, merge_stage
 from nst_det.comparison.launch_local import Command, LocalLauncher, this_machine
@@ -32,7 +32,7 @@ from nst_det.engine.io import read_json, write_text
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed
 from nst_det.errors import UserError
-from nst_det.tune.config import MAP, Space, Tuning
+from nst_det.tune.config import MAP, TOP1, Space, Tuning
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -90,7 +90,7 @@ class Evaluator:
             for name, values in (space.choices or {"": ("",)}).items():
                 for value in values:
                     settings = space.settings({**space.default, **({name: value} if name else {})})
-                    methods = {method: self.base.methods[method] for method in (BASELINE, word)}
+                    methods = {one: self.base.methods[one] for one in (BASELINE, word) if one in self.base.methods}
                     trial = replace(self.base, tuned={word: Tuned(settings)}, methods=methods)
                     checked_configs(trial, make_plan(trial))
 
@@ -133,7 +133,7 @@ class Evaluator:
         assert folder is not None
         path = folder / "result.json"
         result = read_json(path)
-        value = result.get("validation", {}).get("map") if by_map else result.get("top1")
+        value = result.get("validation", {}).get("map") if by_map else result.get(result.get("measure", TOP1))
         if not isinstance(value, int | float):
             raise UserError(f"{path}: no value on the validation split; remove it to run this again")
         return float(value)
@@ -265,9 +265,8 @@ def tuning_table(tuning: Tuning, found: dict[str, Best]) -> Table:
     """Return what was found, a row a method."""
     seeds = len(tuning.base.seeds)
     title = f"{tuning.trials} trials a method, {seeds} seed{'s' if seeds > 1 else ''}, on {tuning.budget['validation']}"
-    table = Table(title=title)
-    for name in ("method", "judged by", "configured", "found", "setting"):
-        table.add_column(name, justify="right" if name in ("configured", "found") else "left")
+    values = (Column(name, justify="right") for name in ("configured", "found"))
+    table = Table("method", "judged by", *values, "setting", title=title)
     for word, best in found.items():
         weights = [f"{name} {weight:.3g}" for name, weight in best.settings["WEIGHTS"].items()]
         levels = best.settings.get("LEVELS")

@@ -3,8 +3,6 @@
 Shapes: I images, C channels, N positions of all images together, P points.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from nst_det.detection.sources import find_sources, is_video, read_sources
+from nst_det.distillation.validation import linear_cka
 from nst_det.errors import UserError
 from nst_det.losses import nst_loss
 from nst_det.losses.mmd import KERNELS
@@ -24,17 +23,6 @@ DEAD_NORM = 1e-3
 MOST_IMAGES = 64
 BATCH = 8
 SHOWN_CHANNELS = 8
-
-
-def linear_cka(first: Tensor, second: Tensor) -> float:
-    """Compute the linear centered kernel alignment of representations (P, C) and (P, D) of the same P points.
-
-    With columns centered, ``|Y'X|^2 / (|X'X| |Y'Y|)`` in Frobenius norms (Kornblith et al. 2019, arXiv 1905.00414,
-    equation 3): 0..1, NaN where one is the same at all points.  With fewer points than channels any two are near 1.
-    """
-    x, y = (part.double() - part.double().mean(0) for part in (first, second))
-    cross = torch.linalg.matrix_norm(y.T @ x).square()
-    return float(cross / (torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)))
 
 
 def unit_channels(maps: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """The page of ``nst-det look``: one HTML file that needs nothing but itself."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence

@@ -14,6 +14,7 @@ from nst_det.comparison.pipeline import compare, results_table
 from nst_det.comparison.plan import make_plan
 from nst_det.comparison.result import ComparisonResult, comparable
 from nst_det.errors import UserError
+from nst_det.report import write_report
 from tests.helpers.small_comparison import COMPARE, fake_command, write_comparison
 
 ALONE = {key: value for key, value in COMPARE.items() if key != "DETECT"}
@@ -70,6 +71,84 @@ def test_rows_by_hand(alone, tmp_path):
     path.write_text(json.dumps({"seconds": 10.0}))
     with pytest.raises(UserError, match=r"seed1/students/kd\+nst-poly/result\.json: top1"):
         build_results(alone, make_plan(alone))
+
+
+UNLABELLED = {
+    "DATA": {"ROOT": "FOLDER/images", "LABELS": False},
+    "TEACHER": {"WEIGHTS": "FOLDER/teacher.pth"},
+    "SOLVER": {"MAX_ITER": 6, "CE_WEIGHT": 0.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "measure", "first"),
+    [
+        (["DISTILL.TEST.PROBE.ROOT", "somewhere"], "knn", "scratch"),
+        (["DISTILL.TEST.PROBE.ROOT", "x", "DISTILL.TEST.PROBE.BY", "linear"], "linear", "scratch"),
+        (["DISTILL.STUDENT.WEIGHTS", "published.pth"], "agreement", "imagenet"),
+        (["METHODS", "[kd, at]"], "cka", "scratch"),
+    ],
+)
+def test_without_labels_rows_are_compared_with_the_start(tmp_path, words, measure, first):
+    file = write_comparison(tmp_path, compare=ALONE, distill=UNLABELLED)
+    comparison = load_comparison(file, tmp_path / "out", words)
+    runs = make_plan(comparison)
+    assert comparison.measure.key == measure
+    methods = list(comparison.methods)
+    assert [*comparison.all_rows] == [first, *methods]
+    assert "ce" not in methods
+    assert [run.settings["METHODS"] for run in runs] == [methods] * 2
+    for seed, values in enumerate(((0.2, 0.5, 0.6), (0.1, 0.425, 0.3))):
+        for row, value in zip(methods, values[1:]):
+            path = comparison.folder / f"distill/seed{seed}/students/{row}/result.json"
+            path.parent.mkdir(parents=True)
+            measured = {measure: value, "cka": 0.9} | {f"{measure}_start": values[0]}
+            measured = measured if measure != "cka" else {"cka": value, "cka_start": values[0]}
+            path.write_text(json.dumps({"top1": None, **measured, "seconds": 10.0, "params": 170000, "steps": 6}))
+    found = build_results(comparison, runs)
+    rows = {row.method: row for row in found.rows}
+    assert (found.baseline, found.measure.key, rows[first].top1) == (first, measure, None)
+    assert {name: row.score for name, row in rows.items()} == pytest.approx(
+        {first: 0.15, methods[0]: 0.4625, methods[1]: 0.45}
+    )
+    # differences .3 and .325
+    assert rows[methods[0]].delta_vs_ce == pytest.approx(0.3125)
+    assert [row.verdict for row in found.rows] == ["reference", "better", "noise"]
+    columns = {column.header: list(column.cells) for column in results_table(found).columns}
+    assert (columns[found.measure.head][1], columns[f"vs {first}"][1]) == ("0.463", "+0.312")
+    assert not {"top-1", "error", "vs ce"} & {*columns}
+    found.save(tmp_path / "results.json")
+    assert ComparisonResult.load(tmp_path / "results.json") == found
+    write_report(found, tmp_path / "report", comparison.folder)
+    markdown = (tmp_path / "report/table.md").read_text()
+    assert f"| method | {found.measure.head} | difference to {first} |" in markdown
+    for text in ("top-1", "labels only", " ce "):
+        assert text not in markdown
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["METHODS", "[]"], "METHODS"),
+        (["METHODS", "[ce, kd]"], "METHODS ce"),
+        (["PUBLISHED", "[nst-cifar10]"], "PUBLISHED"),
+    ],
+)
+def test_what_only_labels_give_is_refused(tmp_path, words, named):
+    file = write_comparison(tmp_path, compare=ALONE, distill=UNLABELLED)
+    with pytest.raises(UserError, match=rf"compare\.yaml: {named}"):
+        load_comparison(file, tmp_path / "out", words)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"), [("METHODS [kd,cwd@det]", r"METHODS cwd@det"), ("ROWS [no-fpn]", "ROWS no-fpn")]
+)
+def test_no_detector_begins_with_a_student_that_only_labels_make(tmp_path, words, named):
+    file = write_comparison(tmp_path, distill=UNLABELLED)
+    comparison = load_comparison(file, tmp_path / "out")
+    assert (comparison.all_rows, comparison.baseline) == (("scratch", "kd", "kd+nst-poly"), "scratch")
+    with pytest.raises(UserError, match=rf"{named} .*DISTILL\.DATA\.LABELS"):
+        load_comparison(file, tmp_path / "out", words.split())
 
 
 @pytest.mark.parametrize(

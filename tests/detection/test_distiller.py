@@ -13,7 +13,7 @@ from nst_det.detection.distiller import (
 )
 from nst_det.detection.solver import build_optimizer
 from nst_det.detection.torchvision import build_detector
-from nst_det.engine.keys import transfer_node
+from nst_det.engine.keys import TRANSFER_KEYS, config_tree
 from nst_det.errors import UserError
 from nst_det.losses import nst_loss
 from tests.helpers.detection import step
@@ -22,7 +22,7 @@ LEVELS = ["p2", "p3", "p4"]
 
 
 def node(method="nst-poly:7", levels=LEVELS, **values):
-    made = transfer_node()
+    made = config_tree(TRANSFER_KEYS)
     made.LEVELS = levels
     made.update(values)
     return method, made

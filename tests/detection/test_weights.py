@@ -6,14 +6,11 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from nst_det.detection.checkpoint import load_weights, save_weights, saved_classes
 from nst_det.detection.torchvision import build_detector
 from nst_det.errors import UserError
 from nst_det.models import Card, create_model, input_contract, save_backbone
-from nst_det.models.convert import convert
 from tests.helpers.detection import same_bits
 from tests.helpers.hub import REPO, offline_cache, snapshot, weights
 
@@ -117,29 +114,6 @@ def test_a_published_name_fills_the_bottom_up(small, tmp_path, monkeypatch, capl
         assert torch.equal(value, theirs.state_dict()[name])
 
 
-def test_torchvisions_detector_of_91_classes_begins_one_of_three(small, tmp_path):
-    torch.manual_seed(0)
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
-    theirs = FasterRCNN(backbone, num_classes=91).eval()
-    torch.save(theirs.state_dict(), tmp_path / "coco.pth")
-    keys = {
-        "MODEL.FPN.OUT_CHANNELS": 256,
-        "MODEL.ROI_BOX_HEAD.FC_DIM": 1024,
-        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
-        "MODEL.TIMM.ARCH": "resnet18",
-        "MODEL.WEIGHTS": str(tmp_path / "coco.pth"),
-    }
-    config = small(keys)
-    detector, fresh = build_detector(config), build_detector(config)
-    assert load_weights(detector, config, CLASSES, new_predictor=True) == "detector"
-    wanted = convert(theirs.state_dict(), "timm")
-    for name, value in detector.state_dict().items():
-        expected = fresh.state_dict() if "box_predictor" in name else wanted
-        assert torch.equal(value, expected.get(name, value)), name
-    with pytest.raises(UserError, match="MODEL.WEIGHTS: .*coco.pth"):
-        load_weights(build_detector(config), config, CLASSES)
-
-
 @pytest.fixture
 def written(small, talkative, tmp_path):
     """A detector, its file, and the config that names it."""
@@ -201,7 +175,7 @@ def test_for_other_classes_all_but_the_predictor_is_filled(small, written, class
     torch.save(detector.state_dict(), path.parent / "plain.pth")
     config = small({"MODEL.WEIGHTS": str(path.parent / saved), "MODEL.ROI_HEADS.NUM_CLASSES": len(classes)})
     other, fresh = build_detector(config), build_detector(config)
-    assert load_weights(other, config, classes, new_predictor=True) == "detector"
+    assert load_weights(other, config, classes, starts=True) == "detector"
     for name, value in other.state_dict().items():
         expected = fresh if "box_predictor" in name else detector
         assert torch.equal(value, expected.state_dict()[name]), name
@@ -211,7 +185,7 @@ def test_for_other_classes_all_but_the_predictor_is_filled(small, written, class
         load_weights(build_detector(config), config, classes)
     if saved == path.name:
         with pytest.raises(UserError, match=r"DATASETS.CLASSES to \[a, b, c\]"):
-            load_weights(build_detector(config), config, CLASSES[::-1], new_predictor=True)
+            load_weights(build_detector(config), config, CLASSES[::-1], starts=True)
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,10 @@ ARCHS = {
 }
 # a small student with FPN, six steps of two images
 TINY = """\
+_BASE_: {base}
 ENGINE: detectron2
 SEED: 3
-INPUT: {{FORMAT: RGB, MIN_SIZE_TRAIN: [56, 64], MAX_SIZE_TRAIN: 96, MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 96}}
+INPUT: {{MIN_SIZE_TRAIN: [56, 64], MAX_SIZE_TRAIN: 96, MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 96}}
 DATASETS:
   TRAIN: [tiny_train]
   TEST: [tiny_test]
@@ -36,22 +37,13 @@ DATASETS:
 DATALOADER: {{NUM_WORKERS: 0}}
 MODEL:
   DEVICE: cpu
-  META_ARCHITECTURE: GeneralizedRCNN
-  PIXEL_MEAN: [123.675, 116.28, 103.53]
-  PIXEL_STD: [58.395, 57.12, 57.375]
-  BACKBONE: {{NAME: build_timm_fpn_backbone, FREEZE_AT: 0}}
+  BACKBONE: {{FREEZE_AT: 0}}
   TIMM: {{ARCH: nst_resnet10_w32, NORM: BN}}
-  FPN: {{IN_FEATURES: [res2, res3, res4, res5], OUT_CHANNELS: 16}}
+  FPN: {{OUT_CHANNELS: 16}}
   ANCHOR_GENERATOR: {{SIZES: [[12], [24], [36], [48], [64]]}}
-  RPN:
-    IN_FEATURES: [p2, p3, p4, p5, p6]
-    BATCH_SIZE_PER_IMAGE: 32
-    PRE_NMS_TOPK_TRAIN: 60
-    POST_NMS_TOPK_TRAIN: 40
-  ROI_HEADS: {{NAME: StandardROIHeads, IN_FEATURES: [p2, p3, p4, p5], NUM_CLASSES: 0, BATCH_SIZE_PER_IMAGE: 16}}
-  ROI_BOX_HEAD:
-    {{NAME: FastRCNNConvFCHead, NUM_FC: 2, FC_DIM: 32, POOLER_RESOLUTION: 5,
-      CANONICAL_BOX_SIZE: 28, CANONICAL_LEVEL: 3}}
+  RPN: {{BATCH_SIZE_PER_IMAGE: 32, PRE_NMS_TOPK_TRAIN: 60, POST_NMS_TOPK_TRAIN: 40}}
+  ROI_HEADS: {{BATCH_SIZE_PER_IMAGE: 16}}
+  ROI_BOX_HEAD: {{FC_DIM: 32, POOLER_RESOLUTION: 5, CANONICAL_BOX_SIZE: 28, CANONICAL_LEVEL: 3}}
 SOLVER:
   OPTIMIZER: ADAMW
   IMS_PER_BATCH: 2
@@ -60,7 +52,6 @@ SOLVER:
   MAX_ITER: 6
   STEPS: [5]
   CHECKPOINT_PERIOD: 3
-VERSION: 2
 """
 
 
@@ -126,9 +117,10 @@ def voc_root(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_yaml(voc_root, tmp_path_factory):
+def tiny_yaml(voc_root, tmp_path_factory, pytestconfig):
     path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
-    path.write_text(TINY.format(root=voc_root))
+    base = pytestconfig.rootpath / "configs" / "detect" / "base_rcnn_fpn.yaml"
+    path.write_text(TINY.format(base=base, root=voc_root))
     return path
 
 
@@ -233,7 +225,7 @@ def poisoned(monkeypatch):
     """``poisoned(step, ...)``: a loss is not finite in each of these steps, once; of several processes, in ``rank``."""
     from detectron2.utils import comm
 
-    from nst_det.detectron2.hooks import FiniteCheck
+    from nst_det.detectron2.trainer import FiniteCheck
 
     def poison(*steps, rank=0):
         see, left = FiniteCheck.see_losses, list(steps)

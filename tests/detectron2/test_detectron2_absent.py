@@ -7,13 +7,13 @@ import pytest
 
 from nst_det import detectron2 as engine
 from nst_det.cli.training import rebuild_step
-from nst_det.detectron2.export import export_backbone
 from nst_det.errors import UserError
+from nst_det.exporting.backbone import export_detectron2
 
 IMPORTS = """
 import sys
 import nst_det.cli, nst_det.detection.pipeline
-import nst_det.detectron2, nst_det.models.convert, nst_det.detectron2.export
+import nst_det.detectron2, nst_det.models.convert, nst_det.exporting.backbone
 nst_det.cli.build_parser()
 loaded = [name for name in sys.modules if name.split(".")[0] == "detectron2"]
 assert not loaded, loaded
@@ -43,6 +43,6 @@ def test_a_step_of_its_own_needs_it(absent):
 
 
 def test_export_works_without_it_and_says_that_parity_was_not_measured(absent, tmp_path):
-    exported = export_backbone("backbone://r18", tmp_path / "x.pth")
-    assert exported.parity is None
-    assert "DEPTH: 18" in exported.config.read_text()
+    exported = export_detectron2("backbone://r18", tmp_path / "x.pth")
+    assert exported.agreement.startswith("not checked")
+    assert "DEPTH: 18" in exported.files["config"].read_text()

@@ -1,7 +1,6 @@
 """Backbone files in Detectron2's models and checkpointers, and Detectron2's own ResNet as the target of export."""
 
 import logging
-import pickle
 
 import pytest
 import torch
@@ -20,10 +19,10 @@ from nst_det.detection.data import network_input
 from nst_det.detectron2 import add_config, parity
 from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import load_config
-from nst_det.detectron2.export import export_backbone
 from nst_det.detectron2.modeling import check_frozen_random
 from nst_det.errors import UserError
 from nst_det.exporting.agreement import partners
+from nst_det.exporting.backbone import export_detectron2
 from nst_det.exporting.runtime import load_exported
 from nst_det.models import bottomup_from_file
 from tests.helpers.hub import REPO, offline_cache, snapshot, weights
@@ -138,11 +137,10 @@ def test_weights_that_bring_nothing_for_frozen_layers(tmp_path):
 
 @pytest.mark.parametrize(("name", "suffix"), [("r18", ".pkl"), ("r50", ".pkl"), ("r18", ".pth")])
 def test_a_plain_detectron2_computes_the_same_maps(plain_detectron2, name, suffix, tmp_path):
-    exported = export_backbone(f"backbone://{name}", tmp_path / f"out{suffix}")
-    assert exported.parity is not None
-    assert exported.parity <= 1e-4
+    exported = export_detectron2(f"backbone://{name}", tmp_path / f"out{suffix}")
+    assert float(exported.agreement.split()[0]) <= 1e-4
     images = noise(2, 3, 160, 224)
-    seen = plain_detectron2(exported.config, exported.weights, images)
+    seen = plain_detectron2(exported.files["config"], exported.files["weights"], images)
     assert seen["format"] == "RGB"
     assert [key for key in seen["missing"] if key.startswith("backbone.bottom_up")] == []
     assert any(key.startswith("backbone.fpn_") for key in seen["missing"])
@@ -150,15 +148,6 @@ def test_a_plain_detectron2_computes_the_same_maps(plain_detectron2, name, suffi
         wanted = bottomup_from_file(f"backbone://{name}").eval()(images)
     for level, map_ in wanted.items():
         torch.testing.assert_close(seen["maps"][level], map_, atol=1e-4, rtol=0)
-
-
-def test_the_command_prints_files_and_parity(cli, tmp_path, capsys):
-    assert cli("export", "--format", "detectron2", "--weights", "backbone://r18", "--output", tmp_path / "x.pkl") == 0
-    printed = capsys.readouterr().out
-    assert "x.yaml" in printed
-    assert "compared  " in printed
-    content = pickle.loads((tmp_path / "x.pkl").read_bytes())
-    assert not any("fc" in key.split(".") for key in content["model"])
 
 
 def test_a_run_of_detectron2_finds_the_same_in_onnx(cli, whole, voc_root, tmp_path, capsys):
@@ -178,7 +167,7 @@ def test_a_run_of_detectron2_finds_the_same_in_onnx(cli, whole, voc_root, tmp_pa
         item = {"image": network_input(pixels, cfg), "height": pixels.shape[0], "width": pixels.shape[1]}
         with torch.no_grad():
             (wanted,) = parity.detect(model, [item])
-        found = exported(pixels)
+        (found,) = exported.find([pixels])
         pairs, alone = partners(
             [wanted[name].numpy() for name in ("boxes", "scores", "labels")], [found.boxes, found.scores, found.labels]
         )
@@ -189,7 +178,7 @@ def test_a_run_of_detectron2_finds_the_same_in_onnx(cli, whole, voc_root, tmp_pa
 
 def test_a_network_that_detectron2_can_not_build(tmp_path):
     with pytest.raises(UserError, match="build_timm_fpn_backbone"):
-        export_backbone("backbone://small", tmp_path / "x.pkl")
+        export_detectron2("backbone://small", tmp_path / "x.pkl")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,7 +188,7 @@ def resnet_cfg(tmp_path):
 
     def configure(name="r18"):
         cfg = get_cfg()
-        cfg.merge_from_file(str(export_backbone(f"backbone://{name}", tmp_path / f"{name}.pkl").config))
+        cfg.merge_from_file(str(export_detectron2(f"backbone://{name}", tmp_path / f"{name}.pkl").files["config"]))
         cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
         return cfg
 

@@ -22,13 +22,30 @@ from nst_det.detection.torchvision.roi_heads import Instances
 from nst_det.detectron2 import DistillTrainer
 from nst_det.detectron2.config import load_config, register_datasets
 from nst_det.detectron2.parity import Parity, compare, load_engines, match
+from nst_det.engine.config import flat
 from nst_det.engine.io import read_json
 
-QUICK = str(Path(__file__).resolve().parents[2] / "configs" / "detect" / "quick" / "bccd_base.yaml")
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detect"
+CONFIGS = sorted(path for name in ("voc", "quick", "c4") for path in (FOLDER / name).glob("*.yaml"))
+QUICK = str(FOLDER / "quick" / "bccd_base.yaml")
 EXHAUSTIVE = [
     *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "1000000", "MODEL.RPN.POSITIVE_FRACTION", "1.0"),
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "1000000", "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0"),
 ]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_detectron2_reads_the_same_values(path):
+    ours, theirs = (
+        flat(load_detect_config(path, ["ENGINE", "torchvision"])),
+        flat(load_config(path, ["ENGINE", "torchvision"])),
+    )
+    # Detectron2 writes events unless it is told not to; its config is one of this machine at once
+    named = {"MODEL.ROI_HEADS.NAME", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "TENSORBOARD"}
+    for key, value in ours.items():
+        if key not in named:
+            mine, other = (list(item) if isinstance(item, tuple) else item for item in (value, theirs[key]))
+            assert mine == other, key
 
 
 def both(yaml, *opts):

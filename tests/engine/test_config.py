@@ -13,7 +13,7 @@ from nst_det.engine.config import (
     plain,
     read_yaml,
 )
-from nst_det.engine.keys import Key, config_tree, transfer_node
+from nst_det.engine.keys import TRANSFER_KEYS, Key, config_tree
 from nst_det.errors import UserError
 
 # ten times itself, six times over
@@ -22,7 +22,7 @@ BOMB = "A0: &a0 [x]\n" + "".join(f"A{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}
 
 def defaults() -> CfgNode:
     config = CfgNode({"SOLVER": {"BASE_LR": 0.1, "STEPS": (1, 2), "MAX_ITER": 10, "NESTEROV": False}, "NAME": "a"})
-    config.TRANSFER = transfer_node()
+    config.TRANSFER = config_tree(TRANSFER_KEYS)
     return config
 
 

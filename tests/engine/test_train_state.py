@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nst_det.engine.keys import non_finite_node
+from nst_det.engine.keys import NON_FINITE_KEYS, config_tree
 from nst_det.engine.nan_guard import NonFiniteGuard, NotFinite, late_checks, not_finite, require_finite
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.train_state import AveragedWeights, OptimizedState
@@ -25,7 +25,7 @@ def training(folder, average=True, optimizer="SGD"):
     options = {"lr": 0.1, "fused": True} | ({"momentum": 0.9} if optimizer == "SGD" else {})
     optimizer = getattr(torch.optim, optimizer)([*model.parameters(), *adapters.parameters()], **options)
     averaged = AveragedWeights(model, DECAY) if average else None
-    guard = NonFiniteGuard(non_finite_node(), folder, model)
+    guard = NonFiniteGuard(config_tree(NON_FINITE_KEYS), folder, model)
     return OptimizedState(model, adapters, guard, averaged, optimizer, RunFolder(folder))
 
 
@@ -56,8 +56,27 @@ def late_step(state, broken):
     state.late_step(lambda: None, not_finite(torch.stack([parameter.grad.sum() for parameter in state.parameters])))
 
 
+@pytest.fixture
+def empty_is_nan():
+    """Memory that nothing was written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_first_step_that_a_scaler_passes_over_leaves_no_momentum(tmp_path, empty_is_nan):
+    state, known = training(tmp_path), training(tmp_path)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for parameter in state.parameters:
+        parameter.grad = torch.full_like(parameter, math.inf)
+    state.optimizer_step(lambda: None)
+    assert state.scaler.get_scale() == 2.0
+    assert not any(one["momentum_buffer"].any() for one in state.optimizer.state.values())
+    assert all(map(torch.equal, state.parameters, known.parameters))
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_the_device_passes_over_a_step_that_is_not_finite(tmp_path, optimizer):
+def test_the_device_passes_over_a_step_that_is_not_finite(tmp_path, empty_is_nan, optimizer):
     state, known = training(tmp_path, optimizer=optimizer), training(tmp_path, optimizer=optimizer)
     # before the optimizer has any state
     late_step(state, broken=True)

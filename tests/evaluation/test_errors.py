@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from nst_det.evaluation.boxes import ObjectCounts, count_objects
 from nst_det.evaluation.errors import KINDS, analyze_errors
-from nst_det.evaluation.objects import ObjectCounts, count_objects
 from nst_det.evaluation.voc import evaluate_voc
 from tests.helpers.boxes import CLASSES, found, overlap, truth
 

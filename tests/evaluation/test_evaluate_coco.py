@@ -10,7 +10,7 @@ from nst_det.evaluation.io import read_detections
 from nst_det.evaluation.metrics import summarize
 from nst_det.evaluation.voc import evaluate_voc
 from tests.helpers.boxes import found, truth
-from tests.helpers.finished import annotation
+from tests.helpers.voc import make, obj, xml
 
 BOX = (1, 1, 100, 100)
 GOLD = truth([("a", "cat", BOX)])
@@ -59,21 +59,13 @@ def test_what_makes_coco_and_voc_differ_is_one_line(caplog):
 
 
 @pytest.mark.parametrize(("score", "said"), [(None, True), (0.5, True), (0.1, True), (0.09, False)])
-def test_a_file_without_low_scores_is_said(score, said, tmp_path, voc_of_one, cli, caplog):
+def test_a_file_without_low_scores_is_said(score, said, tmp_path, cli, caplog):
+    voc = make(tmp_path / "voc", {"a": xml(obj())}, "test")
     entries = [{"image_id": "a", "category": "cat", "bbox": [0, 0, 10, 10], "score": score}] if score else []
     file = tmp_path / "detections.json"
     file.write_text(json.dumps(entries))
-    assert cli("evaluate", "--detections", file, "--voc", voc_of_one, "--coco") == 0
+    assert cli("evaluate", "--detections", file, "--voc", voc, "--coco") == 0
     assert [(str(file) in line, "--threshold" in line) for line in caplog.messages] == [(True, True)] * said
-
-
-@pytest.fixture
-def voc_of_one(tmp_path):
-    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (tmp_path / "voc" / part).mkdir(parents=True)
-    (tmp_path / "voc/Annotations/a.xml").write_text(annotation("a", [("cat", (1, 1, 50, 50), False)]))
-    (tmp_path / "voc/ImageSets/Main/test.txt").write_text("a\n")
-    return tmp_path / "voc"
 
 
 def test_difficult_objects_count_neither_way():

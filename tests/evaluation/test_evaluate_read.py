@@ -194,7 +194,8 @@ BAD = [
     ([number(1, 3)], "category 3"),
     ([entry(category=None)], "category None"),
     *(([entry(score=score)], "score") for score in (math.nan, 10**400, "1", True, None)),
-    *(([entry(bbox=box)], "bbox") for box in ([1, 2, 3], None, [1, 2, 3, math.inf], [1, 2, -3, 4], [1e9, 2, 3, 4])),
+    *(([entry(bbox=box)], "bbox") for box in ([1, 2, 3], None, ["1", 2, 3, 4], [1, 2, 3, math.inf], [1, 2, -3, 4])),
+    ([entry(bbox=[1e9, 2, 3, 4])], "bbox"),
 ]
 
 

@@ -12,7 +12,7 @@ from nst_det.evaluation.boxes import Detections, GroundTruth
 from nst_det.evaluation.coco import evaluate_coco
 from nst_det.evaluation.io import read_detections
 from nst_det.evaluation.voc import evaluate_voc
-from tests.helpers.boxes import CLASSES, found, truth
+from tests.helpers.boxes import CLASSES, found, overlap, truth
 
 # no overlap with one another
 A, B, C = (1, 1, 10, 10), (21, 21, 30, 30), (41, 41, 60, 60)
@@ -26,17 +26,11 @@ def devkit(detections, gold, name, threshold):
     positives = sum(1 for m in range(len(gold.label)) if gold.label[m] == label and not gold.difficult[m])
     taken, tp, fp = set(), [], []
     for i in rows:
-        bb, best, at = detections.box[i], -math.inf, None
+        best, at = 0.0, None
         for m in range(len(gold.label)):
-            if gold.label[m] != label or gold.image_ids[gold.image[m]] != detections.image_id[i]:
-                continue
-            gt = gold.box[m]
-            iw = min(bb[2], gt[2]) - max(bb[0], gt[0]) + 1
-            ih = min(bb[3], gt[3]) - max(bb[1], gt[1]) + 1
-            if iw > 0 and ih > 0:
-                union = (bb[2] - bb[0] + 1) * (bb[3] - bb[1] + 1) + (gt[2] - gt[0] + 1) * (gt[3] - gt[1] + 1) - iw * ih
-                if iw * ih / union > best:
-                    best, at = iw * ih / union, m
+            if gold.label[m] == label and gold.image_ids[gold.image[m]] == detections.image_id[i]:
+                value = overlap(detections.box[i], gold.box[m])
+                best, at = (value, m) if value > best else (best, at)
         hit = miss = 0
         if best >= threshold:
             if not gold.difficult[at]:

@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import pytest
 import timm
@@ -109,7 +110,11 @@ def test_what_can_not_be_exported_is_refused(tmp_path, monkeypatch, export, orde
 def test_detectron2_gets_a_card_as_well(cli, tmp_path, capsys):
     path, _ = saved(tmp_path, "resnet18")
     assert cli("export", "--format", "detectron2", "--weights", path, "--output", tmp_path / "r18.pkl") == 0
-    assert f"card      {tmp_path / 'r18.md'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"config    {tmp_path / 'r18.yaml'}" in printed
+    assert f"card      {tmp_path / 'r18.md'}" in printed
+    assert "compared  " in printed
+    assert not any("fc" in key.split(".") for key in pickle.loads((tmp_path / "r18.pkl").read_bytes())["model"])
     card = (tmp_path / "r18.md").read_text()
     assert 'config.merge_from_file("r18.yaml")' in card
     assert "| method | `kd+nst-poly` |" in card

@@ -7,12 +7,11 @@ import torch
 
 from nst_det.detection.predict import load_run
 from nst_det.errors import UserError
-from nst_det.exporting.contract import Contract
 from nst_det.exporting.detector import DetectorExport
 from nst_det.exporting.formats import to_onnx, to_openvino
 from nst_det.exporting.graph import DetectorGraph
 from nst_det.exporting.measure import in_turns, measure, peak_memory
-from nst_det.exporting.runtime import ExportedDetector, load_exported
+from nst_det.exporting.runtime import Contract, ExportedDetector, load_exported
 from nst_det.report.deployed import COLUMNS, Deployed, add_deployed, lines, read_deployed
 
 

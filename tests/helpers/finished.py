@@ -5,12 +5,12 @@ import json
 import math
 import random
 import statistics
-from xml.sax.saxutils import escape
 
 from PIL import Image
 
 from nst_det.comparison.result import ComparisonResult
 from nst_det.comparison.statistics import mean_std, paired_difference
+from nst_det.data.annotation import VocAnnotation, VocObject, voc_xml
 from nst_det.engine.io import from_json
 
 CLASSES = ("arrow", "bolt", "crescent", "cross", "heart", "hexagon", "ring", "star")
@@ -205,19 +205,11 @@ def write_voc(root, classes):
             objects.append((draw.choice(classes), box, draw.random() < 0.1))
         truth[f"{index:06d}"] = objects
         Image.frombytes("RGB", SIZE, draw.randbytes(3 * SIZE[0] * SIZE[1])).save(root / f"JPEGImages/{index:06d}.jpg")
-        (root / f"Annotations/{index:06d}.xml").write_text(annotation(f"{index:06d}", objects), encoding="utf-8")
+        found = tuple(VocObject(name, box, difficult=difficult) for name, box, difficult in objects)
+        text = voc_xml(VocAnnotation(f"{index:06d}", *SIZE, found), f"{index:06d}.jpg")
+        (root / f"Annotations/{index:06d}.xml").write_text(text, encoding="utf-8")
     (root / "ImageSets" / "Main" / "test.txt").write_text("\n".join(truth) + "\n")
     return truth
-
-
-def annotation(image_id, objects):
-    size = f"<width>{SIZE[0]}</width><height>{SIZE[1]}</height><depth>3</depth>"
-    text = f"<annotation><filename>{image_id}.jpg</filename><size>{size}</size>"
-    for name, box, difficult in objects:
-        corners = "".join(f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box))
-        text += f"<object><name>{escape(name)}</name><difficult>{int(difficult)}</difficult>"
-        text += f"<bndbox>{corners}</bndbox></object>"
-    return text + "</annotation>"
 
 
 def detections(image_id, objects, quality, classes, draw):

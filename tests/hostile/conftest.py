@@ -1,23 +1,20 @@
 import contextlib
 import io
+import itertools
 import json
 import logging
 import re
 import shutil
 
-import cv2
-import numpy as np
 import pytest
 import torch
 
 from nst_det.cli import main
 from nst_det.engine.checkpoint import save_checkpoint
 from nst_det.models import Card, create_model, input_contract, save_backbone
+from tests.helpers.voc import jpeg, make, obj, write, xml
 
 LARGE = 64 << 20
-BOX = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>20</xmax><ymax>20</ymax></bndbox>"
-SIZE = "<size><width>40</width><height>30</height></size>"
-XML = f"<annotation>{SIZE}<object><name>cup</name>{BOX}</object></annotation>"
 DETECT = """\
 _BASE_: {base}
 ENGINE: torchvision
@@ -45,27 +42,14 @@ SOLVER: {{MAX_ITER: 1, IMS_PER_BATCH: 4, AMP: {{ENABLED: False}}}}
 """
 
 
-def image(folder, name, seed=0, size=(30, 40)):
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
-    assert cv2.imwrite(str(folder / name), pixels)
-
-
 @pytest.fixture(scope="session")
 def good(tmp_path_factory, pytestconfig):
     """Inputs that can all be used: a VOC folder, an image folder, a backbone, configs, detections, a checkpoint."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("good")
-    for folder in ("Annotations", "ImageSets/Main"):
-        (root / "voc" / folder).mkdir(parents=True)
-    for index, id_ in enumerate(("a", "b")):
-        image(root / "voc" / "JPEGImages", f"{id_}.jpg", index)
-        (root / "voc" / "Annotations" / f"{id_}.xml").write_text(XML)
-    (root / "voc" / "ImageSets" / "Main" / "train.txt").write_text("a\nb\n")
-    for label in ("x", "y"):
-        for part in ("train", "val"):
-            for index in range(2):
-                image(root / "images" / part / label, f"{index}.png", index, (16, 16))
+    make(root / "voc", {id_: xml(obj("cup", (2, 2, 20, 20))) for id_ in "ab"})
+    for part, label, index in itertools.product(("train", "val"), "xy", range(2)):
+        write(root / "images" / part / label / f"{index}.jpg", jpeg(16, 16, index))
     torch.manual_seed(0)
     card = Card(
         "nst_resnet10_w32",

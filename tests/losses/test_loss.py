@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from nst_det.losses import LayerPair, ModelOutputs, at_loss, build_transfer, kd_loss, nst_loss, pair_shapes, terms
+from nst_det.losses import LayerPair, ModelOutputs, at_loss, build_transfer, kd_loss, nst_loss, pair_shapes
 
 STUDENT = {"res3": 6, "res4": 8}
 TEACHER = {"res3": 6, "res4": 12, "res5": 16}
@@ -119,8 +119,10 @@ def test_an_output_that_is_not_there_is_named(method, named):
 
 def test_gradient_reaches_the_student_and_the_adapters_and_not_the_teacher():
     student, teacher = outputs(requires_grad=True)
-    loss = build("kd+vid-logits+lp+rkd+dkd+dist+" + EVERY_MAP_TERM)
-    sum(loss(student, teacher).values()).backward()
+    loss = build("kd+vid-logits+lp+rkd+dkd+dist+reviewkd+" + EVERY_MAP_TERM)
+    values = loss(student, teacher)
+    assert all(value.shape == () for value in values.values())
+    sum(values.values()).backward()
     for x in (student.logits, student.embedding, *student.maps.values()):
         assert x.grad is not None
         assert x.grad.abs().max() > 0
@@ -220,13 +222,3 @@ def test_shape_report():
         ("at", "res3: 6 x 8 x 8, stride 8", "res3: 6 x 8 x 8, stride 8", "none"),
         ("at", "res4: 8 x 4 x 4, stride 16", "res5: 16 x 2 x 2, stride 32", "student averaged down to 2 x 2"),
     ]
-
-
-def test_every_term_is_complete():
-    for name, term in terms().items():
-        assert term.source
-        assert term.summary
-        loss = build(name, levels=["res3"])
-        value = loss(*outputs())[name]
-        assert value.shape == ()
-        assert value.isfinite()

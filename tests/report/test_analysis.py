@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from nst_det.evaluation import voc
+from nst_det.evaluation.boxes import ObjectCounts
 from nst_det.evaluation.errors import KINDS, analyze_errors
-from nst_det.evaluation.objects import ObjectCounts
 from nst_det.report.analysis import RECALLS, count_data, interpolated, precision_by_class, read_analyses
 from tests.helpers.boxes import found, truth
 from tests.helpers.finished import CLASSES, NUMBERS, typed

@@ -243,6 +243,22 @@ def test_own_classification_data_is_taken(thirty, tmp_path):
     assert not (tmp_path / "mine" / "data").exists()
 
 
+def test_images_without_labels_are_taken(thirty, tmp_path, cli, capsys, monkeypatch):
+    images = tmp_path / "found"
+    shutil.copytree(thirty / "JPEGImages", images / "deep" / "inside")
+    assert cli("init", tmp_path / "mine", "--voc", thirty, "--unlabelled", images) == 0
+    assert "--methods nst-poly" in capsys.readouterr().out
+    comparison = load_comparison(tmp_path / "mine" / "compare.yaml")
+    distill = comparison.distill
+    assert (str(images), False, True) == (distill.DATA.ROOT, distill.DATA.LABELS, distill.TEACHER.PRETRAINED)
+    assert [*comparison.methods] == ["kd", "fitnet", "at", "nst-poly", "kd+nst-poly"]
+    for run in make_plan(comparison):
+        run_config(comparison, run)
+    monkeypatch.setattr("nst_det.models.build.published_file", lambda arch: None)
+    check_distill_losses(distill, comparison.students, "mine")
+    assert not (tmp_path / "mine" / "data").exists()
+
+
 def test_names_that_yaml_would_read_otherwise(voc, tmp_path):
     """A class called ``no``, a folder with a colon and a quote."""
     for path in (voc / "Annotations").iterdir():
@@ -358,6 +374,7 @@ def test_lists_that_share_images_are_named(voc, tmp_path, cli, capsys):
         ("empty --voc FOLDER/voc", "empty: is there already"),
         ("my^project --voc FOLDER/voc", "'my^project'"),
         ("mine --voc FOLDER/voc --images FOLDER/empty FOLDER/empty", "--images: "),
+        ("mine --voc FOLDER/cut --images FOLDER/empty --unlabelled FOLDER/empty", "--unlabelled: "),
         ("mine --coco FOLDER/a.json", "--images"),
         ("mine --coco FOLDER/a.json --images FOLDER/empty FOLDER/empty", "COCO: "),
         ("mine --coco FOLDER/a.json --images FOLDER/none", "none: no such folder"),
