@@ -127,21 +127,20 @@ def choose_networks(student: str, teacher: str, device: str, labels: bool = True
     Raises:
         UserError: unknown, or not to be used for its part.
     """
-    small = device == "cpu"
+    small, size = device == "cpu", PRESETS[device].square
     if not labels and small:
         teacher = teacher or PUBLISHED["student"]
-    found = (
-        _named("student", student or PUBLISHED["student"]) if student or not small else SMALL["student"],
-        _named("teacher", teacher or PUBLISHED["teacher"]) if teacher or student or not small else SMALL["teacher"],
-    )
+    found = SMALL["student"], SMALL["teacher"]
+    if student or not small:
+        found = _named("student", student or PUBLISHED["student"], size), found[1]
+    if student or teacher or not small:
+        found = found[0], _named("teacher", teacher or PUBLISHED["teacher"], size)
     if not labels and not found[1].published:
-        raise UserError(
-            f"--teacher: {found[1].arch} has no published weights, and images without labels train no teacher"
-        )
+        raise UserError(f"--teacher: {teacher} has no published weights, and images without labels train no teacher")
     return found
 
 
-def _named(who: str, arch: str) -> Network:
+def _named(who: str, arch: str, size: int) -> Network:
     # torch and timm take seconds to import
     import timm
 
@@ -152,7 +151,7 @@ def _named(who: str, arch: str) -> Network:
     try:
         model = create_model(arch, 2)
         # one that takes a single size of images has it as an argument
-        kwargs: dict[str, Any] = {"img_size": PRESETS["cuda"].square} if takes_argument(model, "img_size") else {}
+        kwargs: dict[str, Any] = {"img_size": size} if takes_argument(model, "img_size") else {}
         levels = feature_levels(create_model(arch, 2, **kwargs) if kwargs else model)
         if who == "student":
             take_levels(levels, LEVELS, arch)
