@@ -111,19 +111,22 @@ def init(
     test: str = "",
     device: str = "",
     unlabelled: str | Path | None = None,
+    student: str = "",
+    teacher: str = "",
 ) -> Project:
     """Make a project for your own data: configs that fit it, and data for stage one; ``nst-det init`` does the same.
 
     Args:
         project: the folder to make; its last part names the backbone files.
-        voc: your data as a VOC folder.
-        coco: or COCO annotations, one file, or two to train and to test on.
-        images: with ``coco`` the folder of its images, or one for each file; with ``voc`` classification data for stage
-            one, a folder a class (without it, objects are cut out of the images).
+        voc: your data as a VOC folder, or
+        coco: COCO annotations, one file, or two to train and to test on.
+        images: of ``coco``, or one for each file; else classification data for stage one ((): the objects are cut out).
         train: list of the VOC folder to train on; "" takes the one there is, or cuts one.
         test: list to test on.
         device: ``cpu`` or ``cuda``, to fit sizes and schedules to; "" takes the GPU if there is one.
         unlabelled: images without labels for stage one, at any depth; a published network teaches.
+        student: timm's name of a published network; "" takes a small one on a CPU, ``resnet18.tv_in1k`` on a GPU.
+        teacher: likewise; "" takes a small one, or ``resnet50.tv_in1k``.
 
     Returns:
         What was found in the data and chosen for it: ``values``, ``report``, ``images`` and more.
@@ -146,12 +149,11 @@ def init(
         raise UserError("init: name your data by --voc or by --coco")
     if annotations and not folders:
         raise UserError("--coco: name the folder of its images by --images")
-    if len(folders) > 1 and not annotations:
+    if len(folders) > 1 and voc is not None:
         raise UserError("--images: one folder of classification data; with --coco there may be two")
-    data = CocoSource(annotations, folders) if annotations else voc
-    own = folders[0] if folders and not annotations else None
-    assert data is not None
-    return init_project(project, data, own, train, test, device, unlabelled)
+    data = CocoSource(annotations, folders) if voc is None else voc
+    own = folders[0] if folders and voc is not None else None
+    return init_project(project, data, own, train, test, device, unlabelled, student, teacher)
 
 
 def _paths(given: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
@@ -279,8 +281,7 @@ def load_detector(
     Args:
         run: folder of a train-det run, such as ``my_project/output/detect/seed0/nst-poly``, or the file of a detector
             that ``export`` wrote.
-        threshold: least score, 0 to 1; None takes for each class the one of best F1 on the run's validation split, and
-            0.5 where there was none.
+        threshold: least score, 0 to 1; None takes each class's of best F1 on the validation split, 0.5 without one.
         device: ``cpu`` or ``cuda``; "" takes the GPU if there is one. An exported file is run on the CPU.
         tile: look at larger images in square tiles of so many pixels a side; 0 looks at each image as a whole.
         overlap: part of a tile that its neighbors share, at least 0 and below 1 (with ``tile``; None: 0.2).
@@ -320,8 +321,7 @@ def predict(
         run: folder of a train-det run, or the file of a detector that ``export`` wrote.
         output: the folder to write into.
         formats: of ``images`` (pictures and videos with boxes drawn), ``json``, ``voc`` and ``csv``.
-        threshold: least score, 0 to 1; None takes for each class the one of best F1 on the run's validation split, and
-            0.5 where there was none.
+        threshold: least score, 0 to 1; None takes each class's of best F1 on the validation split, 0.5 without one.
         classes: only these; () takes all.
         device: ``cpu`` or ``cuda``; "" takes the GPU if there is one. An exported file is run on the CPU.
         every: take each so many-th frame of a video.

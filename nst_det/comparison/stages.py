@@ -84,10 +84,18 @@ def check_distill_losses(distill: CfgNode, methods: Iterable[str], source: str) 
     """Build what stage one will build, so that a wrong level or term is found before the teacher is trained."""
     from nst_det.distillation.build import build_losses, initial_student, initial_teacher
     from nst_det.distillation.pipeline import parse_methods
+    from nst_det.models.build import published_file
 
     config = distill.clone()
     config.defrost()
-    # published weights aren't downloaded to look at shapes; a random network of the architecture has the same
+    for part in ("TEACHER", "STUDENT"):
+        try:
+            # a run would miss it much later
+            if config[part].PRETRAINED:
+                published_file(config[part].ARCH)
+        except ValueError as error:
+            raise UserError(f"{source}: DISTILL.{part}.PRETRAINED: {error}") from error
+    # published weights aren't read to look at shapes; a random network of the architecture has the same
     config.TEACHER.TRAIN = config.TEACHER.TRAIN or config.TEACHER.PRETRAINED
     config.STUDENT.PRETRAINED = config.TEACHER.PRETRAINED = False
     with errors_of(f"{source}: DISTILL"):

@@ -81,7 +81,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         self._card, self._source = None, path
         if not path:
             self._refuse_to_keep("MODEL.WEIGHTS is empty, it")
-        if path.startswith(PREFIX):
+        if path.startswith(PREFIX) or (path and "://" not in path):
             path = str(resolve(path))
         try:
             loaded: dict[str, Any] = super().load(path, *args, **kwargs)

@@ -96,7 +96,8 @@ KEYS: dict[str, Key] = {
     "TEACHER.ARCH_KWARGS": Key({}, "more arguments of the architecture"),
     "TEACHER.WEIGHTS": Key(
         "",
-        'a backbone file, backbone://NAME, or weights of ARCH from elsewhere (.pth, .safetensors); "" makes a teacher',
+        "a backbone file, backbone://NAME, weights of ARCH from elsewhere (.pth, .safetensors), or their name at timm "
+        'or Hugging Face (resnet50.a1_in1k, hf-hub:ORG/NAME); "" makes a teacher',
     ),
     "TEACHER.TRAIN": Key(
         True,
@@ -126,8 +127,8 @@ KEYS: dict[str, Key] = {
     "STUDENT.PRETRAINED": Key(False, "begin with timm's published weights"),
     "STUDENT.WEIGHTS": Key(
         "",
-        "begin with a backbone file, backbone://NAME, or weights of ARCH from elsewhere; a head of other classes "
-        "is left out",
+        "begin with a backbone file, backbone://NAME, weights of ARCH from elsewhere, or their name at timm or Hugging "
+        "Face; a head of other classes is left out",
     ),
     "STUDENT.ARCH_KWARGS": Key({}, "more arguments of the architecture"),
     **{f"TRANSFER.{name}": key for name, key in TRANSFER_KEYS.items()},

@@ -321,7 +321,9 @@ def named_tensors(tree: Any, path: str | Path) -> dict[str, Tensor]:
 
 
 def _tensors(tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested mappings by their dotted names."""
+    """Yield the tensors of nested mappings, and of modules, by their dotted names."""
+    if isinstance(tree, nn.Module):
+        tree = tree.state_dict()
     for key, value in tree.items() if isinstance(tree, Mapping) and depth < DEEPEST else ():
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
             value = torch.from_numpy(value)

@@ -12,6 +12,7 @@ from nst_det.detection.torchvision import build_detector
 from nst_det.errors import UserError
 from nst_det.models import Card, create_model, input_contract, save_backbone
 from tests.helpers.detection import same_bits
+from tests.helpers.hub import REPO, offline_cache, snapshot, weights
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CLASSES = ["a", "b", "c"]
@@ -87,7 +88,8 @@ def test_a_classifier_from_elsewhere_fills_the_bottom_up(small, tmp_path, arch, 
         theirs(images)
         maps = detector.eval().backbone.bottom_up(images)
     torch.testing.assert_close(maps["res5"], seen[0], rtol=1e-5, atol=1e-5)
-    # images of another scale: known to be wrong, or perhaps so
+    # a resnet's file may be anybody's, and images are asked for; torchvision's others are known to want ImageNet's
+    assert ("MODEL.PIXEL_STD" in caplog.text) == (arch == "resnet18")
     config = small({**keys, "MODEL.PIXEL_STD": [1.0, 1.0, 1.0]})
     if arch == "resnet18":
         load_weights(build_detector(config), config)
@@ -95,6 +97,21 @@ def test_a_classifier_from_elsewhere_fills_the_bottom_up(small, tmp_path, arch, 
     else:
         with pytest.raises(UserError, match=r"theirs\.pth.*MODEL\.PIXEL_STD"):
             load_weights(build_detector(config), config)
+
+
+def test_a_published_name_fills_the_bottom_up(small, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    theirs = weights(snapshot(offline_cache(tmp_path, monkeypatch)) / "model.safetensors")
+    keys = {"MODEL.TIMM.ARCH": "test_resnet", "MODEL.WEIGHTS": REPO}
+    # its images are not ImageNet's
+    with pytest.raises(UserError, match=r"MODEL\.WEIGHTS.*MODEL\.PIXEL_MEAN \[127\.5, 127\.5, 127\.5\]"):
+        load_weights(build_detector(small(keys)), small(keys))
+    config = small(keys | {"MODEL.PIXEL_MEAN": [127.5] * 3, "MODEL.PIXEL_STD": [127.5] * 3})
+    detector = build_detector(config)
+    assert load_weights(detector, config) == "backbone"
+    assert REPO in caplog.text
+    for name, value in detector.backbone.bottom_up.model.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name])
 
 
 @pytest.fixture
