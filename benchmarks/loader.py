@@ -219,7 +219,7 @@ def measure_evaluation(root: Path, config: CfgNode, args: argparse.Namespace) ->
             start = time.perf_counter()
             accuracies.append(measure({"": model}, batches, normalize, precision)[""])
             rates[name].append(len(split) / (time.perf_counter() - start))
-    if len(set(accuracies)) > 1:
+    if any(found != accuracies[0] for found in accuracies):
         sys.exit(f"evaluations differ: {accuracies}")
     # the first pair warms up
     rates = {name: values[1:] for name, values in rates.items()}

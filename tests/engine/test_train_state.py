@@ -67,8 +67,7 @@ def empty_is_nan():
 def test_a_first_step_that_a_scaler_passes_over_leaves_no_momentum(tmp_path, empty_is_nan):
     state, known = training(tmp_path), training(tmp_path)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for parameter in state.parameters:
-        parameter.grad = torch.full_like(parameter, math.inf)
+    state.scaler.scale(state.adapters(state.model(torch.randn(4, 4))).sum() * math.inf).backward()
     state.optimizer_step(lambda: None)
     assert state.scaler.get_scale() == 2.0
     assert not any(one["momentum_buffer"].any() for one in state.optimizer.state.values())
