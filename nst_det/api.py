@@ -487,18 +487,9 @@ def key_values(settings: Settings) -> list[str]:
     """
     if not isinstance(settings, Mapping):
         return list(settings)
-    return [text for key, value in settings.items() for text in (key, _as_text(key, value))]
+    from nst_det.engine.config import value_text
 
-
-def _as_text(key: str, value: Any) -> str:
-    from nst_det.engine.config import parse_value
-    from nst_det.errors import UserError
-
-    value = str(value) if isinstance(value, Path) else value
-    for text in ([value] if isinstance(value, str) else []) + [repr(value)]:
-        if parse_value(text) == value:
-            return text
-    raise UserError(f"settings: {key}: {value!r:.80} can't be written in a config; give numbers, text, lists or dicts")
+    return [text for key, value in settings.items() for text in (key, value_text(key, value))]
 
 
 def _show_progress() -> None:
