@@ -76,9 +76,13 @@ def curve(values):
     return Curve(np.arange(len(values)), values, values, values)
 
 
-def named(text):
-    """Names and numbers of a list such as ``kd (0.500), at (+0.1) and 2 more``."""
-    return {name: float(number.replace("−", "-")) for name, number in re.findall(r"(\S+) \(([+−\d.]+)(?: %)?\)", text)}
+def assert_named(text, wanted):
+    """A list such as ``kd (0.500), at (+0.1) and 2 more`` names some of those wanted, and counts the others."""
+    pairs = re.findall(r"(\S+) \(([+−\d.]+)(?: %)?\)", text)
+    found = {name: float(number.replace("−", "-")) for name, number in pairs}
+    more = re.search(r"and (\d+) more", text)
+    assert found.items() <= wanted.items()
+    assert len(found) + int(more[1] if more else 0) == len(wanted)
 
 
 @pytest.mark.parametrize("detects", [True, False])
@@ -182,11 +186,11 @@ def check_limits(tree, curves, lines):
     assert ("pairs" in begins) == (len(told) > 1)
     taught = (tree["teacher"] or {}).get("top1")
     above = {n: row["top1"] for n, row in rows.items() if taught and n != "teacher" and (row["top1"] or 0) > taught}
-    assert named(begins.get("teacher", "")) == {name: round(value, 3) for name, value in above.items()}
+    assert_named(begins.get("teacher", ""), {name: round(value, 3) for name, value in above.items()})
     assert "teacher" not in begins or f"top-1 is {taught:.3f}" in begins["teacher"]
     upper = rows["teacher"]["map"] if "teacher" in rows else 1
     above = {n: round(row["map"], 3) for n, row in rows.items() if round(row["map"] - upper, 3) > 0}
-    assert named(begins.get("upper", "").partition("below")[2]) == above
+    assert_named(begins.get("upper", "").partition("below")[2], above)
     objects = rows["ce"]["objects_per_class"]
     assert set(re.findall("cup|hat|pen", begins.get("none", ""))) == {n for n, count in objects.items() if not count}
     few = {name: count for name, count in objects.items() if 0 < count < 50}
@@ -207,12 +211,12 @@ def check_limits(tree, curves, lines):
     }.items():
         ends = {name: one.mean[-1] for name, one in kinds["loss"][key].items()}
         # .4 of a fall of 1.4; .05 of one of 1.05 is less than a tenth
-        assert named(begins.get(f"fall {stage}", "")) == {name: 29 for name, end in ends.items() if end == 0.6}
+        assert_named(begins.get(f"fall {stage}", ""), {name: 29 for name, end in ends.items() if end == 0.6})
         last = {name: one.mean[-2:].tolist() for name, one in kinds["accuracy"][f"val/{top}"].items()}
         rises = {
             name: round(two[1] - two[0], 3) for name, two in last.items() if len(two) == 2 and two[1] - two[0] > 0.02
         }
-        assert named(begins.get(f"rise {stage}", "")) == rises
+        assert_named(begins.get(f"rise {stage}", ""), rises)
 
 
 def test_a_box_names_the_first_of_many_and_shared_seeds():
