@@ -183,6 +183,7 @@ def test_the_teacher_of_the_comparison_is_taken_if_it_is_the_one_that_would_be_t
         folder.finish({})
     assert taken() == ""
     write(file, "weights")
+    write(file.with_suffix(".json"), "{}")
     assert taken() == str(file)
     assert taken("OPTS", "[SEEDS, [7], DISTILL.SOLVER.CHECKPOINT_PERIOD, 2]") == str(file)
     assert taken("OPTS", "[DISTILL.TEACHER.SOLVER.MAX_ITER, 9]") == ""
