@@ -11,8 +11,8 @@ same images, in time of this process on the CPU:
 What the device that trains does to the pixels (colors, mirror images, normalization) is timed beside it.
 
 Evaluation is that of a student, by default STUDENT.ARCH's, on JPEGs that are not kept in memory: with loader workers
-against as it was before, whole images made squares in the process itself; in pairs, by the clock, on as many threads
-as there are workers.  The larger the network, the less the images weigh.
+against as it was before, whole images made squares one by one by torchvision; in pairs, by the clock, on as many
+threads as there are workers.  The larger the network, the less the images weigh.
 
     python benchmarks/loader.py --images data/VOC2007/JPEGImages
 """
@@ -39,12 +39,11 @@ from torchvision.transforms import v2
 
 from nst_det.data.folders import read_image_folder
 from nst_det.distillation.accuracy import measure
-from nst_det.distillation.augment import ImageStore, center_square, draw_moves, move, seen_places
+from nst_det.distillation.augment import ImageStore, draw_moves, move, seen_places
 from nst_det.distillation.config import get_defaults, load_distill_config
-from nst_det.distillation.dataloader import Batch, EvaluationBatches, Normalizer, TrainingBatches
+from nst_det.distillation.dataloader import Batch, EvaluationBatches, Normalizer, TrainingBatches, load_images
 from nst_det.engine.device import amp_dtype, default_device, keep_freed_memory
 from nst_det.engine.format import text_table
-from nst_det.engine.loader import load
 from nst_det.models import create_model
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "distill" / "imagenet_r50_to_r18.yaml"
@@ -196,8 +195,8 @@ class WholeSquares(ImageStore):
 
     def squares(self, indices: Tensor) -> Tensor:
         whole = [np.array(Image.open(self.split.path(index)).convert("RGB")) for index in indices.tolist()]
-        tensors = [torch.from_numpy(pixels).permute(2, 0, 1).contiguous() for pixels in whole]
-        return torch.stack([center_square(image, self.size, self.crop_ratio) for image in tensors])
+        square = v2.Compose([v2.Resize(round(self.size / self.crop_ratio)), v2.CenterCrop(self.size)])
+        return torch.stack([square(torch.from_numpy(pixels).permute(2, 0, 1).contiguous()) for pixels in whole])
 
 
 def measure_evaluation(root: Path, config: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
@@ -208,16 +207,19 @@ def measure_evaluation(root: Path, config: CfgNode, args: argparse.Namespace) ->
     model = create_model(args.arch, 1000).to(device).to(memory_format=torch.channels_last)
     firsts = range(0, len(split), config.TEST.IMS_PER_BATCH)
     kinds = {"before": (WholeSquares, 0), "with workers": (ImageStore, args.workers)}
+    config = config.clone()
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     accuracies = []
     for _ in range(1 + args.pairs):
         for name, (kind, workers) in kinds.items():
-            store = kind(split, data.IMAGE_SIZE, data.CROP_RATIO, square=True, limit=0)
-            batches = EvaluationBatches(store, config.TEST.IMS_PER_BATCH)
+            config.merge_from_list(["DATALOADER.NUM_WORKERS", workers])
+            threads = workers if device.type == "cpu" else 1
+            store = kind(split, data.IMAGE_SIZE, data.CROP_RATIO, square=True, limit=0, threads=threads)
+            batches = load_images(EvaluationBatches(store, config.TEST.IMS_PER_BATCH), firsts, config, device)
             start = time.perf_counter()
-            accuracies.append(measure({"": model}, load(batches, firsts, workers), normalize, precision)[""])
+            accuracies.append(measure({"": model}, batches, normalize, precision)[""])
             rates[name].append(len(split) / (time.perf_counter() - start))
-    if len(set(accuracies)) > 1:
+    if any(found != accuracies[0] for found in accuracies):
         sys.exit(f"evaluations differ: {accuracies}")
     # the first pair warms up
     rates = {name: values[1:] for name, values in rates.items()}

@@ -50,13 +50,20 @@ class CompareResult(JupyterMixin):
 
     @property
     def rows(self) -> list[RowResult]:
-        """One a method: ``method``, ``score`` (mAP or top-1, 0..1), ``delta_vs_ce``, ``verdict`` and more."""
+        """One a method: ``method``, ``score`` (0..1), ``delta_vs_ce``, ``verdict``, ``vs_imagenet`` and more."""
         return self.results.rows
 
     @property
     def report(self) -> Path:
         """The report page."""
         return self.folder / "report" / "index.html"
+
+    @property
+    def conclusion(self) -> str:
+        """The result in some sentences, as at the head of the report."""
+        from nst_det.report.summary import conclusion
+
+        return conclusion(self.results)
 
     @property
     def untold(self) -> list[str]:
@@ -69,12 +76,14 @@ class CompareResult(JupyterMixin):
         from rich.text import Text
 
         from nst_det.comparison.pipeline import results_table
+        from nst_det.report.summary import published_start
         from nst_det.report.tables import UNTOLD
 
         lines = self.untold
         more = [f"{len(lines) - SHOWN_LINES} more in the report"] if len(lines) > SHOWN_LINES else []
         box = [f"{UNTOLD}:", *(f"- {line}" for line in [*lines[:SHOWN_LINES], *more])] if lines else []
-        return Group(results_table(self.results), *map(Text, box))
+        start = published_start(self.results)
+        return Group(results_table(self.results), *map(Text, [start] if start else []), *map(Text, box))
 
 
 class DistillResult(JupyterMixin, dict[str, dict[str, Any]]):
@@ -102,19 +111,22 @@ def init(
     test: str = "",
     device: str = "",
     unlabelled: str | Path | None = None,
+    student: str = "",
+    teacher: str = "",
 ) -> Project:
     """Make a project for your own data: configs that fit it, and data for stage one; ``nst-det init`` does the same.
 
     Args:
         project: the folder to make; its last part names the backbone files.
-        voc: your data as a VOC folder.
-        coco: or COCO annotations, one file, or two to train and to test on.
-        images: with ``coco`` the folder of its images, or one for each file; with ``voc`` classification data for stage
-            one, a folder a class (without it, objects are cut out of the images).
+        voc: your data as a VOC folder, or
+        coco: COCO annotations, one file, or two to train and to test on.
+        images: of ``coco``, or one for each file; else classification data for stage one ((): the objects are cut out).
         train: list of the VOC folder to train on; "" takes the one there is, or cuts one.
         test: list to test on.
         device: ``cpu`` or ``cuda``, to fit sizes and schedules to; "" takes the GPU if there is one.
         unlabelled: images without labels for stage one, at any depth; a published network teaches.
+        student: timm's name of a published network; "" takes a small one on a CPU, ``resnet18.tv_in1k`` on a GPU.
+        teacher: likewise; "" takes a small one, or ``resnet50.tv_in1k``.
 
     Returns:
         What was found in the data and chosen for it: ``values``, ``report``, ``images`` and more.
@@ -137,12 +149,11 @@ def init(
         raise UserError("init: name your data by --voc or by --coco")
     if annotations and not folders:
         raise UserError("--coco: name the folder of its images by --images")
-    if len(folders) > 1 and not annotations:
+    if len(folders) > 1 and voc is not None:
         raise UserError("--images: one folder of classification data; with --coco there may be two")
-    data = CocoSource(annotations, folders) if annotations else voc
-    own = folders[0] if folders and not annotations else None
-    assert data is not None
-    return init_project(project, data, own, train, test, device, unlabelled)
+    data = CocoSource(annotations, folders) if voc is None else voc
+    own = folders[0] if folders and voc is not None else None
+    return init_project(project, data, own, train, test, device, unlabelled, student, teacher)
 
 
 def _paths(given: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
@@ -270,8 +281,7 @@ def load_detector(
     Args:
         run: folder of a train-det run, such as ``my_project/output/detect/seed0/nst-poly``, or the file of a detector
             that ``export`` wrote.
-        threshold: least score, 0 to 1; None takes for each class the one of best F1 on the run's validation split, and
-            0.5 where there was none.
+        threshold: least score, 0 to 1; None takes each class's of best F1 on the validation split, 0.5 without one.
         device: ``cpu`` or ``cuda``; "" takes the GPU if there is one. An exported file is run on the CPU.
         tile: look at larger images in square tiles of so many pixels a side; 0 looks at each image as a whole.
         overlap: part of a tile that its neighbors share, at least 0 and below 1 (with ``tile``; None: 0.2).
@@ -311,8 +321,7 @@ def predict(
         run: folder of a train-det run, or the file of a detector that ``export`` wrote.
         output: the folder to write into.
         formats: of ``images`` (pictures and videos with boxes drawn), ``json``, ``voc`` and ``csv``.
-        threshold: least score, 0 to 1; None takes for each class the one of best F1 on the run's validation split, and
-            0.5 where there was none.
+        threshold: least score, 0 to 1; None takes each class's of best F1 on the validation split, 0.5 without one.
         classes: only these; () takes all.
         device: ``cpu`` or ``cuda``; "" takes the GPU if there is one. An exported file is run on the CPU.
         every: take each so many-th frame of a video.
@@ -478,18 +487,9 @@ def key_values(settings: Settings) -> list[str]:
     """
     if not isinstance(settings, Mapping):
         return list(settings)
-    return [text for key, value in settings.items() for text in (key, _as_text(key, value))]
+    from nst_det.engine.config import value_text
 
-
-def _as_text(key: str, value: Any) -> str:
-    from nst_det.engine.config import parse_value
-    from nst_det.errors import UserError
-
-    value = str(value) if isinstance(value, Path) else value
-    for text in ([value] if isinstance(value, str) else []) + [repr(value)]:
-        if parse_value(text) == value:
-            return text
-    raise UserError(f"settings: {key}: {value!r:.80} can't be written in a config; give numbers, text, lists or dicts")
+    return [text for key, value in settings.items() for text in (key, value_text(key, value))]
 
 
 def _show_progress() -> None:

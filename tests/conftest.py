@@ -36,6 +36,8 @@ SLOW = {
 }  # fmt: skip
 # tests want equal bits, which no GPU promises, and fork: none sees a GPU, nor does a process that it starts, unless
 # those marked gpu are asked for; done before anything imports torch
+# names of published weights are looked up in the cache alone
+os.environ["HF_HUB_OFFLINE"] = "1"
 VISIBLE, ON_CPU = "CUDA_VISIBLE_DEVICES", "NST_DET_GPU_TESTS_ON_CPU"
 _GIVEN = os.environ.get(VISIBLE)
 os.environ[VISIBLE] = ""

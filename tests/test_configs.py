@@ -19,13 +19,14 @@ from nst_det.engine.config import expand_path, flat, read_yaml
 from nst_det.engine.keys import config_tree
 from nst_det.keys import find_keys
 from nst_det.losses import parse_method
+from nst_det.models import create_model
 from nst_det.tune.config import KEYS as TUNE_KEYS
 from nst_det.tune.config import load_tuning
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TORCHVISION = ["ENGINE", "torchvision"]
 # what the files may read from the environment
-VARIABLES = ("IMAGENET", "NST_DET_REAL_DATA", "NST_DET_SHAPES", "VOC_ROOT")
+VARIABLES = ("IMAGENET", "NST_DET_REAL_DATA", "NST_DET_SHAPES", "NST_DET_WEIGHTS", "VOC_ROOT")
 
 
 def files(kind):
@@ -98,6 +99,11 @@ def test_a_stage_one_for_a_gpu_takes_what_it_has(file):
 @files("compare")
 def test_compare(file, tmp_path):
     comparison = load_comparison(file, output=tmp_path / "out", overrides=engine_of(file))
+    for node in (comparison.distill.TEACHER, comparison.distill.STUDENT):
+        if node.WEIGHTS:
+            path = Path(expand_path(node.WEIGHTS, "WEIGHTS"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(create_model(node.ARCH, 2).state_dict(), path)
     check_distill_losses(comparison.distill, comparison.students, file.stem)
     runs = make_plan(comparison)
     before = set()

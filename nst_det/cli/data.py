@@ -12,6 +12,7 @@ INIT_IMAGES = (
     "with --coco: the folder of its images, or one for each file. With --voc: classification data for stage one, a "
     "folder a class (default: the objects are cut out of the images)"
 )
+INIT_NETWORK = "(published weights where timm has some; default: a small one on a CPU, on a GPU"
 
 
 @command(
@@ -25,6 +26,8 @@ INIT_IMAGES = (
     argument("--train", "LIST", "list to train on (default: found, or cut 4:1)", default=""),
     argument("--test", "LIST", "list to test on", default=""),
     argument("--device", None, "to fit sizes and schedules to (default: cuda if there)", choices=("cpu", "cuda")),
+    argument("--student", "NAME", f"timm's name of the students' network {INIT_NETWORK} resnet18)", default=""),
+    argument("--teacher", "NAME", f"of the teacher's {INIT_NETWORK} resnet50)", default=""),
 )
 def init(args: argparse.Namespace) -> None:
     """Make a project for your own images with boxes: configs that fit, and data for stage one."""
@@ -32,6 +35,7 @@ def init(args: argparse.Namespace) -> None:
     from nst_det.data.safe_io import shown_path
 
     given = {"images": args.images, "train": args.train, "test": args.test, "device": args.device or ""}
+    given |= {"student": args.student, "teacher": args.teacher}
     given["unlabelled"] = args.unlabelled
     project = api.init(args.project, args.voc, coco=args.coco or (), **given)
     values, report = project.values, project.report
@@ -53,6 +57,9 @@ def init(args: argparse.Namespace) -> None:
     print(
         f"lists     {values.train} ({project.images[0]} images), {values.test} ({project.images[1]} images){val}{cut}"
     )
+    print(f"networks  student {values.student_network.says}, teacher {values.teacher_network.says}")
+    for line in project.to_bring:
+        print(f"bring     {line}")
     print(f"stage one {values.images}: {values.images_note}")
     taught = f"{values.teacher.iterations} steps of the teacher, " if values.labels else ""
     print(f"          {taught}{values.student.iterations} {'of' if taught else 'steps of'} each student")
@@ -104,6 +111,24 @@ def generate_data(args: argparse.Namespace) -> None:
     output = synthetic.generate_data(args.output, settings, args.workers)
     seconds = time.monotonic() - start
     print(f"{output}: {synthetic.CLASSIFICATION} and {synthetic.DETECTION} are there ({seconds:.1f} s)")
+
+
+@command(
+    argument("--voc", "DIR", "a folder in VOC's layout", required=True, type=existing("a folder in VOC's layout")),
+    argument("--split", "LIST", "the list whose images are taken; not the one to test on", default="train"),
+    argument("--output", "DIR", "the image folder to make", required=True),
+)
+def crop_objects(args: argparse.Namespace) -> None:
+    """Cut the objects of a VOC list out, into an image folder with a class each for stage one, as init does."""
+    from nst_det.data.voc import VocDataset
+    from nst_det.engine.io import atomic_folder
+    from nst_det.scaffold.crops import write_crops
+
+    if (output := Path(args.output)).exists():
+        raise UserError(f"--output {output}: is there already; remove it, or name another folder")
+    with atomic_folder(output, "name another --output") as made:
+        counts = write_crops(VocDataset(args.voc, args.split), made)
+    print(f"{output}: {counts.total()} crops of {len(counts)} classes, in train and val")
 
 
 COCO_IMAGES = "of COCO's JSON: the folder of its images, or one for each file"

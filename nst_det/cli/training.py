@@ -29,7 +29,7 @@ from nst_det.errors import UserError
 def distill(args: argparse.Namespace) -> None:
     """Stage one: train students by several transfer methods side by side."""
     from nst_det import api
-    from nst_det.distillation.config import load_distill_config
+    from nst_det.distillation.config import image_roots, load_distill_config
     from nst_det.engine.config import expand_path
     from nst_det.engine.format import print_table
     from nst_det.engine.progress import start_logging
@@ -37,8 +37,8 @@ def distill(args: argparse.Namespace) -> None:
     start_logging()
     values = with_trust(args.overrides, args, "")
     # what can be wrong with it is told before torch is imported, which takes seconds
-    root = load_distill_config(args.config_file, values).DATA.ROOT
-    existing("by DATA.ROOT the images of stage one")(expand_path(root, "DATA.ROOT")).check()
+    for key, root in image_roots(load_distill_config(args.config_file, values)):
+        existing(f"by {key} the images of stage one")(expand_path(root, key)).check()
     from nst_det.engine import device, distributed
 
     device.keep_freed_memory()
@@ -97,7 +97,7 @@ def train_det(args: argparse.Namespace) -> int | None:
     config("compare.yaml", "YAML of the comparison"),
     METHODS,
     SEEDS,
-    setting("--rows", "ROWS", "LIST", "more rows: scratch, no-fpn, teacher"),
+    setting("--rows", "ROWS", "LIST", "more rows: imagenet, coco, no-fpn, teacher"),
     setting("--tuned", "TUNED", "FILE", "the tuned.yaml of nst-det tune: weights and levels of the methods in it"),
     argument("--output", "DIR", "where everything is written, in place of OUTPUT_DIR"),
     JOBS,

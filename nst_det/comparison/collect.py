@@ -10,7 +10,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.config import MARK, Comparison, merge_stage, row_weights, without_fpn
+from nst_det.comparison.config import MARK, Comparison, merge_stage, row_weights
 from nst_det.comparison.plan import (
     STUDENTS,
     Run,
@@ -22,15 +22,16 @@ from nst_det.comparison.plan import (
 )
 from nst_det.comparison.result import (
     BASELINE,
+    COCO,
+    IMAGENET,
     MEASURES,
-    NO_FPN,
     ComparisonResult,
     Cost,
     RowResult,
     SeedResult,
     TeacherResult,
 )
-from nst_det.comparison.statistics import EXPLANATION, REFERENCE, Difference, holm, mean_std, paired_difference
+from nst_det.comparison.statistics import EXPLANATION, differences_to, mean_std
 from nst_det.distillation.config import transfer_of
 from nst_det.engine.config import flat, plain
 from nst_det.engine.fingerprint import RESUME, RUN, concerns
@@ -48,9 +49,8 @@ def build_results(
     """Put the results of all runs of a plan together; ``costs`` are by row, from ``measure_costs``."""
     by_row = {row: {seed: _seed(comparison, row, seed) for seed in comparison.seeds} for row in comparison.all_rows}
     scores = {row: {seed: one.score for seed, one in entries.items()} for row, entries in by_row.items()}
-    differences = {row: paired_difference(scores[row], scores[comparison.baseline]) for row in by_row}
-    differences[comparison.baseline] = Difference(0.0, None, None, REFERENCE)
-    corrected = holm([difference.p_value for difference in differences.values()])
+    begin = student_weights(comparison.distill)
+    to_imagenet = differences_to(IMAGENET, scores) if begin and IMAGENET in scores else {}
     rows = [
         RowResult(
             method=row,
@@ -58,15 +58,16 @@ def build_results(
             delta_vs_ce=difference.mean,
             delta_interval=difference.interval,
             p_value=difference.p_value,
-            p_holm=p_holm,
-            verdict=difference.verdict,  # type: ignore[arg-type]
+            p_holm=difference.p_holm,
+            verdict=difference.verdict,
+            vs_imagenet=to_imagenet.get(row),
             per_seed={str(seed): one for seed, one in by_row[row].items()},
             commands=_commands(comparison, runs, row),
             cost=(costs or {}).get(row),
             **_over_seeds(list(by_row[row].values())),
             **_transfer(comparison, runs, row, list(by_row[row].values())),
         )
-        for (row, difference), p_holm in zip(differences.items(), corrected)
+        for row, difference in differences_to(comparison.baseline, scores).items()
     ]
     teacher = teacher_folder(comparison)
     return ComparisonResult(
@@ -76,9 +77,16 @@ def build_results(
         rows=rows,
         teacher=from_json(TeacherResult | None, _read(teacher) or None, f"{teacher}/result.json", REMEDY),
         published=list(comparison.published),
+        student_weights=begin,
         settings={**comparison.claim, "statistics": EXPLANATION},
         provenance={**provenance(), "threads": comparison.threads, "folder": str(comparison.folder)},
     )
+
+
+def student_weights(distill: CfgNode) -> str:
+    """Return the published weights that all students begin from, by their file's name; "" for random ones."""
+    student = distill.STUDENT
+    return Path(student.WEIGHTS).name or (f"timm's {student.ARCH}" if student.PRETRAINED else "")
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -182,14 +190,15 @@ def _differs(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]
     baseline = comparison.baseline
     detectors = {run.row: run_config(comparison, run) for run in runs if run.row in (row, baseline)}
     own, common = (plain(flat(detectors.get(name, CfgNode()))) for name in (row, baseline))
-    # the detector without FPN is what that row is about
-    expected = without_fpn(comparison.detect)[::2] if row == NO_FPN else ()
-    lines = [
+    lines = []
+    if row == COCO:
+        lines.append(f"on {own['MODEL.TIMM.ARCH']}, begins with all of the detector {Path(own['MODEL.WEIGHTS']).name}")
+    lines += [
         f"{key} {own.get(key, 'none')} ({baseline}: {common.get(key, 'none')})"
         for key in dict.fromkeys([*own, *common])
         if own.get(key) != common.get(key)
         and not key.startswith(("METHOD", "TEACHER.", "TRANSFER."))
-        and key not in expected
+        and key not in comparison.another.get(row, ())
         and concerns(key, RESUME)
         and not concerns(key, RUN)
     ]

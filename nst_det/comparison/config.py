@@ -14,10 +14,12 @@ from fvcore.common.config import CfgNode
 from nst_det.comparison.published import OF_DETECTORS, PUBLISHED
 from nst_det.comparison.result import (
     BASELINE,
+    COCO,
     IMAGENET,
     MAP,
     MEASURES,
     NO_FPN,
+    PUBLISHED_STARTS,
     SCRATCH,
     TEACHER,
     TOP1,
@@ -59,7 +61,13 @@ TERM = re.compile(r"\s*([^@:\s]+)\s*(@det)?\s*(:[^@]*)?")
 # keys of a stage's TRANSFER node that a search may set
 SETTINGS = ("LEVELS", "WEIGHTS", "OPTIONS")
 # each row that ROWS may name, and the key of DETECT with its own settings
-ROW_OPTS = {SCRATCH: "SCRATCH_OPTS", IMAGENET: "IMAGENET_OPTS", NO_FPN: "NO_FPN_OPTS", TEACHER: "TEACHER_OPTS"}
+ROW_OPTS = {
+    SCRATCH: "SCRATCH_OPTS",
+    IMAGENET: "IMAGENET_OPTS",
+    COCO: "COCO_OPTS",
+    NO_FPN: "NO_FPN_OPTS",
+    TEACHER: "TEACHER_OPTS",
+}
 # small networks gain nothing from more
 MOST_THREADS = 8
 
@@ -161,7 +169,8 @@ KEYS = {
     "ROWS": Key(
         [],
         "more detectors: scratch (random backbone, always among them), imagenet (published weights "
-        "of the student's architecture, without stage one), no-fpn (as ce, without FPN: the difference is "
+        "of the student's architecture, without stage one), coco (begins with a detector of COCO, perhaps of another "
+        "architecture), no-fpn (as ce, without FPN: the difference is "
         "what FPN brings), teacher (the teacher's backbone, an upper mark)",
     ),
     "PUBLISHED": Key(
@@ -191,6 +200,11 @@ KEYS = {
         "KEY VALUE pairs for the row imagenet; its weights are those that students begin with "
         "(DISTILL.STUDENT.WEIGHTS or PRETRAINED), or the MODEL.WEIGHTS here",
     ),
+    "DETECT.COCO_OPTS": Key(
+        [],
+        "KEY VALUE pairs for the row coco; MODEL.WEIGHTS among them names a detector's file, and of torchvision's and "
+        "Detectron2's the detector's other keys are read off it",
+    ),
     "DETECT.NO_FPN_OPTS": Key([], "KEY VALUE pairs for the row no-fpn alone"),
     "DETECT.TEACHER_OPTS": Key(
         [],
@@ -219,6 +233,7 @@ class Comparison:
     distill: CfgNode  # the stages' whole configs, before the settings of a single run
     detect: CfgNode  # empty where stage one alone is compared
     row_opts: dict[str, tuple[str, ...]]  # KEY VALUE pairs that a row of ROWS adds in stage two
+    another: dict[str, tuple[str, ...]]  # rows about another detector -> the keys that make it
     tuned: Mapping[str, Tuned]  # what a search found, by method string
     claim: dict[str, Any]  # what must not change between two calls on one folder
 
@@ -251,9 +266,9 @@ class Comparison:
 
     @property
     def all_rows(self) -> tuple[str, ...]:
-        """Rows in the table's order: scratch and imagenet, the methods (those of stage two last), then the rest."""
+        """Rows in the table's order: scratch, imagenet and coco, the methods (those of stage two last), the rest."""
         methods = sorted(self.methods, key=lambda word: bool(self.methods[word].detector.names))
-        first = tuple(row for row in self.rows if row in (SCRATCH, IMAGENET))
+        first = tuple(row for row in self.rows if row in (SCRATCH, *PUBLISHED_STARTS))
         return (*first, *methods, *(row for row in self.rows if row not in first))
 
 
@@ -313,8 +328,11 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     row_opts = {row: tuple(map(str, config.DETECT[key])) for row, key in ROW_OPTS.items()}
     if IMAGENET in rows:
         row_opts[IMAGENET] = (*published_weights(distill, row_opts[IMAGENET], str(file)), *row_opts[IMAGENET])
-    if NO_FPN in rows:
-        row_opts[NO_FPN] = (*without_fpn(detect), *row_opts[NO_FPN])
+    another = {COCO: published_detector(detect, row_opts[COCO], str(file)) if COCO in rows else ()}
+    another[NO_FPN] = without_fpn(detect) if NO_FPN in rows else ()
+    for row, words in another.items():
+        another[row] = tuple(key for key in words[::2] if key not in row_opts[row][::2])
+        row_opts[row] = (*words, *row_opts[row])
     for row, words in row_opts.items():
         merge_stage(detect, words, f"{file}: DETECT.{ROW_OPTS[row]}")
     if not detects and not distill.DATA.LABELS:
@@ -348,6 +366,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         distill=distill,
         detect=detect,
         row_opts=row_opts,
+        another=another,
         tuned=read_tuned(path_beside(config.TUNED, "TUNED", file, own)) if config.TUNED else {},
         claim=claim | {"NAME": config.NAME, "ENGINE": engine, "THREADS": threads},
     )
@@ -396,6 +415,24 @@ def published_weights(distill: CfgNode, given: Sequence[str], source: str) -> tu
         f"{source}: ROWS: imagenet needs published weights of {student.ARCH}; name them: DETECT.IMAGENET_OPTS "
         "[MODEL.WEIGHTS, FILE], or DISTILL.STUDENT.WEIGHTS, from which all students begin too"
     )
+
+
+def published_detector(detect: CfgNode, given: Sequence[str], source: str) -> tuple[str, ...]:
+    """Return KEY VALUE pairs for the detector whose weights ``given`` names, as far as its file tells them."""
+    with errors_of(f"{source}: DETECT.{ROW_OPTS[COCO]}"):
+        config = merge_stage(detect, given, "")
+        named = expand_path(config.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+        if "MODEL.WEIGHTS" not in given[::2] or "://" in named:
+            raise UserError(
+                "ROWS: coco begins with a detector's weights; name their file: [MODEL.WEIGHTS, FILE], such as "
+                "torchvision's fasterrcnn_resnet50_fpn_coco or Detectron2's faster_rcnn_R_50_FPN_3x, downloaded before"
+            )
+        # torch takes seconds to import
+        from nst_det.detection.zoo import zoo_keys
+        from nst_det.models.io import trusting_pickles
+
+        with trusting_pickles(config.TRUST_PICKLE):
+            return tuple(str(word) for pair in zoo_keys(named).items() for word in pair)
 
 
 def without_fpn(detect: CfgNode) -> tuple[str, ...]:

@@ -4,7 +4,7 @@
 
     data ──► teacher ──► distill/seed0 ──► detect/seed0/ce, detect/seed0/kd, ...
         │       └──► detect/seed0/teacher ──► detect/seed0/cwd@det, ...
-        └──────────────────────────────► detect/seed0/scratch, detect/seed0/imagenet
+        └──────────────────────────────► detect/seed0/scratch, detect/seed0/imagenet, detect/seed0/coco
 
 Where stage one alone is compared, the plan ends with it.  Stage one is one run a seed, because it trains the students
 of all methods side by side.  A run's name is also its folder (``distill/seed0/students/kd`` of a student), and the path
@@ -21,11 +21,13 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from nst_det.comparison.config import Comparison, merge_stage
-from nst_det.comparison.result import BASELINE, IMAGENET, NO_FPN, SCRATCH, TEACHER
+from nst_det.comparison.result import BASELINE, NO_FPN, PUBLISHED_STARTS, SCRATCH, TEACHER
 from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_stage, errors_of, generated_settings
 from nst_det.data.synthetic import SETTINGS_FILE
 from nst_det.distillation.config import teacher_solver
 from nst_det.distillation.fingerprint import teacher_claim
+from nst_det.engine.config import expand_path
+from nst_det.engine.io import sha256_of_file
 from nst_det.engine.machine import core_count
 from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder, differing
 
@@ -79,7 +81,7 @@ def make_plan(comparison: Comparison) -> list[Run]:
     """Return all runs, each after those that it needs."""
     runs = [_data_run(comparison)] if comparison.generate else []
     data = tuple(run.name for run in runs)
-    if not comparison.distill.TEACHER.WEIGHTS:
+    if makes_teacher(comparison):
         runs.append(_teacher_run(comparison, data))
     before = tuple(run.name for run in runs)
     runs += [_students_run(comparison, seed, before) for seed in comparison.seeds]
@@ -95,6 +97,18 @@ def make_plan(comparison: Comparison) -> list[Run]:
         else:
             runs.append(replace(run, kind=TEACHER_DETECTOR, row=None, seed=None))
     return runs + [_detector_run(comparison, row, seed, data, before) for row, seed in rows]
+
+
+def makes_teacher(comparison: Comparison) -> bool:
+    """Return whether a run makes the teacher, once for all seeds: anew, or of weights that aren't a backbone file."""
+    node = comparison.distill.TEACHER
+    taken = not node.TRAIN or not comparison.distill.DATA.LABELS or node.WEIGHTS.startswith("backbone:")
+    if not node.WEIGHTS or taken:
+        return not node.WEIGHTS
+    # torch takes seconds to import
+    from nst_det.models.io import is_backbone_file
+
+    return not is_backbone_file(Path(expand_path(node.WEIGHTS, f"{DISTILL}.TEACHER.WEIGHTS")))
 
 
 def run_config(comparison: Comparison, run: Run) -> CfgNode:
@@ -121,14 +135,14 @@ def total_steps(run: Run, config: CfgNode) -> int:
 
 def backbone_name(comparison: Comparison, row: str, seed: int) -> str:
     """Return the registry name of the backbone that a row's detector starts from; "" for one not of this comparison."""
-    if row in (SCRATCH, IMAGENET):
+    if row in (SCRATCH, *PUBLISHED_STARTS):
         return ""
     return f"{comparison.name}-{TEACHER if row == TEACHER else f'{_student(comparison, row)}-s{seed}'}"
 
 
 def backbone_file(comparison: Comparison, row: str, seed: int) -> str:
-    """Return that backbone's file; the user's own for a teacher that isn't trained here."""
-    if row == TEACHER and comparison.distill.TEACHER.WEIGHTS:
+    """Return that backbone's file; the user's own for a teacher that isn't made here."""
+    if row == TEACHER and not makes_teacher(comparison):
         return str(comparison.distill.TEACHER.WEIGHTS)
     name = backbone_name(comparison, row, seed)
     return name and str(comparison.folder / "backbones" / f"{name}.safetensors")
@@ -136,7 +150,7 @@ def backbone_file(comparison: Comparison, row: str, seed: int) -> str:
 
 def backbone_folder(comparison: Comparison, row: str, seed: int) -> Path | None:
     """Return the run folder of that backbone; None where no run made it."""
-    if row in (SCRATCH, IMAGENET, TEACHER):
+    if row in (SCRATCH, *PUBLISHED_STARTS, TEACHER):
         return teacher_folder(comparison) if row == TEACHER else None
     return comparison.folder / "distill" / f"seed{seed}" / "students" / _student(comparison, row)
 
@@ -152,13 +166,15 @@ def teacher_folder(comparison: Comparison) -> Path:
 def finished_teacher(comparison: Comparison) -> str:
     """Return the backbone file of a comparison's own teacher, if it is trained; else ""."""
     folder, file = RunFolder(teacher_folder(comparison)), backbone_file(comparison, TEACHER, TEACHER_SEED)
-    if comparison.distill.TEACHER.WEIGHTS or not (folder.done and Path(file).is_file()):
+    if not (makes_teacher(comparison) and folder.done and Path(file).is_file()):
         return ""
     # torch takes seconds to import
     from nst_det.distillation.dataloader import read_data
 
     config = run_config(comparison, next(run for run in make_plan(comparison) if run.kind == TEACHER))
-    claim = teacher_claim(config, read_data(config).fingerprint(), "", to_train=True)
+    weights = expand_path(config.TEACHER.WEIGHTS, "TEACHER.WEIGHTS")
+    begins = sha256_of_file(weights) if weights else ""
+    claim = teacher_claim(config, read_data(config).fingerprint(), begins, to_train=True)
     return "" if differing(folder.config(), claim) else file
 
 
@@ -232,10 +248,10 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
         "SEED": seed,
         "ENGINE": comparison.engine,
         # published weights are among the row's options
-        **({} if row == IMAGENET else {"MODEL.WEIGHTS": backbone_file(comparison, row, seed)}),
+        **({} if row in PUBLISHED_STARTS else {"MODEL.WEIGHTS": backbone_file(comparison, row, seed)}),
         **generated_settings(DETECT, comparison.detect, comparison.data_root),
     }
-    needs = data if row in (SCRATCH, IMAGENET) else teacher if row == TEACHER else (f"distill/seed{seed}",)
+    needs = data if row in (SCRATCH, *PUBLISHED_STARTS) else teacher if row == TEACHER else (f"distill/seed{seed}",)
     if row == TEACHER:
         settings["MODEL.TIMM.ARCH"] = comparison.distill.TEACHER.ARCH
         settings["MODEL.TIMM.KWARGS"] = comparison.distill.TEACHER.ARCH_KWARGS

@@ -7,13 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nst_det.comparison.statistics import Difference, Verdict
 from nst_det.engine.io import from_json, read_json, write_json
 from nst_det.errors import UserError
 
-BASELINE, SCRATCH, IMAGENET, NO_FPN, TEACHER = "ce", "scratch", "imagenet", "no-fpn", "teacher"
-# rows that no transfer method made: a random backbone, the architecture's published weights, ce's without FPN, and the
-# teacher's own
-MARKS = (SCRATCH, IMAGENET, NO_FPN, TEACHER)
+BASELINE, SCRATCH, IMAGENET, COCO, NO_FPN, TEACHER = "ce", "scratch", "imagenet", "coco", "no-fpn", "teacher"
+# rows that no transfer method made: a random backbone, the architecture's published weights, a detector of other data,
+# ce's without FPN, and the teacher's own
+MARKS = (SCRATCH, IMAGENET, COCO, NO_FPN, TEACHER)
+# those that begin with weights from elsewhere
+PUBLISHED_STARTS = (IMAGENET, COCO)
 # they differ between two equal comparisons: when, where and how fast, not what
 VOLATILE = ("provenance", "commands", "cost")
 REMEDY = "make it again with nst-det compare"
@@ -179,7 +182,8 @@ class RowResult(Scored):
     delta_interval: tuple[float, float] | None
     p_value: float | None
     p_holm: float | None
-    verdict: Literal["reference", "single seed", "noise", "better", "worse"]
+    verdict: Verdict
+    vs_imagenet: Difference | None  # the same to the row imagenet, where the students begin from its weights
     per_class: dict[str, float | None]  # 11-point AP
     per_class_area: dict[str, float | None]
     map_by_iou: dict[str, float | None]  # this and the next three as nst_det.evaluation.metrics.summarize gives them
@@ -252,6 +256,7 @@ class ComparisonResult:
     classes: list[str]
     rows: list[RowResult]
     teacher: TeacherResult | None
+    student_weights: str  # the published weights that all students begin from; "" for random ones
     published: list[str]  # tables of papers beside this one, by their names in nst_det.comparison.published
     settings: dict[str, Any]
     provenance: dict[str, Any]

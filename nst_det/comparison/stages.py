@@ -84,10 +84,18 @@ def check_distill_losses(distill: CfgNode, methods: Iterable[str], source: str) 
     """Build what stage one will build, so that a wrong level or term is found before the teacher is trained."""
     from nst_det.distillation.build import build_losses, initial_student, initial_teacher
     from nst_det.distillation.pipeline import parse_methods
+    from nst_det.models.build import published_file
 
     config = distill.clone()
     config.defrost()
-    # published weights aren't downloaded to look at shapes; a random network of the architecture has the same
+    for part in ("TEACHER", "STUDENT"):
+        try:
+            # a run would miss it much later
+            if config[part].PRETRAINED:
+                published_file(config[part].ARCH)
+        except ValueError as error:
+            raise UserError(f"{source}: DISTILL.{part}.PRETRAINED: {error}") from error
+    # published weights aren't read to look at shapes; a random network of the architecture has the same
     config.TEACHER.TRAIN = config.TEACHER.TRAIN or config.TEACHER.PRETRAINED
     config.STUDENT.PRETRAINED = config.TEACHER.PRETRAINED = False
     with errors_of(f"{source}: DISTILL"):
@@ -134,16 +142,16 @@ def _bare(config: CfgNode) -> CfgNode:
 
 def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
     """Refuse data folders that aren't there, and lists that aren't in them."""
-    folders = {"DISTILL.DATA.ROOT": distill.DATA.ROOT}
+    folders = [(f"{DISTILL}.{key}", root) for key, root in distillation_config.image_roots(distill)]
     if distill.TEST.PROBE.ROOT:
-        folders["DISTILL.TEST.PROBE.ROOT"] = distill.TEST.PROBE.ROOT
+        folders.append((f"{DISTILL}.TEST.PROBE.ROOT", distill.TEST.PROBE.ROOT))
     # Detectron2 may know other names by itself
     sets = [name for name in detection_config.set_names(detect) if name in detect.DATASETS.VOC] if detect else []
-    folders |= {f"DETECT.DATASETS.VOC.{name}.ROOT": detect.DATASETS.VOC[name].get("ROOT", "") for name in sets}
-    for key, folder in folders.items():
+    folders += [(f"{DETECT}.DATASETS.VOC.{name}.ROOT", detect.DATASETS.VOC[name].get("ROOT", "")) for name in sets]
+    for key, folder in folders:
         path = Path(expand_path(str(folder), key))
         # the images of stage one may be in an archive
-        if not folder or not (path.exists() if key.startswith("DISTILL") else path.is_dir()):
+        if not folder or not (path.exists() if key.startswith(DISTILL) else path.is_dir()):
             raise UserError(f"{source}: {key}: no folder '{folder}'; name it on the command line: {key} DIR")
     with errors_of(f"{source}: DETECT"):
         for root, split in detection_config.voc_roots(detect, sets, "DATASETS.VOC") if sets else ():

@@ -25,13 +25,17 @@ class ImageSplit:
     labels: np.ndarray  # (N,) int64 indices into the classes
     sizes: np.ndarray  # (N,) int64, bytes of each file
     held: Sequence[np.ndarray | bytes] = ()  # pixels (H, W, 3) uint8, or files' bytes, of images that are in no folder
+    roots: tuple[Path, ...] = ()  # of several folders together; a path begins with its folder's number then
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def path(self, index: int) -> Path:
         """Return the file of one image."""
-        return self.root / self.paths[index]
+        if not self.roots:
+            return self.root / self.paths[index]
+        number, _, path = self.paths[index].partition("/")
+        return self.roots[int(number)] / path
 
     def source(self, index: int) -> np.ndarray | bytes:
         """Return the pixels (H, W, 3) uint8 of one image, or the bytes of its file."""
@@ -50,7 +54,7 @@ class ImageSplit:
         """Return the images at ``indices``, in that order."""
         paths = tuple(self.paths[index] for index in indices)
         held = [self.held[index] for index in indices] if self.held else ()
-        return ImageSplit(self.root, paths, self.labels[indices], self.sizes[indices], held)
+        return replace(self, paths=paths, labels=self.labels[indices], sizes=self.sizes[indices], held=held)
 
     def with_labels(self, per_class: int, keep_rest: bool, seed: int) -> ImageSplit:
         """Return ``per_class`` labelled images of each class, by ``seed``, and with ``keep_rest`` the others as -1."""
@@ -91,6 +95,11 @@ class ImageFolder:
     classes: tuple[str, ...]
     train: ImageSplit
     val: ImageSplit
+
+    @property
+    def name(self) -> str:
+        """What cards and reports call it: the names of its folders."""
+        return "+".join(root.resolve().name for root in self.train.roots or (self.root,))
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hexadecimal) of the classes and the fingerprints of both splits."""
@@ -172,6 +181,28 @@ def _images_below(folder: Path, around: frozenset[Path]) -> Iterator[Path]:
             yield from _images_below(folder / entry.name, around | {real})
         elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
             yield folder / entry.name
+
+
+def joined(folders: Sequence[ImageFolder]) -> ImageFolder:
+    """Return the images of several folders as one; classes of the same name are one class."""
+    if len(folders) == 1:
+        return folders[0]
+    classes = tuple(dict.fromkeys(name for folder in folders for name in folder.classes))
+    roots = tuple(folder.root for folder in folders)
+
+    def join(parts: Sequence[ImageSplit]) -> ImageSplit:
+        paths = [f"{number}/{path}" for number, part in enumerate(parts) for path in part.paths]
+        labels = [
+            np.array([*map(classes.index, folder.classes), -1], dtype=np.int64)[part.labels]
+            for folder, part in zip(folders, parts)
+        ]
+        apart = any(part.held for part in parts)
+        held = [part.source(index) for part in parts for index in range(len(part))] if apart else ()
+        sizes = np.concatenate([part.sizes for part in parts])
+        return ImageSplit(roots[0], tuple(paths), np.concatenate(labels), sizes, held, roots)
+
+    splits = ([folder.train for folder in folders], [folder.val for folder in folders])
+    return ImageFolder(roots[0], classes, *map(join, splits))
 
 
 def cut_validation(

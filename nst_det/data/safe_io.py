@@ -21,6 +21,8 @@ def shown(text: str, length: int = 120) -> str:
         'a\\\\nb'
     """
     cut = text if len(text) <= length else f"{text[:length]}..."
+    if cut.isprintable():
+        return cut
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
 
 

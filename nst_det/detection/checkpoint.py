@@ -9,29 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from nst_det.detection.config import BEST, LAST
 from nst_det.detection.torchvision import Detector
+from nst_det.detection.zoo import PREDICTOR, ClassNames, by_own_names, new_predictor, read_detector, unlike
 from nst_det.engine.config import expand_path
 from nst_det.engine.safetensors_io import read_metadata, write_tensors
 from nst_det.errors import UserError
 from nst_det.evaluation.thresholds import THRESHOLDS
-from nst_det.models import Card, input_contract, load_into, load_plain, load_strict, resolve
+from nst_det.models import load_into, load_plain, load_strict, resolve
 from nst_det.models.bottomup import load_recognized
 from nst_det.models.card import check_pixels
-from nst_det.models.convert import convert
 from nst_det.models.io import card_path, trusting_pickles
 from nst_det.models.registry import PREFIX
 from nst_det.models.weights import are_of_detector
 
 log = logging.getLogger(__name__)
 WEIGHTS_SUFFIX = ".safetensors"
-# of the entries of a detector that depend on its classes
-PREDICTOR = "roi_heads.box_predictor."
-# how the names of torchvision's detectors begin
-TORCHVISION = "backbone.body."
 BEST_FILE = "model_best.safetensors"
 # of the metadata in it
 RECORD_KEY = "validation"
@@ -42,15 +37,23 @@ def load_weights(
     config: CfgNode,
     classes: Sequence[str] = (),
     key: str = "MODEL.WEIGHTS",
-    new_predictor: bool = False,
+    starts: bool = False,
 ) -> str:
     """Fill a detector from MODEL.WEIGHTS; return what filled it: ``random``, ``timm``, ``backbone``, ``detector``.
 
     ``backbone://NAME``, a ``.safetensors`` file with its card, or a classifier's weights from elsewhere fill the
     bottom-up and leave the rest as it was drawn.  A file with more than that must hold a whole detector, by this
-    engine's names, which are Detectron2's, or by torchvision's; with ``new_predictor`` one of other classes fills all
-    but the box predictor.
+    engine's names, which are Detectron2's, or by those of torchvision or of Detectron2's own ResNet.  Where a training
+    ``starts`` with it, one of other classes fills all but the box predictor, or of that what MODEL.KEEP_CLASSES says.
     """
+    names = ClassNames.of(config.MODEL) if starts else None
+    filled = _load(detector, config, classes, key, names)
+    if names and names.keep and filled != "detector":
+        raise UserError(f"MODEL.KEEP_CLASSES: {key} names no detector's weights; name some, or set it False")
+    return filled
+
+
+def _load(detector: Detector, config: CfgNode, classes: Sequence[str], key: str, names: ClassNames | None) -> str:
     named = config.MODEL.WEIGHTS
     if not named:
         return "timm" if config.MODEL.TIMM.PRETRAINED else "random"
@@ -63,20 +66,19 @@ def load_weights(
         log.info("%s: the bottom-up is filled (method %s); FPN and heads start anew", source, card.method or "unknown")
         return "backbone"
     with trusting_pickles(config.TRUST_PICKLE):
-        state_dict = load_plain(path, detector.state_dict())
+        own = detector.state_dict()
+        state_dict = read_detector(path, own)
         if not are_of_detector(state_dict):
             load_recognized(detector.backbone.bottom_up, path, *pixels, f"{key} {path}", state_dict)
             return "backbone"
-        if any(name.startswith(TORCHVISION) for name in state_dict):
-            state_dict = convert(state_dict, "timm")
-            card = Card("", 1, input=input_contract(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "RGB", 0))
-            check_pixels(card, *pixels, f"{key} {path}")
-        entries, filled = detector_entries(path, state_dict, detector.state_dict(), classes, key, new_predictor)
+        other = unlike(state_dict, path, config) if names else ""
+        state_dict = by_own_names(path, state_dict, own, detector.backbone.bottom_up, pixels, f"{key} {path}")
+        entries, filled = detector_entries(path, state_dict, own, classes, key, names)
         try:
             load_strict(detector, entries, str(path))
         except ValueError as error:
-            raise UserError(f"{key}: {error}") from error
-    log.info("%s: %s", path, filled)
+            raise UserError(f"{key}: {error}{other}") from error
+    log.log(logging.WARNING if other else logging.INFO, "%s: %s%s", path, filled, other)
     detector.backbone.bottom_up.loaded = True
     return "detector"
 
@@ -87,29 +89,32 @@ def detector_entries(
     own: Mapping[str, Tensor],
     classes: Sequence[str],
     key: str,
-    new_predictor: bool,
+    names: ClassNames | None,
 ) -> tuple[dict[str, Tensor], str]:
     """Return a whole detector's entries, for one of these ``classes`` ([] if unknown) and with the entries ``own``.
 
-    One that was trained on others is refused; with ``new_predictor`` it comes with the box predictor of ``own``.
+    One that was trained on others is refused without ``names``; with them it comes with a box predictor of ``own``.
     Also return what is filled by it, for the log.
     """
-    named = saved_classes(path)
-    predictor = {name: value for name, value in own.items() if name.startswith(PREDICTOR)}
+    listed = list(names.listed) if names else []
+    named = listed or saved_classes(path)
     if named and classes:
         other = named != list(classes)
-        if other and (not new_predictor or sorted(named) == sorted(classes)):
+        if other and (names is None or (sorted(named) == sorted(classes) and not names.keep)):
             raise UserError(
                 f"{key}: {path} was trained on the classes {', '.join(named)}, these data have {', '.join(classes)}; "
                 f"set DATASETS.CLASSES to [{', '.join(named)}]"
             )
     else:
         shapes = {name: value.shape for name, value in state_dict.items()}
-        other = new_predictor and any(shapes.get(name, value.shape) != value.shape for name, value in predictor.items())
-    if not other:
+        predictor = {name: value for name, value in own.items() if name.startswith(PREDICTOR)}
+        other = bool(names) and any(shapes.get(name, v.shape) != v.shape for name, v in predictor.items())
+    if names is None or not other:
         return state_dict, "the whole detector is filled"
+    predictor, kept = new_predictor(state_dict, own, classes, named, names, str(path))
     theirs = f"the classes {', '.join(named)}" if named else "another number of classes"
-    return state_dict | predictor, f"trained on {theirs}: all but the box predictor is filled, which starts anew"
+    anew = f"which starts anew but for {kept}" if kept else "which starts anew"
+    return state_dict | predictor, f"trained on {theirs}: all but the box predictor is filled, {anew}"
 
 
 def save_weights(

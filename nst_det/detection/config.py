@@ -11,6 +11,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from nst_det.detection.augment import AUGMENTATION_KEYS, PRESETS, check_augmentation
 from nst_det.detection.d2_defaults import DETECTRON2_ONLY, HONORED
 from nst_det.engine.config import expand_path, flat, key_values, load_config, merge_tree, parse_value, read_yaml
 from nst_det.engine.keys import (
@@ -69,6 +70,19 @@ ADDED: dict[str, Key] = {
     "MODEL.TIMM.NORM": one_of("its batch normalization", "FrozenBN", "BN", "SyncBN"),
     "MODEL.TIMM.OUT_FEATURES": Key(["res2", "res3", "res4", "res5"], "levels that it gives"),
     "MODEL.TIMM.KWARGS": Key({}, "more arguments of the network"),
+    "MODEL.KEEP_CLASSES": Key(
+        False,
+        "where the weights are a detector's of other classes: keep the box predictor's rows of those that both have by "
+        "name, and of the background; False begins it anew",
+    ),
+    "MODEL.CLASS_ALIASES": Key(
+        {}, "for KEEP_CLASSES: name in the data -> name in the weights; VOC's names of COCO's classes are known"
+    ),
+    "MODEL.WEIGHTS_CLASSES": Key(
+        [],
+        "classes of a detector's weights in the order of their labels, where the file doesn't say; [] takes COCO's for "
+        "KEEP_CLASSES, if there are 80, or 90 by torchvision's numbers",
+    ),
     "MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE": Key(
         224, "boxes of this size in pixels are pooled from CANONICAL_LEVEL; Detectron2 has no keys for these constants"
     ),
@@ -92,6 +106,7 @@ ADDED: dict[str, Key] = {
             for size in sizes
         ),
     ),
+    **AUGMENTATION_KEYS,
     "SOLVER.OPTIMIZER": one_of("the optimizer", "SGD", "ADAMW"),
     "SOLVER.BACKBONE_MULTIPLIER": Key(1.0, "learning rate of the bottom-up as a part of BASE_LR"),
     "SOLVER.ACCUMULATE": at_least(
@@ -150,9 +165,19 @@ def load_detect_config(file: str | Path | None, overrides: Sequence[str] = ()) -
     if file is not None:
         _refuse_detectron2_only(_tree_keys(read_yaml(file)), source)
     _refuse_detectron2_only((key for key, _ in key_values(overrides)), "command line")
-    config = load_config(get_defaults(), file, overrides)
+    config = load_with_preset(get_defaults(), file, overrides)
     check_config(config, source)
     return config
+
+
+def load_with_preset(defaults: CfgNode, file: str | Path | None, overrides: Sequence[str]) -> CfgNode:
+    """Return what ``load_config`` does, with INPUT.AUGMENTATION's values of :data:`PRESETS` as defaults."""
+    config = load_config(defaults, file, overrides)
+    preset = PRESETS.get(config.INPUT.AUGMENTATION)
+    if not preset:
+        return config
+    defaults.merge_from_list([part for item in preset.items() for part in item])
+    return load_config(defaults, file, overrides)
 
 
 def config_of_run(file: Path) -> CfgNode:
@@ -235,6 +260,8 @@ def check_added_keys(config: CfgNode, source: str) -> None:
                 f"{source}: TEST.{key} {config.TEST[key]} needs a validation split to choose by, and when to look at "
                 f"it; set DATASETS.VAL_FRACTION (such as 0.2) or VAL, and TEST.EVAL_PERIOD, or TEST.{key} {off}"
             )
+    if config.MODEL.CLASS_ALIASES and not config.MODEL.KEEP_CLASSES:
+        raise UserError(f"{source}: MODEL.CLASS_ALIASES is for MODEL.KEEP_CLASSES True; set that, or leave it out")
     if config.DATASETS.VAL and config.DATASETS.VAL_FRACTION:
         raise UserError(f"{source}: DATASETS.VAL and VAL_FRACTION both say what to validate on; set one of them")
     if config.SOLVER.EMA_DECAY and config.TEST.PRECISE_BN.ENABLED:
@@ -244,6 +271,7 @@ def check_added_keys(config: CfgNode, source: str) -> None:
         )
     if config.TEST.AMP and not config.SOLVER.AMP.ENABLED:
         raise UserError(f"{source}: TEST.AMP True needs SOLVER.AMP.ENABLED True; set it, or TEST.AMP False")
+    check_augmentation(config.INPUT, source)
     check_wandb(config.WANDB, source)
     check_non_finite(config.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", source)
 
@@ -387,4 +415,4 @@ def resolve_machine(config: CfgNode) -> None:
 
     with defrosted(config):
         config.MODEL.DEVICE = resolve_device(config.MODEL.DEVICE)
-        config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE == "cpu")
+        config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, none=config.MODEL.DEVICE == "cpu")

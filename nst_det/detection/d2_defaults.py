@@ -13,8 +13,6 @@ DETECTRON2_ONLY = (
     "DATASETS.PROPOSAL_FILES_TEST",
     "DATASETS.PROPOSAL_FILES_TRAIN",
     "GLOBAL",
-    "INPUT.CROP.SIZE",
-    "INPUT.CROP.TYPE",
     "INPUT.MASK_FORMAT",
     "MODEL.ANCHOR_GENERATOR.ANGLES",
     "MODEL.PANOPTIC_FPN",
@@ -33,6 +31,8 @@ DETECTRON2_ONLY = (
     "TEST.KEYPOINT_OKS_SIGMAS",
     "TEST.PRECISE_BN.NUM_ITER",
 )
+
+CROP_TYPES = ("relative_range", "relative", "absolute", "absolute_range")
 
 HONORED: dict[str, Key] = {
     "VERSION": one_of("of Detectron2's config format", 2),
@@ -65,7 +65,12 @@ HONORED: dict[str, Key] = {
     "MODEL.FPN.FUSE_TYPE": one_of("how a level and the one above it are joined", "sum", "avg"),
     "MODEL.PROPOSAL_GENERATOR.NAME": one_of("what proposes boxes", "RPN"),
     "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": Key(0, "smaller proposals are dropped, pixels"),
-    "MODEL.ANCHOR_GENERATOR.NAME": one_of("what makes the anchors", "DefaultAnchorGenerator"),
+    "MODEL.ANCHOR_GENERATOR.NAME": one_of(
+        "what makes the anchors; with RoundedAnchorGenerator their corners are whole pixels from a cell's, as "
+        "torchvision's",
+        "DefaultAnchorGenerator",
+        "RoundedAnchorGenerator",
+    ),
     "MODEL.ANCHOR_GENERATOR.SIZES": Key(
         [[32, 64, 128, 256, 512]],
         "sides of the anchors in pixels, a list for each level of RPN.IN_FEATURES, or one for all",
@@ -136,7 +141,13 @@ HONORED: dict[str, Key] = {
     "INPUT.MIN_SIZE_TEST": at_least("shortest side at test time; 0 leaves images as they are", 0, default=800),
     "INPUT.MAX_SIZE_TEST": Key(1333, "most that the longest side may have then"),
     "INPUT.RANDOM_FLIP": one_of("mirror half of the training images", "horizontal", "vertical", "none"),
-    "INPUT.CROP.ENABLED": one_of("cut parts out of training images", False),
+    "INPUT.CROP.ENABLED": Key(False, "cut a part out of each training image, before it is resized"),
+    "INPUT.CROP.TYPE": one_of(
+        "how large it is: relative is SIZE times the image's height and width, relative_range at least that, absolute "
+        "SIZE in pixels, absolute_range height and width each from the range of the two",
+        *CROP_TYPES,
+    ),
+    "INPUT.CROP.SIZE": Key([0.9, 0.9], "height and width, as TYPE says"),
     "INPUT.FORMAT": one_of("order of the channels", "BGR", "RGB"),
     "DATASETS.TRAIN": Key((), "data sets to train on, names in DATASETS.VOC"),
     "DATASETS.TEST": Key((), "the data set to evaluate on"),

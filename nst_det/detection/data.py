@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from PIL import Image
 from torch.utils.data import Dataset
 
 from nst_det.data.annotation import VocAnnotation, usable_boxes
 from nst_det.data.safe_io import shown_path
 from nst_det.data.splits import JoinedVoc, hold_out, shared_images
 from nst_det.data.voc import VocDataset, class_names
+from nst_det.detection.augment import Augmentation, Drawn, resize, resized_shape
 from nst_det.detection.config import listed_classes, voc_roots
 from nst_det.engine.distributed import is_main_process, share_of
 from nst_det.engine.loader import load
@@ -26,8 +26,6 @@ from nst_det.errors import UserError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-# a side that is no longer than this, in pixels after resizing, leaves nothing to learn from
-EMPTY_SIDE = 1e-5
 
 
 class SampleIndex(NamedTuple):
@@ -167,12 +165,11 @@ class DetectionImages(Dataset[dict[str, Any]]):
         given = config.INPUT
         self.sizes = tuple(given.MIN_SIZE_TRAIN) if train else (given.MIN_SIZE_TEST,)
         self.largest = given.MAX_SIZE_TRAIN if train else given.MAX_SIZE_TEST
-        self.sampled_range = train and given.MIN_SIZE_TRAIN_SAMPLING == "range"
-        self.flip = given.RANDOM_FLIP if train else "none"
+        self.augmentation = Augmentation(given)
         self.bgr = given.FORMAT == "BGR"
         self._cache: dict[int, np.ndarray] | None = None
         # with one size, what is kept is resized already
-        self._fixed = len(set(self.sizes)) == 1
+        self._fixed = len(set(self.sizes)) == 1 and not (train and self.augmentation.cuts)
         needed = 3 * sum(
             np.prod(self.shape(item, self.sizes[0])) if self._fixed else item.height * item.width for item in self.items
         )
@@ -194,26 +191,20 @@ class DetectionImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, place: SampleIndex | int) -> dict[str, Any]:
         if isinstance(place, int):
-            return self._example(place, self.sizes[0], flipped=False)
-        # NumPy's old generator, and in this order: what Detectron2's augmentation draws from this seed
+            return self._example(place, Drawn(self.shape(self.items[place], self.sizes[0])))
+        # NumPy's old generator: what Detectron2's augmentation draws from this seed
         rng = np.random.RandomState(derive_seed(self.seed, "augment", place.step, place.slot) % 2**32)
-        size = int(rng.randint(self.sizes[0], self.sizes[1] + 1) if self.sampled_range else rng.choice(self.sizes))
-        example = self._example(place.image, size, flipped=self.flip != "none" and rng.uniform(0, 1.0) < 0.5)
+        item = self.items[place.image]
+        example = self._example(place.image, self.augmentation.draw(item.height, item.width, item.boxes, rng))
         # what the detector draws for it depends on its place in the whole batch, not on the process that has it
         return example | {"seed": derive_seed(self.seed, "boxes", place.step, place.slot)}
 
-    def _example(self, index: int, size: int, flipped: bool) -> dict[str, Any]:
+    def _example(self, index: int, drawn: Drawn) -> dict[str, Any]:
         item = self.items[index]
-        height, width = self.shape(item, size)
-        image = resize(self._pixels(index), height, width)
-        if flipped:
-            image = image[:, ::-1] if self.flip == "horizontal" else image[::-1]
+        image = drawn.pixels(self._pixels(index), self.bgr)
         example = {"image": _to_tensor(image), "height": item.height, "width": item.width, "image_id": item.id}
         if self.train:
-            scale = np.array([width / item.width, height / item.height] * 2)
-            boxes = flip_boxes(item.boxes * scale, height, width, self.flip if flipped else "none")
-            boxes = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
-            kept = ((boxes[:, 2:] - boxes[:, :2]) > EMPTY_SIDE).all(axis=1)
+            boxes, kept = self.augmentation.moved(drawn, item.boxes, item.height, item.width)
             example["boxes"] = torch.from_numpy(boxes[kept])
             example["labels"] = torch.from_numpy(item.labels[kept])
         return example
@@ -241,36 +232,6 @@ def _to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def resized_shape(height: int, width: int, size: int, largest: int) -> tuple[int, int]:
-    """Return (height, width) after Detectron2's shortest-edge resize; size 0 leaves the image as it is."""
-    if size == 0:
-        return height, width
-    scale = size / min(height, width)
-    new_height, new_width = (size, scale * width) if height < width else (scale * height, size)
-    longest = max(new_height, new_width)
-    if longest > largest:
-        new_height, new_width = new_height * (largest / longest), new_width * (largest / longest)
-    return int(new_height + 0.5), int(new_width + 0.5)
-
-
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (H, W, 3) uint8 to (height, width, 3) by PIL's bilinear filter, which averages where it shrinks."""
-    if image.shape[:2] == (height, width):
-        return image
-    resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized)
-
-
-def flip_boxes(boxes: np.ndarray, height: int, width: int, direction: str) -> np.ndarray:
-    """Return (N, 4) xyxy boxes in an image of that size, mirrored ``horizontal``, ``vertical`` or not (``none``)."""
-    x0, y0, x1, y1 = boxes.T
-    if direction == "horizontal":
-        x0, x1 = width - x1, width - x0
-    if direction == "vertical":
-        y0, y1 = height - y1, height - y0
-    return np.stack((x0, y0, x1, y1), axis=1)
-
-
 def training_batches(
     config: CfgNode, sets: Sequence[VocDataset], seed: int, start: int
 ) -> Iterator[list[dict[str, Any]]]:
@@ -282,7 +243,8 @@ def training_batches(
     places = StepBatchSampler(len(items), config.SOLVER.IMS_PER_BATCH, seed, start, wide, share)
     if config.DATALOADER.NUM_WORKERS:
         images.preload()
-    log.info("%d images to train on, %d objects", len(items), sum(len(item.labels) for item in items))
+    count, preset = sum(len(item.labels) for item in items), config.INPUT.AUGMENTATION
+    log.info("%d images to train on, %d objects, INPUT.AUGMENTATION %s", len(items), count, preset)
     yield from load(images, places, config.DATALOADER.NUM_WORKERS, config.MODEL.DEVICE)
 
 

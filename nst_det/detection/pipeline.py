@@ -246,7 +246,7 @@ def _seed(config: CfgNode, folder: RunFolder) -> int:
 
 def _student(config: CfgNode, classes: Sequence[str], seed: int) -> Detector:
     detector = build_detector(config, seed)
-    load_weights(detector, config, classes, new_predictor=True)
+    load_weights(detector, config, classes, starts=True)
     detector.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
     place_detector(detector, config)
     amp, device = config.SOLVER.AMP, detector.pixel_mean.device

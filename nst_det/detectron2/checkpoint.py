@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling.backbone import ResNet
-from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from nst_det.detection.checkpoint import detector_entries
+from nst_det.detection.zoo import ClassNames, by_own_names, without_prefix
 from nst_det.detectron2.modeling import bottom_up_of
 from nst_det.engine.checkpoint import KEPT, check_intact, write_state
 from nst_det.engine.io import write_text
@@ -30,9 +30,10 @@ from nst_det.models import (
     resolve,
 )
 from nst_det.models.bottomup import load_recognized
+from nst_det.models.caffe import is_caffe, stride_in_1x1
 from nst_det.models.card import check_pixels
 from nst_det.models.convert import batch_norm_eps, resnet_to_detectron2
-from nst_det.models.io import card_path, load_pickled
+from nst_det.models.io import card_path, load_pickled, named_tensors
 from nst_det.models.weights import are_of_detector
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,10 @@ class BackboneCheckpointer(DetectionCheckpointer):
 
     From a backbone file (``backbone://NAME``, or a ``.safetensors`` path with its card) the bottom-up is filled whole
     or an error names what doesn't fit; its input contract (channel order, mean, std) is compared with the model's.  A
-    ``.safetensors`` file without a card is a whole detector of either engine, whose names are Detectron2's; one of
-    other classes than ``classes`` ([] if unknown) fills all but the box predictor, or if ``whole`` is refused.
+    ``.safetensors`` file without a card is a whole detector of either engine, whose names are Detectron2's.  Those of
+    torchvision's zoo and of Detectron2's fit a timm bottom-up too, as far as they compute the same there.  A detector
+    of other classes than ``classes`` ([] if unknown) fills all but the box predictor, or of that what ``names`` say; if
+    ``whole`` it is refused.
     """
 
     def __init__(
@@ -57,19 +60,28 @@ class BackboneCheckpointer(DetectionCheckpointer):
         *,
         whole: bool = False,
         classes: Sequence[str] = (),
+        names: ClassNames | None = None,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
         # whether weights that leave a part of the detector random are refused
         self.whole, self.classes = whole, classes
+        self.names, self._resumes = names or ClassNames(), False
         # what is saved: the model, or an average of its weights
         self.written = model
         self._card: Card | None = None
         self._source = ""
 
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        self._resumes = resume and self.has_checkpoint()
+        loaded: dict[str, Any] = super().resume_or_load(path, resume=resume)
+        return loaded
+
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self._card, self._source = None, path
-        if path.startswith(PREFIX):
+        if not path:
+            self._refuse_to_keep("MODEL.WEIGHTS is empty, it")
+        if path.startswith(PREFIX) or (path and "://" not in path):
             path = str(resolve(path))
         try:
             loaded: dict[str, Any] = super().load(path, *args, **kwargs)
@@ -87,6 +99,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             # Detectron2 opens these by itself; this refuses pickles that aren't trusted
             load_pickled(filename)
         if filename.endswith(SUFFIX) and card_path(filename).is_file():
+            self._refuse_to_keep(filename)
             entries, self._card = _backbone_entries(self.model, filename)
             return {"model": entries}
         own, loaded = self.model.state_dict(), dict[str, Any]()
@@ -94,17 +107,28 @@ class BackboneCheckpointer(DetectionCheckpointer):
             loaded["model"] = load_plain(filename, own)
         else:
             loaded = super()._load_file(filename)
+        if self._resumes:
+            return loaded
         prefix, bottom_up = bottom_up_of(self.model)
-        if isinstance(bottom_up, Bottomup) and not are_of_detector(loaded.get("model", loaded)):
-            load_recognized(bottom_up, filename, *_pixels(self.model), f"MODEL.WEIGHTS {filename}")
+        # Detectron2 puts what has no entry of that name into one
+        tensors = named_tensors(loaded if len(loaded) > 1 else loaded["model"], filename)
+        if not are_of_detector(tensors):
+            self._refuse_to_keep(filename)
+            if not isinstance(bottom_up, Bottomup):
+                return loaded
+            load_recognized(bottom_up, filename, *_pixels(self.model), f"MODEL.WEIGHTS {filename}", tensors)
             return {"model": {f"{prefix}{name}": value for name, value in bottom_up.state_dict().items()}}
-        if filename.endswith(SUFFIX):
-            path = Path(filename)
-            loaded["model"], filled = detector_entries(
-                path, loaded["model"], own, self.classes, "MODEL.WEIGHTS", not self.whole
-            )
-            log.info("%s: %s", path, filled)
+        path = Path(filename)
+        given = without_prefix(tensors, own, path)
+        given = by_own_names(path, given, own, bottom_up, _pixels(self.model), f"MODEL.WEIGHTS {path}")
+        names = None if self.whole else self.names
+        loaded["model"], filled = detector_entries(path, given, own, self.classes, "MODEL.WEIGHTS", names)
+        log.info("%s: %s", path, filled)
         return loaded
+
+    def _refuse_to_keep(self, source: str) -> None:
+        if self.names.keep and not self.whole:
+            raise UserError(f"MODEL.KEEP_CLASSES: {source} holds no detector; name one's weights, or set it False")
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         loaded: dict[str, Any] = load_pickled(f)
@@ -177,10 +201,10 @@ def _backbone_entries(model: Any, path: str) -> tuple[dict[str, Tensor], Card]:
     if isinstance(bottom_up, Bottomup):
         card = load_into(bottom_up, path)
     elif isinstance(bottom_up, ResNet):
-        # torchvision and timm put a bottleneck's stride into its 3 x 3 convolution
-        if any(isinstance(layer, BottleneckBlock) and layer.conv1.stride != (1, 1) for layer in bottom_up.modules()):
-            raise UserError(f"{path}: set MODEL.RESNETS.STRIDE_IN_1X1 False, this backbone was trained so")
         state_dict, card = load_backbone(path)
+        caffe = is_caffe(card.arch)
+        if "layer1.0.conv3.weight" in state_dict and stride_in_1x1(bottom_up) != caffe:
+            raise UserError(f"{path}: set MODEL.RESNETS.STRIDE_IN_1X1 {caffe}, this backbone was trained so")
         given = resnet_to_detectron2(state_dict, batch_norm_eps(card.arch, card.arch_kwargs))
         # a network cut at res4 leaves res5 to RoI heads that have it (Res5ROIHeads), or to nobody
         cut = {name for name in given if name.startswith("res") and name.split(".")[0] > bottom_up.stage_names[-1]}

@@ -13,6 +13,7 @@ from nst_det.detection.config import (
     add_nst_det_config,
     check_added_keys,
     defrosted,
+    load_with_preset,
     resolve_classes,
     resolve_machine,
     set_names,
@@ -22,7 +23,6 @@ from nst_det.detection.config import (
 from nst_det.detection.data import data_classes, split_training, warn_of_shared
 from nst_det.detectron2.data import register_images
 from nst_det.detectron2.modeling import choose_roi_heads
-from nst_det.engine.config import load_config as read_config
 from nst_det.engine.distributed import is_main_process
 from nst_det.engine.keys import OFF
 from nst_det.errors import UserError
@@ -43,7 +43,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
     """Return Detectron2's config of a YAML file (with ``_BASE_``) and ``KEY VALUE`` pairs, frozen."""
     defaults = get_cfg()
     add_config(defaults)
-    cfg = read_config(defaults, file, overrides)
+    cfg = load_with_preset(defaults, file, overrides)
     with defrosted(cfg):
         resolve_machine(cfg)
         choose_roi_heads(cfg)

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,25 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
-from detectron2.data.transforms import AugInput
+from detectron2.data.transforms import (
+    AugInput,
+    AugmentationList,
+    ColorTransform,
+    CropTransform,
+    HFlipTransform,
+    ResizeTransform,
+    Transform,
+    VFlipTransform,
+)
 from detectron2.structures import BoxMode
+from PIL import Image
 from torch.utils.data import Dataset
 
 from nst_det.data.images import MAX_IMAGE_BYTES, image_size
 from nst_det.data.safe_io import read_bytes, shown_path
 from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
+from nst_det.detection.augment import Augmentation, Drawn, augments, check_augmentation, distorted
 from nst_det.detection.data import SampleIndex, StepBatchSampler, boxes_to_train
 from nst_det.engine.distributed import share_of
 from nst_det.engine.loader import end_workers_with_us, load
@@ -54,14 +66,21 @@ class SeededImages(Dataset[Any]):
 class ImageMapper(DatasetMapper):
     """Detectron2's mapper, with the same results; an image that is too large or damaged is refused by its name.
 
-    ``cached`` keeps decoded images in memory, in every process of a loader its own; then it maps boxes only.
+    Where INPUT has CROP, SCALE_JITTER or PHOTOMETRIC, training images are changed as by the torchvision engine, by
+    Detectron2's transforms.  ``cached`` keeps decoded images in memory, in every process of a loader its own; then it
+    maps boxes only.
     """
 
     def __init__(self, cfg: CfgNode, is_train: bool = True, cached: bool = False) -> None:
         super().__init__(cfg, is_train)
         self._images: dict[str, np.ndarray] | None = {} if cached else None
+        # a config of Detectron2's own reading was not checked
+        check_augmentation(cfg.INPUT, "detection config")
+        self._drawing = Augmentation(cfg.INPUT) if is_train and augments(cfg.INPUT) else None
 
     def __call__(self, dataset_dict: dict[str, Any]) -> Any:
+        if self._drawing is not None:
+            dataset_dict = self._draw(dataset_dict, self._drawing)
         name = dataset_dict["file_name"]
         if self._images is None:
             with named_image(name):
@@ -76,6 +95,33 @@ class ImageMapper(DatasetMapper):
         item["image"] = torch.as_tensor(np.ascontiguousarray(drawn.image.transpose(2, 0, 1)))
         self._transform_annotations(item, transforms, drawn.image.shape[:2])
         return item
+
+    def _draw(self, dataset_dict: dict[str, Any], drawing: Augmentation) -> dict[str, Any]:
+        """Set what is to be done to an image; return its dict without the annotations that will be too small."""
+        height, width = dataset_dict["height"], dataset_dict["width"]
+        # crowds are no objects
+        objects = [item for item in dataset_dict.get("annotations", []) if not item.get("iscrowd")]
+        boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS) for item in objects]
+        corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+        # the generator that seeds and Detectron2's own augmentation use
+        drawn = drawing.draw(height, width, corners, np.random)
+        self.augmentations = AugmentationList(transforms_of(drawn, height, width, self.image_format == "BGR"))
+        _, kept = drawing.moved(drawn, corners, height, width)
+        left = {"annotations": [item for item, stays in zip(objects, kept) if stays]}
+        return dataset_dict | (left if "annotations" in dataset_dict else {})
+
+
+def transforms_of(drawn: Drawn, height: int, width: int, bgr: bool) -> list[Transform]:
+    """Return Detectron2's transforms for an image of that size, and its boxes, masks and keypoints."""
+    whole = (0, 0, width, height)
+    left, top, columns, rows = drawn.cut or whole
+    # to cut polygons it wants shapely
+    steps: list[Transform] = [CropTransform(left, top, columns, rows)] if drawn.cut not in (None, whole) else []
+    steps.append(ResizeTransform(rows, columns, *drawn.size, Image.Resampling.BILINEAR))
+    if drawn.flip != "none":
+        horizontal = drawn.flip == "horizontal"
+        steps.append(HFlipTransform(drawn.size[1]) if horizontal else VFlipTransform(drawn.size[0]))
+    return [*steps, ColorTransform(partial(distorted, colors=drawn.colors, bgr=bgr))]
 
 
 @contextmanager
@@ -118,7 +164,7 @@ def build_train_loader(cfg: CfgNode) -> Any:
             cfg.SEED,
             cfg.DATALOADER.SAMPLER_TRAIN,
         )
-        loader = build_detection_train_loader(cfg)
+        loader = build_detection_train_loader(cfg, mapper=ImageMapper(cfg))
         end_workers_with_us(loader.dataset if isinstance(loader, AspectRatioGroupedDataset) else loader)
         return loader
     dicts = get_detection_dataset_dicts(

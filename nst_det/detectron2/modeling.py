@@ -5,7 +5,14 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, ROI_HEADS_REGISTRY, Backbone, StandardROIHeads
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    Backbone,
+    StandardROIHeads,
+)
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Boxes
@@ -96,6 +103,15 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             raise UserError(f"MODEL.FPN.IN_FEATURES: '{name}' is not among MODEL.TIMM.OUT_FEATURES")
     fpn = cfg.MODEL.FPN
     return FPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, LastLevelMaxPool(), fpn.FUSE_TYPE)
+
+
+@ANCHOR_GENERATOR_REGISTRY.register()
+class RoundedAnchorGenerator(DefaultAnchorGenerator):
+    """Detectron2's anchors with corners in whole pixels from those of a cell, as torchvision's detectors have them."""
+
+    def generate_cell_anchors(self, *args: Any, **kwargs: Any) -> Tensor:
+        anchors: Tensor = super().generate_cell_anchors(*args, **kwargs)
+        return anchors.round()
 
 
 def bottom_up_of(model: nn.Module) -> tuple[str, nn.Module]:

@@ -34,7 +34,7 @@ def rebuild(content: Mapping[str, Any]) -> Step:
     device = next(model.parameters()).device
     dtype = amp_dtype(cfg.SOLVER.AMP, device)
     if dtype is not None and device.type == "cpu":
-        reduce_backbones(model, dtype)
+        reduce_backbones(model, dtype, test=False)
     model.train()
     batch = []
     for item in content["batch"]:

@@ -192,7 +192,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
     model = build_model(cfg)
     BackboneCheckpointer(model, whole=True, classes=class_list(cfg)).load(weights)
     if dtype is not None and device.type == "cpu":
-        reduce_backbones(model, dtype)
+        reduce_backbones(model, dtype, test=True)
     DistillTrainer.test(cfg, model)
     for name in cfg.DATASETS.TEST:
         path = inference_folder(cfg, name) / "result.json"

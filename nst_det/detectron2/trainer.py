@@ -28,6 +28,7 @@ from nst_det.detection.data import StepBatchSampler
 from nst_det.detection.distiller import DistilledDetector, backbone_of
 from nst_det.detection.solver import is_backbone
 from nst_det.detection.trainer import broken_in, step_content
+from nst_det.detection.zoo import ClassNames
 from nst_det.detectron2.api import distill_from_config, student_of, transfer_of
 from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import class_list, validation_config
@@ -52,16 +53,28 @@ from nst_det.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def reduce_backbones(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the backbones compute in lower precision on the CPU, where Detectron2's mixed precision doesn't work."""
+def reduce_backbones(model: nn.Module, dtype: torch.dtype, test: bool) -> None:
+    """Let the backbones compute in lower precision on the CPU, where Detectron2's mixed precision doesn't work.
+
+    The student's does so in training, and with ``test`` (TEST.AMP) in evaluation too.
+    """
     # the heads stay in float32: in bfloat16 a coordinate above 128 has steps of a whole pixel
-    detectors: list[Any] = [student_of(model), *([model.teacher] if isinstance(model, DistilledDetector) else [])]
-    for detector in detectors:
-        detector.backbone.forward = partial(_reduced, detector.backbone.forward, dtype)
+    detectors: list[tuple[Any, bool]] = [(student_of(model), test)]
+    if isinstance(model, DistilledDetector):
+        detectors.append((model.teacher, True))
+    for detector, always in detectors:
+        backbone = detector.backbone
+        backbone.forward = partial(_reduced, backbone, backbone.forward, dtype, always)
 
 
-def _reduced(forward: Callable[[Tensor], dict[str, Tensor]], dtype: torch.dtype, images: Tensor) -> dict[str, Tensor]:
-    with autocast(images.device, dtype):
+def _reduced(
+    backbone: nn.Module,
+    forward: Callable[[Tensor], dict[str, Tensor]],
+    dtype: torch.dtype,
+    always: bool,
+    images: Tensor,
+) -> dict[str, Tensor]:
+    with autocast(images.device, dtype if always or backbone.training else None):
         maps = forward(images)
     return {name: map_.float() for name, map_ in maps.items()}
 
@@ -160,7 +173,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         log.info(compute_line(self.device, dtype, cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.AMP.ENABLED))
         if dtype is not None and on_cpu:
             for network in [model] if average is None else [model, average.network]:
-                reduce_backbones(network, dtype)
+                reduce_backbones(network, dtype, cfg.TEST.AMP)
         elif isinstance(model, DistilledDetector):
             cast_frozen(backbone_of(model.teacher), dtype, (nn.Conv2d, nn.Linear, Conv2d))
         parallel = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
@@ -172,7 +185,11 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
             self._trainer = AMPTrainer(parallel, data_loader, optimizer, grad_scaler=unscaled, precision=dtype)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(
-            self.student, cfg.OUTPUT_DIR, classes=class_list(cfg), trainer=weakref.proxy(self)
+            self.student,
+            cfg.OUTPUT_DIR,
+            classes=class_list(cfg),
+            names=ClassNames.of(cfg.MODEL),
+            trainer=weakref.proxy(self),
         )
         self.checkpointer.written = self.state.eval_model
         self.finite = FiniteCheck(model, parallel, cfg.SOLVER.CLIP_GRADIENTS)
@@ -243,7 +260,7 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
-        """As Detectron2's, on a GPU with TEST.AMP in the training's precision."""
+        """As Detectron2's; with TEST.AMP in the training's precision, which on a CPU the backbone has by itself."""
         device = next(model.parameters()).device
         dtype = amp_dtype(cfg.SOLVER.AMP, device) if cfg.TEST.AMP and device.type == "cuda" else None
         with autocast(device, dtype):

@@ -7,10 +7,9 @@ on the device that trains (:func:`changed`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -18,39 +17,53 @@ import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor
-from torchvision.transforms.v2.functional import center_crop, resize
 
 from nst_det.data.folders import ImageSplit
 from nst_det.data.images import EncodedImage
 from nst_det.distillation.color_jitter import color_row, draw_colors, jittered
+from nst_det.engine.loader import together
 from nst_det.engine.seeds import derive_seed
 
+T = TypeVar("T")
 # images read to estimate the memory of all
 PROBED = 16
 # boxes that are drawn before one from the middle is taken
 ATTEMPTS = 10
 END_OF_IMAGE = b"\xff\xd9"
+# what asks OpenCV for 1 / n of a JPEG's sides; the color is that of the flag beside it
+SCALES = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 
 
 class ImageStore:
     """The images of one split by index, kept in memory where at most ``limit`` bytes are needed.
 
-    They are the central squares that evaluation sees, or with ``square=False`` whole images for random crops.
+    They are the central squares that evaluation sees, or with ``square=False`` whole images for random crops; those of
+    a batch are decoded by ``threads``.
     """
 
-    def __init__(self, split: ImageSplit, size: int, crop_ratio: float, square: bool, limit: float) -> None:
-        self.split, self.size, self.crop_ratio, self.square = split, size, crop_ratio, square
+    def __init__(
+        self, split: ImageSplit, size: int, crop_ratio: float, square: bool, limit: float, threads: int = 1
+    ) -> None:
+        self.split, self.size, self.crop_ratio, self.square, self.threads = split, size, crop_ratio, square, threads
         self.labels = torch.from_numpy(split.labels)
         self._squares = torch.empty(0)
         self._whole: list[np.ndarray | bytes] = []
         self.cached = 0 < self._estimated_bytes() <= limit
         if not self.cached:
             return
-        with ThreadPoolExecutor(max_workers=min(torch.get_num_threads() + 1, 16)) as pool:
-            if square:
-                self._squares = _batch(len(self), size, pool.map(self._square, range(len(self))))
-            else:
-                self._whole = list(pool.map(self._read, range(len(self))))
+        everywhere = min(torch.get_num_threads() + 1, 16)
+        if square:
+            self._squares = self._batch(self._square, range(len(self)), everywhere)
+        else:
+            self._whole = together(self._read, range(len(self)), everywhere)
+        if not any(isinstance(one, bytes) for one in self._whole):
+            # what is decoded already is cut faster than handed to threads
+            self.threads = 1
 
     def __len__(self) -> int:
         return len(self.split)
@@ -59,10 +72,17 @@ class ImageStore:
         """Return the images of a square store at ``indices`` (B,): (B, 3, S, S) uint8."""
         if self.cached:
             return self._squares[indices]
-        return _batch(len(indices), self.size, map(self._square, indices.tolist()))
+        return self._batch(self._square, indices.tolist(), self.threads)
 
-    def crop(self, index: int, area: Sequence[float], aspect: Sequence[float], rng: Random) -> Tensor:
-        """Return a :func:`random_box` of a whole image, resized: (3, S, S) uint8.
+    def crops(
+        self, indices: Tensor, generators: Iterable[Random], area: Sequence[float], aspect: Sequence[float]
+    ) -> Tensor:
+        """Return :meth:`crop` of the images at ``indices`` (B,), each by its generator: (B, 3, S, S) uint8."""
+        drawn = list(zip(indices.tolist(), generators))
+        return self._batch(lambda one: self.crop(one[0], area, aspect, one[1]), drawn, self.threads)
+
+    def crop(self, index: int, area: Sequence[float], aspect: Sequence[float], rng: Random) -> np.ndarray:
+        """Return a :func:`random_box` of a whole image, resized: (S, S, 3) uint8.
 
         A JPEG is decoded at the smallest scale that leaves S pixels of each side of the box, which is then cut at the
         pixels of that scale.
@@ -77,9 +97,7 @@ class ImageStore:
             pixels = source
             top, left, height, width = random_box(len(pixels), pixels.shape[1], area, aspect, rng)
         bottom, right = (top + height) // reduction, (left + width) // reduction
-        # channels last: three times as fast to resize
-        cut = torch.from_numpy(pixels)[None, top // reduction : bottom, left // reduction : right].permute(0, 3, 1, 2)
-        return F.interpolate(cut, (self.size, self.size), mode="bilinear", antialias=True)[0]
+        return resized(pixels[top // reduction : bottom, left // reduction : right], self.size, self.size)
 
     def _estimated_bytes(self) -> int:
         if self.square:
@@ -96,10 +114,20 @@ class ImageStore:
         image = self.split.encoded(index, source)
         return source if image.reduction(min(image.height, image.width) // self.size) > 1 else decode(image)
 
-    def _square(self, index: int) -> Tensor:
+    def _batch(self, make: Callable[[T], np.ndarray], items: Sequence[T], threads: int) -> Tensor:
+        """Return what ``make`` gives of each item, (S, S, 3) uint8, one after another: (B, 3, S, S), channels last."""
+        batch = np.empty((len(items), self.size, self.size, 3), np.uint8)
+
+        def fill(row: int) -> None:
+            batch[row] = make(items[row])
+
+        together(fill, range(len(items)), threads)
+        return torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+    def _square(self, index: int) -> np.ndarray:
         source = self.split.source(index)
         pixels = decode(self.split.encoded(index, source)) if isinstance(source, bytes) else source
-        return center_square(torch.from_numpy(pixels).permute(2, 0, 1), self.size, self.crop_ratio)
+        return center_square(pixels, self.size, self.crop_ratio)
 
 
 def decode(image: EncodedImage, reduction: int = 1) -> np.ndarray:
@@ -108,27 +136,28 @@ def decode(image: EncodedImage, reduction: int = 1) -> np.ndarray:
     OpenCV gives the same bits, but passes over some damage inside a JPEG for which Pillow refuses it.
     """
     # one that is cut short is Pillow's to refuse
-    if reduction == 1 and image.is_plain_jpeg and image.data.endswith(END_OF_IMAGE):
-        pixels = cv2.imdecode(np.frombuffer(image.data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if image.is_plain_jpeg and image.data.endswith(END_OF_IMAGE):
+        pixels = cv2.imdecode(np.frombuffer(image.data, np.uint8), cv2.IMREAD_COLOR_RGB | SCALES[reduction])
         if pixels is not None:
             return pixels
     return image.pixels(reduction)
 
 
-def _batch(count: int, size: int, images: Iterable[Tensor]) -> Tensor:
-    """Return images (3, size, size) uint8 one after another, channels last."""
-    batch = torch.empty((count, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
-    for row, image in enumerate(images):
-        batch[row] = image
-    return batch
+def center_square(image: np.ndarray, size: int, crop_ratio: float = 1.0) -> np.ndarray:
+    """Return the central square (size, size, 3) of an image (H, W, 3) uint8, as at evaluation."""
+    short, (height, width, _) = round(size / crop_ratio), image.shape
+    sides = short * height // min(height, width), short * width // min(height, width)
+    top, left = (round((side - size) / 2) for side in sides)
+    return resized(image, *sides)[top : top + size, left : left + size]
 
 
-def center_square(image: Tensor, size: int, crop_ratio: float = 1.0) -> Tensor:
-    """Return the central square (3, size, size) of an image (3, H, W) uint8, as at evaluation."""
-    if image.shape[-2:] == (size, size) and crop_ratio == 1:
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize (H, W, 3) uint8 to (height, width, 3) by torch's bilinear filter, which averages where it shrinks."""
+    if image.shape[:2] == (height, width):
         return image
-    resized = resize(image, [round(size / crop_ratio)], antialias=True)
-    return center_crop(resized, [size, size])
+    # copied by NumPy, as torch would do it by threads of its own; channels last is three times as fast
+    pixels = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
+    return F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def random_box(
@@ -173,9 +202,7 @@ def cut_out(
         places = seen_places(offsets, mirrored, store.size)
     if not augment.CROP_AREA:
         return store.squares(indices), Changes(places, colors)
-    drawn = zip(indices.tolist(), generators)
-    crops = (store.crop(index, augment.CROP_AREA, augment.CROP_ASPECT, rng) for index, rng in drawn)
-    return _batch(len(indices), store.size, crops), Changes(places, colors)
+    return store.crops(indices, generators, augment.CROP_AREA, augment.CROP_ASPECT), Changes(places, colors)
 
 
 def changed(images: Tensor, changes: Changes) -> Tensor:

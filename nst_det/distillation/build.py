@@ -159,21 +159,24 @@ def _new_network(config: CfgNode, key: str, num_classes: int, pretrained: bool =
     except ValueError as error:
         raise UserError(f"{key}.ARCH: {error}") from error
     if pretrained:
-        _check_published(config, model, f"{key}.PRETRAINED", must=key == "TEACHER" and not node.TRAIN)
-    return Network(model, node.ARCH, kwargs, start="timm's published weights" if pretrained else "")
+        _check_pixels(
+            config,
+            published_card(model, ""),
+            f"{key}.PRETRAINED",
+            key == "TEACHER" and node.TRAIN and config.DATA.LABELS,
+        )
+    network = Network(model, node.ARCH, kwargs)
+    if pretrained:
+        published: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        known = published["num_classes"]
+        left_out = "" if known == num_classes else f", head of {known} classes left out"
+        network.start = f"timm's published {node.ARCH.split('.')[0]}.{published.get('tag')}{left_out}"
+        log.info("%s.PRETRAINED: %s", key, network.start)
+    return network
 
 
-def _check_published(config: CfgNode, model: nn.Module, source: str, must: bool, doubt: str = "") -> None:
-    """Compare mean and std with what timm's published weights of an architecture want; warn, or refuse."""
-    try:
-        _check_pixels(config, published_card(model, ""), source)
-    except UserError as error:
-        if must:
-            raise
-        log.warning("%s%s", error, doubt)
-
-
-def _check_pixels(config: CfgNode, card: Card, source: str) -> None:
+def _check_pixels(config: CfgNode, card: Card, source: str, learns: bool = False) -> None:
+    """Refuse weights for other images; a teacher that ``learns`` from the students' before it teaches is warned of."""
     try:
         of_teacher = source.startswith("TEACHER")
         mean, std = teacher_pixels(config) if of_teacher else (config.DATA.MEAN, config.DATA.STD)
@@ -181,7 +184,10 @@ def _check_pixels(config: CfgNode, card: Card, source: str) -> None:
     except UserError as error:
         wanted = ", ".join(f"DATA.{name.upper()} {list(card.input[name])}" for name in ("mean", "std"))
         alone = "; TEACHER.MEAN and STD for the teacher alone" if of_teacher else ""
-        raise UserError(f"{source}: {error} ({wanted}{alone})") from error
+        line = UserError(f"{source}: {error} ({wanted}{alone})")
+        if not learns:
+            raise line from error
+        log.warning("%s", line)
 
 
 def teacher_pixels(config: CfgNode) -> tuple[list[float], list[float]]:
@@ -234,9 +240,13 @@ def _from_plain_weights(config: CfgNode, key: str, path: Path, num_classes: int,
     except UserError as error:
         raise UserError(f"{key}.WEIGHTS: {error} ({key}.ARCH)") from error
     own, head = network.model.state_dict(), classifier_names(network.model)
-    doubt = "" if found.contract else ", if these are timm's published weights"
-    _check_published(config, network.model, f"{key}.WEIGHTS", must=found.contract, doubt=doubt)
+    mean, std = teacher_pixels(config) if key == "TEACHER" else (config.DATA.MEAN, config.DATA.STD)
+    taken = f"RGB with mean {list(mean)}, std {list(std)}"
     network.headless = found.head is not None
+    learns = key == "TEACHER" and config.TEACHER.TRAIN and config.DATA.LABELS and network.headless
+    found.check_input(
+        lambda card: _check_pixels(config, card, f"{key}.WEIGHTS", learns), taken, f"{key}.WEIGHTS {path}"
+    )
     load_strict(
         network.model, found.tensors | ({name: own[name] for name in head} if network.headless else {}), str(path)
     )

@@ -30,11 +30,10 @@ from torch import Tensor, nn
 
 from nst_det.distillation.augment import Views
 from nst_det.distillation.build import Teacher, for_losses
-from nst_det.distillation.dataloader import Normalizer
+from nst_det.distillation.dataloader import Normalizer, load_images
 from nst_det.engine.config import expand_path
 from nst_det.engine.format import size
 from nst_det.engine.io import atomic_path, read_sealed_json, sha256_of_file, write_sealed_json
-from nst_det.engine.loader import load
 from nst_det.engine.progress import progress
 from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
@@ -441,7 +440,7 @@ class CacheWriter:
         batch, spans = self.config.SOLVER.IMS_PER_BATCH, index.spans
         # whole batches, the first rows again after the last
         asked = [range(first, first + batch) for shard in missing for first in spans[shard][::batch]]
-        source = load(self.views, asked, self.config.DATALOADER.NUM_WORKERS)
+        source = load_images(self.views, asked, self.config, self.normalize.device)
         with progress("teacher cache", len(asked)) as meter:
             for shard in missing:
                 parts: list[dict[str, Tensor]] = []

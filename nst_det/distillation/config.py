@@ -61,6 +61,7 @@ KEYS: dict[str, Key] = {
         "False learns from images without labels: those in and below ROOT, at any depth, or in train and val there; "
         "by terms that read no labels, from a teacher of any or no classes, which is taken as it is",
     ),
+    "DATA.MORE_ROOTS": Key([], "more of them, whose images join those; classes of the same name are one class"),
     "DATA.PER_CLASS": Key(
         0,
         "labelled images of each class for the students, chosen by VAL_SEED; 0 takes all, as a teacher does",
@@ -95,7 +96,8 @@ KEYS: dict[str, Key] = {
     "TEACHER.ARCH_KWARGS": Key({}, "more arguments of the architecture"),
     "TEACHER.WEIGHTS": Key(
         "",
-        'a backbone file, backbone://NAME, or weights of ARCH from elsewhere (.pth, .safetensors); "" makes a teacher',
+        "a backbone file, backbone://NAME, weights of ARCH from elsewhere (.pth, .safetensors), or their name at timm "
+        'or Hugging Face (resnet50.a1_in1k, hf-hub:ORG/NAME); "" makes a teacher',
     ),
     "TEACHER.TRAIN": Key(
         True,
@@ -125,8 +127,8 @@ KEYS: dict[str, Key] = {
     "STUDENT.PRETRAINED": Key(False, "begin with timm's published weights"),
     "STUDENT.WEIGHTS": Key(
         "",
-        "begin with a backbone file, backbone://NAME, or weights of ARCH from elsewhere; a head of other classes "
-        "is left out",
+        "begin with a backbone file, backbone://NAME, weights of ARCH from elsewhere, or their name at timm or Hugging "
+        "Face; a head of other classes is left out",
     ),
     "STUDENT.ARCH_KWARGS": Key({}, "more arguments of the architecture"),
     **{f"TRANSFER.{name}": key for name, key in TRANSFER_KEYS.items()},
@@ -186,10 +188,8 @@ KEYS: dict[str, Key] = {
     "WANDB": WANDB,
     "DATALOADER.NUM_WORKERS": Key(
         0,
-        "processes that decode images, to train and to evaluate; 0 does it in this process, which is right where the "
-        "images fit in "
-        "memory and the "
-        "CPU trains; -1 takes 0 on a CPU, and with a GPU one for each core of the run, up to 8",
+        "what decodes images, to train and to evaluate: processes that work ahead of a GPU, or threads that take turns "
+        "with the networks of a CPU; 0 is the process itself, -1 one for each core of the run, up to 8",
     ),
 }
 
@@ -273,6 +273,10 @@ RULES: Rules = {
         "a list of methods such as [ce, kd, nst-poly]",
     ),
     "DATA.ROOT": (lambda value, _: bool(value), "the path of an image folder"),
+    "DATA.MORE_ROOTS": (
+        lambda values, _: all(isinstance(value, str) and value for value in values),
+        "a list of paths of image folders",
+    ),
     "DATA.VAL_FROM": _one_of("auto", "train"),
     "DATA.PER_CLASS": _from(0),
     "DATA.REST": _one_of("drop", "unlabelled"),
@@ -351,6 +355,11 @@ def _check(config: CfgNode, rules: Rules, prefix: str = "") -> None:
             node = node[part]
         if not fits(node[below[-1]], node):
             raise UserError(f"config: {prefix}{key} must be {wanted}")
+
+
+def image_roots(config: CfgNode) -> list[tuple[str, str]]:
+    """Return the key and the path, as it is written, of each image folder."""
+    return [("DATA.ROOT", config.DATA.ROOT), *(("DATA.MORE_ROOTS", root) for root in config.DATA.MORE_ROOTS)]
 
 
 def teacher_solver(config: CfgNode) -> CfgNode:

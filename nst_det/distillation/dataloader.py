@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from nst_det.data.cifar import read_images
-from nst_det.data.folders import ImageFolder
+from nst_det.data.folders import ImageFolder, joined
 from nst_det.distillation.augment import Changes, ImageStore, Views, changed, cut_out, draw_moves
+from nst_det.distillation.config import image_roots
 from nst_det.engine.config import expand_path
 from nst_det.engine.device import default_device
 from nst_det.engine.distributed import rank, share_of, world_size
@@ -129,14 +130,23 @@ class Normalizer:
         return pixels.permute(0, 3, 1, 2)
 
 
+def load_images(source: Any, keys: Iterable[Any], config: CfgNode, device: torch.device) -> Iterator[Any]:
+    """Give ``source[key]`` for each key in turn, made by DATALOADER.NUM_WORKERS: for a GPU by processes, ahead.
+
+    On a CPU these would take the cores on which the networks compute; there the stores have as many threads.
+    """
+    return load(source, keys, 0 if device.type == "cpu" else config.DATALOADER.NUM_WORKERS)
+
+
 def read_data(config: CfgNode) -> ImageFolder:
     """Return the images that a config of stage one names, with the labels that the students get."""
     return _labelled(_read_all(config), config)
 
 
 def _read_all(config: CfgNode) -> ImageFolder:
-    data, root = config.DATA, expand_path(config.DATA.ROOT, "DATA.ROOT")
-    return read_images(root, data.VAL_FRACTION, data.VAL_SEED, data.VAL_FROM == "train", data.LABELS)
+    data, cut = config.DATA, config.DATA.VAL_FROM == "train"
+    roots = (expand_path(root, key) for key, root in image_roots(config))
+    return joined([read_images(root, data.VAL_FRACTION, data.VAL_SEED, cut, data.LABELS) for root in roots])
 
 
 def read_probe(config: CfgNode) -> ImageFolder | None:
@@ -165,7 +175,7 @@ class StageOneData:
         self.folder = _labelled(self.whole, config)
         if not len(self.folder.val):
             raise UserError(f"{self.folder.root}: no images to validate on; add a val folder or set DATA.VAL_FRACTION")
-        self.name, self.classes = self.folder.root.resolve().name, list(self.folder.classes)
+        self.name, self.classes = self.folder.name, list(self.folder.classes)
         self.fingerprint = self.folder.fingerprint()
         self.whole_fingerprint = self.whole.fingerprint() if self.whole is not self.folder else self.fingerprint
         self.normalize = Normalizer(data.MEAN, data.STD, default_device())
@@ -190,9 +200,11 @@ class StageOneData:
         """Return this process's share of the batches of ``val``, or of the probe's ``neighbors`` or ``queries``."""
         store, batch_size = self._store(split, square=True), self.config.TEST.IMS_PER_BATCH
         firsts = range(0, len(store), batch_size)[rank() :: world_size()]
+        batches = EvaluationBatches(store, batch_size)
         # images that are decoded already need no workers
-        workers = 0 if store.cached else self.config.DATALOADER.NUM_WORKERS
-        return load(EvaluationBatches(store, batch_size), firsts, workers)
+        if store.cached:
+            return map(batches.__getitem__, firsts)
+        return load_images(batches, firsts, self.config, self.normalize.device)
 
     def description(self, whole: bool = False) -> dict[str, object]:
         """Return the data's part of a student's card, or of the teacher's (``whole``)."""
@@ -216,7 +228,8 @@ class StageOneData:
             splits = {"val": self.folder.val, "train": self.folder.train, "whole": self.whole.train}
             if self.probe is not None:
                 splits |= {"neighbors": self.probe.train, "queries": self.probe.val}
-            split = splits[name]
-            limit = data.CACHE_GIB * GIB
-            self._stores[name, square] = ImageStore(split, data.IMAGE_SIZE, data.CROP_RATIO, square, limit)
+            threads = self.config.DATALOADER.NUM_WORKERS if self.normalize.device.type == "cpu" else 1
+            self._stores[name, square] = ImageStore(
+                splits[name], data.IMAGE_SIZE, data.CROP_RATIO, square, data.CACHE_GIB * GIB, threads
+            )
         return self._stores[name, square]

@@ -10,14 +10,13 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData, TrainingBatches
+from nst_det.distillation.dataloader import Batch, Normalizer, StageOneData, TrainingBatches, load_images
 from nst_det.distillation.trainer import StudentTrainer
 from nst_det.distillation.validation import Validation
 from nst_det.engine.compilation import begin_step
 from nst_det.engine.device import HostCopy
 from nst_det.engine.distributed import is_main_process, world_size
 from nst_det.engine.format import text_table
-from nst_det.engine.loader import load
 from nst_det.engine.metrics import loss_note
 from nst_det.engine.nan_guard import not_finite
 from nst_det.engine.trainer import (
@@ -173,8 +172,8 @@ class StageOneTrainer(TrainLoop):
         new = [student for student in self.students if not student.step]
         if new and not self.data.config.DATA.LABELS:
             self._measure(new)
-        workers = self.data.config.DATALOADER.NUM_WORKERS
-        self._batches = load(self.batches, range(self.iter, self.max_iter), workers)
+        device, steps = self.data.normalize.device, range(self.iter, self.max_iter)
+        self._batches = load_images(self.batches, steps, self.data.config, device)
         super().before_train()
 
     def run_step(self) -> None:

@@ -104,7 +104,7 @@ class StageOne:
         self.device = default_device()
         self.config = config = config.clone()
         config.defrost()
-        config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS, self.device.type == "cpu")
+        config.DATALOADER.NUM_WORKERS = loader_workers(config.DATALOADER.NUM_WORKERS)
         config.freeze()
         for solver in (config.SOLVER, teacher_solver(config)):
             check_compile(solver.COMPILE, self.device)

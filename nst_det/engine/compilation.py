@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from nst_det.engine.keys import CUDA_GRAPHS, OFF
 from nst_det.errors import UserError
@@ -28,6 +29,8 @@ class Compiled:
     ) -> None:
         self.function, self.what, self.when = function, what, when
         self._compiled: Callable[..., Any] | None = None
+        # of the inputs with which it has run
+        self._sizes: set[tuple[torch.Size, ...]] = set()
         try:
             self._compiled = torch.compile(function, mode=mode, dynamic=False)
         except RuntimeError as error:
@@ -37,13 +40,24 @@ class Compiled:
     def __call__(self, *args: Any) -> Any:
         if self._compiled is None or not self.when():
             return self.function(*args)
+        sizes = tuple(one.shape for one in args if isinstance(one, Tensor))
+        # the first graph of a function may have moved running statistics when its second can't be compiled
+        kept = [(buffer, buffer.clone()) for buffer in self._buffers(args)] if sizes not in self._sizes else []
         try:
-            return self._compiled(*args)
+            result = self._compiled(*args)
         except Exception as error:
             if not _is_of_compiler(error):
                 raise
             self._give_up(error)
-        return self.function(*args)
+            for buffer, value in kept:
+                buffer.copy_(value)
+            return self.function(*args)
+        self._sizes.add(sizes)
+        return result
+
+    def _buffers(self, args: tuple[Any, ...]) -> list[Tensor]:
+        modules = [one for one in (getattr(self.function, "__self__", None), *args) if isinstance(one, nn.Module)]
+        return [buffer for module in modules for buffer in module.buffers()]
 
     def _give_up(self, error: Exception) -> None:
         self._compiled = None

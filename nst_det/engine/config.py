@@ -175,6 +175,15 @@ def parse_value(text: str) -> Any:
         return text
 
 
+def value_text(key: str, value: Any) -> str:
+    """Return a setting's value as text that :func:`parse_value` reads as the same."""
+    value = str(value) if isinstance(value, Path) else value
+    for text in ([value] if isinstance(value, str) else []) + [repr(value)]:
+        if parse_value(text) == value:
+            return text
+    raise UserError(f"settings: {key}: {value!r:.80} can't be written in a config; give numbers, text, lists or dicts")
+
+
 def merge_tree(config: CfgNode, tree: dict[str, Any], source: str) -> None:
     """Merge a mapping into ``config``; nodes with ``new_allowed`` take any key, and ``source`` is named in errors."""
     _merge(config, tree, "", config, source)

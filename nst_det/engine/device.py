@@ -44,9 +44,9 @@ def named_device(name: str, key: str = "--device") -> torch.device:
     return device
 
 
-def loader_workers(asked: int, on_cpu: bool) -> int:
-    """Return DATALOADER.NUM_WORKERS, where -1 is none on a CPU, else one for each core of the run, up to 8."""
-    if asked >= 0 or on_cpu:
+def loader_workers(asked: int, none: bool = False) -> int:
+    """Return DATALOADER.NUM_WORKERS, where -1 is one for each core of the run, up to 8, or ``none``."""
+    if asked >= 0 or none:
         return max(asked, 0)
     # a run of a comparison has as many cores as threads; torchrun sets these to 1, and its processes share the machine
     together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

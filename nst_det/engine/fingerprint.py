@@ -17,6 +17,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "OUTPUT_DIR": (RUN,),
     "REGISTRY": (RUN,),
     "DATA.ROOT": (),
+    "DATA.MORE_ROOTS": (),
     "DATASETS.VOC.*.ROOT": (),
     "CACHE.DIR": (),
     "MODEL.WEIGHTS": (RUN,),
@@ -43,6 +44,9 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "DISTILL": (),
     "DETECT.CONFIG": (),
     "DETECT.OPTS": (),
+    # known by the configs of these rows' runs
+    "DETECT.IMAGENET_OPTS": (),
+    "DETECT.COCO_OPTS": (),
     # a comparison keeps to them; in stage one methods may be added and these may change
     "METHODS": (RUN,),
     "LOG_PERIOD": (RESUME,),
@@ -59,6 +63,9 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "MODEL": (RESUME, STUDENT, FORWARD),
     "MODEL.TIMM.PRETRAINED": (RESUME, STUDENT),
     "MODEL.BACKBONE.FREEZE_AT": (RESUME, STUDENT),
+    "MODEL.KEEP_CLASSES": (RESUME, STUDENT),
+    "MODEL.CLASS_ALIASES": (RESUME, STUDENT),
+    "MODEL.WEIGHTS_CLASSES": (RESUME, STUDENT),
     "INPUT.MIN_SIZE_TEST": (RESUME, STUDENT, FORWARD),
     "INPUT.MAX_SIZE_TEST": (RESUME, STUDENT, FORWARD),
     "TEST": (RESUME, STUDENT, TEACHER),

@@ -7,14 +7,18 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nst_det.engine.signals import end_with_parent
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def load(source: Any, keys: Iterable[Any], workers: int, device: str = "cuda") -> Iterator[Any]:
@@ -39,6 +43,14 @@ def load(source: Any, keys: Iterable[Any], workers: int, device: str = "cuda") -
     )
     for packed in end_workers_with_us(loader):
         yield packed.unpack()
+
+
+def together(make: Callable[[Item], Made], items: Iterable[Item], threads: int) -> list[Made]:
+    """Return ``make(item)`` for each item, made by that many threads of this process while it waits."""
+    if threads < 2:
+        return list(map(make, items))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(make, items))
 
 
 class _Batches(Dataset[Any]):

@@ -118,6 +118,12 @@ class OptimizedState(TrainState):
     # one that wasn't finite when nobody waited for it
     suspect: int = field(default=-1, init=False)
 
+    def __post_init__(self) -> None:
+        # that of torch's fused SGD begins as memory that a first step which is passed over never fills
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if group.get("momentum") else ():
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
     @cached_property
     def parameters(self) -> list[Tensor]:
         """All that the optimizer trains."""
@@ -182,12 +188,6 @@ class OptimizedState(TrainState):
 
     def late_step(self, clip: Callable[[], None], broken: Tensor) -> None:
         """Make a step that changes nothing if ``broken``, a number on the device, is 1; then :meth:`learn` of it."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"] if group.get("momentum") else ():
-                # torch's own begins with memory that a first step which is passed over never fills
-                state = self.optimizer.state[parameter]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
         clip()
         self.optimizer.found_inf, self.optimizer.grad_scale = broken, None  # type: ignore[attr-defined]
         try:

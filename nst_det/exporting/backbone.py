@@ -17,6 +17,7 @@ from nst_det.errors import UserError
 from nst_det.exporting import Exported
 from nst_det.exporting.modelcard import backbone_card, detectron2_config
 from nst_det.models import Bottomup, Card, classifier_from_file, load_backbone, load_plain
+from nst_det.models.caffe import is_caffe
 from nst_det.models.convert import batch_norm_eps, resnet_keys, resnet_to_detectron2
 
 LIMIT = 1e-4
@@ -107,7 +108,7 @@ def export_detectron2(weights: str, output: str | Path, arch: str = "") -> Expor
     entries = resnet_to_detectron2(state_dict, batch_norm_eps(arch, arch_kwargs))
     mean, std = ([float(f"{255 * value:.6g}") for value in pixels[name]] for name in ("mean", "std"))
     given = {"channel_order": pixels["channel_order"], "mean": mean, "std": std, "origin": origin}
-    text = detectron2_config(resnet=resnet, weights=output.name, **given)
+    text = detectron2_config(resnet=resnet, caffe=is_caffe(arch), weights=output.name, **given)
     config = output.with_suffix(".yaml")
     with atomic_path(output) as temporary:
         _write(entries, temporary, output.suffix)

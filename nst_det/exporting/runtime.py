@@ -14,7 +14,7 @@ import torch
 
 from nst_det.detection import predict
 from nst_det.detection.data import resize, resized_shape, runs_of_equals
-from nst_det.detection.predict import Found, ImageDetector
+from nst_det.detection.predict import ImageDetector
 from nst_det.detection.predictions import Boxes
 from nst_det.detection.tiles import OVERLAP, Tiles
 from nst_det.detection.torchvision.batch import limits_of
@@ -80,15 +80,10 @@ class Contract:
 
 
 class ExportedDetector:
-    """A detector's file, called with one image at a time; :func:`load_exported` makes it."""
+    """A detector's file as it is, of :func:`load_exported`; :func:`load_detector` makes an ImageDetector of it."""
 
     def __init__(self, path: Path, contract: Contract, run: Run) -> None:
         self.path, self.contract, self.run = path, contract, run
-
-    def __call__(self, image: np.ndarray) -> Found:
-        """Return all that the file finds on an (H, W, 3) uint8 RGB image, boxes in its pixels."""
-        ((boxes, labels, scores),) = self.find([image])
-        return Found(boxes, scores, labels, tuple(self.contract.classes[label] for label in labels.tolist()))
 
     def find(self, images: Iterable[np.ndarray]) -> Iterator[Boxes]:
         """Yield the detections on each (H, W, 3) uint8 RGB image, in its pixels.
@@ -129,7 +124,7 @@ class ExportedDetector:
 
 
 def load_exported(path: str | Path, threads: int = 0) -> ExportedDetector:
-    """Load a detector that ``nst-det export`` wrote; 0 ``threads`` leaves them to the runtime.
+    """Open a detector that ``nst-det export`` wrote; 0 ``threads`` leaves them to the runtime.
 
     A UserError names no such file, one of another project, or a runtime that is missing or can't run it.
     """

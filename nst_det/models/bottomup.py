@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from nst_det.models.build import (
     take_levels,
     takes_argument,
 )
-from nst_det.models.card import Card, check_pixels, published_card
+from nst_det.models.card import Card, check_pixels
 from nst_det.models.io import first_names, load_backbone, load_strict
 from nst_det.models.sync_norm import sync_batch_norm
 from nst_det.models.weights import recognize
@@ -256,21 +257,16 @@ def load_recognized(
 ) -> None:
     """Fill a detector's bottom-up from a classifier's weights of another program; see :func:`recognize`.
 
-    ``mean``, ``std`` (0..255) and channel ``order`` of the detector's images are compared with those of the published
-    weights of the architecture: a warning, or where the file is surely published, a refusal.  Errors begin with
-    ``source``.
+    ``mean``, ``std`` (0..255) and channel ``order`` of the detector's images must be those of the file; where it isn't
+    known what those are, a warning says so.  Errors begin with ``source``.
     """
     try:
         found = recognize(path, bottom_up.arch, bottom_up.arch_kwargs, 1, tensors)
     except UserError as error:
         raise UserError(f"{source}: {str(error).removeprefix(f'{path}: ')}") from error
+    taken = f"INPUT.FORMAT {order}, MODEL.PIXEL_MEAN {mean}, MODEL.PIXEL_STD {std}"
+    found.check_input(partial(check_pixels, mean=mean, std=std, order=order, source=source), taken, source)
     bottom_up.load_classifier(found.tensors, str(path))
-    try:
-        check_pixels(published_card(bottom_up.model, bottom_up.arch), mean, std, order, source)
-    except UserError as error:
-        if found.contract:
-            raise
-        log.warning("%s, if these are timm's published weights", error)
     log.info("%s: %s; the bottom-up is filled; FPN and heads start anew", path, found.says)
 
 

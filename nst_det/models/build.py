@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nst_det.errors import UserError
 from nst_det.losses import ModelOutputs
-from nst_det.models import cifar, inception_bn, small  # noqa: F401 (registers these networks in timm)
+from nst_det.models import caffe, cifar, inception_bn, small  # noqa: F401 (registers these networks in timm)
+from nst_det.models.hub import near_names, weights_file
 
 # timm's arguments that load weights or read files: an architecture from a card must never reach them
 NOT_ARCHITECTURE = (
@@ -49,8 +51,9 @@ def create_model(arch: str, num_classes: int, pretrained: bool = False, **kwargs
     check_arch(arch, kwargs)
     if not 0 <= num_classes <= 1_000_000:
         raise ValueError(f"{num_classes} classes asked of {arch}; use 1 to 1000000")
+    published: dict[str, Any] = {"pretrained_cfg_overlay": {"file": published_file(arch)}} if pretrained else {}
     try:
-        return timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, **kwargs)
+        return timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, **published, **kwargs)
     except TypeError as error:
         raise ValueError(f"{arch} doesn't take these arguments: {kwargs} ({error})") from error
     except (OSError, RuntimeError) as error:
@@ -62,6 +65,17 @@ def create_model(arch: str, num_classes: int, pretrained: bool = False, **kwargs
         ) from error
 
 
+def published_file(arch: str) -> str | None:
+    """Return the file of timm's published weights, None where timm itself gets it; a ValueError if it can't be had."""
+    known = timm.get_pretrained_cfg(arch) if timm.is_model_pretrained(arch) else None
+    if known is None or not known.hf_hub_id or known.custom_load:
+        return None
+    try:
+        return str(weights_file(arch, known.hf_hub_id))
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
 def check_arch(arch: str, arch_kwargs: Mapping[str, Any]) -> None:
     """Refuse what isn't a plain timm name with plain arguments: numbers, text and lists of such."""
     base = arch.split(".")[0]
@@ -70,6 +84,8 @@ def check_arch(arch: str, arch_kwargs: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
         hint = f"near it: {', '.join(near)}" if near else "timm.list_models() lists them"
         raise ValueError(f"unknown architecture '{arch[:80]}'; {hint}")
+    if arch != base and not timm.is_model_pretrained(arch):
+        raise ValueError(f"'{arch[:80]}' isn't published by timm; {near_names(arch)}")
     for key, value in arch_kwargs.items():
         if key in NOT_ARCHITECTURE:
             raise ValueError(f"architecture argument '{key}' is not allowed; leave it out")

@@ -72,7 +72,9 @@ def input_contract(mean: Sequence[float], std: Sequence[float], order: str, size
 def published_card(model: nn.Module, arch: str) -> Card:
     """The contract of timm's published weights for a model of ``create_model(arch, ..., pretrained=True)``."""
     published: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    return Card(arch, 1, input=input_contract(published["mean"], published["std"], "RGB", published["input_size"][-1]))
+    # timm has no channel order: its own networks see RGB
+    order = getattr(model, "channel_order", "RGB")
+    return Card(arch, 1, input=input_contract(published["mean"], published["std"], order, published["input_size"][-1]))
 
 
 def card_from_json(value: Any, source: str) -> Card:

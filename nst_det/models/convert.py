@@ -10,8 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.models.detection import (
+    FasterRCNN_ResNet50_FPN_Weights,
+    KeypointRCNN_ResNet50_FPN_Weights,
+    MaskRCNN_ResNet50_FPN_Weights,
+)
 
-from nst_det.engine.io import atomic_path
+from nst_det.engine.io import atomic_path, sha256_of_file
 from nst_det.errors import UserError
 from nst_det.models.build import batch_norms, create_model
 from nst_det.models.io import load_plain
@@ -194,12 +199,28 @@ def convert(state_dict: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
     return write[form](read[detect_form(state_dict)](state_dict))
 
 
+def with_usual_eps(path: str | Path, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return what computes the same with an epsilon of 1e-5, where the file is one of torchvision's that has 0."""
+    published = (FasterRCNN_ResNet50_FPN_Weights, MaskRCNN_ResNet50_FPN_Weights, KeypointRCNN_ResNet50_FPN_Weights)
+    # torchvision sets it when it builds these by name; the files are known by the hash in their names
+    if "backbone.body.conv1.weight" not in state_dict or not any(
+        sha256_of_file(path).startswith(re.findall(r"-(\w+)\.pth$", kind.COCO_V1.url)[0]) for kind in published
+    ):
+        return state_dict
+    # a little more than 0 is left of a variance of 0
+    least = -DETECTRON2_EPS * (1 - 1e-6)
+    return {
+        name: (value - DETECTRON2_EPS).clamp(min=least) if name.endswith("running_var") else value
+        for name, value in state_dict.items()
+    }
+
+
 def convert_file(weights: str | Path, form: str, output: str | Path) -> tuple[str, int]:
     """Write a file's weights in another form as a ``.pth``; return their former form and the number of entries."""
     output = Path(output)
     if output.suffix != ".pth":
         raise UserError(f"--output {output}: the file must end in .pth")
-    state_dict = load_plain(weights)
+    state_dict = with_usual_eps(weights, load_plain(weights))
     try:
         given = detect_form(state_dict)
         converted = convert(state_dict, form)

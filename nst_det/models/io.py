@@ -300,13 +300,17 @@ def read_any(path: str | Path, entries: Sequence[str] = ()) -> dict[str, Tensor]
         raise UserError(f"{path}: no such weights file; correct the path")
     if path.suffix == ".safetensors":
         _header(path)
-        tensors = read_tensors(path)
-    else:
-        value: Any = load_pickled(path)
-        for key in entries:
-            if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
-                value = value[key]
-        tensors = dict(_tensors(value))
+        return named_tensors(read_tensors(path), path)
+    value: Any = load_pickled(path)
+    for key in entries:
+        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
+            value = value[key]
+    return named_tensors(value, path)
+
+
+def named_tensors(tree: Any, path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of what was read from ``path`` by their dotted names."""
+    tensors = dict(_tensors(tree))
     if not tensors:
         raise UserError(f"{path}: not a state dict (a mapping of names to tensors); name a file of weights")
     wrappers = {found for name in tensors for found in WRAPPERS.findall(name)}
@@ -317,7 +321,9 @@ def read_any(path: str | Path, entries: Sequence[str] = ()) -> dict[str, Tensor]
 
 
 def _tensors(tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested mappings by their dotted names."""
+    """Yield the tensors of nested mappings, and of modules, by their dotted names."""
+    if isinstance(tree, nn.Module):
+        tree = tree.state_dict()
     for key, value in tree.items() if isinstance(tree, Mapping) and depth < DEEPEST else ():
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
             value = torch.from_numpy(value)

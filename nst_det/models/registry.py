@@ -14,6 +14,8 @@ from nst_det.errors import UserError
 PREFIX = "backbone://"
 VARIABLE = "NST_DET_BACKBONES"
 # a method with weights is part of a name: kd:0.9+nst-poly
+# of files: a name that ends so is a path
+SUFFIXES = (".safetensors", ".pth", ".pt", ".pyth", ".pkl", ".bin", ".ckpt", ".tar", ".th", ".yaml", ".yml", ".json")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+:=,@-]{0,199}")
 
 
@@ -41,15 +43,19 @@ def check_name(name: str) -> str:
 
 
 def resolve(path: str | Path) -> Path:
-    """A path as it is, or the file behind ``backbone://NAME``: the first folder that has it wins.
+    """A path as it is, or the file behind a name: the first folder that has ``backbone://NAME`` wins.
+
+    ``hf-hub:ORG/NAME``, ``timm/NAME`` and timm's names of published weights (``resnet18.a1_in1k``), unless there is
+    such a file, are those in Hugging Face's cache; see :mod:`nst_det.models.hub`.
 
     Raises:
-        UserError: a name that can't be one, or that no folder has.
+        UserError: a name that can't be one, or that no folder has; weights that can't be fetched.
     """
     # Path("backbone://x") has folded the slashes
     scheme = re.match(r"backbone://?", str(path))
     if not scheme:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        return found if found.suffix in SUFFIXES or found.exists() else _published(str(path)) or found
     name = check_name(str(path)[scheme.end() :])
     files = [folder / f"{name.removesuffix('.safetensors')}.safetensors" for folder in registry_folders()]
     for file in files:
@@ -57,6 +63,19 @@ def resolve(path: str | Path) -> Path:
             return file
     where = ", ".join(str(file.parent) for file in files)
     raise UserError(f"{PREFIX}{name}: not found in {where}; nst-det backbones lists those there are")
+
+
+def _published(name: str) -> Path | None:
+    """Return the file that a name of timm or Hugging Face means; None for a path."""
+    if not re.match(r"hf[-_]hub:", name) and (name.count("/") > 1 or not re.match(r"\w[\w.-]*(/|@|$)", name)):
+        return None
+    # timm takes seconds to import
+    from nst_det.models import hub
+
+    found = hub.repository(name)
+    if found is None and "/" not in name and "." in name:
+        raise UserError(f"{name}: no such file, nor weights of timm's; {hub.near_names(name)}")
+    return hub.weights_file(name, *found) if found else None
 
 
 class BackboneHandler(PathHandler):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from nst_det.errors import UserError
 from nst_det.models.build import classifier_names, create_model
+from nst_det.models.caffe import check_stride
+from nst_det.models.card import Card, input_contract
 from nst_det.models.convert import batch_norm_eps, resnet_from_detectron2
-from nst_det.models.io import OPTIONAL_SUFFIX, below_prefix, check_shapes, read_any
+from nst_det.models.hub import described
+from nst_det.models.io import OPTIONAL_SUFFIX, below_prefix, check_shapes, first_names, read_any
 
 # of torchvision's networks that have other names than timm's, but the same layers in the same order: the epsilon of
 # torchvision's batch normalization, None where there is none
@@ -24,11 +30,14 @@ TORCHVISION = {
     r"efficientnet_b[0-4]|mnasnet_100|mobilenetv2_100": 1e-5,
     r"efficientnet_b[5-7]|mobilenetv3_(large|small)_100": 1e-3,
 }
+# torchvision's networks that have timm's names
+ALIKE = r"(wide_)?resnet\d+(_2)?|resnext\d+_\d+x\d+d|densenet\d+"
 # the ends of names that say what a tensor is
 ROLES = ("weight", "bias", "running_mean", "running_var")
 # names that only a whole detector's file has
 ABOVE = re.compile(r"(^|\.)(fpn_output\d|proposal_generator|rpn|roi_heads)\.")
 Named = dict[str, Tensor]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,15 +45,27 @@ class Recognized:
     """A file's weights by the names of the model that they are for, all of which they fit."""
 
     tensors: Named  # without the head where that is of other classes, or isn't in the file
-    origin: str  # whose names the file has
+    origin: str  # whose names the file has, and of what network; where it is published
     head: int | None  # classes of the head that was left out, 0 where the file has none; None where it fits
-    contract: bool  # whether images are known to be those of timm's published weights of the architecture
+    contract: dict[str, Any] | None  # the ``input`` of a card: what images must be; None where that isn't known
 
     @property
     def says(self) -> str:
-        """What was taken, for a log line."""
-        left_out = {None: "", 0: ", without a head"}.get(self.head, f", its head of {self.head} classes left out")
-        return f"weights by {self.origin} names{left_out}"
+        """What was taken, for a log line: ``torchvision mobilenetv2_100, head of 1000 classes left out``."""
+        left_out = {None: "", 0: ", without a head"}.get(self.head, f", head of {self.head} classes left out")
+        return f"{self.origin}{left_out}"
+
+    def check_input(self, check: Callable[[Card], None], taken: str, source: str) -> None:
+        """Compare what images must be by ``check``; a warning asks for it, and says what is ``taken``, if unknown."""
+        if self.contract is not None:
+            check(Card("", 1, input=self.contract))
+            return
+        log.warning(
+            "%s: %s; it doesn't say how its images were normalized, taken is %s: set what its training had",
+            source,
+            self.origin,
+            taken,
+        )
 
 
 def are_of_detector(names: Iterable[str]) -> bool:
@@ -104,22 +125,27 @@ def _from_lukemelas(given: Named, asked: _Asked) -> Named:
 
 
 def _from_detectron2(given: Named, asked: _Asked) -> Named:
-    # a bottleneck's stride is in its first convolution or in its second, which names and shapes don't tell
-    if "res2.0.conv3.weight" in given:
-        raise ValueError(
-            "they are Detectron2's ResNet, and whether they were trained with STRIDE_IN_1X1 isn't in the file; if it "
-            "was False, write them by torchvision's names first: nst-det convert for a detector, else "
-            "nst_det.models.convert.resnet_from_detectron2"
-        )
+    check_stride(given, asked.model)
     return resnet_from_detectron2(given)
 
 
-# whose names -> a name that they alone have, at the end of what may be before it; how they become timm's; whether the
-# images are known to be those of timm's published weights
-FAMILIES: dict[str, tuple[str, Callable[[Named, _Asked], Named], bool]] = {
-    "Detectron2's": (r"(?:^|\.)(res2\.0\.conv1\.weight)$", _from_detectron2, False),
-    "lukemelas'": (r"(?:^|\.)(_blocks\.0\._bn1\.weight)$", _from_lukemelas, True),
-    "torchvision's": (r"(?:^|\.)(features\.0\.0\.weight|layers\.0\.weight)$", _from_torchvision, True),
+@dataclass(frozen=True)
+class _Family:
+    mark: str  # a name that these files alone have, at the end of what may be before it
+    rename: Callable[[Named, _Asked], Named]  # to timm's
+    # of the networks (a pattern) of which all published weights want the same mean and std
+    known: str = ""
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
+
+
+# by whose names they are; lukemelas' other networks are published with two normalizations, by the same names
+FAMILIES = {
+    "Detectron2": _Family(r"(?:^|\.)(res2\.0\.conv1\.weight)$", _from_detectron2),
+    "lukemelas": _Family(
+        r"(?:^|\.)(_blocks\.0\._bn1\.weight)$", _from_lukemelas, r".*_lite\d", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    ),
+    "torchvision": _Family(r"(?:^|\.)(features\.0\.0\.weight|layers\.0\.weight)$", _from_torchvision, ".*"),
 }
 
 
@@ -134,8 +160,8 @@ def recognize(
 
     Known are timm's names, which torchvision's ResNets and DenseNets, mmpretrain and mmdet have too below their
     prefixes; those that timm converts for this architecture (such as those of ConvNeXt's and DINO's authors);
-    torchvision's EfficientNet, MobileNet, ConvNeXt and MnasNet; Detectron2's ResNet-18 and -34; and the
-    EfficientNets of lukemelas.  A detector's backbone is taken from its file.
+    torchvision's EfficientNet, MobileNet, ConvNeXt and MnasNet; Detectron2's ResNets; and the EfficientNets of
+    lukemelas.  A detector's backbone is taken from its file.
 
     Args:
         path: as :func:`~nst_det.models.io.load_plain` takes it.
@@ -143,39 +169,73 @@ def recognize(
         tensors: the file's state dict, where it is read already.
 
     Raises:
-        UserError: no such file, or these weights don't fit; in one line.
-        ValueError: unknown architecture.
+        UserError: no such file, or these weights don't fit; in one line, with the other size of ``arch`` that they are.
     """
+    given = read_any(path) if tensors is None else dict(tensors)
+    try:
+        return _recognize(path, arch, arch_kwargs, num_classes, given)
+    except (ValueError, UserError) as error:
+        line = str(error).removeprefix(f"{path}: ")
+        of = [name for name in _other_sizes(arch) if _fits(path, name, num_classes, given)]
+        remedy = f"they are of {' or '.join(of)}" if of else f"check that it is of {arch}"
+        raise UserError(f"{path}: {line}; {remedy}") from error
+
+
+def _other_sizes(arch: str) -> list[str]:
+    size = r"\d+|atto|femto|pico|nano|micro|tiny|small|medium|base|large|huge"
+    base = arch.split(".")[0]
+    like = re.compile(
+        "".join(f"({size})" if re.fullmatch(size, part) else part for part in re.split(f"({size})", base))
+    )
+    return [name for name in timm.list_models() if name != base and like.fullmatch(name)]
+
+
+def _fits(path: str | Path, arch: str, num_classes: int, given: Named) -> bool:
+    try:
+        return bool(_recognize(path, arch, {}, num_classes, given).tensors)
+    except (ValueError, UserError):
+        return False
+
+
+def _recognize(
+    path: str | Path, arch: str, arch_kwargs: Mapping[str, Any], num_classes: int, given: Named
+) -> Recognized:
     with torch.device("meta"):
         model = create_model(arch, num_classes, **arch_kwargs)
     own = model.state_dict()
     asked = _Asked(arch, arch_kwargs, own, frozenset(classifier_names(model)), model)
-    given = read_any(path) if tensors is None else dict(tensors)
-    origin, contract = "timm's", False
-    try:
-        for family, (mark, rename, known) in FAMILIES.items():
-            found = next((match for entry in given if (match := re.search(mark, entry))), None)
-            # a network of timm's may have such a name itself
-            if found and found[1] not in own:
-                prefix = found.string[: found.start(1)]
-                inner = {name[len(prefix) :]: value for name, value in given.items() if name.startswith(prefix)}
-                given, origin, contract = rename(inner, asked), family, known
-                break
-        else:
-            given = below_prefix(given, set(own), path)
-            if not {*own} - asked.head - {*given} <= {name for name in own if name.endswith(OPTIONAL_SUFFIX)}:
-                given, origin = _by_timm(given, asked)
-        head, given = _head(given, asked)
-        own_rest = {name: value for name, value in own.items() if head is None or name not in asked.head}
-        check_shapes({name: tuple(value.shape) for name, value in given.items()}, own_rest, str(path))
-    except (ValueError, UserError) as error:
-        line = str(error).removeprefix(f"{path}: ")
-        raise UserError(f"{path}: {line}; check that it is of {arch}") from error
-    return Recognized(given, origin, head, contract)
+    origin, contract = ("timm or torchvision" if asked.is_one_of(ALIKE) else "timm"), None
+    for name, family in FAMILIES.items():
+        found = next((match for entry in given if (match := re.search(family.mark, entry))), None)
+        # a network of timm's may have such a name itself
+        if found and found[1] not in own:
+            prefix = found.string[: found.start(1)]
+            inner = {entry[len(prefix) :]: value for entry, value in given.items() if entry.startswith(prefix)}
+            given, origin = family.rename(inner, asked), name
+            if asked.is_one_of(family.known):
+                contract = input_contract(family.mean, family.std, "RGB", 0)
+            break
+    else:
+        given = below_prefix(given, set(own), path)
+        if not {*own} - asked.head - {*given} <= {name for name in own if name.endswith(OPTIONAL_SUFFIX)}:
+            given, converted = _by_timm(given, asked)
+            origin = "the authors'" if converted else "timm"
+    head, given = _head(given, asked)
+    own_rest = {name: value for name, value in own.items() if head is None or name not in asked.head}
+    check_shapes({name: tuple(value.shape) for name, value in given.items()}, own_rest, str(path))
+    broken = [name for name, value in given.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"{first_names(broken)}: not a number, or infinite; get the file again")
+    repo, published = described(path)
+    if published:
+        size = published["input_size"][-1]
+        contract = input_contract(published["mean"], published["std"], "RGB", size)
+        repo += f", for {size} pixels, {published.get('interpolation') or 'bilinear'}"
+    return Recognized(given, f"{origin} {arch}{repo and f' ({repo})'}", head, contract)
 
 
-def _by_timm(given: Named, asked: _Asked) -> tuple[Named, str]:
-    """Convert by timm's own function for the architecture, if it has one for these names."""
+def _by_timm(given: Named, asked: _Asked) -> tuple[Named, bool]:
+    """Convert by timm's own function for the architecture; return whether it has one for these names."""
     convert = getattr(sys.modules[type(asked.model).__module__], "checkpoint_filter_fn", None)
     try:
         found = convert(dict(given), asked.model) if convert else {}
@@ -183,8 +243,8 @@ def _by_timm(given: Named, asked: _Asked) -> tuple[Named, str]:
         found = {}
     rest = {*asked.own} - asked.head
     if len(rest & {*found}) > len(rest & {*given}):
-        return found, "the authors'"
-    return given, "timm's"
+        return found, True
+    return given, False
 
 
 def _head(given: Named, asked: _Asked) -> tuple[int | None, Named]:

@@ -66,7 +66,8 @@ Looks = Mapping[str, Look]
 def method_looks(methods: Sequence[str]) -> dict[str, Look]:
     """Return a look for each: the baseline in ink, the marks in grey, each other method in a color of its own."""
     chosen = {BASELINE: Look(INK, "-", "o")}
-    chosen |= {mark: Look(MUTED, line, marker) for mark, line, marker in zip(MARKS, (":", ":", "-.", "--"), "vPX^")}
+    lines = (":", ":", ":", "-.", "--")
+    chosen |= {mark: Look(MUTED, line, marker) for mark, line, marker in zip(MARKS, lines, "vPDX^")}
     for index, method in enumerate(method for method in methods if method not in chosen):
         turn, color = divmod(index, len(METHOD_COLORS))
         line = LINES[(turn + index % 2) % len(LINES)]

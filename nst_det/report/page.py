@@ -63,7 +63,7 @@ def render_page(
         results=results,
         summary=summary,
         untold=untold,
-        columns=[column for column in tables.columns_of(results) if column.title],
+        columns=sorted((one for one in tables.columns_of(results) if one.title), key=lambda one: not one.to_imagenet),
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

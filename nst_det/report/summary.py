@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from nst_det.comparison.published import PUBLISHED, Published
-from nst_det.comparison.result import BASELINE, ComparisonResult, RowResult
-from nst_det.comparison.statistics import BETTER, NOISE, SINGLE, WORSE
+from nst_det.comparison.result import BASELINE, IMAGENET, MAP, ComparisonResult, RowResult
+from nst_det.comparison.statistics import BETTER, NOISE, SINGLE, WORSE, Difference
 from nst_det.engine.metrics import TOTALS
 from nst_det.report.curves import Curves
 from nst_det.report.tables import fraction, interval_text, signed
@@ -31,7 +31,7 @@ def conclusion(results: ComparisonResult) -> str:
     methods, leader = results.methods, results.leader
     if not methods or leader is None:
         return "No transfer method was compared: there is nothing to tell apart yet."
-    return " ".join(part for part in (harm(results), _of_methods(results, leader)) if part)
+    return " ".join(part for part in (harm(results), published_start(results), _of_methods(results, leader)) if part)
 
 
 def harm(results: ComparisonResult) -> str | None:
@@ -47,6 +47,50 @@ def harm(results: ComparisonResult) -> str | None:
     )
 
 
+def published_start(results: ComparisonResult) -> str | None:
+    """Return whether distillation helps a detector that begins from published weights; None where none does."""
+    row = results.row(IMAGENET)
+    if results.measure is not MAP or not results.methods or not (results.student_weights or row):
+        return None
+    known = {one.method: one.vs_imagenet for one in results.methods if one.vs_imagenet}
+    lacking = ""
+    if not results.student_weights:
+        lacking = "the students begin from random weights; name published ones by DISTILL.STUDENT.WEIGHTS"
+    elif not known:
+        lacking = "no row begins from these weights without stage one; add ROWS [imagenet]"
+    elif all(one.verdict == SINGLE for one in known.values()):
+        best, most = max(known.items(), key=lambda item: item[1].mean)
+        lacking = (
+            f"one seed has no spread to judge by (the largest difference to imagenet is that of {best}, "
+            f"{signed(most.mean)} mAP)"
+        )
+    answer = f"Not measured: {lacking}." if lacking else _against_imagenet(results, known)
+    return f"Does distillation still help from published weights? {answer}"
+
+
+def _against_imagenet(results: ComparisonResult, known: Mapping[str, Difference]) -> str:
+    order = sorted(known, key=lambda name: -known[name].mean)
+    better, worse = ([name for name in order if known[name].verdict == verdict] for verdict in (BETTER, WORSE))
+    best, over = known[order[0]], f"over {len(results.seeds)} seeds"
+    alone = "imagenet, the detector on these weights without stage one"
+    largest = f"that of {order[0]}: {_gain(results, best.mean, best.interval)}."
+    if better:
+        baseline = results.row(BASELINE)
+        ce = baseline and baseline.vs_imagenet
+        too = f" So does ce, labels only ({signed(ce.mean)})." if ce and ce.verdict == BETTER else ""
+        text = f"Yes: {over}, {listed(better)} {'beat' if len(better) > 1 else 'beats'} {alone}. The largest gain is "
+        return text + largest + too + (f" Worse than imagenet: {listed(worse)}." if worse else "")
+    if len(worse) == len(known):
+        return f"No, it hurts: {over}, {listed(worse)} {'are' if len(worse) > 1 else 'is'} worse than {alone}."
+    text = f"It can't be told from noise: {over}, no transfer method can be told to beat {alone}. The largest"
+    return f"{text} difference is {largest}" + (f" Worse than imagenet: {listed(worse)}." if worse else "")
+
+
+def _gain(results: ComparisonResult, mean: float, interval: tuple[float, float] | None) -> str:
+    text = interval_text(interval).strip("[]").replace(", ", " to ")
+    return f"{signed(mean)} {results.measure.name}{f' (95 % interval {text})' if text else ''}"
+
+
 def _of_methods(results: ComparisonResult, leader: RowResult) -> str:
     methods = results.methods
     if all(row.verdict == SINGLE for row in methods):
@@ -60,8 +104,7 @@ def _of_methods(results: ComparisonResult, leader: RowResult) -> str:
     text = f"Over {len(results.seeds)} seeds, "
     if better:
         best = better[0]
-        interval = f" (95 % interval {interval_text(best).strip('[]').replace(', ', ' to ')})"
-        gain = f"{signed(best.delta_vs_ce)} {results.measure.name}{interval if best.delta_interval else ''}"
+        gain = _gain(results, best.delta_vs_ce, best.delta_interval)
         text += f"{_names(better)} {'beat' if len(better) > 1 else 'beats'} {_baseline(results)}"
         text += f". The largest gain is that of {best.method}: {gain}." if len(better) > 1 else f": {gain}."
     else:
@@ -81,12 +124,15 @@ def _baseline(results: ComparisonResult) -> str:
 def caveats(results: ComparisonResult) -> list[str]:
     """Return what a careful reader should know before quoting the result; short sentences, the weightiest first."""
     notes = []
-    told = [row for row in results.methods if row.verdict in (BETTER, WORSE)]
-    if lost := [row for row in told if row.p_holm is not None and row.p_holm >= 0.05]:
-        notes.append(
-            "Each interval is that of its row alone. With Holm's correction for the number of rows, "
-            f"{_names(lost)} would no longer count as told from {results.baseline} (p ≥ 0.05)."
-        )
+    to_baseline = {row.method: (row.verdict, row.p_holm) for row in results.methods}
+    to_imagenet = {row.method: (one.verdict, one.p_holm) for row in results.methods if (one := row.vs_imagenet)}
+    for reference, found in ((results.baseline, to_baseline), (IMAGENET, to_imagenet)):
+        told = {name: p for name, (verdict, p) in found.items() if verdict in (BETTER, WORSE)}
+        if lost := [name for name, p in told.items() if p is not None and p >= 0.05]:
+            notes.append(
+                "Each interval is that of its row alone. With Holm's correction for the number of rows, "
+                f"{listed(lost)} would no longer count as told from {reference} (p ≥ 0.05)."
+            )
     notes += [note for note in (not_above(results), unequal_weights(results)) if note]
     scratch, baseline, bare = (results.row(method) for method in ("scratch", BASELINE, "no-fpn"))
     if scratch and baseline:
@@ -96,7 +142,7 @@ def caveats(results: ComparisonResult) -> list[str]:
     if bare:
         notes.append(
             f"FPN itself: without it the detector on the backbone of ce has mAP {fraction(bare.score)}, "
-            f"{f'{signed(bare.delta_vs_ce)} {interval_text(bare)}'.strip()} against ce with it."
+            f"{f'{signed(bare.delta_vs_ce)} {interval_text(bare.delta_interval)}'.strip()} against ce with it."
         )
     return notes
 

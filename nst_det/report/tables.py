@@ -34,9 +34,9 @@ def signed(value: float | None, digits: int = 3) -> str:
     return text.replace("-", "−") if float(text) else text[1:]
 
 
-def interval_text(row: RowResult) -> str:
+def interval_text(interval: tuple[float, float] | None) -> str:
     """Return ``[+0.100, +0.200]``, or nothing where there is no interval."""
-    return "" if row.delta_interval is None else f"[{', '.join(map(signed, row.delta_interval))}]"
+    return "" if interval is None else f"[{', '.join(map(signed, interval))}]"
 
 
 def error(top1: float) -> str:
@@ -64,7 +64,8 @@ def duration(value: float) -> str:
 
 def values_of(row: RowResult) -> dict[str, Any]:
     """Return every value of a row, unrounded, by its column in the CSV file."""
-    cost, (low, high) = row.cost, row.delta_interval or (None, None)
+    cost, (low, high), other = row.cost, row.delta_interval or (None, None), row.vs_imagenet
+    other_low, other_high = (other and other.interval) or (None, None)
     sizes = {"": "AP", "_small": "APs", "_medium": "APm", "_large": "APl"}
     speeds = ("images_per_second", "data_wait", "gpu_memory_gib")
     return {
@@ -77,6 +78,11 @@ def values_of(row: RowResult) -> dict[str, Any]:
         "delta_high": high,
         **{name: getattr(row, name) for name in ("verdict", "p_holm", "top1", "top1_std", "params")},
         **{name: (row.measured or {}).get(name) for name in MEASURES},
+        "delta_vs_imagenet": other and other.mean,
+        "imagenet_low": other_low,
+        "imagenet_high": other_high,
+        "verdict_vs_imagenet": other and other.verdict,
+        "p_holm_vs_imagenet": other and other.p_holm,
         "macs": cost and cost.macs,
         "flops": cost and cost.flops,
         "latency_seconds": cost and cost.latency.median,
@@ -99,6 +105,7 @@ class Column:
     note: Callable[[RowResult], str] = lambda row: ""
     align: str = "r"
     only: Measure | None = None  # of comparisons that this measure judges
+    to_imagenet: bool = False  # of comparisons whose students begin from the weights of the row imagenet
 
 
 def _number(
@@ -136,6 +143,12 @@ def _training_note(row: RowResult) -> str:
     return f"stage one {duration(row.seconds_backbone)}, stage two {duration(row.seconds_detector)}"
 
 
+def _to_imagenet(row: RowResult) -> str:
+    one = row.vs_imagenet
+    told = one is not None and one.verdict != REFERENCE
+    return f"{signed(one.mean)} {interval_text(one.interval)}".strip() if one and told else MISSING
+
+
 # LaTeX takes all but the last four
 COLUMNS = (
     Column("method", lambda row: row.method, align="l"),
@@ -143,8 +156,23 @@ COLUMNS = (
     _number("mAP (area)", "map_area", fraction, "area under the curve, IoU 0.5, as in VOC 2010 and later", only=MAP),
     _number("error", "top1", error, "the share of images that is not classified right, as papers print it", only=TOP1),
     Column("difference to ce", lambda row: MISSING if row.verdict == REFERENCE else signed(row.delta_vs_ce)),
-    Column("95 % interval", lambda row: interval_text(row) or MISSING),
+    Column("95 % interval", lambda row: interval_text(row.delta_interval) or MISSING),
     Column("verdict", lambda row: MARKS[row.verdict], align="l"),
+    Column(
+        "difference to imagenet",
+        _to_imagenet,
+        "paired, to the detector on the published weights that all students begin from, with its 95 % interval",
+        lambda row: row.vs_imagenet and row.vs_imagenet.mean,
+        to_imagenet=True,
+    ),
+    Column(
+        "verdict to imagenet",
+        lambda row: MARKS[row.vs_imagenet.verdict] if row.vs_imagenet else MISSING,
+        "of that difference",
+        lambda row: row.vs_imagenet and row.vs_imagenet.mean,
+        align="l",
+        to_imagenet=True,
+    ),
     _number("top-1", "top1", fraction, "accuracy of the backbone in stage one", only=MAP),
     _number("params", "params", lambda value: f"{value / 1e6:.2f} M", "parameters of what is judged"),
     _number(
@@ -171,11 +199,11 @@ def columns_of(results: ComparisonResult, columns: Sequence[Column] = COLUMNS) -
         _number(MEASURES[first].head, first, fraction, "of the backbone in stage one", only=MAP) if first else None
     )
     found = [stage_one if stage_one and column.head == "top-1" else column for column in columns]
-    ours = f" {results.baseline}"
+    ours, compared = f" {results.baseline}", any(row.vs_imagenet for row in results.rows)
     return [
         replace(column, head=column.head.replace(f" {BASELINE}", ours))
         for column in found
-        if column.only in (None, results.measure)
+        if column.only in (None, results.measure) and (compared or not column.to_imagenet)
     ]
 
 
@@ -236,9 +264,8 @@ def legend(results: ComparisonResult) -> str:
     if len(results.seeds) > 1:
         text += (
             "± is the standard deviation over seeds (n − 1). "
-            f"The difference to {results.baseline} is taken within each seed; its interval is a two-sided 95 % "
-            "t-interval. better, worse: the interval leaves out 0; within noise: it holds 0; not corrected for the "
-            "number of rows."
+            "A difference is taken within each seed; its interval is a two-sided 95 % t-interval. "
+            "better, worse: the interval leaves out 0; within noise: it holds 0; not corrected for the number of rows."
         )
     else:
         text += "There is one seed, so there is no spread: a difference can't be told from noise."

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
 
 from nst_det.data.annotation import VocAnnotation, usable_boxes
 from nst_det.engine.config import places
+from nst_det.errors import UserError
 
 # of the levels p2 .. p6
 STRIDES = (4, 8, 16, 32, 64)
@@ -37,9 +39,33 @@ class Preset:
     square: int  # side of an image of stage one, pixels
     batch: int  # images of a detector's step
     longer: int  # how many times as long as on a CPU stage one may be
+    small: bool  # whether the detector is narrow above its bottom-up, rather than as wide as Detectron2's
 
 
-PRESETS = {"cpu": Preset(320, 64, 8, 1), "cuda": Preset(800, 128, 16, 10)}
+PRESETS = {"cpu": Preset(320, 64, 8, 1, small=True), "cuda": Preset(800, 128, 16, 10, small=False)}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A timm network of a project."""
+
+    arch: str
+    kwargs: Mapping[str, Any]
+    published: bool  # begins with timm's published weights
+    # of the images that these want, 0..1, RGB
+    mean: Sequence[float] = (0.485, 0.456, 0.406)
+    std: Sequence[float] = (0.229, 0.224, 0.225)
+
+    @property
+    def says(self) -> str:
+        """Name and weights, for a person."""
+        return f"{self.arch} ({'published weights' if self.published else 'random weights'})"
+
+
+# plain timm networks made narrow
+_NARROW = {"channels": [32, 64, 128, 256], "stem_width": 16, "zero_init_last": False}
+SMALL = {"student": Network("resnet10t", _NARROW, False), "teacher": Network("resnet18d", _NARROW, False)}
+PUBLISHED = {"student": "resnet18.tv_in1k", "teacher": "resnet50.tv_in1k"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +86,9 @@ class Values:
     train: str
     test: str
     classes: Sequence[str]
+    student_network: Network
+    teacher_network: Network
+    small: bool
     images: Path
     images_note: str
     image_size: int
@@ -83,8 +112,56 @@ def render(values: Values) -> dict[str, str]:
     # JSON is YAML, with names and paths quoted
     environment.globals["methods"] = METHODS[not values.labels :]
     environment.filters["json"] = partial(json.dumps, ensure_ascii=False, default=str)
+    student = values.student_network
+    pixels = {key: [round(255 * part, 3) for part in getattr(student, key)] for key in ("mean", "std")}
     roots = {key: places(getattr(values, key), values.folder) for key in ("voc", "images")}
-    return {file: environment.get_template(file).render({**vars(values), **roots}) for file in FILES}
+    return {file: environment.get_template(file).render({**vars(values), **roots, **pixels}) for file in FILES}
+
+
+def choose_networks(student: str, teacher: str, device: str, labels: bool = True) -> tuple[Network, Network]:
+    """Return student and teacher: those named, by timm's names; else small ones on a CPU, on a GPU published ones.
+
+    Published weights are taken where timm has some.  A named student has the teacher that it has on a GPU.  Without
+    ``labels`` the teacher is a published one.
+
+    Raises:
+        UserError: unknown, or not to be used for its part.
+    """
+    small, size = device == "cpu", PRESETS[device].square
+    if not labels and small:
+        teacher = teacher or PUBLISHED["student"]
+    found = SMALL["student"], SMALL["teacher"]
+    if student or not small:
+        found = _named("student", student or PUBLISHED["student"], size), found[1]
+    if student or teacher or not small:
+        found = found[0], _named("teacher", teacher or PUBLISHED["teacher"], size)
+    if not labels and not found[1].published:
+        raise UserError(f"--teacher: {teacher} has no published weights, and images without labels train no teacher")
+    return found
+
+
+def _named(who: str, arch: str, size: int) -> Network:
+    # torch and timm take seconds to import
+    import timm
+
+    from nst_det.models import LEVELS, create_model, feature_levels, take_levels
+    from nst_det.models.build import takes_argument
+    from nst_det.models.card import published_card
+
+    try:
+        model = create_model(arch, 2)
+        # one that takes a single size of images has it as an argument
+        kwargs: dict[str, Any] = {"img_size": size} if takes_argument(model, "img_size") else {}
+        levels = feature_levels(create_model(arch, 2, **kwargs) if kwargs else model)
+        if who == "student":
+            take_levels(levels, LEVELS, arch)
+        published = timm.is_model_pretrained(arch)
+    except ValueError as error:
+        raise UserError(f"--{who}: {error}") from error
+    if not published:
+        return Network(arch, kwargs, False)
+    wanted = published_card(model, arch).input
+    return Network(arch, kwargs, True, wanted["mean"], wanted["std"])
 
 
 def fit_size(annotations: Sequence[VocAnnotation], largest: int) -> tuple[int, int]:

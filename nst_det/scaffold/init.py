@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from nst_det.models import check_name
 from nst_det.scaffold.configs import (
     PRESETS,
     VAL_FRACTION,
+    Network,
     Values,
     box_sizes,
+    choose_networks,
     fit_anchors,
     fit_detection,
     fit_distillation,
@@ -53,6 +56,7 @@ class Project:
     objects: int  # to train on
     small: float  # part of them, 0..1, that is smaller than 8 pixels after resizing
     cut: bool  # whether lists were written into the VOC folder
+    to_bring: tuple[str, ...] = ()  # a line for each published network whose weights can't be had here
 
 
 def init_project(
@@ -63,6 +67,8 @@ def init_project(
     test: str = "",
     device: str = "cpu",
     unlabelled: str | Path | None = None,
+    student: str = "",
+    teacher: str = "",
 ) -> Project:
     """Make a project for a folder of images with boxes, or for COCO annotations.
 
@@ -79,6 +85,8 @@ def init_project(
         test: list to test on.
         device: ``cpu`` or ``cuda``: what the sizes and schedules are made for; "" takes what is here.
         unlabelled: images without labels in place of ``images``, at any depth; a published network teaches.
+        student: timm's name of the students' network; see :func:`nst_det.scaffold.configs.choose_networks`.
+        teacher: of the teacher's.
     """
     folder = Path(folder).expanduser().resolve()
     check_name(folder.name)
@@ -86,6 +94,8 @@ def init_project(
         raise UserError("--unlabelled: stage one learns from one folder; leave out --images")
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another project, or remove it")
+    device = device or _device_here()
+    networks = choose_networks(student, teacher, device, unlabelled is None)
     cut: list[Path] = []
     try:
         with atomic_folder(folder, "name another project") as made:
@@ -112,7 +122,7 @@ def init_project(
                 lists = _cut_lists(root)
                 cut = [split_path(root, name) for name in lists]
             stage_one = (images, unlabelled)
-            return _write_project(folder, made, root, report, lists, bool(cut), stage_one, device or _device_here())
+            return _write_project(folder, made, root, report, lists, bool(cut), stage_one, device, networks)
     except BaseException:
         for path in cut:
             path.unlink(missing_ok=True)
@@ -128,6 +138,7 @@ def _write_project(
     cut: bool,
     stage_one: tuple[str | Path | None, str | Path | None],
     device: str,
+    networks: tuple[Network, Network],
 ) -> Project:
     """Write the project into ``made``, which becomes ``folder``; ``root`` is where the data is now."""
     (train, test), (images, unlabelled) = lists, stage_one
@@ -167,6 +178,9 @@ def _write_project(
         train=train,
         test=test,
         classes=classes,
+        student_network=networks[0],
+        teacher_network=networks[1],
+        small=PRESETS[device].small,
         images=image_root,
         images_note=note,
         image_size=PRESETS[device].square,
@@ -185,7 +199,17 @@ def _write_project(
     for file, text in render(values).items():
         write_text(made / file, text)
     small = float((sizes < 8).mean())
-    return Project(values, report, (len(learned), len(tested)), len(sizes), small, cut)
+    return Project(values, report, (len(learned), len(tested)), len(sizes), small, cut, _to_bring(networks))
+
+
+def _to_bring(networks: Sequence[Network]) -> tuple[str, ...]:
+    wanted = dict.fromkeys(network.arch for network in networks if network.published)
+    if not wanted:
+        return ()
+    # timm takes seconds to import
+    from nst_det.models.hub import to_bring
+
+    return tuple(line for arch in wanted if (line := to_bring(arch)))
 
 
 def _validated(data: VocDataset) -> tuple[VocDataset, float]:

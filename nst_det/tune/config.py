@@ -9,7 +9,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from nst_det.comparison.config import Comparison, load_comparison, path_beside, require
-from nst_det.comparison.plan import finished_teacher
+from nst_det.comparison.plan import finished_teacher, makes_teacher
 from nst_det.comparison.result import BASELINE
 from nst_det.comparison.stages import DETECT, DISTILL, TITLES
 from nst_det.engine.config import config_file, expand_path, flat, load_config, plain
@@ -181,7 +181,7 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
         "validation": f"{config.VAL_FRACTION:g} of the training images, chosen by seed {config.VAL_SEED}",
         "steps": {TITLES[stage]: one.SOLVER.MAX_ITER for stage, one in stages.items() if one},
         # which has seen the images that students are judged on
-        "teacher": "the comparison's" if teacher else "given" if base.distill.TEACHER.WEIGHTS else "trained here",
+        "teacher": "the comparison's" if teacher else "trained here" if makes_teacher(base) else "given",
         "weights": f"configured weight times {config.WEIGHT[0]:g} to {config.WEIGHT[1]:g}",
     }
     return Tuning(

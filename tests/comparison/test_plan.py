@@ -1,10 +1,18 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
+from nst_det.comparison.collect import _differs
 from nst_det.comparison.config import core_count, load_comparison
+from nst_det.comparison.pipeline import check_folders
 from nst_det.comparison.plan import make_plan, run_config
 from nst_det.detection.torchvision import build_detector
+from nst_det.engine.config import flat
+from nst_det.engine.io import sha256_of_file
+from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 
 
@@ -68,6 +76,61 @@ def test_published_weights_are_a_row(config_file, tmp_path):
         assert ((named, False) if named in options else ("", True)) == (model.WEIGHTS, model.TIMM.PRETRAINED)
 
 
+def test_a_detector_from_elsewhere_is_a_row(config_file, comparison, tmp_path):
+    with torch.device("meta"):
+        theirs = FasterRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None), num_classes=91).state_dict()
+    # its shapes alone
+    torch.save({name: torch.zeros(1).expand(value.shape) for name, value in theirs.items()}, tmp_path / "coco.pth")
+    words = ["ROWS", "[coco]", "DETECT.COCO_OPTS"]
+    given = f"[MODEL.WEIGHTS, {tmp_path}/coco.pth, MODEL.KEEP_CLASSES, True, MODEL.BACKBONE.FREEZE_AT, 3]"
+    added = load_comparison(config_file, tmp_path / "out", [*words, given])
+    assert added.all_rows == ("scratch", "coco", "ce", "kd", "kd+nst-poly")
+    # the row can be added to a finished comparison
+    assert added.claim == comparison.claim
+    run = {run.name: run for run in make_plan(added)}["detect/seed1/coco"]
+    assert run.needs == ()
+    config, base = run_config(added, run), comparison.detect
+    assert str(tmp_path / "coco.pth") == config.MODEL.WEIGHTS
+    wanted = {"TIMM.ARCH": "resnet50", "FPN.OUT_CHANNELS": 256, "ROI_BOX_HEAD.FC_DIM": 1024}
+    values = flat(config)
+    assert {key: values[f"MODEL.{key}"] for key in wanted} == wanted
+    # the same budget as the other rows
+    assert [config.SOLVER, config.INPUT, config.DATASETS, config.TEST] == [
+        base.SOLVER,
+        base.INPUT,
+        base.DATASETS,
+        base.TEST,
+    ]
+    lines = _differs(added, make_plan(added), "coco")
+    assert "resnet50" in lines[0]
+    assert "coco.pth" in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == ["MODEL.BACKBONE.FREEZE_AT", "MODEL.KEEP_CLASSES"]
+    # a run that is begun keeps its start
+    folder = RunFolder(run.folders[0])
+    with folder.opened(config, {"MODEL.WEIGHTS_SHA256": sha256_of_file(tmp_path / "coco.pth")}):
+        folder.finish({})
+    check_folders(added, make_plan(added))
+    others = load_comparison(config_file, tmp_path / "out", [*words, given.replace(", 3]", ", 2]")])
+    with pytest.raises(UserError, match=r"seed1/coco: .*FREEZE_AT 3"):
+        check_folders(others, make_plan(others))
+    torch.save({name: torch.ones(1).expand(value.shape) for name, value in theirs.items()}, tmp_path / "coco.pth")
+    with pytest.raises(UserError, match=r"seed1/coco: .*coco\.pth"):
+        check_folders(added, make_plan(added))
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("[]", "name their file"),
+        ("[MODEL.WEIGHTS, gone.pth]", r"gone\.pth"),
+        ("[MODEL.WEIGHTS, 'a://b']", "name their file"),
+    ],
+)
+def test_a_row_of_a_detector_that_isnt_there(config_file, given, named):
+    with pytest.raises(UserError, match=rf"compare\.yaml: DETECT\.COCO_OPTS: .*{named}"):
+        load_comparison(config_file, overrides=["ROWS", "[coco]", "DETECT.COCO_OPTS", given])
+
+
 def test_a_teacher_of_ones_own_is_not_trained(config_file):
     words = ["DISTILL.TEACHER.WEIGHTS", "backbone://big", "ROWS", "['teacher']", "DISTILL.TEACHER.ARCH", "resnet50"]
     runs = {run.name: run for run in make_plan(load_comparison(config_file, overrides=words))}
@@ -76,6 +139,24 @@ def test_a_teacher_of_ones_own_is_not_trained(config_file):
     row = runs["detect/seed1/teacher"]
     assert row.needs == ()
     assert (row.settings["MODEL.WEIGHTS"], row.settings["MODEL.TIMM.ARCH"]) == ("backbone://big", "resnet50")
+
+
+def test_weights_that_a_teacher_begins_from_are_trained_once_for_all_seeds(config_file, tmp_path):
+    (tmp_path / "lite2.pth").write_bytes(b"")
+    words = ["DISTILL.TEACHER.WEIGHTS", str(tmp_path / "lite2.pth")]
+    runs = {run.name: run for run in make_plan(load_comparison(config_file, tmp_path / "out", words))}
+    assert "TEACHER.WEIGHTS" not in runs["teacher"].settings
+    made = str(tmp_path / "out" / "backbones" / "small-teacher.safetensors")
+    for seed in (0, 1):
+        assert (runs[f"distill/seed{seed}"].needs, runs[f"distill/seed{seed}"].settings["TEACHER.WEIGHTS"]) == (
+            ("teacher",),
+            made,
+        )
+    # those that are taken as they are, are no run
+    frozen = load_comparison(config_file, tmp_path / "out", [*words, "DISTILL.TEACHER.TRAIN", "False"])
+    runs = {run.name: run for run in make_plan(frozen)}
+    assert "teacher" not in runs
+    assert runs["distill/seed0"].settings["TEACHER.WEIGHTS"] == words[1]
 
 
 def test_rows_with_terms_of_stage_two_share_one_teacher_detector(config_file):

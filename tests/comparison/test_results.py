@@ -162,6 +162,31 @@ def test_one_seed_has_no_spread(finished, config_file):
     assert [column.header for column in table.columns] == heads
 
 
+@pytest.mark.parametrize("begin", ["lite0.pth", ""])
+def test_rows_that_begin_from_published_weights_are_compared_with_them(finished, config_file, begin):
+    for seed, value in enumerate((0.25, 0.5)):
+        write(finished.folder / f"detect/seed{seed}/imagenet/result.json", detector_result(value))
+    words = ["ROWS", "[imagenet]", "DETECT.IMAGENET_OPTS", "[MODEL.WEIGHTS, other.pth]"]
+    words += ["DISTILL.STUDENT.WEIGHTS", f"somewhere/{begin}"] if begin else []
+    comparison = load_comparison(config_file, finished.folder, words)
+    results = build_results(comparison, make_plan(comparison))
+    heads = [str(column.header) for column in results_table(results).columns]
+    assert ("vs imagenet" in heads) == bool(begin)
+    assert results.student_weights == begin
+    found = {row.method: row.vs_imagenet for row in results.rows}
+    if not begin:
+        assert {*found.values()} == {None}
+        return
+    # kd .625 and .475, scratch .25 twice
+    assert {name: round(one.mean, 9) for name, one in found.items()} == {
+        "scratch": -0.125, "imagenet": 0.0, "ce": 0.075, "kd": 0.175, "kd+nst-poly": 0.325,
+    }  # fmt: skip
+    # differences .375 and -.025: error .2; with one degree of freedom t(.975) = tan(.475 pi)
+    reach = 0.2 * math.tan(0.475 * math.pi)
+    assert found["kd"].interval == pytest.approx((0.175 - reach, 0.175 + reach))
+    assert (found["kd"].verdict, found["imagenet"].verdict) == ("noise", "reference")
+
+
 def test_the_table_with_several_seeds(finished):
     table = results_table(build_results(finished, make_plan(finished)))
     cells = {column.header: list(column.cells) for column in table.columns}

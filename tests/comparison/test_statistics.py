@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from nst_det.comparison.statistics import holm, mean_std, paired_difference
+from nst_det.comparison.statistics import differences_to, holm, mean_std, paired_difference
 
 
 def test_mean_and_sample_deviation_by_hand():
@@ -60,6 +60,16 @@ def test_interval_and_p_value_are_scipys(pairs):
         assert difference.interval == pytest.approx(tuple(oracle.confidence_interval(0.95)), rel=1e-6, abs=1e-9)
         if abs(difference.p_value - 0.05) > 1e-9:
             assert (difference.p_value < 0.05) == (difference.verdict in ("better", "worse"))
+
+
+def test_differences_to_one_of_the_rows():
+    scores = {"a": {0: 0.75, 1: 0.5}, "b": {0: 0.5, 1: 0.25}, "c": {0: 0.5, 1: 0.5}}
+    found = differences_to("b", scores)
+    assert {name: (one.mean, one.verdict) for name, one in found.items()} == {
+        "a": (0.25, "better"), "b": (0.0, "reference"), "c": (0.125, "noise"),
+    }  # fmt: skip
+    # p of c is .5 (t = 1 with one degree of freedom), that of a 0: Holm doubles the smaller alone
+    assert [found[name].p_holm for name in "abc"] == [0.0, None, pytest.approx(0.5)]
 
 
 def test_holm_by_hand():

@@ -1,7 +1,10 @@
+import tarfile
+
 import numpy as np
 import pytest
 
-from nst_det.data.folders import read_image_folder
+from nst_det.data.cifar import read_images
+from nst_det.data.folders import joined, read_image_folder
 from nst_det.data.images import read_image
 from nst_det.errors import UserError
 from tests.helpers.voc import jpeg, write
@@ -31,6 +34,32 @@ def test_train_and_val_folders(tmp_path):
     assert data.classes == ("cat", "ant")
     assert data.train.paths == tuple(f"train/{name}" for name in (*names[2:], *names[:2]))
     assert data.val.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_several_folders_are_one_and_classes_of_a_name_are_one_class(tmp_path, archived):
+    for part, start in (("train", 0), ("val", 10)):
+        fill(tmp_path / "one" / part, {"cat": 2, "ant": 1}, start)
+        fill(tmp_path / "two" / part, {"bee": 1, "cat": 1}, start + 20)
+    two = tmp_path / "two"
+    if archived:
+        two = tmp_path / "two.tar"
+        with tarfile.open(two, "w") as tar:
+            tar.add(tmp_path / "two", "two")
+    folders = [read_images(tmp_path / "one"), read_images(two)]
+    found = joined(folders)
+    assert found.classes == ("ant", "cat", "bee")
+    for part, parts in ((found.train, [one.train for one in folders]), (found.val, [one.val for one in folders])):
+        assert part.labels.tolist() == [0, 1, 1, 2, 1]
+        pixels = [one.image(index) for one in parts for index in range(len(one))]
+        assert all(np.array_equal(part.image(index), image) for index, image in enumerate(pixels))
+        few = part.select(np.array([4, 1]))
+        assert few.labels.tolist() == [1, 1]
+        assert np.array_equal(few.image(0), pixels[4])
+    # wherever they are
+    again = joined([read_images((tmp_path / "one").rename(tmp_path / "three")), read_images(two)])
+    assert again.fingerprint() == found.fingerprint() != folders[0].fingerprint()
+    assert joined(folders[:1]) is folders[0]
 
 
 @pytest.mark.parametrize("below", ["", "train"])

@@ -117,10 +117,10 @@ def test_fgd_reads_the_boxes_of_the_objects(talkative, teacher, batch):
     assert {len(of_image) for of_image in shares} > {0}
     with torch.no_grad():
         mine, theirs = same.backbone(pixels), teacher.backbone(pixels)
-        expected = sum(
-            model.transfer.terms["fgd"][level](mine[level], theirs[level], compute_now, shares)
-            for level in ("p2", "p3")
-        )
+        (term,) = model.transfer.terms["fgd"].values()
+        levels = ("p2", "p3")
+        maps = ([given[level] for level in levels] for given in (mine, theirs))
+        expected = sum(term(*maps, [compute_now] * 2, shares))
     assert float(found.detach()) == pytest.approx(float(expected), rel=1e-5)
 
 

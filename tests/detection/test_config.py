@@ -47,7 +47,6 @@ def test_base_config_loads(base_file):
         ("MODEL.ROI_HEADS.NAME", "Res5ROIHeads"),
         ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou"),
         ("MODEL.FPN.NORM", "GN"),
-        ("INPUT.CROP.ENABLED", "True"),
         ("SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR"),
         # out of range
         ("SOLVER.OPTIMIZER", "LARS"),
@@ -56,6 +55,9 @@ def test_base_config_loads(base_file):
         ("SOLVER.ACCUMULATE", "0"),
         ("SOLVER.EMA_DECAY", "1"),
         ("DATASETS.VAL_FRACTION", "1.0"),
+        ("INPUT.AUGMENTATION", "ssd"),
+        ("INPUT.SCALE_JITTER", "[2.0, 0.5]"),
+        ("INPUT.PHOTOMETRIC", "1.5"),
         ("TEST.AMP", "True"),
         ("TEST.SELECT", "first"),
         ("TEST.SELECT", "best"),
@@ -172,7 +174,7 @@ def test_loader_processes_share_the_cores_of_their_machine(monkeypatch):
     for processes, threads, workers in (("4", 1, 3), ("16", 1, 1), ("1", 1, 1), ("1", 64, 8)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
-        assert loader_workers(-1, on_cpu=False) == workers
+        assert loader_workers(-1) == workers
 
 
 @pytest.mark.detectron2

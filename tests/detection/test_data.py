@@ -8,16 +8,14 @@ import torch
 from PIL import Image
 
 from nst_det.data.voc import VocDataset
+from nst_det.detection.augment import flip_boxes, resize, resized_shape
 from nst_det.detection.data import (
     DetectionImages,
     StepBatchSampler,
     data_classes,
     evaluation_batches,
-    flip_boxes,
     list_items,
     open_voc,
-    resize,
-    resized_shape,
     training_batches,
     warn_of_shared,
 )
@@ -167,8 +165,10 @@ def test_flipped_boxes_stay_on_their_pixels(tmp_path, small):
     assert len(seen) == 4
 
 
-def test_augmentation_is_a_function_of_seed_step_and_slot(on_shapes):
-    config = on_shapes(changes={"INPUT.MIN_SIZE_TRAIN": [64, 96], "INPUT.MIN_SIZE_TRAIN_SAMPLING": "range"})
+@pytest.mark.parametrize("preset", ["none", "strong"])
+def test_augmentation_is_a_function_of_seed_step_and_slot(on_shapes, preset):
+    sizes = {"INPUT.MIN_SIZE_TRAIN": [64, 96], "INPUT.MIN_SIZE_TRAIN_SAMPLING": "range"}
+    config = on_shapes(changes={"INPUT.AUGMENTATION": preset, **sizes})
     sets = open_voc(config, "DATASETS.TRAIN", CLASSES)
 
     def images(seed, start, count):
@@ -189,14 +189,15 @@ def whole(batch):
 
 
 def test_workers_give_the_same_batches_and_ask_no_gpu_for_anything(on_shapes, shapes, cuda_in_use):
-    changes = {"INPUT.MIN_SIZE_TRAIN": [64, 96], "DATALOADER.CACHE_IMAGES_MB": 0}
+    shown = {"INPUT.MIN_SIZE_TRAIN": [64], "INPUT.AUGMENTATION": "voc"}
+    changes = {**shown, "DATALOADER.CACHE_IMAGES_MB": 0}
     plain, workers = on_shapes(changes=changes), on_shapes(changes={**changes, "DATALOADER.NUM_WORKERS": 2})
     sets = open_voc(plain, "DATASETS.TRAIN", CLASSES)
     for one, other, _ in zip(training_batches(plain, sets, 0, 3), training_batches(workers, sets, 0, 3), range(8)):
         assert whole(one) == whole(other)
     data = VocDataset(shapes, "test", CLASSES)
     # kept in memory
-    kept = on_shapes(changes={"INPUT.MIN_SIZE_TRAIN": [64, 96]})
+    kept = on_shapes(changes=shown)
     for one, other, _ in zip(training_batches(plain, sets, 0, 0), training_batches(kept, sets, 0, 0), range(20)):
         assert whole(one) == whole(other)
     alone = [whole(batch) for batch in evaluation_batches(plain, data, largest=2)]
@@ -257,28 +258,35 @@ def test_test_images_of_one_size_share_a_batch(on_shapes, shapes):
 
 
 @pytest.mark.detectron2
-@pytest.mark.parametrize("sampling", ["choice", "range"])
-def test_examples_are_those_of_detectron2s_mapper(on_shapes, shapes, sampling):
+@pytest.mark.parametrize(
+    ("more", "own"),
+    [
+        ({}, True),
+        ({"INPUT.MIN_SIZE_TRAIN_SAMPLING": "range"}, True),
+        ({"INPUT.CROP.ENABLED": True}, True),
+        ({"INPUT.CROP.ENABLED": True, "INPUT.CROP.TYPE": "absolute_range", "INPUT.CROP.SIZE": [60, 80]}, True),
+        # Detectron2 has no key for the rest
+        ({"INPUT.AUGMENTATION": "voc"}, False),
+        ({"INPUT.AUGMENTATION": "strong", "INPUT.RANDOM_FLIP": "vertical"}, False),
+    ],
+)
+def test_examples_are_those_of_detectron2s_mapper(on_shapes, shapes, more, own):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from detectron2.config import get_cfg
     from detectron2.data import DatasetMapper
 
     from nst_det.detection.config import add_nst_det_config
-    from nst_det.detectron2.data import SeededImages, voc_dicts
+    from nst_det.detectron2.data import ImageMapper, SeededImages, voc_dicts
 
-    config = on_shapes(
-        changes={
-            "INPUT.MIN_SIZE_TRAIN": [70, 90],
-            "INPUT.MIN_SIZE_TRAIN_SAMPLING": sampling,
-            "INPUT.MAX_SIZE_TRAIN": 100,
-            "INPUT.FORMAT": "BGR",
-        }
-    )
+    changes = {"INPUT.MIN_SIZE_TRAIN": [70, 90], "INPUT.MAX_SIZE_TRAIN": 100, "INPUT.FORMAT": "BGR"}
+    config = on_shapes(changes=changes | more)
     cfg = get_cfg()
     add_nst_det_config(cfg)
+    cfg.INPUT.CROP.update(config.INPUT.CROP)
     cfg.INPUT.update({key: value for key, value in config.INPUT.items() if key != "CROP"})
     data = VocDataset(shapes, "trainval", CLASSES)
-    theirs = SeededImages(voc_dicts(data, use_difficult=False), DatasetMapper(cfg, True), seed=5)
+    mapper = (DatasetMapper if own else ImageMapper)(cfg, True)
+    theirs = SeededImages(voc_dicts(data, use_difficult=False), mapper, seed=5)
     ours = DetectionImages(list_items([data], False, False), config, train=True, seed=5)
     for batch, _ in zip(StepBatchSampler(len(data), 2, 5), range(10)):
         for place in batch:

@@ -94,6 +94,7 @@ def test_a_resumed_run_ends_with_the_same_bits(on_shapes, tmp_path, stops_after_
         # three of the five steps that are measured come before the stop
         changes = {**wide_teacher, "METHOD": "kd+fitnet:3+nst-poly"}
         changes["TRANSFER.AUTO_WEIGHT"] = {"nst-poly": 0.5, "fitnet": 0.5}
+        changes["INPUT.AUGMENTATION"] = "strong"
     undisturbed = train_detector(on_shapes("one", changes))
     with stops_after_saving(3), pytest.raises(UserError, match="stopped"):
         train_detector(on_shapes("two", changes))

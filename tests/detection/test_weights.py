@@ -6,15 +6,13 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from nst_det.detection.checkpoint import load_weights, save_weights, saved_classes
 from nst_det.detection.torchvision import build_detector
 from nst_det.errors import UserError
 from nst_det.models import Card, create_model, input_contract, save_backbone
-from nst_det.models.convert import convert
 from tests.helpers.detection import same_bits
+from tests.helpers.hub import REPO, offline_cache, snapshot, weights
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CLASSES = ["a", "b", "c"]
@@ -90,7 +88,8 @@ def test_a_classifier_from_elsewhere_fills_the_bottom_up(small, tmp_path, arch, 
         theirs(images)
         maps = detector.eval().backbone.bottom_up(images)
     torch.testing.assert_close(maps["res5"], seen[0], rtol=1e-5, atol=1e-5)
-    # images of another scale: known to be wrong, or perhaps so
+    # a resnet's file may be anybody's, and images are asked for; torchvision's others are known to want ImageNet's
+    assert ("MODEL.PIXEL_STD" in caplog.text) == (arch == "resnet18")
     config = small({**keys, "MODEL.PIXEL_STD": [1.0, 1.0, 1.0]})
     if arch == "resnet18":
         load_weights(build_detector(config), config)
@@ -100,27 +99,19 @@ def test_a_classifier_from_elsewhere_fills_the_bottom_up(small, tmp_path, arch, 
             load_weights(build_detector(config), config)
 
 
-def test_torchvisions_detector_of_91_classes_begins_one_of_three(small, tmp_path):
-    torch.manual_seed(0)
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
-    theirs = FasterRCNN(backbone, num_classes=91).eval()
-    torch.save(theirs.state_dict(), tmp_path / "coco.pth")
-    keys = {
-        "MODEL.FPN.OUT_CHANNELS": 256,
-        "MODEL.ROI_BOX_HEAD.FC_DIM": 1024,
-        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
-        "MODEL.TIMM.ARCH": "resnet18",
-        "MODEL.WEIGHTS": str(tmp_path / "coco.pth"),
-    }
-    config = small(keys)
-    detector, fresh = build_detector(config), build_detector(config)
-    assert load_weights(detector, config, CLASSES, new_predictor=True) == "detector"
-    wanted = convert(theirs.state_dict(), "timm")
-    for name, value in detector.state_dict().items():
-        expected = fresh.state_dict() if "box_predictor" in name else wanted
-        assert torch.equal(value, expected.get(name, value)), name
-    with pytest.raises(UserError, match="MODEL.WEIGHTS: .*coco.pth"):
-        load_weights(build_detector(config), config, CLASSES)
+def test_a_published_name_fills_the_bottom_up(small, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    theirs = weights(snapshot(offline_cache(tmp_path, monkeypatch)) / "model.safetensors")
+    keys = {"MODEL.TIMM.ARCH": "test_resnet", "MODEL.WEIGHTS": REPO}
+    # its images are not ImageNet's
+    with pytest.raises(UserError, match=r"MODEL\.WEIGHTS.*MODEL\.PIXEL_MEAN \[127\.5, 127\.5, 127\.5\]"):
+        load_weights(build_detector(small(keys)), small(keys))
+    config = small(keys | {"MODEL.PIXEL_MEAN": [127.5] * 3, "MODEL.PIXEL_STD": [127.5] * 3})
+    detector = build_detector(config)
+    assert load_weights(detector, config) == "backbone"
+    assert REPO in caplog.text
+    for name, value in detector.backbone.bottom_up.model.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name])
 
 
 @pytest.fixture
@@ -184,7 +175,7 @@ def test_for_other_classes_all_but_the_predictor_is_filled(small, written, class
     torch.save(detector.state_dict(), path.parent / "plain.pth")
     config = small({"MODEL.WEIGHTS": str(path.parent / saved), "MODEL.ROI_HEADS.NUM_CLASSES": len(classes)})
     other, fresh = build_detector(config), build_detector(config)
-    assert load_weights(other, config, classes, new_predictor=True) == "detector"
+    assert load_weights(other, config, classes, starts=True) == "detector"
     for name, value in other.state_dict().items():
         expected = fresh if "box_predictor" in name else detector
         assert torch.equal(value, expected.state_dict()[name]), name
@@ -194,7 +185,7 @@ def test_for_other_classes_all_but_the_predictor_is_filled(small, written, class
         load_weights(build_detector(config), config, classes)
     if saved == path.name:
         with pytest.raises(UserError, match=r"DATASETS.CLASSES to \[a, b, c\]"):
-            load_weights(build_detector(config), config, CLASSES[::-1], new_predictor=True)
+            load_weights(build_detector(config), config, CLASSES[::-1], starts=True)
 
 
 @pytest.mark.parametrize(

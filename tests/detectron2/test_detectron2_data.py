@@ -1,11 +1,13 @@
 """VOC folders in Detectron2's catalogs, loaders and evaluators."""
 
+import copy
 import itertools
 import random
 import shutil
 import signal
 
 import numpy as np
+import pycocotools.mask
 import pytest
 import torch
 
@@ -72,9 +74,10 @@ def plain(value):
     return [plain(item) for item in value] if isinstance(value, list) else value
 
 
-def test_cached_images_are_mapped_as_detectron2_maps_them(configured):
-    cfg = configured()
-    theirs, ours = DatasetMapper(cfg, True), ImageMapper(cfg, cached=True)
+@pytest.mark.parametrize("preset", ["none", "voc"])
+def test_cached_images_are_mapped_as_detectron2_maps_them(configured, preset):
+    cfg = configured("INPUT.AUGMENTATION", preset)
+    theirs, ours = (DatasetMapper if preset == "none" else ImageMapper)(cfg, True), ImageMapper(cfg, cached=True)
     for item, seed in itertools.product(DatasetCatalog.get("tiny_train")[:3], range(3)):
         np.random.seed(seed)
         wanted = plain(theirs(item))
@@ -85,7 +88,8 @@ def test_cached_images_are_mapped_as_detectron2_maps_them(configured):
 def test_workers_give_the_same_batches_and_ask_no_gpu_for_anything(configured, cuda_in_use):
     found = []
     for workers in (0, 2):
-        cfg = configured("DATALOADER.NUM_WORKERS", workers, "MODEL.DEVICE", "cpu")
+        words = ["DATALOADER.NUM_WORKERS", workers, "MODEL.DEVICE", "cpu", "INPUT.AUGMENTATION", "strong"]
+        cfg = configured(*words)
         train = build_train_loader(cfg)
         train.batch_sampler.start = 3
         found.append([plain(batch) for batch in itertools.islice(train, 6)])
@@ -93,6 +97,34 @@ def test_workers_give_the_same_batches_and_ask_no_gpu_for_anything(configured, c
         found[-1] += [plain(batch) for batch in DistillTrainer.build_test_loader(cfg, "tiny_test")]
     assert found[0] == found[1]
     assert len(found[0]) == 6 + 4
+
+
+def test_masks_are_changed_with_their_boxes(configured):
+    # without CROP Detectron2 makes no boxes of the masks
+    cfg = configured("INPUT.AUGMENTATION", "strong", "MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", "bitmask")
+    item = copy.deepcopy(DatasetCatalog.get("tiny_train")[0])
+    for one in item["annotations"]:
+        x0, y0, x1, y1 = map(round, one["bbox"])
+        mask = np.zeros((item["height"], item["width"]), np.uint8, order="F")
+        mask[y0:y1, x0:x1] = 1
+        one["segmentation"] = pycocotools.mask.encode(mask)
+    mapper, shown = ImageMapper(cfg), set()
+    for seed in range(20):
+        np.random.seed(seed)
+        found = mapper(item)["instances"]
+        masks, boxes = found.gt_masks.get_bounding_boxes().tensor, found.gt_boxes.tensor
+        assert torch.allclose(masks, boxes, atol=1.01)
+        assert len(boxes) > 0
+        shown.add((found.image_size, len(boxes)))
+    assert len(shown) > 10
+
+
+def test_a_preset_that_another_reader_left_without_its_keys(configured):
+    cfg = configured()
+    cfg.defrost()
+    cfg.INPUT.AUGMENTATION = "voc"
+    with pytest.raises(UserError, match=r"INPUT\.AUGMENTATION voc"):
+        ImageMapper(cfg)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -25,6 +25,7 @@ from nst_det.exporting.agreement import partners
 from nst_det.exporting.backbone import export_detectron2
 from nst_det.exporting.runtime import load_exported
 from nst_det.models import bottomup_from_file
+from tests.helpers.hub import REPO, offline_cache, snapshot, weights
 
 LEVELS = ["res2", "res3", "res4", "res5"]
 
@@ -50,6 +51,18 @@ def timm_cfg(fpn=True, weights="later", arch="resnet18"):
     else:
         cfg.MODEL.BACKBONE.NAME, cfg.MODEL.TIMM.OUT_FEATURES = "build_timm_backbone", ["res4"]
     return cfg
+
+
+def test_a_published_name_fills_the_bottom_up(tmp_path, monkeypatch):
+    theirs = weights(snapshot(offline_cache(tmp_path, monkeypatch)) / "model.safetensors")
+    model = build_model(timm_cfg(arch="test_resnet"))
+    with pytest.raises(UserError, match=r"MODEL\.PIXEL_MEAN \[127\.5, 127\.5, 127\.5\]"):
+        BackboneCheckpointer(model).load(REPO)
+    model.pixel_mean.fill_(127.5)
+    model.pixel_std.fill_(127.5)
+    BackboneCheckpointer(model).load(REPO)
+    for name, value in model.backbone.bottom_up.model.state_dict().items():
+        assert torch.equal(value.cpu(), theirs.state_dict()[name])
 
 
 def test_a_classifier_from_elsewhere_fills_the_bottom_up(tmp_path):
@@ -154,7 +167,7 @@ def test_a_run_of_detectron2_finds_the_same_in_onnx(cli, whole, voc_root, tmp_pa
         item = {"image": network_input(pixels, cfg), "height": pixels.shape[0], "width": pixels.shape[1]}
         with torch.no_grad():
             (wanted,) = parity.detect(model, [item])
-        found = exported(pixels)
+        (found,) = exported.find([pixels])
         pairs, alone = partners(
             [wanted[name].numpy() for name in ("boxes", "scores", "labels")], [found.boxes, found.scores, found.labels]
         )

@@ -93,6 +93,7 @@ class Stop(HookBase):
 
 def test_a_resumed_run_repeats_the_undisturbed_one(configured, taught, tmp_path):
     words = [*taught("kd+fitnet+nst-poly"), "DATASETS.TEST", "()", "TRANSFER.AUTO_WEIGHT", "{nst-poly: 0.5}"]
+    words += ["INPUT.AUGMENTATION", "voc"]
     whole, part = (configured(*words, folder=tmp_path / name) for name in ("whole", "part"))
     train_net(whole, RunFolder(whole.OUTPUT_DIR), resume=False)
     first = DistillTrainer(part)
@@ -144,9 +145,11 @@ def test_the_added_keys_are_followed(configured):
     assert rates["roi_heads.box_head.fc1.weight"] == pytest.approx(0.002)
 
 
-def test_mixed_precision_on_the_cpu_keeps_the_heads_in_float32(configured, taught, monkeypatch):
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_mixed_precision_on_the_cpu_keeps_the_heads_in_float32(configured, taught, monkeypatch, evaluates):
     monkeypatch.setattr(room, "amp_dtype", lambda *_: torch.bfloat16)
-    made = DistillTrainer(configured(*taught(), "SOLVER.AMP.ENABLED", True, "DATASETS.TEST", "()"))
+    words = ["SOLVER.AMP.ENABLED", True, "TEST.AMP", evaluates, "DATASETS.TEST", "()"]
+    made = DistillTrainer(configured(*taught(), *words))
     seen = []
     made.student.backbone.bottom_up.register_forward_hook(lambda _m, _i, maps: seen.append(maps["res3"].dtype))
     made.student.proposal_generator.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[1]["p3"].dtype))
@@ -154,6 +157,9 @@ def test_mixed_precision_on_the_cpu_keeps_the_heads_in_float32(configured, taugh
     made.max_iter = 1
     made.train()
     assert seen == [torch.float32, torch.bfloat16, torch.float32]
+    with torch.no_grad():
+        made.student.eval().backbone(torch.zeros(1, 3, 64, 64))
+    assert seen[3:] == [torch.bfloat16 if evaluates else torch.float32]
 
 
 def test_detectron2s_frozen_weights_are_cast_to_the_bits_of_autocast():

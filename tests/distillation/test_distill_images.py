@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as F
 
 from nst_det.data.folders import read_image_folder
 from nst_det.data.images import EncodedImage, read_image
+from nst_det.distillation import dataloader
 from nst_det.distillation.accuracy import correct_counts, measure
 from nst_det.distillation.augment import (
     ImageStore,
@@ -29,7 +30,7 @@ from nst_det.distillation.augment import (
     seen_places,
 )
 from nst_det.distillation.color_jitter import color_row, draw_colors, jittered
-from nst_det.distillation.config import get_defaults
+from nst_det.distillation.config import get_defaults, load_distill_config
 from nst_det.distillation.dataloader import Batch, EvaluationBatches, Normalizer, TrainingBatches
 from nst_det.engine.loader import load
 from nst_det.errors import UserError
@@ -70,7 +71,7 @@ def test_crops_are_torchvisions_of_the_box_that_is_drawn(tmp_path, limit):
     for index in range(len(split)):
         whole = torch.from_numpy(split.image(index)).permute(2, 0, 1)
         for seed in range(20):
-            found = store.crop(index, area, aspect, Random(seed))
+            found = torch.from_numpy(store.crop(index, area, aspect, Random(seed))).permute(2, 0, 1)
             top, left, height, width = random_box(*whole.shape[1:], area, aspect, Random(seed))
             n = max(n for n in (1, 2, 4, 8) if n == 1 or 32 * n <= min(height, width))
             # cut at whole pixels of the scale at which it is decoded
@@ -170,14 +171,16 @@ def test_crops_have_the_size_asked_for_and_depend_on_their_seeds(tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_center_square_against_pillow():
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    # no scaling left to differ in: shortest side 40 / 0.8 = 50 would scale, 40 / 1.0 doesn't
-    square = center_square(torch.from_numpy(pixels).permute(2, 0, 1), 40)
-    assert np.array_equal(square.permute(1, 2, 0).numpy(), pixels[:, 10:50])
-    small = center_square(torch.from_numpy(pixels).permute(2, 0, 1), 32, 0.8)
-    wanted = np.asarray(Image.fromarray(pixels).resize((60, 40), Image.BILINEAR).crop((14, 4, 46, 36)))
-    assert np.abs(small.permute(1, 2, 0).numpy().astype(int) - wanted).max() <= 1
+def test_center_squares_are_torchvisions():
+    rng = np.random.default_rng(0)
+    for height, width, size, ratio in ((40, 60, 40, 1.0), (40, 60, 32, 0.8), (333, 500, 224, 0.875), (91, 50, 64, 0.9)):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        resized = F.resize(torch.from_numpy(pixels).permute(2, 0, 1), [round(size / ratio)], antialias=True)
+        wanted = F.center_crop(resized, [size, size]).permute(1, 2, 0)
+        assert np.array_equal(center_square(pixels, size, ratio), wanted)
+    # and Pillow's up to rounding
+    wanted = Image.fromarray(pixels).resize((71, 129), Image.BILINEAR).crop((4, 32, 68, 96))
+    assert np.abs(center_square(pixels, 64, 0.9).astype(int) - np.asarray(wanted)).max() <= 1
 
 
 def test_normalizing_against_float64():
@@ -196,9 +199,9 @@ def augmentation(**keys):
     return node
 
 
-def batches(split, size=7, seed=0, limit=1e9, views=0, **keys):
+def batches(split, size=7, seed=0, limit=1e9, views=0, threads=1, **keys):
     augment = augmentation(**keys)
-    store = ImageStore(split, 32, 1.0, not augment.CROP_AREA, limit)
+    store = ImageStore(split, 32, 1.0, not augment.CROP_AREA, limit, threads)
     return TrainingBatches(store, size, seed, augment, Views(store, augment, views, 5) if views else None)
 
 
@@ -289,6 +292,30 @@ def test_workers_give_the_same_images_to_evaluate_on(images, limit, cuda_in_use)
     assert [len(batch.labels) for batch in alone] == [7, 7, 7, 3]
     assert torch.equal(torch.cat([batch.labels for batch in alone]), store.labels)
     assert all(same(*pair) for pair in zip(alone, load(evaluation, firsts, 2), strict=True))
+    evaluation.store.threads = 3
+    assert all(same(batch, evaluation[first]) for batch, first in zip(alone, firsts))
+
+
+@pytest.mark.parametrize("limit", [0, 1e9])
+@pytest.mark.parametrize("crop", [[], [0.3, 1.0]])
+def test_threads_give_the_same_images_to_train_on(images, limit, crop):
+    split = read_image_folder(images).train
+    one, three = (batches(split, limit=limit, threads=n, CROP_AREA=crop, COLOR_JITTER=[0.4] * 4) for n in (1, 3))
+    assert all(same(one[step], three[step]) for step in range(5))
+
+
+@pytest.mark.parametrize(("device", "processes", "threads"), [("cpu", 0, 2), ("cuda", 2, 1)])
+def test_workers_are_threads_of_a_cpu_and_processes_for_a_gpu(images, monkeypatch, device, processes, threads):
+    monkeypatch.setattr(dataloader, "default_device", lambda: torch.device("cpu"))
+    config = load_distill_config(
+        None, ["DATA.ROOT", str(images), "DATALOADER.NUM_WORKERS", "2", "DATA.CACHE_GIB", "0.0"]
+    )
+    data, asked = dataloader.StageOneData(config), []
+    data.normalize.device = torch.device(device)
+    monkeypatch.setattr(dataloader, "load", lambda source, keys, workers: asked.append((source.store, workers)))
+    data.evaluation("val")
+    ((store, workers),) = asked
+    assert (workers, store.threads) == (processes, threads)
 
 
 def test_an_unreadable_image_is_named_also_by_a_worker(tmp_path, images):
@@ -298,7 +325,8 @@ def test_an_unreadable_image_is_named_also_by_a_worker(tmp_path, images):
     named = f"^{tmp_path}/a/1.png: can't be decoded"
     with pytest.raises(UserError, match=named):
         batches(split)
-    for source in (batches(split, limit=0), EvaluationBatches(batches(split, limit=0).store, 2)):
+    kept = [batches(split, limit=0, threads=threads) for threads in (1, 2)]
+    for source in (*kept, *(EvaluationBatches(one.store, 2) for one in kept)):
         for workers in (0, 1):
             with pytest.raises(UserError, match=named) as caught:
                 list(load(source, range(1), workers))

@@ -30,6 +30,7 @@ from nst_det.engine.trainer import Clock
 from nst_det.errors import UserError
 from nst_det.losses.loss_balance import GradientBalance
 from nst_det.models import Card, create_model, input_contract, load_card, prove_parity, save_backbone
+from tests.helpers.hub import NAME, REPO, offline_cache, snapshot, weights
 from tests.helpers.stage_one import METHODS, STEPS, assert_same_run, config, metrics, overrides, run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "distill"
@@ -371,7 +372,7 @@ def test_students_begin_with_published_weights(images, taught, tmp_path, form):
         ({"TEACHER.TRAIN": True}, False),
         (
             {"TEACHER.ARCH": "nst_resnet10_w32", "STUDENT.ARCH": "vit_tiny_patch16_224", "STUDENT.PRETRAINED": True},
-            False,
+            True,
         ),
     ],
 )
@@ -389,6 +390,21 @@ def test_the_pixels_of_published_weights(images, tmp_path, monkeypatch, keys, re
     halves = {"DATA.MEAN": [0.5] * 3, "DATA.STD": [0.5] * 3}
     make(config(images, tmp_path, **keys, **halves), 3 if key == "STUDENT" else None)
     assert caplog.text == ""
+
+
+def test_a_published_name_begins_students_and_teachers(images, tmp_path, monkeypatch, caplog):
+    theirs = weights(snapshot(offline_cache(tmp_path, monkeypatch)) / "model.safetensors")
+    keys = {f"{who}.{key}": NAME for who in ("STUDENT", "TEACHER") for key in ("ARCH", "WEIGHTS")}
+    for make, classes, refused in ((initial_student, 3, True), (initial_teacher, ["a"], False)):
+        with pytest.raises(UserError, match=r"DATA.MEAN \[0.5, 0.5, 0.5\]") if refused else nullcontext():
+            make(config(images, tmp_path, **keys), classes)
+        halves = {"DATA.MEAN": [0.5] * 3, "DATA.STD": [0.5] * 3}
+        network = make(config(images, tmp_path, **keys, **halves), classes)
+        assert REPO in network.start
+        assert "head of 1000 classes" in network.start
+        assert torch.equal(network.model.conv1[0].weight, theirs.conv1[0].weight)
+    # a teacher that learns from other images first is told so
+    assert re.search(r"TEACHER\.WEIGHTS.*0\.5", caplog.text)
 
 
 # changes, and what the line must name

@@ -78,6 +78,26 @@ def test_what_cannot_be_compiled_runs_as_it_is_after_one_line(monkeypatch, caplo
     assert "no compiler here" in line
 
 
+def test_statistics_move_once_where_the_second_graph_cannot_be_compiled(monkeypatch):
+    compiled_graphs = []
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        if len(compiled_graphs) == 2:
+            raise FileNotFoundError("no compiler here")
+        return graph.forward
+
+    with_backend(monkeypatch, backend)
+    network = create_model("nst_resnet10_w32", 3, False).train()
+    other, images = copy.deepcopy(network), torch.randn(2, 3, 32, 32)
+    function = compiled(forward_outputs, "default", CPU, "a network")
+    for _ in range(2):
+        outputs, wanted = function(network, images, {}), forward_outputs(other, images, {})
+        assert torch.equal(outputs.logits, wanted.logits)
+        assert all(map(torch.equal, network.buffers(), other.buffers()))
+    assert len(compiled_graphs) == 2
+
+
 def test_a_fault_of_the_network_itself_is_raised(monkeypatch):
     with_backend(monkeypatch, "eager")
     with pytest.raises(RuntimeError, match="shape"):

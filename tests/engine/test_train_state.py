@@ -56,8 +56,26 @@ def late_step(state, broken):
     state.late_step(lambda: None, not_finite(torch.stack([parameter.grad.sum() for parameter in state.parameters])))
 
 
+@pytest.fixture
+def empty_is_nan():
+    """Memory that nothing was written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_first_step_that_a_scaler_passes_over_leaves_no_momentum(tmp_path, empty_is_nan):
+    state, known = training(tmp_path), training(tmp_path)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    state.scaler.scale(state.adapters(state.model(torch.randn(4, 4))).sum() * math.inf).backward()
+    state.optimizer_step(lambda: None)
+    assert state.scaler.get_scale() == 2.0
+    assert not any(one["momentum_buffer"].any() for one in state.optimizer.state.values())
+    assert all(map(torch.equal, state.parameters, known.parameters))
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_the_device_passes_over_a_step_that_is_not_finite(tmp_path, optimizer):
+def test_the_device_passes_over_a_step_that_is_not_finite(tmp_path, empty_is_nan, optimizer):
     state, known = training(tmp_path, optimizer=optimizer), training(tmp_path, optimizer=optimizer)
     # before the optimizer has any state
     late_step(state, broken=True)

@@ -70,6 +70,7 @@ def distill(config):
         train(folder, config["SOLVER"]["MAX_ITER"])
         name = f"{config['NAME']}-{method}" + (f"-s{seed}" if methods else "")
         (registry / f"{name}.safetensors").write_text(method)
+        (registry / f"{name}.json").write_text("{}")
         top1 = score(method, {**node, **node["BY_METHOD"].get(method, {})}, seed) if methods else 0.5
         result = {"name": name, "top1": top1, "top5": 1.0, "seconds": time.time() % 7}
         write(folder / "result.json", result | {"steps": config["SOLVER"]["MAX_ITER"]})

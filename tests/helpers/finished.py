@@ -5,6 +5,7 @@ import json
 import math
 import random
 import statistics
+from dataclasses import asdict
 
 from PIL import Image
 
@@ -33,14 +34,20 @@ COST = {
 }
 
 
-def build_results(numbers=NUMBERS, seeds=3, classes=CLASSES):
-    """The content of ``results.json``."""
+def build_results(numbers=NUMBERS, seeds=3, classes=CLASSES, begin=""):
+    """The content of ``results.json``; ``begin`` are published weights that all students begin from."""
+    rows = [build_row(method, maps[:seeds], top1, numbers, classes) for method, (maps, top1) in numbers.items()]
+    for row in rows if begin and "imagenet" in numbers else ():
+        own, other = (dict(enumerate(numbers[name][0][:seeds])) for name in (row["method"], "imagenet"))
+        one = asdict(paired_difference(own, other))
+        row["vs_imagenet"] = one if row["method"] != "imagenet" else {**one, "interval": None, "verdict": "reference"}
     return {
         "name": "shapes",
         "engine": "torchvision",
         "published": ["nst-voc07"],
         "classes": list(classes),
-        "rows": [build_row(method, maps[:seeds], top1, numbers, classes) for method, (maps, top1) in numbers.items()],
+        "rows": rows,
+        "student_weights": begin,
         "teacher": {"name": "shapes-teacher", "top1": 0.953, "steps": 400},
         "settings": {"ENGINE": "torchvision", "DISTILL.SOLVER.MAX_ITER": 200},
         "provenance": {"versions": {"torch": "2.14.1"}, "platform": "Linux-x86_64", "cuda": None},
@@ -50,11 +57,11 @@ def build_results(numbers=NUMBERS, seeds=3, classes=CLASSES):
 def without_detectors(tree):
     """The same numbers as those of a comparison of stage one alone: its students have the top-1 that mAP was."""
     tree = copy.deepcopy(tree) | {"engine": "", "classes": [], "published": ["vid-cifar10-100"]}
-    tree["rows"] = [row for row in tree["rows"] if row["method"] not in ("scratch", "teacher")]
+    tree["rows"] = [row for row in tree["rows"] if row["method"] not in ("scratch", "imagenet", "teacher")]
     for row in tree["rows"]:
         for one in (row, *row["per_seed"].values()):
             one |= {"top1": one["map"], "top1_std": one.get("map_std")}
-            one |= dict.fromkeys(("map", "map_std", "map_area", "cost", "checkpoints", "run"))
+            one |= dict.fromkeys(("map", "map_std", "map_area", "cost", "checkpoints", "run", "vs_imagenet"))
             empty = ("per_class", "per_class_area", "map_by_iou", "coco", "objects", "objects_per_class")
             one |= {key: {} for key in (*empty, "speed_detector")}
             one["seconds_detector"] = 0.0

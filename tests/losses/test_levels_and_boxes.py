@@ -258,17 +258,3 @@ def test_boxes_that_are_not_there_are_missed_in_one_line():
     assert float(term(given, ModelOutputs(maps={"p3": torch.randn(2, 3, 4, 4)}))["fgd"].detach()) > 0
     assert [len(of_image) for of_image in given.images(torch.tensor([1, 0])).boxes] == [0, 4]
     assert [len(of_image) for of_image in given.images(slice(0, 1)).boxes] == [4]
-
-
-@pytest.mark.parametrize(
-    ("term", "options", "named"),
-    [
-        ("reviewkd", {"width": 0}, "width"),
-        ("fgd", {"temperature": 0}, "temperature"),
-        ("fgd", {"objects": -1}, "objects"),
-    ],
-)
-def test_options_that_cannot_be_used_are_named(term, options, named):
-    places = LayerPair("res3", "res3", 4, 4)
-    with pytest.raises(ValueError, match=f"{term}.*{named}"):
-        get_term(term).build([places] if get_term(term).joint else places, **options)

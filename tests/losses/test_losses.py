@@ -416,6 +416,9 @@ def test_shapes_that_cannot_be_compared_are_refused(loss, shapes):
         *((term, {"temperature": 0}, "temperature") for term in ("dkd", "dist")),
         ("dkd", {"target": 0, "others": 0}, "others"),
         ("dist", {"intra": -1}, "intra"),
+        ("reviewkd", {"width": 0}, "width"),
+        ("fgd", {"temperature": 0}, "temperature"),
+        ("fgd", {"objects": -1}, "objects"),
         ("pkd", {}, "res3:res4.*64.*256"),
         ("vid-logits", {}, "width"),
     ],
@@ -423,7 +426,7 @@ def test_shapes_that_cannot_be_compared_are_refused(loss, shapes):
 def test_a_term_that_cannot_be_built_names_the_option(term, options, named):
     pair = LayerPair("res3", "res4", 0 if term == "vid-logits" else 64, 256)
     with pytest.raises(ValueError, match=f"{term}.*{named}"):
-        get_term(term).build(pair, **options)
+        get_term(term).build([pair] if get_term(term).joint else pair, **options)
 
 
 def test_larger_maps_are_averaged_down():

@@ -1,3 +1,4 @@
+import csv
 import itertools
 import json
 import re
@@ -10,7 +11,7 @@ from nst_det.engine.format import print_table
 from nst_det.report import write_report
 from nst_det.report.page import CHANGE, HEAT, luminance, readable
 from nst_det.report.tables import UNTOLD
-from tests.helpers.finished import build_results, build_runs, typed
+from tests.helpers.finished import NUMBERS, build_results, build_runs, typed
 from tests.helpers.page import Page
 
 HOSTILE = "</td></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;{{ 7 * 7 }}$x_1$"
@@ -273,6 +274,28 @@ def test_the_command_names_what_is_wrong(cli, tmp_path, capsys, content):
     assert cli("report", tmp_path) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(file) in line
+
+
+def test_rows_that_begin_from_published_weights_are_compared_with_them_everywhere(tmp_path, capsys):
+    tree = build_results({"imagenet": ((0.61, 0.62, 0.63), None), **NUMBERS}, begin="lite0.pth")
+    page = write(tree, tmp_path, tmp_path)
+    head, *lines = page.tables["rows"]
+    shown = {line[0]: dict(zip(head, line)) for line in lines}
+    mean = sum(NUMBERS["fitnet"][0]) / 3 - 0.62
+    assert shown["fitnet"]["difference to imagenet"].startswith(f"+{mean:.3f} [+")
+    verdicts = [shown[name]["verdict to imagenet"] for name in ("fitnet", "kd", "scratch", "imagenet")]
+    assert verdicts == ["better", "within noise", "worse", "reference"]
+    markdown = (tmp_path / "report" / "table.md").read_text()
+    assert f"| +{mean:.3f} [+" in next(line for line in markdown.splitlines() if line.startswith("| fitnet |"))
+    with open(tmp_path / "report" / "results.csv") as file:
+        found = {line["method"]: line for line in csv.DictReader(file)}
+    assert float(found["fitnet"]["delta_vs_imagenet"]) == pytest.approx(mean)
+    assert found["kd"]["verdict_vs_imagenet"] == "noise"
+    answer = CompareResult(typed(tree), tmp_path)
+    print_table(answer)
+    sentence = "from published weights? Yes: over 3 seeds, fitnet, kd+nst-poly and nst-poly beat"
+    for text in (page.html, markdown, answer.conclusion, " ".join(capsys.readouterr().out.split())):
+        assert sentence in text
 
 
 def test_what_it_cannot_tell_stands_below_the_table_on_a_terminal_too(finished, capsys):

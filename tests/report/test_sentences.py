@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from nst_det.report.curves import Curve
 from nst_det.report.limits import late_fall, limits
@@ -25,21 +26,26 @@ BOX = {
 }
 
 
+# rows whose detector has no backbone of stage one
+UNTAUGHT = ("scratch", "imagenet")
+
+
 def random_results(draw):
     """Content of results.json and curves of both stages; few values, so that there are ties."""
     seeds = draw.randint(1, 5)
     methods = [name for name in ("kd", "fitnet", "nst-poly") if draw.random() < 0.8]
-    rows = ["ce", *(name for name in ("scratch", "teacher") if draw.random() < 0.7), *methods]
+    rows = ["ce", *(name for name in ("scratch", "imagenet", "teacher") if draw.random() < 0.7), *methods]
     draw.shuffle(rows)
     maps, top1 = draw.choice([(0.05, 0.1, 0.15), (0.1, 0.2, 0.3, 0.35)]), (0.4, 0.5, 0.6)
     numbers = {
         name: (
             tuple(draw.choice(maps) for _ in range(seeds)),
-            None if name == "scratch" else (draw.choice(top1),) * seeds,
+            None if name in UNTAUGHT else (draw.choice(top1),) * seeds,
         )
         for name in rows
     }
-    tree = build_results(numbers=numbers, seeds=seeds, classes=("cup", "hat", "pen"))
+    begin = draw.choice(("", "lite0.pth"))
+    tree = build_results(numbers=numbers, seeds=seeds, classes=("cup", "hat", "pen"), begin=begin)
     tree["teacher"] = {"top1": draw.choice((0.45, 0.5, None))} if draw.random() < 0.8 else None
     objects = {name: draw.choice((0, 7, 49, 50, 400)) for name in tree["classes"]}
     images = draw.choice((None, 30, 2000))
@@ -47,7 +53,7 @@ def random_results(draw):
         row["objects_per_class"] = objects
         for entry in row["per_seed"].values():
             entry["val_images"] = images
-    taught = [name for name in rows if name not in ("scratch", "teacher")]
+    taught = [name for name in rows if name not in (*UNTAUGHT, "teacher")]
     curves = [
         {"loss": {name: {row: fall(draw) for row in on}}, "accuracy": {key: {row: rise(draw) for row in taught}}}
         for name, key, on in (("loss/ce", "val/top1", taught), ("total_loss", "val/map", rows))
@@ -70,9 +76,13 @@ def curve(values):
     return Curve(np.arange(len(values)), values, values, values)
 
 
-def named(text):
-    """Names and numbers of a list such as ``kd (0.500), at (+0.1) and 2 more``."""
-    return {name: float(number.replace("−", "-")) for name, number in re.findall(r"(\S+) \(([+−\d.]+)(?: %)?\)", text)}
+def assert_named(text, wanted):
+    """A list such as ``kd (0.500), at (+0.1) and 2 more`` names some of those wanted, and counts the others."""
+    pairs = re.findall(r"(\S+) \(([+−\d.]+)(?: %)?\)", text)
+    found = {name: float(number.replace("−", "-")) for name, number in pairs}
+    more = re.search(r"and (\d+) more", text)
+    assert found.items() <= wanted.items()
+    assert len(found) + int(more[1] if more else 0) == len(wanted)
 
 
 @pytest.mark.parametrize("detects", [True, False])
@@ -91,6 +101,7 @@ def test_no_sentence_is_refuted_by_the_table(number, detects):
         check_limits(tree, curves, limits(found, *curves))
     methods = {row.method: row for row in found.methods}
     text, ce, scratch = conclusion(found), rows["ce"].score, rows.get("scratch")
+    check_published_start(tree, methods, text, detects)
     if not methods:
         assert text == "No transfer method was compared: there is nothing to tell apart yet."
         return
@@ -100,7 +111,7 @@ def test_no_sentence_is_refuted_by_the_table(number, detects):
     if named := re.search(rf"of the transfer methods (\S+) has the highest {name}", text):
         assert methods[named[1]].score == max(row.score for row in methods.values())
         assert seeds == 1
-    if named := re.search(r"seeds, (?!no )(.+?) beats? ce", text):
+    if named := re.search(r"Over \d seeds, (?!no )(.+?) beats? ce", text):
         assert all(methods[one].score > ce for one in re.split(", | and ", named[1]))
     if named := re.search(r"Worse than ce: (.+?)\.$", text):
         assert all(methods[one].score < ce for one in re.split(", | and ", named[1]))
@@ -112,6 +123,48 @@ def test_no_sentence_is_refuted_by_the_table(number, detects):
             assert set(re.findall(r"(\S+) \(", note)) == below
         if note.startswith("Stage one with labels only"):
             assert ("−" in note) == (round(ce - scratch.score, 3) < 0)
+
+
+def check_published_start(tree, methods, text, detects):
+    """The answer about published weights is that of the paired differences, seed by seed."""
+    answer = re.search(r"still help from published weights\? (.+)", text)
+    rows = {row["method"]: row for row in tree["rows"]}
+    begin, alone = tree["student_weights"], rows.get("imagenet")
+    assert bool(answer) == (detects and bool(methods) and bool(begin or alone))
+    if not answer:
+        return
+    answer = answer[1]
+    if not begin or not alone or len(alone["seeds"]) == 1:
+        reason = "random weights" if not begin else "one seed" if alone else "ROWS"
+        assert re.match(rf"Not measured: [^.]*{reason}", answer)
+        return
+    gains = {
+        name: [
+            own["map"] - other["map"] for own, other in zip(*(rows[n]["per_seed"].values() for n in (name, "imagenet")))
+        ]
+        for name in (*methods, "ce")
+    }
+    # of equal differences scipy gives NaN
+    sides = {
+        name: np.sign(values[0])
+        if max(values) - min(values) < 1e-12
+        else (stats.ttest_1samp(values, 0).pvalue < 0.05) * np.sign(np.mean(values))
+        for name, values in gains.items()
+    }
+    better, worse = ({name for name in methods if sides[name] == side} for side in (1, -1))
+    expected = "Yes" if better else "No, it hurts" if worse == {*methods} else "It can't be told from noise"
+    assert answer.startswith(f"{expected}: over {len(alone['seeds'])} seeds")
+    if better:
+        beat = re.search(r"seeds, (.+?) beats? imagenet", answer)[1]
+        assert {*re.split(", | and ", beat)} == better
+        assert ("So does ce" in answer) == (sides["ce"] == 1)
+    if expected[0] != "N":
+        name, gain = re.search(r"The largest (?:gain|difference) is that of (\S+): ([+−]?[\d.]+) mAP", answer).groups()
+        largest = max(np.mean(gains[method]) for method in methods)
+        assert np.mean(gains[name]) == pytest.approx(largest)
+        assert float(gain.replace("−", "-")) == pytest.approx(largest, abs=5.1e-4)
+        told = re.search(r"Worse than imagenet: (.+?)\.", answer)
+        assert {*re.split(", | and ", told[1] if told else "")} - {""} == worse
 
 
 def check_limits(tree, curves, lines):
@@ -129,15 +182,15 @@ def check_limits(tree, curves, lines):
         value, name = re.match(r"The highest mAP is (\S+) \((\S+)\)\.", begins["weak"]).groups()
         assert float(value) == round(rows[name]["map"], 3) == round(best, 3)
     assert ("one seed" in begins, "two seeds" in begins) == (seeds == 1, seeds == 2)
-    told = [row for name, row in rows.items() if row["delta_interval"] and name not in ("scratch", "teacher")]
+    told = [row for name, row in rows.items() if row["delta_interval"] and name not in (*UNTAUGHT, "teacher")]
     assert ("pairs" in begins) == (len(told) > 1)
     taught = (tree["teacher"] or {}).get("top1")
     above = {n: row["top1"] for n, row in rows.items() if taught and n != "teacher" and (row["top1"] or 0) > taught}
-    assert named(begins.get("teacher", "")) == {name: round(value, 3) for name, value in above.items()}
+    assert_named(begins.get("teacher", ""), {name: round(value, 3) for name, value in above.items()})
     assert "teacher" not in begins or f"top-1 is {taught:.3f}" in begins["teacher"]
     upper = rows["teacher"]["map"] if "teacher" in rows else 1
     above = {n: round(row["map"], 3) for n, row in rows.items() if round(row["map"] - upper, 3) > 0}
-    assert named(begins.get("upper", "").partition("below")[2]) == above
+    assert_named(begins.get("upper", "").partition("below")[2], above)
     objects = rows["ce"]["objects_per_class"]
     assert set(re.findall("cup|hat|pen", begins.get("none", ""))) == {n for n, count in objects.items() if not count}
     few = {name: count for name, count in objects.items() if 0 < count < 50}
@@ -158,12 +211,12 @@ def check_limits(tree, curves, lines):
     }.items():
         ends = {name: one.mean[-1] for name, one in kinds["loss"][key].items()}
         # .4 of a fall of 1.4; .05 of one of 1.05 is less than a tenth
-        assert named(begins.get(f"fall {stage}", "")) == {name: 29 for name, end in ends.items() if end == 0.6}
+        assert_named(begins.get(f"fall {stage}", ""), {name: 29 for name, end in ends.items() if end == 0.6})
         last = {name: one.mean[-2:].tolist() for name, one in kinds["accuracy"][f"val/{top}"].items()}
         rises = {
             name: round(two[1] - two[0], 3) for name, two in last.items() if len(two) == 2 and two[1] - two[0] > 0.02
         }
-        assert named(begins.get(f"rise {stage}", "")) == rises
+        assert_named(begins.get(f"rise {stage}", ""), rises)
 
 
 def test_a_box_names_the_first_of_many_and_shared_seeds():

@@ -2,6 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
+from nst_det.cli import main
 from nst_det.data.folders import read_image_folder
 from nst_det.data.images import read_image
 from nst_det.data.voc import VocDataset
@@ -70,6 +71,19 @@ def test_an_image_folder_is_written_and_no_image_is_in_both_parts(make, tmp_path
     assert crop.shape == (48, 48, 3)
     assert crop[:, :, 0].mean() > 240
     assert crop[:, :, 2].mean() < 10
+
+
+def test_the_command_cuts_a_list_once(make, tmp_path, capsys):
+    data = make({f"{n}": [("cat", (31, 21, 50, 60))] for n in range(4)})
+    words = ["crop-objects", "--voc", str(data.root), "--split", "train", "--output", str(tmp_path / "made")]
+    for code in (0, 2):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == code
+    write_crops(data, tmp_path / "same")
+    made, same = (read_image_folder(tmp_path / name) for name in ("made", "same"))
+    assert made.fingerprint() == same.fingerprint()
+    assert str(tmp_path / "made") in capsys.readouterr().err
 
 
 def test_what_cannot_be_cut(make, tmp_path):

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 import yaml
+from safetensors.torch import save_file
 
-from nst_det.comparison.config import load_comparison, row_weights
+from nst_det.comparison.config import load_comparison, merge_stage, row_weights
 from nst_det.comparison.plan import make_plan, run_config
 from nst_det.comparison.stages import check_data_folders, check_distill_losses
 from nst_det.data.coco import CocoSource
@@ -15,10 +18,15 @@ from nst_det.data.folders import read_image_folder
 from nst_det.data.splits import hold_out
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import load_detect_config
-from nst_det.distillation.config import transfer_of
+from nst_det.detection.torchvision import build_detector
+from nst_det.distillation.build import initial_student, initial_teacher
+from nst_det.distillation.config import load_distill_config, transfer_of
 from nst_det.engine.config import flat, read_yaml
+from nst_det.errors import UserError
 from nst_det.losses import build_transfer, terms
+from nst_det.models.build import classifier_names
 from nst_det.scaffold.init import init_project
+from tests.helpers.hub import offline_cache
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.voc import write, write_list
 
@@ -97,6 +105,81 @@ def test_the_detector_is_the_small_one_of_the_packaged_configs(thirty, tmp_path)
     assert (project.images, project.cut) == ((24, 6), False)
 
 
+def test_on_a_gpu_a_project_is_what_practitioners_begin_with(thirty, tmp_path, monkeypatch, cli, capsys):
+    offline_cache(tmp_path, monkeypatch)
+    monkeypatch.setattr("nst_det.engine.device.default_device", lambda: torch.device("cuda"))
+    monkeypatch.setenv("VOC_ROOT", str(tmp_path))
+    assert cli("init", str(tmp_path / "mine"), "--voc", str(thirty)) == 0
+    brought = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bring ")]
+    assert [re.findall(r"(model\.safetensors) of \S+/timm/(\S+) into /", line) for line in brought] == [
+        [("model.safetensors", name)] for name in ("resnet18.tv_in1k", "resnet50.tv_in1k")
+    ]
+    comparison = load_comparison(tmp_path / "mine" / "compare.yaml")
+    keys = {
+        "distill": r"TEACHER\.(ARCH|PRETRAINED)|DATA\.(MEAN|STD)|SOLVER\.AMP\..*",
+        "detect": r"SOLVER\.(AMP\..*|OPTIMIZER)|DATALOADER\.NUM_WORKERS|CUDNN_BENCHMARK|MODEL\.(FPN\..*|PIXEL_\w+|"
+        r"TIMM\.ARCH|(RPN|ROI_HEADS)\.BATCH_SIZE_PER_IMAGE|ROI_BOX_HEAD\.(FC_DIM|POOLER_\w+))",
+    }
+    packaged = {
+        "distill": load_distill_config(CONFIGS / "distill/imagenet_r50_to_r18.yaml", ["DATA.ROOT", "x"]),
+        "detect": load_detect_config(CONFIGS / "detect/voc/voc07_r18_fpn.yaml"),
+    }
+    for stage, pattern in keys.items():
+        own, theirs = flat(getattr(comparison, stage)), flat(packaged[stage])
+        alike = [key for key in theirs if re.fullmatch(pattern, key)]
+        assert len(alike) > 5
+        assert {key: own[key] for key in alike} == {key: theirs[key] for key in alike}
+    distill = comparison.distill
+    assert (distill.STUDENT.ARCH, distill.STUDENT.PRETRAINED) == ("resnet18.tv_in1k", True)
+    assert distill.DATALOADER.NUM_WORKERS == -1
+    runs = [run for run in make_plan(comparison) if run.row in ("scratch", "imagenet")]
+    starts = {run.row: run_config(comparison, run) for run in runs}
+    pretrained = {row: (config.MODEL.TIMM.PRETRAINED, config.MODEL.WEIGHTS) for row, config in starts.items()}
+    assert pretrained == {"scratch": (False, ""), "imagenet": (True, "")}
+    # before anything is trained
+    with pytest.raises(UserError, match=r"TEACHER\.PRETRAINED: resnet50.*model\.safetensors"):
+        check_distill_losses(comparison.distill, comparison.students, "here")
+
+
+def test_named_networks_work_as_soon_as_their_files_are_there(thirty, tmp_path, monkeypatch):
+    offline_cache(tmp_path, monkeypatch)
+    names = ("test_resnet", "test_efficientnet.r160_in1k")
+    project = init_project(tmp_path / "mine", thirty, device="cpu", student=names[0], teacher=names[1])
+    theirs = {}
+    for name, line in zip(names, project.to_bring):
+        folder = Path(line.split(" into ")[1].split(" (")[0])
+        folder.mkdir(parents=True)
+        theirs[name] = timm.create_model(name)
+        save_file(theirs[name].state_dict(), folder / "model.safetensors")
+    comparison = load_comparison(tmp_path / "mine" / "compare.yaml")
+    check_distill_losses(comparison.distill, comparison.students, "here")
+    # test_resnet's images, not ImageNet's
+    assert (comparison.distill.DATA.MEAN, comparison.detect.MODEL.PIXEL_MEAN) == ([0.5] * 3, [127.5] * 3)
+    made = [initial_student(comparison.distill, 4).model, initial_teacher(comparison.distill, list("abcd")).model]
+    detect = merge_stage(comparison.detect, comparison.row_opts["imagenet"], "here")
+    made.append(build_detector(detect).backbone.bottom_up.model)
+    for model, name in zip(made, (*names, names[0])):
+        own, whole = model.state_dict(), theirs[name].state_dict()
+        kept = [key for key in own if key not in classifier_names(theirs[name])]
+        assert len(kept) > 20
+        assert all(torch.equal(own[key], whole[key]) for key in kept)
+
+
+@pytest.mark.parametrize(
+    ("who", "name", "named"),
+    [
+        ("student", "resnet81", "resnet18"),
+        ("student", "resnet18.tv_in", "resnet18.tv_in1k"),
+        ("student", "vit_tiny_patch16_224", "vit_tiny.*res2"),
+        ("teacher", "nix", "nix"),
+    ],
+)
+def test_networks_that_cannot_be_used_are_named(thirty, tmp_path, who, name, named):
+    with pytest.raises(UserError, match=f"--{who}: .*{named}"):
+        init_project(tmp_path / "mine", thirty, **{who: name})
+    assert not (tmp_path / "mine").exists()
+
+
 def test_no_method_of_a_project_is_moved_off_its_default_weight(thirty, tmp_path):
     init_project(tmp_path / "mine", thirty)
     named = [f"{name}@det" if term.truth == "boxes" else name for name, term in terms().items()]
@@ -160,7 +243,7 @@ def test_own_classification_data_is_taken(thirty, tmp_path):
     assert not (tmp_path / "mine" / "data").exists()
 
 
-def test_images_without_labels_are_taken(thirty, tmp_path, cli, capsys):
+def test_images_without_labels_are_taken(thirty, tmp_path, cli, capsys, monkeypatch):
     images = tmp_path / "found"
     shutil.copytree(thirty / "JPEGImages", images / "deep" / "inside")
     assert cli("init", tmp_path / "mine", "--voc", thirty, "--unlabelled", images) == 0
@@ -171,6 +254,7 @@ def test_images_without_labels_are_taken(thirty, tmp_path, cli, capsys):
     assert [*comparison.methods] == ["kd", "fitnet", "at", "nst-poly", "kd+nst-poly"]
     for run in make_plan(comparison):
         run_config(comparison, run)
+    monkeypatch.setattr("nst_det.models.build.published_file", lambda arch: None)
     check_distill_losses(distill, comparison.students, "mine")
     assert not (tmp_path / "mine" / "data").exists()
 

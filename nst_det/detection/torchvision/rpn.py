@@ -106,6 +106,9 @@ class Rpn(nn.Module):
         try:
             strides = [level.stride for level in levels]
             self.anchors = Anchors(generator.SIZES, generator.ASPECT_RATIOS, strides, generator.OFFSET)
+            if generator.NAME == "RoundedAnchorGenerator":
+                for cell in self.anchors.buffers():
+                    cell.round_()
         except ValueError as error:
             raise UserError(f"MODEL.ANCHOR_GENERATOR: {error}") from error
         self.rpn_head = RpnHead(levels[0].channels, self.anchors.per_cell, settings.CONV_DIMS)
