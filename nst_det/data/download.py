@@ -203,7 +203,8 @@ def unpack(archive: Path, folder: Path) -> None:
                     fault = "is a link or a device, which is not unpacked"
                 elif member.size > LARGEST_MEMBER:
                     fault = f"has {member.size} bytes, more than a file of VOC"
-                elif not parts or any(map(name_problem, parts)):
+                # the folder itself, of tar -C FOLDER .
+                elif not (parts or member.isdir()) or any(map(name_problem, parts)):
                     fault = "leads outside the folder"
                 if fault:
                     where = f"{shown_path(archive)}: {shown(member.name)}"

@@ -372,6 +372,6 @@ def test_accuracy_of_several_networks_in_one_pass():
     labels = torch.tensor([0, 0]), torch.tensor([1])
     data = [Batch(torch.zeros(len(some), 3, 4, 4, dtype=torch.uint8), some, some) for some in labels]
     result = measure(networks, data, Normalizer([0.5] * 3, [0.5] * 3, torch.device("cpu")), None)
-    assert (result["zero"].top1, result["one"].top1) == pytest.approx((2 / 3, 1 / 3))
+    assert (result["zero"]["top1"], result["one"]["top1"]) == pytest.approx((2 / 3, 1 / 3))
     assert networks["zero"].training
     assert not networks["one"].training

@@ -1,5 +1,7 @@
 """Stage one on images without labels: what it reads, from whom it learns, and by what it judges."""
 
+import shutil
+
 import numpy as np
 import pytest
 import timm
@@ -43,7 +45,7 @@ def nested(images, tmp_path_factory):
     return root
 
 
-def test_any_nested_folder_is_read(nested, images):
+def test_any_nested_folder_is_read(nested, images, tmp_path):
     found = read_images(nested, 0.25, 0, labels=False)
     assert (found.classes, len(found.train), len(found.val)) == ((), 18, 6)
     assert not {*found.train.paths} & {*found.val.paths}
@@ -51,6 +53,9 @@ def test_any_nested_folder_is_read(nested, images):
         path.relative_to(nested).as_posix() for path in (nested / "a" / "b").iterdir()
     )
     assert {*found.train.labels, *found.val.labels} == {-1}
+    # in an archive too, with the same split
+    archive = read_images(shutil.make_archive(str(tmp_path / "found"), "tar", nested / "a/b"), 0.25, labels=False)
+    assert (len(archive.train), len(archive.val), archive.train.image(0).shape) == (6, 2, (32, 32, 3))
     # of a labelled folder the splits stay
     split = read_images(images, labels=False)
     assert (split.classes, len(split.train), len(split.val), {*split.train.labels}) == ((), 24, 12, {-1})
