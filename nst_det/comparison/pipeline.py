@@ -183,7 +183,7 @@ def results_table(results: ComparisonResult) -> Table:
     beside, below = (("area",), ("top-1",)) if of_detectors else (("error",) if measure is TOP1 else (), ())
     judged = measure.name if of_detectors else measure.head
     other = ("vs imagenet", *(f"its {head}" for head in (*interval, "verdict")))
-    other = other if any(row.vs_imagenet for row in rows) else ()
+    other = other if results.compared_with_imagenet else ()
     left = ("row", "verdict", "its verdict", "weights")
     heads = ("row", judged, *spread, *beside, versus, *interval, *below, "seconds", "verdict", *other, "weights")
     for head in heads:

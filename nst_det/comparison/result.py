@@ -282,6 +282,11 @@ class ComparisonResult:
         return [row for row in self.rows if row.is_method]
 
     @property
+    def compared_with_imagenet(self) -> bool:
+        """Whether rows have a difference to imagenet beside that to the baseline."""
+        return self.baseline != IMAGENET and any(row.vs_imagenet for row in self.rows)
+
+    @property
     def leader(self) -> RowResult | None:
         """The transfer method with the highest score (the baseline where there is none); the first of equal ones."""
         rows = self.methods or [row for row in self.rows if row.method == BASELINE]

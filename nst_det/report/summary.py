@@ -126,7 +126,7 @@ def caveats(results: ComparisonResult) -> list[str]:
     notes = []
     to_baseline = {row.method: (row.verdict, row.p_holm) for row in results.methods}
     to_imagenet = {row.method: (one.verdict, one.p_holm) for row in results.methods if (one := row.vs_imagenet)}
-    for reference, found in ((results.baseline, to_baseline), (IMAGENET, to_imagenet)):
+    for reference, found in {results.baseline: to_baseline, IMAGENET: to_imagenet}.items():
         told = {name: p for name, (verdict, p) in found.items() if verdict in (BETTER, WORSE)}
         if lost := [name for name, p in told.items() if p is not None and p >= 0.05]:
             notes.append(

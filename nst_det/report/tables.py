@@ -199,7 +199,7 @@ def columns_of(results: ComparisonResult, columns: Sequence[Column] = COLUMNS) -
         _number(MEASURES[first].head, first, fraction, "of the backbone in stage one", only=MAP) if first else None
     )
     found = [stage_one if stage_one and column.head == "top-1" else column for column in columns]
-    ours, compared = f" {results.baseline}", any(row.vs_imagenet for row in results.rows)
+    ours, compared = f" {results.baseline}", results.compared_with_imagenet
     return [
         replace(column, head=column.head.replace(f" {BASELINE}", ours))
         for column in found
