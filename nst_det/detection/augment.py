@@ -74,13 +74,15 @@ def augments(given: CfgNode) -> bool:
 
 
 def check_augmentation(given: CfgNode, source: str) -> None:
-    """Refuse a size of INPUT.CROP that isn't one, and a preset of which nothing is left."""
+    """Refuse a preset of which nothing is left, images without colors to change, and a wrong size of INPUT.CROP."""
     crop, size = given.CROP, given.CROP.SIZE
     if given.AUGMENTATION != "none" and not augments(given):
         raise UserError(
             f"{source}: INPUT.AUGMENTATION {given.AUGMENTATION}: all that it is short for (CROP, SCALE_JITTER, "
             "PHOTOMETRIC) is off; set it to none, or read the config by load_config of this project, which sets them"
         )
+    if given.PHOTOMETRIC and given.FORMAT not in ("RGB", "BGR"):
+        raise UserError(f"{source}: INPUT.PHOTOMETRIC changes colors; set it to 0 with INPUT.FORMAT {given.FORMAT}")
     if not crop.ENABLED:
         return
     if crop.TYPE not in CROP_TYPES:

@@ -32,6 +32,7 @@ TEACHER = ["METHOD", "nst-poly", "TEACHER.CONFIG_FILE"]
         (["SOLVER.ACCUMULATE", "2"], "SOLVER.ACCUMULATE"),
         (["SOLVER.COMPILE", "default"], "SOLVER.COMPILE"),
         (["INPUT.PADDED_SIZES", "[[96, 96]]"], "INPUT.PADDED_SIZES"),
+        (["INPUT.FORMAT", "L", "INPUT.PHOTOMETRIC", "0.5"], "INPUT.PHOTOMETRIC"),
         (["SOLVER.EMA_DECAY", "1.5"], "SOLVER.EMA_DECAY"),
         (["SOLVER.EMA_DECAY", "0.9", "TEST.PRECISE_BN.ENABLED", "True"], "SOLVER.EMA_DECAY .* TEST.PRECISE_BN"),
         (["DATASETS.TRAIN", "['voc_x']"], "add DATASETS.VOC.voc_x"),
