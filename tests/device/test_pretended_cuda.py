@@ -35,7 +35,7 @@ MOST: dict[str, tuple[int, int]] = {
     "loss dkd": (55, 0),
     "loss dist": (89, 0),
     "loss reviewkd": (108, 0),
-    "loss fgd": (600, 0),
+    "loss fgd": (291, 0),
     "stage one, ce": (170, 1),
     "stage one, kd+nst-poly": (390, 1),
     "stage one, nst-gaussian": (405, 1),
