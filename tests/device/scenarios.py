@@ -56,7 +56,7 @@ EVERY = {
 EVERY_DET = {**EVERY, "MODEL.DEVICE": "cuda:1", "DATASETS.VAL_FRACTION": 0.3}
 # the third step of four reads the one before, as most do: in the first terms are measured, the last is saved
 STAGE_ONE_STEP = tuple(("nst_det.distillation.loop:one_step", call) for call in (3, 4))
-MEASURE, RECORD = "nst_det.distillation.loop:measure", "nst_det.distillation.trainer:StudentTrainer.record"
+MEASURE, RECORD = "nst_det.distillation.validation:measure", "nst_det.distillation.trainer:StudentTrainer.record"
 STAGE_ONE_EVALUATION = ((MEASURE, 1), (RECORD, 1))
 STAGE_TWO_STEP = tuple(("nst_det.detection.trainer:Trainer.run_step", call) for call in (3, 4))
 STAGE_TWO_EVALUATION = (("nst_det.detection.pipeline:detect", 1), ("nst_det.detection.pipeline:score", 1))

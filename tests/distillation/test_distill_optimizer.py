@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from nst_det.distillation import loop
+from nst_det.distillation import validation
 from nst_det.distillation.build import build_losses, initial_student
 from nst_det.distillation.config import get_defaults
 from nst_det.distillation.pipeline import distill, parse_methods
@@ -63,13 +63,13 @@ def assert_averaged(path, states, averaged_in_float64):
 def test_the_average_is_measured_and_written_and_training_is_as_without(
     images, tmp_path, trained, averaged_in_float64, monkeypatch
 ):
-    measure, measured = loop.measure, {}
+    measure, measured = validation.measure, {}
 
     def seen(networks, *others):
         measured.update({name: network.state_dict() for name, network in networks.items()})
         return measure(networks, *others)
 
-    monkeypatch.setattr(loop, "measure", seen)
+    monkeypatch.setattr(validation, "measure", seen)
     results = distill(config(images, tmp_path / "with"))
     for name in ("teacher", *METHODS):
         assert_averaged(results[name]["backbone"], trained[name], averaged_in_float64)
