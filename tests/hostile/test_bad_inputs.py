@@ -227,7 +227,8 @@ CARD, WEIGHTS = "backbones/b.json", "backbones/b.safetensors"
 # more of them, and of backbone files, are in tests/models/test_backbone_files.py
 CARDS = [
     ("of a path", {"arch": "../../etc/passwd"}, "'arch'"),
-    ("of no classes", {"num_classes": 0}, "'num_classes'.* 0"),
+    ("of less than no classes", {"num_classes": -1}, "'num_classes'.* -1"),
+    ("of no classes, with a head", {"num_classes": 0}, "fc.weight"),
     ("of other classes", {"num_classes": 3}, ""),
     ("without an input", {"input": "left out"}, "'input'"),
     ("with a checksum of numbers", {"sha256": 7}, "'sha256'"),
