@@ -19,7 +19,7 @@ from nst_det.comparison.estimate import STEPS, Estimate, cells, estimate, gpu_sh
 from nst_det.comparison.launch_local import Command, Launcher, LocalLauncher, Machine, run_plan, this_machine
 from nst_det.comparison.launch_ray import RayLauncher, connected
 from nst_det.comparison.plan import DATA, STUDENTS, Run, make_plan, run_config, teacher_detector_name, total_steps
-from nst_det.comparison.result import BASELINE, MAP, PUBLISHED_STARTS, TOP1, ComparisonResult
+from nst_det.comparison.result import BASELINE, MAP, MEASURES, PUBLISHED_STARTS, TOP1, ComparisonResult
 from nst_det.comparison.stages import (
     check_backbones,
     check_data_folders,
@@ -176,11 +176,12 @@ def results_table(results: ComparisonResult) -> Table:
     of_stage_one = f"{measure.name[0].upper()}{measure.name[1:]} of stage one"
     title = f"VOC mAP at IoU 0.5, 11-point; engine {results.engine}" if of_detectors else of_stage_one
     versus = f"vs {results.baseline}"
+    stage_one = next((MEASURES[next(iter(row.measured))] for row in rows if row.measured), TOP1)
     notes = [] if several else ["One seed: there is no spread to judge differences by."]
     notes += [f"{row.method}: {'; '.join(row.differs)}" for row in rows if row.differs]
     table = Table(title=title, caption=escape("\n".join(notes)) or None)
     spread, interval = (["±"], ["95 % interval"]) if several else ([], [])
-    beside, below = (("area",), ("top-1",)) if of_detectors else (("error",) if measure is TOP1 else (), ())
+    beside, below = (("area",), (stage_one.head,)) if of_detectors else (("error",) if measure is TOP1 else (), ())
     judged = measure.name if of_detectors else measure.head
     other = ("vs imagenet", *(f"its {head}" for head in (*interval, "verdict")))
     other = other if results.compared_with_imagenet else ()
@@ -199,7 +200,7 @@ def results_table(results: ComparisonResult) -> Table:
             "vs imagenet": f"{to.mean:+.3f}" if (to := row.vs_imagenet) else "-",
             "its 95 % interval": _interval(to.interval if to else None),
             "its verdict": to.verdict if to else "-",
-            "top-1": "-" if row.top1 is None else f"{row.top1:.3f}",
+            stage_one.head: "-" if (value := row.value(stage_one)) is None else f"{value:.3f}",
             judged: f"{row.score:.3f}",
             "seconds": f"{row.seconds:.0f}",
             "verdict": row.verdict,
