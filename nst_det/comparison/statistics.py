@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from scipy import stats
-
 CONFIDENCE = 0.95
 Verdict = Literal["reference", "single seed", "noise", "better", "worse"]
 REFERENCE: Verdict = "reference"
@@ -47,6 +45,9 @@ def paired_difference(row: Mapping[int, float], baseline: Mapping[int, float]) -
     mean, std = mean_std([row[seed] - baseline[seed] for seed in seeds])
     if std is None:
         return Difference(mean, None, None, SINGLE)
+    # scipy takes a second to import
+    from scipy import stats
+
     # not scipy's ttest_rel, which gives NaN and a warning where all differences are equal
     freedom, error = len(seeds) - 1, std / math.sqrt(len(seeds))
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error

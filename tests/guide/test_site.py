@@ -53,6 +53,8 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 PAGES = [*CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").rglob("*.md")]
 # hosts that pages link to; no test asks them
 HOSTS = {"arxiv.org", "detectron2.readthedocs.io", "docs.ray.io", "github.com", "pytorch.org", "semver.org"}
+# files of weights
+HOSTS |= {"dl.fbaipublicfiles.com", "download.pytorch.org"}
 
 
 def links(page):
