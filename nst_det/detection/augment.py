@@ -129,10 +129,10 @@ class Drawn(NamedTuple):
 
     def boxes(self, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
         """Return boxes (N, 4) xyxy of an image of that size as float32, moved with it and cut off at its new edges."""
-        left, top = (self.cut or (0, 0))[:2]
         rows, columns = self.size
-        moved = flip_boxes((boxes - [left, top] * 2) * self.scale(height, width), rows, columns, self.flip)
-        return np.clip(moved, 0, [columns, rows] * 2).astype(np.float32)
+        inside = boxes if self.cut is None else boxes - (self.cut[:2] * 2)
+        moved = flip_boxes(inside * self.scale(height, width), rows, columns, self.flip)
+        return moved.clip(0, [columns, rows] * 2).astype(np.float32)
 
 
 class Augmentation:
@@ -144,7 +144,7 @@ class Augmentation:
 
     def __init__(self, given: CfgNode) -> None:
         self.crop, self.jitter, self.chance = given.CROP, tuple(given.SCALE_JITTER), given.PHOTOMETRIC
-        self.sizes, self.largest, self.flip = tuple(given.MIN_SIZE_TRAIN), given.MAX_SIZE_TRAIN, given.RANDOM_FLIP
+        self.sizes, self.largest, self.flip = np.array(given.MIN_SIZE_TRAIN), given.MAX_SIZE_TRAIN, given.RANDOM_FLIP
         self.from_range = given.MIN_SIZE_TRAIN_SAMPLING == "range"
         self.least_share = given.MIN_VISIBLE
         self.cuts = bool(self.crop.ENABLED or self.jitter)
@@ -159,8 +159,9 @@ class Augmentation:
                 break
         else:
             drawn = Drawn(self.shape(height, width, edge))
-        flip = self.flip if self.flip != "none" and rng.uniform(0, 1.0) < 0.5 else "none"
-        return drawn._replace(flip=flip, colors=draw_colors(self.chance, rng) if self.chance else ())
+        if self.flip != "none" and rng.uniform(0, 1.0) < 0.5:
+            drawn = drawn._replace(flip=self.flip)
+        return drawn._replace(colors=draw_colors(self.chance, rng)) if self.chance else drawn
 
     def shape(self, height: int, width: int, edge: int) -> tuple[int, int]:
         return resized_shape(height, width, edge, self.largest)
@@ -260,9 +261,9 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def flip_boxes(boxes: np.ndarray, height: int, width: int, direction: str) -> np.ndarray:
     """Return (N, 4) xyxy boxes in an image of that size, mirrored ``horizontal``, ``vertical`` or not (``none``)."""
+    if direction == "none":
+        return boxes
     x0, y0, x1, y1 = boxes.T
     if direction == "horizontal":
-        x0, x1 = width - x1, width - x0
-    if direction == "vertical":
-        y0, y1 = height - y1, height - y0
-    return np.stack((x0, y0, x1, y1), axis=1)
+        return np.stack((width - x1, y0, width - x0, y1), axis=1)
+    return np.stack((x0, height - y1, x1, height - y0), axis=1)
