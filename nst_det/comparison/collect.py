@@ -198,7 +198,7 @@ def _differs(comparison: Comparison, runs: Sequence[Run], row: str) -> list[str]
         for key in dict.fromkeys([*own, *common])
         if own.get(key) != common.get(key)
         and not key.startswith(("METHOD", "TEACHER.", "TRANSFER."))
-        and key not in comparison.another.get(row, ())
+        and not key.startswith(comparison.another.get(row, ()))
         and concerns(key, RESUME)
         and not concerns(key, RUN)
     ]
