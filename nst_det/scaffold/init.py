@@ -12,7 +12,7 @@ from nst_det.data.annotation import read_annotation
 from nst_det.data.check import Report, check_coco, check_data
 from nst_det.data.coco import OTHER_FORM, CocoSource, write_coco_as_voc
 from nst_det.data.folders import read_image_folder, read_unlabelled_folder
-from nst_det.data.layouts import convert_layout, find_layout
+from nst_det.data.layouts import Layout, convert_layout, find_layout
 from nst_det.data.safe_io import shown_path
 from nst_det.data.splits import TEST_FRACTION, cut_test_ids, hold_out, ids_to_cut, known_pair, same_pictures, write_pair
 from nst_det.data.voc import VocDataset, annotation_files, image_names, read_split, split_names, split_path
@@ -94,24 +94,21 @@ def init_project(
         raise UserError("--unlabelled: stage one learns from one folder; leave out --images")
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another project, or remove it")
+    # before torch is imported
+    layout = None if isinstance(voc, CocoSource) else _layout(voc)
     device = device or _device_here()
     networks = choose_networks(student, teacher, device, unlabelled is None)
     cut: list[Path] = []
     try:
         with atomic_folder(folder, "name another project") as made:
-            if isinstance(voc, CocoSource):
+            if layout is None:
+                assert isinstance(voc, CocoSource)
                 report, coco = check_coco(voc)
                 _refuse_broken(report, f"nst-det check-data {voc} lists all")
                 root = write_coco_as_voc(coco, made / CONVERTED)
                 # where it will be
                 report = replace(report, root=folder / CONVERTED)
             else:
-                layout = find_layout(voc)
-                if layout is None:
-                    raise UserError(
-                        f"{shown_path(voc)}: no VOC annotations (XML) and no YOLO labels (txt) for images in it; name "
-                        "the folder that holds both, and classification data by --images"
-                    )
                 root = layout.root
                 report = check_data(root, [train, test] if train and test else None)
                 _refuse_broken(report, f"nst-det check-data {shown_path(root)} lists all")
@@ -241,6 +238,16 @@ def _cut_lists(root: Path) -> tuple[str, str]:
             "every class is on two at least"
         )
     return write_pair(root, ids, held)
+
+
+def _layout(folder: str | Path) -> Layout:
+    found = find_layout(folder)
+    if found is None:
+        raise UserError(
+            f"{shown_path(folder)}: no VOC annotations (XML) and no YOLO labels (txt) for images in it; name "
+            "the folder that holds both, and classification data by --images"
+        )
+    return found
 
 
 def _device_here() -> str:
