@@ -1,3 +1,4 @@
+import logging
 import re
 
 import pytest
@@ -49,6 +50,7 @@ def test_base_file_is_merged_under_the_file_and_overrides_over_it(tmp_path):
 
 
 def test_another_network_has_none_of_the_arguments_of_the_one_before(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     name, arguments = Key("a", "a network"), Key({}, "its arguments")
     known = {"STUDENT.ARCH": name, "STUDENT.ARCH_KWARGS": arguments}
     known = config_tree(known | {"MODEL.TIMM.ARCH": name, "MODEL.TIMM.KWARGS": arguments})
