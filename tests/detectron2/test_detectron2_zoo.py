@@ -182,8 +182,8 @@ def test_detectron2s_r50_of_imagenet_is_a_bottom_up(zoo, tmp_path, caplog):
     ours = Bottomup("nst_resnet50_caffe", LEVELS).eval()
     with trusting_pickles():
         load_recognized(ours, path, [103.53, 116.28, 123.675], [1.0, 1.0, 1.0], "BGR", "MODEL.WEIGHTS")
-        # it is opened because it is trusted; nothing is said of its images
-        assert "INPUT.FORMAT" not in caplog.text
+        # it doesn't say what its images were
+        assert "INPUT.FORMAT BGR" in caplog.text
         with pytest.raises(UserError, match="STRIDE_IN_1X1"):
             load_recognized(Bottomup("resnet50", LEVELS), path, [0, 0, 0], [1, 1, 1], "BGR", "MODEL.WEIGHTS")
     images = torch.randn(1, 3, 64, 96) * 50
