@@ -27,6 +27,7 @@ from nst_det.distillation.build import (
     log_shapes,
     student_classes,
     teacher_pixels,
+    warn_of_few,
     warn_of_unread,
     without_head,
 )
@@ -141,6 +142,7 @@ class StageOne:
         log_shapes(losses, student, teacher, self.config.DATA.IMAGE_SIZE, image_size(self.config, "TEACHER"))
         if not labelled:
             warn_of_unread(losses, student)
+            warn_of_few(self.data.folder)
             self.class_names = teacher.card.classes if teacher.card else []
         result = self.prepare_teacher(teacher, labels_shared)
         return {"teacher": result, **self.train_students(student, teacher, losses, result)}

@@ -116,10 +116,13 @@ def test_kd_teaches_the_teachers_own_classes(nested, tmp_path):
         ({"DATA.LABELS": True, "TEST.PROBE.ROOT": "x"}, r"TEST\.PROBE\.ROOT.*DATA\.LABELS"),
         ({"TEST.PROBE.ROOT": "/nowhere"}, r"/nowhere"),
         ({"TEST.PROBE.BY": "svm"}, r"TEST\.PROBE\.BY"),
+        ({"DATA.MORE_ROOTS": ["ROOT/a"]}, r"DATA\.MORE_ROOTS: .*found/a are in .*found already"),
     ],
 )
 def test_what_needs_labels_is_refused(nested, tmp_path, keys, named):
     given = {**OFF, **teacher_keys(tmp_path, "resnet10t"), "METHODS": ["fitnet"], **keys}
+    if more := given.get("DATA.MORE_ROOTS"):
+        given["DATA.MORE_ROOTS"] = [root.replace("ROOT", str(nested)) for root in more]
     with pytest.raises(UserError, match=named) as caught:
         run(nested, tmp_path / "out", **given)
     assert "\n" not in str(caught.value)
