@@ -150,7 +150,8 @@ class StageOne:
     def prepare_teacher(self, network: Network, labels_shared: bool) -> dict[str, Any]:
         """Train the teacher, or take it as it is and measure it; refuse one that is worse than expected."""
         folder = RunFolder(self.output / "teacher")
-        claim = teacher_claim(self.config, self.data.whole_fingerprint, network.sha256, network.to_train)
+        inputs = (self.data.whole_fingerprint, network.sha256, network.to_train, self.data.probe_fingerprint)
+        claim = teacher_claim(self.config, *inputs)
         with folder.opened(claim) if is_main_process() else nullcontext():
             if not broadcast_from_rank0(lambda: folder.done):
                 if network.to_train:

@@ -72,6 +72,9 @@ def test_a_student_learns_from_maps_and_has_no_head(nested, images, tmp_path, ar
     assert (result["measure"], result["top1"], teacher["measure"]) == ("knn", None, "knn")
     assert all(0 <= result[key] <= 1 for key in ("knn", "knn_start", "knn_best", "cka"))
     assert "agreement" not in result
+    # by other images the teacher is another, too
+    with pytest.raises(UserError, match=r"teacher: .*TEST\.PROBE\.FINGERPRINT"):
+        run(nested, tmp_path / "out", **{**keys, "TEST.PROBE.ROOT": images / "val"}, METHODS=[])
     card = load_card(result["backbone"])
     assert (card.num_classes, card.classes, card.top1, card.measured["knn"]) == (0, [], None, result["knn"])
     assert (card.data["labels"], card.data["images"], card.data["probe"]) == (False, 22, images.name)
