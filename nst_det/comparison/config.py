@@ -419,8 +419,9 @@ def published_weights(distill: CfgNode, given: Sequence[str], source: str) -> tu
 
 def published_detector(detect: CfgNode, given: Sequence[str], source: str) -> tuple[str, ...]:
     """Return KEY VALUE pairs for the detector whose weights ``given`` names, as far as its file tells them."""
-    with errors_of(f"{source}: DETECT.{ROW_OPTS[COCO]}"):
-        config = merge_stage(detect, given, "")
+    where = f"{source}: DETECT.{ROW_OPTS[COCO]}"
+    config = merge_stage(detect, given, where)
+    with errors_of(where):
         named = expand_path(config.MODEL.WEIGHTS, "MODEL.WEIGHTS")
         if "MODEL.WEIGHTS" not in given[::2] or "://" in named:
             raise UserError(

@@ -25,6 +25,7 @@ from nst_det.comparison.stages import (
     check_data_folders,
     check_detector_losses,
     check_distill_losses,
+    check_published,
 )
 from nst_det.distillation.fingerprint import student_claim
 from nst_det.engine.config import expand_path, flat, plain
@@ -106,6 +107,9 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
     detectors = [configs[run.name] for run in runs if run.detects and run.name in configs]
     if comparison.engine == "torchvision":
         check_backbones(detectors, comparison.name)
+        for run in runs:
+            if run.row in PUBLISHED_STARTS and run.seed == comparison.seeds[0] and not run.done:
+                check_published(configs[run.name], f"{comparison.name}: ROWS: {run.row}")
     # a teacher detector of the user's own is left to its run, and Detectron2 to itself
     teacher = configs.get(teacher_detector_name(comparison))
     for run in runs if teacher is not None and comparison.engine == "torchvision" else ():

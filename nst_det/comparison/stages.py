@@ -132,6 +132,19 @@ def check_backbones(configs: Iterable[CfgNode], source: str) -> None:
             build_backbone(config, 0)
 
 
+def check_published(config: CfgNode, source: str) -> None:
+    """Fill a detector with the weights that a row begins with, which are there before anything is trained."""
+    from nst_det.detection.checkpoint import load_weights
+    from nst_det.detection.torchvision import build_detector
+
+    config = config.clone()
+    config.defrost()
+    # the data, and with them the classes, may not be there yet
+    config.MODEL.ROI_HEADS.NUM_CLASSES, config.MODEL.KEEP_CLASSES = config.MODEL.ROI_HEADS.NUM_CLASSES or 1, False
+    with errors_of(source):
+        load_weights(build_detector(config), config, starts=True)
+
+
 def _bare(config: CfgNode) -> CfgNode:
     """Return the config of a detector with random weights."""
     config = config.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,7 +102,9 @@ def check_augmentation(given: CfgNode, source: str) -> None:
 
 
 def _are_numbers(pair: Any) -> bool:
-    return len(pair) == 2 and all(isinstance(one, int | float) and not isinstance(one, bool) for one in pair)
+    return len(pair) == 2 and all(
+        isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in pair
+    )
 
 
 class Drawn(NamedTuple):

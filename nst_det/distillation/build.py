@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from nst_det.data.folders import ImageFolder
 from nst_det.distillation.config import transfer_of
 from nst_det.engine.compilation import compiled
 from nst_det.engine.config import expand_path, plain
@@ -43,6 +44,8 @@ from nst_det.models.card import published_card
 from nst_det.models.io import is_backbone_file, read_any, trusting_pickles
 
 log = logging.getLogger(__name__)
+# images without labels that are held out, below which what is measured on them is chance
+FEW_HELD = 10
 # classes of a teacher's head where the data aren't there yet
 UNKNOWN = ("0", "1")
 
@@ -325,6 +328,18 @@ def _check_unlabelled(name: str, loss: TransferLoss) -> None:
         raise UserError(
             f"TRANSFER.AUTO_WEIGHT: {', '.join(loss.balance.shares)} of {name} would be measured against the labels' "
             "loss, and DATA.LABELS is False; give WEIGHTS"
+        )
+
+
+def warn_of_few(folder: ImageFolder) -> None:
+    """Warn where so few images are held out that agreement and CKA are chance; CKA of one is 0, of two is 1."""
+    if len(folder.val) < FEW_HELD:
+        log.warning(
+            "%s: %d of %d images held out; agreement and CKA on so few say nothing; raise DATA.VAL_FRACTION, or add "
+            "images",
+            folder.root,
+            len(folder.val),
+            len(folder.train) + len(folder.val),
         )
 
 

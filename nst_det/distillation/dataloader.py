@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -145,8 +147,19 @@ def read_data(config: CfgNode) -> ImageFolder:
 
 def _read_all(config: CfgNode) -> ImageFolder:
     data, cut = config.DATA, config.DATA.VAL_FROM == "train"
-    roots = (expand_path(root, key) for key, root in image_roots(config))
+    roots = [expand_path(root, key) for key, root in image_roots(config)]
+    _refuse_overlap(roots)
     return joined([read_images(root, data.VAL_FRACTION, data.VAL_SEED, cut, data.LABELS) for root in roots])
+
+
+def _refuse_overlap(roots: Sequence[str]) -> None:
+    """Refuse a folder that is or holds another one: its images would count twice, and be on both sides of the cut."""
+    places = [Path(root).resolve() for root in roots]
+    for second, first in itertools.permutations(range(len(roots)), 2):
+        if places[first] in places[second].parents or (first < second and places[first] == places[second]):
+            raise UserError(
+                f"DATA.MORE_ROOTS: the images of {roots[second]} are in {roots[first]} already; name one of them"
+            )
 
 
 def read_probe(config: CfgNode) -> ImageFolder | None:

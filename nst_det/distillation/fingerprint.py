@@ -40,14 +40,15 @@ def _concerns_student(key: str, method: Method) -> bool:
     return bool(method.names) and (group not in KEYED_BY_TERM or rest.split(".")[0] in method.names)
 
 
-def teacher_claim(config: CfgNode, fingerprint: str, sha256: str, to_train: bool) -> dict[str, Any]:
+def teacher_claim(config: CfgNode, fingerprint: str, sha256: str, to_train: bool, probe: str = "") -> dict[str, Any]:
     """Return the resolved keys that the teacher depends on; ``sha256`` of TEACHER.WEIGHTS is "" without these."""
     resolved = config.clone()
     resolved.defrost()
     resolved.SOLVER, resolved.DATA.AUGMENT = teacher_solver(config), teacher_augment(config)
     what = (TEACHER,) if sha256 and not to_train else (TEACHER, TRAINED_TEACHER)
     values = {key: value for key, value in flat(resolved).items() if concerns(key, *what)}
-    return dict(plain(values | {"DATA.FINGERPRINT": fingerprint, "TEACHER.SHA256": sha256}))
+    judged = {"TEST.PROBE.FINGERPRINT": probe} if probe else {}
+    return dict(plain(values | {"DATA.FINGERPRINT": fingerprint, "TEACHER.SHA256": sha256} | judged))
 
 
 def cache_claim(config: CfgNode, fingerprint: str, sha256: str, arch: str, precision: str) -> dict[str, Any]:

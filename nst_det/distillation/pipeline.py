@@ -27,6 +27,7 @@ from nst_det.distillation.build import (
     log_shapes,
     student_classes,
     teacher_pixels,
+    warn_of_few,
     warn_of_unread,
     without_head,
 )
@@ -141,6 +142,7 @@ class StageOne:
         log_shapes(losses, student, teacher, self.config.DATA.IMAGE_SIZE, image_size(self.config, "TEACHER"))
         if not labelled:
             warn_of_unread(losses, student)
+            warn_of_few(self.data.folder)
             self.class_names = teacher.card.classes if teacher.card else []
         result = self.prepare_teacher(teacher, labels_shared)
         return {"teacher": result, **self.train_students(student, teacher, losses, result)}
@@ -148,7 +150,8 @@ class StageOne:
     def prepare_teacher(self, network: Network, labels_shared: bool) -> dict[str, Any]:
         """Train the teacher, or take it as it is and measure it; refuse one that is worse than expected."""
         folder = RunFolder(self.output / "teacher")
-        claim = teacher_claim(self.config, self.data.whole_fingerprint, network.sha256, network.to_train)
+        inputs = (self.data.whole_fingerprint, network.sha256, network.to_train, self.data.probe_fingerprint)
+        claim = teacher_claim(self.config, *inputs)
         with folder.opened(claim) if is_main_process() else nullcontext():
             if not broadcast_from_rank0(lambda: folder.done):
                 if network.to_train:

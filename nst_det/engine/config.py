@@ -216,7 +216,8 @@ def _cast(value: Any, default: Any, name: str, source: str) -> Any:
     if default is None and not isinstance(value, dict):
         return value
     if isinstance(default, CfgNode):
-        raise UserError(f"{source}: {name} is a group of keys, not a value; set one of {', '.join(default)}")
+        names = f"set one of {', '.join(default)}" if default else "set it to a mapping such as {a: b}"
+        raise UserError(f"{source}: {name} is a group of keys, not a value; {names}")
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(default, float) and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):

@@ -51,6 +51,8 @@ def create_model(arch: str, num_classes: int, pretrained: bool = False, **kwargs
     check_arch(arch, kwargs)
     if not 0 <= num_classes <= 1_000_000:
         raise ValueError(f"{num_classes} classes asked of {arch}; use 1 to 1000000")
+    if pretrained and not timm.is_model_pretrained(arch):
+        raise ValueError(f"timm has no published weights of {arch}; name a file of weights, or set PRETRAINED False")
     published: dict[str, Any] = {"pretrained_cfg_overlay": {"file": published_file(arch)}} if pretrained else {}
     try:
         return timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, **published, **kwargs)

@@ -42,6 +42,8 @@ def repository(name: str) -> tuple[str, str] | None:
     """Return repository and revision of ``hf-hub:ORG/NAME@REVISION``, ``timm/NAME`` or a timm name; None for others."""
     named, _, revision = name.partition("@")
     for prefix in PREFIXES:
+        if named == prefix:
+            raise UserError(f"{name}: names no repository; write hf-hub:ORG/NAME")
         if named.startswith(prefix):
             return named.removeprefix(prefix), revision or "main"
     own = named.removeprefix("timm/")

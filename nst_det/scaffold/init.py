@@ -152,7 +152,12 @@ def _write_project(
         raise UserError(f"{root}: no object in {train} to train on; see nst-det check-data {root}")
     if unlabelled is not None:
         bare = read_unlabelled_folder(unlabelled)
-        image_root, count, note = bare.root.resolve(), len(bare.train), f"{len(bare.train)} images without labels"
+        image_root, count = bare.root.resolve(), len(bare.train)
+        note = f"{count + len(bare.val)} images without labels, {len(bare.val)} of them held out"
+        pictures = image_names(root / "JPEGImages")
+        within = [(root / "JPEGImages" / pictures[item.id]).resolve().is_relative_to(image_root) for item in tested]
+        if any(within):
+            note += f"; {sum(within)} images of {test} are in it: better name a folder without them"
     elif images is None:
         counts = write_crops(VocDataset(root, train, classes), made / CROPS)
         image_root, count = folder / CROPS, counts.total()

@@ -272,6 +272,13 @@ def test_the_plan_is_shown_and_nothing_written(comparison, config_file, capsys):
     assert not comparison.folder.exists()
 
 
+def test_weights_of_a_row_that_are_missing_are_found_before_stage_one(config_file, tmp_path):
+    words = ["ROWS", "[imagenet]", "DETECT.IMAGENET_OPTS", "[MODEL.WEIGHTS, gone.pth]"]
+    with pytest.raises(UserError, match=r"ROWS: imagenet: .*gone\.pth"):
+        compare(load_comparison(config_file, tmp_path / "out", words), 1, fake_command)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("how", [["--plan"], ["--dry-run"], []])
 @pytest.mark.parametrize("key", ["DISTILL.SOLVER.MAX_ITER", "DETECT.SOLVER.MAX_ITER", "THREADS", "TUNED"])
 def test_the_plan_refuses_what_compare_does(comparison, config_file, cli, capsys, monkeypatch, how, key, tmp_path):

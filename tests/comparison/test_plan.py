@@ -122,6 +122,7 @@ def test_a_detector_from_elsewhere_is_a_row(config_file, comparison, tmp_path):
     ("given", "named"),
     [
         ("[]", "name their file"),
+        ("[MODEL.WEIGHTS]", "KEY VALUE pairs"),
         ("[MODEL.WEIGHTS, gone.pth]", r"gone\.pth"),
         ("[MODEL.WEIGHTS, 'a://b']", "name their file"),
     ],

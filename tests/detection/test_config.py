@@ -57,6 +57,7 @@ def test_base_config_loads(base_file):
         ("DATASETS.VAL_FRACTION", "1.0"),
         ("INPUT.AUGMENTATION", "ssd"),
         ("INPUT.SCALE_JITTER", "[2.0, 0.5]"),
+        ("INPUT.SCALE_JITTER", "[0.5, .inf]"),
         ("INPUT.PHOTOMETRIC", "1.5"),
         ("TEST.AMP", "True"),
         ("TEST.SELECT", "first"),

@@ -420,7 +420,7 @@ BAD = [
     ({"TRANSFER.AUTO_WEIGHT": {"nst": 1}}, "TRANSFER: .*'nst'"),
     ({"TRANSFER.AUTO_WEIGHT": {"fitnet": 0}}, "TRANSFER: .*'fitnet'"),
     ({"STUDENT.ARCH": "resnet81"}, "STUDENT.ARCH: .*'resnet81'"),
-    ({"TEACHER.ARCH": "nst_resnet18_w48", "TEACHER.PRETRAINED": True}, "TEACHER.ARCH: "),
+    ({"TEACHER.ARCH": "nst_resnet18_w48", "TEACHER.PRETRAINED": True}, "TEACHER.ARCH: .*no published weights"),
     ({"TEACHER.TRAIN": False}, "TEACHER.TRAIN .*TEACHER.WEIGHTS"),
     (
         {"TEACHER.ARCH": "swin_tiny_patch4_window7_224"},

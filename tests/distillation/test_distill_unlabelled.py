@@ -72,6 +72,9 @@ def test_a_student_learns_from_maps_and_has_no_head(nested, images, tmp_path, ar
     assert (result["measure"], result["top1"], teacher["measure"]) == ("knn", None, "knn")
     assert all(0 <= result[key] <= 1 for key in ("knn", "knn_start", "knn_best", "cka"))
     assert "agreement" not in result
+    # by other images the teacher is another, too
+    with pytest.raises(UserError, match=r"teacher: .*TEST\.PROBE\.FINGERPRINT"):
+        run(nested, tmp_path / "out", **{**keys, "TEST.PROBE.ROOT": images / "val"}, METHODS=[])
     card = load_card(result["backbone"])
     assert (card.num_classes, card.classes, card.top1, card.measured["knn"]) == (0, [], None, result["knn"])
     assert (card.data["labels"], card.data["images"], card.data["probe"]) == (False, 22, images.name)
@@ -116,10 +119,13 @@ def test_kd_teaches_the_teachers_own_classes(nested, tmp_path):
         ({"DATA.LABELS": True, "TEST.PROBE.ROOT": "x"}, r"TEST\.PROBE\.ROOT.*DATA\.LABELS"),
         ({"TEST.PROBE.ROOT": "/nowhere"}, r"/nowhere"),
         ({"TEST.PROBE.BY": "svm"}, r"TEST\.PROBE\.BY"),
+        ({"DATA.MORE_ROOTS": ["ROOT/a"]}, r"DATA\.MORE_ROOTS: .*found/a are in .*found already"),
     ],
 )
 def test_what_needs_labels_is_refused(nested, tmp_path, keys, named):
     given = {**OFF, **teacher_keys(tmp_path, "resnet10t"), "METHODS": ["fitnet"], **keys}
+    if more := given.get("DATA.MORE_ROOTS"):
+        given["DATA.MORE_ROOTS"] = [root.replace("ROOT", str(nested)) for root in more]
     with pytest.raises(UserError, match=named) as caught:
         run(nested, tmp_path / "out", **given)
     assert "\n" not in str(caught.value)

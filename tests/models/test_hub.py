@@ -161,6 +161,7 @@ def test_a_pickle_that_runs_code_is_refused_from_the_hub_too(online):
         ("test_resnett.r160_in1k", NAME),
         ("hf-hub:timm/test_resnet.160_in1k", NAME),
         ("nst_resnet10_w32", "list_pretrained|near it"),
+        ("hf-hub:", "hf-hub:ORG/NAME"),
         (REPO, "pytorch_model"),
     ],
 )

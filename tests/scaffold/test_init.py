@@ -247,7 +247,9 @@ def test_images_without_labels_are_taken(thirty, tmp_path, cli, capsys, monkeypa
     images = tmp_path / "found"
     shutil.copytree(thirty / "JPEGImages", images / "deep" / "inside")
     assert cli("init", tmp_path / "mine", "--voc", thirty, "--unlabelled", images) == 0
-    assert "--methods nst-poly" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--methods nst-poly" in shown
+    assert "30 images without labels, 3 of them held out" in " ".join(shown.split())
     comparison = load_comparison(tmp_path / "mine" / "compare.yaml")
     distill = comparison.distill
     assert (str(images), False, True) == (distill.DATA.ROOT, distill.DATA.LABELS, distill.TEACHER.PRETRAINED)
