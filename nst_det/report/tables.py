@@ -192,9 +192,14 @@ COLUMNS = (
 )
 
 
+def _first_measured(results: ComparisonResult) -> str:
+    """Return what students without labels are judged by; "" for others."""
+    return next((next(iter(row.measured)) for row in results.rows if row.measured), "")
+
+
 def columns_of(results: ComparisonResult, columns: Sequence[Column] = COLUMNS) -> list[Column]:
     """Return those of the columns that the comparison has, headed by its baseline, and what stage one is judged by."""
-    first = next((next(iter(row.measured)) for row in results.rows if row.measured), "")
+    first = _first_measured(results)
     stage_one = (
         _number(MEASURES[first].head, first, fraction, "of the backbone in stage one", only=MAP) if first else None
     )
@@ -259,6 +264,8 @@ LEGENDS = {
 def legend(results: ComparisonResult) -> str:
     """Return what the columns mean and where latency was measured."""
     text = LEGENDS[results.measure]
+    if results.measure is MAP and (first := _first_measured(results)):
+        text += f"Stage one learned without labels: {LEGENDS[MEASURES[first]]}"
     if any(row.stage == "detector" for row in results.rows):
         text += "A term with @det teaches the neck or heads of the detector; all others teach the backbone. "
     if len(results.seeds) > 1:

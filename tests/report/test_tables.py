@@ -93,6 +93,15 @@ def test_one_seed_has_no_spread():
     assert (line["map_std"], line["delta_low"], line["verdict"]) == ("", "", "single seed")
 
 
+def test_what_judges_stage_one_without_labels_is_explained():
+    tree = build_results()
+    assert "without labels" not in markdown_table(typed(tree), "")
+    tree["rows"][3]["measured"] = {"cka": 0.5}
+    text = markdown_table(typed(tree), "")
+    assert "| CKA |" in text
+    assert "Stage one learned without labels: CKA is the linear centered kernel alignment" in text
+
+
 def test_numbers_as_text():
     assert [signed(x) for x in (0.1234, -0.1236, 0.0, -0.0001, None)] == ["+0.123", "−0.124", "0.000", "0.000", "–"]
     assert fraction(None) == "–"
