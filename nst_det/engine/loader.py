@@ -49,8 +49,15 @@ def together(make: Callable[[Item], Made], items: Iterable[Item], threads: int) 
     """Return ``make(item)`` for each item, made by that many threads of this process while it waits."""
     if threads < 2:
         return list(map(make, items))
+    todo = enumerate(list(items))
+
+    def work(_: int) -> list[tuple[int, Made]]:
+        # one task an item would cost more than a small image
+        return [(place, make(item)) for place, item in todo]
+
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(make, items))
+        made = dict(pair for pairs in pool.map(work, range(threads)) for pair in pairs)
+    return [made[place] for place in range(len(made))]
 
 
 class _Batches(Dataset[Any]):
