@@ -107,7 +107,7 @@ def test_the_detector_is_the_small_one_of_the_packaged_configs(thirty, tmp_path)
 
 def test_on_a_gpu_a_project_is_what_practitioners_begin_with(thirty, tmp_path, monkeypatch, cli, capsys):
     offline_cache(tmp_path, monkeypatch)
-    monkeypatch.setattr("nst_det.engine.device.default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("nst_det.scaffold.init._device_here", lambda: "cuda")
     monkeypatch.setenv("VOC_ROOT", str(tmp_path))
     assert cli("init", str(tmp_path / "mine"), "--voc", str(thirty)) == 0
     brought = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bring ")]
