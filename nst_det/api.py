@@ -118,11 +118,11 @@ def init(
 
     Args:
         project: the folder to make; its last part names the backbone files.
-        voc: your data as a VOC folder, or
+        voc: your data as a VOC folder; either this, or
         coco: COCO annotations, one file, or two to train and to test on.
-        images: of ``coco``, or one for each file; else classification data for stage one ((): the objects are cut out).
-        train: list of the VOC folder to train on; "" takes the one there is, or cuts one.
-        test: list to test on.
+        images: with ``coco`` the folder of its images, or one for each file; with ``voc`` classification data for stage
+            one, a folder a class (without it, objects are cut out of the images).
+        train, test: lists of the VOC folder; "" takes those that are there, or cuts them.
         device: ``cpu`` or ``cuda``, to fit sizes and schedules to; "" takes the GPU if there is one.
         unlabelled: images without labels for stage one, at any depth; a published network teaches.
         student: timm's name of a published network; "" takes a small one on a CPU, ``resnet18.tv_in1k`` on a GPU.

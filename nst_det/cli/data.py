@@ -34,10 +34,8 @@ def init(args: argparse.Namespace) -> None:
     from nst_det import api
     from nst_det.data.safe_io import shown_path
 
-    given = {"images": args.images, "train": args.train, "test": args.test, "device": args.device or ""}
-    given |= {"student": args.student, "teacher": args.teacher}
-    given["unlabelled"] = args.unlabelled
-    project = api.init(args.project, args.voc, coco=args.coco or (), **given)
+    given = {key: getattr(args, key) for key in ("images", "train", "test", "unlabelled", "student", "teacher")}
+    project = api.init(args.project, args.voc, coco=args.coco or (), device=args.device or "", **given)
     values, report = project.values, project.report
     root = shown_path(report.root)
     print(f"data      {root}: {report.summary()}")

@@ -36,6 +36,7 @@ from nst_det.comparison.stages import (
     load_stage,
 )
 from nst_det.detection.config import ENGINES, choose_engine, wanted_engine
+from nst_det.distillation.config import AGREEMENT, CKA
 from nst_det.engine.config import (
     config_file,
     expand_path,
@@ -248,7 +249,7 @@ class Comparison:
             return MEASURES[self.distill.TEST.PROBE.BY]
         # students without a head have no class to agree on
         kinds = [{get_term(name).student_kind for name in row.backbone.names} for row in self.methods.values()]
-        return MEASURES["agreement" if all("logits" in one for one in kinds) else "cka"]
+        return MEASURES[AGREEMENT if all("logits" in one for one in kinds) else CKA]
 
     @property
     def baseline(self) -> str:

@@ -19,7 +19,7 @@ from nst_det.comparison.estimate import STEPS, Estimate, cells, estimate, gpu_sh
 from nst_det.comparison.launch_local import Command, Launcher, LocalLauncher, Machine, run_plan, this_machine
 from nst_det.comparison.launch_ray import RayLauncher, connected
 from nst_det.comparison.plan import DATA, STUDENTS, Run, make_plan, run_config, teacher_detector_name, total_steps
-from nst_det.comparison.result import BASELINE, MAP, MEASURES, PUBLISHED_STARTS, TOP1, ComparisonResult
+from nst_det.comparison.result import BASELINE, MAP, PUBLISHED_STARTS, TOP1, ComparisonResult
 from nst_det.comparison.stages import (
     check_backbones,
     check_data_folders,
@@ -177,10 +177,9 @@ def results_table(results: ComparisonResult) -> Table:
     rows, several = results.rows, len(results.seeds) > 1
     measure = results.measure
     of_detectors = measure is MAP
-    of_stage_one = f"{measure.name[0].upper()}{measure.name[1:]} of stage one"
+    stage_one, of_stage_one = results.stage_one, f"{measure.name[0].upper()}{measure.name[1:]} of stage one"
     title = f"VOC mAP at IoU 0.5, 11-point; engine {results.engine}" if of_detectors else of_stage_one
     versus = f"vs {results.baseline}"
-    stage_one = next((MEASURES[next(iter(row.measured))] for row in rows if row.measured), TOP1)
     notes = [] if several else ["One seed: there is no spread to judge differences by."]
     notes += [f"{row.method}: {'; '.join(row.differs)}" for row in rows if row.differs]
     table = Table(title=title, caption=escape("\n".join(notes)) or None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nst_det.comparison.statistics import Difference, Verdict
+from nst_det.distillation.config import AGREEMENT, CKA, HEADS, KNN, LINEAR
 from nst_det.engine.io import from_json, read_json, write_json
 from nst_det.errors import UserError
 
@@ -33,13 +34,16 @@ class Measure:
 
 
 MAP = Measure("map", "mAP", "mAP (11-point)", "detector")
-TOP1 = Measure("top1", "top-1", "top-1", "student")
+TOP1 = Measure("top1", "top-1", HEADS["top1"], "student")
 # where stage one learns from images without labels
 MEASURES = {
-    "knn": Measure("knn", "k-NN accuracy", "k-NN", "student"),
-    "linear": Measure("linear", "linear probe accuracy", "linear probe", "student"),
-    "agreement": Measure("agreement", "agreement with the teacher", "agreement", "student"),
-    "cka": Measure("cka", "CKA with the teacher", "CKA", "student"),
+    key: Measure(key, name, HEADS[key], "student")
+    for key, name in (
+        (KNN, "k-NN accuracy"),
+        (LINEAR, "linear probe accuracy"),
+        (AGREEMENT, "agreement with the teacher"),
+        (CKA, "CKA with the teacher"),
+    )
 }
 
 
@@ -280,6 +284,11 @@ class ComparisonResult:
     def methods(self) -> list[RowResult]:
         """The rows that learn from a teacher."""
         return [row for row in self.rows if row.is_method]
+
+    @property
+    def stage_one(self) -> Measure:
+        """By what students are judged: top-1, or without labels the first that was measured of them."""
+        return next((MEASURES[next(iter(row.measured))] for row in self.rows if row.measured), TOP1)
 
     @property
     def compared_with_imagenet(self) -> bool:

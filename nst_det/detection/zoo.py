@@ -19,7 +19,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from nst_det.engine.config import flat, plain
 from nst_det.errors import UserError
 from nst_det.models import Card, input_contract
-from nst_det.models.caffe import check_stride, stride_in_1x1
+from nst_det.models.caffe import check_stride, is_resnext, stride_in_1x1
 from nst_det.models.card import check_pixels
 from nst_det.models.convert import HEADS, convert, detect_form, resnet_keys, with_usual_eps
 from nst_det.models.io import below_prefix, first_names, read_any
@@ -149,10 +149,8 @@ def _input(form: str, given: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the images of a detector: those that its file names, or of the zoo that has these names."""
     if form == "torchvision":
         return input_contract(list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD), "RGB", 0)
-    second = next((value for name, value in given.items() if name.endswith("res3.0.conv2.weight")), None)
-    grouped = second is not None and second.shape[0] != second.shape[1]
     # its ResNeXts alone have a std
-    mean, std = [103.53, 116.28, 123.675], [57.375, 57.12, 58.395] if grouped else [1.0, 1.0, 1.0]
+    mean, std = [103.53, 116.28, 123.675], [57.375, 57.12, 58.395] if is_resnext(given) else [1.0, 1.0, 1.0]
     if "pixel_mean" in given:
         mean, std = (given[name].flatten().tolist() for name in ("pixel_mean", "pixel_std"))
     # of photographs, red has the highest mean
@@ -236,9 +234,9 @@ def keys_of(given: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{path}: {str(error).partition('; use ')[0]}") from error
     images, channels = _input(form, given), len(weights["backbone.fpn_lateral2.weight"])
-    if form == "detectron2" and "layer1.0.conv3.weight" in network and resnet["NUM_GROUPS"] == 1:
+    detectron2s = form == "detectron2"
+    if detectron2s and "layer1.0.conv3.weight" in network and resnet["NUM_GROUPS"] == 1:
         arch = f"nst_{arch}_caffe"
-    ours = form == "detectron2"
     keys = {
         "BACKBONE.NAME": "build_timm_fpn_backbone",
         "TIMM.ARCH": arch,
@@ -248,7 +246,7 @@ def keys_of(given: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
         "FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
         "FPN.OUT_CHANNELS": channels,
         "FPN.FUSE_TYPE": "sum",
-        "ANCHOR_GENERATOR.NAME": "DefaultAnchorGenerator" if ours else "RoundedAnchorGenerator",
+        "ANCHOR_GENERATOR.NAME": "DefaultAnchorGenerator" if detectron2s else "RoundedAnchorGenerator",
         "ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [512]],
         "ANCHOR_GENERATOR.ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
         "ANCHOR_GENERATOR.OFFSET": 0.0,
@@ -264,8 +262,8 @@ def keys_of(given: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
         "ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": len(weights[f"{PREDICTOR}bbox_pred.bias"]) == 4,
         "ROI_BOX_HEAD.BBOX_REG_WEIGHTS": [10.0, 10.0, 5.0, 5.0],
         "ROI_BOX_HEAD.POOLER_RESOLUTION": math.isqrt(fc.shape[1] // channels),
-        "ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignV2" if ours else "ROIAlign",
-        "ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 0 if ours else 2,
+        "ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignV2" if detectron2s else "ROIAlign",
+        "ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 0 if detectron2s else 2,
         "ROI_BOX_HEAD.CANONICAL_BOX_SIZE": 224,
         "ROI_BOX_HEAD.CANONICAL_LEVEL": 4,
         "PIXEL_MEAN": [round(255 * value, 3) for value in images["mean"]],

@@ -32,15 +32,20 @@ def stride_in_1x1(network: nn.Module) -> bool:
     return any(hasattr(block, "conv3") and block.conv1.stride != (1, 1) for block in network.modules())
 
 
+def is_resnext(theirs: Mapping[str, Tensor]) -> bool:
+    """Return whether weights by Detectron2's names are those of grouped convolutions."""
+    second = next((value for name, value in theirs.items() if name.endswith("res3.0.conv2.weight")), None)
+    return second is not None and second.shape[0] != second.shape[1]
+
+
 def check_stride(theirs: Mapping[str, Tensor], network: nn.Module) -> None:
     """Refuse (ValueError) bottlenecks by Detectron2's names in a network whose stride is, or may be, elsewhere.
 
     Names and shapes don't tell where it is: what is known is that of Detectron2's zoo.
     """
-    second = next((value for name, value in theirs.items() if name.endswith("res3.0.conv2.weight")), None)
-    if second is None or not any(name.endswith("res3.0.conv3.weight") for name in theirs):
+    if not any(name.endswith("res3.0.conv3.weight") for name in theirs):
         return
-    grouped, caffe = second.shape[0] != second.shape[1], stride_in_1x1(network)
+    grouped, caffe = is_resnext(theirs), stride_in_1x1(network)
     if grouped and caffe:
         raise ValueError("a ResNeXt of Detectron2 has its stride in the 3 x 3 convolution (STRIDE_IN_1X1 False)")
     if not grouped and not caffe:

@@ -13,9 +13,9 @@ from nst_det.errors import UserError
 
 PREFIX = "backbone://"
 VARIABLE = "NST_DET_BACKBONES"
-# a method with weights is part of a name: kd:0.9+nst-poly
 # of files: a name that ends so is a path
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pyth", ".pkl", ".bin", ".ckpt", ".tar", ".th", ".yaml", ".yml", ".json")
+# a method with weights is part of a name: kd:0.9+nst-poly
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+:=,@-]{0,199}")
 
 

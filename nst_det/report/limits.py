@@ -22,6 +22,7 @@ WEAK = 2 / 11
 FLAT = 0.1
 # rise of an accuracy between the last two evaluations
 RISE = 0.02
+NAMES = {measure.key: measure.name for measure in (*MEASURES.values(), TOP1, MAP)}
 
 
 def limits(results: ComparisonResult, distill: dict[str, Curves], detect: dict[str, Curves]) -> list[str]:
@@ -132,8 +133,7 @@ def _unfinished(stage: str, curves: dict[str, Curves], losses: Sequence[str], ro
     for name, methods in curves["accuracy"].items():
         known = {method: last_rise(curve) for method, curve in methods.items() if method in rows}
         rises = {method: rise for method, rise in known.items() if rise > RISE}
-        names = {key: measure.name for key, measure in (*MEASURES.items(), ("top1", TOP1), ("map", MAP))}
-        if rises and (what := names.get(name.rsplit("/", 1)[-1])):
+        if rises and (what := NAMES.get(name.rsplit("/", 1)[-1])):
             parts = [f"{method} ({signed(rise)})" for method, rise in sorted(rises.items(), key=lambda one: -one[1])]
             yield f"{stage}: {what} still rose between the last two evaluations, for {_some(parts)}."
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from nst_det.comparison.result import BASELINE, MAP, MEASURES, TOP1, ComparisonResult, Measure, RowResult
 from nst_det.comparison.statistics import BETTER, NOISE, REFERENCE, SINGLE, WORSE
+from nst_det.distillation.config import AGREEMENT, CKA, KNN, LINEAR
 
 MISSING = "–"
 UNTOLD = "What this answer can't tell"
@@ -192,19 +193,11 @@ COLUMNS = (
 )
 
 
-def _first_measured(results: ComparisonResult) -> str:
-    """Return what students without labels are judged by; "" for others."""
-    return next((next(iter(row.measured)) for row in results.rows if row.measured), "")
-
-
 def columns_of(results: ComparisonResult, columns: Sequence[Column] = COLUMNS) -> list[Column]:
     """Return those of the columns that the comparison has, headed by its baseline, and what stage one is judged by."""
-    first = _first_measured(results)
-    stage_one = (
-        _number(MEASURES[first].head, first, fraction, "of the backbone in stage one", only=MAP) if first else None
-    )
-    found = [stage_one if stage_one and column.head == "top-1" else column for column in columns]
-    ours, compared = f" {results.baseline}", results.compared_with_imagenet
+    judge, ours, compared = results.stage_one, f" {results.baseline}", results.compared_with_imagenet
+    stage_one = _number(judge.head, judge.key, fraction, "of the backbone in stage one", only=MAP)
+    found = [stage_one if judge is not TOP1 and column.head == TOP1.head else column for column in columns]
     return [
         replace(column, head=column.head.replace(f" {BASELINE}", ours))
         for column in found
@@ -241,31 +234,26 @@ def _markdown_escape(text: str) -> str:
     return " ".join(text.split()).translate({ord(character): f"\\{character}" for character in "\\`*_[]|"})
 
 
+# by the keys of the measures
 LEGENDS = {
-    MAP: "mAP is the mean over classes of AP at IoU 0.5: 11-point as in VOC 2007, area as in VOC 2010 and later. ",
-    TOP1: "top-1 is the share of the validation images whose most certain class is right, after the last step. ",
-    MEASURES[
-        "knn"
-    ]: "k-NN is the share of a labelled folder's validation images whose class the nearest features of its "
+    "map": "mAP is the mean over classes of AP at IoU 0.5: 11-point as in VOC 2007, area as in VOC 2010 and later. ",
+    "top1": "top-1 is the share of the validation images whose most certain class is right, after the last step. ",
+    KNN: "k-NN is the share of a labelled folder's validation images whose class the nearest features of its "
     "training images have, after the last step. ",
-    MEASURES[
-        "linear"
-    ]: "linear probe is the share of a labelled folder's validation images that a linear classifier of "
+    LINEAR: "linear probe is the share of a labelled folder's validation images that a linear classifier of "
     "the features, trained on its training images, has right, after the last step. ",
-    MEASURES["agreement"]: "agreement is the share of the validation images whose most certain class is the teacher's, "
+    AGREEMENT: "agreement is the share of the validation images whose most certain class is the teacher's, "
     "after the last step. ",
-    MEASURES[
-        "cka"
-    ]: "CKA is the linear centered kernel alignment of the students' pooled features with the teacher's, on "
+    CKA: "CKA is the linear centered kernel alignment of the students' pooled features with the teacher's, on "
     "the validation images, after the last step. ",
 }
 
 
 def legend(results: ComparisonResult) -> str:
     """Return what the columns mean and where latency was measured."""
-    text = LEGENDS[results.measure]
-    if results.measure is MAP and (first := _first_measured(results)):
-        text += f"Stage one learned without labels: {LEGENDS[MEASURES[first]]}"
+    text = LEGENDS[results.measure.key]
+    if results.measure is MAP and results.stage_one is not TOP1:
+        text += f"Stage one learned without labels: {LEGENDS[results.stage_one.key]}"
     if any(row.stage == "detector" for row in results.rows):
         text += "A term with @det teaches the neck or heads of the detector; all others teach the backbone. "
     if len(results.seeds) > 1:

@@ -18,6 +18,7 @@ from nst_det.detection.torchvision.batch import limits_of
 from nst_det.detection.zoo import UNUSED, ClassNames, coco_classes, zoo_keys
 from nst_det.errors import UserError
 from nst_det.models.convert import convert
+from tests.helpers.detection import randomize
 
 CLASSES = ["car", "forklift", "person"]
 PREDICTOR = "roi_heads.box_predictor."
@@ -35,13 +36,7 @@ def torchvisions(arch="resnet18", classes=91):
         rpn_pre_nms_top_n_test=100,
         rpn_post_nms_top_n_test=50,
     )
-    for layer in detector.modules():
-        if isinstance(layer, FrozenBatchNorm2d):
-            layer.running_mean.normal_(0, 0.1)
-            layer.running_var.uniform_(0.5, 1.5)
-            layer.weight.uniform_(0.2, 0.6)
-    for layer in (detector.rpn.head.cls_logits, detector.rpn.head.bbox_pred):
-        torch.nn.init.normal_(layer.weight, std=0.1)
+    randomize(detector, (detector.rpn.head.cls_logits, detector.rpn.head.bbox_pred))
     return detector.eval()
 
 

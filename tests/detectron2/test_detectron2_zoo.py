@@ -10,7 +10,6 @@ pytestmark = pytest.mark.detectron2
 
 from detectron2.config import get_cfg
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import build_anchor_generator
 
@@ -27,6 +26,7 @@ from nst_det.models import Bottomup
 from nst_det.models.bottomup import load_recognized
 from nst_det.models.convert import convert
 from nst_det.models.io import trusting_pickles
+from tests.helpers.detection import randomize
 
 LEVELS = ["res2", "res3", "res4", "res5"]
 CLASSES = ["car", "forklift", "person"]
@@ -84,13 +84,8 @@ def zoo(request, tmp_path_factory):
     """A Detectron2's detector of 80 classes with random weights, its file, and what its config has of its own."""
     torch.manual_seed(0)
     model = build_model(theirs_cfg(KINDS[request.param])).eval()
-    for layer in model.modules():
-        if isinstance(layer, FrozenBatchNorm2d):
-            layer.running_mean.normal_(0, 0.1)
-            layer.running_var.uniform_(0.5, 1.5)
-            layer.weight.uniform_(0.2, 0.6)
-    for layer in (model.proposal_generator.rpn_head.objectness_logits, model.proposal_generator.rpn_head.anchor_deltas):
-        torch.nn.init.normal_(layer.weight, std=0.1)
+    head = model.proposal_generator.rpn_head
+    randomize(model, (head.objectness_logits, head.anchor_deltas))
     path = written(model, tmp_path_factory.mktemp("zoo") / "model_final.pkl")
     return model, path, KINDS[request.param]
 
