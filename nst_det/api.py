@@ -120,9 +120,9 @@ def init(
         project: the folder to make; its last part names the backbone files.
         voc: your data as a VOC folder; either this, or
         coco: COCO annotations, one file, or two to train and to test on.
-        images: with ``coco`` the folder of its images, or one for each file; with ``voc`` classification data for stage
-            one, a folder a class (without it, objects are cut out of the images).
-        train, test: lists of the VOC folder; "" takes those that are there, or cuts them.
+        images: with ``coco`` its folder, or one a file; with ``voc`` those of stage one, a folder a class (else cut).
+        train: list of the VOC folder to train on; "" takes the one that is there, or cuts it.
+        test: list to test on, likewise.
         device: ``cpu`` or ``cuda``, to fit sizes and schedules to; "" takes the GPU if there is one.
         unlabelled: images without labels for stage one, at any depth; a published network teaches.
         student: timm's name of a published network; "" takes a small one on a CPU, ``resnet18.tv_in1k`` on a GPU.
