@@ -124,10 +124,12 @@ def run_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNod
 
 
 def print_plan(comparison: Comparison) -> list[Run]:
-    """Print the runs and what is done of them, after the checks of folders that the comparison itself makes."""
+    """Print the runs and what is done of them; what the comparison itself refuses is refused."""
     runs = make_plan(comparison)
     check_folders(comparison, runs)
     print_table(plan_table(comparison, runs))
+    if not all(run.done for run in runs):
+        checked_configs(comparison, runs)
     return runs
 
 
@@ -153,7 +155,6 @@ def dry_run(comparison: Comparison, jobs: int = 0) -> None:
     runs = print_plan(comparison)
     if all(run.done for run in runs):
         return
-    checked_configs(comparison, runs)
     machine = this_machine(jobs or comparison.jobs)
     found = estimate(comparison, runs, machine)
     all_runs, wall = total(found, runs), wall_seconds(runs, found, machine)
