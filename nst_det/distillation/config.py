@@ -298,7 +298,10 @@ RULES: Rules = {
     "CACHE.DTYPE": _one_of("auto", "fp16", "bf16"),
     "CACHE.DIR": (lambda value, node: value or node.DTYPE == "auto", "set where CACHE.DTYPE is not auto"),
     "CACHE.MAX_GIB": _ABOVE_0,
-    "TEST.PROBE.BY": _one_of(KNN, LINEAR),
+    "TEST.PROBE.BY": (
+        lambda value, node: value == KNN or (value == LINEAR and node.ROOT),
+        f"{KNN}, or {LINEAR} where TEST.PROBE.ROOT is set",
+    ),
     "TEST.PROBE.NEIGHBORS": _from(1),
     "TEST.EVAL_PERIOD": _from(0),
     "TEST.IMS_PER_BATCH": _from(1),
@@ -310,6 +313,7 @@ RULES: Rules = {
 LABELLED_RULES: Rules = {"TEST.PROBE.ROOT": (lambda value, _: not value, 'empty ("") where DATA.LABELS is True')}
 _NONE = (lambda value, _: not value, "0 where DATA.LABELS is False")
 UNLABELLED_RULES: Rules = {
+    "DATA.REST": (lambda value, _: value == "drop", "drop where DATA.LABELS is False"),
     **dict.fromkeys(("SOLVER.CE_WEIGHT", "SOLVER.LABEL_SMOOTHING", "DATA.PER_CLASS", "TEACHER.EXPECTED_TOP1"), _NONE),
     "TEACHER.WEIGHTS": (
         lambda value, node: value or node.PRETRAINED,

@@ -116,6 +116,8 @@ def test_kd_teaches_the_teachers_own_classes(nested, tmp_path):
         ({"METHODS": ["fitnet+dkd"]}, r"METHODS: dkd .*DATA\.LABELS"),
         ({"METHODS": ["kd"]}, r"METHODS: kd .*no classes"),
         ({"TRANSFER.AUTO_WEIGHT": {"fitnet": 1.0}}, r"TRANSFER\.AUTO_WEIGHT: fitnet.*DATA\.LABELS"),
+        ({"DATA.REST": "unlabelled"}, r"DATA\.REST.*DATA\.LABELS"),
+        ({"TEST.PROBE.BY": "linear", "TEST.PROBE.ROOT": ""}, r"TEST\.PROBE\.BY.*TEST\.PROBE\.ROOT"),
         ({"DATA.LABELS": True, "TEST.PROBE.ROOT": "x"}, r"TEST\.PROBE\.ROOT.*DATA\.LABELS"),
         ({"TEST.PROBE.ROOT": "/nowhere"}, r"/nowhere"),
         ({"TEST.PROBE.BY": "svm"}, r"TEST\.PROBE\.BY"),
