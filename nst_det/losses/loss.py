@@ -195,15 +195,44 @@ def build_transfer(
         else:
             student, teacher = widths[term.student_kind][0], widths[term.level][1]
             pairs[name] = [LayerPair(term.student_kind, term.level, student or 0, teacher or 0)]
-        given = dict(options.get(name) or {})
-        for key in given:
-            if key not in term.options:
-                raise ValueError(f"{name} has no option '{key}'; it has {_listed(term.options)}")
-        all_options[name] = {**term.options, **given}
+        all_options[name] = {**term.options, **_checked_options(term, options.get(name) or {})}
     return TransferLoss(method, chosen, pairs, all_options, shares)
 
 
-def _checked_share(name: str, share: float) -> float:
+def _checked_options(term: LossSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"OPTIONS: {term.name} must be a mapping such as {{temperature: 2.0}}, not {given!r}")
+    for key in given:
+        if key not in term.options:
+            raise ValueError(f"{term.name} has no option '{key}'; it has {_listed(term.options)}")
+    return {key: _of_its_kind(f"{term.name}: {key}", value, term.options[key]) for key, value in given.items()}
+
+
+def _of_its_kind(name: str, value: Any, default: Any) -> Any:
+    """Return the value of an option; refuse a flag, a count or a number that isn't one."""
+    if isinstance(default, bool):
+        fits, wanted = isinstance(value, bool), "True or False"
+    elif isinstance(default, int | float):
+        value = _number(value)
+        kind, wanted = (int, "a whole number") if isinstance(default, int) else (int | float, "a finite number")
+        fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    else:
+        return value
+    if not fits:
+        raise ValueError(f"{name} must be {wanted}, not {value!r}")
+    return value
+
+
+def _number(value: Any) -> Any:
+    """Return as a number what YAML 1.1 reads as text, such as 5e-5."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _checked_share(name: str, share: Any) -> float:
+    share = _number(share)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
         raise ValueError(f"AUTO_WEIGHT: the share of '{name}' must be a finite number above 0, not {share!r}")
     return float(share)
@@ -211,12 +240,16 @@ def _checked_share(name: str, share: float) -> float:
 
 def _level_pairs(levels: Iterable[Level], partners: Mapping[str, str]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
+    if isinstance(levels, str | Mapping):
+        raise ValueError(f"levels must be a list such as [res3, res4], not {levels!r}")
     for level in levels:
         if isinstance(level, str):
             student, colon, teacher = (part.strip() for part in level.partition(":"))
             pair = (student, teacher if colon else partners.get(student, student))
-        else:
+        elif isinstance(level, list | tuple) and len(level) == 2:
             pair = (str(level[0]), str(level[1]))
+        else:
+            raise ValueError(f"the level {level!r} must be a name such as res3, or a pair such as res3:res4")
         if pair in found:
             raise ValueError(f"the level {level} is named twice")
         found.append(pair)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,11 +17,32 @@ from nst_det.losses.registry import OUTPUT, LayerPair, register_term
 MOST_NUMBERS = 1 << 24
 
 
+def _distances_from(x: Tensor, rows: slice) -> Tensor:
+    return ((x[rows, None] - x).square().sum(2) + EPS).sqrt()
+
+
 def distances(x: Tensor) -> Tensor:
-    """Return the distances of all pairs of (B, D), divided by their mean over different samples: (B, B)."""
+    """Return the distances of all pairs of (B, D), divided by their mean over different samples: (B, B).
+
+    Of more than :data:`MOST_NUMBERS` differences at once those of a few rows, which the backward pass computes again.
+    """
     count = len(x)
-    found = ((x[:, None] - x).square().sum(2) + EPS).sqrt() * (1 - torch.eye(count, dtype=x.dtype, device=x.device))
+    at_once = max(MOST_NUMBERS // x.numel(), 1)
+    if at_once >= count:
+        found = _distances_from(x, slice(None))
+    else:
+        found = torch.cat([_again_in_backward(_distances_from, x, rows) for rows in _slices(count, at_once)])
+    found = found * (1 - torch.eye(count, dtype=x.dtype, device=x.device))
     return found / (found.sum() / (count * (count - 1)))
+
+
+def _slices(count: int, at_once: int) -> Iterator[slice]:
+    return (slice(start, start + at_once) for start in range(0, count, at_once))
+
+
+def _again_in_backward(compute: Callable[..., Tensor], *args: Any) -> Tensor:
+    found: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
+    return found
 
 
 def angles(x: Tensor, corners: slice = slice(None)) -> Tensor:
@@ -40,9 +64,7 @@ def angles_loss(x: Tensor, y: Tensor, shared: Shared) -> Tensor:
     at_once = MOST_NUMBERS // (count * max(count, x.shape[1], y.shape[1]))
     if at_once >= count:
         return F.smooth_l1_loss(angles(x), shared(("rkd", "angles"), lambda: angles(y)))
-    at_once = max(at_once, 1)
-    corners = [slice(start, start + at_once) for start in range(0, count, at_once)]
-    parts = [checkpoint(_at_corners, x, y, part, use_reentrant=False, preserve_rng_state=False) for part in corners]
+    parts = [_again_in_backward(_at_corners, x, y, corners) for corners in _slices(count, max(at_once, 1))]
     return torch.stack(parts).sum() / count**3
 
 

@@ -35,7 +35,9 @@ class ChannelVariance(nn.Module):
         super().__init__()
         if initial <= EPS:
             raise ValueError(f"vid: variance must be above {EPS}, not {initial}")
-        self.alpha = nn.Parameter(torch.full((channels,), math.log(math.expm1(initial - EPS))))
+        # the inverse of softplus, as a large variance needs it
+        start = initial - EPS
+        self.alpha = nn.Parameter(torch.full((channels,), start + math.log(-math.expm1(-start))))
 
     def forward(self) -> Tensor:
         return F.softplus(self.alpha) + EPS

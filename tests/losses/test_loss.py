@@ -84,6 +84,12 @@ def test_options_reach_their_term():
     torch.testing.assert_close(loss(student, teacher)["kd"], kd_loss(student.logits, teacher.logits, 2.0))
 
 
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    loss = build("kd", options={"kd": {"temperature": "2e0"}}, auto_weight={"kd": "1e-1"})
+    assert loss.options["kd"] == {"temperature": 2.0}
+    assert loss.balance.shares == {"kd": 0.1}
+
+
 @pytest.mark.parametrize(
     ("method", "changes", "named"),
     [
@@ -97,6 +103,12 @@ def test_options_reach_their_term():
         ("at", {"weights": {"at": -1}}, "'at'.*-1"),
         ("at", {"weights": {"at": "many"}}, "'at'.*many"),
         ("at", {"options": {"at": {"p": 2}}}, "'p'.*power"),
+        *(("at", {"options": {"at": {"power": power}}}, "at: power.*number") for power in ("two", True, math.inf)),
+        ("at", {"options": {"at": 2}}, "OPTIONS: at.*2"),
+        ("lp", {"options": {"lp": {"k": 2.5}}}, "lp: k.*2.5"),
+        ("nst-poly", {"options": {"nst-poly": {"center": "false"}}}, "nst-poly: center.*True or False.*'false'"),
+        *(("at", {"levels": [level]}, "level.*res3") for level in ({"res3": "res4"}, ["res3"], 3)),
+        *(("at", {"term_levels": {"at": levels}}, "levels.*res4") for levels in ("res4", {"res4": "res5"})),
         ("at", {"auto_weight": {"nst-pol": 1}}, "'nst-pol'"),
         *(("at", {"auto_weight": {"at": share}}, "AUTO_WEIGHT.*'at'") for share in (0, -1.0, "half", True, math.nan)),
         ("pkd", {}, "res4:res5.*8.*16"),

@@ -229,10 +229,10 @@ def test_sp(check_formula):
 
 
 @pytest.mark.parametrize(
-    ("distance", "angle", "at_once"), [(25.0, 0.0, 4), (0.0, 50.0, 4), (1.0, 2.0, 3), (0.0, 1.0, 0)]
+    ("distance", "angle", "at_once"), [(25.0, 0.0, 4), (25.0, 0.0, 0), (0.0, 50.0, 4), (1.0, 2.0, 3), (0.0, 1.0, 0)]
 )
 def test_rkd(distance, angle, at_once, check_formula, monkeypatch):
-    # 4 samples, embeddings of 5 numbers at most: the angles at so many corners at a time, at one at least
+    # 4 samples, embeddings of 5 numbers at most: so many rows or corners at a time, one at least
     monkeypatch.setattr("nst_det.losses.rkd.MOST_NUMBERS", at_once * 4 * 5)
     student, teacher = 3 * RNG.standard_normal((4, 3)), RNG.standard_normal((4, 5))
 
@@ -435,6 +435,12 @@ def test_larger_maps_are_averaged_down():
     for loss in (hint_loss, at_loss, cwd_loss, pkd_loss, partial(at_loss, power=1)):
         torch.testing.assert_close(loss(small, big), loss(small, pooled))
         torch.testing.assert_close(loss(big, small), loss(pooled, small))
+
+
+@pytest.mark.parametrize("variance", [2e-5, 0.5, 5.0, 800.0])
+def test_vid_begins_with_the_variance_that_is_asked_for(variance):
+    module = get_term("vid").build(LayerPair("res3", "res4", 2, 3), variance=variance)
+    torch.testing.assert_close(module.variance(), torch.full((3,), variance))
 
 
 @pytest.mark.parametrize("network", ["repdistiller", "bn", "linear"])
