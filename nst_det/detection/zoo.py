@@ -21,7 +21,7 @@ from nst_det.errors import UserError
 from nst_det.models import Card, input_contract
 from nst_det.models.caffe import check_stride, is_resnext, stride_in_1x1
 from nst_det.models.card import check_pixels
-from nst_det.models.convert import HEADS, convert, detect_form, resnet_keys, with_usual_eps
+from nst_det.models.convert import CONSTANTS, HEADS, convert, detect_form, resnet_keys, with_usual_eps
 from nst_det.models.io import below_prefix, first_names, read_any
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 PREDICTOR = "roi_heads.box_predictor."
 # mean, std (0..255) and channel order
 Pixels = tuple[Sequence[float], Sequence[float], str]
-# what Mask R-CNN and Keypoint R-CNN have beside the boxes, and what Detectron2 wrote into its files at first
-OTHERS = re.compile(r"roi_heads\.(mask|keypoint)_|pixel_(mean|std)$|proposal_generator\.anchor_generator\.")
+# what Mask R-CNN and Keypoint R-CNN have beside the boxes, and what are no weights
+OTHERS = re.compile(rf"roi_heads\.(mask|keypoint)_|({CONSTANTS.pattern})$")
 ANY_IMAGES = "; if it was trained on other images, write it by timm's names first: nst-det convert --to timm"
 # names of Detectron2's MODEL.RESNETS.DEPTH, NUM_GROUPS and WIDTH_PER_GROUP in timm
 ARCHS = {

@@ -309,12 +309,14 @@ def prove_parity(path: str | Path, size: int | None = None) -> float:
         size: side of the images of seeded noise; None takes the card's.
     """
     classifier, card = classifier_from_file(path)
-    levels = feature_levels(classifier)
+    found = feature_levels(classifier)
+    # a detector takes the network's own maps; where there are none, the refusal says why
+    levels = {name: info for name, info in found.items() if name in LEVELS and not info.of_stride} or found
     bottomup = bottomup_from_file(path, list(levels)).eval()
     side = size or int(card.input.get("size") or 64)
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted, found = forward_outputs(classifier, images, levels).maps, bottomup(images)
-    if any(found[name].shape != wanted[name].shape for name in wanted):
+        wanted, maps = forward_outputs(classifier, images, levels).maps, bottomup(images)
+    if any(maps[name].shape != wanted[name].shape for name in wanted):
         return float("inf")
-    return max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
+    return max(float((maps[name] - wanted[name]).abs().max()) for name in wanted)

@@ -36,7 +36,7 @@ PROBE_SIZE = 64
 ODD_SIZE = (193, 257)
 
 
-def create_model(arch: str, num_classes: int, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create_model(arch: str, num_classes: int, pretrained: bool = False, /, **kwargs: Any) -> nn.Module:
     """A timm model with a classifier of ``num_classes``.
 
     Args:
@@ -56,8 +56,8 @@ def create_model(arch: str, num_classes: int, pretrained: bool = False, **kwargs
     published: dict[str, Any] = {"pretrained_cfg_overlay": {"file": published_file(arch)}} if pretrained else {}
     try:
         return timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, **published, **kwargs)
-    except TypeError as error:
-        raise ValueError(f"{arch} doesn't take these arguments: {kwargs} ({error})") from error
+    except (TypeError, LookupError, AssertionError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{arch} doesn't take these arguments: {kwargs} ({first_line(error)})") from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
@@ -285,9 +285,8 @@ def forward_outputs(model: nn.Module, images: Tensor, levels: Mapping[str, Level
     else:
         features, maps = model.forward_features(images), []  # type: ignore[operator]
     seen: list[Tensor] = []
-    classifier = model.get_classifier()  # type: ignore[operator]
     # the head runs once: a second call for pre_logits would draw another dropout mask and move BN statistics twice
-    hook = classifier.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    hook = last_layers(model)[0].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     try:
         logits = model.forward_head(features)  # type: ignore[operator]
     finally:
@@ -305,9 +304,15 @@ def probe_outputs(model: nn.Module, levels: Mapping[str, LevelInfo], size: int) 
         return forward_outputs(model, probe_image(model, size), levels)
 
 
+def last_layers(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return a classifier's last layer, or both where it has one more for a distillation token."""
+    found = model.get_classifier()  # type: ignore[operator]
+    return found if isinstance(found, tuple) else (found,)
+
+
 def classifier_names(model: nn.Module) -> set[str]:
-    """Return the names of the parameters of a classifier's last layer, weight (K, D) and bias (K,)."""
-    last = {id(parameter) for parameter in model.get_classifier().parameters()}  # type: ignore[operator]
+    """Return the names of the parameters of a classifier's last layers, such as weight (K, D) and bias (K,)."""
+    last = {id(parameter) for layer in last_layers(model) for parameter in layer.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in last}
 
 

@@ -29,7 +29,9 @@ def is_caffe(arch: str) -> bool:
 
 def stride_in_1x1(network: nn.Module) -> bool:
     """Return whether a ResNet, timm's or Detectron2's, has the stride of a bottleneck in its first convolution."""
-    return any(hasattr(block, "conv3") and block.conv1.stride != (1, 1) for block in network.modules())
+    # the first of other networks' blocks may be a block itself
+    firsts = (block.conv1 for block in network.modules() if hasattr(block, "conv3"))
+    return any(getattr(first, "stride", (1, 1)) != (1, 1) for first in firsts)
 
 
 def is_resnext(theirs: Mapping[str, Tensor]) -> bool:

@@ -70,7 +70,7 @@ def input_contract(mean: Sequence[float], std: Sequence[float], order: str, size
 
 
 def published_card(model: nn.Module, arch: str) -> Card:
-    """The contract of timm's published weights for a model of ``create_model(arch, ..., pretrained=True)``."""
+    """The contract of timm's published weights for a model of ``create_model(arch, num_classes, True)``."""
     published: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     # timm has no channel order: its own networks see RGB
     order = getattr(model, "channel_order", "RGB")

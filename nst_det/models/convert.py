@@ -168,6 +168,10 @@ def batch_norm_eps(arch: str, arch_kwargs: Mapping[str, Any]) -> float:
     return float(found.pop())
 
 
+# what Detectron2 wrote into its files at first, beside the weights
+CONSTANTS = re.compile(r"pixel_(mean|std)|proposal_generator\.anchor_generator\..*")
+
+
 def detect_form(names: Mapping[str, Tensor]) -> str:
     """Return which of :data:`FORMS` a state dict has."""
     marks = {
@@ -185,7 +189,7 @@ def detect_form(names: Mapping[str, Tensor]) -> str:
 
 
 def convert(state_dict: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
-    """Return a detector's state dict in another form; every entry is carried over or the conversion is refused.
+    """Return a detector's state dict in another form; every weight is carried over or the conversion is refused.
 
     Example:
         >>> weights = {"backbone.bottom_up.model.conv1.weight": torch.zeros(64, 3, 7, 7)}
@@ -196,6 +200,7 @@ def convert(state_dict: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
     write: dict[str, Rename] = {"timm": dict, "detectron2": _timm_to_detectron2, "torchvision": _timm_to_torchvision}
     if form not in FORMS:
         raise UserError(f"unknown form '{form}'; there are {', '.join(FORMS)}")
+    state_dict = {name: value for name, value in state_dict.items() if not CONSTANTS.fullmatch(name)}
     return write[form](read[detect_form(state_dict)](state_dict))
 
 

@@ -251,7 +251,9 @@ def _head(given: Named, asked: _Asked) -> tuple[int | None, Named]:
     """Return the classes of a head that doesn't fit (0: there is none; None: it fits), and what goes in."""
     if all(name in given and given[name].shape == asked.own[name].shape for name in asked.head):
         return None, given
-    theirs = [len(given[name]) for name in sorted(asked.head) if name in given and given[name].dim()]
+    # a head may begin with a normalization, whose width says nothing of classes
+    of_classes = [name for name in sorted(asked.head) if asked.own[name].shape[:1] == (asked.model.num_classes,)]
+    theirs = [len(given[name]) for name in of_classes if name in given and given[name].dim()]
     # a head with layers of its own, as behind mmpretrain's "head.", isn't the network's
     rest = {name: value for name, value in given.items() if name not in asked.head}
     return (theirs[0] if theirs else 0), rest

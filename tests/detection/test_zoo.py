@@ -196,6 +196,13 @@ def test_masks_are_left_out_and_other_detectors_named(coco, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_what_early_files_of_detectron2_have_beside_weights_is_left_out():
+    weights = {"backbone.bottom_up.stem.conv1.weight": torch.ones(1)}
+    constants = ("pixel_mean", "pixel_std", "proposal_generator.anchor_generator.cell_anchors.0")
+    found = convert(weights | dict.fromkeys(constants, torch.zeros(1)), "timm")
+    assert found == {"backbone.bottom_up.model.conv1.weight": torch.ones(1)}
+
+
 def test_the_epsilon_of_a_published_file_is_0(small, tmp_path, monkeypatch):
     theirs, path = torchvisions(), tmp_path / "published.pth"
     norms = [layer for layer in theirs.modules() if isinstance(layer, FrozenBatchNorm2d)]

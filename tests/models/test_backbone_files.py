@@ -95,6 +95,13 @@ def test_a_classifier_and_a_bottom_up_are_filled(saved):
     assert torch.equal(bottomup.model.layer3[0].conv1.weight, model.layer3[0].conv1.weight)
 
 
+def test_parity_of_a_transformer_is_that_of_its_own_map(tmp_path):
+    path, kwargs = tmp_path / "vit.safetensors", {"img_size": 32}
+    card = make_card(arch="vit_tiny_patch16_224", arch_kwargs=kwargs)
+    save_backbone(path, create_model(card.arch, 5, **kwargs), card)
+    assert prove_parity(path) == 0.0
+
+
 def test_parity_is_zero_and_a_difference_is_seen(saved, monkeypatch):
     path, _ = saved
     assert prove_parity(path) == 0.0

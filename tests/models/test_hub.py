@@ -32,7 +32,7 @@ def test_a_cached_file_is_taken_by_any_of_its_names(cache, name):
     assert found.contract == {"channel_order": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "size": 160}
     for named in (REPO, "test_resnet", "1000", "160", "bilinear"):
         assert named in found.says
-    model = create_model("test_resnet", 7, pretrained=True).eval()
+    model = create_model("test_resnet", 7, True).eval()
     own = create_model("test_resnet", 7).eval()
     own.load_state_dict(found.tensors, strict=False)
     images = torch.randn(1, 3, 64, 64)
@@ -79,7 +79,7 @@ def test_without_a_network_one_line_says_what_to_bring_and_then_it_works(cache, 
     assert folder.is_relative_to(cache)
     if not more:
         with pytest.raises(ValueError, match=r"model\.safetensors"):
-            create_model(NAME, 7, pretrained=True)
+            create_model(NAME, 7, True)
         assert str(folder) in hub.to_bring(NAME)
     folder.mkdir(parents=True)
     weights(folder / "model.safetensors")
@@ -88,7 +88,7 @@ def test_without_a_network_one_line_says_what_to_bring_and_then_it_works(cache, 
     assert resolve(name) == folder / "model.safetensors"
     if not more:
         assert hub.to_bring(NAME) == ""
-        create_model(NAME, 7, pretrained=True)
+        create_model(NAME, 7, True)
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(cache, monkeypatch):

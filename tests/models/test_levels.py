@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from nst_det.models import create_model, feature_levels, forward_outputs, take_levels
-from nst_det.models.build import LevelInfo, embedding_width
+from nst_det.models.build import LevelInfo, classifier_names, embedding_width
 
 # index, stride and channels as timm's own tables and the papers state them
 KNOWN = {
@@ -48,6 +48,20 @@ def test_one_pass_gives_what_the_classifier_computes(arch):
     alone = forward_outputs(model, images, {})
     assert alone.maps == {}
     assert torch.equal(alone.logits, outputs.logits)
+
+
+def test_a_network_with_a_second_classifier_for_its_distillation_token():
+    model = create_model("deit_tiny_distilled_patch16_224", 7, img_size=32, depth=2).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        outputs = forward_outputs(model, images, {})
+        assert torch.equal(outputs.logits, model(images))
+        assert torch.equal(
+            (model.head(outputs.embedding) + model.head_dist(model.forward_features(images)[:, 1])) / 2, outputs.logits
+        )
+    assert classifier_names(model) == {
+        f"{head}.{kind}" for head in ("head", "head_dist") for kind in ("weight", "bias")
+    }
 
 
 def test_a_transformers_levels_are_its_blocks_and_a_pyramid():
@@ -110,11 +124,14 @@ def test_small_networks_have_the_stated_size():
         ("resnet18", {"block_args": {"a": 1}}, "'block_args'"),
         ("resnet18", {"no_such": 1}, "resnet18.*no_such"),
         ("nst_resnet10_w32", {"no_such": 1}, "nst_resnet10_w32.*no_such"),
-        ("nst_mlp_w1024", {"pretrained": True}, "nst_mlp_w1024"),
+        ("resnet18", {"global_pool": "foo"}, "resnet18.*foo"),
+        ("resnet18", {"act_layer": "foo"}, "resnet18.*foo"),
+        ("vit_tiny_patch16_224", {"embed_dim": 100}, "vit_tiny_patch16_224.*100"),
+        ("convnext_atto", {"dims": [10, 20]}, "convnext_atto.*10, 20"),
+        *(("resnet18", {name: 5}, f"'{name}'") for name in ("num_classes", "pretrained", "arch")),
         ("nst_mlp_w1024", {"depth": 0}, "depth"),
         ("inception_bn", {"stride16_tap": "5a"}, "stride16_tap.*4a, 4b, 4c, 4d.*'5a'"),
         ("inception_bn", {"pre_activation_taps": ["4d", "5a"]}, "pre_activation_taps.*'5a'.*conv1, conv2, 3b, 4d, 5b"),
-        ("inception_bn", {"pretrained": True}, "inception_bn"),
         ("inception_bn", {"widths": 3}, "inception_bn.*widths"),
     ],
 )

@@ -210,6 +210,11 @@ def test_another_head_is_left_out_and_named(tmp_path):
     assert "5" in found.says
 
 
+def test_a_head_with_a_normalization_says_how_many_classes_it_has(tmp_path):
+    torch.save(timm.create_model("levit_128s", num_classes=5).state_dict(), tmp_path / "five.pth")
+    assert recognize(tmp_path / "five.pth", "levit_128s", {}, 3).head == 5
+
+
 # what the file holds, of which network, the architecture asked for, and what the line names
 REFUSED = {
     "bottlenecks": (resnet_to_detectron2, of_torchvision("resnet50"), "resnet50", "STRIDE_IN_1X1"),
@@ -221,6 +226,7 @@ REFUSED = {
         "resnet18",
         "fc.bias",
     ),
+    "blocks-of-blocks": (resnet_to_detectron2, of_timm("resnet50"), "regnety_004", "regnety_004"),
     "other-network": (dict, of_timm("resnet18"), "mobilenetv2_100", "mobilenetv2_100"),
     "padding": (by_lukemelas, of_timm(LITE), "efficientnet_lite0", "tf_efficientnet"),
     "other-lite": (by_lukemelas, of_timm(LITE), "tf_efficientnet_lite2", f"are of {LITE}"),
