@@ -155,7 +155,7 @@ def build_transfer(
             its partner there.
         options: term to its options (``{"kd": {"temperature": 2.0}}``).
         auto_weight: term to the share of the task's gradient norm at the student's backbone that its weight is to
-            give it (see ``GradientBalance``); goes before ``weights``, not before a weight in the method.
+            give it (see ``GradientBalance``); takes precedence over ``weights``, not over a weight in the method.
             These four may name terms that this method lacks, so that one configuration serves several methods.
 
     Returns:

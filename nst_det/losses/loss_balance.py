@@ -16,7 +16,7 @@ LIMIT = 10.0
 # in fp16 the gradient of a small loss would vanish; a power of two changes no other bit
 SCALE = 1024.0
 
-HEADINGS = ("term", "weight", "value", "gradient norm at the backbone", "/ task's", "wished")
+HEADINGS = ("term", "weight", "value", "gradient norm at the backbone", "/ task's", "target")
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class TermBalance:
     @property
     def cells(self) -> tuple[str, ...]:
         """The row under :data:`HEADINGS`."""
-        wished = "" if self.share is None else f"{self.share:.3g}"
+        target = "" if self.share is None else f"{self.share:.3g}"
         ratio = "?" if self.ratio is None else f"{self.ratio:.3g}"
-        return self.term, f"{self.weight:.4g}", f"{self.value:.4g}", f"{self.norm:.3g}", ratio, wished
+        return self.term, f"{self.weight:.4g}", f"{self.value:.4g}", f"{self.norm:.3g}", ratio, target
 
     @property
     def one_sided(self) -> bool:
@@ -82,7 +82,7 @@ def gradient_norms(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Te
 class GradientBalance(nn.Module):
     """Measure the terms of one method against the task in the first steps, and set the weights that are to be chosen.
 
-    A term with a share (the wished ratio of gradient norms, term / task) gets the weight at which it has that share: in
+    A term with a share (the target ratio of gradient norms, term / task) gets the weight at which it has that share: in
     each of the first :data:`STEPS` steps by the median of what was measured so far, then for good.  What was measured
     is in the state dict, so that a resumed run has the same weights.  Several processes measure their own images and
     take the mean of the norms.  ``weights`` are changed in place; ``lines`` is the report, after the last step.

@@ -38,7 +38,7 @@ def check_factors(term: str, **factors: float) -> None:
     values = list(factors.values())
     if min(values) < 0 or not any(values):
         names, given = " and ".join(factors), ", ".join(map(str, values))
-        raise ValueError(f"{term}: {names} must be at least 0, one of them above, not {given}")
+        raise ValueError(f"{term}: {names} must be at least 0, and not all of them 0; given are {given}")
 
 
 def check_maps(student: Tensor, teacher: Tensor, same_channels: bool = False) -> None:

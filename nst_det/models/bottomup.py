@@ -41,7 +41,7 @@ class Bottomup(nn.Module):
     """Images in, one map a level out; computes exactly what the classifier computes up to there.
 
     It assumes that images are normalized as the weights expect.  The timm model is made whole, filled strictly,
-    and only then cut down to what the levels need.  Parameters that give nothing to these levels and can't be cut off
+    and only then cut down to what the levels need.  Parameters that have no effect on these levels and can't be cut off
     (HRNet's, whose branches feed each other) are frozen, and the log names them.
 
     ``arch``, ``arch_kwargs`` and ``pretrained`` are those of :func:`create_model`, ``levels`` of ``res2`` .. ``res5``;
@@ -119,7 +119,7 @@ class Bottomup(nn.Module):
                 wanted = " x ".join(str(-(-side // stride)) for side in sides)
                 raise ValueError(
                     f"{self.arch}: the map {name} of an image of {size} pixels has {found[0]} x {found[1]} cells, and "
-                    f"stride {stride} asks for {wanted}: boxes would be read beside their objects; take another network"
+                    f"stride {stride} asks for {wanted}: features would be read at wrong places; take another network"
                 )
 
     def load_classifier(self, state_dict: Mapping[str, Tensor], source: str) -> None:
@@ -195,7 +195,7 @@ class Bottomup(nn.Module):
             trainable[name].requires_grad_(False)
         if unused:
             log.info(
-                "%s: %d of %d parameter tensors give nothing to %s and stay as they are (%s)",
+                "%s: %d of %d parameter tensors have no effect on %s and are frozen (%s)",
                 *(self.arch, len(unused), len(trainable), ", ".join(self.channels), first_names(unused)),
             )
         return unused

@@ -62,8 +62,8 @@ def create_model(arch: str, num_classes: int, pretrained: bool = False, /, **kwa
         if not pretrained:
             raise
         raise ValueError(
-            f"no pretrained weights for {arch} could be had ({first_line(error)}); go online once, or name a file of "
-            "weights"
+            f"no pretrained weights for {arch} could be obtained ({first_line(error)}); connect to the internet "
+            "once, or name a file of weights"
         ) from error
 
 
@@ -189,7 +189,9 @@ def take_levels(available: Mapping[str, LevelInfo], names: Sequence[str], arch: 
         if not available[name].stride:
             raise ValueError(f"{arch}: '{name}' is a vector, and a detector needs maps; use a convolutional network")
         if available[name].of_stride or name not in LEVELS:
-            raise ValueError(f"{arch}: '{name}' is a teacher's; a detector needs maps of its network's own strides")
+            raise ValueError(
+                f"{arch}: '{name}' can be read from a teacher only; a detector needs the network's own maps"
+            )
     return {name: info for name, info in available.items() if name in names}
 
 

@@ -87,9 +87,10 @@ def missing(repo: str, revision: str = "main") -> str:
     files = [file for file in ([CONFIG] if _known(repo) is None else []) if not _cached(repo, file, revision)]
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     ref = folder / "refs" / revision
+    snapshot = folder / "snapshots" / (ref.read_text() if ref.is_file() else revision)
     return (
-        f"not in Hugging Face's cache, and the hub can't be reached; bring {' and '.join([*files, WEIGHTS[0]])} of "
-        f"{constants.ENDPOINT}/{repo} into {folder / 'snapshots' / (ref.read_text() if ref.is_file() else revision)}"
+        f"not in Hugging Face's cache, and the hub can't be reached; download {' and '.join([*files, WEIGHTS[0]])} "
+        f"from {constants.ENDPOINT}/{repo} into {snapshot}"
     )
 
 

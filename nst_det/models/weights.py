@@ -61,7 +61,7 @@ class Recognized:
             check(Card("", 1, input=self.contract))
             return
         log.warning(
-            "%s: %s; it doesn't say how its images were normalized, taken is %s: set what its training had",
+            "%s: %s; it doesn't say how its images were normalized; assuming %s; set what its training had",
             source,
             self.origin,
             taken,

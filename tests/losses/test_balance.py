@@ -70,7 +70,7 @@ def norm_of(loss, backbone):
     return math.sqrt(sum(float(parameter.grad.double().square().sum()) for parameter in backbone.parameters()))
 
 
-def test_the_share_after_scaling_is_the_one_that_was_wished():
+def test_the_share_after_scaling_is_the_target():
     backbone, head = teacher_and_student()
     loss = build("kd+at+nst-poly", auto_weight={"nst-poly": 0.5, "at": 2.0, "vid": 1.0}, weights={"at": 7.0})
     ratios = {"at": [], "nst-poly": []}
