@@ -12,7 +12,7 @@ from rich.table import Table
 
 import nst_det.report
 from nst_det.comparison.collect import build_results
-from nst_det.comparison.config import Comparison, merge_stage
+from nst_det.comparison.config import Comparison
 from nst_det.comparison.cost import measure_costs
 from nst_det.comparison.display import ProgressDisplay, steps_done
 from nst_det.comparison.estimate import STEPS, Estimate, cells, estimate, gpu_shortage, total, wall_seconds
@@ -26,6 +26,7 @@ from nst_det.comparison.stages import (
     check_detector_losses,
     check_distill_losses,
     check_published,
+    merge_stage,
 )
 from nst_det.distillation.fingerprint import student_claim
 from nst_det.engine.config import expand_path, flat, plain

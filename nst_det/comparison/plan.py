@@ -20,9 +20,17 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.config import Comparison, merge_stage
+from nst_det.comparison.config import Comparison
 from nst_det.comparison.result import BASELINE, NO_FPN, PUBLISHED_STARTS, SCRATCH, TEACHER
-from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_stage, errors_of, generated_settings
+from nst_det.comparison.stages import (
+    DETECT,
+    DISTILL,
+    TITLES,
+    check_stage,
+    errors_of,
+    generated_settings,
+    merge_stage,
+)
 from nst_det.data.synthetic import SETTINGS_FILE
 from nst_det.distillation.config import teacher_solver
 from nst_det.distillation.fingerprint import teacher_claim
