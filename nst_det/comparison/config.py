@@ -35,6 +35,7 @@ from nst_det.comparison.stages import (
     errors_of,
     load_stage,
     merge_stage,
+    weight_fingerprints,
 )
 from nst_det.detection.augment import change_preset
 from nst_det.detection.config import ENGINES, choose_engine, wanted_engine
@@ -252,7 +253,7 @@ class Comparison:
 
     def inputs(self) -> dict[str, str]:
         """Return the fingerprints of data and weights, by key; of generated data its settings in the claim say all."""
-        return {} if self.generate else data_fingerprints(self.distill, self.detect)
+        return weight_fingerprints(self.distill) if self.generate else data_fingerprints(self.distill, self.detect)
 
     @property
     def students(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from nst_det.comparison.stages import (
     merge_stage,
 )
 from nst_det.distillation.fingerprint import student_claim
-from nst_det.engine.config import expand_path, flat, plain
+from nst_det.engine.config import expand_path, flat, plain, read_yaml
 from nst_det.engine.format import duration, print_table, size
 from nst_det.engine.io import read_json, sha256_of_file, write_text
 from nst_det.engine.run_dir import RunFolder
@@ -72,12 +72,19 @@ def check_folders(comparison: Comparison, runs: Sequence[Run]) -> None:
             claim = config if run.detects else student_claim(config, parse_method(folder.name), "", "")
             RunFolder(folder).check(claim, "TRANSFER.")
             if run.row in PUBLISHED_STARTS:
-                _check_start(RunFolder(folder), run, config)
+                _check_start(RunFolder(folder), run, config, run.config_path(comparison.folder))
 
 
-def _check_start(folder: RunFolder, run: Run, config: CfgNode) -> None:
+def _check_start(folder: RunFolder, run: Run, config: CfgNode, written: Path) -> None:
     """Refuse a run that began with other weights, or with other keys of its row's own."""
-    own = {key: value for key, value in plain(flat(config)).items() if key.startswith(run.options[::2])}
+    values = plain(flat(config))
+    # as the call before wrote it: a pair that was taken out since is none of the row's own any more
+    before = plain(flat(CfgNode(read_yaml(written)))) if written.exists() else {}
+    own = {
+        key: value
+        for key, value in values.items()
+        if key.startswith(run.options[::2]) or before.get(key, value) != value
+    }
     folder.check({**folder.config(), **own})
     begun = read_json(folder.inputs_path).get("MODEL.WEIGHTS_SHA256") if folder.inputs_path.exists() else None
     weights = expand_path(config.MODEL.WEIGHTS, "MODEL.WEIGHTS")

@@ -191,12 +191,16 @@ def data_fingerprints(distill: CfgNode, detect: CfgNode) -> dict[str, str]:
 
     own = input_fingerprints(detect) if detect else {}
     inputs = {f"{DETECT}.{key}": value for key, value in own.items()}
-    for part in ("TEACHER", "STUDENT"):
-        if weights := expand_path(distill[part].WEIGHTS, f"{DISTILL}.{part}.WEIGHTS"):
-            inputs[f"{DISTILL}.{part}.SHA256"] = sha256_of_file(resolve(weights))
+    inputs |= weight_fingerprints(distill)
     if probe := read_probe(distill):
         inputs[f"{DISTILL}.TEST.PROBE.FINGERPRINT"] = probe.fingerprint()
     return {f"{DISTILL}.DATA.FINGERPRINT": read_data(distill).fingerprint(), **inputs}
+
+
+def weight_fingerprints(distill: CfgNode) -> dict[str, str]:
+    """Return the fingerprints, by key, of the weights that stage one names by a path."""
+    named = {part: expand_path(distill[part].WEIGHTS, f"{DISTILL}.{part}.WEIGHTS") for part in ("TEACHER", "STUDENT")}
+    return {f"{DISTILL}.{part}.SHA256": sha256_of_file(resolve(weights)) for part, weights in named.items() if weights}
 
 
 def check_generated(generate: dict[str, Any], root: Path, source: str) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import re
 
 import pytest
@@ -180,6 +181,14 @@ def test_another_augmentation_on_top_brings_what_it_is_short_for(config_file, in
     comparison = load_comparison(config_file, overrides=words.split(" "))
     given = run_config(comparison, next(run for run in make_plan(comparison) if run.row == "scratch")).INPUT
     assert expected == (given.CROP.ENABLED, given.SCALE_JITTER, given.PHOTOMETRIC, given.MIN_VISIBLE)
+
+
+def test_the_weights_of_stage_one_are_known_with_generated_data_too(config_file, tmp_path):
+    (tmp_path / "begin.pth").write_bytes(b"begin")
+    words = ["DATA.GENERATE", "{'seed': 0}", "DISTILL.STUDENT.WEIGHTS", str(tmp_path / "begin.pth")]
+    assert load_comparison(config_file, overrides=words[:2]).inputs() == {}
+    digest = hashlib.sha256(b"begin").hexdigest()
+    assert load_comparison(config_file, overrides=words).inputs() == {"DISTILL.STUDENT.SHA256": digest}
 
 
 @pytest.mark.detectron2

@@ -11,7 +11,7 @@ from nst_det.comparison.pipeline import check_folders
 from nst_det.comparison.plan import make_plan, run_config
 from nst_det.detection.torchvision import build_detector
 from nst_det.engine.config import flat
-from nst_det.engine.io import sha256_of_file
+from nst_det.engine.io import sha256_of_file, write_text
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 
@@ -110,6 +110,12 @@ def test_a_detector_from_elsewhere_is_a_row(config_file, comparison, tmp_path):
     with folder.opened(config, {"MODEL.WEIGHTS_SHA256": sha256_of_file(tmp_path / "coco.pth")}):
         folder.finish({})
     check_folders(added, make_plan(added))
+    write_text(run.config_path(added.folder), config.dump())
+    check_folders(added, make_plan(added))
+    fewer = given.replace(", MODEL.BACKBONE.FREEZE_AT, 3", "")
+    without = load_comparison(config_file, tmp_path / "out", [*words, fewer])
+    with pytest.raises(UserError, match=r"seed1/coco: .*FREEZE_AT 3, now it is 2"):
+        check_folders(without, make_plan(without))
     others = load_comparison(config_file, tmp_path / "out", [*words, given.replace(", 3]", ", 2]")])
     with pytest.raises(UserError, match=r"seed1/coco: .*FREEZE_AT 3"):
         check_folders(others, make_plan(others))
