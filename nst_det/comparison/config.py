@@ -296,6 +296,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     detects = bool(config.DETECT.CONFIG)
     if not detects:
         check_no_detector(config, methods, forwarded, str(file))
+    check_set_by_itself(config, forwarded, str(file))
     rows = tuple(row for row in ROW_OPTS if detects and (row == SCRATCH or row in config.ROWS))
     folder = Path(expand_path(str(output or config.OUTPUT_DIR or f"output/{config.NAME}"), "OUTPUT_DIR")).resolve()
     stages = [DISTILL, DETECT] if detects else [DISTILL]
@@ -329,8 +330,13 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     for row, words in another.items():
         another[row] = tuple(key for key in words[::2] if key not in row_opts[row][::2])
         row_opts[row] = (*words, *row_opts[row])
-    for row, words in row_opts.items():
-        merge_stage(detect, words, f"{file}: DETECT.{ROW_OPTS[row]}")
+    for row, words in row_opts.items() if detects else ():
+        device = merge_stage(detect, words, f"{file}: DETECT.{ROW_OPTS[row]}").MODEL.DEVICE
+        if re.fullmatch(r"cuda:[1-9]\d*", device):
+            raise UserError(
+                f"{file}: DETECT.MODEL.DEVICE {device}: each run of a comparison sees one GPU; set it to cuda, and "
+                "choose among several by the environment variable CUDA_VISIBLE_DEVICES"
+            )
     if not detects and not distill.DATA.LABELS:
         # measured before stage one, not made by a run
         rows = (IMAGENET if distill.STUDENT.WEIGHTS or distill.STUDENT.PRETRAINED else SCRATCH,)
@@ -366,6 +372,18 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
         tuned=read_tuned(path_beside(config.TUNED, "TUNED", file, own)) if config.TUNED else {},
         claim=claim | {"NAME": config.NAME, "ENGINE": engine, "THREADS": threads},
     )
+
+
+def check_set_by_itself(config: CfgNode, forwarded: Sequence[tuple[str, str]], source: str) -> None:
+    """Refuse keys of a stage that would be taken and ignored, because a comparison sets them for each run."""
+    given = [("command line", key, key.partition(".")[2]) for key, _ in forwarded]
+    for stage in (DISTILL, DETECT):
+        given += [(f"{source}: {stage}.OPTS", key, key) for key in map(str, config[stage].OPTS[::2])]
+    for where, key, name in given:
+        made = config.DATA.GENERATE and re.fullmatch(r"DATA\.ROOT|DATASETS\.VOC\..+\.ROOT", name)
+        if made or concerns(name, RUN):
+            own = "DATA.GENERATE '{}'" if made else "the comparison's own NAME, METHODS, SEEDS, ENGINE or OUTPUT_DIR"
+            raise UserError(f"{where}: {key}: a comparison sets it for each run; leave it out, or set {own}")
 
 
 def methods_without_labels(methods: Sequence[RowSpec], rows: Sequence[str], source: str) -> dict[str, RowSpec]:

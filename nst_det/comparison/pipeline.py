@@ -45,10 +45,10 @@ def compare(
     ``jobs`` 0 takes the config's JOBS; ``command`` gives other command lines than this package's own; ``ray_address``
     is that of the Ray cluster that does the runs, "" for one on this machine.
     """
+    machine = this_machine(jobs or comparison.jobs)
     runs = make_plan(comparison)
     check_folders(comparison, runs)
     configs = checked_configs(comparison, runs)
-    machine = this_machine(jobs or comparison.jobs)
     folder = comparison.folder
     with RunFolder(folder).opened(comparison.claim, comparison.inputs()):
         if ray_address is None:
@@ -160,10 +160,10 @@ def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, 
 
 def dry_run(comparison: Comparison, jobs: int = 0) -> None:
     """Print the plan at once, then what it takes, measured on a few steps of each kind of run."""
+    machine = this_machine(jobs or comparison.jobs)
     runs = print_plan(comparison)
     if all(run.done for run in runs):
         return
-    machine = this_machine(jobs or comparison.jobs)
     found = estimate(comparison, runs, machine)
     all_runs, wall = total(found, runs), wall_seconds(runs, found, machine)
     table = plan_table(comparison, runs, found)
