@@ -211,11 +211,11 @@ def _ask(study: Study, space: Space, seed: int, trials: int) -> tuple[int, dict[
     from optuna.trial import TrialState
 
     # of a call that was stopped
-    for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+    for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if set(left.params) == set(space.default):
             return left.number, left.params
         study.tell(left.number, state=TrialState.FAIL)
-    if not _finished(study):
+    if not _finished(study) and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         study.enqueue_trial(dict(space.default))
     # tree-structured Parzen estimator, after a third of the trials at random
     study.sampler = TPESampler(n_startup_trials=max(2, trials // 3), multivariate=True, seed=seed)
