@@ -36,7 +36,6 @@ from nst_det.distillation.config import teacher_solver
 from nst_det.distillation.fingerprint import teacher_claim
 from nst_det.engine.config import expand_path
 from nst_det.engine.io import sha256_of_file
-from nst_det.engine.machine import core_count
 from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder, differing
 
 # kinds of runs, besides "teacher"
@@ -204,7 +203,7 @@ def teacher_detector_settings(comparison: Comparison) -> dict[str, str]:
 
 
 def _data_run(comparison: Comparison) -> Run:
-    root, workers = comparison.data_root, core_count()
+    root, workers = comparison.data_root, comparison.threads
     assert root is not None
     # the images don't depend on the number of workers
     options = ["--output", root, "--workers", workers]
