@@ -418,9 +418,9 @@ def export(
     if format not in BACKBONE_FORMATS + DETECTOR_FORMATS:
         raise UserError(f"--format: '{format}'; choose from {', '.join(BACKBONE_FORMATS + DETECTOR_FORMATS)}")
     of_detector = format in DETECTOR_FORMATS
-    if of_detector != bool(run):
-        wanted = "a detector: give --run DIR" if of_detector else "a backbone: give --weights FILE"
-        raise UserError(f"--format {format} is for {wanted}")
+    source, wanted = (run, "--run DIR") if of_detector else (weights, "--weights FILE")
+    if not source or (run and weights):
+        raise UserError(f"--format {format} is for a {'detector' if of_detector else 'backbone'}: give {wanted} alone")
     if arch and format != "detectron2":
         raise UserError("--arch: a backbone file says its architecture itself; leave --arch out")
     given = {"--images": images, "--precision": precision != "fp32", "--batch": batch != 1}
