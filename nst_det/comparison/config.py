@@ -177,9 +177,8 @@ KEYS = {
     "TUNED": Key("", 'the tuned.yaml of nst-det tune: weights and levels of the methods in it; "" takes none'),
     "JOBS": Key(
         0,
-        "runs side by side; 0 takes one a GPU, or without a GPU one a core; those on GPUs share the cores, "
-        "and what runs "
-        "on the CPU beside them is not counted",
+        "runs side by side; 0 means one per GPU, or without a GPU one per core; runs on GPUs share the cores, and runs "
+        "on the CPU beside them do not count",
     ),
     "THREADS": Key(0, "CPU threads of stage one (a detector has one); 0 takes the cores, at most 8"),
     "DATA.GENERATE": Key({}, "settings of the generated data set; {} generates none"),

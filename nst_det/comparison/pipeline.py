@@ -167,10 +167,10 @@ def dry_run(comparison: Comparison, jobs: int = 0) -> None:
     found = estimate(comparison, runs, machine)
     all_runs, wall = total(found, runs), wall_seconds(runs, found, machine)
     table = plan_table(comparison, runs, found)
-    beside = f"{machine.gpu_jobs} on GPUs" if machine.gpus else f"{machine.jobs} threads"
+    beside = f"{machine.gpu_jobs} runs on GPUs" if machine.gpus else f"{machine.jobs} threads"
     table.caption = (
-        f"measured on {STEPS} steps of each kind of run: {duration(all_runs.seconds)} of runs, about {duration(wall)} "
-        f"with {beside} side by side; {size(all_runs.disk)} on disk; up to {size(all_runs.memory)} of memory a run"
+        f"measured on {STEPS} steps of each kind of run: {duration(all_runs.seconds)} in total, about {duration(wall)} "
+        f"when {beside} run side by side; {size(all_runs.disk)} on disk; up to {size(all_runs.memory)} of memory a run"
     )
     print_table(table)
     if line := gpu_shortage(all_runs, machine):
