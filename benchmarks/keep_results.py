@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nst_det.comparison.result import ComparisonResult, RowResult
+from nst_det.comparison.result import TEACHER, ComparisonResult, RowResult
 from nst_det.comparison.statistics import Difference
 from nst_det.engine.io import read_json, write_json
 from nst_det.engine.machine import machine_name
@@ -29,8 +29,14 @@ def kept(results: ComparisonResult) -> dict[str, Any]:
     provenance = results.provenance
     seeds = [seed for row in results.rows for seed in row.per_seed.values()]
     # rows with terms of stage two share the backbone of another row
-    stages = {seed.distill_run: seed.seconds_backbone for seed in seeds if seed.distill_run}
-    teacher = results.teacher
+    stages = {
+        seed.distill_run: seed.seconds_backbone
+        for row in results.rows
+        for seed in row.per_seed.values()
+        # the row teacher's is counted below
+        if seed.distill_run and row.method != TEACHER
+    }
+    teacher, gpu = results.teacher, provenance["cuda"]
     return {
         "name": results.name,
         "measure": results.measure.head,
@@ -43,7 +49,8 @@ def kept(results: ComparisonResult) -> dict[str, Any]:
             / 3600,
             2,
         ),
-        "machine": f"{provenance['cpu_count']} cores of {machine_name('cuda' if provenance['cuda'] else 'cpu')}",
+        # the file may be made on another machine than the GPU's
+        "machine": f"{provenance['cpu_count']} cores" + (f", {gpu}" if gpu else f" of {machine_name('cpu')}"),
         **{key: provenance[key] for key in ("command", "commit", "versions", "platform", "python")},
         "settings": {key: value for key, value in results.settings.items() if key != "statistics"},
     }

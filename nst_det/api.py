@@ -67,7 +67,7 @@ class CompareResult(JupyterMixin):
 
     @property
     def untold(self) -> list[str]:
-        """What the numbers can't tell, in short sentences, the weightiest first."""
+        """What the numbers can't tell, in short sentences, the most important first."""
         from nst_det.report import untold
 
         return untold(self.results, self.folder)
@@ -281,7 +281,7 @@ def load_detector(
     Args:
         run: folder of a train-det run, such as ``my_project/output/detect/seed0/nst-poly``, or the file of a detector
             that ``export`` wrote.
-        threshold: least score, 0 to 1; None takes each class's of best F1 on the validation split, 0.5 without one.
+        threshold: minimum score, 0 to 1; None takes each class's of best F1 on the validation split, 0.5 without one.
         device: ``cpu`` or ``cuda``; "" takes the GPU if there is one. An exported file is run on the CPU.
         tile: look at larger images in square tiles of so many pixels a side; 0 looks at each image as a whole.
         overlap: part of a tile that its neighbors share, at least 0 and below 1 (with ``tile``; None: 0.2).
@@ -321,10 +321,10 @@ def predict(
         run: folder of a train-det run, or the file of a detector that ``export`` wrote.
         output: the folder to write into.
         formats: of ``images`` (pictures and videos with boxes drawn), ``json``, ``voc`` and ``csv``.
-        threshold: least score, 0 to 1; None takes each class's of best F1 on the validation split, 0.5 without one.
+        threshold: minimum score, 0 to 1; None takes each class's of best F1 on the validation split, 0.5 without one.
         classes: only these; () takes all.
         device: ``cpu`` or ``cuda``; "" takes the GPU if there is one. An exported file is run on the CPU.
-        every: take each so many-th frame of a video.
+        every: use every N-th frame of a video.
         tile: look at larger images in square tiles of so many pixels a side; 0 looks at each image as a whole.
         overlap: part of a tile that its neighbors share, at least 0 and below 1 (with ``tile``; None: 0.2).
 
@@ -418,9 +418,9 @@ def export(
     if format not in BACKBONE_FORMATS + DETECTOR_FORMATS:
         raise UserError(f"--format: '{format}'; choose from {', '.join(BACKBONE_FORMATS + DETECTOR_FORMATS)}")
     of_detector = format in DETECTOR_FORMATS
-    if of_detector != bool(run):
-        wanted = "a detector: give --run DIR" if of_detector else "a backbone: give --weights FILE"
-        raise UserError(f"--format {format} is for {wanted}")
+    source, wanted = (run, "--run DIR") if of_detector else (weights, "--weights FILE")
+    if not source or (run and weights):
+        raise UserError(f"--format {format} is for a {'detector' if of_detector else 'backbone'}: give {wanted} alone")
     if arch and format != "detectron2":
         raise UserError("--arch: a backbone file says its architecture itself; leave --arch out")
     given = {"--images": images, "--precision": precision != "fp32", "--batch": batch != 1}

@@ -49,6 +49,19 @@ def test_settings_become_key_value_pairs(settings, expected):
         api.key_values({"X": [0.0, object()]})
 
 
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: nst_det.export("x", "timm"), "--format timm .*--weights"),
+        (lambda: nst_det.export("x", "onnx", run="run", weights="file"), "--format onnx .*--run"),
+        (lambda: nst_det.init("x", "nowhere", device="cuda:0"), "--device: 'cuda:0'"),
+    ],
+)
+def test_bad_input_is_one_line(call, named):
+    with pytest.raises(UserError, match=named):
+        call()
+
+
 def test_a_stopped_comparison_leaves_the_signals_as_they_were():
     import signal
 

@@ -31,9 +31,14 @@ def test_tables_are_those_of_the_files(page):
 
 
 def test_a_comparison_is_kept(tmp_path):
-    numbers = {"imagenet": ((0.61, 0.62, 0.63), None), **NUMBERS}
+    numbers = {"imagenet": ((0.61, 0.62, 0.63), None), **NUMBERS, "teacher": ((0.81, 0.82, 0.83), (0.9,) * 3)}
     tree = build_results(numbers, begin="lite0.pth")
     tree["provenance"] |= {"cpu_count": 2, "command": "nst-det compare", "commit": "0" * 40, "python": "3.11"}
+    tree["provenance"]["cuda"] = "NVIDIA H200"
+    # the row teacher starts from the one backbone of all seeds
+    tree["teacher"]["seconds"] = 20.0
+    for seed in tree["rows"][-1]["per_seed"].values():
+        seed |= {"distill_run": "teacher/teacher", "seconds_backbone": 20.0}
     (tmp_path / "run" / "report").mkdir(parents=True)
     (tmp_path / "run" / "report" / "results.json").write_text(json.dumps(tree))
     command = [sys.executable, ROOT / "benchmarks" / "keep_results.py", tmp_path / "run", tmp_path / "shapes.json"]
@@ -48,9 +53,10 @@ def test_a_comparison_is_kept(tmp_path):
     # .6577 less .62 is .0377 of the means of kd's .658 .503 .564 and imagenet's
     assert rows["kd"]["vs_imagenet"]["mean"] == pytest.approx((0.658 + 0.503 + 0.564) / 3 - 0.62)
     assert "| 0.575 ± 0.078 |" in next(line for line in lines if line.startswith("| kd |"))
-    # detectors 35 s, students 11, 12 and 13 s
-    seconds = 3 * 8 * 35 + 6 * (11 + 12 + 13)
+    # detectors 35 s, students 11, 12 and 13 s, the teacher 20 s
+    seconds = 3 * 9 * 35 + 6 * (11 + 12 + 13) + 20
     assert kept["hours"] == round(seconds / 3600, 2)
+    assert kept["machine"] == "2 cores, NVIDIA H200"
     # a digit that is altered shows
     page = printed.replace("0.575", "0.576")
     assert tables_in(page) != {"shapes.json": lines}

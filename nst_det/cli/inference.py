@@ -28,7 +28,7 @@ WEIGHTS, EXPORTED = existing("a file of weights"), existing("a file that nst-det
     ),
     argument("--output", "DIR", "where to write (default: predictions)", default="predictions"),
     argument("--format", "LIST", "images, json, voc, csv by commas (default: images,json)", default="images,json"),
-    argument("--threshold", "X", "least score, 0 to 1 (default: of best F1 on validation; else 0.5)", type=float),
+    argument("--threshold", "X", "minimum score, 0 to 1 (default: of best F1 on validation; else 0.5)", type=float),
     argument("--classes", "NAME", "only these classes (default: all)", nargs="+"),
     DEVICE,
     argument("--every", "N", "take each N-th frame of a video", type=int, default=1),
@@ -66,9 +66,9 @@ def _thresholds_line(result: PredictResult) -> str:
     scores = {name: f"{score:.2g}" for name, score in result.thresholds.items()}
     if result.chosen == "validation":
         by_class = ", ".join(f"{name} {score}" for name, score in scores.items())
-        return f"least scores, of best F1 on the validation split: {by_class}"
+        return f"minimum scores, of best F1 on the validation split: {by_class}"
     note = "" if result.chosen == "given" else " (the run has no validation split to choose it on; --threshold sets it)"
-    return f"least score: {next(iter(scores.values()))}{note}"
+    return f"minimum score: {next(iter(scores.values()))}{note}"
 
 
 def _nothing_line(result: PredictResult) -> str:

@@ -117,7 +117,10 @@ def compare(args: argparse.Namespace) -> None:
     from nst_det.engine.progress import start_logging
 
     values = with_trust(args.overrides, args, "DISTILL.", "DETECT.")
-    _check_jobs(args.jobs)
+    if args.address and args.launcher != "ray":
+        raise UserError("--address is that of a Ray cluster; add --launcher ray")
+    if args.launcher == "ray" and (args.dry_run or args.plan):
+        raise UserError("--launcher ray: --dry-run and --plan look at this machine alone; leave --launcher out")
     if args.dry_run or args.plan:
         comparison = load_comparison(args.config_file, args.output, values)
         from nst_det.comparison import pipeline
@@ -127,8 +130,6 @@ def compare(args: argparse.Namespace) -> None:
         else:
             pipeline.dry_run(comparison, args.jobs)
         return
-    if args.address and args.launcher != "ray":
-        raise UserError("--address is that of a Ray cluster; add --launcher ray")
     address = args.address if args.launcher == "ray" else None
     if address is not None:
         from nst_det.comparison.launch_ray import require_ray
@@ -155,7 +156,6 @@ def tune(args: argparse.Namespace) -> None:
     from nst_det.engine.progress import start_logging
     from nst_det.tune.config import load_tuning
 
-    _check_jobs(args.jobs)
     start_logging()
     tuning = load_tuning(args.config_file, args.output, args.overrides)
     from nst_det.tune import run
@@ -163,11 +163,6 @@ def tune(args: argparse.Namespace) -> None:
     found, path = run.tune(tuning, args.jobs)
     print_table(run.tuning_table(tuning, found))
     print(f"found: {path}")
-
-
-def _check_jobs(jobs: int) -> None:
-    if jobs < 0:
-        raise UserError("--jobs can't be negative; leave it out for as many as there are cores or GPUs")
 
 
 @command(

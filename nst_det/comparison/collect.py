@@ -10,7 +10,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.config import MARK, Comparison, merge_stage, row_weights
+from nst_det.comparison.config import MARK, Comparison, row_weights
 from nst_det.comparison.plan import (
     STUDENTS,
     Run,
@@ -31,6 +31,7 @@ from nst_det.comparison.result import (
     SeedResult,
     TeacherResult,
 )
+from nst_det.comparison.stages import merge_stage
 from nst_det.comparison.statistics import EXPLANATION, differences_to, mean_std
 from nst_det.distillation.config import transfer_of
 from nst_det.engine.config import flat, plain

@@ -21,11 +21,11 @@ from nst_det.comparison.result import (
     NO_FPN,
     PUBLISHED_STARTS,
     SCRATCH,
-    TEACHER,
     TOP1,
     Measure,
     TermWeight,
 )
+from nst_det.comparison.rows import ROW_OPTS, published_detector, published_weights, without_fpn
 from nst_det.comparison.stages import (
     DETECT,
     DISTILL,
@@ -34,7 +34,10 @@ from nst_det.comparison.stages import (
     data_fingerprints,
     errors_of,
     load_stage,
+    merge_stage,
+    weight_fingerprints,
 )
+from nst_det.detection.augment import change_preset
 from nst_det.detection.config import ENGINES, choose_engine, wanted_engine
 from nst_det.distillation.config import AGREEMENT, CKA
 from nst_det.engine.config import (
@@ -61,14 +64,6 @@ MARK = "@det"
 TERM = re.compile(r"\s*([^@:\s]+)\s*(@det)?\s*(:[^@]*)?")
 # keys of a stage's TRANSFER node that a search may set
 SETTINGS = ("LEVELS", "WEIGHTS", "OPTIONS")
-# each row that ROWS may name, and the key of DETECT with its own settings
-ROW_OPTS = {
-    SCRATCH: "SCRATCH_OPTS",
-    IMAGENET: "IMAGENET_OPTS",
-    COCO: "COCO_OPTS",
-    NO_FPN: "NO_FPN_OPTS",
-    TEACHER: "TEACHER_OPTS",
-}
 # small networks gain nothing from more
 MOST_THREADS = 8
 
@@ -182,9 +177,8 @@ KEYS = {
     "TUNED": Key("", 'the tuned.yaml of nst-det tune: weights and levels of the methods in it; "" takes none'),
     "JOBS": Key(
         0,
-        "runs side by side; 0 takes one a GPU, or without a GPU one a core; those on GPUs share the cores, "
-        "and what runs "
-        "on the CPU beside them is not counted",
+        "runs side by side; 0 means one per GPU, or without a GPU one per core; runs on GPUs share the cores, and runs "
+        "on the CPU beside them do not count",
     ),
     "THREADS": Key(0, "CPU threads of stage one (a detector has one); 0 takes the cores, at most 8"),
     "DATA.GENERATE": Key({}, "settings of the generated data set; {} generates none"),
@@ -258,7 +252,7 @@ class Comparison:
 
     def inputs(self) -> dict[str, str]:
         """Return the fingerprints of data and weights, by key; of generated data its settings in the claim say all."""
-        return {} if self.generate else data_fingerprints(self.distill, self.detect)
+        return weight_fingerprints(self.distill) if self.generate else data_fingerprints(self.distill, self.detect)
 
     @property
     def students(self) -> tuple[str, ...]:
@@ -301,6 +295,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     detects = bool(config.DETECT.CONFIG)
     if not detects:
         check_no_detector(config, methods, forwarded, str(file))
+    check_set_by_itself(config, forwarded, str(file))
     rows = tuple(row for row in ROW_OPTS if detects and (row == SCRATCH or row in config.ROWS))
     folder = Path(expand_path(str(output or config.OUTPUT_DIR or f"output/{config.NAME}"), "OUTPUT_DIR")).resolve()
     stages = [DISTILL, DETECT] if detects else [DISTILL]
@@ -334,8 +329,13 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     for row, words in another.items():
         another[row] = tuple(key for key in words[::2] if key not in row_opts[row][::2])
         row_opts[row] = (*words, *row_opts[row])
-    for row, words in row_opts.items():
-        merge_stage(detect, words, f"{file}: DETECT.{ROW_OPTS[row]}")
+    for row, words in row_opts.items() if detects else ():
+        device = merge_stage(detect, words, f"{file}: DETECT.{ROW_OPTS[row]}").MODEL.DEVICE
+        if re.fullmatch(r"cuda:[1-9]\d*", device):
+            raise UserError(
+                f"{file}: DETECT.MODEL.DEVICE {device}: each run of a comparison sees one GPU; set it to cuda, and "
+                "choose among several by the environment variable CUDA_VISIBLE_DEVICES"
+            )
     if not detects and not distill.DATA.LABELS:
         # measured before stage one, not made by a run
         rows = (IMAGENET if distill.STUDENT.WEIGHTS or distill.STUDENT.PRETRAINED else SCRATCH,)
@@ -373,6 +373,18 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     )
 
 
+def check_set_by_itself(config: CfgNode, forwarded: Sequence[tuple[str, str]], source: str) -> None:
+    """Refuse keys of a stage that would be taken and ignored, because a comparison sets them for each run."""
+    given = [("command line", key, key.partition(".")[2]) for key, _ in forwarded]
+    for stage in (DISTILL, DETECT):
+        given += [(f"{source}: {stage}.OPTS", key, key) for key in map(str, config[stage].OPTS[::2])]
+    for where, key, name in given:
+        made = config.DATA.GENERATE and re.fullmatch(r"DATA\.ROOT|DATASETS\.VOC\..+\.ROOT", name)
+        if made or concerns(name, RUN):
+            own = "DATA.GENERATE '{}'" if made else "the comparison's own NAME, METHODS, SEEDS, ENGINE or OUTPUT_DIR"
+            raise UserError(f"{where}: {key}: a comparison sets it for each run; leave it out, or set {own}")
+
+
 def methods_without_labels(methods: Sequence[RowSpec], rows: Sequence[str], source: str) -> dict[str, RowSpec]:
     """Return METHODS by method string; refuse rows whose student is that of ce, which nothing can learn."""
     found = [f"METHODS {row.word}" for row in methods if not row.backbone.names]
@@ -403,72 +415,6 @@ def check_no_detector(
         )
 
 
-def published_weights(distill: CfgNode, given: Sequence[str], source: str) -> tuple[str, ...]:
-    """Return KEY VALUE pairs for a detector on the student's published weights, unless ``given`` names some."""
-    student = distill.STUDENT
-    if "MODEL.WEIGHTS" in given[::2]:
-        return ()
-    if student.WEIGHTS:
-        return ("MODEL.WEIGHTS", expand_path(student.WEIGHTS, f"{DISTILL}.STUDENT.WEIGHTS"))
-    if student.PRETRAINED:
-        return ("MODEL.TIMM.PRETRAINED", "True")
-    raise UserError(
-        f"{source}: ROWS: imagenet needs published weights of {student.ARCH}; name them: DETECT.IMAGENET_OPTS "
-        "[MODEL.WEIGHTS, FILE], or DISTILL.STUDENT.WEIGHTS, from which all students begin too"
-    )
-
-
-def published_detector(detect: CfgNode, given: Sequence[str], source: str) -> tuple[str, ...]:
-    """Return KEY VALUE pairs for the detector whose weights ``given`` names, as far as its file tells them."""
-    where = f"{source}: DETECT.{ROW_OPTS[COCO]}"
-    config = merge_stage(detect, given, where)
-    with errors_of(where):
-        named = expand_path(config.MODEL.WEIGHTS, "MODEL.WEIGHTS")
-        if "MODEL.WEIGHTS" not in given[::2] or "://" in named:
-            raise UserError(
-                "ROWS: coco begins with a detector's weights; name their file: [MODEL.WEIGHTS, FILE], such as "
-                "torchvision's fasterrcnn_resnet50_fpn_coco or Detectron2's faster_rcnn_R_50_FPN_3x, downloaded before"
-            )
-        # torch takes seconds to import
-        from nst_det.detection.zoo import zoo_keys
-        from nst_det.models.io import trusting_pickles
-
-        with trusting_pickles(config.TRUST_PICKLE):
-            return tuple(str(word) for pair in zoo_keys(named).items() for word in pair)
-
-
-def without_fpn(detect: CfgNode) -> tuple[str, ...]:
-    """Return KEY VALUE pairs for a detector without FPN: proposals, boxes and all anchors on the map of stride 16."""
-    if detect.MODEL.BACKBONE.NAME != "build_timm_fpn_backbone":
-        raise UserError(
-            f"ROWS: no-fpn: DETECT.MODEL.BACKBONE.NAME {detect.MODEL.BACKBONE.NAME} can't have its FPN taken out; "
-            "build_timm_fpn_backbone can"
-        )
-    anchors = detect.MODEL.ANCHOR_GENERATOR
-    sizes, ratios = (
-        sorted({value for row in rows for value in row}) for rows in (anchors.SIZES, anchors.ASPECT_RATIOS)
-    )
-    settings = {
-        "MODEL.BACKBONE.NAME": "build_timm_backbone",
-        "MODEL.TIMM.OUT_FEATURES": ["res4"],
-        "MODEL.RPN.IN_FEATURES": ["res4"],
-        "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
-        "MODEL.ANCHOR_GENERATOR.SIZES": [sizes],
-        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [ratios],
-    }
-    return tuple(str(word) for pair in settings.items() for word in pair)
-
-
-def merge_stage(config: CfgNode, words: Sequence[str], source: str) -> CfgNode:
-    """Return a copy of a stage's config with KEY VALUE pairs on top; ``source`` is named in errors."""
-    merged = config.clone()
-    merged.defrost()
-    with errors_of(source):
-        merge_overrides(merged, words)
-    merged.freeze()
-    return merged
-
-
 def path_beside(name: str, key: str, file: str | Path, overrides: Sequence[str]) -> Path:
     """Return the path that ``key`` names: relative to ``file``, or as it is where it is from the command line."""
     if not name:
@@ -485,7 +431,9 @@ def _stage_config(
     opts = [str(word) for word in config[stage].OPTS]
     typed[stage] = merge_stage(load_stage(stage, path, engine), opts, f"{file}: {stage}.OPTS")
     typed.defrost()
-    merge_overrides(typed, [word for pair in overrides if pair[0].startswith(f"{stage}.") for word in pair])
+    own = [pair for pair in overrides if pair[0].startswith(f"{stage}.")]
+    change_preset(typed[stage], [(key.partition(".")[2], value) for key, value in own])
+    merge_overrides(typed, [word for pair in own for word in pair])
     typed.freeze()
     return typed[stage]
 

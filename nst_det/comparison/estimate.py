@@ -198,4 +198,4 @@ def gpu_shortage(one: Estimate, machine: Machine) -> str:
         return ""
     fits = free // needed * len(machine.gpus)
     remedy = f"take --jobs {fits}" if fits else "lower SOLVER.IMS_PER_BATCH or the size of the images"
-    return f"GPU memory: runs side by side on a GPU take {beside} x {size(needed)}, {size(free)} are free; {remedy}"
+    return f"GPU memory: runs side by side on a GPU take {beside} x {size(needed)}, {size(free)} is free; {remedy}"

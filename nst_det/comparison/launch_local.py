@@ -23,7 +23,7 @@ from nst_det.comparison.plan import Run
 from nst_det.engine.machine import core_count
 from nst_det.engine.progress import VARIABLE, progress_file
 from nst_det.engine.signals import EXIT_RESUME, preemptible
-from nst_det.errors import RunFailed
+from nst_det.errors import RunFailed, UserError
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
@@ -137,6 +137,8 @@ class Machine:
 
 def this_machine(jobs: int = 0) -> Machine:
     """Return this machine; ``jobs`` runs side by side, on its GPUs if there are some; 0 is one a GPU, or one a core."""
+    if jobs < 0:
+        raise UserError("--jobs can't be negative; leave it out for as many as there are cores or GPUs")
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     count = torch.cuda.device_count()
     gpus = tuple(named[:count]) if named else tuple(str(index) for index in range(count))

@@ -12,7 +12,7 @@ from rich.table import Table
 
 import nst_det.report
 from nst_det.comparison.collect import build_results
-from nst_det.comparison.config import Comparison, merge_stage
+from nst_det.comparison.config import Comparison
 from nst_det.comparison.cost import measure_costs
 from nst_det.comparison.display import ProgressDisplay, steps_done
 from nst_det.comparison.estimate import STEPS, Estimate, cells, estimate, gpu_shortage, total, wall_seconds
@@ -26,9 +26,10 @@ from nst_det.comparison.stages import (
     check_detector_losses,
     check_distill_losses,
     check_published,
+    merge_stage,
 )
 from nst_det.distillation.fingerprint import student_claim
-from nst_det.engine.config import expand_path, flat, plain
+from nst_det.engine.config import expand_path, flat, plain, read_yaml
 from nst_det.engine.format import duration, print_table, size
 from nst_det.engine.io import read_json, sha256_of_file, write_text
 from nst_det.engine.run_dir import RunFolder
@@ -44,10 +45,10 @@ def compare(
     ``jobs`` 0 takes the config's JOBS; ``command`` gives other command lines than this package's own; ``ray_address``
     is that of the Ray cluster that does the runs, "" for one on this machine.
     """
+    machine = this_machine(jobs or comparison.jobs)
     runs = make_plan(comparison)
     check_folders(comparison, runs)
     configs = checked_configs(comparison, runs)
-    machine = this_machine(jobs or comparison.jobs)
     folder = comparison.folder
     with RunFolder(folder).opened(comparison.claim, comparison.inputs()):
         if ray_address is None:
@@ -71,12 +72,19 @@ def check_folders(comparison: Comparison, runs: Sequence[Run]) -> None:
             claim = config if run.detects else student_claim(config, parse_method(folder.name), "", "")
             RunFolder(folder).check(claim, "TRANSFER.")
             if run.row in PUBLISHED_STARTS:
-                _check_start(RunFolder(folder), run, config)
+                _check_start(RunFolder(folder), run, config, run.config_path(comparison.folder))
 
 
-def _check_start(folder: RunFolder, run: Run, config: CfgNode) -> None:
+def _check_start(folder: RunFolder, run: Run, config: CfgNode, written: Path) -> None:
     """Refuse a run that began with other weights, or with other keys of its row's own."""
-    own = {key: value for key, value in plain(flat(config)).items() if key.startswith(run.options[::2])}
+    values = plain(flat(config))
+    # as the call before wrote it: a pair that was taken out since is none of the row's own any more
+    before = plain(flat(CfgNode(read_yaml(written)))) if written.exists() else {}
+    own = {
+        key: value
+        for key, value in values.items()
+        if key.startswith(run.options[::2]) or before.get(key, value) != value
+    }
     folder.check({**folder.config(), **own})
     begun = read_json(folder.inputs_path).get("MODEL.WEIGHTS_SHA256") if folder.inputs_path.exists() else None
     weights = expand_path(config.MODEL.WEIGHTS, "MODEL.WEIGHTS")
@@ -152,17 +160,17 @@ def plan_table(comparison: Comparison, runs: Sequence[Run], found: Mapping[str, 
 
 def dry_run(comparison: Comparison, jobs: int = 0) -> None:
     """Print the plan at once, then what it takes, measured on a few steps of each kind of run."""
+    machine = this_machine(jobs or comparison.jobs)
     runs = print_plan(comparison)
     if all(run.done for run in runs):
         return
-    machine = this_machine(jobs or comparison.jobs)
     found = estimate(comparison, runs, machine)
     all_runs, wall = total(found, runs), wall_seconds(runs, found, machine)
     table = plan_table(comparison, runs, found)
-    beside = f"{machine.gpu_jobs} on GPUs" if machine.gpus else f"{machine.jobs} threads"
+    beside = f"{machine.gpu_jobs} runs on GPUs" if machine.gpus else f"{machine.jobs} threads"
     table.caption = (
-        f"measured on {STEPS} steps of each kind of run: {duration(all_runs.seconds)} of runs, about {duration(wall)} "
-        f"with {beside} side by side; {size(all_runs.disk)} on disk; up to {size(all_runs.memory)} of memory a run"
+        f"measured on {STEPS} steps of each kind of run: {duration(all_runs.seconds)} in total, about {duration(wall)} "
+        f"when {beside} run side by side; {size(all_runs.disk)} on disk; up to {size(all_runs.memory)} of memory a run"
     )
     print_table(table)
     if line := gpu_shortage(all_runs, machine):

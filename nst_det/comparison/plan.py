@@ -20,15 +20,22 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from nst_det.comparison.config import Comparison, merge_stage
+from nst_det.comparison.config import Comparison
 from nst_det.comparison.result import BASELINE, NO_FPN, PUBLISHED_STARTS, SCRATCH, TEACHER
-from nst_det.comparison.stages import DETECT, DISTILL, TITLES, check_stage, errors_of, generated_settings
+from nst_det.comparison.stages import (
+    DETECT,
+    DISTILL,
+    TITLES,
+    check_stage,
+    errors_of,
+    generated_settings,
+    merge_stage,
+)
 from nst_det.data.synthetic import SETTINGS_FILE
 from nst_det.distillation.config import teacher_solver
 from nst_det.distillation.fingerprint import teacher_claim
 from nst_det.engine.config import expand_path
 from nst_det.engine.io import sha256_of_file
-from nst_det.engine.machine import core_count
 from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder, differing
 
 # kinds of runs, besides "teacher"
@@ -196,7 +203,7 @@ def teacher_detector_settings(comparison: Comparison) -> dict[str, str]:
 
 
 def _data_run(comparison: Comparison) -> Run:
-    root, workers = comparison.data_root, core_count()
+    root, workers = comparison.data_root, comparison.threads
     assert root is not None
     # the images don't depend on the number of workers
     options = ["--output", root, "--workers", workers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import nst_det.detection.config as detection_config
 import nst_det.distillation.config as distillation_config
 from nst_det.data.synthetic import CLASSIFICATION, DETECTION, SETTINGS_FILE, generate_data, settings_from
 from nst_det.data.voc import VocDataset
+from nst_det.detection.augment import change_preset
 from nst_det.detection.fingerprint import input_fingerprints
-from nst_det.engine.config import expand_path, load_config
+from nst_det.engine.config import expand_path, load_config, merge_overrides
 from nst_det.engine.io import sha256_of_file
 from nst_det.errors import UserError
 from nst_det.models import resolve
@@ -38,7 +39,7 @@ def load_stage(stage: str, file: Path, engine: str) -> CfgNode:
 
     defaults = get_cfg()
     add_config(defaults)
-    return load_config(defaults, file)
+    return detection_config.load_with_preset(defaults, file, ())
 
 
 def check_stage(stage: str, config: CfgNode, engine: str) -> None:
@@ -60,6 +61,17 @@ def errors_of(source: str, kind: type[Exception] = UserError) -> Iterator[None]:
         for own in ("command line: ", "config: ", "generate-data: "):
             line = line.removeprefix(own)
         raise UserError(f"{source}: {line}") from error
+
+
+def merge_stage(config: CfgNode, words: Sequence[str], source: str) -> CfgNode:
+    """Return a copy of a stage's config with KEY VALUE pairs on top; ``source`` is named in errors."""
+    merged = config.clone()
+    merged.defrost()
+    with errors_of(source):
+        change_preset(merged, list(zip(words[::2], words[1::2])))
+        merge_overrides(merged, words)
+    merged.freeze()
+    return merged
 
 
 def check_stages_fit(distill: CfgNode, detect: CfgNode, source: str) -> None:
@@ -179,12 +191,16 @@ def data_fingerprints(distill: CfgNode, detect: CfgNode) -> dict[str, str]:
 
     own = input_fingerprints(detect) if detect else {}
     inputs = {f"{DETECT}.{key}": value for key, value in own.items()}
-    for part in ("TEACHER", "STUDENT"):
-        if weights := expand_path(distill[part].WEIGHTS, f"{DISTILL}.{part}.WEIGHTS"):
-            inputs[f"{DISTILL}.{part}.SHA256"] = sha256_of_file(resolve(weights))
+    inputs |= weight_fingerprints(distill)
     if probe := read_probe(distill):
         inputs[f"{DISTILL}.TEST.PROBE.FINGERPRINT"] = probe.fingerprint()
     return {f"{DISTILL}.DATA.FINGERPRINT": read_data(distill).fingerprint(), **inputs}
+
+
+def weight_fingerprints(distill: CfgNode) -> dict[str, str]:
+    """Return the fingerprints, by key, of the weights that stage one names by a path."""
+    named = {part: expand_path(distill[part].WEIGHTS, f"{DISTILL}.{part}.WEIGHTS") for part in ("TEACHER", "STUDENT")}
+    return {f"{DISTILL}.{part}.SHA256": sha256_of_file(resolve(weights)) for part, weights in named.items() if weights}
 
 
 def check_generated(generate: dict[str, Any], root: Path, source: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 
 from nst_det.detection.d2_defaults import CROP_TYPES
+from nst_det.engine.config import flat, plain
 from nst_det.engine.keys import Key, one_of
 from nst_det.errors import UserError
 
@@ -33,6 +35,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "INPUT.MIN_VISIBLE": 0.1,
     },
     "strong": {"INPUT.SCALE_JITTER": [0.1, 2.0], "INPUT.PHOTOMETRIC": 0.5, "INPUT.MIN_VISIBLE": 0.1},
+}
+
+# those keys without any of it
+OFF: dict[str, Any] = {
+    "INPUT.CROP.ENABLED": False,
+    "INPUT.SCALE_JITTER": [],
+    "INPUT.PHOTOMETRIC": 0.0,
+    "INPUT.MIN_VISIBLE": 0.0,
 }
 
 AUGMENTATION_KEYS: dict[str, Key] = {
@@ -67,6 +77,21 @@ AUGMENTATION_KEYS: dict[str, Key] = {
         lambda value: 0 <= value < 1,
     ),
 }
+
+
+def change_preset(config: CfgNode, pairs: Sequence[tuple[str, str]]) -> None:
+    """Set what INPUT.AUGMENTATION among KEY VALUE pairs is short for, where ``config`` has what its own is short for.
+
+    So a preset that comes on top takes the place of the one in a file; keys that were set by themselves stay.
+    """
+    wanted = dict(pairs).get("INPUT.AUGMENTATION")
+    if wanted not in PRESETS or "INPUT" not in config:
+        return
+    before, after = ({**OFF, **PRESETS.get(name, {})} for name in (config.INPUT.AUGMENTATION, wanted))
+    values = plain(flat(config))
+    for key in OFF:
+        if values[key] == before[key]:
+            config.merge_from_list([key, after[key]])
 
 
 def augments(given: CfgNode) -> bool:

@@ -87,7 +87,7 @@ class RunFolder:
     def opened(self, config: CfgNode | dict[str, Any], inputs: Mapping[str, str] | None = None) -> Iterator[RunFolder]:
         """Hold the folder for this process alone and write its config; one in which another run began is refused.
 
-        ``inputs`` are the fingerprints, by key, of what the config names by a path.
+        ``inputs`` are the fingerprints, by key, of all that the config names by a path; None of a run that keeps none.
         """
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
@@ -100,7 +100,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: can't be written ({error.strerror}); name another folder") from error
         try:
-            self._claim(config, inputs or {})
+            self._claim(config, inputs)
             yield self
         finally:
             lock.release()
@@ -125,15 +125,16 @@ class RunFolder:
                 f"{values.get(key)!r}; name another folder{further} or remove this one"
             )
 
-    def _claim(self, config: CfgNode | dict[str, Any], inputs: Mapping[str, str]) -> None:
+    def _claim(self, config: CfgNode | dict[str, Any], inputs: Mapping[str, str] | None) -> None:
         for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
             remove_left_over(folder, owned=True)
         self.check(config)
         begun = self.begun
-        if inputs:
-            before = read_json(self.inputs_path) if begun and self.inputs_path.exists() else inputs
-            self._refuse(before, inputs, [key for key in inputs if before.get(key) != inputs[key]])
-            if not (begun and self.inputs_path.exists()):
+        if inputs is not None:
+            kept = begun and self.inputs_path.exists()
+            before = read_json(self.inputs_path) if kept else inputs
+            self._refuse(before, inputs, [key for key in {**before, **inputs} if before.get(key) != inputs.get(key)])
+            if not kept:
                 write_json(self.inputs_path, dict(inputs))
         values = {key: self._portable(key, value) for key, value in _values(config).items()}
         if not begun:

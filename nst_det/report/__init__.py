@@ -14,7 +14,7 @@ __all__ = ["untold", "write_report"]
 
 
 def untold(results: ComparisonResult, runs: str | Path) -> list[str]:
-    """Return what a comparison can't tell, in short sentences, the weightiest first; ``runs`` is its folder."""
+    """Return what a comparison can't tell, in short sentences, the most important first; ``runs`` is its folder."""
     from nst_det.report.curves import read_curves
     from nst_det.report.limits import limits
 

@@ -223,10 +223,10 @@ def _f1_chart(analyses: Mapping[str, RowAnalysis], looks: Looks) -> Markup | Non
     axes = new_axes(*SMALL)
     for method, f1 in curves.items():
         axes.plot(SCORES, f1, **looks[method].stroke)
-    axes.set(xlim=(0, 1), xlabel="least score", ylabel="F1, mean over classes")
+    axes.set(xlim=(0, 1), xlabel="minimum score", ylabel="F1, mean over classes")
     _start_at_zero(axes)
     tops = [f"{name} {fraction(float(f1.max()), 2)} at {SCORES[f1.argmax()]:.2f}" for name, f1 in curves.items()]
-    return to_svg(axes, "f1", f"F1 over the least score; the highest: {', '.join(tops)}")
+    return to_svg(axes, "f1", f"F1 over the minimum score; the highest: {', '.join(tops)}")
 
 
 def trade_chart(files: Mapping[str, Sequence[Deployed]], looks: Looks) -> Markup | None:

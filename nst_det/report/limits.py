@@ -26,7 +26,7 @@ NAMES = {measure.key: measure.name for measure in (*MEASURES.values(), TOP1, MAP
 
 
 def limits(results: ComparisonResult, distill: dict[str, Curves], detect: dict[str, Curves]) -> list[str]:
-    """Return short sentences, the weightiest first; the curves are those of ``read_curves`` for each stage."""
+    """Return short sentences, the most important first; the curves are those of ``read_curves`` for each stage."""
     # rows with terms of stage two share the backbone of another row
     backbones = {next(iter(row.per_seed.values())).distill_run: row.method for row in reversed(results.rows)}
     found = (
@@ -52,7 +52,7 @@ def _weak(results: ComparisonResult) -> Iterator[str]:
     if results.measure is MAP and best.score < WEAK:
         yield (
             f"The highest mAP is {fraction(best.score)} ({best.method}). A class has an 11-point AP of .091 once its "
-            "most certain detection is right, so detectors as weak as these rank no method."
+            "most certain detection is right, so detectors this weak can't rank methods."
         )
 
 
@@ -78,7 +78,7 @@ def _teacher(results: ComparisonResult) -> Iterator[str]:
         names = _some([f"{name} ({fraction(known[name])})" for name in better])
         yield (
             f"The teacher's top-1 is {fraction(taught)}, below that of {names}: what imitates it is held back by "
-            "it, and a better teacher may order the methods otherwise."
+            "it, and a better teacher could rank the methods differently."
         )
     upper = results.row(TEACHER)
     above = sorted(
@@ -127,8 +127,8 @@ def _unfinished(stage: str, curves: dict[str, Curves], losses: Sequence[str], ro
     if falling:
         parts = [f"{name} ({100 * share:.0f} %)" for name, share in sorted(falling.items(), key=lambda one: -one[1])]
         yield (
-            f"{stage} was still learning when it ended: the last quarter of the steps brought more than a tenth of all "
-            f"that the loss fell, for {_some(parts)}. A longer schedule may order the rows otherwise."
+            f"{stage} was still learning when it ended: more than a tenth of the total drop in loss came in the last "
+            f"quarter of the steps, for {_some(parts)}. A longer schedule could rank the rows differently."
         )
     for name, methods in curves["accuracy"].items():
         known = {method: last_rise(curve) for method, curve in methods.items() if method in rows}

@@ -88,7 +88,7 @@ class Samples:
 
 
 def open_data(run: Path, classes: Sequence[str], part: str = "TEST") -> list[VocDataset]:
-    """Return the data sets that a run was tested on (or ``TRAIN``), as its ``config.json`` names them."""
+    """Return the data set that a run's figures are of, or those of ``TRAIN``, as its ``config.json`` names them."""
     config = RunFolder(run).config()
 
     def value(key: str) -> Any:
@@ -97,7 +97,9 @@ def open_data(run: Path, classes: Sequence[str], part: str = "TEST") -> list[Voc
         return config[key]
 
     opened = []
-    for name in value(f"DATASETS.{part}"):
+    names = value(f"DATASETS.{part}")
+    # of several to test on, a run's figures and detections are those of the first
+    for name in names[:1] if part == "TEST" else names:
         root, split = (f"DATASETS.VOC.{name}.{field}" for field in ("ROOT", "SPLIT"))
         opened.append(VocDataset(expand_path(value(root), root), value(split), classes))
     return opened

@@ -82,7 +82,7 @@ def _against_imagenet(results: ComparisonResult, known: Mapping[str, Difference]
         return text + largest + too + (f" Worse than imagenet: {listed(worse)}." if worse else "")
     if len(worse) == len(known):
         return f"No, it hurts: {over}, {listed(worse)} {'are' if len(worse) > 1 else 'is'} worse than {alone}."
-    text = f"It can't be told from noise: {over}, no transfer method can be told to beat {alone}. The largest"
+    text = f"It can't be told from noise: {over}, no transfer method can be shown to beat {alone}. The largest"
     return f"{text} difference is {largest}" + (f" Worse than imagenet: {listed(worse)}." if worse else "")
 
 
@@ -97,7 +97,7 @@ def _of_methods(results: ComparisonResult, leader: RowResult) -> str:
         return (
             f"With one seed there is no spread to judge by: of the transfer methods {leader.method} has the highest "
             f"{results.measure.name} ({fraction(leader.score)}, {signed(leader.delta_vs_ce)} against "
-            f"{results.baseline}), but another seed may order the rows otherwise."
+            f"{results.baseline}), but another seed could rank the rows differently."
         )
     ordered = sorted(methods, key=lambda row: -row.delta_vs_ce)
     better, worse, noise = ([row for row in ordered if row.verdict == verdict] for verdict in (BETTER, WORSE, NOISE))
@@ -108,7 +108,7 @@ def _of_methods(results: ComparisonResult, leader: RowResult) -> str:
         text += f"{_names(better)} {'beat' if len(better) > 1 else 'beats'} {_baseline(results)}"
         text += f". The largest gain is that of {best.method}: {gain}." if len(better) > 1 else f": {gain}."
     else:
-        text += f"no transfer method {'can be told to beat' if noise else 'beats'} {_baseline(results)}."
+        text += f"no transfer method {'can be shown to beat' if noise else 'beats'} {_baseline(results)}."
     if noise:
         which = f"{len(noise)} of the {len(methods)} methods" if len(noise) > MOST_NAMES else _names(noise)
         everyone = len(noise) == len(methods) > 1
@@ -122,7 +122,7 @@ def _baseline(results: ComparisonResult) -> str:
 
 
 def caveats(results: ComparisonResult) -> list[str]:
-    """Return what a careful reader should know before quoting the result; short sentences, the weightiest first."""
+    """Return what a careful reader should know before quoting the result; short sentences, the most important first."""
     notes = []
     to_baseline = {row.method: (row.verdict, row.p_holm) for row in results.methods}
     to_imagenet = {row.method: (one.verdict, one.p_holm) for row in results.methods if (one := row.vs_imagenet)}
@@ -131,7 +131,7 @@ def caveats(results: ComparisonResult) -> list[str]:
         if lost := [name for name, p in told.items() if p is not None and p >= 0.05]:
             notes.append(
                 "Each interval is that of its row alone. With Holm's correction for the number of rows, "
-                f"{listed(lost)} would no longer count as told from {reference} (p ≥ 0.05)."
+                f"{listed(lost)} would no longer count as different from {reference} (p ≥ 0.05)."
             )
     notes += [note for note in (not_above(results), unequal_weights(results)) if note]
     scratch, baseline, bare = (results.row(method) for method in ("scratch", BASELINE, "no-fpn"))

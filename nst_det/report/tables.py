@@ -13,7 +13,7 @@ from nst_det.comparison.statistics import BETTER, NOISE, REFERENCE, SINGLE, WORS
 from nst_det.distillation.config import AGREEMENT, CKA, KNN, LINEAR
 
 MISSING = "–"
-UNTOLD = "What this answer can't tell"
+UNTOLD = "What these results can't tell you"
 MARKS = {BETTER: "better", WORSE: "worse", NOISE: "within noise", SINGLE: "one seed", REFERENCE: "reference"}
 
 
@@ -265,12 +265,12 @@ def legend(results: ComparisonResult) -> str:
     else:
         text += "There is one seed, so there is no spread: a difference can't be told from noise."
     parts = "stage one's share and stage two together" if results.measure is MAP else "a student's share of stage one"
-    text += f" Training is {parts}, as the runs took it."
+    text += f" Training time is {parts}, as measured."
     if places := list(dict.fromkeys(row.cost.where for row in results.rows if row.cost)):
         text += f" FLOPs count a multiply-add as two. Latency is the median of one image at a time on {places[0]}"
         text += f" (other rows: {'; '.join(places[1:])})" if len(places) > 1 else ""
         runs = ", ".join(dict.fromkeys(row.cost.run for row in results.rows if row.cost))
-        text += f", measured once for each architecture, on {runs}: it moves with the boxes that a detector keeps."
+        text += f", measured once for each architecture, on {runs}: it varies with the number of boxes that are kept."
     return text
 
 

@@ -92,6 +92,8 @@ def init_project(
     check_name(folder.name)
     if images is not None and unlabelled is not None:
         raise UserError("--unlabelled: stage one learns from one folder; leave out --images")
+    if device not in ("", *PRESETS):
+        raise UserError(f"--device: '{device}'; choose {' or '.join(PRESETS)}")
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another project, or remove it")
     # before torch is imported

@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 from nst_det.comparison.config import Comparison, load_comparison, path_beside, require
 from nst_det.comparison.plan import finished_teacher, makes_teacher
 from nst_det.comparison.result import BASELINE
-from nst_det.comparison.stages import DETECT, DISTILL, TITLES
+from nst_det.comparison.stages import DETECT, DISTILL, TITLES, errors_of
 from nst_det.engine.config import config_file, expand_path, flat, load_config, plain
 from nst_det.engine.fingerprint import RESUME, concerns
 from nst_det.engine.keys import Key, at_least, config_tree, one_of
@@ -140,6 +140,9 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
         good = all(isinstance(item, list | tuple) and item for item in config[key])
         fits[key] = (good, "a list of lists of levels, such as [[res3], [res3, res4]]")
     require(config, fits, str(file))
+    with errors_of(f"{file}: OPTIONS", ValueError):
+        for term in config.OPTIONS:
+            get_term(term)
     compare = path_beside(config.COMPARE, "COMPARE", file, overrides)
     opts = [str(word) for word in config.OPTS]
     comparison = load_comparison(compare, None, opts)
@@ -172,6 +175,12 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
     spaces = {word: space_of(word, base, config, str(file)) for word in base.methods if word != BASELINE}
     if not spaces:
         raise UserError(f"{file}: METHODS has no method with a term to search for")
+    for word, space in spaces.items():
+        if not space.default:
+            raise UserError(
+                f"{file}: METHODS {word}: there is nothing to search, as its weights are given; leave it out, or add "
+                "LEVELS or OPTIONS"
+            )
     own = {key: value for key, value in plain(flat(config)).items() if concerns(key, RESUME)}
     stages = {DISTILL: base.distill, DETECT: base.detect}
     budget = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.table import Column, Table
 
-from nst_det.comparison.config import Comparison, Tuned, merge_stage
+from nst_det.comparison.config import Comparison, Tuned
 from nst_det.comparison.launch_local import Command, LocalLauncher, this_machine
 from nst_det.comparison.pipeline import checked_configs, launch, run_configs
 from nst_det.comparison.plan import (
@@ -28,6 +28,7 @@ from nst_det.comparison.plan import (
     with_students,
 )
 from nst_det.comparison.result import BASELINE, PUBLISHED_STARTS, TEACHER
+from nst_det.comparison.stages import merge_stage
 from nst_det.engine.io import read_json, write_text
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed
@@ -210,11 +211,11 @@ def _ask(study: Study, space: Space, seed: int, trials: int) -> tuple[int, dict[
     from optuna.trial import TrialState
 
     # of a call that was stopped
-    for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+    for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if set(left.params) == set(space.default):
             return left.number, left.params
         study.tell(left.number, state=TrialState.FAIL)
-    if not _finished(study):
+    if not _finished(study) and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         study.enqueue_trial(dict(space.default))
     # tree-structured Parzen estimator, after a third of the trials at random
     study.sampler = TPESampler(n_startup_trials=max(2, trials // 3), multivariate=True, seed=seed)

@@ -1,3 +1,4 @@
+import hashlib
 import re
 
 import pytest
@@ -84,6 +85,12 @@ BAD = [
     ("NAME ../up", "compare.yaml: NAME"),
     ("JOBS -1", "compare.yaml: JOBS"),
     ("THREADS -1", "compare.yaml: THREADS"),
+    *((f"{key} 7", f"command line: {key}") for key in ("DISTILL.SEED", "DISTILL.METHODS", "DETECT.MODEL.WEIGHTS")),
+    ("DETECT.OPTS [ENGINE,detectron2]", "compare.yaml: DETECT.OPTS: ENGINE"),
+    ("DATA.GENERATE {'seed':0} DISTILL.DATA.ROOT my_images", "command line: DISTILL.DATA.ROOT"),
+    ("DATA.GENERATE {'seed':0} DETECT.DATASETS.VOC.own_test.ROOT x", "command line: DETECT.DATASETS.VOC.own_test.ROOT"),
+    ("DETECT.MODEL.DEVICE cuda:1", "compare.yaml: DETECT.MODEL.DEVICE cuda:1"),
+    ("DETECT.TEACHER_OPTS [MODEL.DEVICE,'cuda:12']", "compare.yaml: DETECT.MODEL.DEVICE cuda:12"),
     ("DISTILL.CONFIG none.yaml", "none.yaml: no such config file"),
     ("DISTILL.CONFIG ''", "compare.yaml: DISTILL.CONFIG"),
     ("DISTILL.CONFIG $NOT_SET_HERE/one.yaml", "DISTILL.CONFIG: the environment variable NOT_SET_HERE"),
@@ -158,12 +165,46 @@ def test_stage_files_are_relative_to_the_comparison_or_from_the_environment(conf
     assert load_comparison(config_file).distill.SOLVER.MAX_ITER == 6
 
 
+def change_input(config_file, **values):
+    """Set keys of INPUT in the YAML of stage two."""
+    file = config_file.with_name("detect.yaml")
+    change(file, INPUT={**yaml.safe_load(file.read_text())["INPUT"], **values})
+
+
+@pytest.mark.parametrize(
+    ("in_file", "words", "expected"),
+    [
+        ({"AUGMENTATION": "voc"}, "DETECT.INPUT.AUGMENTATION none", (False, [], 0.0, 0.0)),
+        ({"AUGMENTATION": "voc"}, "DETECT.INPUT.AUGMENTATION strong", (False, [0.1, 2.0], 0.5, 0.1)),
+        ({"PHOTOMETRIC": 0.25}, "DETECT.INPUT.AUGMENTATION voc", (True, [0.8, 1.25], 0.25, 0.1)),
+        ({}, "DETECT.INPUT.MIN_VISIBLE 0.5 DETECT.INPUT.AUGMENTATION strong", (False, [0.1, 2.0], 0.5, 0.5)),
+        ({}, "DETECT.OPTS [INPUT.AUGMENTATION,voc] DETECT.INPUT.AUGMENTATION none", (False, [], 0.0, 0.0)),
+        ({}, "DETECT.SCRATCH_OPTS [INPUT.AUGMENTATION,voc,INPUT.PHOTOMETRIC,0.0]", (True, [0.8, 1.25], 0.0, 0.1)),
+    ],
+)
+def test_another_augmentation_on_top_brings_what_it_is_short_for(config_file, in_file, words, expected):
+    change_input(config_file, **in_file)
+    comparison = load_comparison(config_file, overrides=words.split(" "))
+    given = run_config(comparison, next(run for run in make_plan(comparison) if run.row == "scratch")).INPUT
+    assert expected == (given.CROP.ENABLED, given.SCALE_JITTER, given.PHOTOMETRIC, given.MIN_VISIBLE)
+
+
+def test_the_weights_of_stage_one_are_known_with_generated_data_too(config_file, tmp_path):
+    (tmp_path / "begin.pth").write_bytes(b"begin")
+    words = ["DATA.GENERATE", "{'seed': 0}", "DISTILL.STUDENT.WEIGHTS", str(tmp_path / "begin.pth")]
+    assert load_comparison(config_file, overrides=words[:2]).inputs() == {}
+    digest = hashlib.sha256(b"begin").hexdigest()
+    assert load_comparison(config_file, overrides=words).inputs() == {"DISTILL.STUDENT.SHA256": digest}
+
+
 @pytest.mark.detectron2
 def test_on_the_detectron2_engine_all_its_keys_are_known(config_file):
     pytest.importorskip("detectron2")
     words = ["ENGINE", "detectron2", "DETECT.MODEL.RPN.NMS_THRESH", "0.6", "DETECT.MODEL.RESNETS.DEPTH", "34"]
     comparison = load_comparison(config_file, overrides=words)
     assert comparison.engine == "detectron2"
+    change_input(config_file, AUGMENTATION="voc")
+    assert load_comparison(config_file, overrides=words).detect.INPUT.SCALE_JITTER == [0.8, 1.25]
     assert comparison.detect.MODEL.RESNETS.DEPTH == 34
     assert comparison.detect.MODEL.TIMM.ARCH == "nst_resnet10_w32"
     with pytest.raises(UserError, match=r"unknown key DETECT\.MODEL\.RESNET"):

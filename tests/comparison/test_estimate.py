@@ -104,7 +104,7 @@ def test_the_command_prints_the_plan_then_what_it_takes_and_whether_a_gpu_is_too
     assert "detect/seed1/kd" in plan
     assert "1 h 02 min" in measured
     assert "3 GiB" in measured
-    assert "11 h 22 min of runs" in measured
+    assert "11 h 22 min in total" in measured
     line = measured.strip().splitlines()[-1]
     assert line.startswith("GPU memory")
     assert "1 x 7.5 GiB, 5 GiB" in line

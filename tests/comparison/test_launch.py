@@ -142,6 +142,8 @@ def test_this_machine_takes_the_gpus_that_it_may_see(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(launch_local, "core_count", lambda: 6)
     assert (this_machine(), this_machine(3)) == (Machine(6), Machine(3))
+    with pytest.raises(UserError, match="--jobs"):
+        this_machine(-1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert this_machine() == Machine(6, ("0", "1"), 2)

@@ -6,12 +6,12 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from nst_det.comparison.collect import _differs
-from nst_det.comparison.config import core_count, load_comparison
+from nst_det.comparison.config import load_comparison
 from nst_det.comparison.pipeline import check_folders
 from nst_det.comparison.plan import make_plan, run_config
 from nst_det.detection.torchvision import build_detector
 from nst_det.engine.config import flat
-from nst_det.engine.io import sha256_of_file
+from nst_det.engine.io import sha256_of_file, write_text
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 
@@ -110,6 +110,12 @@ def test_a_detector_from_elsewhere_is_a_row(config_file, comparison, tmp_path):
     with folder.opened(config, {"MODEL.WEIGHTS_SHA256": sha256_of_file(tmp_path / "coco.pth")}):
         folder.finish({})
     check_folders(added, make_plan(added))
+    write_text(run.config_path(added.folder), config.dump())
+    check_folders(added, make_plan(added))
+    fewer = given.replace(", MODEL.BACKBONE.FREEZE_AT, 3", "")
+    without = load_comparison(config_file, tmp_path / "out", [*words, fewer])
+    with pytest.raises(UserError, match=r"seed1/coco: .*FREEZE_AT 3, now it is 2"):
+        check_folders(without, make_plan(without))
     others = load_comparison(config_file, tmp_path / "out", [*words, given.replace(", 3]", ", 2]")])
     with pytest.raises(UserError, match=r"seed1/coco: .*FREEZE_AT 3"):
         check_folders(others, make_plan(others))
@@ -217,10 +223,12 @@ def test_a_run_is_done_when_all_results_are_there(comparison):
 
 def test_generated_data_comes_first_and_both_stages_read_it(config_file, tmp_path):
     words = ["DATA.GENERATE", "{'classification_images': 40, 'contrast': 90.5}", "DATA.ROOT", str(tmp_path / "made")]
+    # so that fewer threads make it fit on a smaller node
+    words += ["THREADS", "3"]
     comparison = load_comparison(config_file, tmp_path / "out", words)
     runs = {run.name: run for run in make_plan(comparison)}
     assert runs["data"].command(comparison.folder) == [
-        "generate-data", "--output", str(tmp_path / "made"), "--workers", str(core_count()),
+        "generate-data", "--output", str(tmp_path / "made"), "--workers", "3",
         "--classification-images", "40", "--contrast", "90.5",
     ]  # fmt: skip
     assert runs["data"].results == (tmp_path / "made" / "settings.json",)

@@ -126,3 +126,8 @@ def test_without_ray_one_line_says_what_to_do(config_file, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="2"):
         main([*words[:-2], "--address", "host:6379"])
     assert "--address" in capsys.readouterr().err
+    # what they print is of this machine
+    for how in ("--plan", "--dry-run"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*words, how])
+        assert "--launcher ray: " in capsys.readouterr().err

@@ -75,6 +75,17 @@ def test_another_config_is_refused_but_free_keys_may_differ(tmp_path):
     assert config_hash(first) == config_hash({**first, "OUTPUT_DIR": "y"}) != config_hash({**first, "A": 2})
 
 
+@pytest.mark.parametrize(("before", "now"), [("ab", None), (None, "ab"), ("ab", "cd")])
+def test_what_a_run_began_with_is_neither_left_out_nor_added_later(tmp_path, before, now):
+    first, later = ({} if digest is None else {"STUDENT.SHA256": digest} for digest in (before, now))
+    (tmp_path / "metrics.jsonl").touch()
+    for _ in range(2):
+        with RunFolder(tmp_path).opened({"A": 1}, first):
+            pass
+    with pytest.raises(UserError, match=f"^{tmp_path}: .*STUDENT.SHA256 {before!r}, now it is {now!r}"):
+        RunFolder(tmp_path).opened({"A": 1}, later).__enter__()
+
+
 def test_a_result_has_the_speed_of_all_calls_and_metrics_do_not(tmp_path):
     run = RunFolder(tmp_path)
     readings = [(10.0, 0.5, 1.0), (90.0, 0.1, 3.0), (20.0, 0.3, 2.0)]

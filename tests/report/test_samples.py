@@ -50,6 +50,16 @@ def test_thresholds_of_the_validation_split_decide_what_is_shown(finished, copie
     assert shown == {key for key, there in found.items() if there}
 
 
+def test_of_several_sets_to_test_on_the_figures_are_those_of_the_first(finished, copied):
+    for path in copied.rglob("config.json"):
+        config = json.loads(path.read_text())
+        more = {key.replace("shapes", "more"): value for key, value in config.items() if ".shapes." in key}
+        path.write_text(json.dumps({**config, **more, "DATASETS.TEST": ["shapes", "more"]}))
+    assert len(open_data(copied / "detect/seed0/fitnet", ("any",))) == 1
+    results = typed(finished[1])
+    assert choose_samples(results, copied) == choose_samples(results, finished[0])
+
+
 def test_match_by_the_rule_of_voc():
     truth = image([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]], ["cat", "dog", "dog"], [0, 0, 1])
     detections = [

@@ -232,7 +232,7 @@ def test_a_box_names_the_first_of_many_and_shared_seeds():
     still = curve([2.0] * 20 + [1.0] * 50 + [0.6] * 10)
     curves = {"loss": {"loss/ce": {"ce": still, "fitnet": still, "at": still}}, "accuracy": {}}
     lines = limits(typed(tree), curves, {"loss": {}, "accuracy": {}})
-    assert any("fell, for ce (29 %) and at (29 %)." in line for line in lines)
+    assert any("steps, for ce (29 %) and at (29 %)." in line for line in lines)
     assert any(": c0 10, c1 11, c2 12, c3 13 and 5 more." in line for line in lines)
     assert "Only one seed is shared with ce by kd: no spread to judge by." in lines
 

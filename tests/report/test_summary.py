@@ -37,7 +37,7 @@ FOUR = ("kd", "fitnet", "nst-poly", "kd+nst-poly")
             {},
             [f"fitnet beats ce (labels only): {GAIN}", "For kd and at,", "Worse than ce: kd+nst-poly and nst-poly."],
         ),
-        (dict.fromkeys(FOUR, "noise"), {}, ["no transfer method can be told to beat ce", "Every difference lies"]),
+        (dict.fromkeys(FOUR, "noise"), {}, ["no transfer method can be shown to beat ce", "Every difference lies"]),
         (dict.fromkeys((*FOUR, "at"), "worse"), {}, ["no transfer method beats ce", "Worse than ce: fitnet"]),
         (
             {},

@@ -10,9 +10,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from nst_det.comparison.config import load_comparison, merge_stage, row_weights
+from nst_det.comparison.config import load_comparison, row_weights
 from nst_det.comparison.plan import make_plan, run_config
-from nst_det.comparison.stages import check_data_folders, check_distill_losses
+from nst_det.comparison.stages import check_data_folders, check_distill_losses, merge_stage
 from nst_det.data.coco import CocoSource
 from nst_det.data.folders import read_image_folder
 from nst_det.data.splits import hold_out

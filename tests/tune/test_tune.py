@@ -258,6 +258,17 @@ def test_a_stopped_trial_is_the_same_one_under_another_optuna(tmp_path, monkeypa
     assert search(tmp_path, space, 6, 0, None)["a"] == found
 
 
+def test_a_search_that_was_killed_before_its_first_trial_began_goes_on(tmp_path, monkeypatch):
+    space = {"a": Space({"w": (0.1, 1000.0)}, {}, {"w": 1.0})}
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "ask", lambda *_: next(iter(())))
+        with pytest.raises(StopIteration):
+            search(tmp_path, space, 2, 0, None)
+    found = search(tmp_path, space, 2, 0, lambda number, settings: {"a": {0: float(number)}})["a"]
+    assert (found.trials, found.default) == (2, 0.0)
+    assert search(tmp_path, space, 1, 0, None)["a"].settings == {"WEIGHTS": {"w": 1.0}}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_ends_the_search(tmp_path, value):
     space = {"a": Space({"w": (0.1, 1000.0)}, {}, {"w": 1.0})}
@@ -284,6 +295,8 @@ def test_a_value_that_is_not_finite_ends_the_search(tmp_path, value):
         ("METHODS [ce]", "tune.yaml: METHODS"),
         ("METHODS [nst-polly]", "nst-polly"),
         ("OPTIONS {kd:{temprature:[1.0]}}", "OPTIONS.kd.temprature must be a list for one of its options: temp"),
+        ("OPTIONS {nst_poly:{bandwidth:[1.0]}}", "tune.yaml: OPTIONS: "),
+        ("METHODS kd:2.0", "tune.yaml: METHODS kd:2"),
         ("TRIAL 3", "did you mean TRIALS"),
         ("COMPARE none.yaml", "none.yaml: no such config file"),
         # found before the first run
