@@ -160,7 +160,10 @@ def _check_twins(
     for path in parts[1]:
         picture = original(path.stem, stems)
         twin = first.get(decoded[path].sha256) if path in decoded else None
-        version = versions.get(picture) if picture != path.stem else None
+        version = versions.get(picture)
+        # two images of one name, in two folders, are no versions
+        if version and version.stem == path.stem == picture:
+            version = None
         kind, what, remedy = "same image in two lists", "is the same file as", "keep one"
         if twin is None:
             kind, what, remedy = "same picture in two lists", "shows the same as", "keep all versions in one list"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from torchvision import datasets
 
-from nst_det.data.download import unpack
+from nst_det.data.download import DAMAGED, unpack
 from nst_det.data.folders import ImageFolder, ImageSplit, cut_validation, read_image_folder, read_unlabelled_folder
 from nst_det.data.safe_io import shown_path
 from nst_det.errors import UserError
@@ -86,7 +86,7 @@ def _from_archive(path: Path, val_fraction: float, seed: int, always_cut: bool, 
     try:
         with tarfile.open(path, "r:*") as tar:
             first = tar.next()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (*DAMAGED, OSError) as error:
         raise UserError(
             f"{shown_path(path)}: no tar archive, or a damaged one ({error}); get it again, or name a folder"
         ) from error

@@ -1,9 +1,13 @@
-"""PASCAL VOC from the net: archives by checksum, unpacked under one root, checked before it has its name."""
+"""Download PASCAL VOC.
+
+Archives are checked by SHA-256 and unpacked into one folder, which gets its name only when it is whole.
+"""
 
 from __future__ import annotations
 
 import http.client
 import logging
+import lzma
 import os
 import re
 import shutil
@@ -12,6 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -34,8 +39,10 @@ PAUSE_SECONDS = 2.0
 BLOCK = 1 << 20
 # bytes that stay free on the disk
 RESERVE = 64 << 20
-# no file of an archive is larger (the largest photograph has less than a megabyte)
-LARGEST_MEMBER = 64 << 20
+# no file of an archive is larger (CIFAR-100's training images have 155 MB)
+LARGEST_MEMBER = 256 << 20
+# errors of the readers of .tar, .gz and .xz
+DAMAGED = (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error)
 # the official server under its present and its former name, then two that keep copies of the same bytes
 MIRRORS = (
     "https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}",
@@ -170,7 +177,7 @@ def download_voc(
 
     ``folder/VOCdevkit/VOC<year>`` appears only when it is whole; one that is there already and whole is kept.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(folder).expanduser().resolve()
     target = folder / "VOCdevkit" / f"VOC{release.year}"
     if target.exists():
         check_release(target, release)
@@ -202,7 +209,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 if not (member.isreg() or member.isdir()):
                     fault = "is a link or a device, which is not unpacked"
                 elif member.size > LARGEST_MEMBER:
-                    fault = f"has {member.size} bytes, more than a file of VOC"
+                    fault = f"has {member.size} bytes, more than any that is wanted"
                 # the folder itself, of tar -C FOLDER .
                 elif not (parts or member.isdir()) or any(map(name_problem, parts)):
                     fault = "leads outside the folder"
@@ -215,7 +222,14 @@ def unpack(archive: Path, folder: Path) -> None:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with content, open(target, "wb") as out:
                         shutil.copyfileobj(content, out)
-    except (tarfile.TarError, EOFError) as error:
+            # tarfile takes a damaged header for the end, and checksums stand after it
+            while block := tar.fileobj.read(BLOCK):
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError("it goes on after its last file")
+    except (*DAMAGED, OSError) as error:
+        # gzip and bz2 raise an OSError without a number; one that has it is of the disk
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise UserError(f"{shown_path(archive)}: a damaged archive ({error}); remove it and get it again") from error
 
 

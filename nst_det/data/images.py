@@ -67,7 +67,8 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decode a JPEG, PNG, BMP, WebP or TIFF image into (H, W, 3) uint8, RGB.
 
     Grey and palette images become RGB, transparency is dropped, EXIF orientation is applied.  Errors call it ``name``:
-    not an image, truncated, more than :data:`MAX_IMAGE_PIXELS`, more than 8 bits a channel, or several pages.
+    not an image, truncated, more than :data:`MAX_IMAGE_PIXELS`, more than 8 bits a channel, or a TIFF that has several
+    pages or is turned by its orientation tag.
     """
     return EncodedImage(data, name).pixels()
 
@@ -134,17 +135,21 @@ def _opened(data: bytes, name: str) -> tuple[Image.Image, int]:
         size = f"{image.width}x{image.height}"
         raise UserError(f"{name}: {size} is more than {MAX_IMAGE_PIXELS} pixels; cut it into tiles, with their boxes")
     # Pillow opens colors of 16 bits in a mode of 8; byte 24 of a PNG is its depth
-    depth, pages = data[24] if image.format == "PNG" else 8, False
+    depth, pages, turned = data[24] if image.format == "PNG" else 8, False, False
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         try:
             depth = max(map(int, image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))))
             pages = bool(image.tag_v2.next)
+            turned = image.tag_v2.get(_ORIENTATION_TAG) in _TURNS
         except Exception as error:  # as above
             raise _undecodable(name, error) from error
     if depth > 8 or image.mode in DEEP_MODES:
         raise UserError(f"{name}: more than 8 bits a channel; convert it to 8-bit RGB")
     if pages:
         raise UserError(f"{name}: several pages; write the one that is annotated as an image of its own")
+    # Pillow turns a TIFF itself, and Detectron2's reader then does so again
+    if turned:
+        raise UserError(f"{name}: a TIFF with an orientation tag; save it upright, and check that its boxes fit")
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # an intact image may have a damaged EXIF

@@ -28,7 +28,7 @@ from nst_det.data.voc import (
     composed,
     files_by_id,
     find_voc_root,
-    id_of_line,
+    ids_of_path,
     image_names,
     make_voc_folders,
     scan_list,
@@ -209,10 +209,10 @@ def _listed_at_top(root: Path, files: Sequence[str], ids: Sequence[str]) -> dict
         match = _SPLIT.fullmatch(file.removesuffix(".txt"))
         if match and file.endswith(".txt"):
             lines = read_text(root / file, MAX_LIST_BYTES, "list").splitlines()
-            stems = [os.path.splitext(line.strip().replace("\\", "/"))[0] for line in lines if line.strip()]
             # the end of its path says which image is meant, wherever the data was when the list was made
-            found = (id_of_line(stem.rpartition("/")[2], lambda: known) for stem in stems)
-            splits[match[1].lower()] = tuple(dict.fromkeys(id_ for id_ in found if id_ in known))
+            paths = (line.strip("\"' \t") for line in lines)
+            found = (next((id_ for id_ in ids_of_path(path) if id_ in known), None) for path in paths)
+            splits[match[1].lower()] = tuple(dict.fromkeys(id_ for id_ in found if id_))
     return {split: part for split, part in splits.items() if part}
 
 

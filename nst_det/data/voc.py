@@ -309,6 +309,17 @@ def files_by_id(folder: Path, extensions: Collection[str]) -> Iterator[tuple[str
             yield composed(stem).replace("/", "_"), path
 
 
+def ids_of_path(path: str) -> list[str]:
+    """Return the ids that a path on any machine may stand for, by all of its parts or the last ones, the longest first.
+
+    Example:
+        >>> ids_of_path("val/cam1/a.jpg")
+        ['val_cam1_a', 'cam1_a', 'a']
+    """
+    parts = os.path.splitext(composed(path).replace("\\", "/"))[0].split("/")
+    return ["_".join(parts[start:]) for start in range(len(parts))]
+
+
 def composed(name: str) -> str:
     """Return a name with ``ü`` as one character, where a Mac may store two."""
     return unicodedata.normalize("NFC", name)

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from nst_det.data.coco import coco_names, form_problem
 from nst_det.data.safe_io import is_number, read_bytes, read_text, shown, shown_path
 from nst_det.data.splits import list_to_test
-from nst_det.data.voc import VocDataset, find_voc_root
+from nst_det.data.voc import VocDataset, composed, find_voc_root, ids_of_path
 from nst_det.engine.io import write_text
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections, GroundTruth, to_xywh
@@ -101,7 +101,7 @@ def read_comp4(folder: Path, image_ids: Sequence[str], classes: Sequence[str], s
         for number, line in enumerate(read_text(file, MAX_FILE_BYTES, KIND).splitlines(), 1):
             if not line.strip():
                 continue
-            at, (id_, *words) = f"{shown_path(file)}: line {number}", line.strip().rsplit(maxsplit=5)
+            at, (id_, *words) = f"{shown_path(file)}: line {number}", composed(line.strip()).rsplit(maxsplit=5)
             try:
                 values = [float(word) for word in words]
             except ValueError:
@@ -221,9 +221,7 @@ class _ImageNames:
         """Return an id, or "" where none is meant."""
         named = _lookup(self.names, given)
         text = named or (given if isinstance(given, str) else "")
-        path = PurePosixPath(text.replace("\\", "/"))
-        forms = (text, "_".join(path.with_suffix("").parts), path.stem) if path.name else ()
-        found = next((form for form in forms if form in self.ids), "")
+        found = next((form for form in (composed(text), *ids_of_path(text)) if form in self.ids), "")
         # where a file of names knows the number, that is what counts
         return found or ("" if named else _lookup(self.by_number, given))
 

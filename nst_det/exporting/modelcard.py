@@ -135,9 +135,12 @@ def _measured(values: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def _data_sets(config: CfgNode, part: str) -> list[str]:
-    """Return the names of data sets with their folder's and list's, without the path to it."""
+    """Return the names of data sets; of VOC folders with their folder's and list's, without the path to it."""
     voc = config.DATASETS.VOC
-    return [f"{name} ({Path(voc[name].ROOT).name}, {voc[name].SPLIT})" for name in config.DATASETS[part]]
+    return [
+        f"{name} ({Path(voc[name].ROOT).name}, {voc[name].SPLIT})" if name in voc else name
+        for name in config.DATASETS[part]
+    ]
 
 
 def _origin(folder: Path) -> str:

@@ -39,22 +39,27 @@ def write_crops(data: VocDataset, folder: Path) -> Counter[str]:
         if problem:
             raise UserError(f"class '{shown(name)}' {problem}; rename it, or give classification data by --images")
     background = BACKGROUND if BACKGROUND not in data.classes else f"no {BACKGROUND}"
-    kept = {id_: [name for _, name in object_crops(data, id_)] for id_ in data.ids}
-    kept = {id_: names for id_, names in kept.items() if names}
-    pictures = same_pictures({id_: data.image_path(id_) for id_ in kept})
-    val = set(cut_test_ids(kept, VAL_FRACTION, pictures)) if len(kept) > 1 else set()
+    crops = {id_: found for id_ in data.ids if (found := list(object_crops(data, id_)))}
+    for id_, found in crops.items():
+        wanted = max(1, round(len(found) / len(data.classes)))
+        found += [(window, background) for window in background_windows(data, id_, wanted)]
+    classes_of = {id_: [name for _, name in found] for id_, found in crops.items()}
+    pictures = same_pictures({id_: data.image_path(id_) for id_ in crops})
+    val = set(cut_test_ids(classes_of, VAL_FRACTION, pictures)) if len(crops) > 1 else set()
     if not val:
         raise UserError(
             f"{data.root}: too few images in {data.split} to cut training and validation crops from; every class "
             "needs two images, or give classification data by --images"
         )
+    if len({name for names in classes_of.values() for name in names}) < 2:
+        raise UserError(
+            f"{data.root}: objects of one class, and no room for a background beside them; give classification data "
+            "of two classes or more by --images"
+        )
     counts: Counter[str] = Counter()
-    for id_ in kept:
+    for id_, found in crops.items():
         image = data.image(id_)
-        crops = list(object_crops(data, id_))
-        wanted = max(1, round(len(crops) / len(data.classes)))
-        crops += [(window, background) for window in background_windows(data, id_, wanted)]
-        for number, ((left, top, right, bottom), name) in enumerate(crops):
+        for number, ((left, top, right, bottom), name) in enumerate(found):
             path = folder / ("val" if id_ in val else "train") / name / f"{id_}_{number:03}.jpg"
             crop = cv2.cvtColor(image[top:bottom, left:right], cv2.COLOR_RGB2BGR)
             _, encoded = cv2.imencode(".jpg", crop, [cv2.IMWRITE_JPEG_QUALITY, 95])

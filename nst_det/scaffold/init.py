@@ -144,7 +144,10 @@ def _write_project(
     learned, tested = (VocDataset(root, name).annotations() for name in lists)
     of_three = lists == OF_THREE and VAL_LIST in split_names(root)
     files = annotation_files(root)
-    validated = [read_annotation(files[id_], id_) for id_ in read_split(root, VAL_LIST)] if of_three else []
+    validated = [
+        read_annotation(files.get(id_, root / "Annotations" / f"{id_}.xml"), id_)
+        for id_ in (read_split(root, VAL_LIST) if of_three else ())
+    ]
     val = VAL_LIST if any(item.objects for item in validated) else ""
     # those of all lists; VOC's own are in this order, too
     classes = tuple(sorted({name for item in (*learned, *validated, *tested) for name in item.names}))

@@ -216,6 +216,8 @@ def test_what_a_whole_set_has_is_a_note(tmp_path, objects, keys):
         ({"train": "a", "trainval": "ab", "test": "c"}, ["train", "trainval", "test"], {}),
         ({"train": ["e.rf.1"], "test": ["e.rf.2", "b"]}, None, {"same picture in two lists": 1}),
         ({"train": "a", "test": ["a_flip"]}, None, {"same picture in two lists": 1}),
+        ({"train": ["a_flip"], "test": "a"}, None, {"same picture in two lists": 1}),
+        ({"train": ["a", "a_flip"], "test": "a"}, None, {"id in two lists": 1}),
     ],
 )
 def test_lists_that_share_images(root, lists, splits, kinds):

@@ -1,6 +1,10 @@
+import bz2
+import gzip
 import hashlib
 import http.server
 import io
+import lzma
+import random
 import re
 import tarfile
 import threading
@@ -195,6 +199,30 @@ def test_what_is_no_archive_or_too_large(tmp_path, monkeypatch):
         unpack(archive, tmp_path)
 
 
+def test_a_damaged_archive_gives_no_part_of_its_files(tmp_path):
+    rng = random.Random(0)
+    whole = tar_of(*((f"{number}.jpg", rng.randbytes(2000)) for number in range(8)))
+    for name, pack in (("tar", bytes), ("gz", gzip.compress), ("xz", lzma.compress), ("bz2", bz2.compress)):
+        packed, archive = pack(whole), tmp_path / f"a.{name}"
+        archive.write_bytes(packed)
+        unpack(archive, tmp_path / name)
+        assert len(list((tmp_path / name).iterdir())) == 8
+        # in the name of the third file, or near the beginning, in the middle and in the checksum
+        for at in (packed.index(b"2.jpg"),) if name == "tar" else (20, len(packed) // 2, len(packed) - 6):
+            archive.write_bytes(packed[:at] + bytes([packed[at] ^ 1]) + packed[at + 1 :])
+            with pytest.raises(UserError, match=rf"a\.{name}: a damaged archive"):
+                unpack(archive, tmp_path / "damaged")
+
+
+def test_the_largest_file_of_cifar_100_is_taken(tmp_path):
+    header = tarfile.TarInfo("cifar-100-python/train")
+    header.size = 155_249_918
+    (tmp_path / "a.tar").write_bytes(header.tobuf())
+    # only that its content isn't there is wrong
+    with pytest.raises(UserError, match=r"a\.tar: a damaged archive"):
+        unpack(tmp_path / "a.tar", tmp_path)
+
+
 def voc_tar(split, ids, leave_out=""):
     top = "VOCdevkit/VOC2007"
     members = [(f"{top}/ImageSets/Main/{split}.txt", "".join(f"{id_}\n" for id_ in ids).encode())]
@@ -244,11 +272,17 @@ def test_a_release_that_is_not_whole_gets_no_name(release, tmp_path):
 def test_the_command(release, tmp_path, monkeypatch, cli, capsys):
     voc = release(first=voc_tar("trainval", ["000001", "000002"]), second=voc_tar("test", ["000003"]))
     monkeypatch.setitem(RELEASES, "voc2007", voc)
-    assert cli("download", "voc2007", "--output", tmp_path, "--keep-archives") == 0
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for output in ((), ("--output", tmp_path / "link")):
+        assert cli("download", "voc2007", *output) == 0
+    capsys.readouterr()
+    assert cli("download", "voc2007", "--output", tmp_path / "new", "--keep-archives") == 0
     printed = capsys.readouterr().out
-    assert f"VOC_ROOT={tmp_path / 'VOCdevkit'}" in printed
+    assert f"VOC_ROOT={tmp_path / 'new' / 'VOCdevkit'}" in printed
     assert "images: trainval 2, test 1" in printed
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["VOCdevkit", "first.tar", "second.tar"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["VOCdevkit", "first.tar", "second.tar"]
 
 
 def test_the_known_releases_are_well_formed():

@@ -95,6 +95,13 @@ def test_tiffs_that_are_refused():
     image = Image.fromarray(PIXELS)
     with pytest.raises(UserError, match="^x: several pages"):
         image_size(encode(image, "TIFF", save_all=True, append_images=[image]), "x")
+    for orientation in range(1, 10):
+        data = encode(image, "TIFF", tiffinfo={0x0112: orientation})
+        if orientation in (1, 9):
+            np.testing.assert_array_equal(decode_image(data, "x"), PIXELS)
+        else:
+            with pytest.raises(UserError, match="^x: .*orientation"):
+                image_size(data, "x")
 
 
 def with_size(jpeg_bytes, width, height):

@@ -124,6 +124,16 @@ def test_names_that_are_in_two_folders(tmp_path):
     assert read_split(voc, "train") == ("train_a", "train_cam1_a", "train_cam2_a")
 
 
+def test_lists_beside_the_folders_name_images_by_any_end_of_their_paths(tmp_path):
+    for place in ("cam1/a", "cam2/a", "b"):
+        write(tmp_path / f"images/{place}.jpg", jpeg())
+        write(tmp_path / f"labels/{place}.txt", yolo_of("a"))
+    write(tmp_path / "data.yaml", data_yaml())
+    write(tmp_path / "train.txt", "./images/cam1/a.jpg\n'images/b.jpg'\nimages/gone.jpg\n")
+    write(tmp_path / "test.txt", "C:\\my.set\\images\\cam2\\a.jpg\n")
+    assert find_layout(tmp_path).splits == {"train": ("cam1_a", "b"), "test": ("cam2_a",)}
+
+
 # what replaces files of a layout, and kind and file of what check-data says
 TWIN = [("same image in two lists", "images/val/a.jpg")]
 FAULTS = [

@@ -53,12 +53,9 @@ def test_a_bad_line_is_named(tmp_path, line):
 
 
 def test_names_of_images_may_have_spaces(tmp_path):
-    folder = write_results(tmp_path, "shelf (1) 0.5 1 2 3 4\n a b  c 1 1 2 3 4\n1 2 0.25 1 2 3 4\n")
-    assert read_detections(folder, ("shelf (1)", "a b  c", "1 2"), CLASSES, "test").image_id == [
-        "shelf (1)",
-        "a b  c",
-        "1 2",
-    ]
+    folder = write_results(tmp_path, "shelf (1) 0.5 1 2 3 4\n a b  c 1 1 2 3 4\n1 2 0.25 1 2 3 4\nu\u0308 1 1 2 3 4\n")
+    ids = ["shelf (1)", "a b  c", "1 2", "\u00fc"]
+    assert read_detections(folder, ids, CLASSES, "test").image_id == ids
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -148,6 +145,7 @@ def test_the_number_of_the_only_class(number):
     [
         (1, "000001"), (2008000002, "2008_000002"), ("000001", "000001"), ("000001.jpg", "000001"),
         ("val/000001.png", "000001"), ("C:\\val\\000001.png", "000001"), ("cam1/a.jpg", "cam1_a"), ("cam1_a", "cam1_a"),
+        ("val/cam1/a.jpg", "cam1_a"), ("C:\\x.y\\val\\b", "val_b"), ("x/b.jpg", "b"), ("u\u0308.jpg", "\u00fc"),
         (7, "cam1_a"), ("u7", "cam1_a"), (8, None), (12, None), ("a", None), ("", None), (None, None), (1.0, None),
     ],
 )  # fmt: skip
@@ -155,7 +153,7 @@ def test_the_number_of_the_only_class(number):
 def test_images_by_number_name_and_path(given, found, key):
     # 8 is the number of another image than its digits say, which is none of these
     names = CocoNames({7: "cam1/a.jpg", "u7": "cam1\\a.jpg", 8: "elsewhere.jpg"}, {})
-    ids = (*IDS, "cam1_a", "8", "1_2", "12")
+    ids = (*IDS, "cam1_a", "8", "1_2", "12", "b", "val_b", "\u00fc")
     rows = [{"image_id": None, "category": "cat", "bbox": [0, 0, 1, 1], "score": 1, key: given}]
     if found:
         assert detections_from_json(rows, ids, CLASSES, "f", names).image_id == [found]

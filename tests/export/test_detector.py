@@ -315,9 +315,14 @@ def test_the_card_is_the_runs_own_result(exported, maker, run_folder, tmp_path):
     # without figures it says so
     run = shutil.copytree(run_folder, tmp_path / "run")
     (run / "result.json").unlink()
-    bare = detector_card(run, load_run(run)[1], maker.contract("fp32"), "d.onnx", "onnx", exported.agreement)
+    config = load_run(run)[1]
+    config.defrost()
+    # one that Detectron2 registers
+    config.DATASETS.TRAIN = ["coco_2017_train"]
+    bare = detector_card(run, config, maker.contract("fp32"), "d.onnx", "onnx", exported.agreement)
     assert "model-index" not in bare
     assert "Not measured." in bare
+    assert "coco_2017_train" in bare
 
 
 WITHOUT_TORCH = """

@@ -35,11 +35,17 @@ def graph_as_file(run_folder, monkeypatch):
     return make
 
 
-def test_a_file_that_does_the_same_has_pytorchs_figures(graph_as_file, run_folder, tmp_path):
+def test_a_file_that_does_the_same_has_pytorchs_figures(graph_as_file, run_folder, tmp_path, monkeypatch):
     graph_as_file()
     path = tmp_path / "detector.onnx"
     path.write_bytes(b"x" * 1000)
+    detector, *others = load_run(run_folder)
+    called = []
+    detector.register_forward_pre_hook(lambda _, given: called.append(len(given[0])))
+    monkeypatch.setattr("nst_det.exporting.measure.load_run", lambda run: (detector, *others))
     in_torch, row = measure([path], run_folder, threads=1, repeats=1)
+    # timed on batches, as the file
+    assert called[:4] == [2] * 4
     assert (in_torch.name, row.name, in_torch.batch, row.batch) == ("PyTorch fp32", "ONNX int8", 2, 2)
     assert row.map == pytest.approx(in_torch.map, abs=1e-6)
     assert row.per_class.keys() == set(load_run(run_folder)[2])

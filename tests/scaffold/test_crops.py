@@ -73,6 +73,14 @@ def test_an_image_folder_is_written_and_no_image_is_in_both_parts(make, tmp_path
     assert crop[:, :, 2].mean() < 10
 
 
+@pytest.mark.parametrize("roomy", range(4))
+def test_what_one_image_alone_has_room_for_is_in_training(make, tmp_path, roomy):
+    full = [("cat", (1, 1, 100, 80)), ("dog", (1, 1, 100, 80))]
+    objects = {str(number): [("cat", (31, 21, 50, 60))] if number == roomy else full for number in range(4)}
+    write_crops(make(objects), tmp_path / "crops")
+    assert "background" in read_image_folder(tmp_path / "crops").classes
+
+
 def test_the_command_cuts_a_list_once(make, tmp_path, capsys):
     data = make({f"{n}": [("cat", (31, 21, 50, 60))] for n in range(4)})
     words = ["crop-objects", "--voc", str(data.root), "--split", "train", "--output", str(tmp_path / "made")]
@@ -89,5 +97,7 @@ def test_the_command_cuts_a_list_once(make, tmp_path, capsys):
 def test_what_cannot_be_cut(make, tmp_path):
     with pytest.raises(UserError, match="too few images in train"):
         write_crops(make({"a": [("cat", (31, 21, 50, 60))]}), tmp_path / "crops")
+    with pytest.raises(UserError, match="objects of one class.*--images"):
+        write_crops(make({n: [("cat", (1, 1, 100, 80))] for n in "cd"}), tmp_path / "crops")
     with pytest.raises(UserError, match="class 'a/b' could lead to another folder"):
         write_crops(make({n: [("a/b", (31, 21, 50, 60))] for n in "cd"}), tmp_path / "crops")

@@ -234,6 +234,9 @@ def test_of_three_lists_one_is_validated_on(voc, tmp_path, with_objects):
         assert "rare" in detect.DATASETS.CLASSES
     else:
         assert (detect.DATASETS.VAL, detect.DATASETS.VAL_FRACTION) == ([], 0.2)
+    (voc / "Annotations" / f"{ids[0]}.xml").unlink()
+    with pytest.raises(UserError, match=rf"{ids[0]}\.xml: no such annotation"):
+        init_project(tmp_path / "lost", voc, train="train", test="test")
 
 
 def test_own_classification_data_is_taken(thirty, tmp_path):
