@@ -140,9 +140,10 @@ def load_images(source: Any, keys: Iterable[Any], config: CfgNode, device: torch
     return load(source, keys, 0 if device.type == "cpu" else config.DATALOADER.NUM_WORKERS)
 
 
-def read_data(config: CfgNode) -> ImageFolder:
-    """Return the images that a config of stage one names, with the labels that the students get."""
-    return _labelled(_read_all(config), config)
+def read_data(config: CfgNode, whole: bool = False) -> ImageFolder:
+    """Return the images that a config of stage one names, with the students' labels, or with all (``whole``)."""
+    found = _read_all(config)
+    return found if whole else _labelled(found, config)
 
 
 def _read_all(config: CfgNode) -> ImageFolder:
