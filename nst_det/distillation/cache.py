@@ -418,8 +418,12 @@ class CacheWriter:
         if lacking:
             self._refuse(f"has no {', '.join(lacking)}, but METHODS read it; it has {', '.join(kept)}")
         if unfinished:
-            shared = self.trial.share(for_losses(self.raw))
-            others = [name for name, piece in kept.items() if piece.key and piece.shared_key not in shared]
+            shared, places = self.trial.share(for_losses(self.raw)), {*self.raw.maps, "logits", "embedding"}
+            others = [
+                name
+                for name, piece in kept.items()
+                if (piece.shared_key not in shared if piece.key else piece.place not in places)
+            ]
             if others:
                 self._refuse(
                     f"is unfinished, and these METHODS don't compute its {', '.join(others)}; finish it with others"

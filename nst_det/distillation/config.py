@@ -337,8 +337,10 @@ def check_config(config: CfgNode) -> None:
     for key, node in solvers.items():
         _check(node, SOLVER_RULES, f"{key}.")
         check_non_finite(node.NON_FINITE, f"{key}.NON_FINITE")
-    _check(config.DATA.AUGMENT, AUGMENT_RULES, "DATA.AUGMENT.")
-    _check(teacher_augment(config), AUGMENT_RULES, "TEACHER.AUGMENT.")
+    for key, node in (("DATA.AUGMENT", config.DATA.AUGMENT), ("TEACHER.AUGMENT", teacher_augment(config))):
+        _check(node, AUGMENT_RULES, f"{key}.")
+        if node.SHIFT >= config.DATA.IMAGE_SIZE:
+            raise UserError(f"config: {key}.SHIFT must be below DATA.IMAGE_SIZE {config.DATA.IMAGE_SIZE}")
     try:
         methods = [parse_method(name).word for name in config.METHODS]
     except ValueError as error:

@@ -166,7 +166,12 @@ def _refuse_overlap(roots: Sequence[str]) -> None:
 def read_probe(config: CfgNode) -> ImageFolder | None:
     """Return the labelled images by which features are judged; None where TEST.PROBE.ROOT names none."""
     root = expand_path(config.TEST.PROBE.ROOT, "TEST.PROBE.ROOT")
-    return read_images(root, config.DATA.VAL_FRACTION, config.DATA.VAL_SEED) if root else None
+    found = read_images(root, config.DATA.VAL_FRACTION, config.DATA.VAL_SEED) if root else None
+    if found is not None and not len(found.val):
+        raise UserError(
+            f"TEST.PROBE.ROOT {root}: no images to judge by; add a val folder, or a second image to a class"
+        )
+    return found
 
 
 def _labelled(found: ImageFolder, config: CfgNode) -> ImageFolder:
