@@ -211,9 +211,10 @@ class StageOneTrainer(TrainLoop):
             student.record(found[student.name])
 
     def save_step(self) -> None:
-        """Save each student that made this step."""
-        for student in self.stayed:
-            student.save()
+        """Save each student that made this step, and those that are ahead of it."""
+        for student in self.students:
+            if student.step > self.iter:
+                student.save()
 
 
 def warn_of_neighbors(students: Sequence[StudentTrainer], solver: CfgNode) -> None:
