@@ -51,6 +51,7 @@ BAD = [
     ("SOLVER.EMA_DECAY", "-0.1"),
     ("SOLVER.EMA_DECAY", "1.0"),
     ("SOLVER.NON_FINITE.LIMIT", "0"),
+    ("TEACHER.SOLVER", "{NON_FINITE: {LR_FACTOR: 0}}", "TEACHER.SOLVER.NON_FINITE.LR_FACTOR"),
     ("CACHE.DIR", "somewhere", "CACHE.VIEWS"),
     ("CACHE.DTYPE", "fp16", "CACHE.DIR"),
     ("METHODS", "[3]"),
