@@ -384,8 +384,8 @@ class CacheWriter:
         reads = solver.MAX_ITER * solver.IMS_PER_BATCH
         if reads < index.rows:
             log.warning(
-                "teacher cache: this run alone asks for %d views and would be faster without; a cache is for several "
-                "runs, or for more epochs than CACHE.VIEWS",
+                "teacher cache: this run reads only %d views and would be faster without a cache; a cache is for "
+                "several runs, or for more epochs than CACHE.VIEWS",
                 reads,
             )
         remedy = "take fewer CACHE.VIEWS, fewer or smaller TRANSFER.LEVELS, or CACHE.DTYPE fp16"

@@ -100,7 +100,8 @@ KEYS: dict[str, Key] = {
         "labelled images of each class for the students, chosen by VAL_SEED; 0 takes all, as a teacher does", 0, 0
     ),
     "DATA.REST": one_of(
-        "what becomes of the others: drop, or unlabelled: they teach by the transfer terms, not by their labels",
+        "what happens to the other images: drop leaves them out; unlabelled keeps them for the transfer terms, without "
+        "their labels",
         "drop",
         "unlabelled",
     ),
@@ -154,9 +155,9 @@ KEYS: dict[str, Key] = {
     ),
     "TEACHER.TRAIN": Key(
         True,
-        "train it first on this data, from PRETRAINED's weights or a plain state dict of other classes, if there are "
-        "some; False takes it as it is; WEIGHTS of these classes, backbone files, and any teacher of images without "
-        "labels, are always taken as they are",
+        "train it first on this data, starting from PRETRAINED's weights or from WEIGHTS with other classes, if given; "
+        "False uses it as it is. Backbone files, WEIGHTS that already have these classes, and every teacher with "
+        "DATA.LABELS False are used as they are",
     ),
     "TEACHER.EXPECTED_TOP1": Key(
         0.0,
@@ -248,8 +249,8 @@ KEYS: dict[str, Key] = {
     "SOLVER.LABEL_SMOOTHING": Key(0.0, "of the labels", "from 0 to below 1", lambda value: 0 <= value < 1),
     "TEST.PROBE.ROOT": Key(
         "",
-        "without labels: a labelled image folder, as DATA.ROOT may be one, by which features are judged (its training "
-        'images say what its validation images are); "" measures agreement with the teacher alone',
+        "without labels: a labelled image folder, in any form that DATA.ROOT takes, on which features are judged: its "
+        'training images classify its validation images; "" measures agreement with the teacher alone',
     ),
     "TEST.PROBE.BY": Key(KNN, "knn: the nearest features vote; linear: a linear classifier is trained on the features"),
     "TEST.PROBE.NEIGHBORS": at_least("how many of the nearest features vote", 1, default=20),
@@ -259,8 +260,9 @@ KEYS: dict[str, Key] = {
     "TENSORBOARD": TENSORBOARD,
     "WANDB": WANDB,
     "DATALOADER.NUM_WORKERS": at_least(
-        "what decodes images, to train and to evaluate: processes that work ahead of a GPU, or threads that take turns "
-        "with the networks of a CPU; 0 is the process itself, -1 one for each core of the run, up to 8",
+        "workers that decode images for training and evaluation: on a GPU, processes that work ahead; on a CPU, "
+        "threads that alternate with the networks; 0 decodes in the process itself, -1 takes one for each core of the "
+        "run, up to 8",
         -1,
         default=0,
     ),

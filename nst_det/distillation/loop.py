@@ -71,8 +71,8 @@ def one_step(
 ) -> dict[str, float]:
     """One batch, one teacher pass, one optimizer step of each student; return the loss of each.
 
-    On a GPU it is put into ``unread``, and those of the step before are returned.  A student that finds then that it
-    wasn't finite makes no step, and goes back to that one.
+    On a GPU the losses go into ``unread``, and those of the previous step are returned.  A student whose previous step
+    turns out not to be finite makes no step now and goes back to that one.
     """
     begin_step(students[0].solver.COMPILE)
     start, step, waits = clock.total(), students[0].step, any(student.waits for student in students)

@@ -92,7 +92,8 @@ TRANSFER_KEYS = {
     "TERM_LEVELS": Key({}, "levels of a single term, such as {fitnet: [res4]}"),
     "OPTIONS": Key({}, "options of a term, such as {kd: {temperature: 2.0}}; nst-det methods lists them"),
     "AUTO_WEIGHT": Key(
-        {}, "by term: its gradient's norm as a part of the task's, by which the weight is found at the start"
+        {},
+        "by term: the wanted ratio of its gradient norm to the task's; the first steps choose the weight that gives it",
     ),
     "WARMUP_ITERS": Key(0, "steps in which the weights rise linearly"),
 }

@@ -178,7 +178,7 @@ def test_attention_maps_are_kept_in_place_of_maps(run, tmp_path, caplog):
     size = sum(value.numel() * value.element_size() for value in stored.values())
     assert size == ROWS * 4 * (3 + 16 + 4)
     assert f"2 views of 24 images take {size / 1024:.4g} KiB (logits 12 B," in caplog.text
-    assert "this run alone asks for 7 views and would be faster without" in caplog.text
+    assert "this run reads only 7 views and would be faster without" in caplog.text
 
 
 def test_a_stopped_writer_resumes(run, cached, tmp_path, monkeypatch):
