@@ -177,11 +177,12 @@ def finished_teacher(comparison: Comparison) -> str:
         return ""
     # torch takes seconds to import
     from nst_det.distillation.dataloader import read_data
+    from nst_det.models import resolve
 
     config = run_config(comparison, next(run for run in make_plan(comparison) if run.kind == TEACHER))
     weights = expand_path(config.TEACHER.WEIGHTS, "TEACHER.WEIGHTS")
-    begins = sha256_of_file(weights) if weights else ""
-    claim = teacher_claim(config, read_data(config).fingerprint(), begins, to_train=True)
+    begins = sha256_of_file(resolve(weights)) if weights else ""
+    claim = teacher_claim(config, read_data(config, whole=True).fingerprint(), begins, to_train=True)
     return "" if differing(folder.config(), claim) else file
 
 

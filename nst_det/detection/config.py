@@ -25,7 +25,7 @@ from nst_det.engine.keys import (
     WANDB,
     Key,
     at_least,
-    check_non_finite,
+    below_one,
     config_tree,
     one_of,
 )
@@ -38,12 +38,6 @@ log = logging.getLogger(__name__)
 LAST, BEST = "last", "best"
 ENGINES = ("auto", "detectron2", "torchvision")
 INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
-
-
-def below_one(meaning: str, name: str, example: float) -> Key:
-    """Limit a key to numbers from 0, the default, to below 1."""
-    wanted = f"0 for no {name}, or a fraction below 1 such as {example}"
-    return Key(0.0, meaning, wanted, lambda value: 0 <= value < 1)
 
 
 # the softer targets of classification are noise to a detector (Chen et al. 2017, who tried others; mdistiller's
@@ -115,7 +109,7 @@ ADDED: dict[str, Key] = {
         1,
         default=1,
     ),
-    "SOLVER.EMA_DECAY": below_one(EMA_DECAY, "average", 0.999),
+    "SOLVER.EMA_DECAY": EMA_DECAY,
     **{f"SOLVER.NON_FINITE.{name}": key for name, key in NON_FINITE_KEYS.items()},
     "DATASETS.VOC": Key({}, "name -> {ROOT, SPLIT}: folders in VOC layout, for DATASETS.TRAIN, VAL and TEST"),
     "DATASETS.VAL": Key([], "what is validated on, instead of a part of DATASETS.TRAIN"),
@@ -273,7 +267,6 @@ def check_added_keys(config: CfgNode, source: str) -> None:
         raise UserError(f"{source}: TEST.AMP True needs SOLVER.AMP.ENABLED True; set it, or TEST.AMP False")
     check_augmentation(config.INPUT, source)
     check_wandb(config.WANDB, source)
-    check_non_finite(config.SOLVER.NON_FINITE, "SOLVER.NON_FINITE", source)
 
 
 def _wrong_values(config: CfgNode, keys: Mapping[str, Key]) -> Iterator[tuple[str, Any, Key]]:

@@ -80,7 +80,7 @@ class Network:
         return feature_levels(self.model)
 
     def has_labels(self, classes: list[str]) -> bool:
-        """Return whether its logits are about these classes, at the latest when it teaches."""
+        """Return whether its logits will be about these classes by the time it teaches."""
         if self.headless and not self.to_train:
             return False
         if self.card is not None and self.card.classes:
@@ -88,7 +88,10 @@ class Network:
         return self.num_classes == len(classes)
 
     def shares_labels(self, classes: list[str], labelled: bool) -> bool:
-        """Return whether a student's logits are about what this teacher's are; without labels it has the same head."""
+        """Return whether the student's logits and this teacher's are about the same classes.
+
+        Without labels the student gets the teacher's head.
+        """
         return self.has_labels(classes) if labelled else self.num_classes > 0
 
 

@@ -384,8 +384,8 @@ class CacheWriter:
         reads = solver.MAX_ITER * solver.IMS_PER_BATCH
         if reads < index.rows:
             log.warning(
-                "teacher cache: this run alone asks for %d views and would be faster without; a cache is for several "
-                "runs, or for more epochs than CACHE.VIEWS",
+                "teacher cache: this run reads only %d views and would be faster without a cache; a cache is for "
+                "several runs, or for more epochs than CACHE.VIEWS",
                 reads,
             )
         remedy = "take fewer CACHE.VIEWS, fewer or smaller TRANSFER.LEVELS, or CACHE.DTYPE fp16"
@@ -418,8 +418,12 @@ class CacheWriter:
         if lacking:
             self._refuse(f"has no {', '.join(lacking)}, but METHODS read it; it has {', '.join(kept)}")
         if unfinished:
-            shared = self.trial.share(for_losses(self.raw))
-            others = [name for name, piece in kept.items() if piece.key and piece.shared_key not in shared]
+            shared, places = self.trial.share(for_losses(self.raw)), {*self.raw.maps, "logits", "embedding"}
+            others = [
+                name
+                for name, piece in kept.items()
+                if (piece.shared_key not in shared if piece.key else piece.place not in places)
+            ]
             if others:
                 self._refuse(
                     f"is unfinished, and these METHODS don't compute its {', '.join(others)}; finish it with others"

@@ -14,11 +14,9 @@ from nst_det.engine.keys import (
     CLIP_TYPE,
     CLIP_TYPES,
     COMPILE,
-    COMPILE_MODES,
     CUDNN_BENCHMARK,
     EMA_DECAY,
     FLOAT32_PRECISION,
-    FLOAT32_PRECISIONS,
     FULL_MODEL,
     NON_FINITE_KEYS,
     TENSORBOARD,
@@ -26,8 +24,9 @@ from nst_det.engine.keys import (
     TRUST_PICKLE,
     WANDB,
     Key,
-    check_non_finite,
+    at_least,
     config_tree,
+    one_of,
 )
 from nst_det.engine.metrics import check_wandb
 from nst_det.errors import UserError
@@ -39,6 +38,31 @@ HEADS = {"top1": "top-1", "top5": "top-5", KNN: "k-NN", LINEAR: "linear probe", 
 OWN_KEYS = ("LEVELS", "WEIGHTS", "TERM_LEVELS", "OPTIONS", "AUTO_WEIGHT")
 
 
+def _are_numbers(values: Sequence[Any], count: int) -> bool:
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    return len(values) == len(numbers) == count
+
+
+def _are_colors(values: Sequence[Any]) -> bool:
+    return _are_numbers(values, 3) and all(0 <= value <= 1 for value in values)
+
+
+def _are_scales(values: Sequence[Any]) -> bool:
+    return _are_colors(values) and min(values) > 0
+
+
+def _are_rising(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int) and value > 0 for value in values) and list(values) == sorted(set(values))
+
+
+def _are_names(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) and value for value in values)
+
+
+_ABOVE_0 = ("above 0", lambda value: value > 0)
+_INSIDE = ("a fraction between 0 and 1", lambda value: 0 < value < 1)
+_COLORS = "three numbers on the 0..1 scale, in RGB order"
+
 # iterations are optimizer steps; step 0 is the first
 KEYS: dict[str, Key] = {
     "NAME": Key("stage-one", "begins the names of the backbone files: NAME-teacher, NAME-METHOD-sSEED"),
@@ -49,48 +73,78 @@ KEYS: dict[str, Key] = {
     "CUDNN_BENCHMARK": CUDNN_BENCHMARK,
     "TRUST_PICKLE": TRUST_PICKLE,
     "METHODS": Key(
-        ["ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"], "a student for each; [] trains the teacher alone"
+        ["ce", "kd", "fitnet", "at", "nst-poly", "kd+nst-poly"],
+        "a student for each; [] trains the teacher alone",
+        "a list of methods such as [ce, kd, nst-poly]",
+        _are_names,
     ),
     "DATA.ROOT": Key(
         "",
-        "image folder (train/CLASS/* and val/CLASS/*, or CLASS/*), or CIFAR-10, CIFAR-100 or MNIST as published; a "
-        "folder, or a tar archive of one",
+        "the path of an image folder (train/CLASS/* and val/CLASS/*, or CLASS/*), or of CIFAR-10, CIFAR-100 or MNIST "
+        "as published; a folder, or a tar archive of one",
+        "the path of an image folder",
+        bool,
     ),
     "DATA.LABELS": Key(
         True,
         "False learns from images without labels: those in and below ROOT, at any depth, or in train and val there; "
         "by terms that read no labels, from a teacher of any or no classes, which is taken as it is",
     ),
-    "DATA.MORE_ROOTS": Key([], "more of them, whose images join those; classes of the same name are one class"),
-    "DATA.PER_CLASS": Key(
-        0,
-        "labelled images of each class for the students, chosen by VAL_SEED; 0 takes all, as a teacher does",
+    "DATA.MORE_ROOTS": Key(
+        [],
+        "more of them, whose images join those; classes of the same name are one class",
+        "a list of paths of image folders",
+        _are_names,
     ),
-    "DATA.REST": Key(
-        "drop", "what becomes of the others: drop, or unlabelled: they teach by the transfer terms, not by their labels"
+    "DATA.PER_CLASS": at_least(
+        "labelled images of each class for the students, chosen by VAL_SEED; 0 takes all, as a teacher does", 0, 0
     ),
-    "DATA.VAL_FROM": Key(
+    "DATA.REST": one_of(
+        "what happens to the other images: drop leaves them out; unlabelled keeps them for the transfer terms, without "
+        "their labels",
+        "drop",
+        "unlabelled",
+    ),
+    "DATA.VAL_FROM": one_of(
+        "auto validates on the val folder where there is one; train cuts the validation split out of the training "
+        "images even so, and leaves the val folder for a final test",
         "auto",
-        "auto validates on the val folder where there is one; train cuts the validation split out of the "
-        "training images "
-        "even so, and leaves the val folder for a final test",
+        "train",
     ),
-    "DATA.VAL_FRACTION": Key(0.1, "share of each class that is validated on, where the split is cut out"),
+    "DATA.VAL_FRACTION": Key(0.1, "share of each class that is validated on, where the split is cut out", *_INSIDE),
     "DATA.VAL_SEED": Key(0, "chooses these images, the same whatever the SEED"),
-    "DATA.IMAGE_SIZE": Key(224, "side of an image, pixels"),
+    "DATA.IMAGE_SIZE": at_least("side of an image, pixels", 8, default=224),
     "DATA.CROP_RATIO": Key(
-        1.0, "at evaluation the shortest side becomes IMAGE_SIZE / CROP_RATIO, then the center is cut out"
+        1.0,
+        "at evaluation the shortest side becomes IMAGE_SIZE / CROP_RATIO, then the center is cut out",
+        "a fraction above 0 and up to 1",
+        lambda value: 0 < value <= 1,
     ),
-    "DATA.MEAN": Key([0.485, 0.456, 0.406], "subtracted from RGB pixels on the 0..1 scale"),
-    "DATA.STD": Key([0.229, 0.224, 0.225], "what they are then divided by"),
-    "DATA.CACHE_GIB": Key(2.0, "decoded images are kept in memory up to this limit, else decoded at each use"),
-    "DATA.AUGMENT.SHIFT": Key(0, "pixels by which an image is moved at most, borders reflected"),
-    "DATA.AUGMENT.HFLIP": Key(0.0, "probability of a mirror image"),
+    "DATA.MEAN": Key([0.485, 0.456, 0.406], "subtracted from the pixels", _COLORS, _are_colors),
+    "DATA.STD": Key([0.229, 0.224, 0.225], "what they are then divided by", f"{_COLORS}, above 0", _are_scales),
+    "DATA.CACHE_GIB": at_least("decoded images are kept in memory up to this limit, else decoded at each use", 0, 2.0),
+    "DATA.AUGMENT.SHIFT": at_least(
+        "pixels by which an image is moved at most, borders reflected; below IMAGE_SIZE", 0, default=0
+    ),
+    "DATA.AUGMENT.HFLIP": Key(0.0, "probability of a mirror image", "from 0 to 1", lambda value: 0 <= value <= 1),
     "DATA.AUGMENT.CROP_AREA": Key(
-        [], "smallest and largest part of the image's area to cut out; [] takes the evaluation's crop"
+        [],
+        "smallest and largest part of the image's area to cut out; [] takes the evaluation's crop",
+        "[] or two fractions, smallest first, such as [0.08, 1.0]",
+        lambda area: not area or (_are_numbers(area, 2) and 0 < area[0] <= area[1] <= 1),
     ),
-    "DATA.AUGMENT.CROP_ASPECT": Key([0.75, 1.3333333333], "smallest and largest width / height of that cut"),
-    "DATA.AUGMENT.COLOR_JITTER": Key([], "brightness, contrast, saturation, hue; [] leaves colors alone"),
+    "DATA.AUGMENT.CROP_ASPECT": Key(
+        [0.75, 1.3333333333],
+        "smallest and largest width / height of that cut",
+        "two ratios, smallest first",
+        lambda ratio: _are_numbers(ratio, 2) and 0 < ratio[0] <= ratio[1],
+    ),
+    "DATA.AUGMENT.COLOR_JITTER": Key(
+        [],
+        "how much colors are changed; [] leaves them alone",
+        "[] or brightness, contrast, saturation (0 or more) and hue (0..0.5)",
+        lambda jitter: not jitter or (_are_numbers(jitter, 4) and min(jitter) >= 0 and jitter[3] <= 0.5),
+    ),
     "TEACHER.ARCH": Key("nst_resnet18_w48", "timm name of the teacher"),
     "TEACHER.PRETRAINED": Key(False, "begin with timm's published weights"),
     "TEACHER.ARCH_KWARGS": Key({}, "more arguments of the architecture"),
@@ -101,16 +155,29 @@ KEYS: dict[str, Key] = {
     ),
     "TEACHER.TRAIN": Key(
         True,
-        "train it first on this data, from PRETRAINED's weights or a plain state dict of other classes, if there are "
-        "some; False takes it as it is; WEIGHTS of these classes, backbone files, and any teacher of images without "
-        "labels, are always taken as they are",
+        "train it first on this data, starting from PRETRAINED's weights or from WEIGHTS with other classes, if given; "
+        "False uses it as it is. Backbone files, WEIGHTS that already have these classes, and every teacher with "
+        "DATA.LABELS False are used as they are",
     ),
     "TEACHER.EXPECTED_TOP1": Key(
-        0.0, "top-1 on the validation split, 0..1; a worse teacher stops the run, 0 takes any"
+        0.0,
+        "top-1 on the validation split; a worse teacher stops the run, 0 takes any",
+        "a fraction from 0 to 1",
+        lambda value: 0 <= value <= 1,
     ),
-    "TEACHER.IMAGE_SIZE": Key(0, "side of the images that a teacher sees which isn't trained here; 0 takes DATA's"),
-    "TEACHER.MEAN": Key([], "as DATA.MEAN, for the images of such a teacher; [] takes DATA's"),
-    "TEACHER.STD": Key([], "likewise"),
+    "TEACHER.IMAGE_SIZE": Key(
+        0,
+        "side of the images that a teacher sees which isn't trained here; 0 takes DATA's",
+        "0 or at least 8",
+        lambda value: value == 0 or value >= 8,
+    ),
+    "TEACHER.MEAN": Key(
+        [],
+        "as DATA.MEAN, for the images of such a teacher; [] takes DATA's",
+        f"[] or {_COLORS}",
+        lambda values: not values or _are_colors(values),
+    ),
+    "TEACHER.STD": Key([], "likewise", f"[] or {_COLORS}, above 0", lambda values: not values or _are_scales(values)),
     "TEACHER.SOLVER": Key({}, "keys of SOLVER that differ while the teacher is trained, such as {MAX_ITER: 400}"),
     "TEACHER.AUGMENT": Key({}, "keys of DATA.AUGMENT that differ while the teacher is trained"),
     "CACHE.VIEWS": Key(
@@ -121,8 +188,10 @@ KEYS: dict[str, Key] = {
     "CACHE.DIR": Key(
         "", 'where the teacher\'s outputs for each view are kept, so that it runs once only; "" runs it at each step'
     ),
-    "CACHE.DTYPE": Key("auto", "auto keeps outputs as computed, to the bit; fp16 and bf16 round what is float32"),
-    "CACHE.MAX_GIB": Key(20.0, "a larger cache is refused before it is written"),
+    "CACHE.DTYPE": one_of(
+        "auto keeps outputs as computed, to the bit; fp16 and bf16 round what is float32", "auto", "fp16", "bf16"
+    ),
+    "CACHE.MAX_GIB": Key(20.0, "a larger cache is refused before it is written", *_ABOVE_0),
     "STUDENT.ARCH": Key("nst_resnet10_w32", "timm name of the students"),
     "STUDENT.PRETRAINED": Key(False, "begin with timm's published weights"),
     "STUDENT.WEIGHTS": Key(
@@ -134,62 +203,68 @@ KEYS: dict[str, Key] = {
     **{f"TRANSFER.{name}": key for name, key in TRANSFER_KEYS.items()},
     "TRANSFER.LEVELS": TRANSFER_KEYS["LEVELS"]._replace(default=["res3", "res4"]),
     "TRANSFER.BY_METHOD": Key({}, f"method -> {', '.join(OWN_KEYS)} that override those above for this method"),
-    "SOLVER.OPTIMIZER": Key("SGD", "SGD or ADAMW"),
-    "SOLVER.BASE_LR": Key(0.1, "learning rate"),
-    "SOLVER.MOMENTUM": Key(0.9, "of SGD"),
+    "SOLVER.OPTIMIZER": one_of("the optimizer", "SGD", "ADAMW"),
+    "SOLVER.BASE_LR": Key(0.1, "learning rate", *_ABOVE_0),
+    "SOLVER.MOMENTUM": at_least("of SGD", 0, default=0.9),
     "SOLVER.NESTEROV": Key(True, "Nesterov's momentum"),
-    "SOLVER.WEIGHT_DECAY": Key(1e-4, "of weights"),
-    "SOLVER.WEIGHT_DECAY_NORM": Key(0.0, "of scales, shifts and biases"),
-    "SOLVER.MAX_ITER": Key(1000, "steps"),
-    "SOLVER.IMS_PER_BATCH": Key(64, "images of a step, of all processes together"),
-    "SOLVER.ACCUMULATE": Key(
-        1, "parts in which each process takes its images of a step, one after another, to save memory"
+    "SOLVER.WEIGHT_DECAY": at_least("of weights", 0, default=1e-4),
+    "SOLVER.WEIGHT_DECAY_NORM": at_least("of scales, shifts and biases", 0, default=0.0),
+    "SOLVER.MAX_ITER": at_least("steps", 1, default=1000),
+    # batch normalization needs two images
+    "SOLVER.IMS_PER_BATCH": at_least("images of a step, of all processes together", 2, default=64),
+    "SOLVER.ACCUMULATE": at_least(
+        "parts in which each process takes its images of a step, one after another, to save memory", 1, default=1
     ),
     "SOLVER.SYNC_BN": Key(False, "batch normalization over the images of all processes, not of each alone"),
-    "SOLVER.LR_SCHEDULER_NAME": Key(
+    "SOLVER.LR_SCHEDULER_NAME": one_of(
+        "learning rate times GAMMA at each of STEPS, falling to BASE_LR_END, or rising before it falls",
+        "WarmupMultiStepLR",
         "WarmupCosineLR",
-        "WarmupMultiStepLR (times GAMMA at each of STEPS), WarmupCosineLR (falls to BASE_LR_END) or OneCycleLR",
+        "OneCycleLR",
+        default="WarmupCosineLR",
     ),
     "SOLVER.BASE_LR_END": Key(0.0, "where WarmupCosineLR ends"),
-    "SOLVER.STEPS": Key([], "of WarmupMultiStepLR; [] keeps the rate"),
+    "SOLVER.STEPS": Key([], "of WarmupMultiStepLR; [] keeps the rate", "rising numbers of steps", _are_rising),
     "SOLVER.GAMMA": Key(0.1, "of WarmupMultiStepLR"),
-    "SOLVER.ONECYCLE_RISE": Key(0.2, "of OneCycleLR: the part of the run in which the rate rises"),
+    "SOLVER.ONECYCLE_RISE": Key(0.2, "of OneCycleLR: the part of the run in which the rate rises", *_INSIDE),
     "SOLVER.WARMUP_ITERS": Key(0, "steps in which the rate rises to its schedule's"),
     "SOLVER.WARMUP_FACTOR": Key(0.001, "where it begins, as a part of BASE_LR"),
-    "SOLVER.WARMUP_METHOD": Key("linear", "linear rises in a line; constant stays at WARMUP_FACTOR"),
+    "SOLVER.WARMUP_METHOD": one_of("linear rises in a line; constant stays at WARMUP_FACTOR", "linear", "constant"),
     "SOLVER.RESCALE_INTERVAL": Key(False, "rescale the schedule to the steps after the warm-up"),
-    "SOLVER.CHECKPOINT_PERIOD": Key(500, "steps between checkpoints"),
+    "SOLVER.CHECKPOINT_PERIOD": at_least("steps between checkpoints", 1, default=500),
     "SOLVER.CLIP_GRADIENTS.ENABLED": Key(False, "clip gradients"),
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": Key(FULL_MODEL, CLIP_TYPE),
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Key(1.0, "the limit"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of(CLIP_TYPE, *CLIP_TYPES, default=FULL_MODEL),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Key(1.0, "the limit", *_ABOVE_0),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": Key(2.0, "which p-norm"),
-    "SOLVER.EMA_DECAY": Key(0.0, EMA_DECAY),
+    "SOLVER.EMA_DECAY": EMA_DECAY,
     **{f"SOLVER.NON_FINITE.{name}": key for name, key in NON_FINITE_KEYS.items()},
     "SOLVER.AMP.ENABLED": Key(True, "mixed precision"),
-    "SOLVER.AMP.DTYPE": Key(
-        "auto",
-        "bf16, fp16, or auto: bf16 where the device is fast in it (NVIDIA's GPUs since Ampere, processors with "
-        "AVX512-BF16), else float32; the log's first line names it",
+    "SOLVER.AMP.DTYPE": one_of(
+        "auto is bf16 where the device is fast in it (NVIDIA's GPUs since Ampere, processors with AVX512-BF16), else "
+        "float32; the log's first line names it",
+        *AMP_DTYPES,
     ),
     "SOLVER.COMPILE": COMPILE,
-    "SOLVER.CE_WEIGHT": Key(1.0, "weight of the labels' cross-entropy"),
-    "SOLVER.LABEL_SMOOTHING": Key(0.0, "of the labels, 0 to below 1"),
+    "SOLVER.CE_WEIGHT": at_least("weight of the labels' cross-entropy", 0, default=1.0),
+    "SOLVER.LABEL_SMOOTHING": Key(0.0, "of the labels", "from 0 to below 1", lambda value: 0 <= value < 1),
     "TEST.PROBE.ROOT": Key(
         "",
-        "without labels: a labelled image folder, as DATA.ROOT may be one, by which features are judged (its training "
-        'images say what its validation images are); "" measures agreement with the teacher alone',
+        "without labels: a labelled image folder, in any form that DATA.ROOT takes, on which features are judged: its "
+        'training images classify its validation images; "" measures agreement with the teacher alone',
     ),
     "TEST.PROBE.BY": Key(KNN, "knn: the nearest features vote; linear: a linear classifier is trained on the features"),
-    "TEST.PROBE.NEIGHBORS": Key(20, "how many of the nearest features vote"),
-    "TEST.EVAL_PERIOD": Key(0, "steps between validations; 0 validates at the end alone"),
-    "TEST.IMS_PER_BATCH": Key(128, "images of a batch of the validation"),
-    "LOG_PERIOD": Key(20, "steps between rows of the metrics"),
+    "TEST.PROBE.NEIGHBORS": at_least("how many of the nearest features vote", 1, default=20),
+    "TEST.EVAL_PERIOD": at_least("steps between validations; 0 validates at the end alone", 0, default=0),
+    "TEST.IMS_PER_BATCH": at_least("images of a batch of the validation", 1, default=128),
+    "LOG_PERIOD": at_least("steps between rows of the metrics", 1, default=20),
     "TENSORBOARD": TENSORBOARD,
     "WANDB": WANDB,
-    "DATALOADER.NUM_WORKERS": Key(
-        0,
-        "what decodes images, to train and to evaluate: processes that work ahead of a GPU, or threads that take turns "
-        "with the networks of a CPU; 0 is the process itself, -1 one for each core of the run, up to 8",
+    "DATALOADER.NUM_WORKERS": at_least(
+        "workers that decode images for training and evaluation: on a GPU, processes that work ahead; on a CPU, "
+        "threads that alternate with the networks; 0 decodes in the process itself, -1 takes one for each core of the "
+        "run, up to 8",
+        -1,
+        default=0,
     ),
 }
 
@@ -200,114 +275,19 @@ def get_defaults() -> CfgNode:
 
 
 # key -> predicate of (its value, its node), and what is wanted of it
-Rules = Mapping[str, tuple[Callable[[Any, CfgNode], bool], str]]
-
-
-def _one_of(*choices: str) -> tuple[Callable[[Any, CfgNode], bool], str]:
-    return lambda value, _: value in choices, f"one of {', '.join(choice or repr('') for choice in choices)}"
-
-
-def _from(least: float) -> tuple[Callable[[Any, CfgNode], bool], str]:
-    return lambda value, _: value is not None and value >= least, f"at least {least}"
-
-
-def _are_numbers(values: Sequence[Any], count: int) -> bool:
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    return len(values) == len(numbers) == count
-
-
-def _are_colors(values: Sequence[Any], _: CfgNode) -> bool:
-    return _are_numbers(values, 3) and all(0 <= value <= 1 for value in values)
-
-
-def _are_rising(values: Sequence[Any], _: CfgNode) -> bool:
-    return all(isinstance(value, int) and value > 0 for value in values) and list(values) == sorted(set(values))
-
-
-_ABOVE_0 = (lambda value, _: value > 0, "above 0")
-_INSIDE = (lambda value, _: 0 < value < 1, "a fraction between 0 and 1")
-_COLORS = (_are_colors, "three numbers on the 0..1 scale, in RGB order")
-AUGMENT_RULES: Rules = {
-    "SHIFT": _from(0),
-    "HFLIP": (lambda value, _: 0 <= value <= 1, "a probability from 0 to 1"),
-    "CROP_AREA": (
-        lambda area, _: not area or (_are_numbers(area, 2) and 0 < area[0] <= area[1] <= 1),
-        "[] or two fractions, smallest first, such as [0.08, 1.0]",
-    ),
-    "CROP_ASPECT": (lambda ratio, _: _are_numbers(ratio, 2) and 0 < ratio[0] <= ratio[1], "two ratios, smallest first"),
-    "COLOR_JITTER": (
-        lambda jitter, _: not jitter or (_are_numbers(jitter, 4) and min(jitter) >= 0 and jitter[3] <= 0.5),
-        "[] or brightness, contrast, saturation (0 or more) and hue (0..0.5)",
-    ),
-}
-SOLVER_RULES: Rules = {
-    "OPTIMIZER": _one_of("SGD", "ADAMW"),
-    "BASE_LR": _ABOVE_0,
-    "BASE_LR_END": (lambda value, node: 0 <= value <= node.BASE_LR, "from 0 to BASE_LR"),
-    "MOMENTUM": _from(0),
-    "NESTEROV": (lambda value, node: not value or node.MOMENTUM > 0, "False where MOMENTUM is 0"),
-    "WEIGHT_DECAY": _from(0),
-    "WEIGHT_DECAY_NORM": _from(0),
-    "MAX_ITER": _from(1),
-    # batch normalization needs two images
-    "IMS_PER_BATCH": _from(2),
-    "ACCUMULATE": _from(1),
-    "LR_SCHEDULER_NAME": _one_of("WarmupMultiStepLR", "WarmupCosineLR", "OneCycleLR"),
-    "STEPS": (_are_rising, "rising numbers of steps"),
-    "ONECYCLE_RISE": _INSIDE,
-    "WARMUP_ITERS": (lambda value, node: 0 <= value <= node.MAX_ITER, "from 0 to MAX_ITER"),
-    "WARMUP_METHOD": _one_of("linear", "constant"),
-    "CHECKPOINT_PERIOD": _from(1),
-    "CLIP_GRADIENTS.CLIP_TYPE": _one_of(*CLIP_TYPES),
-    "CLIP_GRADIENTS.CLIP_VALUE": _ABOVE_0,
-    "EMA_DECAY": (lambda value, _: 0 <= value < 1, "0 for no average, or a fraction below 1 such as 0.999"),
-    "AMP.DTYPE": _one_of(*AMP_DTYPES),
-    "COMPILE": _one_of(*COMPILE_MODES),
-    "CE_WEIGHT": _from(0),
-    "LABEL_SMOOTHING": (lambda value, _: 0 <= value < 1, "from 0 to below 1"),
-}
+Rules = Mapping[str, tuple[Callable[[Any, CfgNode], Any], str]]
+# beside what KEYS says of a value alone
 RULES: Rules = {
-    "FLOAT32_PRECISION": _one_of(*FLOAT32_PRECISIONS),
-    "METHODS": (
-        lambda values, _: all(isinstance(value, str) for value in values),
-        "a list of methods such as [ce, kd, nst-poly]",
-    ),
-    "DATA.ROOT": (lambda value, _: bool(value), "the path of an image folder"),
-    "DATA.MORE_ROOTS": (
-        lambda values, _: all(isinstance(value, str) and value for value in values),
-        "a list of paths of image folders",
-    ),
-    "DATA.VAL_FROM": _one_of("auto", "train"),
-    "DATA.PER_CLASS": _from(0),
-    "DATA.REST": _one_of("drop", "unlabelled"),
-    "DATA.VAL_FRACTION": _INSIDE,
-    "DATA.IMAGE_SIZE": _from(8),
-    "DATA.CROP_RATIO": (lambda value, _: 0 < value <= 1, "a fraction above 0 and up to 1"),
-    "DATA.MEAN": _COLORS,
-    "DATA.STD": (lambda values, node: _are_colors(values, node) and min(values) > 0, f"above 0, {_COLORS[1]}"),
-    "DATA.CACHE_GIB": _from(0),
-    "TEACHER.IMAGE_SIZE": (lambda value, _: value == 0 or value >= 8, "0 or at least 8"),
-    "TEACHER.MEAN": (lambda values, _: not values or _are_colors(values, _), f"[] or {_COLORS[1]}"),
-    "TEACHER.STD": (
-        lambda values, _: not values or (_are_colors(values, _) and min(values) > 0),
-        f"[] or above 0, {_COLORS[1]}",
-    ),
-    "TEACHER.EXPECTED_TOP1": (lambda value, _: 0 <= value <= 1, "a fraction from 0 to 1"),
     "STUDENT.WEIGHTS": (lambda value, node: not (value and node.PRETRAINED), "empty where STUDENT.PRETRAINED is True"),
     "CACHE.VIEWS": (lambda value, node: value >= (1 if node.DIR else 0), "0, or at least 1 where CACHE.DIR is set"),
-    "CACHE.DTYPE": _one_of("auto", "fp16", "bf16"),
     "CACHE.DIR": (lambda value, node: value or node.DTYPE == "auto", "set where CACHE.DTYPE is not auto"),
-    "CACHE.MAX_GIB": _ABOVE_0,
+    "SOLVER.BASE_LR_END": (lambda value, node: 0 <= value <= node.BASE_LR, "from 0 to BASE_LR"),
+    "SOLVER.NESTEROV": (lambda value, node: not value or node.MOMENTUM > 0, "False where MOMENTUM is 0"),
+    "SOLVER.WARMUP_ITERS": (lambda value, node: 0 <= value <= node.MAX_ITER, "from 0 to MAX_ITER"),
     "TEST.PROBE.BY": (
         lambda value, node: value == KNN or (value == LINEAR and node.ROOT),
         f"{KNN}, or {LINEAR} where TEST.PROBE.ROOT is set",
     ),
-    "TEST.PROBE.NEIGHBORS": _from(1),
-    "TEST.EVAL_PERIOD": _from(0),
-    "TEST.IMS_PER_BATCH": _from(1),
-    "LOG_PERIOD": _from(1),
-    # -1 takes what fits the machine
-    "DATALOADER.NUM_WORKERS": _from(-1),
 }
 # where DATA.LABELS is True, and where it is False
 LABELLED_RULES: Rules = {"TEST.PROBE.ROOT": (lambda value, _: not value, 'empty ("") where DATA.LABELS is True')}
@@ -331,14 +311,14 @@ def load_distill_config(file: str | Path | None, overrides: Sequence[str] = ()) 
 
 def check_config(config: CfgNode) -> None:
     """Refuse values out of range before anything is read or written; the line names the key."""
-    _check(config, RULES)
+    _check(config, _rules_below(""))
     _check(config, LABELLED_RULES if config.DATA.LABELS else UNLABELLED_RULES)
-    solvers = {"SOLVER": config.SOLVER, "TEACHER.SOLVER": teacher_solver(config)}
-    for key, node in solvers.items():
-        _check(node, SOLVER_RULES, f"{key}.")
-        check_non_finite(node.NON_FINITE, f"{key}.NON_FINITE")
-    _check(config.DATA.AUGMENT, AUGMENT_RULES, "DATA.AUGMENT.")
-    _check(teacher_augment(config), AUGMENT_RULES, "TEACHER.AUGMENT.")
+    solver, augment = teacher_solver(config), teacher_augment(config)
+    _check(solver, _rules_below("SOLVER."), "TEACHER.SOLVER.")
+    _check(augment, _rules_below("DATA.AUGMENT."), "TEACHER.AUGMENT.")
+    for key, node in (("DATA.AUGMENT", config.DATA.AUGMENT), ("TEACHER.AUGMENT", augment)):
+        if node.SHIFT >= config.DATA.IMAGE_SIZE:
+            raise UserError(f"config: {key}.SHIFT must be below DATA.IMAGE_SIZE {config.DATA.IMAGE_SIZE}")
     try:
         methods = [parse_method(name).word for name in config.METHODS]
     except ValueError as error:
@@ -352,13 +332,19 @@ def check_config(config: CfgNode) -> None:
     check_wandb(config.WANDB, "config")
 
 
+def _rules_below(prefix: str) -> Rules:
+    """Return what the values of the keys may be whose names begin with ``prefix``, by the rest of the name."""
+    alone = {name: (lambda value, _, key=key: key.takes(value), key.wanted) for name, key in KEYS.items() if key.wanted}
+    return {name.removeprefix(prefix): rule for name, rule in {**alone, **RULES}.items() if name.startswith(prefix)}
+
+
 def _check(config: CfgNode, rules: Rules, prefix: str = "") -> None:
     for key, (fits, wanted) in rules.items():
         node, *below = config, *key.split(".")
         for part in below[:-1]:
             node = node[part]
         if not fits(node[below[-1]], node):
-            raise UserError(f"config: {prefix}{key} must be {wanted}")
+            raise UserError(f"config: {prefix}{key} must be {wanted}, but is {node[below[-1]]!r}")
 
 
 def image_roots(config: CfgNode) -> list[tuple[str, str]]:

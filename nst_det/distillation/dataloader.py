@@ -140,9 +140,10 @@ def load_images(source: Any, keys: Iterable[Any], config: CfgNode, device: torch
     return load(source, keys, 0 if device.type == "cpu" else config.DATALOADER.NUM_WORKERS)
 
 
-def read_data(config: CfgNode) -> ImageFolder:
-    """Return the images that a config of stage one names, with the labels that the students get."""
-    return _labelled(_read_all(config), config)
+def read_data(config: CfgNode, whole: bool = False) -> ImageFolder:
+    """Return the images that a config of stage one names, with the students' labels, or with all (``whole``)."""
+    found = _read_all(config)
+    return found if whole else _labelled(found, config)
 
 
 def _read_all(config: CfgNode) -> ImageFolder:
@@ -165,7 +166,12 @@ def _refuse_overlap(roots: Sequence[str]) -> None:
 def read_probe(config: CfgNode) -> ImageFolder | None:
     """Return the labelled images by which features are judged; None where TEST.PROBE.ROOT names none."""
     root = expand_path(config.TEST.PROBE.ROOT, "TEST.PROBE.ROOT")
-    return read_images(root, config.DATA.VAL_FRACTION, config.DATA.VAL_SEED) if root else None
+    found = read_images(root, config.DATA.VAL_FRACTION, config.DATA.VAL_SEED) if root else None
+    if found is not None and not len(found.val):
+        raise UserError(
+            f"TEST.PROBE.ROOT {root}: no images to judge by; add a val folder, or a second image to a class"
+        )
+    return found
 
 
 def _labelled(found: ImageFolder, config: CfgNode) -> ImageFolder:

@@ -71,8 +71,8 @@ def one_step(
 ) -> dict[str, float]:
     """One batch, one teacher pass, one optimizer step of each student; return the loss of each.
 
-    On a GPU it is put into ``unread``, and those of the step before are returned.  A student that finds then that it
-    wasn't finite makes no step, and goes back to that one.
+    On a GPU the losses go into ``unread``, and those of the previous step are returned.  A student whose previous step
+    turns out not to be finite makes no step now and goes back to that one.
     """
     begin_step(students[0].solver.COMPILE)
     start, step, waits = clock.total(), students[0].step, any(student.waits for student in students)
@@ -211,9 +211,10 @@ class StageOneTrainer(TrainLoop):
             student.record(found[student.name])
 
     def save_step(self) -> None:
-        """Save each student that made this step."""
-        for student in self.stayed:
-            student.save()
+        """Save each student that made this step, and those that are ahead of it."""
+        for student in self.students:
+            if student.step > self.iter:
+                student.save()
 
 
 def warn_of_neighbors(students: Sequence[StudentTrainer], solver: CfgNode) -> None:

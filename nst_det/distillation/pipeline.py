@@ -69,6 +69,7 @@ from nst_det.models import (
     check_name,
     count_parameters,
     input_contract,
+    load_card,
     load_into,
     registry_folders,
     save_backbone,
@@ -128,8 +129,6 @@ class StageOne:
         """Return ``result.json`` of the teacher, where there is one, and of all students, by method."""
         amp, workers = self.config.SOLVER.AMP, self.config.DATALOADER.NUM_WORKERS
         log.info(compute_line(self.device, amp_dtype(amp, self.device), workers, amp.ENABLED))
-        if is_main_process():
-            write_text(self.output / "config.yaml", self.config.dump())
         classes, labelled = self.data.classes, self.config.DATA.LABELS
         needed = not self.methods or any(method.names for method in self.methods.values())
         teacher = initial_teacher(self.config, classes) if needed else None
@@ -165,7 +164,7 @@ class StageOne:
             result = broadcast_from_rank0(folder.result)
         if network.to_train or not network.sha256:
             if is_main_process():
-                load_into(network.model, _where_it_is(result, self.teacher_file)["backbone"])
+                load_into(network.model, _finished(folder, self.teacher_file)["backbone"])
             copy_from_first(network.model.to(self.device))
             network.model.cpu()
         expected, top1 = self.config.TEACHER.EXPECTED_TOP1, result["top1"]
@@ -220,15 +219,20 @@ class StageOne:
         with ExitStack() as held:
             unfinished: list[StudentTrainer] = []
             for name, method in self.methods.items():
-                folder = RunFolder(self.output / "students" / name)
+                folder, file = RunFolder(self.output / "students" / name), self.student_files[name]
                 if is_main_process():
                     inputs = (data.fingerprint, sha256, network.sha256, data.probe_fingerprint)
                     held.enter_context(folder.opened(student_claim(config, method, *inputs)))
-                result = broadcast_from_rank0(lambda run=folder: run.result() if run.done else None)  # type: ignore[misc]
+                result = broadcast_from_rank0(
+                    lambda run=folder, file=file: _finished(run, file) if run.done else None  # type: ignore[misc]
+                )
                 if result is None:
                     unfinished.append(self._student(name, networks[name], losses[name], config.SOLVER, folder))
                 else:
-                    results[name] = _where_it_is(result, self.student_files[name])
+                    results[name] = result
+            if is_main_process():
+                # none of its folders has refused it
+                write_text(self.output / "config.yaml", config.dump())
             if unfinished:
                 asked = teacher is not None and any(student.needs_teacher for student in unfinished)
                 one = self._teacher(teacher, losses) if teacher is not None and asked else None
@@ -338,9 +342,17 @@ def result_of(card: Card, path: Path, seconds: float, scores: Scores) -> dict[st
     return {key: getattr(card, key) for key in keys} | scores | {"measure": next(iter(scores), "")} | about
 
 
-def _where_it_is(result: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a result with the backbone's path as it is now; the folders may have been moved."""
-    return result | {"backbone": str(path)} if path.is_file() else result
+def _finished(folder: RunFolder, path: Path) -> dict[str, Any]:
+    """Return a run's result with the backbone's path as it is now, if the folders were moved; refuse another's file."""
+    result = folder.result()
+    if not path.is_file():
+        return result
+    if load_card(path).sha256 != result["sha256"]:
+        raise UserError(
+            f"{path}: not the file that {folder.path} wrote: a run of the same NAME in another OUTPUT_DIR has written "
+            f"it since; put that file back, or remove {folder.path} to make it again with a NAME of its own"
+        )
+    return result | {"backbone": str(path)}
 
 
 def parse_methods(names: Sequence[str]) -> dict[str, Method]:

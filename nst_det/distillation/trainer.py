@@ -366,7 +366,9 @@ def broken_outputs(teacher: ModelOutputs | None) -> list[str]:
 def moved(value: Any, device: torch.device) -> Any:
     """Return a tree of dicts and lists with its tensors on a device."""
     if isinstance(value, Tensor):
-        return value.detach().to(device)
+        value = value.detach()
+        # one number seen as many stays one
+        return value[(0,) * value.dim()].to(device).expand(value.shape) if is_stand_in(value) else value.to(device)
     if isinstance(value, dict):
         return {key: moved(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):

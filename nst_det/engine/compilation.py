@@ -1,4 +1,7 @@
-"""``torch.compile`` around a forward pass, by SOLVER.COMPILE: as it is where it can't be compiled, after one line."""
+"""``torch.compile`` for a forward pass, by SOLVER.COMPILE.
+
+Where it can't be compiled, one line says so and it runs as it is.
+"""
 
 import importlib
 import logging
@@ -19,7 +22,7 @@ MOST_GRAPHS = 64
 class Compiled:
     """A function that is compiled at its first call for each size of its input.
 
-    Where that fails the failing call and all others run it as it is.  ``when`` tells of a call whether it may be
+    If compiling fails, that call and all later ones run the plain function.  ``when`` tells of a call whether it may be
     compiled at all.  In the place of a module's ``forward`` it changes no name of its state dict, but a copy of the
     module would have the forward of the original: so copies are refused.
     """

@@ -1,4 +1,4 @@
-"""What each config key concerns: the one table of keys that may differ between two calls of a run, and that may not."""
+"""What each config key affects: the one table of which may differ between two calls of a run, and which may not."""
 
 import re
 

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 from fvcore.common.config import CfgNode
 
-from nst_det.errors import UserError
-
 AMP_DTYPES = ("auto", "bf16", "fp16")
 FLOAT32_PRECISIONS = ("", "highest", "high", "medium")
 # of COMPILE
@@ -35,9 +33,15 @@ def one_of(meaning: str, *values: Any, default: Any = None) -> Key:
     return Key(values[0] if default is None else default, meaning, wanted, values.__contains__)
 
 
-def at_least(meaning: str, least: int, default: int) -> Key:
+def at_least(meaning: str, least: float, default: float) -> Key:
     """Limit a key to numbers from ``least`` on."""
-    return Key(default, meaning, f"at least {least}", lambda value: bool(value >= least))
+    return Key(default, meaning, f"at least {least}", lambda value: value is not None and bool(value >= least))
+
+
+def below_one(meaning: str, name: str, example: float) -> Key:
+    """Limit a key to numbers from 0, the default, to below 1."""
+    wanted = f"0 for no {name}, or a fraction below 1 such as {example}"
+    return Key(0.0, meaning, wanted, lambda value: 0 <= value < 1)
 
 
 def config_tree(keys: Mapping[str, Key], config: CfgNode | None = None) -> CfgNode:
@@ -79,9 +83,8 @@ TRUST_PICKLE = Key(
 TENSORBOARD = Key(False, "write TensorBoard events into the run folder")
 WANDB = Key("", 'a project at Weights & Biases (pip install wandb); "" for none')
 CLIP_TYPE = "value clips each entry, norm each parameter's norm, full_model that of all gradients together"
-EMA_DECAY = (
-    "of an exponential moving average of the weights: 0 for none, else below 1, such as 0.999; the average is what is "
-    "validated and written"
+EMA_DECAY = below_one(
+    "of an exponential moving average of the weights, which is then what is validated and written", "average", 0.999
 )
 TRANSFER_KEYS = {
     "LEVELS": Key([], "feature levels of the student, such as res3, or student:teacher, such as res3:res4"),
@@ -89,26 +92,22 @@ TRANSFER_KEYS = {
     "TERM_LEVELS": Key({}, "levels of a single term, such as {fitnet: [res4]}"),
     "OPTIONS": Key({}, "options of a term, such as {kd: {temperature: 2.0}}; nst-det methods lists them"),
     "AUTO_WEIGHT": Key(
-        {}, "by term: its gradient's norm as a part of the task's, by which the weight is found at the start"
+        {},
+        "by term: the wanted ratio of its gradient norm to the task's; the first steps choose the weight that gives it",
     ),
     "WARMUP_ITERS": Key(0, "steps in which the weights rise linearly"),
 }
 
-
 NON_FINITE_KEYS = {
-    "POLICY": Key(
-        STOP, "where a loss or gradient isn't finite: stop, skip the step, or roll back (back) to the last checkpoint"
+    "POLICY": one_of(
+        "where a loss or gradient isn't finite: stop, skip the step, or roll back (back) to the last checkpoint",
+        *POLICIES,
     ),
-    "LIMIT": Key(3, "how often a step may be skipped or rolled back in one run"),
-    "LR_FACTOR": Key(0.5, "by which the learning rate is multiplied when it is rolled back"),
+    "LIMIT": at_least("how often a step may be skipped or rolled back in one run", 1, default=3),
+    "LR_FACTOR": Key(
+        0.5,
+        "by which the learning rate is multiplied when it is rolled back",
+        "above 0 and at most 1",
+        lambda value: 0 < value <= 1,
+    ),
 }
-
-
-def check_non_finite(node: CfgNode, key: str, source: str = "config") -> None:
-    """Refuse values out of range."""
-    if node.POLICY not in POLICIES:
-        raise UserError(f"{source}: {key}.POLICY '{node.POLICY}' is not one of {', '.join(POLICIES)}")
-    if node.LIMIT < 1:
-        raise UserError(f"{source}: {key}.LIMIT is {node.LIMIT}; it must be at least 1")
-    if not 0 < node.LR_FACTOR <= 1:
-        raise UserError(f"{source}: {key}.LR_FACTOR is {node.LR_FACTOR}; it must be above 0 and at most 1")

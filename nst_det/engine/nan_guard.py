@@ -37,7 +37,10 @@ NORM = "the norm of all gradients"
 
 
 class NotFinite(UserError):
-    """A pass is not finite; the message names what, and is empty where the losses or another process tell."""
+    """A pass gave something that is not finite.
+
+    The message names it, and is empty where the losses or another process already do.
+    """
 
 
 def raise_together(failed: bool, what: str = "") -> None:

@@ -30,7 +30,7 @@ from nst_det.errors import UserError
 PACKAGES = ("nst_det", "torch", "torchvision", "timm", "detectron2", "numpy", "opencv-python-headless")
 # what a finished run of stage two leaves
 WEIGHTS_FILE = "model.safetensors"
-# files of which one at least is there once a run made a step that it can resume from, or its runs did
+# at least one of these files is there once a run, or one in a folder below, has made a step that it can resume from
 TRACES = re.compile(r"result\.json|metrics\.jsonl|step-\d+\.pt|model_\d+\.pth")
 
 

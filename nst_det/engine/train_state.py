@@ -174,7 +174,7 @@ class OptimizedState(TrainState):
     def optimizer_step(self, clip: Callable[[], None]) -> None:
         """Apply the gradients that are there; ``clip`` changes them before, at their true scale."""
         if self.suspect == self.step:
-            log.warning("%s: step %d was not finite, and was when it was made again", self.folder.path, self.step)
+            log.warning("%s: step %d was not finite, but was finite when it was repeated", self.folder.path, self.step)
         scale = self.scaler.get_scale() if self.average is not None else 0.0
         self.scaler.unscale_(self.optimizer)
         clip()

@@ -54,6 +54,7 @@ def test_base_config_loads(base_file):
         ("SOLVER.IMS_PER_BATCH", "0"),
         ("SOLVER.ACCUMULATE", "0"),
         ("SOLVER.EMA_DECAY", "1"),
+        ("SOLVER.NON_FINITE.POLICY", "pray"),
         ("DATASETS.VAL_FRACTION", "1.0"),
         ("INPUT.AUGMENTATION", "ssd"),
         ("INPUT.SCALE_JITTER", "[2.0, 0.5]"),

@@ -18,12 +18,13 @@ from nst_det.distillation.cache import (
     TeacherCache,
     Trial,
     assemble,
+    is_stand_in,
     read_index,
     shard_path,
     total_bytes,
     what_to_keep,
 )
-from nst_det.distillation.trainer import broken_outputs
+from nst_det.distillation.trainer import broken_outputs, moved
 from nst_det.engine.io import write_sealed_json
 from nst_det.errors import UserError
 from nst_det.losses import ModelOutputs, build_transfer, register_term, terms, unregister_term
@@ -177,7 +178,7 @@ def test_attention_maps_are_kept_in_place_of_maps(run, tmp_path, caplog):
     size = sum(value.numel() * value.element_size() for value in stored.values())
     assert size == ROWS * 4 * (3 + 16 + 4)
     assert f"2 views of 24 images take {size / 1024:.4g} KiB (logits 12 B," in caplog.text
-    assert "this run alone asks for 7 views and would be faster without" in caplog.text
+    assert "this run reads only 7 views and would be faster without" in caplog.text
 
 
 def test_a_stopped_writer_resumes(run, cached, tmp_path, monkeypatch):
@@ -203,6 +204,16 @@ def test_a_stopped_writer_resumes(run, cached, tmp_path, monkeypatch):
     shards = [json.loads((path / "index.json").read_text())["shards"] for path in (cached[0], folder)]
     assert shards[0] == shards[1]
     assert len(shards[0]) == 7
+
+
+@pytest.mark.parametrize("keys", [{"METHODS": ["fitnet"], "TRANSFER.LEVELS": ["res4"]}, {"METHODS": ["kd"]}])
+def test_an_unfinished_cache_wants_methods_that_read_its_maps(run, tmp_path, untrained, keys):
+    folder, methods = tmp_path / "cache", ["fitnet", "kd"]
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "all", folder, METHODS=methods)
+    shard_path(folder, 0).unlink()
+    with pytest.raises(UserError, match=rf"{folder}: .*unfinished.* its res3"):
+        run(tmp_path / "fewer", folder, **keys)
 
 
 def test_a_damaged_file_is_named_and_can_be_written_again(run, cached, tmp_path, untrained):
@@ -310,5 +321,7 @@ def test_what_is_not_kept_is_not_taken_for_broken(run, tmp_path, monkeypatch):
     assert outputs.maps["res3"].isnan().all()
     assert outputs.logits is None
     assert broken_outputs(outputs) == []
+    # in a dump and its replay neither
+    assert is_stand_in(moved(outputs.maps, torch.device("meta"))["res3"])
     outputs.maps["res3"] = outputs.maps["res3"].clone()
     assert broken_outputs(outputs) == ["the teacher's map res3"]

@@ -16,6 +16,7 @@ from nst_det.distillation.build import Teacher
 from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import checkpoints, load_checkpoint
 from nst_det.engine.nan_guard import read_step
+from nst_det.engine.signals import Preempted
 from nst_det.engine.train_state import OptimizedState
 from nst_det.errors import UserError
 from tests.helpers.stage_one import assert_same_run, metrics, overrides, run
@@ -157,6 +158,22 @@ def test_rolling_back_lowers_the_rate_from_the_last_checkpoint_on(images, tmp_pa
     assert all(rates[step] == expected[step] * (1 if step < 4 else 0.25) for step in expected)
     # the others are not concerned
     assert metrics(tmp_path, "ce") == metrics(finished[0], "ce")
+
+
+def test_a_stop_while_one_catches_up_saves_those_ahead_of_it(images, tmp_path, poisoned, monkeypatch):
+    update = StudentTrainer.update
+
+    def signalled(self):
+        if (self.name, self.step, self.guard.count) == (METHOD, 2, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(self)
+
+    monkeypatch.setattr(StudentTrainer, "update", signalled)
+    keys = {"SOLVER.CHECKPOINT_PERIOD": 9, "SOLVER.NON_FINITE.POLICY": "back"}
+    with pytest.raises(Preempted):
+        run(images, tmp_path, **{**poisoned(times=1), **keys})
+    newest = [checkpoints(tmp_path / "students" / name / "checkpoints")[-1].name for name in KEYS["METHODS"]]
+    assert newest == ["step-00000006.pt", "step-00000003.pt"]
 
 
 def test_the_limit_holds(images, tmp_path, poisoned):

@@ -446,8 +446,19 @@ def test_bad_input_is_refused_before_training(images, tmp_path, keys, named, mon
 
 
 def test_a_folder_with_another_run_is_refused(finished, images):
+    before = (finished[0] / "config.yaml").read_bytes()
     with pytest.raises(UserError, match="SOLVER.BASE_LR 0.002, now it is 0.5"):
         run(images, finished[0], **{"SOLVER.BASE_LR": 0.5})
+    assert (finished[0] / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(("methods", "folder"), [([], "teacher"), (["ce"], "students/ce")])
+def test_a_backbone_file_that_another_run_has_written_is_refused(images, tmp_path, methods, folder):
+    keys = {"REGISTRY": tmp_path / "b", "SOLVER.MAX_ITER": 2, "TEACHER.SOLVER": {"MAX_ITER": 2}}
+    for name, rate in (("one", 1e-3), ("other", 2e-3)):
+        run(images, tmp_path / name, METHODS=methods, **keys, **{"SOLVER.BASE_LR": rate})
+    with pytest.raises(UserError, match=rf"small-.*: not the file that {tmp_path / 'one' / folder} wrote.*NAME"):
+        run(images, tmp_path / "one", METHODS=[*methods, "at"], **keys, **{"SOLVER.BASE_LR": 1e-3})
 
 
 def test_pretrained_weights_of_other_classes_teach_maps(images, tmp_path, monkeypatch):

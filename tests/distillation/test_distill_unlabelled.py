@@ -133,6 +133,15 @@ def test_what_needs_labels_is_refused(nested, tmp_path, keys, named):
     assert "\n" not in str(caught.value)
 
 
+def test_a_probe_of_one_image_a_class_is_refused(nested, images, tmp_path):
+    for path in images.glob("train/*/000.png"):
+        (tmp_path / "probe" / path.parent.name).mkdir(parents=True)
+        shutil.copy(path, tmp_path / "probe" / path.parent.name)
+    keys = {**OFF, **teacher_keys(tmp_path, "resnet10t"), "METHODS": ["fitnet"]}
+    with pytest.raises(UserError, match=rf"TEST\.PROBE\.ROOT {tmp_path / 'probe'}: no images to judge by"):
+        run(nested, tmp_path / "out", **keys, **{"TEST.PROBE.ROOT": tmp_path / "probe"})
+
+
 def features(count, seed):
     noise = np.random.default_rng(seed)
     labels = noise.integers(0, 4, count)

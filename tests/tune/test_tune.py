@@ -18,6 +18,7 @@ from nst_det.errors import UserError
 from nst_det.tune.config import Space, load_tuning
 from nst_det.tune.run import search, tune, tuning_table
 from tests.helpers import fake_stage
+from tests.helpers.hub import NAME, offline_cache, snapshot, weights
 from tests.helpers.small_comparison import COMPARE, DETECT, DISTILL, RunsHere, change, starts, write_comparison
 from tests.helpers.voc import write
 
@@ -168,7 +169,9 @@ def test_more_trials_and_methods_may_be_added_and_nothing_else_changed(tune_file
             of("TRIALS", "2", "METHODS", "[kd]", key, value)
 
 
-def test_the_teacher_of_the_comparison_is_taken_if_it_is_the_one_that_would_be_trained(tune_file, tmp_path):
+def test_the_teacher_of_the_comparison_is_taken_if_it_is_the_one_that_would_be_trained(
+    tune_file, tmp_path, monkeypatch
+):
     comparison = load_comparison(tmp_path)
     (run,) = (run for run in make_plan(comparison) if run.kind == "teacher")
     config = run_config(comparison, run)
@@ -186,7 +189,12 @@ def test_the_teacher_of_the_comparison_is_taken_if_it_is_the_one_that_would_be_t
     write(file.with_suffix(".json"), "{}")
     assert taken() == str(file)
     assert taken("OPTS", "[SEEDS, [7], DISTILL.SOLVER.CHECKPOINT_PERIOD, 2]") == str(file)
+    # it learned from all labels
+    assert taken("OPTS", "[DISTILL.DATA.PER_CLASS, 1]") == str(file)
     assert taken("OPTS", "[DISTILL.TEACHER.SOLVER.MAX_ITER, 9]") == ""
+    # one that begins with published weights is another
+    weights(snapshot(offline_cache(tmp_path, monkeypatch)) / "model.safetensors")
+    assert taken("OPTS", f"[DISTILL.TEACHER.ARCH, {NAME}, DISTILL.TEACHER.WEIGHTS, {NAME}]") == NAME
     # no run trains one
     plan = make_plan(load_tuning(tmp_path, tmp_path / "out").base)
     assert {run.kind for run in plan} == {"students", "detector", "teacher detector"}
