@@ -16,12 +16,13 @@ from nst_det.detection.checkpoint import save_weights
 from nst_det.detection.config import load_detect_config
 from nst_det.detection.data import data_classes
 from nst_det.detection.pipeline import evaluate_detector, train_detector
+from nst_det.detection.replay import rebuild
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.detection.torchvision.rpn import Rpn
 from nst_det.detection.trainer import Trainer
 from nst_det.engine.checkpoint import checkpoints
 from nst_det.engine.metrics import read_metrics
-from nst_det.engine.nan_guard import read_step
+from nst_det.engine.nan_guard import read_step, replay
 from nst_det.engine.train_state import OptimizedState
 from nst_det.errors import UserError
 from nst_det.losses.loss_balance import GradientBalance
@@ -224,6 +225,9 @@ def test_terms_levels_and_images_are_named_and_the_step_runs_again(on_shapes, tm
     changes, poison = poisoned
     poison(times=1)
     file = tmp_path / "run" / "nonfinite" / "step-00000004.pt"
+    # frozen layers, which have weights from a file, and paths that are dropped by chance
+    frozen = {"MODEL.WEIGHTS": changes["TEACHER.WEIGHTS"], "MODEL.BACKBONE.FREEZE_AT": 2, "MODEL.TIMM.NORM": "FrozenBN"}
+    changes |= {**frozen, "MODEL.TIMM.PRETRAINED": True, "MODEL.TIMM.KWARGS": {"drop_path_rate": 0.5}}
     with pytest.raises(UserError, match=rf"^not finite at step 4: loss_transfer_fitnet \(p3\); images .*{file}"):
         train_detector(on_shapes("run", changes))
     content = read_step(file)
@@ -236,6 +240,8 @@ def test_terms_levels_and_images_are_named_and_the_step_runs_again(on_shapes, tm
     row = next(line.split() for line in shown.splitlines() if "loss_rpn_cls" in line)
     # the terms that are finite have the same bits
     assert row[3] == row[5] == f"{content['terms']['loss_rpn_cls']:.9g}"
+    # another process drops others
+    assert replay({**content, "rank": 1}, file, rebuild).terms["loss_rpn_cls"] != content["terms"]["loss_rpn_cls"]
 
 
 def test_a_skipped_step_changes_nothing(on_shapes, tmp_path, monkeypatch):
