@@ -305,7 +305,9 @@ def teacher_of(config: CfgNode) -> tuple[Detector, str, Sequence[str]]:
     overrides = ["MODEL.WEIGHTS", named.WEIGHTS] if named.WEIGHTS else []
     own = load_detect_config(expand_path(named.CONFIG_FILE, "TEACHER.CONFIG_FILE"), overrides)
     classes = _saved_classes(own) or data_classes(own)
-    resolve_classes(own, classes)
+    # the names of a teacher's classes needn't be known
+    if classes or not own.MODEL.ROI_HEADS.NUM_CLASSES:
+        resolve_classes(own, classes)
     teacher = build_detector(own)
     filled = load_weights(teacher, own, key="TEACHER.WEIGHTS")
     place_detector(teacher, config)

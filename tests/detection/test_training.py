@@ -15,6 +15,7 @@ from nst_det.detection import pipeline
 from nst_det.detection.checkpoint import save_weights
 from nst_det.detection.config import load_detect_config
 from nst_det.detection.data import data_classes
+from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.pipeline import evaluate_detector, train_detector
 from nst_det.detection.replay import rebuild
 from nst_det.detection.torchvision import Detector, build_detector
@@ -170,6 +171,26 @@ def test_kd_from_a_teacher_of_other_classes_is_refused(on_shapes, tmp_path, wide
     # maps don't care
     changes = {**wide_teacher, **UNTESTED, "METHOD": "nst-poly", "SOLVER.MAX_ITER": 1}
     assert train_detector(on_shapes("two", changes))["steps"] == 1
+
+
+def test_a_teacher_whose_classes_have_no_names(small, on_shapes, tmp_path):
+    config = small({"MODEL.ROI_HEADS.NUM_CLASSES": 80})
+    save_weights(tmp_path / "coco.safetensors", build_detector(config, 7), [])
+    (tmp_path / "coco.yaml").write_text(config.dump())
+    teacher = {"TEACHER.CONFIG_FILE": tmp_path / "coco.yaml", "TEACHER.WEIGHTS": tmp_path / "coco.safetensors"}
+    changes = {**UNTESTED, **teacher, "METHOD": "nst-poly", "TRANSFER.LEVELS": ["p2"], "SOLVER.MAX_ITER": 1}
+    assert train_detector(on_shapes("run", changes))["steps"] == 1
+
+
+def test_another_teacher_makes_another_run(on_shapes, tmp_path, untrained_teacher):
+    weights = tmp_path / "teacher.safetensors"
+    named = untrained_teacher({"MODEL.WEIGHTS": str(weights)})
+    config, seen = on_shapes("run", {**named, "TEACHER.WEIGHTS": ""}), []
+    # the weights that its config names, and a config that only Detectron2 reads
+    for path, text in ((weights, "trained"), (weights, "again"), (tmp_path / "teacher.yaml", "A: !!python/tuple [1]")):
+        path.write_text(text)
+        seen.append(input_fingerprints(config))
+    assert [one for one in seen if seen.count(one) > 1] == []
 
 
 def test_a_negative_seed_is_drawn_once(on_shapes, tmp_path):
