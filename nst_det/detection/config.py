@@ -230,8 +230,12 @@ def check_config(config: CfgNode, source: str = "detection config") -> None:
     model, sizes = config.MODEL, config.INPUT.MIN_SIZE_TRAIN
     if len(model.PIXEL_MEAN) != 3 or len(model.PIXEL_STD) != 3 or min(model.PIXEL_STD) <= 0:
         raise UserError(f"{source}: MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be three numbers, the latter above 0")
-    if not sizes or (config.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2):
-        raise UserError(f"{source}: INPUT.MIN_SIZE_TRAIN must be a list of sizes, and two of them to sample a range")
+    of_range = config.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
+    if not sizes or (of_range and (len(sizes) != 2 or sizes[0] > sizes[1])):
+        raise UserError(
+            f"{source}: INPUT.MIN_SIZE_TRAIN must be a list of sizes, and two of them, the smaller first, to sample a "
+            "range"
+        )
     _check_levels(model, source)
     longest = config.INPUT.MAX_SIZE_TRAIN
     if config.INPUT.PADDED_SIZES and not any(min(size) >= longest for size in config.INPUT.PADDED_SIZES):
@@ -285,6 +289,7 @@ def _wrong_values(config: CfgNode, keys: Mapping[str, Key]) -> Iterator[tuple[st
 
 def _check_levels(model: CfgNode, source: str) -> None:
     levels = set(model.TIMM.OUT_FEATURES)
+    _check_known(model.TIMM.OUT_FEATURES, {"res2", "res3", "res4", "res5"}, "MODEL.TIMM.OUT_FEATURES", source)
     if model.BACKBONE.NAME == "build_timm_fpn_backbone":
         _check_known(model.FPN.IN_FEATURES, levels, "MODEL.FPN.IN_FEATURES", source)
         numbers = [int(name[3:]) for name in model.FPN.IN_FEATURES]
@@ -353,6 +358,9 @@ def set_names(config: CfgNode) -> list[str]:
 def voc_roots(config: CfgNode, names: Sequence[str], key: str) -> list[tuple[Path, str]]:
     """Return (root, split) of each data set that ``key`` names; it must be an entry of DATASETS.VOC."""
     roots = []
+    for name, entry in config.DATASETS.VOC.items():
+        if not isinstance(entry, dict) or set(entry) - {"ROOT", "SPLIT"}:
+            raise UserError(f"DATASETS.VOC.{name}: give {{ROOT: folder, SPLIT: list}} and nothing else")
     for name in names:
         entry = config.DATASETS.VOC.get(name)
         if entry is None:
@@ -400,8 +408,14 @@ def resolve_device(name: str) -> str:
     The CPU also stands in for a GPU that is named, as in Detectron2's default, with a warning.
     """
     # torch takes seconds to import
+    import torch
+
     from nst_det.engine.device import default_device
 
+    try:
+        torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise UserError(f"MODEL.DEVICE: no device '{name}'; set it to cpu, cuda, cuda:1 or auto") from error
     here = default_device().type
     if name.startswith("cuda") and here == "cpu":
         log.warning("MODEL.DEVICE %s: no GPU here, taking the CPU", name)

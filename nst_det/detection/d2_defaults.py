@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from nst_det.engine.keys import CLIP_TYPE, CLIP_TYPES, CUDNN_BENCHMARK, FLOAT32_PRECISION, Key, at_least, one_of
 
 # keys and groups that Detectron2 has and this engine doesn't; naming one is an error
@@ -33,6 +36,13 @@ DETECTRON2_ONLY = (
 )
 
 CROP_TYPES = ("relative_range", "relative", "absolute", "absolute_range")
+
+
+def _rising(count: int) -> Callable[[Any], bool]:
+    return lambda given: (
+        len(given) == count and all(isinstance(one, int | float) for one in given) and list(given) == sorted(given)
+    )
+
 
 HONORED: dict[str, Key] = {
     "VERSION": one_of("of Detectron2's config format", 2),
@@ -81,7 +91,10 @@ HONORED: dict[str, Key] = {
     "MODEL.RPN.IN_FEATURES": Key(["res4"], "levels that boxes are proposed from"),
     "MODEL.RPN.BOUNDARY_THRESH": Key(-1, "pixels that an anchor may reach out of the image; -1 doesn't ask"),
     "MODEL.RPN.IOU_THRESHOLDS": Key(
-        [0.3, 0.7], "overlaps below which an anchor is background, and from which it is an object"
+        [0.3, 0.7],
+        "overlaps below which an anchor is background, and from which it is an object",
+        "two numbers, the smaller first",
+        _rising(2),
     ),
     "MODEL.RPN.IOU_LABELS": one_of("labels between these thresholds", [0, -1, 1]),
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": Key(256, "anchors of an image that the loss takes"),
@@ -105,7 +118,9 @@ HONORED: dict[str, Key] = {
     ),
     "MODEL.ROI_HEADS.NUM_CLASSES": at_least("classes of objects; 0 takes those of the data", 0, default=80),
     "MODEL.ROI_HEADS.IN_FEATURES": Key(["res4"], "levels that boxes are pooled from"),
-    "MODEL.ROI_HEADS.IOU_THRESHOLDS": Key([0.5], "overlap from which a proposal is an object"),
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS": Key(
+        [0.5], "overlap from which a proposal is an object", "a list of one number", _rising(1)
+    ),
     "MODEL.ROI_HEADS.IOU_LABELS": one_of("labels on both sides of it", [0, 1]),
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": Key(512, "proposals of an image that the loss takes"),
     "MODEL.ROI_HEADS.POSITIVE_FRACTION": Key(0.25, "largest share of objects among them"),
