@@ -7,6 +7,7 @@ from pathlib import Path
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+import nst_det.detectron2.checkpoint  # noqa: F401 (its handler of backbone://)
 from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import (
