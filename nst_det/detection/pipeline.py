@@ -348,7 +348,7 @@ def _evaluate(
 def print_result(result: Mapping[str, Any], folder: str) -> None:
     """Print the AP of each class and the means in ``result.json`` of a folder."""
     if "map" not in result:
-        print(f"trained, not evaluated (DATASETS.TEST is empty); see {folder}")
+        print(f"trained; no VOC figures (DATASETS.TEST is empty, or not of DATASETS.VOC); see {folder}")
         return
     rows = [(name, ap, result["per_class_area"][name]) for name, ap in result["per_class"].items()]
     rows.append(("mean", result["map"], result["map_area"]))
