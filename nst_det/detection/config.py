@@ -72,8 +72,8 @@ ADDED: dict[str, Key] = {
     "MODEL.TIMM.KWARGS": Key({}, "more arguments of the network"),
     "MODEL.KEEP_CLASSES": Key(
         False,
-        "where the weights are a detector's of other classes: keep the box predictor's rows of those that both have by "
-        "name, and of the background; False begins it anew",
+        "if the weights are those of a detector of other classes: keep the box predictor's rows of the classes that "
+        "both have by name, and of the background; False starts the predictor anew",
     ),
     "MODEL.CLASS_ALIASES": Key(
         {}, "for KEEP_CLASSES: name in the data -> name in the weights; VOC's names of COCO's classes are known"
@@ -88,9 +88,8 @@ ADDED: dict[str, Key] = {
     ),
     "MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL": Key(4, "number of that level"),
     "SOLVER.AMP.DTYPE": one_of(
-        "auto is bf16 where the device is fast in it, else float32; heads stay in float32, but not with "
-        "Detectron2 on a "
-        "GPU",
+        "auto is bf16 where the device is fast in it, else float32; heads stay in float32 with Detectron2 on a CPU "
+        "alone",
         "auto",
         "bf16",
     ),
@@ -110,8 +109,8 @@ ADDED: dict[str, Key] = {
     "SOLVER.OPTIMIZER": one_of("the optimizer", "SGD", "ADAMW"),
     "SOLVER.BACKBONE_MULTIPLIER": Key(1.0, "learning rate of the bottom-up as a part of BASE_LR"),
     "SOLVER.ACCUMULATE": at_least(
-        "parts in which each process takes its images of a step, one after another, to save memory "
-        "(torchvision engine)",
+        "number of parts into which each process splits its images of a step, computed one after another to save "
+        "memory (torchvision engine)",
         1,
         default=1,
     ),
@@ -122,8 +121,7 @@ ADDED: dict[str, Key] = {
     "DATASETS.CLASSES": Key([], "in the order of their labels; [] takes those in the data, sorted"),
     "DATASETS.USE_DIFFICULT": Key(False, "train on objects marked difficult too"),
     "DATASETS.VAL_FRACTION": below_one(
-        "share of the images of each of DATASETS.TRAIN that is kept from training and validated on, some of "
-        "each class; "
+        "share of the images of each data set in DATASETS.TRAIN that is held out for validation, some of each class; "
         "the same images whatever the SEED",
         "validation",
         0.2,
@@ -261,8 +259,9 @@ def check_added_keys(config: CfgNode, source: str) -> None:
     for key, off in (("SELECT", LAST), ("PATIENCE", 0)):
         if config.TEST[key] != off and not (validates(config) and config.TEST.EVAL_PERIOD):
             raise UserError(
-                f"{source}: TEST.{key} {config.TEST[key]} needs a validation split to choose by, and when to look at "
-                f"it; set DATASETS.VAL_FRACTION (such as 0.2) or VAL, and TEST.EVAL_PERIOD, or TEST.{key} {off}"
+                f"{source}: TEST.{key} {config.TEST[key]} needs a validation split to choose by, and a period at "
+                f"which to validate; set DATASETS.VAL_FRACTION (such as 0.2) or VAL, and TEST.EVAL_PERIOD, or "
+                f"TEST.{key} {off}"
             )
     if config.MODEL.CLASS_ALIASES and not config.MODEL.KEEP_CLASSES:
         raise UserError(f"{source}: MODEL.CLASS_ALIASES is for MODEL.KEEP_CLASSES True; set that, or leave it out")

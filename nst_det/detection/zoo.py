@@ -198,7 +198,9 @@ def new_predictor(
 
 
 def zoo_keys(path: str | Path) -> dict[str, Any]:
-    """Return the keys of the detector that computes what a zoo's does whose weights these are; {} for our own files.
+    """Return the config keys of a detector that computes the same as the zoo's detector with these weights.
+
+    They are {} for this project's own files.
 
     Raises:
         UserError: no detector, or one that can't be built here.

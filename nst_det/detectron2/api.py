@@ -229,7 +229,7 @@ def distill(
 
 
 def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
-    """Do the same by a config's METHOD, TEACHER and TRANSFER; the student itself where METHOD is ``ce``."""
+    """Wrap the student as a config's METHOD, TEACHER and TRANSFER say; return it as it is where METHOD is ``ce``."""
     if not distiller.wants_teacher(cfg):
         return student
     node, named, device = cfg.TRANSFER, cfg.TEACHER, _device(student)
