@@ -276,7 +276,7 @@ def resized_shape(height: int, width: int, size: int, largest: int) -> tuple[int
     longest = max(new_height, new_width)
     if longest > largest:
         new_height, new_width = new_height * (largest / longest), new_width * (largest / longest)
-    return int(new_height + 0.5), int(new_width + 0.5)
+    return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

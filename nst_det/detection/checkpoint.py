@@ -42,9 +42,9 @@ def load_weights(
     """Fill a detector from MODEL.WEIGHTS; return what filled it: ``random``, ``timm``, ``backbone``, ``detector``.
 
     ``backbone://NAME``, a ``.safetensors`` file with its card, or a classifier's weights from elsewhere fill the
-    bottom-up and leave the rest as it was drawn.  A file with more than that must hold a whole detector, by this
-    engine's names, which are Detectron2's, or by those of torchvision or of Detectron2's own ResNet.  Where a training
-    ``starts`` with it, one of other classes fills all but the box predictor, or of that what MODEL.KEEP_CLASSES says.
+    bottom-up and leave the rest as it was drawn.  Any other file must hold a whole detector, named as here and in
+    Detectron2, or as in torchvision or Detectron2's own ResNet.  At the start of a training (``starts``), a detector of
+    other classes fills everything but the box predictor, of which MODEL.KEEP_CLASSES says what is kept.
     """
     names = ClassNames.of(config.MODEL) if starts else None
     filled = _load(detector, config, classes, key, names)

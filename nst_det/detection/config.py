@@ -66,8 +66,8 @@ ADDED: dict[str, Key] = {
     "MODEL.TIMM.KWARGS": Key({}, "more arguments of the network"),
     "MODEL.KEEP_CLASSES": Key(
         False,
-        "where the weights are a detector's of other classes: keep the box predictor's rows of those that both have by "
-        "name, and of the background; False begins it anew",
+        "if the weights are those of a detector of other classes: keep the box predictor's rows of the classes that "
+        "both have by name, and of the background; False starts the predictor anew",
     ),
     "MODEL.CLASS_ALIASES": Key(
         {}, "for KEEP_CLASSES: name in the data -> name in the weights; VOC's names of COCO's classes are known"
@@ -82,9 +82,8 @@ ADDED: dict[str, Key] = {
     ),
     "MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL": Key(4, "number of that level"),
     "SOLVER.AMP.DTYPE": one_of(
-        "auto is bf16 where the device is fast in it, else float32; heads stay in float32, but not with "
-        "Detectron2 on a "
-        "GPU",
+        "auto is bf16 where the device is fast in it, else float32; heads stay in float32 with Detectron2 on a CPU "
+        "alone",
         "auto",
         "bf16",
     ),
@@ -104,8 +103,8 @@ ADDED: dict[str, Key] = {
     "SOLVER.OPTIMIZER": one_of("the optimizer", "SGD", "ADAMW"),
     "SOLVER.BACKBONE_MULTIPLIER": Key(1.0, "learning rate of the bottom-up as a part of BASE_LR"),
     "SOLVER.ACCUMULATE": at_least(
-        "parts in which each process takes its images of a step, one after another, to save memory "
-        "(torchvision engine)",
+        "number of parts into which each process splits its images of a step, computed one after another to save "
+        "memory (torchvision engine)",
         1,
         default=1,
     ),
@@ -116,8 +115,7 @@ ADDED: dict[str, Key] = {
     "DATASETS.CLASSES": Key([], "in the order of their labels; [] takes those in the data, sorted"),
     "DATASETS.USE_DIFFICULT": Key(False, "train on objects marked difficult too"),
     "DATASETS.VAL_FRACTION": below_one(
-        "share of the images of each of DATASETS.TRAIN that is kept from training and validated on, some of "
-        "each class; "
+        "share of the images of each data set in DATASETS.TRAIN that is held out for validation, some of each class; "
         "the same images whatever the SEED",
         "validation",
         0.2,
@@ -224,8 +222,12 @@ def check_config(config: CfgNode, source: str = "detection config") -> None:
     model, sizes = config.MODEL, config.INPUT.MIN_SIZE_TRAIN
     if len(model.PIXEL_MEAN) != 3 or len(model.PIXEL_STD) != 3 or min(model.PIXEL_STD) <= 0:
         raise UserError(f"{source}: MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be three numbers, the latter above 0")
-    if not sizes or (config.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2):
-        raise UserError(f"{source}: INPUT.MIN_SIZE_TRAIN must be a list of sizes, and two of them to sample a range")
+    of_range = config.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
+    if not sizes or (of_range and (len(sizes) != 2 or sizes[0] > sizes[1])):
+        raise UserError(
+            f"{source}: INPUT.MIN_SIZE_TRAIN must be a list of sizes, and two of them, the smaller first, to sample a "
+            "range"
+        )
     _check_levels(model, source)
     longest = config.INPUT.MAX_SIZE_TRAIN
     if config.INPUT.PADDED_SIZES and not any(min(size) >= longest for size in config.INPUT.PADDED_SIZES):
@@ -251,8 +253,9 @@ def check_added_keys(config: CfgNode, source: str) -> None:
     for key, off in (("SELECT", LAST), ("PATIENCE", 0)):
         if config.TEST[key] != off and not (validates(config) and config.TEST.EVAL_PERIOD):
             raise UserError(
-                f"{source}: TEST.{key} {config.TEST[key]} needs a validation split to choose by, and when to look at "
-                f"it; set DATASETS.VAL_FRACTION (such as 0.2) or VAL, and TEST.EVAL_PERIOD, or TEST.{key} {off}"
+                f"{source}: TEST.{key} {config.TEST[key]} needs a validation split to choose by, and a period at "
+                f"which to validate; set DATASETS.VAL_FRACTION (such as 0.2) or VAL, and TEST.EVAL_PERIOD, or "
+                f"TEST.{key} {off}"
             )
     if config.MODEL.CLASS_ALIASES and not config.MODEL.KEEP_CLASSES:
         raise UserError(f"{source}: MODEL.CLASS_ALIASES is for MODEL.KEEP_CLASSES True; set that, or leave it out")
@@ -278,6 +281,7 @@ def _wrong_values(config: CfgNode, keys: Mapping[str, Key]) -> Iterator[tuple[st
 
 def _check_levels(model: CfgNode, source: str) -> None:
     levels = set(model.TIMM.OUT_FEATURES)
+    _check_known(model.TIMM.OUT_FEATURES, {"res2", "res3", "res4", "res5"}, "MODEL.TIMM.OUT_FEATURES", source)
     if model.BACKBONE.NAME == "build_timm_fpn_backbone":
         _check_known(model.FPN.IN_FEATURES, levels, "MODEL.FPN.IN_FEATURES", source)
         numbers = [int(name[3:]) for name in model.FPN.IN_FEATURES]
@@ -346,6 +350,9 @@ def set_names(config: CfgNode) -> list[str]:
 def voc_roots(config: CfgNode, names: Sequence[str], key: str) -> list[tuple[Path, str]]:
     """Return (root, split) of each data set that ``key`` names; it must be an entry of DATASETS.VOC."""
     roots = []
+    for name, entry in config.DATASETS.VOC.items():
+        if not isinstance(entry, dict) or set(entry) - {"ROOT", "SPLIT"}:
+            raise UserError(f"DATASETS.VOC.{name}: give {{ROOT: folder, SPLIT: list}} and nothing else")
     for name in names:
         entry = config.DATASETS.VOC.get(name)
         if entry is None:
@@ -393,8 +400,14 @@ def resolve_device(name: str) -> str:
     The CPU also stands in for a GPU that is named, as in Detectron2's default, with a warning.
     """
     # torch takes seconds to import
+    import torch
+
     from nst_det.engine.device import default_device
 
+    try:
+        torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise UserError(f"MODEL.DEVICE: no device '{name}'; set it to cpu, cuda, cuda:1 or auto") from error
     here = default_device().type
     if name.startswith("cuda") and here == "cpu":
         log.warning("MODEL.DEVICE %s: no GPU here, taking the CPU", name)

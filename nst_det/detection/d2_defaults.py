@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from nst_det.engine.keys import CLIP_TYPE, CLIP_TYPES, CUDNN_BENCHMARK, FLOAT32_PRECISION, Key, at_least, one_of
 
 # keys and groups that Detectron2 has and this engine doesn't; naming one is an error
@@ -33,6 +36,13 @@ DETECTRON2_ONLY = (
 )
 
 CROP_TYPES = ("relative_range", "relative", "absolute", "absolute_range")
+
+
+def _rising(count: int) -> Callable[[Any], bool]:
+    return lambda given: (
+        len(given) == count and all(isinstance(one, int | float) for one in given) and list(given) == sorted(given)
+    )
+
 
 HONORED: dict[str, Key] = {
     "VERSION": one_of("of Detectron2's config format", 2),
@@ -79,9 +89,12 @@ HONORED: dict[str, Key] = {
     "MODEL.ANCHOR_GENERATOR.OFFSET": Key(0.0, "of the first anchor's center from the corner, in strides"),
     "MODEL.RPN.HEAD_NAME": one_of("the RPN's head", "StandardRPNHead"),
     "MODEL.RPN.IN_FEATURES": Key(["res4"], "levels that boxes are proposed from"),
-    "MODEL.RPN.BOUNDARY_THRESH": Key(-1, "pixels that an anchor may reach out of the image; -1 doesn't ask"),
+    "MODEL.RPN.BOUNDARY_THRESH": Key(-1, "pixels by which an anchor may extend beyond the image; -1 sets no limit"),
     "MODEL.RPN.IOU_THRESHOLDS": Key(
-        [0.3, 0.7], "overlaps below which an anchor is background, and from which it is an object"
+        [0.3, 0.7],
+        "overlaps below which an anchor is background, and from which it is an object",
+        "two numbers, the smaller first",
+        _rising(2),
     ),
     "MODEL.RPN.IOU_LABELS": one_of("labels between these thresholds", [0, -1, 1]),
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": Key(256, "anchors of an image that the loss takes"),
@@ -89,11 +102,11 @@ HONORED: dict[str, Key] = {
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": one_of("loss of the boxes", "smooth_l1"),
     "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": Key(1.0, "its weight"),
     "MODEL.RPN.BBOX_REG_WEIGHTS": Key((1.0, 1.0, 1.0, 1.0), "by which the offsets of a box are multiplied"),
-    "MODEL.RPN.SMOOTH_L1_BETA": Key(0.0, "where smooth L1 turns from square to line; 0 is L1"),
+    "MODEL.RPN.SMOOTH_L1_BETA": Key(0.0, "the difference at which smooth L1 turns from quadratic to linear; 0 is L1"),
     "MODEL.RPN.LOSS_WEIGHT": Key(1.0, "weight of the RPN's losses"),
-    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": Key(12000, "proposals a level before NMS, in training"),
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": Key(12000, "proposals per level before NMS, in training"),
     "MODEL.RPN.PRE_NMS_TOPK_TEST": Key(6000, "the same at test time"),
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN": Key(2000, "proposals an image after NMS, in training"),
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": Key(2000, "proposals per image after NMS, in training"),
     "MODEL.RPN.POST_NMS_TOPK_TEST": Key(1000, "the same at test time"),
     "MODEL.RPN.NMS_THRESH": Key(0.7, "overlap from which the weaker of two proposals is dropped"),
     "MODEL.RPN.CONV_DIMS": Key([-1], "channels of the RPN's convolutions; -1 is those of its input"),
@@ -105,7 +118,9 @@ HONORED: dict[str, Key] = {
     ),
     "MODEL.ROI_HEADS.NUM_CLASSES": at_least("classes of objects; 0 takes those of the data", 0, default=80),
     "MODEL.ROI_HEADS.IN_FEATURES": Key(["res4"], "levels that boxes are pooled from"),
-    "MODEL.ROI_HEADS.IOU_THRESHOLDS": Key([0.5], "overlap from which a proposal is an object"),
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS": Key(
+        [0.5], "overlap from which a proposal is an object", "a list of one number", _rising(1)
+    ),
     "MODEL.ROI_HEADS.IOU_LABELS": one_of("labels on both sides of it", [0, 1]),
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": Key(512, "proposals of an image that the loss takes"),
     "MODEL.ROI_HEADS.POSITIVE_FRACTION": Key(0.25, "largest share of objects among them"),
@@ -118,7 +133,9 @@ HONORED: dict[str, Key] = {
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": one_of("loss of the boxes", "smooth_l1"),
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": Key(1.0, "its weight"),
     "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": Key((10.0, 10.0, 5.0, 5.0), "by which the offsets of a box are multiplied"),
-    "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": Key(0.0, "where smooth L1 turns from square to line; 0 is L1"),
+    "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": Key(
+        0.0, "the difference at which smooth L1 turns from quadratic to linear; 0 is L1"
+    ),
     "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": Key(14, "cells on a side that a box is pooled into"),
     "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": Key(0, "samples on a side of a cell; 0 takes as many as it has pixels"),
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": one_of(
@@ -137,9 +154,9 @@ HONORED: dict[str, Key] = {
         (800,), "shortest side of a training image, pixels: one of these, or from the range of two"
     ),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": one_of("which of the two", "choice", "range"),
-    "INPUT.MAX_SIZE_TRAIN": Key(1333, "most that the longest side may have"),
+    "INPUT.MAX_SIZE_TRAIN": Key(1333, "limit on the longest side, pixels"),
     "INPUT.MIN_SIZE_TEST": at_least("shortest side at test time; 0 leaves images as they are", 0, default=800),
-    "INPUT.MAX_SIZE_TEST": Key(1333, "most that the longest side may have then"),
+    "INPUT.MAX_SIZE_TEST": Key(1333, "limit on the longest side at test time"),
     "INPUT.RANDOM_FLIP": one_of("mirror half of the training images", "horizontal", "vertical", "none"),
     "INPUT.CROP.ENABLED": Key(False, "cut a part out of each training image, before it is resized"),
     "INPUT.CROP.TYPE": one_of(
@@ -174,7 +191,7 @@ HONORED: dict[str, Key] = {
     "SOLVER.STEPS": Key((30000,), "of WarmupMultiStepLR"),
     "SOLVER.WARMUP_FACTOR": Key(0.001, "where the rate begins, as a part of BASE_LR"),
     "SOLVER.WARMUP_ITERS": at_least("steps in which it rises to its schedule's", 0, default=1000),
-    "SOLVER.WARMUP_METHOD": one_of("in a line, or at once at the end", "linear", "constant"),
+    "SOLVER.WARMUP_METHOD": one_of("linearly, or in one jump at the end", "linear", "constant"),
     "SOLVER.RESCALE_INTERVAL": Key(False, "rescale the schedule to the steps after the warm-up"),
     "SOLVER.CHECKPOINT_PERIOD": at_least("steps between checkpoints", 1, default=5000),
     "SOLVER.IMS_PER_BATCH": at_least("images of a step, of all processes together", 1, default=16),

@@ -38,7 +38,7 @@ class SampleIndex(NamedTuple):
 
 @dataclass
 class StepBatchSampler:
-    """The batches of steps ``start``, ``start + 1``, ... without end, of those of one process the ``share``.
+    """The endless batches of steps ``start``, ``start + 1``, ...; of each, the ``share`` of this process.
 
     Every epoch is a permutation of all images; a batch may span two epochs.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fvcore.common.config import CfgNode
 
@@ -32,8 +33,20 @@ def input_fingerprints(config: CfgNode, classes: Sequence[str] | None = None) ->
         found[f"{group}.WEIGHTS_SHA256"] = sha256_of_file(path) if path else weights
     named = config.TEACHER.CONFIG_FILE
     path = _file(named, "TEACHER.CONFIG_FILE")
-    yaml = path is not None and path.suffix in (".yaml", ".yml")
-    found["TEACHER.CONFIG_HASH"] = config_hash(flat(CfgNode(read_yaml(path)))) if path and yaml else named
+    tree: dict[str, Any] = {}
+    found["TEACHER.CONFIG_HASH"] = named
+    if path and path.suffix in (".yaml", ".yml"):
+        try:
+            tree = read_yaml(path)
+            found["TEACHER.CONFIG_HASH"] = config_hash(flat(CfgNode(tree)))
+        except UserError:
+            # Detectron2 reads Python in a YAML too; whoever builds the teacher says what is wrong with it
+            found["TEACHER.CONFIG_HASH"] = sha256_of_file(path)
+    theirs = tree.get("MODEL")
+    inner = theirs.get("WEIGHTS") if isinstance(theirs, dict) else None
+    if inner and not config.TEACHER.WEIGHTS:
+        path = _file(str(inner), "TEACHER.CONFIG_FILE")
+        found["TEACHER.WEIGHTS_SHA256"] = sha256_of_file(path) if path else str(inner)
     return found
 
 

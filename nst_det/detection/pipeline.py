@@ -305,7 +305,9 @@ def teacher_of(config: CfgNode) -> tuple[Detector, str, Sequence[str]]:
     overrides = ["MODEL.WEIGHTS", named.WEIGHTS] if named.WEIGHTS else []
     own = load_detect_config(expand_path(named.CONFIG_FILE, "TEACHER.CONFIG_FILE"), overrides)
     classes = _saved_classes(own) or data_classes(own)
-    resolve_classes(own, classes)
+    # the names of a teacher's classes needn't be known
+    if classes or not own.MODEL.ROI_HEADS.NUM_CLASSES:
+        resolve_classes(own, classes)
     teacher = build_detector(own)
     filled = load_weights(teacher, own, key="TEACHER.WEIGHTS")
     place_detector(teacher, config)
@@ -346,7 +348,7 @@ def _evaluate(
 def print_result(result: Mapping[str, Any], folder: str) -> None:
     """Print the AP of each class and the means in ``result.json`` of a folder."""
     if "map" not in result:
-        print(f"trained, not evaluated (DATASETS.TEST is empty); see {folder}")
+        print(f"trained; no VOC figures (DATASETS.TEST is empty, or not of DATASETS.VOC); see {folder}")
         return
     rows = [(name, ap, result["per_class_area"][name]) for name, ap in result["per_class"].items()]
     rows.append(("mean", result["map"], result["map_area"]))

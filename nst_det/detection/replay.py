@@ -22,8 +22,11 @@ def rebuild(content: dict[str, Any]) -> Step:
     """Return the model of a dumped step, and a call that makes the step."""
     config = get_defaults()
     merge_tree(config, content["config"], "the dump")
+    # the weights are those in the file
+    config.MODEL.TIMM.PRETRAINED = False
     student = build_detector(config, content["seed"])
     student.load_state_dict(content["model"])
+    student.backbone.bottom_up.loaded = True
     student.freeze(config.MODEL.BACKBONE.FREEZE_AT, config.MODEL.TIMM.NORM)
     place_detector(student, config)
     student.amp = amp_dtype(config.SOLVER.AMP, student.pixel_mean.device)
@@ -35,7 +38,7 @@ def rebuild(content: dict[str, Any]) -> Step:
         model.to(student.pixel_mean.device)
     model.train()
     trainer = Trainer(model, config, content["seed"], RunFolder(Path()), lambda _: ())
-    trainer.iter = content["step"]
+    trainer.iter, trainer.rank = content["step"], content["rank"]
     batch = [
         {key: value.to(trainer.device) if isinstance(value, Tensor) else value for key, value in item.items()}
         for item in content["batch"]

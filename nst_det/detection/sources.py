@@ -30,7 +30,7 @@ class Picture:
 def find_sources(paths: Sequence[str | Path]) -> list[Path]:
     """Return the images and videos that a user names: files, and those directly in folders, sorted by name.
 
-    The stem of a file names what is written for it, so no two may share one.
+    The stem of a file names what is written for it, so no two may share one, nor be named as a frame of a video.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -55,6 +55,14 @@ def find_sources(paths: Sequence[str | Path]) -> list[Path]:
                 f"{shown_path(path)}: has the same name as {shown_path(twin)}, and both would be written as "
                 f"{path.stem}; rename one, or predict them one after the other"
             )
+    videos = {path.stem: path for path in found if is_video(path)}
+    for path in found:
+        stem, _, number = path.stem.rpartition("_")
+        if stem in videos and number.isdecimal() and path.stem == frame_id(stem, int(number)):
+            raise UserError(
+                f"{shown_path(path)}: has the name of a frame of {shown_path(videos[stem])}; rename one, or predict "
+                "them one after the other"
+            )
     return list(of_stem.values())
 
 
@@ -64,6 +72,11 @@ def _is_source(path: Path) -> bool:
 
 def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_EXTENSIONS
+
+
+def frame_id(stem: str, number: int) -> str:
+    """Return the id of a frame by the stem of its video and its number there, from 1."""
+    return f"{stem}_{number:06}"
 
 
 def read_sources(
@@ -77,7 +90,7 @@ def read_sources(
         try:
             if is_video(path):
                 for number, rate, frame in read_frames(path, every):
-                    yield Picture(f"{path.stem}_{number:06}", path, frame, number, rate)
+                    yield Picture(frame_id(path.stem, number), path, frame, number, rate)
             else:
                 yield Picture(path.stem, path, read_image(path))
         except UserError as error:

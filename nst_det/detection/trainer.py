@@ -137,7 +137,7 @@ class Trainer(TrainLoop):
         self.model, self.config, self.seed, self.batches_from = model, config, seed, batches_from
         self.solver, self.max_iter = config.SOLVER, config.SOLVER.MAX_ITER
         self.schedule = lr_schedule(self.solver)
-        self.device = next(model.parameters()).device
+        self.device, self.rank = next(model.parameters()).device, rank()
         guard = NonFiniteGuard(self.solver.NON_FINITE, folder.path, model)
         optimizer = build_optimizer(model, self.solver)
         self.state = OptimizedState(model, transfer_of(model), guard, average, optimizer, folder)
@@ -250,7 +250,7 @@ class Trainer(TrainLoop):
         lists = self.device.type != "cpu" and self.solver.COMPILE == OFF
         for part in range(parts):
             # dropout and the like; the choice of anchors and proposals is seeded by image
-            piece = rank() * parts + part
+            piece = self.rank * parts + part
             seed_everything(self.seed, "step", self.iter, *([piece] if piece else []))
             if isinstance(self.model, DistilledDetector):
                 self.model.iteration = self.iter

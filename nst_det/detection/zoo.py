@@ -198,7 +198,9 @@ def new_predictor(
 
 
 def zoo_keys(path: str | Path) -> dict[str, Any]:
-    """Return the keys of the detector that computes what a zoo's does whose weights these are; {} for our own files.
+    """Return the config keys of a detector that computes the same as the zoo's detector with these weights.
+
+    They are {} for this project's own files.
 
     Raises:
         UserError: no detector, or one that can't be built here.
@@ -228,13 +230,12 @@ def keys_of(given: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
         network = {name.removeprefix(below): value for name, value in weights.items() if name.startswith(below)}
         resnet = resnet_keys(network)
         arch = ARCHS[resnet["DEPTH"], resnet["NUM_GROUPS"], resnet["WIDTH_PER_GROUP"]]
-        fc = weights["roi_heads.box_head.fc1.weight"]
+        fc, channels = weights["roi_heads.box_head.fc1.weight"], len(weights["backbone.fpn_lateral2.weight"])
     except KeyError as error:
         raise UserError(f"{path}: not a Faster R-CNN with FPN on a ResNet (no {error.args[0]})") from error
     except UserError as error:
         raise UserError(f"{path}: {str(error).partition('; use ')[0]}") from error
-    images, channels = _input(form, given), len(weights["backbone.fpn_lateral2.weight"])
-    detectron2s = form == "detectron2"
+    images, detectron2s = _input(form, given), form == "detectron2"
     if detectron2s and "layer1.0.conv3.weight" in network and resnet["NUM_GROUPS"] == 1:
         arch = f"nst_{arch}_caffe"
     keys = {

@@ -22,10 +22,10 @@ from nst_det.detection.distiller import DistilledDetector
 from nst_det.detectron2.checkpoint import PREFIX, SUFFIX, BackboneCheckpointer
 from nst_det.detectron2.config import add_config, class_list
 from nst_det.detectron2.modeling import TimmBackbone, bottom_up_of, box_outputs, choose_roi_heads
-from nst_det.engine.config import expand_path
+from nst_det.engine.config import expand_path, placed
 from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
-from nst_det.losses import TransferLoss, parse_method
+from nst_det.losses import parse_method
 from nst_det.models.io import card_path, pickles_are_trusted, trusting_pickles
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,10 @@ def _read_yaml(path: str, overrides: Sequence[str]) -> CfgNode:
         # of which there is some in its model zoo
         own = Path(path).is_relative_to(Path(detectron2.__file__).parent)
         cfg.merge_from_file(path, allow_unsafe=own or pickles_are_trusted())
+        folder = Path(path).resolve().parent
+        cfg.MODEL.WEIGHTS = placed(cfg.MODEL.WEIGHTS, folder)
+        for entry in (one for one in cfg.DATASETS.VOC.values() if isinstance(one, dict)):
+            entry.update(placed(dict(entry), folder))
         cfg.merge_from_list(list(overrides))
     except yaml.constructor.ConstructorError as error:
         raise UserError(
@@ -195,7 +199,7 @@ def distill(
         levels: what is compared: names that the backbones give, ``student:teacher`` where they differ.
         teacher_weights: the teacher's checkpoint if ``teacher`` is a config; "" takes those that it names.
         weights: term to weight, where ``method`` has none.
-        options: term to its options; ``kd`` has the temperature 1 here.
+        options: term to its options; those that it leaves out keep their default; ``kd`` has the temperature 1 here.
         auto_weight: term to the share of the gradient norm at the student's backbone, 1.0 as much as the student's own
             losses, that its weight is to give it; chosen in the first five steps, instead of ``weights``.
         warmup_iters: the weights rise linearly from 0 over that many steps.
@@ -217,14 +221,15 @@ def distill(
     node.LEVELS, node.WARMUP_ITERS = list(levels), warmup_iters
     for name, values in (("WEIGHTS", weights), ("OPTIONS", options), ("AUTO_WEIGHT", auto_weight)):
         for term, value in dict(values or {}).items():
-            node[name][term] = dict(value) if isinstance(value, Mapping) else value
+            # as a YAML does, over what is the default
+            node[name][term] = {**node[name].get(term, {}), **value} if isinstance(value, Mapping) else value
     if isinstance(teacher, str):
         teacher = _teacher_of(method, node, teacher, teacher_weights, _device(student), trust_pickle)
     return _wrap(student, teacher, method, node, seed)
 
 
 def distill_from_config(student: nn.Module, cfg: CfgNode) -> nn.Module:
-    """Do the same by a config's METHOD, TEACHER and TRANSFER; the student itself where METHOD is ``ce``."""
+    """Wrap the student as a config's METHOD, TEACHER and TRANSFER say; return it as it is where METHOD is ``ce``."""
     if not distiller.wants_teacher(cfg):
         return student
     node, named, device = cfg.TRANSFER, cfg.TEACHER, _device(student)
@@ -268,8 +273,3 @@ def _device(module: nn.Module) -> torch.device:
 def student_of(model: nn.Module) -> nn.Module:
     """Return the student in a :class:`DistilledDetector`; any other model itself."""
     return model.student if isinstance(model, DistilledDetector) else model
-
-
-def transfer_of(model: nn.Module) -> TransferLoss | None:
-    """Return the transfer terms of a :class:`DistilledDetector`; None for any other model."""
-    return model.transfer if isinstance(model, DistilledDetector) else None

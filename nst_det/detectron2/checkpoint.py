@@ -49,8 +49,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
     or an error names what doesn't fit; its input contract (channel order, mean, std) is compared with the model's.  A
     ``.safetensors`` file without a card is a whole detector of either engine, whose names are Detectron2's.  Those of
     torchvision's zoo and of Detectron2's fit a timm bottom-up too, as far as they compute the same there.  A detector
-    of other classes than ``classes`` ([] if unknown) fills all but the box predictor, or of that what ``names`` say; if
-    ``whole`` it is refused.
+    of other classes than ``classes`` ([] if unknown) fills everything but the box predictor, of which ``names`` says
+    what is kept; with ``whole`` it is refused.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from pathlib import Path
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+import nst_det.detectron2.checkpoint  # noqa: F401 (its handler of backbone://)
 from nst_det.data.splits import JoinedVoc
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import (
@@ -28,8 +29,8 @@ from nst_det.engine.keys import OFF
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
-# the name of what DATASETS.VAL or VAL_FRACTION says to validate on
-VALIDATION = "validation"
+# what DATASETS.VAL or VAL_FRACTION says to validate on, in Detectron2's catalog; no data set of a user's has this name
+VALIDATION = "DATASETS.VAL"
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -104,7 +105,7 @@ def validation_config(cfg: CfgNode) -> CfgNode | None:
     own = cfg.clone()
     with defrosted(own):
         own.DATASETS.TEST = (VALIDATION,)
-        own.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / VALIDATION)
+        own.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "validation")
     return own
 
 

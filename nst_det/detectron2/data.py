@@ -164,14 +164,16 @@ def build_train_loader(cfg: CfgNode) -> Any:
             cfg.SEED,
             cfg.DATALOADER.SAMPLER_TRAIN,
         )
-        loader = build_detection_train_loader(cfg, mapper=ImageMapper(cfg))
+        with _none_to_train_on(cfg):
+            loader = build_detection_train_loader(cfg, mapper=ImageMapper(cfg))
         end_workers_with_us(loader.dataset if isinstance(loader, AspectRatioGroupedDataset) else loader)
         return loader
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    with _none_to_train_on(cfg):
+        dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
     decoded = sum(3 * item["height"] * item["width"] for item in dicts)
     boxes_only = not (cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS)
     mapper = ImageMapper(cfg, cached=boxes_only and decoded <= cfg.DATALOADER.CACHE_IMAGES_MB * 2**20)
@@ -181,6 +183,17 @@ def build_train_loader(cfg: CfgNode) -> Any:
     # serialized once, so that loader processes share the memory
     images = SeededImages(DatasetFromList(dicts, copy=False), mapper, cfg.SEED)
     return TrainLoader(images, sampler, cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.DEVICE)
+
+
+@contextmanager
+def _none_to_train_on(cfg: CfgNode) -> Iterator[None]:
+    """Refuse DATASETS.TRAIN in one line where Detectron2, in the block, asserts that there is an image to train on."""
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty; name data sets of DATASETS.VOC")
+    try:
+        yield
+    except AssertionError as error:
+        raise UserError(f"DATASETS.TRAIN: {error} See nst-det check-data for the boxes that can be used") from error
 
 
 def register_voc(

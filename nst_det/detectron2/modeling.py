@@ -1,5 +1,6 @@
 """timm bottom-ups in Detectron2's registry: ``build_timm_backbone`` and ``build_timm_fpn_backbone``."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -101,7 +102,11 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     for name in cfg.MODEL.FPN.IN_FEATURES:
         if name not in bottom_up.channels:
             raise UserError(f"MODEL.FPN.IN_FEATURES: '{name}' is not among MODEL.TIMM.OUT_FEATURES")
-    fpn = cfg.MODEL.FPN
+    fpn, strides = cfg.MODEL.FPN, [bottom_up.strides[name] for name in cfg.MODEL.FPN.IN_FEATURES]
+    if not strides or any(below * 2 != above for below, above in itertools.pairwise(strides)):
+        raise UserError(
+            f"MODEL.FPN.IN_FEATURES {list(fpn.IN_FEATURES)}: name levels, each of twice the stride of the one before"
+        )
     return FPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, LastLevelMaxPool(), fpn.FUSE_TYPE)
 
 

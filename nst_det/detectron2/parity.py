@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 from fvcore.common.config import CfgNode as FvcoreNode
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.detection.torchvision.roi_heads import Instances
 from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import load_config
+from nst_det.detectron2.data import ImageMapper
 from nst_det.engine.run_dir import WEIGHTS_FILE
 from nst_det.errors import UserError
 from nst_det.models import load_plain
@@ -55,7 +55,7 @@ class Engines:
     """The same weights in both engines, in evaluation mode on the CPU, and how each prepares an image."""
 
     detectron2: Any
-    mapper: DatasetMapper
+    mapper: ImageMapper
     torchvision: Detector
     config: FvcoreNode
 
@@ -74,7 +74,7 @@ def load_engines(config_file: str | Path, weights: str, overrides: Sequence[str]
     detector, model = build_detector(ours).eval(), build_model(theirs).eval()
     load_weights(detector, ours)
     BackboneCheckpointer(model, whole=True).load(weights)
-    return Engines(model, DatasetMapper(theirs, False), detector, ours)
+    return Engines(model, ImageMapper(theirs, False), detector, ours)
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from nst_det.detection.config import resolve_device
-from nst_det.detection.trainer import broken_in
-from nst_det.detectron2.api import student_of, transfer_of
+from nst_det.detection.trainer import broken_in, transfer_of
+from nst_det.detectron2.api import student_of
 from nst_det.detectron2.config import add_config
 from nst_det.detectron2.trainer import DistillTrainer, propose_together, reduce_backbones
 from nst_det.engine.config import merge_tree

@@ -22,7 +22,7 @@ from nst_det.detection.config import defrosted
 from nst_det.detection.data import data_classes
 from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.pipeline import DETECTIONS_FILE, print_result
-from nst_det.detectron2.api import transfer_of
+from nst_det.detection.trainer import transfer_of
 from nst_det.detectron2.checkpoint import BackboneCheckpointer, numbered, step_of
 from nst_det.detectron2.config import VALIDATION, class_list, load_config, register_datasets, validation_config
 from nst_det.detectron2.trainer import DistillTrainer, inference_folder, reduce_backbones
@@ -76,6 +76,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace) -> None:
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError("--num-machines: say where the machines meet by --dist-url, such as tcp://HOST:29500")
     where = {"num_machines": args.num_machines, "machine_rank": args.machine_rank, "dist_url": args.dist_url}
     try:
         launch(_run_and_exit, args.num_gpus, **where, args=(args,))

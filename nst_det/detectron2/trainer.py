@@ -27,9 +27,9 @@ from nst_det.detection.config import validates
 from nst_det.detection.data import StepBatchSampler
 from nst_det.detection.distiller import DistilledDetector, backbone_of
 from nst_det.detection.solver import is_backbone
-from nst_det.detection.trainer import broken_in, step_content
+from nst_det.detection.trainer import broken_in, step_content, transfer_of
 from nst_det.detection.zoo import ClassNames
-from nst_det.detectron2.api import distill_from_config, student_of, transfer_of
+from nst_det.detectron2.api import distill_from_config, student_of
 from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import class_list, validation_config
 from nst_det.detectron2.data import ImageMapper, build_train_loader
@@ -397,6 +397,10 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
     def _stop_early(self, step: int) -> None:
         if broadcast_from_rank0(lambda: patience_is_over(Path(self.cfg.OUTPUT_DIR), step, self.cfg.TEST)):
             self.max_iter = step
+            for hook in self._hooks:
+                if isinstance(hook, hooks.PeriodicCheckpointer):
+                    # for model_final.pth
+                    hook.max_iter = step
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; ``MODEL.WEIGHTS`` may be ``backbone://NAME``, and the loader begins at the right step."""

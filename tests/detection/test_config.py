@@ -73,6 +73,10 @@ def test_base_config_loads(base_file):
         ("MODEL.ROI_HEADS.IN_FEATURES", "['p9']"),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]"),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[8, 16]"),
+        ("MODEL.TIMM.OUT_FEATURES", "['c2', 'c3']"),
+        ("MODEL.RPN.IOU_THRESHOLDS", "[0.5]"),
+        ("MODEL.RPN.IOU_THRESHOLDS", "[0.7, 0.3]"),
+        ("MODEL.ROI_HEADS.IOU_THRESHOLDS", "[0.3, 0.5]"),
     ],
 )
 def test_a_bad_value_is_an_error_that_names_its_key(base_file, key, value):
@@ -86,8 +90,11 @@ def test_other_bad_input(base_file, tmp_path, monkeypatch):
     file.write_text(f"_BASE_: {base_file}\nMODEL:\n  RESNETS:\n    DEPTH: 50\n")
     with pytest.raises(UserError, match=r"a\.yaml.*MODEL\.RESNETS"):
         load_detect_config(file)
-    with pytest.raises(UserError, match=r"INPUT\.MIN_SIZE_TRAIN"):
-        load_detect_config(base_file, ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"])
+    for sizes in ("[800]", "[800, 640]"):
+        with pytest.raises(UserError, match=r"INPUT\.MIN_SIZE_TRAIN"):
+            load_detect_config(base_file, ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", sizes])
+    with pytest.raises(UserError, match=r"MODEL\.DEVICE: .*'gpu'"):
+        resolve_device("gpu")
     monkeypatch.setattr("nst_det.engine.metrics.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="WANDB"):
         load_detect_config(base_file, ["WANDB", "shapes"])
@@ -139,6 +146,10 @@ def test_voc_roots(monkeypatch, tmp_path, base_file):
     for name, wanted in (("a", "NST_DET_NOWHERE"), ("b", "DATASETS.VOC.b.SPLIT"), ("c", "DATASETS.TRAIN: .*'c'")):
         with pytest.raises(UserError, match=wanted):
             voc_roots(config, [name], "DATASETS.TRAIN")
+    for entry in ("/data/a", {"ROOT": "x", "SPLIT": "train", "YEAR": 2007}):
+        wrong = load_detect_config(base_file, ["DATASETS.VOC", str({"a": entry})])
+        with pytest.raises(UserError, match=r"DATASETS\.VOC\.a: "):
+            voc_roots(wrong, ["a"], "DATASETS.TRAIN")
     monkeypatch.setenv("NST_DET_NOWHERE", str(tmp_path))
     assert voc_roots(config, ["a"], "DATASETS.TRAIN") == [(tmp_path / "x", "train")]
 

@@ -34,6 +34,8 @@ CLASSES = ("crescent", "cross", "ellipse", "hexagon", "ring", "square", "star", 
         ((500, 333), 800, 800, (800, 533)),
         ((375, 500), 800, 1333, (800, 1067)),
         ((100, 50), 0, 10, (100, 50)),
+        # a side is never less than a pixel
+        ((1, 400), 80, 160, (1, 160)),
     ],
 )
 def test_resized_shape(shape, size, largest, expected):

@@ -312,11 +312,12 @@ def test_bad_input_is_one_clear_line(run, command, capsys, file, content, option
 def test_bad_paths(tmp_path):
     for name in ("empty", "one"):
         (tmp_path / name).mkdir()
-    for name in ("one/a.jpg", "a.png", "notes.txt"):
+    for name in ("one/a.jpg", "a.png", "notes.txt", "film_000001.jpg"):
         (tmp_path / name).touch()
     (tmp_path / "film.mp4").write_bytes(b"no video")
     for paths, named in ((["nowhere"], "nowhere"), (["empty"], "empty"), (["notes.txt"], "notes.txt"),
-                         (["a.png", "one"], "a.jpg.*a.png"), (["film.mp4"], "film.mp4")):  # fmt: skip
+                         (["a.png", "one"], "a.jpg.*a.png"), (["film.mp4"], "film.mp4"),
+                         (["film_000001.jpg", "film.mp4"], "film_000001.jpg.*frame of .*film.mp4")):  # fmt: skip
         with pytest.raises(UserError, match=named):
             list(read_sources(find_sources([tmp_path / path for path in paths])))
 

@@ -15,13 +15,15 @@ from nst_det.detection import pipeline
 from nst_det.detection.checkpoint import save_weights
 from nst_det.detection.config import load_detect_config
 from nst_det.detection.data import data_classes
+from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.pipeline import evaluate_detector, train_detector
+from nst_det.detection.replay import rebuild
 from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.detection.torchvision.rpn import Rpn
 from nst_det.detection.trainer import Trainer
 from nst_det.engine.checkpoint import checkpoints
 from nst_det.engine.metrics import read_metrics
-from nst_det.engine.nan_guard import read_step
+from nst_det.engine.nan_guard import read_step, replay
 from nst_det.engine.train_state import OptimizedState
 from nst_det.errors import UserError
 from nst_det.losses.loss_balance import GradientBalance
@@ -171,6 +173,26 @@ def test_kd_from_a_teacher_of_other_classes_is_refused(on_shapes, tmp_path, wide
     assert train_detector(on_shapes("two", changes))["steps"] == 1
 
 
+def test_a_teacher_whose_classes_have_no_names(small, on_shapes, tmp_path):
+    config = small({"MODEL.ROI_HEADS.NUM_CLASSES": 80})
+    save_weights(tmp_path / "coco.safetensors", build_detector(config, 7), [])
+    (tmp_path / "coco.yaml").write_text(config.dump())
+    teacher = {"TEACHER.CONFIG_FILE": tmp_path / "coco.yaml", "TEACHER.WEIGHTS": tmp_path / "coco.safetensors"}
+    changes = {**UNTESTED, **teacher, "METHOD": "nst-poly", "TRANSFER.LEVELS": ["p2"], "SOLVER.MAX_ITER": 1}
+    assert train_detector(on_shapes("run", changes))["steps"] == 1
+
+
+def test_another_teacher_makes_another_run(on_shapes, tmp_path, untrained_teacher):
+    weights = tmp_path / "teacher.safetensors"
+    named = untrained_teacher({"MODEL.WEIGHTS": str(weights)})
+    config, seen = on_shapes("run", {**named, "TEACHER.WEIGHTS": ""}), []
+    # the weights that its config names, and a config that only Detectron2 reads
+    for path, text in ((weights, "trained"), (weights, "again"), (tmp_path / "teacher.yaml", "A: !!python/tuple [1]")):
+        path.write_text(text)
+        seen.append(input_fingerprints(config))
+    assert [one for one in seen if seen.count(one) > 1] == []
+
+
 def test_a_negative_seed_is_drawn_once(on_shapes, tmp_path):
     result = train_detector(on_shapes(changes={"SEED": -1, "SOLVER.MAX_ITER": 1}))
     assert json.loads((tmp_path / "run" / "seed.json").read_text()) == result["seed"] >= 0
@@ -224,6 +246,9 @@ def test_terms_levels_and_images_are_named_and_the_step_runs_again(on_shapes, tm
     changes, poison = poisoned
     poison(times=1)
     file = tmp_path / "run" / "nonfinite" / "step-00000004.pt"
+    # frozen layers, which have weights from a file, and paths that are dropped by chance
+    frozen = {"MODEL.WEIGHTS": changes["TEACHER.WEIGHTS"], "MODEL.BACKBONE.FREEZE_AT": 2, "MODEL.TIMM.NORM": "FrozenBN"}
+    changes |= {**frozen, "MODEL.TIMM.PRETRAINED": True, "MODEL.TIMM.KWARGS": {"drop_path_rate": 0.5}}
     with pytest.raises(UserError, match=rf"^not finite at step 4: loss_transfer_fitnet \(p3\); images .*{file}"):
         train_detector(on_shapes("run", changes))
     content = read_step(file)
@@ -236,6 +261,8 @@ def test_terms_levels_and_images_are_named_and_the_step_runs_again(on_shapes, tm
     row = next(line.split() for line in shown.splitlines() if "loss_rpn_cls" in line)
     # the terms that are finite have the same bits
     assert row[3] == row[5] == f"{content['terms']['loss_rpn_cls']:.9g}"
+    # another process drops others
+    assert replay({**content, "rank": 1}, file, rebuild).terms["loss_rpn_cls"] != content["terms"]["loss_rpn_cls"]
 
 
 def test_a_skipped_step_changes_nothing(on_shapes, tmp_path, monkeypatch):

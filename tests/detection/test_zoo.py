@@ -184,7 +184,9 @@ def test_masks_are_left_out_and_other_detectors_named(coco, tmp_path):
     mask = {"roi_heads.mask_head.0.0.weight": torch.zeros(1), "roi_heads.keypoint_predictor.kps.weight": torch.zeros(1)}
     torch.save(state_dict | mask, tmp_path / "mask.pth")
     assert zoo_keys(tmp_path / "mask.pth") == zoo_keys(coco[1])
+    of_detectron2 = convert(state_dict, "detectron2")
     others = {
+        "from res3": {name: value for name, value in of_detectron2.items() if "fpn_lateral2" not in name},
         "v2": state_dict | {"backbone.fpn.inner_blocks.0.1.running_mean": torch.zeros(1)},
         "mobilenet": {name.replace("body.conv1.", "body.0.0."): value for name, value in state_dict.items()},
         "retinanet": {name: value for name, value in state_dict.items() if not name.startswith("r")},

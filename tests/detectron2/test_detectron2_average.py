@@ -14,6 +14,7 @@ from nst_det.data.voc import VocDataset
 from nst_det.detectron2 import DistillTrainer, trainer
 from nst_det.detectron2.config import VALIDATION, validation_config
 from nst_det.detectron2.train_net import train as train_net
+from nst_det.engine.config import plain
 from nst_det.engine.io import read_json
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.run_dir import RunFolder
@@ -139,14 +140,14 @@ def test_a_run_validates_on_the_images_that_were_kept_and_tests_at_the_end(confi
     assert checkpoints["best"]["map"] >= checkpoints["last"]["map"]
     rows = {row["step"]: row for row in read_metrics(folder.metrics_path)}
     assert max(rows[2]["val/map"], checkpoints["last"]["map"]) == checkpoints["best"]["map"]
-    found = read_json(tmp_path / "run" / VALIDATION / "inference" / "detections.json")
+    found = read_json(tmp_path / "run" / "validation" / "inference" / "detections.json")
     assert {item["image_id"] for item in found} <= set(kept.ids)
 
 
 def test_the_best_weights_are_tested_and_kept(configured, tmp_path, monkeypatch):
     measured = iter([{"map": 0.5, "map_area": 0.5, "thresholds": {"cat": 0.5}}, {"map": 0.25, "map_area": 0.25}])
     read = trainer.read_json
-    monkeypatch.setattr(trainer, "read_json", lambda path: next(measured) if VALIDATION in str(path) else read(path))
+    monkeypatch.setattr(trainer, "read_json", lambda path: next(measured) if "validation" in str(path) else read(path))
     cfg = configured(*VALIDATED, "TEST.SELECT", "best")
     folder = RunFolder(cfg.OUTPUT_DIR)
     with folder.opened(cfg):
@@ -165,6 +166,10 @@ def test_a_split_of_its_own_is_validated_on(configured):
     assert len(ids["tiny_train"]) == 8
     (name,) = validation_config(cfg).DATASETS.TEST
     assert [item["image_id"] for item in DatasetCatalog.get(name)] == ids["tiny_test"]
+    # a data set of a user's keeps its name
+    own = plain({**cfg.DATASETS.VOC, "validation": cfg.DATASETS.VOC.tiny_test})
+    configured("DATASETS.VOC", own, "DATASETS.TEST", "[validation]", "DATASETS.VAL_FRACTION", 0.25)
+    assert [item["image_id"] for item in DatasetCatalog.get("validation")] == ids["tiny_test"]
     with pytest.raises(UserError, match="no data set 'nowhere'"):
         configured("DATASETS.VAL", "[nowhere]")
 
@@ -172,7 +177,7 @@ def test_a_split_of_its_own_is_validated_on(configured):
 def test_training_stops_where_validation_gets_no_better(configured, tmp_path, monkeypatch):
     measured = iter([{"map": value, "map_area": value} for value in (0.25, 0.5, 0.5, 0.25, 0.25)])
     read = trainer.read_json
-    monkeypatch.setattr(trainer, "read_json", lambda path: next(measured) if VALIDATION in str(path) else read(path))
+    monkeypatch.setattr(trainer, "read_json", lambda path: next(measured) if "validation" in str(path) else read(path))
     choice = ["TEST.EVAL_PERIOD", 1, "TEST.SELECT", "best", "TEST.PATIENCE", 2]
     cfg = configured("DATASETS.VAL_FRACTION", 0.25, *choice)
     folder = RunFolder(cfg.OUTPUT_DIR)
@@ -182,5 +187,6 @@ def test_training_stops_where_validation_gets_no_better(configured, tmp_path, mo
     assert folder.result()["steps"] == 4
     assert [row["step"] for row in read_metrics(folder.metrics_path)] == [0, 1, 2, 3]
     assert [folder.result()["checkpoints"][name]["step"] for name in ("best", "last")] == [2, 4]
+    assert torch.load(tmp_path / "run" / "model_final.pth")["iteration"] == 3
     best, kept = (load_file(tmp_path / "run" / name) for name in ("model_best.safetensors", "model.safetensors"))
     assert same(best, kept)

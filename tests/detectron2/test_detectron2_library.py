@@ -2,6 +2,9 @@
 
 import json
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,6 +119,28 @@ def test_kd_and_auto_weight_in_three_lines(cfg, tiny_teacher):
     again = distill(build_model(cfg), tiny_teacher[0], teacher_weights=tiny_teacher[1], **given)
     again.transfer.load_state_dict(model.transfer.state_dict())
     assert again.transfer.weights == model.transfer.weights
+
+
+def test_options_that_are_left_out_keep_their_default(cfg, tiny_teacher):
+    student, given = build_model(cfg), {"teacher_weights": tiny_teacher[1], "options": {"dkd": {"temperature": 2.0}}}
+    term = distill(student, tiny_teacher[0], "dkd", ["p3"], **given).transfer.terms["dkd"]["logits"]
+    assert (term.temperature, term.others) == (2.0, 0.25)
+
+
+def test_a_teachers_paths_are_beside_its_yaml(tiny_teacher, voc_root, tmp_path):
+    shutil.copy(tiny_teacher[1], tmp_path / "here.pth")
+    data = f"DATASETS: {{VOC: {{tiny_train: {{ROOT: [./nowhere, {voc_root}]}}}}}}"
+    (tmp_path / "own.yaml").write_text(f"_BASE_: {tiny_teacher[0]}\nMODEL: {{WEIGHTS: ./here.pth}}\n{data}\n")
+    assert build_teacher(str(tmp_path / "own.yaml")).roi_heads.num_classes == 2
+
+
+def test_backbones_have_names_once_a_config_has_our_keys():
+    code = (
+        "from nst_det.detectron2 import add_config; from detectron2.utils.file_io import PathManager; "
+        "print(PathManager.get_local_path('backbone://small'))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip().endswith("small.pth")
 
 
 def test_any_detectron2_config_teaches(cfg, tmp_path):

@@ -1,6 +1,7 @@
 """What can't be followed ends the command with one line that names the key or the file."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nst_det.detection.checkpoint import save_weights
 from nst_det.detectron2 import DistillTrainer
 from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import load_config
+from nst_det.detectron2.data import build_train_loader
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 
@@ -41,6 +43,10 @@ TEACHER = ["METHOD", "nst-poly", "TEACHER.CONFIG_FILE"]
         (["MODEL.TIMM.NORM", "LN"], "MODEL.TIMM.NORM"),
         (["MODEL.TIMM.ARCH", "resnet1"], "MODEL.TIMM: .*resnet1"),
         (["MODEL.TIMM.OUT_FEATURES", "['res3', 'res4']"], "MODEL.FPN.IN_FEATURES"),
+        (["MODEL.FPN.IN_FEATURES", "[]"], "MODEL.FPN.IN_FEATURES"),
+        (["MODEL.FPN.IN_FEATURES", "['res2', 'res4']"], "MODEL.FPN.IN_FEATURES"),
+        (["DATASETS.TRAIN", "[]"], "DATASETS.TRAIN"),
+        (["--num-machines", "2"], "--num-machines: .*--dist-url"),
         # layers that would be frozen and random
         (["MODEL.TIMM.NORM", "FrozenBN"], "random weights"),
         (["MODEL.BACKBONE.FREEZE_AT", "2"], "random weights"),
@@ -53,9 +59,28 @@ TEACHER = ["METHOD", "nst-poly", "TEACHER.CONFIG_FILE"]
 )
 def test_bad_values(train, tiny_teacher, tmp_path, capsys, words, named):
     words = [word.format(teacher=tiny_teacher[0], weights=tiny_teacher[1]) for word in words]
-    assert train(tmp_path / "run", *words, test=True) == 2
+    flags = words if words[0].startswith("--") else []
+    assert train(tmp_path / "run", *words[len(flags) :], flags=flags, test=True) == 2
     found = capsys.readouterr().err.splitlines()[-1]
     assert re.search(named, found), found
+
+
+@pytest.mark.parametrize("seed", [3, -1])
+def test_images_without_an_object_to_train_on(configured, voc_root, tmp_path, seed):
+    root = shutil.copytree(voc_root, tmp_path / "hard")
+    for file in (root / "Annotations").iterdir():
+        file.write_text(file.read_text().replace("<difficult>0", "<difficult>1"))
+    cfg = configured("DATASETS.VOC", {"hard": {"ROOT": str(root), "SPLIT": "train"}}, "DATASETS.TRAIN", "[hard]",
+                     "DATASETS.TEST", "[]", "SEED", seed)  # fmt: skip
+    with pytest.raises(UserError, match=r"DATASETS\.TRAIN: .*hard"):
+        build_train_loader(cfg)
+
+
+def test_an_image_that_is_none_has_no_parity(cli, tiny_teacher, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("no image")
+    named = ["--config-file", tiny_teacher[0], "--weights", tiny_teacher[1]]
+    assert cli("parity", *named, "--image", tmp_path / "notes.txt") == 2
+    assert "notes.txt" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_teacher_of_other_classes(configured, taught, tiny_teacher, tmp_path):
