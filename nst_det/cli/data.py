@@ -83,7 +83,7 @@ COUNTS = {
 }
 LOOKS = {
     "rotation": "largest turn of an object, degrees",
-    "contrast": "smallest RGB distance of an object from the ground, 0 to 200",
+    "contrast": "smallest RGB distance of an object from the ground, 0 to 180",
     "texture": "amplitude of the textures, grey levels",
     "noise": "largest deviation of the pixel noise, grey levels",
     "clutter": "density of distractors; 1 is dense",

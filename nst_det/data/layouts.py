@@ -41,10 +41,10 @@ from nst_det.errors import UserError
 
 IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
 LABEL_FOLDERS = ("annotations", "annotation", "labels", "label", "xmls", "xml")
-# such as train, valid, train2017 and obj_train_data
-_SPLIT = re.compile(r"(?:obj_)?(train|val|test)(?:ing|id|idation)?(?:_data)?[-_]?\d*", re.IGNORECASE)
+# such as train, valid, trainval, train2017 and obj_train_data
+_SPLIT = re.compile(r"(?:obj_)?(trainval|train|val|test)(?:ing|id|idation)?(?:_data)?[-_]?\d*", re.IGNORECASE)
 # text that comes with labels and is none
-_NO_LABEL = re.compile(r"(classes|train|valid|val|test|license|readme.*)\.txt", re.IGNORECASE)
+_NO_LABEL = re.compile(r"(classes|trainval|train|valid|val|test|license|readme.*)\.txt", re.IGNORECASE)
 _CONVERT = "export or convert it to Pascal VOC, YOLO or COCO's JSON"
 _COCO = "nst-det init NAME --coco FILE [TEST_FILE] --images FOLDER [TEST_FOLDER] takes it"
 # extension, words near the beginning, what it is, and what to do
@@ -71,7 +71,7 @@ class Layout:
     root: Path
     images: dict[str, Path]
     annotations: dict[str, Path]
-    splits: dict[str, tuple[str, ...]] = field(default_factory=dict)  # train, val and test, as the folders say
+    splits: dict[str, tuple[str, ...]] = field(default_factory=dict)  # trainval, train, val and test, as the folders say
     classes: YoloClasses | None = None  # for YOLO alone
     unused: dict[Path, str] = field(default_factory=dict)  # images of an id that another one has
     is_voc: bool = False  # read where it is
@@ -102,7 +102,7 @@ def find_layout(root: str | Path) -> Layout | None:
             raise
         other = _other_layout(root.resolve())
         # VOC2007 and VOC2012 are two data sets; train and test are parts of one
-        if "several" in str(error) and not (other and other.splits):
+        if str(error).startswith(f"{shown_path(root)}: several ") and not (other and other.splits):
             raise
         if other is None:
             _refuse_other_format(root)
@@ -173,7 +173,7 @@ def _inside(files: Sequence[str], extensions: Sequence[str], folders: Sequence[s
 
 
 def _places(files: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Return split (``train``, ``val``, ``test`` or "") and name of each file, without the folders above all."""
+    """Return split (``trainval``, ``train``, ``val``, ``test`` or "") and name of each, without the folders above all."""
     folders = {
         file: [name for name in file.split("/")[:-1] if name.lower() not in (*IMAGE_FOLDERS, *LABEL_FOLDERS)]
         for file in files

@@ -74,8 +74,8 @@ class GenerateSettings:
             "classification_classes": (2, len(CLASSES)),
             "detection_classes": (1, self.classification_classes),
             "rotation": (0, 180),
-            # no color is more than 200 away from all others
-            "contrast": (0, 200),
+            # no color is more than 200 away from all others, and few are almost as far
+            "contrast": (0, 180),
             "texture": (0, 100),
             "noise": (0, 100),
             "clutter": (0, 10),

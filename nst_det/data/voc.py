@@ -284,11 +284,8 @@ def annotation_files(root: Path) -> dict[str, Path]:
 
 def image_names(folder: Path) -> dict[str, str]:
     """Return the file of every image by its id, relative to ``folder``; of several the first extension wins."""
-    try:
-        files = list(files_by_id(folder, EXTENSIONS))
-    except OSError as error:
-        raise UserError(f"{shown_path(folder)}: can't be listed ({error.strerror}); put the images there") from error
     rank = {extension: place for place, extension in enumerate(EXTENSIONS)}
+    files = files_by_id(folder, EXTENSIONS)
     return dict(sorted(files, key=lambda file: rank[os.path.splitext(file[1])[1].lower()], reverse=True))
 
 
@@ -332,7 +329,8 @@ def walk_files(folder: Path) -> Iterator[str]:
     """
 
     def failed(error: OSError) -> None:
-        raise error
+        where = f"{shown_path(error.filename)}: can't be listed ({error.strerror})"
+        raise UserError(f"{where}; make it, or correct its permissions") from error
 
     for at, folders, files in os.walk(folder, onerror=failed):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -124,7 +124,7 @@ class ObjectCounts:
 
 def count_objects(truth: GroundTruth) -> dict[str, ObjectCounts]:
     """Return the counts of each class."""
-    area = (truth.box[:, 2:] - truth.box[:, :2] + 1).prod(axis=1)
+    area = (truth.box[:, 2:] - truth.box[:, :2] + 1).clip(min=0).prod(axis=1)
     counts = {}
     for label, name in enumerate(truth.classes):
         mine = truth.label == label

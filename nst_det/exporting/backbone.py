@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from nst_det import detectron2
-from nst_det.engine.io import atomic_folder, atomic_path, write_text
+from nst_det.engine.io import atomic_files, atomic_folder, atomic_path, write_text
 from nst_det.errors import UserError
 from nst_det.exporting import Exported
 from nst_det.exporting.modelcard import backbone_card, detectron2_config
@@ -109,20 +109,20 @@ def export_detectron2(weights: str, output: str | Path, arch: str = "") -> Expor
     mean, std = ([float(f"{255 * value:.6g}") for value in pixels[name]] for name in ("mean", "std"))
     given = {"channel_order": pixels["channel_order"], "mean": mean, "std": std, "origin": origin}
     text = detectron2_config(resnet=resnet, caffe=is_caffe(arch), weights=output.name, **given)
-    config = output.with_suffix(".yaml")
-    with atomic_path(output) as temporary:
-        _write(entries, temporary, output.suffix)
-    write_text(config, text)
-    try:
-        agreement = _compare_with_detectron2(state_dict, arch, arch_kwargs, config, output)
-    except UserError:
-        output.unlink(missing_ok=True)
-        config.unlink(missing_ok=True)
-        raise
-    files = {"weights": output, "config": config}
-    if card is not None:
-        files["card"] = output.with_suffix(".md")
-        write_text(files["card"], backbone_card(card, output.stem, "detectron2", agreement, config.name))
+    files = {"weights": output, "config": output.with_suffix(".yaml")}
+    with atomic_files(output, "name another --output") as folder:
+        written, config = folder / output.name, folder / files["config"].name
+        _write(entries, written, output.suffix)
+        write_text(config, text)
+        try:
+            agreement = _compare_with_detectron2(state_dict, arch, arch_kwargs, config, written)
+        except UserError as error:
+            # it is there for now alone
+            raise UserError(str(error).replace(str(written), str(output))) from error
+        if card is not None:
+            files["card"] = output.with_suffix(".md")
+            about = backbone_card(card, output.stem, "detectron2", agreement, config.name)
+            write_text(folder / files["card"].name, about)
     return Exported(files, agreement)
 
 

@@ -1,5 +1,6 @@
 """The same images and boxes in the layouts that tools write."""
 
+import os
 import re
 
 import numpy as np
@@ -200,6 +201,34 @@ def test_what_is_not_read_is_named(tmp_path, cli, capsys, files, named):
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert re.search(named, line)
     assert not (tmp_path / "mine").exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, cli, capsys, monkeypatch):
+    (build(tmp_path / "data", "flat") / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    # root, who may run this, can list every folder
+    monkeypatch.setattr("os.scandir", refuse)
+    for words in (("check-data", tmp_path / "data"), ("init", tmp_path / "mine", "--voc", tmp_path / "data")):
+        assert cli(*words) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert re.search("lost.found: can't be listed.*permissions", line)
+
+
+def test_several_in_a_folders_name_means_nothing(tmp_path):
+    assert find_layout(build(tmp_path / "several_cams", "YOLO of labelImg")).classes
+
+
+def test_a_folder_of_all_but_the_test_images_is_a_list(tmp_path):
+    for split in ("trainval", "test"):
+        write(tmp_path / f"images/{split}/{split}.jpg", jpeg())
+        write(tmp_path / f"annotations/{split}/{split}.xml", xml())
+    assert find_layout(tmp_path).splits == {"trainval": ("trainval",), "test": ("test",)}
 
 
 def test_image_folders_stay_image_folders(tmp_path):

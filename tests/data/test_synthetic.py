@@ -137,7 +137,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
         ("classification_classes", 13, "from 2 to 12"),
         ("detection_classes", 11, "from 1 to 10"),
         ("seed", -1, "from 0"),
-        ("contrast", 250, "from 0 to 200"),
+        ("contrast", 190, "from 0 to 180"),
         ("rotation", float("nan"), "from 0"),
         ("classes", 3, "known"),
         ("seed", "x", "from 0"),

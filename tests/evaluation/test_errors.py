@@ -129,3 +129,5 @@ def test_objects_are_counted_by_size_of_the_pixels_of_both_ends():
     counts = count_objects(truth(objects))
     assert counts == {"cat": ObjectCounts(1, 2, 1, 1, (33 + 96) / 2), "dog": ObjectCounts(0, 0, 0, 0, None)}
     assert counts["cat"].objects == 4
+    # two corners of one side are swapped
+    assert count_objects(truth([("a", "cat", (30, 1, 10, 20))]))["cat"].side == 0

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from nst_det.errors import UserError
-from nst_det.exporting.backbone import TORCHVISION_ARCHS, export_timm, export_torchvision
+from nst_det.exporting.backbone import TORCHVISION_ARCHS, export_detectron2, export_timm, export_torchvision
 from nst_det.models import Card, create_model, input_contract, save_backbone
 
 MEAN, STD = [0.5, 0.25, 0.125], [0.2, 0.3, 0.4]
@@ -118,3 +118,18 @@ def test_detectron2_gets_a_card_as_well(cli, tmp_path, capsys):
     card = (tmp_path / "r18.md").read_text()
     assert 'config.merge_from_file("r18.yaml")' in card
     assert "| method | `kd+nst-poly` |" in card
+
+
+def test_a_failing_export_leaves_an_earlier_one(tmp_path, monkeypatch):
+    path, _ = saved(tmp_path, "resnet18")
+    exported = export_detectron2(str(path), tmp_path / "r18.pkl")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert {file.name for file in exported.files.values()} <= before.keys()
+
+    def differ(*given):
+        raise UserError(f"{given[-1]}: differs")
+
+    monkeypatch.setattr("nst_det.exporting.backbone._compare_with_detectron2", differ)
+    with pytest.raises(UserError, match=f"^{tmp_path}/r18.pkl: differs"):
+        export_detectron2(str(path), tmp_path / "r18.pkl")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
