@@ -250,6 +250,9 @@ def check_added_keys(config: CfgNode, source: str) -> None:
     """Refuse values of this project's keys that neither engine can follow."""
     for key, value, limit in _wrong_values(config, ADDED):
         raise UserError(f"{source}: {key} is {value!r}; set it to {limit.wanted}")
+    for name, entry in config.DATASETS.VOC.items():
+        if not isinstance(entry, dict) or set(entry) - {"ROOT", "SPLIT"}:
+            raise UserError(f"{source}: DATASETS.VOC.{name}: give {{ROOT: folder, SPLIT: list}} and nothing else")
     for key, off in (("SELECT", LAST), ("PATIENCE", 0)):
         if config.TEST[key] != off and not (validates(config) and config.TEST.EVAL_PERIOD):
             raise UserError(
@@ -350,9 +353,6 @@ def set_names(config: CfgNode) -> list[str]:
 def voc_roots(config: CfgNode, names: Sequence[str], key: str) -> list[tuple[Path, str]]:
     """Return (root, split) of each data set that ``key`` names; it must be an entry of DATASETS.VOC."""
     roots = []
-    for name, entry in config.DATASETS.VOC.items():
-        if not isinstance(entry, dict) or set(entry) - {"ROOT", "SPLIT"}:
-            raise UserError(f"DATASETS.VOC.{name}: give {{ROOT: folder, SPLIT: list}} and nothing else")
     for name in names:
         entry = config.DATASETS.VOC.get(name)
         if entry is None:
