@@ -10,7 +10,7 @@ from nst_det.errors import UserError
 
 INIT_IMAGES = (
     "with --coco: the folder of its images, or one for each file. With --voc: classification data for stage one, a "
-    "folder a class (default: the objects are cut out of the images)"
+    "folder per class (default: the objects are cut out of the images)"
 )
 INIT_NETWORK = "(published weights where timm has some; default: a small one on a CPU, on a GPU"
 
@@ -45,7 +45,7 @@ def init(args: argparse.Namespace) -> None:
         for problem in {problem.kind: problem for problem in reversed(report.problems)}.values():
             print(f"          {problem.kind}: {problem.line()}")
         checked = shlex.join([*args.coco, "--images", *args.images]) if args.coco else root
-        print(f"          a run continues with these problems; nst-det check-data {checked} lists them")
+        print(f"          runs go on in spite of these; nst-det check-data {checked} lists them all")
     for note in report.notes:
         print(f"note      {note}")
     names = ", ".join(values.classes[:10]) + (", ..." if len(values.classes) > 10 else "")
@@ -130,7 +130,7 @@ def crop_objects(args: argparse.Namespace) -> None:
 
 
 COCO_IMAGES = "of COCO's JSON: the folder of its images, or one for each file"
-LOOKED_AT = "images with boxes (VOC, labelImg, Roboflow, YOLO), one folder of images a class, or COCO's JSON"
+LOOKED_AT = "images with boxes (VOC, labelImg, Roboflow, YOLO), one folder of images per class, or COCO's JSON"
 
 
 @command(

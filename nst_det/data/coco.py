@@ -73,15 +73,15 @@ def read_coco(source: CocoSource, note: Note) -> list[CocoImage]:
     """Return every image that is listed and there, in the files' order, without the objects that can't be used.
 
     An image's id is its path below the folder of images, without extension, folders joined by ``_``; where the two
-    folders have images of the same name, what tells the folders apart comes first.
+    folders have images of the same name, ``train`` or ``test`` comes first.
     """
     folders = source.images * len(source.files) if len(source.images) == 1 else source.images
     found = []
     for split, file, folder in zip(SPLITS, source.files, map(_ImageFolder, folders)):
         found += [replace(image, split=split) for image in _CocoFile(file, folder, note).read()]
     if len({image.annotation.id for image in found}) < len(found) and len(set(folders)) > 1:
-        prefixes = dict(zip(SPLITS, _prefixes(folders)))
-        found = [replace(image, annotation=_prefixed(image.annotation, prefixes[image.split])) for image in found]
+        named = [replace(image.annotation, id=f"{image.split}_{image.annotation.id}") for image in found]
+        found = [replace(image, annotation=annotation) for image, annotation in zip(found, named)]
     by_id: dict[str, CocoImage] = {}
     for image in found:
         first = by_id.setdefault(image.annotation.id, image)
@@ -150,8 +150,8 @@ class _ImageFolder:
     def find(self, name: str) -> Path | None:
         """Return the image: the file of this name, or else the one that shares the most last parts of it.
 
-        Those are the parts of a path with ``/`` or ``\\``, or of an address.  None is there, or several are as good:
-        that is an error.
+        Those are the parts of a path with ``/`` or ``\\``, or of an address.  None if there is none; several that match
+        equally well are an error.
         """
         address = urlsplit(name) if "://" in name else None
         parts = [part for part in re.split(r"[\\/]+", unquote(address.path) if address else name) if part]
@@ -353,15 +353,3 @@ def _voc_id(path: Path, folder: Path) -> str:
     if path.suffix.lower() not in EXTENSIONS:
         raise UserError(f"'{shown(str(relative))}' is not one of {', '.join(EXTENSIONS)}; convert the image")
     return id_
-
-
-def _prefixes(folders: Sequence[Path]) -> list[str]:
-    """Return what tells two folders apart: the parts of their paths without those that both begin and end with."""
-    one, other = (folder.resolve().parts for folder in folders)
-    start = _shared_end(one[::-1], other[::-1])
-    end = _shared_end(one[start:], other[start:])
-    return ["_".join(parts[start : len(parts) - end]) for parts in (one, other)]
-
-
-def _prefixed(annotation: VocAnnotation, prefix: str) -> VocAnnotation:
-    return replace(annotation, id=f"{prefix}_{annotation.id}") if prefix else annotation

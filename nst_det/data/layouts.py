@@ -71,7 +71,7 @@ class Layout:
     root: Path
     images: dict[str, Path]
     annotations: dict[str, Path]
-    splits: dict[str, tuple[str, ...]] = field(default_factory=dict)  # trainval, train, val and test, as the folders say
+    splits: dict[str, tuple[str, ...]] = field(default_factory=dict)  # train, val, test or trainval, as the folders say
     classes: YoloClasses | None = None  # for YOLO alone
     unused: dict[Path, str] = field(default_factory=dict)  # images of an id that another one has
     is_voc: bool = False  # read where it is
@@ -173,7 +173,7 @@ def _inside(files: Sequence[str], extensions: Sequence[str], folders: Sequence[s
 
 
 def _places(files: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Return split (``trainval``, ``train``, ``val``, ``test`` or "") and name of each, without the folders above all."""
+    """Return split (such as ``train``, or "") and name of each file, without the folders above all."""
     folders = {
         file: [name for name in file.split("/")[:-1] if name.lower() not in (*IMAGE_FOLDERS, *LABEL_FOLDERS)]
         for file in files

@@ -35,7 +35,7 @@ class GroundTruth:
         annotations = list(annotations)
         for annotation in annotations:
             for line in usable_boxes(annotation)[1]:
-                log.warning("%s; no detection can match it, and it counts as missed", line)
+                log.warning("%s; not trained on, but counted as an object", line)
         ids = tuple(annotation.id for annotation in annotations)
         if len(set(ids)) != len(ids):
             raise ValueError("an image comes twice in the ground truth")
