@@ -307,7 +307,9 @@ class TeacherCache:
         values = {}
         for name in self._kept:
             first = self._shards[0][name]
-            values[name] = torch.empty((len(rows), *first.shape[1:]), dtype=first.dtype)
+            # from other memory the host would wait for the copy
+            pinned = self.device.type == "cuda"
+            values[name] = torch.empty((len(rows), *first.shape[1:]), dtype=first.dtype, pin_memory=pinned)
             for shard in shards.unique().tolist():
                 here = (shards == shard).nonzero()[:, 0]
                 values[name][here] = self._shards[shard][name][within[here]]
