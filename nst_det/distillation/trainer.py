@@ -196,8 +196,10 @@ class StudentTrainer(OptimizedState):
             statistics = [*running_statistics(self.model), *running_statistics(self.transfer)]
             average_gradients(self.parameters, [*self.terms.values(), *self.by_level.values(), *statistics])
         self.total = _sum(self.terms)
-        # infinite gradients are an everyday matter of fp16's scaler, which passes over such steps by itself
-        self._norm = self.total if self.scaler.is_enabled() else gradient_norm(self.parameters)
+        # infinite gradients are an everyday matter of fp16's scaler, which passes over such steps by itself; but not
+        # those that stay infinite where it makes them smaller
+        everyday = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        self._norm = self.total if everyday else gradient_norm(self.parameters)
 
     @property
     def waits(self) -> bool:
