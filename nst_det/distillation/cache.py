@@ -136,6 +136,10 @@ class Trial:
 
     def __init__(self, losses: Mapping[str, TransferLoss], student: ModelOutputs, device: torch.device) -> None:
         self.losses = [copy.deepcopy(loss).to(device) for loss in losses.values() if loss.pairs]
+        for layer in (layer for loss in self.losses for layer in loss.modules()):
+            if isinstance(layer, nn.SyncBatchNorm):
+                # in training mode it would wait for processes that make no trial
+                layer.eval()
         self.student, self.device = student, device
         if student.labels is None and student.logits is not None:
             # any will do
