@@ -415,6 +415,15 @@ def resolve_device(name: str) -> str:
     return here if name == "auto" else name
 
 
+def check_device(config: CfgNode, processes: int) -> None:
+    """Refuse a MODEL.DEVICE that would put all of several processes on one GPU."""
+    if processes > 1 and config.MODEL.DEVICE.startswith("cuda:"):
+        raise UserError(
+            f"MODEL.DEVICE {config.MODEL.DEVICE}: each of {processes} processes takes its own GPU; set it to cuda, "
+            "and choose the GPUs by CUDA_VISIBLE_DEVICES"
+        )
+
+
 def resolve_machine(config: CfgNode) -> None:
     """Set MODEL.DEVICE and DATALOADER.NUM_WORKERS to what they are on this machine, for either engine."""
     from nst_det.engine.device import loader_workers

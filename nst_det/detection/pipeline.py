@@ -25,6 +25,7 @@ from nst_det.detection.checkpoint import (
     settle,
 )
 from nst_det.detection.config import (
+    check_device,
     defrosted,
     listed_classes,
     load_detect_config,
@@ -64,6 +65,7 @@ from nst_det.engine.distributed import (
     is_main_process,
     rank,
     start_processes,
+    started_together,
     world_size,
 )
 from nst_det.engine.format import text_table
@@ -233,6 +235,7 @@ def _begin(config: CfgNode) -> None:
     with defrosted(config):
         config.ENGINE = "torchvision"
     resolve_machine(config)
+    check_device(config, started_together())
     start_processes(config.MODEL.DEVICE == "cpu")
 
 

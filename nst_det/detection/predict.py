@@ -23,6 +23,7 @@ from nst_det.detection.predictions import Boxes, Find, Prediction
 from nst_det.detection.sources import Picture
 from nst_det.detection.tiles import Tiles
 from nst_det.detection.torchvision import Detector, build_detector
+from nst_det.engine.device import set_cudnn_benchmark
 from nst_det.engine.run_dir import WEIGHTS_FILE
 from nst_det.errors import UserError
 from nst_det.evaluation.thresholds import DEFAULT, read_thresholds
@@ -61,6 +62,8 @@ def load_run(
     detector = build_detector(config)
     load_weights(detector, config, classes, key="--run")
     place_detector(detector, config)
+    # images have many sizes; a run before in this process may have trained with it
+    set_cudnn_benchmark(False, detector.pixel_mean.device)
     return detector.eval(), config, classes
 
 

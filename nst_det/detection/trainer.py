@@ -100,12 +100,8 @@ def data_parallel(model: nn.Module) -> nn.Module:
     if world_size() == 1 or (on_cpu and any(isinstance(layer, nn.SyncBatchNorm) for layer in model.modules())):
         return model
     # a pyramid may have levels that nothing reads; running statistics are averaged after each step
-    return DistributedDataParallel(
-        model,
-        device_ids=None if on_cpu else [torch.cuda.current_device()],
-        broadcast_buffers=False,
-        find_unused_parameters=True,
-    )
+    # with device_ids it would move each tensor of a batch by itself, and wait for it
+    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
 
 
 @dataclass

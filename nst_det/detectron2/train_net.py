@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from nst_det.detection.checkpoint import save_weights
-from nst_det.detection.config import defrosted
+from nst_det.detection.config import check_device, defrosted
 from nst_det.detection.data import data_classes
 from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.pipeline import DETECTIONS_FILE, print_result
@@ -34,7 +34,7 @@ from nst_det.engine.device import (
     keep_freed_memory,
     set_float32_precision,
 )
-from nst_det.engine.distributed import start_processes, started_together, stop_processes
+from nst_det.engine.distributed import TIMEOUT, start_processes, started_together, stop_processes
 from nst_det.engine.io import read_json, write_text
 from nst_det.engine.metrics import last_losses
 from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder
@@ -61,6 +61,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}")
     if cfg.SOLVER.IMS_PER_BATCH % max(args.num_gpus * args.num_machines, 1):
         raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} can't be shared out to the processes evenly")
+    check_device(cfg, max(started_together(), args.num_gpus * args.num_machines))
     if started_together() > 1:
         if args.num_gpus > 1 or args.num_machines > 1:
             raise UserError("--num-gpus, --num-machines: torchrun has started the processes; leave these out")
@@ -69,18 +70,23 @@ def main(args: argparse.Namespace) -> int:
         run(args)
         stop_processes()
     elif args.num_gpus * args.num_machines > 1:
-        _launch(args)
+        _launch(cfg, args)
     else:
         run(args)
     return 0
 
 
-def _launch(args: argparse.Namespace) -> None:
+def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("--num-machines: say where the machines meet by --dist-url, such as tcp://HOST:29500")
+    if cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available():
+        raise UserError(
+            "--num-gpus, --num-machines: where there are GPUs Detectron2's processes meet by these, also with "
+            "MODEL.DEVICE cpu; hide them by CUDA_VISIBLE_DEVICES='', or start the processes by torchrun"
+        )
     where = {"num_machines": args.num_machines, "machine_rank": args.machine_rank, "dist_url": args.dist_url}
     try:
-        launch(_run_and_exit, args.num_gpus, **where, args=(args,))
+        launch(_run_and_exit, args.num_gpus, **where, args=(args,), timeout=TIMEOUT)
     except ProcessRaisedException as error:
         # the traceback of the process is all that is known of its error
         marker = f"{UserError.__module__}.{UserError.__name__}: "

@@ -136,6 +136,10 @@ class Trial:
 
     def __init__(self, losses: Mapping[str, TransferLoss], student: ModelOutputs, device: torch.device) -> None:
         self.losses = [copy.deepcopy(loss).to(device) for loss in losses.values() if loss.pairs]
+        for layer in (layer for loss in self.losses for layer in loss.modules()):
+            if isinstance(layer, nn.SyncBatchNorm):
+                # in training mode it would wait for processes that make no trial
+                layer.eval()
         self.student, self.device = student, device
         if student.labels is None and student.logits is not None:
             # any will do
@@ -307,7 +311,9 @@ class TeacherCache:
         values = {}
         for name in self._kept:
             first = self._shards[0][name]
-            values[name] = torch.empty((len(rows), *first.shape[1:]), dtype=first.dtype)
+            # from other memory the host would wait for the copy
+            pinned = self.device.type == "cuda"
+            values[name] = torch.empty((len(rows), *first.shape[1:]), dtype=first.dtype, pin_memory=pinned)
             for shard in shards.unique().tolist():
                 here = (shards == shard).nonzero()[:, 0]
                 values[name][here] = self._shards[shard][name][within[here]]

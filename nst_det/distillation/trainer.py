@@ -23,6 +23,7 @@ from nst_det.engine.distributed import (
     average_gradients,
     copy_from_first,
     is_main_process,
+    mean_of_processes,
     rank,
     running_statistics,
     world_size,
@@ -163,12 +164,16 @@ class StudentTrainer(OptimizedState):
             self._join()
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean over the labelled images of a part; 0 where it has none."""
+        """Return the mean over the labelled images of a part; 0 where it has none.
+
+        Of several processes the values are such that their mean is the one over the labelled images of all.
+        """
         smoothing, data = self.solver.LABEL_SMOOTHING, self.config.DATA
         if not (data.PER_CLASS and data.REST == "unlabelled"):
             return cross_entropy(logits, labels, label_smoothing=smoothing)
         total = cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=-1, reduction="sum")
-        return total / (labels >= 0).sum().clamp(min=1)
+        count = mean_of_processes((labels >= 0).sum().to(total.dtype))
+        return total / count.clamp(min=1 / world_size())
 
     def _balanced(self, task: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the terms by the weights that the first steps choose, in which they are measured against the task."""
@@ -196,8 +201,10 @@ class StudentTrainer(OptimizedState):
             statistics = [*running_statistics(self.model), *running_statistics(self.transfer)]
             average_gradients(self.parameters, [*self.terms.values(), *self.by_level.values(), *statistics])
         self.total = _sum(self.terms)
-        # infinite gradients are an everyday matter of fp16's scaler, which passes over such steps by itself
-        self._norm = self.total if self.scaler.is_enabled() else gradient_norm(self.parameters)
+        # infinite gradients are an everyday matter of fp16's scaler, which passes over such steps by itself; but not
+        # those that stay infinite where it makes them smaller
+        everyday = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        self._norm = self.total if everyday else gradient_norm(self.parameters)
 
     @property
     def waits(self) -> bool:

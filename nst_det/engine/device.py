@@ -113,19 +113,43 @@ class HostCopy:
         return self._values.tolist()
 
 
+def tf32_in() -> dict[str, bool]:
+    """Return whether float32 is TF32 on a GPU, in ``convolutions`` and in ``matrix products``."""
+    # older releases of torch lack some of it
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    # once a user has set these, torch 2.9 and newer refuse to read the older switches
+    if hasattr(matmul, "fp32_precision"):
+        found = {"convolutions": cudnn.conv.fp32_precision, "matrix products": matmul.fp32_precision}
+        return {kind: precision == "tf32" for kind, precision in found.items()}
+    return {"convolutions": cudnn.allow_tf32, "matrix products": matmul.allow_tf32}
+
+
+# what FLOAT32_PRECISION found, for the next run in this process that leaves it ""
+_found: list[dict[str, bool]] = []
+
+
 def set_float32_precision(name: str, device: torch.device) -> None:
     """Set what float32 is on a GPU (FLOAT32_PRECISION), for convolutions and matrix products alike, in this process.
 
-    ``highest`` is float32, ``high`` and ``medium`` are TF32.  "" leaves torch as it is: by default convolutions are
-    TF32, products float32.  On the CPU float32 is float32.
+    ``highest`` is float32, ``high`` and ``medium`` are TF32.  "" leaves torch as it is, or as it was before a run of
+    this process set another: by default convolutions are TF32, products float32.  On the CPU float32 is float32.
     """
     if name not in FLOAT32_PRECISIONS:
         known = ", ".join(FLOAT32_PRECISIONS[1:])
         raise UserError(f"FLOAT32_PRECISION: unknown precision '{name}'; use one of {known}, or \"\"")
-    if name and device.type == "cuda":
-        # all releases of torch have these two; newer ones refuse a mixture of them and of ``fp32_precision``
-        torch.set_float32_matmul_precision(name)
-        torch.backends.cudnn.allow_tf32 = name != "highest"
+    if device.type != "cuda" or not (name or _found):
+        return
+    if name and not _found:
+        _found.append(tf32_in())
+    convolutions, products = [name != "highest"] * 2 if name else _found.pop().values()
+    # all releases of torch have these two
+    torch.set_float32_matmul_precision(name or ("high" if products else "highest"))
+    cudnn: Any = torch.backends.cudnn
+    cudnn.allow_tf32 = convolutions
+    # newer ones would then let convolutions follow a user's ``torch.backends.fp32_precision``
+    for kind in (cudnn.conv, cudnn.rnn) if hasattr(cudnn, "conv") else ():
+        kind.fp32_precision = "tf32" if convolutions else "ieee"
 
 
 def set_cudnn_benchmark(wanted: bool, device: torch.device) -> None:
@@ -151,9 +175,7 @@ def compute_line(
     if mixed and precision is None:
         parts[0] += " (this device is not fast in bf16)"
     if device.type == "cuda":
-        products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        kinds = {"convolutions": convolutions, "matrix products": products}
-        parts += [f"float32 {kind} in {'TF32' if tf32 else 'float32'}" for kind, tf32 in kinds.items()]
+        parts += [f"float32 {kind} in {'TF32' if tf32 else 'float32'}" for kind, tf32 in tf32_in().items()]
         parts += ["the fastest of cuDNN's kernels"] * torch.backends.cudnn.benchmark
     if workers is not None:
         parts.append(f"{workers} loader workers")

@@ -51,7 +51,7 @@ def start_processes(on_cpu: bool) -> None:
 def stop_processes() -> None:
     """Disconnect at the end of a command that ended well; a process that fails is ended by torchrun, with all."""
     if dist.is_initialized() and started_together() > 1:
-        dist.barrier()
+        wait_for_all()
         dist.destroy_process_group()
         _host_group.cache_clear()
 
@@ -121,8 +121,9 @@ def largest_of_processes(sizes: Sequence[int]) -> list[int]:
 
 
 def wait_for_all() -> None:
+    """Wait until all processes come here, on the host: GPUs go on, and none is kept busy by it."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=_host_group())
 
 
 def copy_from_first(*modules: nn.Module) -> None:

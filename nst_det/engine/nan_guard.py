@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nst_det.engine.checkpoint import SCHEMA, check_schema, load_checkpoint, write_state
 from nst_det.engine.device import is_gpu_error
-from nst_det.engine.distributed import gathered, largest_of_processes, rank, world_size
+from nst_det.engine.distributed import gathered, largest_of_processes, rank, wait_for_all, world_size
 from nst_det.engine.foreach import copy_together
 from nst_det.engine.keys import BACK, SKIP, STOP
 from nst_det.errors import UserError
@@ -175,6 +175,8 @@ class NonFiniteGuard:
         images = list(itertools.chain.from_iterable(everywhere[number][1] for number in found_in))
         if rank() == found_in[0]:
             write_state(path, {"schema": SCHEMA, **content(), "step": step, "not_finite": names, "images": images})
+        # as soon as one process has ended the others are ended, also one that is still writing
+        wait_for_all()
         found = f"{self.who}not finite at step {step}: {_first(names)}; images {_first(images)}"
         kept_in = f"nst-det replay {path} runs this step again"
         policy = str(self.node.POLICY)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nst_det.engine.device import tf32_in
 from nst_det.losses.mmd import SMALLEST_BANDWIDTH, chunks, joined, positions_side_is_cheaper, products_side_is_cheaper
 from nst_det.losses.ops import EPS, Shared, full_precision
 
@@ -128,15 +129,17 @@ def _multiplies_half(device: torch.device) -> bool:
 def _as_convolutions(maps: Any) -> Iterator[None]:
     """Multiply in TF32 what belongs to bf16 or fp16 maps, where convolutions are."""
     matmul = torch.backends.cuda.matmul
-    wanted = maps.is_cuda and maps.dtype in HALF and torch.backends.cudnn.allow_tf32
-    if not wanted or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (maps.is_cuda and maps.dtype in HALF and tf32_in()["convolutions"]):
         yield
         return
-    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    # where a user has set the newer switch, the older one can't be read
+    name, tf32 = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, tf32)
     try:
         yield
     finally:
-        matmul.allow_tf32 = before
+        setattr(matmul, name, before)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -18,6 +18,7 @@ from nst_det.detection.config import (
     wanted_engine,
 )
 from nst_det.detection.d2_defaults import DETECTRON2_ONLY
+from nst_det.detection.pipeline import train_detector
 from nst_det.engine.config import flat
 from nst_det.engine.device import loader_workers
 from nst_det.errors import UserError
@@ -177,6 +178,14 @@ def test_auto_and_minus_one_are_what_fits_the_machine(base_file, monkeypatch, gp
     if not gpu:
         assert resolve_device("cuda:0") == "cpu"
         assert "no GPU here, taking the CPU" in caplog.text
+
+
+def test_processes_take_a_gpu_each(base_file, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = load_detect_config(base_file, ["MODEL.DEVICE", "cuda:1"])
+    with pytest.raises(UserError, match=r"MODEL\.DEVICE cuda:1: .*CUDA_VISIBLE_DEVICES"):
+        train_detector(config)
 
 
 def test_loader_processes_share_the_cores_of_their_machine(monkeypatch):

@@ -332,6 +332,12 @@ def turned(path, orientation):
     return file
 
 
+def test_cudnn_tries_no_kernels_after_a_training_in_this_process(run, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    nst_det.load_detector(run, device="cpu")
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_from_python_any_form_of_an_image_gives_what_predict_gives(run, command, images):
     code, out = command("--device", "cpu", "--format", "json")
     wanted = json.loads((out / "detections.json").read_text())

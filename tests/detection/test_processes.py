@@ -74,6 +74,14 @@ def test_two_processes_train_as_one(on_shapes, tmp_path, taught, in_processes):
             assert (value - begun[name]).abs().max() > 1e-4, f"{name} was not trained"
 
 
+def test_a_batch_moves_to_a_gpu_as_without_processes(monkeypatch):
+    made = []
+    monkeypatch.setattr(module, "world_size", lambda: 2)
+    monkeypatch.setattr(module, "DistributedDataParallel", lambda model, **words: made.append(words))
+    module.data_parallel(torch.nn.Linear(1, 1, device="meta"))
+    assert "device_ids" not in made[0]
+
+
 def trained(config):
     """The result, and the average of the weights in this process after the last step."""
     kept, update = {}, AveragedWeights.update

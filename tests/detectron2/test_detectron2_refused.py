@@ -17,6 +17,7 @@ from nst_det.detectron2 import DistillTrainer
 from nst_det.detectron2.checkpoint import BackboneCheckpointer
 from nst_det.detectron2.config import load_config
 from nst_det.detectron2.data import build_train_loader
+from nst_det.engine.distributed import TIMEOUT
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 
@@ -125,7 +126,9 @@ def test_weights_of_other_classes(configured, tmp_path, classes, caplog):
 def test_an_error_in_a_process(train, tmp_path, monkeypatch, capsys):
     trace = "Traceback ...\n  File ...\nnst_det.errors.UserError: SOLVER.OPTIMIZER: wrong\n"
 
-    def fail(*_, **__):
+    def fail(*_, timeout, **__):
+        # an evaluation by the first process may take hours
+        assert timeout == TIMEOUT
         raise ProcessRaisedException(trace, 0, 1)
 
     monkeypatch.setattr("nst_det.detectron2.train_net.launch", fail)
@@ -133,6 +136,15 @@ def test_an_error_in_a_process(train, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "nst-det: SOLVER.OPTIMIZER: wrong"
     assert train(tmp_path / "run", "SOLVER.IMS_PER_BATCH", "3", flags=["--num-gpus", "2"]) == 2
     assert "SOLVER.IMS_PER_BATCH 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "named"), [("cuda:1", "MODEL.DEVICE cuda:1"), ("cpu", "--num-gpus")])
+def test_processes_that_cannot_meet_on_these_gpus(train, tmp_path, monkeypatch, capsys, device, named):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("nst_det.detectron2.train_net.launch", lambda *_, **__: None)
+    assert train(tmp_path / "run", "MODEL.DEVICE", device, flags=["--num-gpus", "2"]) == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_another_runs_folder(train, tiny_yaml, tmp_path, capsys):

@@ -7,13 +7,14 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nst_det.distillation import cache as cache_writing
 from nst_det.distillation import pipeline
 from nst_det.distillation.build import Teacher, initial_student
 from nst_det.distillation.cache import (
+    Index,
     Piece,
     TeacherCache,
     Trial,
@@ -298,6 +299,22 @@ def test_a_cache_that_is_too_large_is_refused_before_it_is_written(run, tmp_path
     with pytest.raises(UserError, match=f"CACHE.DIR: {folder}: {size}"):
         run(tmp_path, folder, METHODS=["kd+at"])
     assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_rows_for_a_gpu_are_gathered_where_it_takes_them_itself(tmp_path, monkeypatch):
+    piece, kept = Piece("maps", "res3", "", (4, 2, 2), "float32"), torch.randn(6, 4, 2, 2)
+    for shard in range(2):
+        save_file({"res3": kept[3 * shard :][:3]}, shard_path(tmp_path, shard))
+    empty, pinned = torch.empty, []
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, dtype, pin_memory: (pinned.append(pin_memory), empty(*size, dtype=dtype))[1]
+    )
+    monkeypatch.setattr(cache_writing, "assemble", lambda pieces, values, *_: values)
+    rows = torch.tensor([4, 0, 3])
+    for device in ("cuda", "cpu"):
+        cache = TeacherCache(tmp_path, Index({}, [piece], 6, 3), torch.device(device))
+        assert torch.equal(cache(torch.zeros(3), rows)["res3"], kept[rows])
+    assert pinned == [True, False]
 
 
 def test_rounding_is_logged(run, cached, tmp_path, caplog):

@@ -116,6 +116,21 @@ def test_a_non_finite_gradient_is_named_where_the_loss_is_finite(images, tmp_pat
     replayed(dump(tmp_path, 2, "teacher"))
 
 
+def test_gradients_that_no_scale_makes_finite_are_named(images, tmp_path, monkeypatch):
+    """As in fp16 on a GPU: its scaler passes over such steps, each with half of the scale."""
+    scaler, forward_backward = torch.amp.GradScaler, StudentTrainer.forward_backward
+
+    def infinite(self, *batch):
+        hook = self.model.fc.bias.register_hook(lambda gradient: gradient * math.nan)
+        forward_backward(self, *batch)
+        hook.remove()
+
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, **_: scaler(device, init_scale=2.0))
+    monkeypatch.setattr(StudentTrainer, "forward_backward", infinite)
+    with pytest.raises(UserError, match=r"not finite at step 2: the gradient of fc\.bias; images"):
+        run(images, tmp_path, METHODS=["ce"])
+
+
 def test_gradients_too_large_together_are_named(images, tmp_path, taught):
     keys = {"METHODS": ["at:1e38"], "TRANSFER.WEIGHTS": {"at": 1e38}, "SOLVER.CLIP_GRADIENTS.ENABLED": False}
     with pytest.raises(UserError, match=r"at:1e38: not finite at step 0: the norm of all gradients; images train"):

@@ -7,6 +7,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from nst_det.engine import device as module
 from nst_det.engine.device import (
     amp_dtype,
     autocast,
@@ -17,8 +18,10 @@ from nst_det.engine.device import (
     named_device,
     set_cudnn_benchmark,
     set_float32_precision,
+    tf32_in,
 )
 from nst_det.errors import UserError
+from nst_det.losses.mmd_gpu import _as_convolutions
 from nst_det.models import create_model
 
 CPU, OLD, NEW = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
@@ -34,10 +37,13 @@ def two_gpus(monkeypatch):
 
 
 @pytest.fixture
-def torch_settings():
+def torch_settings(monkeypatch):
     """Puts back what FLOAT32_PRECISION changes."""
+    monkeypatch.setattr(module, "_found", [])
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
 
@@ -66,6 +72,28 @@ def test_float32_is_the_same_in_products_and_convolutions(torch_settings, name, 
     # what torch itself reads; where its two ways to say this were mixed it raises
     if hasattr(torch.backends, "fp32_precision"):
         assert (torch.backends.cudnn.conv.fp32_precision == "tf32") == convolutions
+
+
+def test_a_run_without_a_precision_has_what_was_before_the_runs_of_this_process(torch_settings):
+    for name in ("highest", "high", ""):
+        set_float32_precision(name, NEW)
+    assert tf32_in() == {"convolutions": True, "matrix products": False}
+    torch.backends.cuda.matmul.allow_tf32 = True
+    # what a user sets after that is the user's
+    set_float32_precision("", NEW)
+    assert tf32_in() == {"convolutions": True, "matrix products": True}
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has the older switches alone")
+def test_a_user_may_set_tf32_by_the_newer_switches(torch_settings, two_gpus):
+    torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert compute_line(NEW, None).count("TF32") == 2
+    with _as_convolutions(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)):
+        assert tf32_in()["matrix products"]
+    set_float32_precision("highest", NEW)
+    assert compute_line(NEW, None).count("TF32") == 0
+    set_float32_precision("", NEW)
+    assert compute_line(NEW, None).count("TF32") == 2
 
 
 def test_on_the_cpu_float32_is_float32(torch_settings):

@@ -1,11 +1,14 @@
 import logging
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from fvcore.common.config import CfgNode
 from torch import nn
 
 from nst_det.engine import distributed as processes
+from nst_det.engine import nan_guard
 from nst_det.engine.distributed import (
     average_gradients,
     broadcast_from_rank0,
@@ -17,7 +20,9 @@ from nst_det.engine.distributed import (
     share_of,
     speaks_of_error,
     start_processes,
+    wait_for_all,
 )
+from nst_det.engine.nan_guard import NonFiniteGuard
 from nst_det.errors import UserError
 from nst_det.models.sync_norm import sync_batch_norm
 
@@ -78,13 +83,36 @@ def by_host_memory():
         asked.append(group),
         broadcasts(*args, group=group, **rest),
     )
+    barrier = dist.barrier
+    dist.barrier = lambda group=None: (asked.append(group), barrier(group=group))
     found = gathered(rank()), broadcast_from_rank0(lambda: "a")
+    wait_for_all()
     return found, len(set(asked)), [backend(group) for group in asked if group is not None]
 
 
-def test_objects_do_not_travel_through_gpus(in_processes):
+def test_objects_do_not_travel_through_gpus_nor_do_these_wait(in_processes):
     # were the processes on GPUs
-    assert in_processes(by_host_memory) == [(([0, 1], "a"), 1, ["gloo", "gloo"])] * 2
+    assert in_processes(by_host_memory) == [(([0, 1], "a"), 1, ["gloo"] * 3)] * 2
+
+
+def not_finite(folder):
+    start_processes(on_cpu=True)
+    write = nan_guard.write_state
+
+    def slow(*args):
+        time.sleep(0.5)
+        write(*args)
+
+    nan_guard.write_state = slow
+    node = CfgNode({"POLICY": "stop", "LIMIT": 3})
+    with pytest.raises(UserError, match="not finite at step 4: loss"):
+        NonFiniteGuard(node, folder, nn.Linear(1, 1)).handle(4, ["loss"] * (1 - rank()), ["image"], dict)
+    # torchrun ends all processes as soon as this one ends
+    return [path.name for path in folder.glob("nonfinite/*.pt")]
+
+
+def test_no_process_ends_while_the_dump_of_a_step_is_written(tmp_path, in_processes):
+    assert in_processes(not_finite, tmp_path) == [["step-00000004.pt"]] * 2
 
 
 def failing():

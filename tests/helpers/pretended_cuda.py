@@ -367,6 +367,8 @@ def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run an operator where its tensors are, on the CPU if none pretends to be on a GPU."""
     there = [value for value in tree_leaves((args, kwargs)) if isinstance(value, PretendedTensor)]
     device = None if kwargs.get("device") is None else torch.device(kwargs["device"])
+    if kwargs.get("pin_memory"):
+        kwargs = kwargs | {"pin_memory": False}
     if not there and (device is None or device.type != "cuda"):
         return operator(*args, **kwargs)
     pretended.use()
@@ -379,8 +381,6 @@ def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     index = there[0].index if device is None or device.type == "cpu" else _index(device)
     if device is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
-    if kwargs.get("pin_memory"):
-        kwargs = kwargs | {"pin_memory": False}
     with dispatch._disable_current_modes():
         found = ON_GPU.get(operator, operator)(*tree_map(_data, args), **tree_map(_data, kwargs))
         if name == "aten.copy_":

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nst_det.engine.device import tf32_in
 from nst_det.losses import mmd_gpu, nst_loss
 from nst_det.losses.mmd import KERNELS, positions_side_is_cheaper, products_side_is_cheaper
 
@@ -80,11 +81,10 @@ def test_long_sums_are_cut_into_slices_of_equal_length(shape, slices, channels_l
 )
 def test_half_precision_maps_alone_are_multiplied_in_tf32(monkeypatch, on_gpu, dtype, convolutions, products):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
-    before = torch.backends.cuda.matmul.allow_tf32
-    assert not before
+    assert not tf32_in()["matrix products"]
     with mmd_gpu._as_convolutions(SimpleNamespace(is_cuda=on_gpu, dtype=dtype)):
-        assert torch.backends.cuda.matmul.allow_tf32 == products
-    assert torch.backends.cuda.matmul.allow_tf32 == before
+        assert tf32_in()["matrix products"] == products
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
