@@ -59,9 +59,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def no_log_handler_of_another_test():
-    """A command logs to the standard error of its test, which is closed after it."""
-    yield
+    """A command logs to the standard error of its test, which is closed after it, and sets the level."""
     root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
     root.handlers[:] = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
 
 

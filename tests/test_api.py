@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 import nst_det
 from nst_det import api
 from nst_det.data.synthetic import DETECTION, GenerateSettings, generate_data
-from nst_det.engine.signals import Preempted, preemptible
+from nst_det.engine.signals import Preempted
 from nst_det.errors import UserError
+from tests.helpers.small_comparison import RunsHere, write_comparison
 
 GUIDE = Path(__file__).parent / "guide" / "shim.py"
 
@@ -62,12 +64,15 @@ def test_bad_input_is_one_line(call, named):
         call()
 
 
-def test_a_stopped_comparison_leaves_the_signals_as_they_were():
-    import signal
+def test_a_stopped_comparison_leaves_the_signals_as_they_were(tmp_path, monkeypatch):
+    class Stopping(RunsHere):
+        def submit(self, run):
+            signal.raise_signal(signal.SIGTERM)
 
+    monkeypatch.setattr("nst_det.comparison.pipeline.LocalLauncher", Stopping)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(Preempted, match="SIGTERM"), preemptible(once=True):
-        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="SIGTERM"):
+        nst_det.compare(write_comparison(tmp_path), output=tmp_path / "out")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 

@@ -82,3 +82,11 @@ def test_a_refused_command_imports_nothing_heavy(words):
     assert imported.isdisjoint({"torch", "torchvision", "timm", "scipy", "detectron2"})
     assert done.returncode == 2
     assert "nst-det: " in done.stderr.splitlines()[-1]
+
+
+def test_all_that_is_not_python_is_installed():
+    tomllib = pytest.importorskip("tomllib")
+    globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["nst_det"]
+    package = ROOT / "nst_det"
+    there = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert there == {path for one in globs for path in package.glob(one)}

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nst_det.errors import UserError
+from nst_det.errors import UserError, printable
 
 MAX_NAME_BYTES = 200
 
@@ -20,10 +20,7 @@ def shown(text: str, length: int = 120) -> str:
         >>> shown("a\\nb")
         'a\\\\nb'
     """
-    cut = text if len(text) <= length else f"{text[:length]}..."
-    if cut.isprintable():
-        return cut
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+    return printable(text if len(text) <= length else f"{text[:length]}...")
 
 
 def shown_path(path: str | Path) -> str:

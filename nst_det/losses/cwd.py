@@ -19,8 +19,9 @@ from nst_det.losses.registry import LayerPair, register_term
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, shared: Shared = compute_now) -> Tensor:
     """``tau^2 / (B C) sum KL(softmax(t / tau) || softmax(s / tau))`` with the softmax over the positions of a channel.
 
-    Maps are (B, C, H, W) and (B, C, H', W'), the larger one is averaged down; a scalar >= 0 that doesn't change when a
-    constant is added to a channel.  No gradient goes to the teacher; ``shared`` keeps its part for other students.
+    Maps are (B, C, H, W) and (B, C, H', W'), the larger one is averaged down; tau is the ``temperature``.  A scalar
+    >= 0 that doesn't change when a constant is added to a channel.  No gradient goes to the teacher; ``shared`` keeps
+    its part for other students.
     """
     check_maps(student, teacher, same_channels=True)
     size = common_size(student, teacher)

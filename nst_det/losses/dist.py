@@ -27,7 +27,8 @@ def dist_loss(
 ) -> Tensor:
     """``T^2 (inter (1 - r over the classes of an image) + intra (1 - r over the images of a class))`` of logits (B, K).
 
-    Means over images and classes; a scalar in [0, 2 T^2 (inter + intra)], 0 for an empty batch.
+    r is Pearson's, of probabilities softened by the ``temperature`` T.  Means over images and classes; a scalar in
+    [0, 2 T^2 (inter + intra)], 0 for an empty batch.
     """
     target = soft_targets("dist", student, teacher, temperature, shared).exp()
     if not len(student):

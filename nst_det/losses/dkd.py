@@ -20,7 +20,8 @@ def dkd_loss(
 ) -> Tensor:
     """``T^2 (target KL(b_T || b_S) + others KL(q_T || q_S))`` of logits (B, K), mean over the batch: a scalar >= 0.
 
-    b is (p, 1 - p) of the class in ``labels`` (B,), q the distribution over the other classes alone.
+    b is (p, 1 - p) of the class in ``labels`` (B,), q the distribution over the other classes alone, both softened by
+    the ``temperature`` T.
     """
     wanted = soft_targets("dkd", student, teacher, temperature, shared)
     found = F.log_softmax(full_precision(student) / temperature, dim=1)

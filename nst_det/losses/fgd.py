@@ -69,7 +69,8 @@ def fgd_loss(
 ) -> Tensor:
     """The focal part of FGD, of maps (B, C, H, W) of one size: a scalar >= 0, sums over an image, mean over the batch.
 
-    ``objects`` and ``background`` weigh the squared differences there, ``focus`` the L1 distance of the attention.
+    ``boxes`` are those of each image, (N, 4) in shares of its sides.  ``objects`` and ``background`` weigh the squared
+    differences there, ``focus`` the L1 distance of the attention, which a lower ``temperature`` makes sharper.
     """
     teacher = teacher.detach()
     ((inside, around),) = box_masks(boxes, [(student.shape[2], student.shape[3])])

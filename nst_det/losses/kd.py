@@ -20,7 +20,7 @@ def soft_targets(term: str, student: Tensor, teacher: Tensor, temperature: float
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0, shared: Shared = compute_now) -> Tensor:
     """``T^2 * KL(softmax(z_T / T) || softmax(z_S / T))`` of logits (B, K), mean over the batch: a scalar >= 0.
 
-    No gradient goes to the teacher; ``shared`` keeps its soft targets for other students.
+    T is the ``temperature``.  No gradient goes to the teacher; ``shared`` keeps its soft targets for other students.
     """
     target = soft_targets("kd", student, teacher, temperature, shared)
     log_probability = F.log_softmax(full_precision(student) / temperature, dim=1)

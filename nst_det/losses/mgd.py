@@ -8,7 +8,7 @@ from nst_det.losses.registry import LayerPair, register_term
 
 
 def generation_loss(generated: Tensor, teacher: Tensor) -> Tensor:
-    """Squared difference of two maps (B, C, H, W), summed over all but the batch, mean over the batch."""
+    """Squared difference of maps (B, C, H, W), ``generated`` and the teacher's: sum over an image, mean over images."""
     return (generated - teacher).square().sum() / len(teacher)
 
 

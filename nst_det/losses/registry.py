@@ -120,11 +120,22 @@ def register_term(
     truth: str = "",
     joint: bool = False,
 ) -> Callable[[Build], Build]:
-    """Decorate the class of a loss, to make it a term of methods; the parameters are those of :class:`LossSpec`.
+    """Decorate the class of a loss, to make it a term of methods.
 
     The class may declare what it ``reads`` of the teacher's output: the names (first entries of the keys) under which
     it asks ``shared`` for what each image has by itself, such as ``("attention",)``.  A teacher cache keeps these
     alone; without a declaration, or for ``"output"``, it keeps the output.
+
+    Args:
+        name: in a method: lower case, digits, hyphens.
+        level: the kind of output compared: ``logits``, ``maps`` or ``embedding``.
+        weight: the default weight on its value.
+        source: where the default weight comes from.
+        summary: what the student learns from it, in a few words.
+        student_kind: the kind of output read from the student; ``level`` where it is empty.
+        vectors: the class also compares a student's vector with a teacher's map.
+        truth: what of the annotation it is called with, as a keyword: ``labels``, ``boxes`` or nothing.
+        joint: one module compares all pairs: the class and its module get lists, and the module gives one.
 
     Raises:
         ValueError: the name is taken, reserved or can't be part of a method; the kind or the weight isn't valid.

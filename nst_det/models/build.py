@@ -98,7 +98,7 @@ def check_arch(arch: str, arch_kwargs: Mapping[str, Any]) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable and frozen parameters; buffers don't count."""
+    """Number of the ``model``'s trainable and frozen parameters; buffers don't count."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -180,7 +180,11 @@ def feature_levels(model: nn.Module) -> dict[str, LevelInfo]:
 
 
 def take_levels(available: Mapping[str, LevelInfo], names: Sequence[str], arch: str) -> dict[str, LevelInfo]:
-    """The named levels, by stride; a ValueError about one that the model doesn't have lists those that it has."""
+    """Return the levels in ``names`` out of those ``available`` for the network ``arch``, by stride.
+
+    Raises:
+        ValueError: no name, a name that the network doesn't have, or a level that isn't a map of its own.
+    """
     if not names:
         raise ValueError(f"no levels asked of {arch}; it has {', '.join(available)}")
     for name in names:

@@ -212,7 +212,7 @@ def is_backbone_file(path: Path) -> bool:
 
 
 def load_card(path: str | Path) -> Card:
-    """Read and check the card of a backbone file, or of ``backbone://NAME``.
+    """Read and check the card of the backbone file ``path``, which may be ``backbone://NAME``.
 
     A card without its checksum (``content_sha256``), written by hand, is read as well.
 

@@ -1,7 +1,6 @@
 import io
 import json
 import logging
-import time
 
 import pytest
 from rich.console import Console
@@ -103,18 +102,18 @@ def test_on_a_terminal_there_is_a_bar_for_each_run(tmp_path, clock, monkeypatch)
         view.started(runs[0])
         write_steps(runs[0].folders[0], 5)
         view.update(runs[:1])
-        # the bars are drawn by a thread
-        time.sleep(0.4)
+        # drawn by a thread now and then
+        view._bar.refresh()
         # the metrics are behind
         told = progress_file(runs[0].log_path(tmp_path))
         told.parent.mkdir(parents=True)
         told.write_text('{"steps": 7, "note": "evaluation 3/4"}')
         clock[0] += 1
         view.update(runs[:1])
-        time.sleep(0.4)
+        view._bar.refresh()
         view.finished(runs[0])
         view.started(runs[0])
-        time.sleep(0.4)
+        view._bar.refresh()
         view.finished(runs[0])
     assert not told.exists()
     shown = [line for line in console.file.getvalue().splitlines() if "detect/a" in line or "runs" in line]

@@ -62,6 +62,11 @@ def steps_in(folder):
     return sum(path.read_text().count("\n") for path in folder.rglob("metrics.jsonl"))
 
 
+def written(folder):
+    """When each run ended."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+
+
 def finish(start, folder, said, *words):
     process = start(folder, *words)
     process.join(300)
@@ -71,12 +76,13 @@ def finish(start, folder, said, *words):
 
 @pytest.mark.slow
 def test_killed_at_random_and_started_again_equals_undisturbed(start, tmp_path):
-    said = tmp_path / "said.txt"
+    said = tmp_path / "output.txt"
     undisturbed = finish(start, tmp_path / "undisturbed", said, "--jobs", "2")
     assert [row["method"] for row in undisturbed["rows"]] == ["scratch", "ce", "kd+nst-poly"]
     whole = steps_in(tmp_path / "undisturbed")
     assert whole >= 4 + 2 * 6 + 3 * 6
-    draw = random.Random(time.time())
+    seed = int(time.time())
+    draw = random.Random(seed)
     for _ in range(2):
         process = start(tmp_path / "killed")
         enough = min(steps_in(tmp_path / "killed") + draw.randint(1, whole // 2), whole - 1)
@@ -87,11 +93,12 @@ def test_killed_at_random_and_started_again_equals_undisturbed(start, tmp_path):
         assert process.exitcode == -9
     # one at a time: how many run at once must not matter
     resumed = finish(start, tmp_path / "killed", said, "--jobs", "1")
-    assert comparable(resumed) == comparable(undisturbed)
+    assert comparable(resumed) == comparable(undisturbed), f"seed {seed}"
     assert {path.name for path in (tmp_path / "killed" / "report").iterdir()} >= {
         "results.json", "results.csv", "table.md", "index.html",
     }  # fmt: skip
     # what is done is not done again: the last call only reads
-    begin = time.monotonic()
+    before = written(tmp_path / "killed")
+    assert before
     assert comparable(finish(start, tmp_path / "killed", said)) == comparable(undisturbed)
-    assert time.monotonic() - begin < 20
+    assert written(tmp_path / "killed") == before

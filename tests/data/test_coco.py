@@ -133,8 +133,7 @@ CASES = [
     # names of files
     *(
         (put("images", 0, "file_name", name), [BAD], f"images[0]: file_name '{name[:9]}")
-        for name in ("", "..", "a/", "q" * 201 + ".jpg", "q/" * 501 + "a.jpg", "a.jpg/..")
-        if not name.endswith("/")
+        for name in ("", "..", "q" * 201 + ".jpg", "q/" * 501 + "a.jpg", "a.jpg/..")
     ),
     (put("images", 0, "file_name", "a\n.jpg"), [BAD], "images[0]: file_name 'a\\n.jpg'"),
     (put("images", 0, "file_name", "gone.jpg"), [MISSING], "images[0]: no image 'gone.jpg'"),

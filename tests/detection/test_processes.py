@@ -58,7 +58,7 @@ def test_two_processes_train_as_one(on_shapes, tmp_path, taught, in_processes):
     assert first == second
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [row["step"] for row in two] == list(range(20))
-    for mine, shared in zip(one, two):
+    for mine, shared in zip(one, two, strict=True):
         assert {"loss_transfer_fitnet", "loss_transfer_nst-poly"} < shared.keys()
         # the losses add up to about 2
         assert shared == pytest.approx(mine, rel=1e-5, abs=2e-6)
@@ -134,7 +134,8 @@ def test_parts_of_a_batch_add_up_to_it(on_shapes, tmp_path):
         changes = {**frozen, "MODEL.WEIGHTS": str(tmp_path / "start.safetensors"), "SOLVER.ACCUMULATE": parts}
         train_detector(on_shapes(name, changes))
     whole, parts = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
-    for mine, other in zip(whole, parts):
+    assert len(whole) == 3
+    for mine, other in zip(whole, parts, strict=True):
         assert other == pytest.approx(mine, rel=1e-5, abs=1e-7)
 
 

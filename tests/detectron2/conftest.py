@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from nst_det.data.annotation import VocAnnotation, VocObject, voc_xml
 from nst_det.engine.metrics import read_metrics
 from nst_det.models import Card, create_model, input_contract, save_backbone
+from tests.helpers.detection import same_bits
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ARCHS = {
@@ -161,8 +161,7 @@ def same_run():
     """``same_run(one, other)``: two run folders hold the same weights and metrics, to the bit."""
 
     def check(one, other):
-        first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
-        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert same_bits(one, other)
         assert read_metrics(one / "metrics.jsonl") == read_metrics(other / "metrics.jsonl")
 
     return check

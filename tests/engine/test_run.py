@@ -210,7 +210,9 @@ def test_what_a_run_waits_for_is_told_to_the_comparison_and_shown_by_the_bar(tmp
             with waiting("checkpoint"):
                 assert told(log) == (31, "checkpoint")
                 # a thread draws the bars
-                time.sleep(0.3 * shown)
+                latest = time.monotonic() + 20 * shown
+                while time.monotonic() < latest and "checkpoint" not in console.file.getvalue():
+                    time.sleep(0.02)
             meter.step()
             assert told(log) == (32, "")
         with progress("evaluation", 400) as last:

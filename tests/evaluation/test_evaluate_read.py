@@ -158,7 +158,7 @@ def test_images_by_number_name_and_path(given, found, key):
     if found:
         assert detections_from_json(rows, ids, CLASSES, "f", names).image_id == [found]
     else:
-        with pytest.raises(UserError, match="^f: detection 0: image_id .*--split|--coco-names"):
+        with pytest.raises(UserError, match="^f: detection 0: image_id .*(--split|--coco-names)"):
             detections_from_json(rows, ids, CLASSES, "f", names)
 
 
@@ -257,7 +257,7 @@ def test_the_list_to_test_on_is_the_default(tmp_path, lists, split):
     [
         ([[10, 10, 20, 15]], None),
         # corners written as sizes, fractions, and what merely reaches outside
-        ([[10, 10, 35, 25], [2, 2, 39, 29]], r"1|2 of 2 boxes reach outside"),
+        ([[10, 10, 35, 25], [2, 2, 39, 29]], r"1 of 2 boxes reach outside"),
         ([[0.1, 0.1, 0.5, 0.5]], "fractions"),
         ([[10, 10, 35, 9]], None),
         ([], None),

@@ -86,7 +86,7 @@ def test_the_peak_is_the_programs_own(tmp_path):
     program = tmp_path / "program.py"
     program.write_text("import sys\nassert sys.argv[1].endswith('.png')\nx = b'1' * 80_000_000\n")
     # this process holds more
-    here = bytes(300_000_000)
+    here = b"1" * 300_000_000
     peak = peak_memory([str(program)], np.zeros((3, 4, 5), np.uint8))
     assert 80e6 < peak < len(here)
     program.write_text("raise SystemExit('no runtime')")

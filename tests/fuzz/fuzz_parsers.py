@@ -24,7 +24,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-FOLDER = Path(tempfile.mkdtemp(prefix="fuzz_"))
+_KEPT = tempfile.TemporaryDirectory(prefix="fuzz_")
+FOLDER = Path(_KEPT.name)
 
 IMAGES = (".jpg", ".png", ".bmp", ".webp", ".tif")
 
@@ -168,8 +169,8 @@ def check(name: str, parser: Parser, data: bytes) -> None:
             warnings.simplefilter("ignore")
             parser(data)
     except UserError as error:
-        if "\n" in str(error):
-            raise AssertionError(f"{name}: more than one line: {error}") from error
+        if not str(error).isprintable():
+            raise AssertionError(f"{name}: more than one printable line: {str(error)!r}") from error
     except Exception as error:
         raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
 

@@ -55,7 +55,7 @@ def test_float16_with_its_loss_scale(stage_one, from_teacher, tmp_path, gpu_devi
 
 
 @pytest.mark.parametrize("mode", COMPILE_MODES[1:])
-def test_compiled_networks_have_the_losses_of_plain_ones(stage_one, from_teacher, tmp_path, mode, gpu_device):
+def test_compiled_networks_have_the_losses_of_plain_ones(stage_one, from_teacher, tmp_path, mode, gpu_device, caplog):
     if gpu_device == "cpu" and mode != "default":
         pytest.skip("CUDA graphs need a GPU")
     keys = {**from_teacher, "METHODS": ["ce", METHOD], "SOLVER.EMA_DECAY": 0.9}
@@ -64,6 +64,8 @@ def test_compiled_networks_have_the_losses_of_plain_ones(stage_one, from_teacher
     for word, rows in plain.items():
         assert losses(found[word][0]) == pytest.approx(losses(rows[0]), rel=1e-3), word
         assert losses(found[word][-1]) == pytest.approx(losses(rows[-1]), rel=0.02), word
+    # none of them ran as it is
+    assert "SOLVER.COMPILE" not in caplog.text
 
 
 def test_workers_give_the_batches_of_this_process(stage_one_config, tmp_path, gpu_device):

@@ -57,7 +57,7 @@ def test_the_first_step_in_float32_has_the_losses_of_the_cpu(engine, stage_two, 
 
 
 @pytest.mark.parametrize("mode", COMPILE_MODES[1:])
-def test_a_compiled_student_has_the_losses_of_a_plain_one(stage_two, taught, tmp_path, mode, gpu_device):
+def test_a_compiled_student_has_the_losses_of_a_plain_one(stage_two, taught, tmp_path, mode, gpu_device, capfd):
     if gpu_device == "cpu" and mode != "default":
         pytest.skip("CUDA graphs need a GPU")
     keys = {**taught("torchvision"), "SOLVER.AMP.ENABLED": False, "DATASETS.TEST": []}
@@ -65,6 +65,7 @@ def test_a_compiled_student_has_the_losses_of_a_plain_one(stage_two, taught, tmp
     keys |= {"INPUT.MAX_SIZE_TRAIN": 128, "INPUT.PADDED_SIZES": [[96, 128], [128, 96], [128, 128]]}
     plain = stage_two(tmp_path / "plain", "torchvision", keys)
     found = stage_two(tmp_path / "compiled", "torchvision", {**keys, "SOLVER.COMPILE": mode})
+    assert "SOLVER.COMPILE:" not in capfd.readouterr().err
     assert losses(found[0]) == pytest.approx(losses(plain[0]), rel=1e-3, abs=1e-4)
     assert losses(found[-1]) == pytest.approx(losses(plain[-1]), rel=0.05, abs=1e-2)
 

@@ -46,7 +46,7 @@ def add_changes(kind, command, path, rows, words=()):
         add(
             f"{kind} {name}",
             command,
-            rf"{path.split('/')[-1].partition('.')[0]}.*({key})",
+            rf"\b{re.escape(path.split('/')[-1].partition('.')[0])}\b.*({key})",
             lambda root, change=change: change(root / path),
             words,
         )
@@ -229,7 +229,7 @@ CARDS = [
     ("of a path", {"arch": "../../etc/passwd"}, "'arch'"),
     ("of less than no classes", {"num_classes": -1}, "'num_classes'.* -1"),
     ("of no classes, with a head", {"num_classes": 0}, "fc.weight"),
-    ("of other classes", {"num_classes": 3}, ""),
+    ("of other classes", {"num_classes": 3}, "fc.weight"),
     ("without an input", {"input": "left out"}, "'input'"),
     ("with a checksum of numbers", {"sha256": 7}, "'sha256'"),
     ("with levels as a list", {"levels": []}, "'levels'"),
@@ -267,12 +267,13 @@ SAFETENSORS = [
 ]
 SAFETENSORS_CHANGES = [
     ("with one bit changed", flipped(lambda data: -5), "card"),
-    ("missing", remove, ""),
+    ("missing", remove, "not found"),
 ]
 add_contents("safetensors", "check", WEIGHTS, SAFETENSORS)
 add_changes("safetensors", "check", WEIGHTS, SAFETENSORS_CHANGES)
 for name in ("nix", "../b", "a b"):
     add(f"registry {name}", "registry", re.escape(name), words=[name])
+add("registry with a control character", "registry", r"a\\x1bb", words=["a\x1bb"])
 add("registry a folder that is not there", "root", "nowhere: ")
 
 # --- checkpoints and pickles

@@ -32,7 +32,9 @@ def check_formula() -> Callable[..., None]:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_one_seed():
+def _one_thread_one_seed(request):
+    if hasattr(request.module, "RNG"):
+        request.module.RNG = np.random.default_rng(2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)

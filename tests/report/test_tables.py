@@ -24,6 +24,7 @@ def test_csv_holds_every_digit():
         of_terms = {"source": "default", "trials": None}
         row["weights"] = [{"term": "kd", "weight": 1.0, **of_terms}, {"term": "at", "weight": 1e3, **of_terms}]
         row["differs"] = ["A 1 (ce: 2)", "B 3 (ce: 4)"]
+        row |= {"p_holm": 0.25, "top1_std": 0.01, "measured": {"cka": 0.5, "knn": 0.75}}
     lines = lines_of_csv(typed(tree))
     assert lines[0]["ap_11point:star"] == ""
     for line, row in zip(lines, tree["rows"], strict=True):
@@ -34,6 +35,7 @@ def test_csv_holds_every_digit():
         row |= {f"coco_ap{name}": row["coco"][key] for name, key in (("", "AP"), ("_small", "APs"), ("_large", "APl"))}
         row |= {f"ap_11point:{name}": ap for name, ap in row["per_class"].items()}
         row |= {f"ap_area:{name}": ap for name, ap in row["per_class_area"].items()}
+        row |= row["measured"]
         row |= {"seeds": "0 1 2", "weights": "default: kd 1, at 1000", "differs": "A 1 (ce: 2); B 3 (ce: 4)"}
         for column in set(line) - {"coco_ap_medium"}:
             assert line[column] == ("" if row.get(column) is None else str(row[column])), column
