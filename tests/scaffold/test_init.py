@@ -111,7 +111,7 @@ def test_on_a_gpu_a_project_is_what_practitioners_begin_with(thirty, tmp_path, m
     monkeypatch.setenv("VOC_ROOT", str(tmp_path))
     assert cli("init", str(tmp_path / "mine"), "--voc", str(thirty)) == 0
     brought = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bring ")]
-    assert [re.findall(r"(model\.safetensors) of \S+/timm/(\S+) into /", line) for line in brought] == [
+    assert [re.findall(r"(model\.safetensors) from \S+/timm/(\S+) into /", line) for line in brought] == [
         [("model.safetensors", name)] for name in ("resnet18.tv_in1k", "resnet50.tv_in1k")
     ]
     comparison = load_comparison(tmp_path / "mine" / "compare.yaml")
