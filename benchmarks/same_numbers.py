@@ -112,6 +112,8 @@ STAGE_ONE_OTHERWISE = {
 }
 # it compares channel by channel, so it can't learn from a wider teacher
 SAME_WIDTH_ONLY = "pkd"
+# reads boxes, which stage two alone has
+OF_DETECTORS_ONLY = "fgd"
 STAGE_TWO = {
     "SOLVER.AMP.ENABLED": False,
     "SOLVER.MAX_ITER": STEPS,
@@ -442,7 +444,7 @@ class Proof:
     def stage_one(self) -> None:
         """All methods with two seeds, then other settings, then students without maps."""
         terms = self.old.methods()
-        methods = ["ce", *(name for name in terms if name != SAME_WIDTH_ONLY), "kd+nst-poly"]
+        methods = ["ce", *(name for name in terms if name not in (SAME_WIDTH_ONLY, OF_DETECTORS_ONLY)), "kd+nst-poly"]
         for seed in (0, 1):
             settings = {"METHODS": f"[{', '.join(methods)}]", "SEED": seed}
             self._distill(f"stage one, seed {seed}", "distill", settings)
