@@ -103,11 +103,11 @@ def found_again(mine: Detections, theirs: Detections) -> int:
     return count
 
 
-def detect(detector: Detector, image: np.ndarray) -> Detections:
-    """Return what a detector finds on an image (3, H, W) uint8 RGB, in its pixels."""
+def detect(detector: Detector, images: Iterable[np.ndarray]) -> list[Detections]:
+    """Return what a detector finds on each of a batch of images (3, H, W) uint8 RGB, in its pixels."""
     with torch.no_grad():
-        found = detector([{"image": in_own_order(detector, image)}])[0]
-    return [found[name].numpy() for name in ("boxes", "scores", "labels")]
+        found = detector([{"image": in_own_order(detector, image)} for image in images])
+    return [[one[name].numpy() for name in ("boxes", "scores", "labels")] for one in found]
 
 
 def in_own_order(detector: Detector, image: np.ndarray) -> Tensor:

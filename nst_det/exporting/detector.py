@@ -117,7 +117,7 @@ class DetectorExport:
             return exported.detect(image[None])[0]
 
         if precision == "int8":
-            pairs = [(detect(detector, image), theirs(image)) for image in inputs]
+            pairs = [(detect(detector, [image])[0], theirs(image)) for image in inputs]
             again, count = sum(found_again(*pair) for pair in pairs), sum(len(mine[1]) for mine, _ in pairs)
             return f"{len(inputs)} images: {again} of {count} detections found again (same class, IoU 0.5)"
         graph = DetectorGraph(detector)
@@ -129,7 +129,7 @@ class DetectorExport:
                 # which of such anchors is taken first is open in the detector, and fixed in the graph
                 ties += 1
                 return [x.numpy() for x in graph(torch.from_numpy(image[None]))[:3]]
-            return detect(detector, image)
+            return detect(detector, [image])[0]
 
         limits = exported.contract.score_threshold, self.config.TEST.DETECTIONS_PER_IMAGE
         with torch.no_grad():

@@ -22,7 +22,7 @@ from nst_det.engine.run_dir import WEIGHTS_FILE
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections, GroundTruth
 from nst_det.evaluation.voc import evaluate_voc
-from nst_det.exporting.agreement import in_own_order
+from nst_det.exporting.agreement import detect
 from nst_det.exporting.runtime import SUFFIXES, ExportedDetector, load_exported
 from nst_det.report.deployed import PYTORCH, Deployed
 
@@ -91,7 +91,7 @@ def measure(
                 PYTORCH,
                 "fp32",
                 batch,
-                torch.no_grad()(lambda images: detector([{"image": in_own_order(detector, one)} for one in images])),
+                partial(detect, detector),
                 partial(find_by_run, detector, config),
                 [Path(run) / WEIGHTS_FILE],
                 [str(program), str(Path(run).resolve())],
