@@ -73,19 +73,10 @@ class LayerPair:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """One transfer loss as the methods know it.
+    """One transfer loss as the methods know it: what :func:`register_term` was called with, and the class.
 
     Attributes:
-        name: in a method: lower case, digits, hyphens.
-        level: the kind of output compared: ``logits``, ``maps`` or ``embedding``.
-        weight: the default weight on its value.
-        source: where the default weight comes from.
-        summary: what the student learns from it, in a few words.
         build: ``build(pair, **options)`` gives a module; ``module(student, teacher, shared)`` gives a scalar.
-        student_kind: the kind of output read from the student.
-        vectors: the module also compares a student's vector with a teacher's map (:attr:`LayerPair.vector`).
-        truth: what of the annotation the module is called with, as a keyword: ``labels``, ``boxes`` or nothing.
-        joint: one module compares all pairs: ``build`` and the module get lists, and the module gives one.
     """
 
     name: str
@@ -133,7 +124,7 @@ def register_term(
         source: where the default weight comes from.
         summary: what the student learns from it, in a few words.
         student_kind: the kind of output read from the student; ``level`` where it is empty.
-        vectors: the class also compares a student's vector with a teacher's map.
+        vectors: the class also compares a student's vector with a teacher's map (:attr:`LayerPair.vector`).
         truth: what of the annotation it is called with, as a keyword: ``labels``, ``boxes`` or nothing.
         joint: one module compares all pairs: the class and its module get lists, and the module gives one.
 
