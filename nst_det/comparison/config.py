@@ -295,7 +295,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     detects = bool(config.DETECT.CONFIG)
     if not detects:
         check_no_detector(config, methods, forwarded, str(file))
-    check_set_by_itself(config, forwarded, str(file))
+    check_keys_of_runs(config, forwarded, str(file))
     rows = tuple(row for row in ROW_OPTS if detects and (row == SCRATCH or row in config.ROWS))
     folder = Path(expand_path(str(output or config.OUTPUT_DIR or f"output/{config.NAME}"), "OUTPUT_DIR")).resolve()
     stages = [DISTILL, DETECT] if detects else [DISTILL]
@@ -373,7 +373,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     )
 
 
-def check_set_by_itself(config: CfgNode, forwarded: Sequence[tuple[str, str]], source: str) -> None:
+def check_keys_of_runs(config: CfgNode, forwarded: Sequence[tuple[str, str]], source: str) -> None:
     """Refuse keys of a stage that would be taken and ignored, because a comparison sets them for each run."""
     given = [("command line", key, key.partition(".")[2]) for key, _ in forwarded]
     for stage in (DISTILL, DETECT):

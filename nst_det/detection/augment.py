@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +9,9 @@ import numpy as np
 from fvcore.common.config import CfgNode
 from PIL import Image
 
-from nst_det.detection.d2_defaults import CROP_TYPES
+from nst_det.detection.d2_defaults import CROP_TYPES, HONORED
 from nst_det.engine.config import flat, plain
-from nst_det.engine.keys import Key, one_of
+from nst_det.engine.keys import FROM_0_TO_1, Key, are_numbers, below_one, one_of
 from nst_det.errors import UserError
 
 # a side that is no longer than this, in pixels after resizing, leaves nothing to learn from; where images are cut or
@@ -37,14 +36,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "strong": {"INPUT.SCALE_JITTER": [0.1, 2.0], "INPUT.PHOTOMETRIC": 0.5, "INPUT.MIN_VISIBLE": 0.1},
 }
 
-# those keys without any of it
-OFF: dict[str, Any] = {
-    "INPUT.CROP.ENABLED": False,
-    "INPUT.SCALE_JITTER": [],
-    "INPUT.PHOTOMETRIC": 0.0,
-    "INPUT.MIN_VISIBLE": 0.0,
-}
-
 AUGMENTATION_KEYS: dict[str, Key] = {
     "INPUT.AUGMENTATION": one_of(
         "what is changed in training images besides MIN_SIZE_TRAIN and RANDOM_FLIP: sets the defaults of CROP, "
@@ -61,22 +52,24 @@ AUGMENTATION_KEYS: dict[str, Key] = {
         "smallest and largest factor by which an image's size is multiplied; what then is more than without it is cut "
         "off, at a place drawn by chance; [] for none",
         "[] or two numbers above 0, the smallest first",
-        lambda limits: not limits or (_are_numbers(limits) and 0 < limits[0] <= limits[1]),
+        lambda limits: not limits or (are_numbers(limits, 2) and 0 < limits[0] <= limits[1]),
     ),
     "INPUT.PHOTOMETRIC": Key(
         0.0,
         "chance of each of SSD's changes of brightness, contrast, saturation and hue",
-        "0 for none, to 1",
-        lambda value: 0 <= value <= 1,
+        *FROM_0_TO_1,
     ),
-    "INPUT.MIN_VISIBLE": Key(
-        0.0,
+    "INPUT.MIN_VISIBLE": below_one(
         "part of a box's area that CROP and SCALE_JITTER have to leave, with a pixel of each side, or the box is left "
         "out; where all boxes would be, the image is drawn again, up to 10 times, and then taken whole",
-        "0 for no limit, or a fraction below 1 such as 0.1",
-        lambda value: 0 <= value < 1,
+        "limit",
+        0.1,
     ),
 }
+
+
+# the keys of all presets as they are without one
+OFF = {key: {**HONORED, **AUGMENTATION_KEYS}[key].default for preset in PRESETS.values() for key in preset}
 
 
 def change_preset(config: CfgNode, pairs: Sequence[tuple[str, str]]) -> None:
@@ -115,7 +108,7 @@ def check_augmentation(given: CfgNode, source: str) -> None:
         raise UserError(f"{source}: INPUT.CROP.TYPE is {crop.TYPE!r}; set it to one of {', '.join(CROP_TYPES)}")
     relative = crop.TYPE.startswith("relative")
     if not (
-        _are_numbers(size)
+        are_numbers(size, 2)
         and (max(size) <= 1 if relative else all(type(side) is int for side in size))
         and min(size) > 0
         and (crop.TYPE != "absolute_range" or size[0] <= size[1])
@@ -124,12 +117,6 @@ def check_augmentation(given: CfgNode, source: str) -> None:
             "two numbers above 0, at most 1" if relative else "two whole numbers above 0, of a range the smallest first"
         )
         raise UserError(f"{source}: INPUT.CROP.SIZE is {size!r}; for TYPE {crop.TYPE} set it to {wanted}")
-
-
-def _are_numbers(pair: Any) -> bool:
-    return len(pair) == 2 and all(
-        isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in pair
-    )
 
 
 class Drawn(NamedTuple):

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nst_det.engine.keys import CLIP_TYPE, CLIP_TYPES, CUDNN_BENCHMARK, FLOAT32_PRECISION, Key, at_least, one_of
+from nst_det.engine.keys import (
+    CLIP_TYPE,
+    CLIP_TYPES,
+    CUDNN_BENCHMARK,
+    FLOAT32_PRECISION,
+    Key,
+    are_numbers,
+    at_least,
+    one_of,
+)
 
 # keys and groups that Detectron2 has and this engine doesn't; naming one is an error
 DETECTRON2_ONLY = (
@@ -39,9 +48,7 @@ CROP_TYPES = ("relative_range", "relative", "absolute", "absolute_range")
 
 
 def _rising(count: int) -> Callable[[Any], bool]:
-    return lambda given: (
-        len(given) == count and all(isinstance(one, int | float) for one in given) and list(given) == sorted(given)
-    )
+    return lambda given: are_numbers(given, count) and list(given) == sorted(given)
 
 
 HONORED: dict[str, Key] = {

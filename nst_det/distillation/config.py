@@ -10,6 +10,7 @@ from fvcore.common.config import CfgNode
 
 from nst_det.engine.config import config_file, load_config, merge_tree, plain
 from nst_det.engine.keys import (
+    ABOVE_0_TO_1,
     AMP_DTYPES,
     CLIP_TYPE,
     CLIP_TYPES,
@@ -17,6 +18,7 @@ from nst_det.engine.keys import (
     CUDNN_BENCHMARK,
     EMA_DECAY,
     FLOAT32_PRECISION,
+    FROM_0_TO_1,
     FULL_MODEL,
     NON_FINITE_KEYS,
     TENSORBOARD,
@@ -24,7 +26,9 @@ from nst_det.engine.keys import (
     TRUST_PICKLE,
     WANDB,
     Key,
+    are_numbers,
     at_least,
+    below_one,
     config_tree,
     one_of,
 )
@@ -38,13 +42,8 @@ HEADS = {"top1": "top-1", "top5": "top-5", KNN: "k-NN", LINEAR: "linear probe", 
 OWN_KEYS = ("LEVELS", "WEIGHTS", "TERM_LEVELS", "OPTIONS", "AUTO_WEIGHT")
 
 
-def _are_numbers(values: Sequence[Any], count: int) -> bool:
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    return len(values) == len(numbers) == count
-
-
 def _are_colors(values: Sequence[Any]) -> bool:
-    return _are_numbers(values, 3) and all(0 <= value <= 1 for value in values)
+    return are_numbers(values, 3) and all(0 <= value <= 1 for value in values)
 
 
 def _are_scales(values: Sequence[Any]) -> bool:
@@ -117,8 +116,7 @@ KEYS: dict[str, Key] = {
     "DATA.CROP_RATIO": Key(
         1.0,
         "at evaluation the shortest side becomes IMAGE_SIZE / CROP_RATIO, then the center is cut out",
-        "a fraction above 0 and up to 1",
-        lambda value: 0 < value <= 1,
+        *ABOVE_0_TO_1,
     ),
     "DATA.MEAN": Key([0.485, 0.456, 0.406], "subtracted from the pixels", _COLORS, _are_colors),
     "DATA.STD": Key([0.229, 0.224, 0.225], "what they are then divided by", f"{_COLORS}, above 0", _are_scales),
@@ -126,24 +124,24 @@ KEYS: dict[str, Key] = {
     "DATA.AUGMENT.SHIFT": at_least(
         "pixels by which an image is moved at most, borders reflected; below IMAGE_SIZE", 0, default=0
     ),
-    "DATA.AUGMENT.HFLIP": Key(0.0, "probability of a mirror image", "from 0 to 1", lambda value: 0 <= value <= 1),
+    "DATA.AUGMENT.HFLIP": Key(0.0, "probability of a mirror image", *FROM_0_TO_1),
     "DATA.AUGMENT.CROP_AREA": Key(
         [],
         "smallest and largest part of the image's area to cut out; [] takes the evaluation's crop",
         "[] or two fractions, smallest first, such as [0.08, 1.0]",
-        lambda area: not area or (_are_numbers(area, 2) and 0 < area[0] <= area[1] <= 1),
+        lambda area: not area or (are_numbers(area, 2) and 0 < area[0] <= area[1] <= 1),
     ),
     "DATA.AUGMENT.CROP_ASPECT": Key(
         [0.75, 1.3333333333],
         "smallest and largest width / height of that cut",
         "two ratios, smallest first",
-        lambda ratio: _are_numbers(ratio, 2) and 0 < ratio[0] <= ratio[1],
+        lambda ratio: are_numbers(ratio, 2) and 0 < ratio[0] <= ratio[1],
     ),
     "DATA.AUGMENT.COLOR_JITTER": Key(
         [],
         "how much colors are changed; [] leaves them alone",
         "[] or brightness, contrast, saturation (0 or more) and hue (0..0.5)",
-        lambda jitter: not jitter or (_are_numbers(jitter, 4) and min(jitter) >= 0 and jitter[3] <= 0.5),
+        lambda jitter: not jitter or (are_numbers(jitter, 4) and min(jitter) >= 0 and jitter[3] <= 0.5),
     ),
     "TEACHER.ARCH": Key("nst_resnet18_w48", "timm name of the teacher"),
     "TEACHER.PRETRAINED": Key(False, "begin with timm's published weights"),
@@ -160,10 +158,7 @@ KEYS: dict[str, Key] = {
         "DATA.LABELS False are used as they are",
     ),
     "TEACHER.EXPECTED_TOP1": Key(
-        0.0,
-        "top-1 on the validation split; a worse teacher stops the run, 0 takes any",
-        "a fraction from 0 to 1",
-        lambda value: 0 <= value <= 1,
+        0.0, "top-1 on the validation split; a worse teacher stops the run, 0 takes any", *FROM_0_TO_1
     ),
     "TEACHER.IMAGE_SIZE": Key(
         0,
@@ -246,7 +241,7 @@ KEYS: dict[str, Key] = {
     ),
     "SOLVER.COMPILE": COMPILE,
     "SOLVER.CE_WEIGHT": at_least("weight of the labels' cross-entropy", 0, default=1.0),
-    "SOLVER.LABEL_SMOOTHING": Key(0.0, "of the labels", "from 0 to below 1", lambda value: 0 <= value < 1),
+    "SOLVER.LABEL_SMOOTHING": below_one("of the labels", "smoothing", 0.1),
     "TEST.PROBE.ROOT": Key(
         "",
         "without labels: a labelled image folder, in any form that DATA.ROOT takes, on which features are judged: its "

@@ -1,6 +1,7 @@
 """How the keys of a config are declared, each with its default and its meaning, and those that both stages share."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -42,6 +43,18 @@ def below_one(meaning: str, name: str, example: float) -> Key:
     """Limit a key to numbers from 0, the default, to below 1."""
     wanted = f"0 for no {name}, or a fraction below 1 such as {example}"
     return Key(0.0, meaning, wanted, lambda value: 0 <= value < 1)
+
+
+def are_numbers(values: Any, count: int) -> bool:
+    """Return whether there are so many values, all of them finite numbers."""
+    return len(values) == count and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+    )
+
+
+# what is wanted of a value, and whether it is so
+ABOVE_0_TO_1 = ("above 0 and at most 1", lambda value: 0 < value <= 1)
+FROM_0_TO_1 = ("from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def config_tree(keys: Mapping[str, Key], config: CfgNode | None = None) -> CfgNode:
@@ -104,10 +117,5 @@ NON_FINITE_KEYS = {
         *POLICIES,
     ),
     "LIMIT": at_least("how often a step may be skipped or rolled back in one run", 1, default=3),
-    "LR_FACTOR": Key(
-        0.5,
-        "by which the learning rate is multiplied when it is rolled back",
-        "above 0 and at most 1",
-        lambda value: 0 < value <= 1,
-    ),
+    "LR_FACTOR": Key(0.5, "by which the learning rate is multiplied when it is rolled back", *ABOVE_0_TO_1),
 }
