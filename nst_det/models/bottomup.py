@@ -23,6 +23,7 @@ from nst_det.models.build import (
     feature_levels,
     first_line,
     forward_outputs,
+    own_maps,
     probe_image,
     probe_size,
     stride_of,
@@ -310,8 +311,8 @@ def prove_parity(path: str | Path, size: int | None = None) -> float:
     """
     classifier, card = classifier_from_file(path)
     found = feature_levels(classifier)
-    # a detector takes the network's own maps; where there are none, the refusal says why
-    levels = {name: info for name, info in found.items() if name in LEVELS and not info.of_stride} or found
+    # where there are none, the refusal says why
+    levels = own_maps(found) or found
     bottomup = bottomup_from_file(path, list(levels)).eval()
     side = size or int(card.input.get("size") or 64)
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))

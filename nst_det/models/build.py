@@ -192,11 +192,16 @@ def take_levels(available: Mapping[str, LevelInfo], names: Sequence[str], arch: 
             raise ValueError(f"{arch} has no level '{name}'; it has {', '.join(available)}")
         if not available[name].stride:
             raise ValueError(f"{arch}: '{name}' is a vector, and a detector needs maps; use a convolutional network")
-        if available[name].of_stride or name not in LEVELS:
+        if name not in own_maps(available):
             raise ValueError(
                 f"{arch}: '{name}' can be read from a teacher only; a detector needs the network's own maps"
             )
     return {name: info for name, info in available.items() if name in names}
+
+
+def own_maps(available: Mapping[str, LevelInfo]) -> dict[str, LevelInfo]:
+    """Return the levels that are maps of the network's own strides, which a detector can take."""
+    return {name: info for name, info in available.items() if name in LEVELS and not info.of_stride}
 
 
 def probe_image(model: nn.Module, *sides: int) -> Tensor:
