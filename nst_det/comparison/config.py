@@ -21,6 +21,7 @@ from nst_det.comparison.result import (
     NO_FPN,
     PUBLISHED_STARTS,
     SCRATCH,
+    TEACHER,
     TOP1,
     Measure,
     TermWeight,
@@ -375,14 +376,21 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
 
 def check_keys_of_runs(config: CfgNode, forwarded: Sequence[tuple[str, str]], source: str) -> None:
     """Refuse keys of a stage that would be taken and ignored, because a comparison sets them for each run."""
-    given = [("command line", key, key.partition(".")[2]) for key, _ in forwarded]
-    for stage in (DISTILL, DETECT):
-        given += [(f"{source}: {stage}.OPTS", key, key) for key in map(str, config[stage].OPTS[::2])]
-    for where, key, name in given:
-        made = config.DATA.GENERATE and re.fullmatch(r"DATA\.ROOT|DATASETS\.VOC\..+\.ROOT", name)
-        if made or concerns(name, RUN):
-            own = "DATA.GENERATE '{}'" if made else "the comparison's own NAME, METHODS, SEEDS, ENGINE or OUTPUT_DIR"
-            raise UserError(f"{where}: {key}: a comparison sets it for each run; leave it out, or set {own}")
+    given = [("command line", key, key.partition(".")[2], "") for key, _ in forwarded]
+    lists = [(DISTILL, "OPTS", ""), (DETECT, "OPTS", ""), *((DETECT, key, row) for row, key in ROW_OPTS.items())]
+    for stage, name, row in lists:
+        given += [(f"{source}: {stage}.{name}", key, key, row) for key in map(str, config[stage][name][::2])]
+    for where, key, name, row in given:
+        if config.DATA.GENERATE and re.fullmatch(r"DATA\.ROOT|DATASETS\.VOC\..+\.ROOT", name):
+            own = "DATA.GENERATE '{}'"
+        elif row == TEACHER and name in ("MODEL.TIMM.ARCH", "MODEL.TIMM.KWARGS"):
+            own = f"{DISTILL}.{name.replace('MODEL.TIMM.', 'TEACHER.').replace('KWARGS', 'ARCH_KWARGS')}"
+        # the file that such a row begins with
+        elif concerns(name, RUN) and not (row in PUBLISHED_STARTS and name == "MODEL.WEIGHTS"):
+            own = "the comparison's own NAME, METHODS, SEEDS, ENGINE or OUTPUT_DIR"
+        else:
+            continue
+        raise UserError(f"{where}: {key}: a comparison sets it for each run; leave it out, or set {own}")
 
 
 def methods_without_labels(methods: Sequence[RowSpec], rows: Sequence[str], source: str) -> dict[str, RowSpec]:

@@ -87,6 +87,14 @@ BAD = [
     ("THREADS -1", "compare.yaml: THREADS"),
     *((f"{key} 7", f"command line: {key}") for key in ("DISTILL.SEED", "DISTILL.METHODS", "DETECT.MODEL.WEIGHTS")),
     ("DETECT.OPTS [ENGINE,detectron2]", "compare.yaml: DETECT.OPTS: ENGINE"),
+    *((f"DETECT.{row}_OPTS [SOLVER.BASE_LR,0.1,{key},3]", f"compare.yaml: DETECT.{row}_OPTS: {key}")
+      for row in ("SCRATCH", "IMAGENET", "COCO", "NO_FPN", "TEACHER") for key in ("SEED", "OUTPUT_DIR")),
+    *((f"DETECT.{row}_OPTS [MODEL.WEIGHTS,3]", f"compare.yaml: DETECT.{row}_OPTS: MODEL.WEIGHTS")
+      for row in ("SCRATCH", "NO_FPN", "TEACHER")),
+    ("DETECT.TEACHER_OPTS [MODEL.TIMM.ARCH,resnet18]", "DETECT.TEACHER_OPTS: MODEL.TIMM.ARCH: a comparison sets it for "
+     "each run; leave it out, or set DISTILL.TEACHER.ARCH"),
+    ("DETECT.TEACHER_OPTS [MODEL.TIMM.KWARGS,{}]", "or set DISTILL.TEACHER.ARCH_KWARGS"),
+    ("DATA.GENERATE {'seed':0} DETECT.SCRATCH_OPTS [DATASETS.VOC.own_test.ROOT,x]", "SCRATCH_OPTS: DATASETS.VOC"),
     ("DATA.GENERATE {'seed':0} DISTILL.DATA.ROOT my_images", "command line: DISTILL.DATA.ROOT"),
     ("DATA.GENERATE {'seed':0} DETECT.DATASETS.VOC.own_test.ROOT x", "command line: DETECT.DATASETS.VOC.own_test.ROOT"),
     ("DETECT.MODEL.DEVICE cuda:1", "compare.yaml: DETECT.MODEL.DEVICE cuda:1"),

@@ -64,7 +64,7 @@ def test_methods_and_seeds_may_be_added_and_nothing_else_changed(comparison, con
     assert starts(comparison.folder / "distill" / "seed0" / "students" / "ce") == ["0 threads 2"]
     assert starts(comparison.folder / "detect" / "seed0" / "kd") == ["0 threads 1"]
     assert more.rows[2].per_seed["0"] == first.rows[2].per_seed["0"]
-    for key, value in (("DISTILL.SOLVER.BASE_LR", "0.3"), ("NAME", "other"), ("DETECT.SCRATCH_OPTS", "[SEED, 3]")):
+    for key, value in (("DISTILL.SOLVER.BASE_LR", "0.3"), ("NAME", "other"), ("DETECT.SCRATCH_OPTS", "[VIS_PERIOD,3]")):
         with pytest.raises(UserError, match=f"out: .*{key}"):
             compare(load_comparison(config_file, comparison.folder, [key, value]), 4, fake_command)
     # the threads of an earlier call stay

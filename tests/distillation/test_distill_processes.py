@@ -1,5 +1,10 @@
 """Stage one in two processes of gloo's against one with the same batch."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,9 +13,11 @@ from nst_det.distillation.dataloader import StageOneData, TrainingBatches
 from nst_det.distillation.pipeline import distill
 from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.distributed import share_of, start_processes
+from nst_det.engine.io import read_json
 from tests.helpers.stage_one import config as small_config
-from tests.helpers.stage_one import metrics
+from tests.helpers.stage_one import metrics, overrides
 
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 METHOD = "kd+fitnet:1"
 SOLVER = {
     "OPTIMIZER": "SGD",
@@ -25,8 +32,8 @@ SOLVER = {
 }
 
 
-def config(images, output, solver, **keys):
-    changes = {
+def changes(solver, **keys):
+    return {
         "METHODS": [METHOD],
         "DATA.AUGMENT.CROP_AREA": [0.5, 1.0],
         "STUDENT.ARCH_KWARGS": {},
@@ -35,7 +42,10 @@ def config(images, output, solver, **keys):
         "TEST": {"EVAL_PERIOD": 10, "IMS_PER_BATCH": 5},
         **keys,
     }
-    return small_config(images, output, **changes)
+
+
+def config(images, output, solver, **keys):
+    return small_config(images, output, **changes(solver, **keys))
 
 
 def test_two_processes_train_as_one(images, tmp_path, in_processes):
@@ -50,6 +60,17 @@ def test_two_processes_train_as_one(images, tmp_path, in_processes):
     mine, shared = (load_file(results[METHOD]["backbone"]) for results in (alone, first))
     for name, value in mine.items():
         torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_torchrun_starts_the_script(images, tmp_path, in_processes):
+    first, second = in_processes(distill, config(images, tmp_path / "forked", {"MAX_ITER": 2}))
+    (tmp_path / "distill.yaml").write_text("SEED: 0\n")
+    command = [str(TOOLS / "distill_backbone.py"), "--config-file", str(tmp_path / "distill.yaml")]
+    words = overrides(images, tmp_path / "run", **changes({"MAX_ITER": 2}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, *command, *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (result,) = (tmp_path / "run" / "students").glob("*/result.json")
+    assert read_json(result)["sha256"] == first[METHOD]["sha256"] == second[METHOD]["sha256"]
 
 
 def test_two_processes_train_from_a_cache_with_synchronized_adapters(images, tmp_path, in_processes):
