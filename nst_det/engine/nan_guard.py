@@ -28,7 +28,9 @@ from nst_det.engine.checkpoint import SCHEMA, check_schema, load_checkpoint, wri
 from nst_det.engine.device import is_gpu_error
 from nst_det.engine.distributed import gathered, largest_of_processes, rank, wait_for_all, world_size
 from nst_det.engine.foreach import copy_together
+from nst_det.engine.io import write_json
 from nst_det.engine.keys import BACK, SKIP, STOP
+from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -173,14 +175,17 @@ class NonFiniteGuard:
         names = list(dict.fromkeys(itertools.chain.from_iterable(everywhere[number][0] for number in found_in)))
         names = names or [NORM]
         images = list(itertools.chain.from_iterable(everywhere[number][1] for number in found_in))
+        policy = str(self.node.POLICY)
+        ends = policy == STOP or self.count >= self.node.LIMIT
         if rank() == found_in[0]:
             write_state(path, {"schema": SCHEMA, **content(), "step": step, "not_finite": names, "images": images})
+            if ends:
+                write_json(RunFolder(self.folder).not_finite_path, {"step": step, "not_finite": names})
         # as soon as one process has ended the others are ended, also one that is still writing
         wait_for_all()
         found = f"{self.who}not finite at step {step}: {_first(names)}; images {_first(images)}"
         kept_in = f"nst-det replay {path} runs this step again"
-        policy = str(self.node.POLICY)
-        if policy == STOP or self.count >= self.node.LIMIT:
+        if ends:
             already = f" (after {self.count} times {policy}, SOLVER.NON_FINITE.LIMIT)" if self.count else ""
             raise UserError(
                 f"{found}{already}; {kept_in}; lower SOLVER.BASE_LR or the term's weight, set SOLVER.CLIP_GRADIENTS, "

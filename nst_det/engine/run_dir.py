@@ -82,6 +82,8 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.result_path = self.path / "result.json"
+        # the step whose loss or gradient ended the run, until it begins again
+        self.not_finite_path = self.path / "nonfinite" / "ended.json"
 
     @contextmanager
     def opened(self, config: CfgNode | dict[str, Any], inputs: Mapping[str, str] | None = None) -> Iterator[RunFolder]:
@@ -129,6 +131,7 @@ class RunFolder:
         for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
             remove_left_over(folder, owned=True)
         self.check(config)
+        self.not_finite_path.unlink(missing_ok=True)
         begun = self.begun
         if inputs is not None:
             kept = begun and self.inputs_path.exists()

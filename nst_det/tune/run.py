@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from nst_det.comparison.stages import merge_stage
 from nst_det.engine.io import read_json, write_text
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed
-from nst_det.errors import UserError
+from nst_det.errors import RunFailed, UserError
 from nst_det.tune.config import MAP, TOP1, Space, Tuning
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Best:
 
     settings: dict[str, Any]  # keys of the TRANSFER node
     value: float  # mean over the seeds of what the method is judged by, 0..1, larger is better
-    default: float  # the same of the configured setting, which is the first trial
+    default: float | None  # the same of the configured setting, the first trial; None where it was not finite
     trials: int  # settings tried
     by_seed: dict[str, float]  # value of each seed
 
@@ -104,10 +104,30 @@ class Evaluator:
         self._do(shared, [run for run in make_plan(shared) if run.kind not in left_out])
 
     def __call__(self, number: int, settings: Mapping[str, dict[str, Any]]) -> dict[str, dict[int, float]]:
-        """Train a setting (keys of TRANSFER) of each of some methods; return what they are judged by, by seed."""
+        """Train a setting (keys of TRANSFER) of each of some methods; return what they are judged by, by seed.
+
+        It is NaN where a loss was not finite; the other methods' students, which train beside it, go on without it.
+        """
+        trial = self._trial(number, settings)
+        words = _finite(trial, settings)
+        while words:
+            left = self._trial(number, {word: settings[word] for word in words})
+            try:
+                self._do(left, self._runs(left, words))
+                break
+            except RunFailed:
+                if (still := _finite(trial, words)) == words:
+                    raise
+                words = still
+        return {
+            word: {seed: self._value(trial, word, seed) if word in words else math.nan for seed in trial.seeds}
+            for word in settings
+        }
+
+    def _trial(self, number: int, settings: Mapping[str, dict[str, Any]]) -> Comparison:
         base = self.base
         given = [word for pair in teacher_detector_settings(base).items() for word in pair]
-        trial = replace(
+        return replace(
             base,
             folder=base.folder / TRIALS_FOLDER / f"{number:03d}",
             methods={word: base.methods[word] for word in settings},
@@ -115,19 +135,20 @@ class Evaluator:
             distill=merge_stage(base.distill, ["TEACHER.WEIGHTS", backbone_file(base, TEACHER, 0)], "tune"),
             detect=merge_stage(base.detect, given, "tune"),
         )
-        in_stage_one = [word for word in settings if not self.tuning.learns_in_stage_two(word)]
+
+    def _runs(self, trial: Comparison, words: Sequence[str]) -> list[Run]:
+        in_stage_one = [word for word in words if not self.tuning.learns_in_stage_two(word)]
         runs = []
         for run in make_plan(trial):
             if run.kind == STUDENTS and in_stage_one:
                 runs.append(with_students(run, trial, in_stage_one))
-            elif run.kind == DETECTOR and run.row and run.row in settings and self.tuning.objective_of(run.row) == MAP:
+            elif run.kind == DETECTOR and run.row and run.row in words and self.tuning.objective_of(run.row) == MAP:
                 if run.row not in in_stage_one:
                     # from a backbone that all trials share
-                    weights = backbone_file(base, run.row, run.seed or 0)
+                    weights = backbone_file(self.base, run.row, run.seed or 0)
                     run = replace(run, settings={**run.settings, "MODEL.WEIGHTS": weights})
                 runs.append(run)
-        self._do(trial, runs)
-        return {word: {seed: self._value(trial, word, seed) for seed in trial.seeds} for word in settings}
+        return runs
 
     def _value(self, trial: Comparison, word: str, seed: int) -> float:
         by_map = self.tuning.objective_of(word) == MAP
@@ -145,12 +166,24 @@ class Evaluator:
         launch(runs, run_configs(comparison, runs), comparison.folder, self.machine, launcher)
 
 
+def _finite(trial: Comparison, words: Iterable[str]) -> list[str]:
+    """Return the methods of which no run of a trial has ended by a loss or gradient that was not finite."""
+
+    def folders(word: str) -> list[Path | None]:
+        return [of(trial, word, seed) for seed in trial.seeds for of in (backbone_folder, detector_folder)]
+
+    return [
+        word for word in words if not any(path and RunFolder(path).not_finite_path.exists() for path in folders(word))
+    ]
+
+
 def search(folder: Path, spaces: Mapping[str, Space], trials: int, seed: int, evaluate: Evaluate) -> dict[str, Best]:
     """Find each method's best setting on equal terms (of equal ones the earliest); resumes where it was stopped.
 
     All methods that have as many finished trials are evaluated together, since stage one trains them side by side.
     What a trial tries is in the storage from its start, so that one that was stopped is the same one again, whatever a
-    newer Optuna would suggest.  A value that isn't finite ends the search.
+    newer Optuna would suggest.  A setting whose value isn't finite counts as 0, the worst; a method that has no other
+    ends the search.
     """
     studies = _studies(folder / STORAGE_FILE, spaces)
     while True:
@@ -168,17 +201,15 @@ def search(folder: Path, spaces: Mapping[str, Space], trials: int, seed: int, ev
         values = evaluate(number, settings)
         for word, (asked_number, _) in asked.items():
             mean = statistics.fmean(values[word].values())
-            if not math.isfinite(mean):
-                # Optuna would take it as a trial that never was, and the search would not end
-                below = folder / TRIALS_FOLDER / f"{number:03d}"
-                raise UserError(
-                    f"{below}: {word} has the value {mean} with {settings[word]}; narrow "
-                    "WEIGHT or lower the learning rate, in another --output"
-                )
-            by_seed = {str(key): value for key, value in values[word].items()}
-            studies[word].set_user_attr(f"{BY_SEED} {asked_number}", by_seed)
+            if math.isfinite(mean):
+                by_seed = {str(key): value for key, value in values[word].items()}
+                studies[word].set_user_attr(f"{BY_SEED} {asked_number}", by_seed)
+            else:
+                log.warning("trial %d: %s is not finite with %s and counts as 0", number + 1, word, settings[word])
+                # what is not finite Optuna would take as a trial that never was, and the search would not end
+                mean = 0.0
             studies[word].tell(asked_number, mean)
-    return {word: _best(study, spaces[word], trials) for word, study in studies.items()}
+    return {word: _best(study, spaces[word], trials, folder) for word, study in studies.items()}
 
 
 def _studies(path: Path, spaces: Mapping[str, Space]) -> dict[str, Study]:
@@ -233,14 +264,21 @@ def _finished(study: Study) -> list[Any]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
-def _best(study: Study, space: Space, trials: int) -> Best:
+def _best(study: Study, space: Space, trials: int, folder: Path) -> Best:
     # a former call may have been given more
     finished = _finished(study)[:trials]
-    best = max(finished, key=lambda trial: (trial.value, -trial.number))
+    finite = [trial for trial in finished if f"{BY_SEED} {trial.number}" in study.user_attrs]
+    if not finite:
+        raise UserError(
+            f"{folder / TRIALS_FOLDER}: {study.study_name} is not finite with any of its {trials} settings; give it a "
+            "smaller weight to begin with (TRANSFER.WEIGHTS), set SOLVER.CLIP_GRADIENTS or lower the learning rate, in "
+            "another --output"
+        )
+    best = max(finite, key=lambda trial: (trial.value, -trial.number))
     return Best(
         settings=space.settings(best.params),
         value=float(best.value),
-        default=float(finished[0].value),
+        default=float(finished[0].value) if finished[0] in finite else None,
         trials=len(finished),
         by_seed=dict(study.user_attrs[f"{BY_SEED} {best.number}"]),
     )
@@ -254,7 +292,7 @@ def tuned_file(tuning: Tuning, found: dict[str, Best]) -> str:
             "trials": best.trials,
             "judged by": tuning.objective_of(word),
             "value": round(best.value, 6),
-            "value of the configured setting": round(best.default, 6),
+            "value of the configured setting": None if best.default is None else round(best.default, 6),
             "by seed": {seed: round(value, 6) for seed, value in best.by_seed.items()},
         }
         for word, best in found.items()
@@ -277,6 +315,7 @@ def tuning_table(tuning: Tuning, found: dict[str, Best]) -> Table:
             for term, own in best.settings.get("OPTIONS", {}).items()
             for key, value in own.items()
         ]
+        configured = "not finite" if best.default is None else f"{best.default:.3f}"
         setting = ", ".join([*weights, *([" ".join(levels)] if levels else []), *options])
-        table.add_row(word, tuning.objective_of(word), f"{best.default:.3f}", f"{best.value:.3f}", setting)
+        table.add_row(word, tuning.objective_of(word), configured, f"{best.value:.3f}", setting)
     return table

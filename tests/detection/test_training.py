@@ -22,8 +22,10 @@ from nst_det.detection.torchvision import Detector, build_detector
 from nst_det.detection.torchvision.rpn import Rpn
 from nst_det.detection.trainer import Trainer
 from nst_det.engine.checkpoint import checkpoints
+from nst_det.engine.io import read_json
 from nst_det.engine.metrics import read_metrics
 from nst_det.engine.nan_guard import read_step, replay
+from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.train_state import OptimizedState
 from nst_det.errors import UserError
 from nst_det.losses.loss_balance import GradientBalance
@@ -253,6 +255,8 @@ def test_terms_levels_and_images_are_named_and_the_step_runs_again(on_shapes, tm
         train_detector(on_shapes("run", changes))
     content = read_step(file)
     assert content["not_finite"] == ["loss_transfer_fitnet (p3)"]
+    ended = read_json(RunFolder(tmp_path / "run").not_finite_path)
+    assert ended == {"step": 4, "not_finite": content["not_finite"]}
     assert [item["image_id"] for item in content["batch"]] == content["images"]
     capsys.readouterr()
     assert cli("replay", file) == 0

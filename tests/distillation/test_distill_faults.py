@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from nst_det.distillation.build import Teacher
 from nst_det.distillation.trainer import StudentTrainer
 from nst_det.engine.checkpoint import checkpoints, load_checkpoint
+from nst_det.engine.io import read_json
 from nst_det.engine.nan_guard import read_step
+from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.signals import Preempted
 from nst_det.engine.train_state import OptimizedState
 from nst_det.errors import UserError
@@ -191,9 +193,15 @@ def test_a_stop_while_one_catches_up_saves_those_ahead_of_it(images, tmp_path, p
     assert newest == ["step-00000006.pt", "step-00000003.pt"]
 
 
-def test_the_limit_holds(images, tmp_path, poisoned):
+def test_the_limit_holds_and_what_ended_the_run_is_told_until_it_begins_again(images, tmp_path, poisoned):
+    ended = [RunFolder(tmp_path / "students" / name).not_finite_path for name in KEYS["METHODS"]]
+    keys, policy = poisoned(times=4), {"POLICY": "skip", "LIMIT": 2}
     with pytest.raises(UserError, match=r"step 7.*after 2 times skip, SOLVER.NON_FINITE.LIMIT"):
-        run(images, tmp_path, **poisoned(), **{"SOLVER.NON_FINITE": {"POLICY": "skip", "LIMIT": 2}})
+        run(images, tmp_path, **keys, **{"SOLVER.NON_FINITE": policy})
+    assert [path.exists() for path in ended] == [False, True]
+    assert read_json(ended[1]) == {"step": 7, "not_finite": [BROKEN]}
+    run(images, tmp_path, **keys, **{"SOLVER.NON_FINITE": {**policy, "LIMIT": 4}})
+    assert not ended[1].exists()
 
 
 @pytest.fixture

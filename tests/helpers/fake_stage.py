@@ -35,6 +35,14 @@ def fail(code):
     sys.exit(code)
 
 
+def end_if_not_finite(folder, method, node):
+    """FAKE_NOT_FINITE "at 10": a weight of at above 10 is too large."""
+    term, _, most = os.environ.get("FAKE_NOT_FINITE", "").partition(" ")
+    if term in method.split("+") and node["WEIGHTS"].get(term, 1.0) > float(most):
+        write(folder / "nonfinite" / "ended.json", {"step": 0})
+        fail(2)
+
+
 def write(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -67,11 +75,13 @@ def distill(config):
         if (folder / "result.json").exists():
             continue
         assert not methods or Path(config["TEACHER"]["WEIGHTS"]).exists()
+        own = {**node, **node["BY_METHOD"].get(method, {})}
+        end_if_not_finite(folder, method, own)
         train(folder, config["SOLVER"]["MAX_ITER"])
         name = f"{config['NAME']}-{method}" + (f"-s{seed}" if methods else "")
         (registry / f"{name}.safetensors").write_text(method)
         (registry / f"{name}.json").write_text("{}")
-        top1 = score(method, {**node, **node["BY_METHOD"].get(method, {})}, seed) if methods else 0.5
+        top1 = score(method, own, seed) if methods else 0.5
         result = {"name": name, "top1": top1, "top5": 1.0, "seconds": time.time() % 7}
         write(folder / "result.json", result | {"steps": config["SOLVER"]["MAX_ITER"]})
 
@@ -85,6 +95,7 @@ def detect(config):
             time.sleep(0.01)
         fail(int(os.environ["FAKE_CODE"]))
     assert method == "ce" or Path(config["TEACHER"]["WEIGHTS"]).exists()
+    end_if_not_finite(folder, method, config["TRANSFER"])
     train(folder, config["SOLVER"]["MAX_ITER"])
     (folder / "model.safetensors").write_text("detector")
     mean = draw(word, seed) if method == "ce" else score(method, config["TRANSFER"], seed)

@@ -278,17 +278,52 @@ def test_a_search_that_was_killed_before_its_first_trial_began_goes_on(tmp_path,
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_ends_the_search(tmp_path, value):
+def test_a_value_that_is_not_finite_counts_as_0(tmp_path, caplog, value):
     space = {"a": Space({"w": (0.1, 1000.0)}, {}, {"w": 1.0})}
-    asked = []
 
     def evaluate(number, settings):
-        asked.append(number)
-        return {"a": {0: 0.5, 1: 0.5 if number < 2 else value}}
+        return {"a": {0: 0.5, 1: value if number in (0, 2) else 0.5 + number / 100}}
 
-    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / 'trials' / '002'))}: a .*WEIGHT"):
-        search(tmp_path, space, 4, 0, evaluate)
-    assert asked == [0, 1, 2]
+    found = search(tmp_path, space, 4, 0, evaluate)["a"]
+    assert (found.value, found.default, found.trials) == (pytest.approx(0.515), None, 4)
+    assert found.by_seed == {"0": 0.5, "1": pytest.approx(0.53)}
+    assert [message.split(":")[0] for message in caplog.messages] == ["trial 1", "trial 3"]
+    # fewer trials, of which none is left
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / 'trials'))}: a .*TRANSFER\.WEIGHTS"):
+        search(tmp_path, space, 1, 0, None)
+
+
+@pytest.mark.parametrize(("word", "term"), [("kd+nst-poly", "nst-poly"), ("cwd@det", "cwd")])
+def test_a_setting_whose_loss_is_not_finite_costs_no_other_method_anything(
+    finished, tune_file, tmp_path, monkeypatch, word, term
+):
+    # the weight of the second trial is smaller than the configured one
+    run = "distill/seed0" if word in METHODS[:3] else f"detect/seed0/{word}"
+    node = yaml.safe_load((finished[1].folder / f"trials/001/configs/{run}.yaml").read_text())["TRANSFER"]
+    most = node.get("BY_METHOD", {}).get(word, node)["WEIGHTS"][term]
+    monkeypatch.setenv("FAKE_NOT_FINITE", f"{term} {most}")
+    tuning = load_tuning(tune_file, tmp_path / "out")
+    found, path = tune(tuning)
+    assert {name: best for name, best in found.items() if name != word} == {
+        name: best for name, best in finished[2].items() if name != word
+    }
+    best = found[word]
+    assert (best.default, best.trials, best.settings["WEIGHTS"][term] <= most) == (None, 4, True)
+    assert yaml.safe_load(path.read_text())["methods"][word]["value of the configured setting"] is None
+    assert list(tuning_table(tuning, found).columns[2].cells)[METHODS.index(word)] == "not finite"
+    # neither the other seed of it nor what was done was begun again
+    assert set(begun_below(tmp_path / "out").values()) == {1}
+
+
+def test_a_method_without_a_finite_setting_is_named(tune_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_NOT_FINITE", "at 0")
+    tuning = load_tuning(tune_file, tmp_path / "out")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"trials: at is not finite with any of its 4 settings; .*--output"):
+            tune(tuning)
+        begun = begun_below(tmp_path / "out")
+        assert begun["trials/003/distill/seed1/students/kd"] == 1
+        assert not any(name.endswith("/at") for name in begun)
 
 
 @pytest.mark.parametrize(
