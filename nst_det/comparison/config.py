@@ -26,7 +26,7 @@ from nst_det.comparison.result import (
     Measure,
     TermWeight,
 )
-from nst_det.comparison.rows import ROW_OPTS, published_detector, published_weights, without_fpn
+from nst_det.comparison.rows import ROW_OPTS, TEACHER_NETWORK, published_detector, published_weights, without_fpn
 from nst_det.comparison.stages import (
     DETECT,
     DISTILL,
@@ -383,8 +383,8 @@ def check_keys_of_runs(config: CfgNode, forwarded: Sequence[tuple[str, str]], so
     for where, key, name, row in given:
         if config.DATA.GENERATE and re.fullmatch(r"DATA\.ROOT|DATASETS\.VOC\..+\.ROOT", name):
             own = "DATA.GENERATE '{}'"
-        elif row == TEACHER and name in ("MODEL.TIMM.ARCH", "MODEL.TIMM.KWARGS"):
-            own = f"{DISTILL}.{name.replace('MODEL.TIMM.', 'TEACHER.').replace('KWARGS', 'ARCH_KWARGS')}"
+        elif row == TEACHER and name in TEACHER_NETWORK:
+            own = f"{DISTILL}.TEACHER.{TEACHER_NETWORK[name]}"
         # the file that such a row begins with
         elif concerns(name, RUN) and not (row in PUBLISHED_STARTS and name == "MODEL.WEIGHTS"):
             own = "the comparison's own NAME, METHODS, SEEDS, ENGINE or OUTPUT_DIR"

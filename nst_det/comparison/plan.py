@@ -22,6 +22,7 @@ from fvcore.common.config import CfgNode
 
 from nst_det.comparison.config import Comparison
 from nst_det.comparison.result import BASELINE, NO_FPN, PUBLISHED_STARTS, SCRATCH, TEACHER
+from nst_det.comparison.rows import TEACHER_NETWORK
 from nst_det.comparison.stages import (
     DETECT,
     DISTILL,
@@ -261,8 +262,7 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
     }
     needs = data if row in (SCRATCH, *PUBLISHED_STARTS) else teacher if row == TEACHER else (f"distill/seed{seed}",)
     if row == TEACHER:
-        settings["MODEL.TIMM.ARCH"] = comparison.distill.TEACHER.ARCH
-        settings["MODEL.TIMM.KWARGS"] = comparison.distill.TEACHER.ARCH_KWARGS
+        settings |= {key: comparison.distill.TEACHER[own] for key, own in TEACHER_NETWORK.items()}
     elif row in comparison.methods and comparison.methods[row].detector.names:
         found = comparison.tuned[row].settings if row in comparison.tuned else {}
         settings["METHOD"] = comparison.methods[row].detector.word

@@ -19,6 +19,8 @@ ROW_OPTS = {
     NO_FPN: "NO_FPN_OPTS",
     TEACHER: "TEACHER_OPTS",
 }
+# the keys of the row teacher's network -> those of stage one's TEACHER that they are taken from
+TEACHER_NETWORK = {"MODEL.TIMM.ARCH": "ARCH", "MODEL.TIMM.KWARGS": "ARCH_KWARGS"}
 
 
 def published_weights(distill: CfgNode, given: Sequence[str], source: str) -> tuple[str, ...]:

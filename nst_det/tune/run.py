@@ -108,12 +108,25 @@ class Evaluator:
 
         It is NaN where a loss was not finite; the other methods' students, which train beside it, go on without it.
         """
-        trial = self._trial(number, settings)
+        base = self.base
+        given = [word for pair in teacher_detector_settings(base).items() for word in pair]
+        trial = replace(
+            base,
+            folder=base.folder / TRIALS_FOLDER / f"{number:03d}",
+            methods={word: base.methods[word] for word in settings},
+            tuned={word: Tuned(values) for word, values in settings.items()},
+            distill=merge_stage(base.distill, ["TEACHER.WEIGHTS", backbone_file(base, TEACHER, 0)], "tune"),
+            detect=merge_stage(base.detect, given, "tune"),
+        )
         words = _finite(trial, settings)
         while words:
-            left = self._trial(number, {word: settings[word] for word in words})
+            left = replace(
+                trial,
+                methods={word: trial.methods[word] for word in words},
+                tuned={word: trial.tuned[word] for word in words},
+            )
             try:
-                self._do(left, self._runs(left, words))
+                self._do(left, self._runs(left))
                 break
             except RunFailed:
                 if (still := _finite(trial, words)) == words:
@@ -124,25 +137,18 @@ class Evaluator:
             for word in settings
         }
 
-    def _trial(self, number: int, settings: Mapping[str, dict[str, Any]]) -> Comparison:
-        base = self.base
-        given = [word for pair in teacher_detector_settings(base).items() for word in pair]
-        return replace(
-            base,
-            folder=base.folder / TRIALS_FOLDER / f"{number:03d}",
-            methods={word: base.methods[word] for word in settings},
-            tuned={word: Tuned(values) for word, values in settings.items()},
-            distill=merge_stage(base.distill, ["TEACHER.WEIGHTS", backbone_file(base, TEACHER, 0)], "tune"),
-            detect=merge_stage(base.detect, given, "tune"),
-        )
-
-    def _runs(self, trial: Comparison, words: Sequence[str]) -> list[Run]:
-        in_stage_one = [word for word in words if not self.tuning.learns_in_stage_two(word)]
+    def _runs(self, trial: Comparison) -> list[Run]:
+        in_stage_one = [word for word in trial.methods if not self.tuning.learns_in_stage_two(word)]
         runs = []
         for run in make_plan(trial):
             if run.kind == STUDENTS and in_stage_one:
                 runs.append(with_students(run, trial, in_stage_one))
-            elif run.kind == DETECTOR and run.row and run.row in words and self.tuning.objective_of(run.row) == MAP:
+            elif (
+                run.kind == DETECTOR
+                and run.row
+                and run.row in trial.methods
+                and self.tuning.objective_of(run.row) == MAP
+            ):
                 if run.row not in in_stage_one:
                     # from a backbone that all trials share
                     weights = backbone_file(self.base, run.row, run.seed or 0)
