@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # pycocotools has no equivalent of VOC's difficult: it overwrites "ignore", and a crowd forgives more than an ignored object.
 #
-# pycocotools 2.0.11: converters write VOC's difficult objects as "ignore": 1, which COCOeval overwrites by "iscrowd"
-# before it reads it: they count like all others, and AP is that of a harder data set.  With "iscrowd": 1 they are left
-# out, but overlap with a crowd is measured in parts of the detection alone: a box anywhere inside a difficult object,
-# which is a false positive to the devkit (IoU 0.16 here), costs nothing.
+# pycocotools 2.0.11: converters write VOC's difficult objects as "ignore": 1 or as "iscrowd": 1.  COCOeval overwrites the
+# first by the second before it reads it: they count like all others, and AP is that of a harder data set.  Crowds are left
+# out, but overlap with a crowd is measured in parts of the detection alone: a box anywhere inside a difficult object, which
+# is a false positive to the devkit (IoU 0.16 here), costs nothing.
 # Seen (AP at IoU 0.5 of one object found with a score of 0.8, with a box of a higher score inside a difficult object, and
 # with none but itself):
 #   plain 0.252 0.505, ignore 0.252 0.505, iscrowd 1.000 1.000; the devkit: 0.500 1.000

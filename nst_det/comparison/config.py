@@ -156,7 +156,10 @@ def row_weights(
 KEYS = {
     "NAME": Key("comparison", "begins the names of the backbone files"),
     "OUTPUT_DIR": Key("", 'where everything is written; "" takes output/NAME'),
-    "ENGINE": one_of("engine of the detectors; auto takes Detectron2 where it is installed", *ENGINES),
+    "ENGINE": one_of(
+        "engine of the detectors; auto takes DETECT.CONFIG's, and where that is auto, too, Detectron2 if installed",
+        *ENGINES,
+    ),
     "METHODS": Key(
         ["kd", "nst-poly"],
         "transfer methods beside ce (labels only); a term marked @det works in stage two, from a teacher detector "
@@ -382,15 +385,19 @@ def check_keys_of_runs(config: CfgNode, forwarded: Sequence[tuple[str, str]], so
         given += [(f"{source}: {stage}.{name}", key, key, row) for key in map(str, config[stage][name][::2])]
     for where, key, name, row in given:
         if config.DATA.GENERATE and re.fullmatch(r"DATA\.ROOT|DATASETS\.VOC\..+\.ROOT", name):
-            own = "DATA.GENERATE '{}'"
-        elif row == TEACHER and name in TEACHER_NETWORK:
-            own = f"{DISTILL}.TEACHER.{TEACHER_NETWORK[name]}"
-        # the file that such a row begins with
-        elif concerns(name, RUN) and not (row in PUBLISHED_STARTS and name == "MODEL.WEIGHTS"):
-            own = "the comparison's own NAME, METHODS, SEEDS, ENGINE or OUTPUT_DIR"
+            remedy = ", or set DATA.GENERATE '{}'"
+        elif row == TEACHER and (taken := [own for own in TEACHER_NETWORK if f"{name}.".startswith(f"{own}.")]):
+            remedy = f", or set {DISTILL}.TEACHER.{TEACHER_NETWORK[taken[0]]}"
+        elif name == "MODEL.WEIGHTS" and row:
+            # the file that such a row begins with
+            if row in PUBLISHED_STARTS:
+                continue
+            remedy = f", or set {DISTILL}.TEACHER.WEIGHTS" if row == TEACHER else ""
+        elif concerns(name, RUN):
+            remedy = ", or set the comparison's own NAME, METHODS, SEEDS, ENGINE or OUTPUT_DIR"
         else:
             continue
-        raise UserError(f"{where}: {key}: a comparison sets it for each run; leave it out, or set {own}")
+        raise UserError(f"{where}: {key}: a comparison sets it for each run; leave it out{remedy}")
 
 
 def methods_without_labels(methods: Sequence[RowSpec], rows: Sequence[str], source: str) -> dict[str, RowSpec]:
@@ -414,7 +421,8 @@ def check_no_detector(
     values = plain(flat(config))
     detectors = [key for key in KEYS if key in ("ENGINE", "ROWS") or key.startswith(f"{DETECT}.")]
     found = [key for key in detectors if values[key] != KEYS[key].default]
-    found += [key for key, _ in forwarded if key.startswith(f"{DETECT}.")]
+    # --trust-pickle is for both stages, whichever there are
+    found += [key for key, _ in forwarded if key.startswith(f"{DETECT}.") and key != f"{DETECT}.TRUST_PICKLE"]
     found += [f"METHODS {word}" for word, row in methods.items() if row.detector.names]
     if found:
         raise UserError(

@@ -86,6 +86,8 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "FLOAT32_PRECISION": (RESUME, STUDENT, TRAINED_TEACHER, CACHE),
     # a student depends on the teacher's weights, by their hash
     "TEACHER": (RESUME,),
+    # compared with the teacher's accuracy at each start
+    "TEACHER.EXPECTED_TOP1": (),
     "TEACHER.ARCH": (RESUME, TRAINED_TEACHER),
     "TEACHER.ARCH_KWARGS": (RESUME, TRAINED_TEACHER),
     "TEACHER.IMAGE_SIZE": _PIXELS,

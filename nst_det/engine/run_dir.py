@@ -131,7 +131,6 @@ class RunFolder:
         for folder in (self.path, self.checkpoints, self.path / "nonfinite"):
             remove_left_over(folder, owned=True)
         self.check(config)
-        self.not_finite_path.unlink(missing_ok=True)
         begun = self.begun
         if inputs is not None:
             kept = begun and self.inputs_path.exists()
@@ -139,6 +138,7 @@ class RunFolder:
             self._refuse(before, inputs, [key for key in {**before, **inputs} if before.get(key) != inputs.get(key)])
             if not kept:
                 write_json(self.inputs_path, dict(inputs))
+        self.not_finite_path.unlink(missing_ok=True)
         values = {key: self._portable(key, value) for key, value in _values(config).items()}
         if not begun:
             write_json(self.config_path, values)

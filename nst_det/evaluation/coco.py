@@ -40,7 +40,7 @@ def evaluate_coco(detections: Detections, truth: GroundTruth) -> CocoResult:
 
     Where that happens, or where VOC takes equal scores in another order, a line in the log says so.
 
-    A ``difficult`` object becomes a crowd (``iscrowd`` 1), as converters of VOC to COCO write it: it is no positive,
+    A ``difficult`` object becomes a crowd (``iscrowd`` 1), as most converters of VOC write it: it is no positive,
     and detections on it count neither way (overlap with a crowd is measured over the detection's own area).  Boxes
     become 0-based (x, y, width, height), so that overlap is continuous, without VOC's + 1.
     """

@@ -158,7 +158,10 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
         "DETECT.DATASETS.VAL_FRACTION": config.VAL_FRACTION,
         "DETECT.DATASETS.VAL_SEED": config.VAL_SEED,
         "DETECT.DATASETS.TEST": [],
+        # the last weights are judged
         "DETECT.TEST.EVAL_PERIOD": 0,
+        "DETECT.TEST.SELECT": "last",
+        "DETECT.TEST.PATIENCE": 0,
     }
     settings = {
         "DISTILL.DATA.VAL_FROM": "train",

@@ -118,7 +118,7 @@ class Evaluator:
             distill=merge_stage(base.distill, ["TEACHER.WEIGHTS", backbone_file(base, TEACHER, 0)], "tune"),
             detect=merge_stage(base.detect, given, "tune"),
         )
-        words = _finite(trial, settings)
+        words = self._finite(trial, settings)
         while words:
             left = replace(
                 trial,
@@ -128,14 +128,26 @@ class Evaluator:
             try:
                 self._do(left, self._runs(left))
                 break
-            except RunFailed:
-                if (still := _finite(trial, words)) == words:
+            except RunFailed as error:
+                if (still := self._finite(trial, words)) == words:
                     raise
+                log.warning("%s", error)
                 words = still
         return {
             word: {seed: self._value(trial, word, seed) if word in words else math.nan for seed in trial.seeds}
             for word in settings
         }
+
+    def _finite(self, trial: Comparison, words: Iterable[str]) -> list[str]:
+        """Return the methods of which no run of a trial has ended by a loss or gradient that was not finite."""
+
+        def ended(word: str, seed: int) -> bool:
+            # the student of a method with terms of stage two is that of another method here
+            places = [] if self.tuning.learns_in_stage_two(word) else [backbone_folder(trial, word, seed)]
+            places.append(detector_folder(trial, word, seed))
+            return any(path and RunFolder(path).not_finite_path.exists() for path in places)
+
+        return [word for word in words if not any(ended(word, seed) for seed in trial.seeds)]
 
     def _runs(self, trial: Comparison) -> list[Run]:
         in_stage_one = [word for word in trial.methods if not self.tuning.learns_in_stage_two(word)]
@@ -172,17 +184,6 @@ class Evaluator:
         launch(runs, run_configs(comparison, runs), comparison.folder, self.machine, launcher)
 
 
-def _finite(trial: Comparison, words: Iterable[str]) -> list[str]:
-    """Return the methods of which no run of a trial has ended by a loss or gradient that was not finite."""
-
-    def folders(word: str) -> list[Path | None]:
-        return [of(trial, word, seed) for seed in trial.seeds for of in (backbone_folder, detector_folder)]
-
-    return [
-        word for word in words if not any(path and RunFolder(path).not_finite_path.exists() for path in folders(word))
-    ]
-
-
 def search(folder: Path, spaces: Mapping[str, Space], trials: int, seed: int, evaluate: Evaluate) -> dict[str, Best]:
     """Find each method's best setting on equal terms (of equal ones the earliest); resumes where it was stopped.
 
@@ -211,7 +212,8 @@ def search(folder: Path, spaces: Mapping[str, Space], trials: int, seed: int, ev
                 by_seed = {str(key): value for key, value in values[word].items()}
                 studies[word].set_user_attr(f"{BY_SEED} {asked_number}", by_seed)
             else:
-                log.warning("trial %d: %s is not finite with %s and counts as 0", number + 1, word, settings[word])
+                where = folder / TRIALS_FOLDER / f"{number:03d}"
+                log.warning("%s: %s is not finite with %s and counts as 0", where, word, settings[word])
                 # what is not finite Optuna would take as a trial that never was, and the search would not end
                 mean = 0.0
             studies[word].tell(asked_number, mean)
@@ -230,7 +232,8 @@ def _studies(path: Path, spaces: Mapping[str, Space]) -> dict[str, Study]:
         }
     except Exception as error:
         # SQLAlchemy and alembic each have errors of their own for a file that is no database
-        raise UserError(f"{path}: can't be used ({str(error).splitlines()[0]}); remove it to begin again") from error
+        reason, trials = str(error).splitlines()[0], path.parent / TRIALS_FOLDER
+        raise UserError(f"{path}: can't be used ({reason}); remove it and {trials} to begin again") from error
     now = optuna.__version__
     for study in studies.values():
         if not study.get_trials(deepcopy=False):
@@ -276,9 +279,9 @@ def _best(study: Study, space: Space, trials: int, folder: Path) -> Best:
     finite = [trial for trial in finished if f"{BY_SEED} {trial.number}" in study.user_attrs]
     if not finite:
         raise UserError(
-            f"{folder / TRIALS_FOLDER}: {study.study_name} is not finite with any of its {trials} settings; give it a "
-            "smaller weight to begin with (TRANSFER.WEIGHTS), set SOLVER.CLIP_GRADIENTS or lower the learning rate, in "
-            "another --output"
+            f"{folder / TRIALS_FOLDER}: {study.study_name} is not finite with any of its {trials} settings; leave it "
+            "out of METHODS, or begin in another --output with a smaller weight (TRANSFER.WEIGHTS), "
+            "SOLVER.CLIP_GRADIENTS or a lower learning rate"
         )
     best = max(finite, key=lambda trial: (trial.value, -trial.number))
     return Best(

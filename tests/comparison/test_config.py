@@ -55,6 +55,8 @@ def test_keys_of_a_stage_are_handed_on(config_file):
     assert claim["DISTILL.SOLVER.MAX_ITER"] == 9
     assert claim["DETECT.SCRATCH_OPTS"] == ["SOLVER.BACKBONE_MULTIPLIER", 0.25]
     free = {"METHODS", "SEEDS", "ROWS", "TUNED", "JOBS", "OUTPUT_DIR", "DISTILL.SEED", "DISTILL.OPTS", "DETECT.CONFIG"}
+    # compared with the teacher's accuracy at each start
+    free.add("DISTILL.TEACHER.EXPECTED_TOP1")
     # known by their fingerprints
     paths = {"DISTILL.DATA.ROOT", "DETECT.DATASETS.VOC.own_test.ROOT", "DISTILL.TEACHER.WEIGHTS", "DISTILL.CACHE.DIR"}
     assert not {*free, *paths, "DETECT.MODEL.WEIGHTS", "DETECT.MODEL.DEVICE", "DISTILL.NAME"} & set(claim)
@@ -94,6 +96,9 @@ BAD = [
     ("DETECT.TEACHER_OPTS [MODEL.TIMM.ARCH,resnet18]", "DETECT.TEACHER_OPTS: MODEL.TIMM.ARCH: a comparison sets it for "
      "each run; leave it out, or set DISTILL.TEACHER.ARCH"),
     ("DETECT.TEACHER_OPTS [MODEL.TIMM.KWARGS,{}]", "or set DISTILL.TEACHER.ARCH_KWARGS"),
+    ("DETECT.TEACHER_OPTS [MODEL.TIMM.KWARGS.drop_rate,0.1]", "or set DISTILL.TEACHER.ARCH_KWARGS"),
+    ("DETECT.TEACHER_OPTS [MODEL.WEIGHTS,3]", "MODEL.WEIGHTS: a comparison sets it for each run; leave it out, or set "
+     "DISTILL.TEACHER.WEIGHTS"),
     ("DATA.GENERATE {'seed':0} DETECT.SCRATCH_OPTS [DATASETS.VOC.own_test.ROOT,x]", "SCRATCH_OPTS: DATASETS.VOC"),
     ("DATA.GENERATE {'seed':0} DISTILL.DATA.ROOT my_images", "command line: DISTILL.DATA.ROOT"),
     ("DATA.GENERATE {'seed':0} DETECT.DATASETS.VOC.own_test.ROOT x", "command line: DETECT.DATASETS.VOC.own_test.ROOT"),

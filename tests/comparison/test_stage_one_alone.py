@@ -38,6 +38,12 @@ def test_the_plan_ends_with_stage_one(alone, cli, alone_file, capsys):
     assert "2 runs, 0 done" in capsys.readouterr().out
 
 
+def test_pickles_are_trusted_in_the_stage_that_there_is(cli, alone, alone_file):
+    words = ["compare", "--config-file", alone_file, "--output", alone.folder, "--plan"]
+    assert cli(*words, "--trust-pickle") == 0
+    assert cli(*words, "DETECT.SOLVER.MAX_ITER", "3") == 2
+
+
 def test_rows_by_hand(alone, tmp_path):
     scores = {"ce": (0.5, 0.4), "kd": (0.625, 0.475), "kd+nst-poly": (0.75, 0.65)}
     for row, values in scores.items():

@@ -15,6 +15,7 @@ from nst_det.distillation.dataloader import read_data
 from nst_det.distillation.fingerprint import teacher_claim
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
+from nst_det.losses import get_term
 from nst_det.tune.config import Space, load_tuning
 from nst_det.tune.run import search, tune, tuning_table
 from tests.helpers import fake_stage
@@ -44,7 +45,12 @@ def write_tune(folder, patch):
         folder,
         compare={**COMPARE, "METHODS": METHODS, "THREADS": 1},
         distill={**DISTILL, "TEACHER": {"ARCH": "nst_resnet10_w32"}, "TRANSFER": transfer},
-        detect={**DETECT, "DATASETS": {**DETECT["DATASETS"], "VOC": voc}},
+        # the best weights of a validation split, as init writes it
+        detect={
+            **DETECT,
+            "DATASETS": {**DETECT["DATASETS"], "VOC": voc, "VAL_FRACTION": 0.2},
+            "TEST": {"SELECT": "best", "EVAL_PERIOD": 4, "PATIENCE": 2},
+        },
     )
     # the comparison's own folder is there
     change(folder / "compare.yaml", OUTPUT_DIR="./compared")
@@ -287,9 +293,11 @@ def test_a_value_that_is_not_finite_counts_as_0(tmp_path, caplog, value):
     found = search(tmp_path, space, 4, 0, evaluate)["a"]
     assert (found.value, found.default, found.trials) == (pytest.approx(0.515), None, 4)
     assert found.by_seed == {"0": 0.5, "1": pytest.approx(0.53)}
-    assert [message.split(":")[0] for message in caplog.messages] == ["trial 1", "trial 3"]
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        str(tmp_path / "trials" / name) for name in ("000", "002")
+    ]
     # fewer trials, of which none is left
-    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / 'trials'))}: a .*TRANSFER\.WEIGHTS"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / 'trials'))}: a .*METHODS.*TRANSFER\.WEIGHTS"):
         search(tmp_path, space, 1, 0, None)
 
 
@@ -313,6 +321,20 @@ def test_a_setting_whose_loss_is_not_finite_costs_no_other_method_anything(
     assert list(tuning_table(tuning, found).columns[2].cells)[METHODS.index(word)] == "not finite"
     # neither the other seed of it nor what was done was begun again
     assert set(begun_below(tmp_path / "out").values()) == {1}
+
+
+def test_a_student_that_is_not_finite_costs_no_detector_that_begins_with_another(
+    tune_file, tmp_path, monkeypatch, caplog
+):
+    # the configured weight, with which that detector's backbone is trained, is finite
+    monkeypatch.setenv("FAKE_NOT_FINITE", f"kd {get_term('kd').weight}")
+    tune(load_tuning(tune_file, tmp_path / "out", ["METHODS", "[kd, kd+cwd@det]"]))
+    named = [message.split(": ")[1].split()[0] for message in caplog.messages if "counts as 0" in message]
+    assert {*named} == {"kd"}
+    done = [*(tmp_path / "out" / "trials").glob("*/detect/seed*/kd+cwd@det/result.json")]
+    assert len(done) == TUNE["TRIALS"] * len(TUNE["SEEDS"])
+    # why it is, with the run's log
+    assert sum("(log: " in message for message in caplog.messages) >= len(named)
 
 
 def test_a_method_without_a_finite_setting_is_named(tune_file, tmp_path, monkeypatch):
