@@ -18,7 +18,7 @@ from fvcore.common.config import CfgNode
 from nst_det.comparison.config import Comparison
 from nst_det.comparison.display import steps_done
 from nst_det.comparison.launch_local import KILL, Command, LocalLauncher, Machine, Process
-from nst_det.comparison.plan import DATA, Run, make_plan, run_config, total_steps
+from nst_det.comparison.plan import DATA, TEACHER, Run, make_plan, run_config, total_steps
 from nst_det.data.voc import VocDataset
 from nst_det.detection.config import voc_roots
 from nst_det.distillation.dataloader import read_data
@@ -113,11 +113,13 @@ def _try(run: Run, config: CfgNode | None, launcher: LocalLauncher, folder: Path
         process.outcome()
         raise
     code, output = process.outcome()
-    if code or (config and STEPS not in seen):
+    # a teacher that is taken as it is
+    taken = run.kind == TEACHER and not any(seen)
+    if code or not (config is None or taken or STEPS in seen):
         lines = output.strip().splitlines() or ["it wrote nothing"]
         raise UserError(f"--dry-run: the trial of {run.name} failed: {lines[-1].removeprefix('nst-det: ')}")
     disk = bytes_below(folder) - before
-    if config is None:
+    if config is None or taken:
         return Estimate(now - began, disk, memory)
     first, last = min(count for count in seen if count >= WARM_UP), seen[STEPS]
     step = (last - seen[first]) / max(STEPS - first, 1)

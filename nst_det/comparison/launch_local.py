@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from fractions import Fraction
@@ -146,11 +146,16 @@ def this_machine(jobs: int = 0) -> Machine:
 
 
 class Process:
-    """A command that appends to ``log``, with this process's environment but for threads and GPU ("" for none)."""
+    """A command that appends to ``log``.
 
-    def __init__(self, command: Sequence[str], log: Path, threads: int, gpu: str = "") -> None:
+    It has this process's environment, and ``more`` of it, but for threads and GPU ("" for none).
+    """
+
+    def __init__(
+        self, command: Sequence[str], log: Path, threads: int, gpu: str = "", more: Mapping[str, str] | None = None
+    ) -> None:
         self.gpu, self._log = gpu, log
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": gpu}
+        environment = {**os.environ, **(more or {}), "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": gpu}
         environment |= dict.fromkeys(THREAD_VARIABLES, str(threads)) | {VARIABLE: str(progress_file(log))}
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as file:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ class RayLauncher:
         # one that is lost with its node or worker is given to another; one that ends with an error is not
         retried = {"max_retries": RETRIES, "retry_exceptions": [Interrupted]}
         remote = self._ray.remote(**self.needs(run), **retried, name=run.name)(run_on_node)
-        task = remote.remote(run, str(self._folder), command, self.gpu_threads(run))
+        environment = needed_environment(run, self._folder)
+        task = remote.remote(run, str(self._folder), command, self.gpu_threads(run), environment)
         self._tasks.append(task)
         future: Future[Outcome] = task.future()
         return future
@@ -113,14 +115,28 @@ class RayLauncher:
             self._ray.wait(running, num_returns=len(running), timeout=STOP_SECONDS)
 
 
-def run_on_node(run: Run, folder: str, command: list[str] | None, gpu_threads: int = 0) -> Outcome:
+def needed_environment(run: Run, folder: Path) -> dict[str, str]:
+    """Return the variables that a run reads of this process's environment; a node has that of its ``ray start``."""
+    config = run.config_path(folder)
+    named = set(re.findall(r"\$\{?(\w+)", config.read_text(encoding="utf-8"))) if config.exists() else set()
+    ours = (name for name in os.environ if name.startswith("NST_DET_"))
+    return {name: os.environ[name] for name in {*named, *ours, "PYTHONPATH"} if name in os.environ}
+
+
+def run_on_node(
+    run: Run,
+    folder: str,
+    command: list[str] | None,
+    gpu_threads: int = 0,
+    environment: Mapping[str, str] | None = None,
+) -> Outcome:
     """Do a run on the node that Ray chose, with ``gpu_threads`` threads (0: no GPU); return the end of its output."""
     if run.done:
         return 0, ""
     # Ray names a task's GPU here, but hides none from a task without one
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpu_threads else ""
     command = command or stage_command(run, Path(folder))
-    process = Process(command, run.log_path(Path(folder)), gpu_threads or run.threads, gpu)
+    process = Process(command, run.log_path(Path(folder)), gpu_threads or run.threads, gpu, environment)
     try:
         # short waits: Ray cancels by an exception that comes between them
         while process.running:

@@ -28,10 +28,11 @@ from nst_det.comparison.stages import (
     check_published,
     merge_stage,
 )
+from nst_det.detection.fingerprint import of_weights
 from nst_det.distillation.fingerprint import student_claim
-from nst_det.engine.config import expand_path, flat, plain, read_yaml
+from nst_det.engine.config import flat, plain, read_yaml
 from nst_det.engine.format import duration, print_table, size
-from nst_det.engine.io import read_json, sha256_of_file, write_text
+from nst_det.engine.io import read_json, write_text
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
 from nst_det.losses import parse_method
@@ -87,8 +88,9 @@ def _check_start(folder: RunFolder, run: Run, config: CfgNode, written: Path) ->
     }
     folder.check({**folder.config(), **own})
     begun = read_json(folder.inputs_path).get("MODEL.WEIGHTS_SHA256") if folder.inputs_path.exists() else None
-    weights = expand_path(config.MODEL.WEIGHTS, "MODEL.WEIGHTS")
-    if begun and weights and "://" not in weights and sha256_of_file(weights) != begun:
+    weights = config.MODEL.WEIGHTS
+    # a file that isn't on this machine any more can't be compared
+    if begun and of_weights(weights, "MODEL.WEIGHTS") not in (begun, weights):
         raise UserError(f"{folder.path}: this run began with other weights than {weights}; name another --output")
 
 
@@ -106,9 +108,9 @@ def launch(
 
 def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNode]:
     """Return the config of each run of a plan but the data's, by name, after all checks that need no training."""
-    students = next(run for run in runs if run.kind == STUDENTS)
-    distill = merge_stage(comparison.distill, students.options, f"run {students.name}")
-    check_distill_losses(distill, comparison.students, comparison.name)
+    if students := [run for run in runs if run.kind == STUDENTS and not run.done]:
+        distill = merge_stage(comparison.distill, students[0].options, f"run {students[0].name}")
+        check_distill_losses(distill, comparison.students, comparison.name)
     if not comparison.generate:
         check_data_folders(comparison.distill, comparison.detect, comparison.name)
     configs = run_configs(comparison, runs)

@@ -14,6 +14,7 @@ of its config and log below ``configs`` and ``logs``, so that a method or seed a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from nst_det.distillation.fingerprint import teacher_claim
 from nst_det.engine.config import expand_path
 from nst_det.engine.io import sha256_of_file
 from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder, differing
+from nst_det.errors import UserError
 
 # kinds of runs, besides "teacher"
 DATA, STUDENTS, DETECTOR, TEACHER_DETECTOR = "data", "students", "detector", "teacher detector"
@@ -167,6 +169,20 @@ def _student(comparison: Comparison, row: str) -> str:
     return BASELINE if row == NO_FPN else comparison.methods[row].backbone.word
 
 
+def _teacher_network(comparison: Comparison) -> dict[str, Any]:
+    """Return the keys of the teacher's network in stage two: that of a backbone file, or the one made here."""
+    node = comparison.distill.TEACHER
+    if node.WEIGHTS and not makes_teacher(comparison):
+        # torch takes seconds to import
+        from nst_det.models import load_card
+
+        # plain weights have no card; what is wrong with a file is said by whoever loads it
+        with suppress(UserError):
+            card = load_card(expand_path(node.WEIGHTS, f"{DISTILL}.TEACHER.WEIGHTS"))
+            return {"MODEL.TIMM.ARCH": card.arch, "MODEL.TIMM.KWARGS": card.arch_kwargs}
+    return {key: node[own] for key, own in TEACHER_NETWORK.items()}
+
+
 def teacher_folder(comparison: Comparison) -> Path:
     return comparison.folder / "teacher" / "teacher"
 
@@ -174,6 +190,8 @@ def teacher_folder(comparison: Comparison) -> Path:
 def finished_teacher(comparison: Comparison) -> str:
     """Return the backbone file of a comparison's own teacher, if it is trained; else ""."""
     folder, file = RunFolder(teacher_folder(comparison)), backbone_file(comparison, TEACHER, TEACHER_SEED)
+    if comparison.generate and not (comparison.data_root and comparison.data_root.exists()):
+        return ""
     if not (makes_teacher(comparison) and folder.done and Path(file).is_file()):
         return ""
     # torch takes seconds to import
@@ -262,7 +280,7 @@ def _detector_run(comparison: Comparison, row: str, seed: int, data: tuple[str, 
     }
     needs = data if row in (SCRATCH, *PUBLISHED_STARTS) else teacher if row == TEACHER else (f"distill/seed{seed}",)
     if row == TEACHER:
-        settings |= {key: comparison.distill.TEACHER[own] for key, own in TEACHER_NETWORK.items()}
+        settings |= _teacher_network(comparison)
     elif row in comparison.methods and comparison.methods[row].detector.names:
         found = comparison.tuned[row].settings if row in comparison.tuned else {}
         settings["METHOD"] = comparison.methods[row].detector.word

@@ -103,7 +103,7 @@ def check_distill_losses(distill: CfgNode, methods: Iterable[str], source: str) 
     for part in ("TEACHER", "STUDENT"):
         try:
             # a run would miss it much later
-            if config[part].PRETRAINED:
+            if config[part].PRETRAINED and not config[part].WEIGHTS:
                 published_file(config[part].ARCH)
         except ValueError as error:
             raise UserError(f"{source}: DISTILL.{part}.PRETRAINED: {error}") from error

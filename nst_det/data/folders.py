@@ -215,7 +215,8 @@ def cut_validation(
     ids = [os.path.splitext(path)[0] for path in train.paths]
     files = dict(zip(ids, train.paths))
     # images that are in no folder aren't looked at
-    pictures = {} if train.held else same_pictures({id_: root / path for id_, path in files.items()})
+    looked_at = {} if train.held or not val_fraction else {id_: root / path for id_, path in files.items()}
+    pictures = same_pictures(looked_at)
     first_of = [files[pictures.get(id_, id_)] for id_ in ids]
     # one with copies in several classes counts in the first of them
     by_class: dict[int, set[str]] = {}

@@ -28,7 +28,7 @@ def input_fingerprints(config: CfgNode, classes: Sequence[str] | None = None) ->
     for name, (root, split) in zip(own, voc_roots(config, own, "DATASETS")):
         found[f"DATASETS.VOC.{name}.FINGERPRINT"] = VocDataset(root, split, classes).fingerprint()
     for group in ("MODEL", "TEACHER"):
-        found[f"{group}.WEIGHTS_SHA256"] = _of_weights(config[group].WEIGHTS, f"{group}.WEIGHTS")
+        found[f"{group}.WEIGHTS_SHA256"] = of_weights(config[group].WEIGHTS, f"{group}.WEIGHTS")
     named = config.TEACHER.CONFIG_FILE
     path = _file(named, "TEACHER.CONFIG_FILE")
     tree: dict[str, Any] = {}
@@ -43,11 +43,12 @@ def input_fingerprints(config: CfgNode, classes: Sequence[str] | None = None) ->
     theirs = tree.get("MODEL")
     inner = theirs.get("WEIGHTS") if isinstance(theirs, dict) else None
     if inner and not config.TEACHER.WEIGHTS:
-        found["TEACHER.WEIGHTS_SHA256"] = _of_weights(str(inner), "TEACHER.CONFIG_FILE")
+        found["TEACHER.WEIGHTS_SHA256"] = of_weights(str(inner), "TEACHER.CONFIG_FILE")
     return found
 
 
-def _of_weights(named: str, key: str) -> str:
+def of_weights(named: str, key: str) -> str:
+    """Return the SHA-256 of the file that a key names; what is no file here stands for itself."""
     path = _file(named, key)
     return sha256_of_file(path) if path else named
 

@@ -112,6 +112,9 @@ def initial_student(config: CfgNode, num_classes: int) -> Network:
 def initial_teacher(config: CfgNode, classes: list[str] | None) -> Network:
     """Return the teacher as TEACHER.WEIGHTS gives it, or as its training starts; ``classes`` None aren't known yet."""
     network, node = _initial_teacher(config, classes), config.TEACHER
+    if network.headless and not network.to_train:
+        # random numbers would be written as its logits
+        network = without_head(network)
     if network.to_train and classes is not None and (node.IMAGE_SIZE or node.MEAN or node.STD):
         raise UserError(
             "TEACHER.IMAGE_SIZE, MEAN and STD are for a teacher that is taken as it is, and this one is trained here; "

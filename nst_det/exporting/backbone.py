@@ -149,7 +149,7 @@ def _compare_with_detectron2(
     from detectron2.modeling import build_backbone
 
     # the classifier's width is of no account for the maps
-    classes = next((value.shape[0] for name, value in state_dict.items() if name == "fc.weight"), 1000)
+    classes = next((value.shape[0] for name, value in state_dict.items() if name == "fc.weight"), 0)
     try:
         bottomup = Bottomup(arch, arch_kwargs=arch_kwargs, state_dict=state_dict, num_classes=classes).eval()
     except ValueError as error:

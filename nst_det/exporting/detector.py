@@ -189,13 +189,15 @@ def check_form(output: Path, form: str, precision: str) -> None:
 
 def read_images(config: CfgNode, classes: Sequence[str], named: Sequence[str | Path]) -> Iterator[np.ndarray]:
     """Yield at most :data:`MOST_IMAGES` of the named images, or the run's test images, resized as at evaluation."""
-    if not named:
+    if named:
+        paths = find_sources(named)
+    else:
         try:
             data = open_voc(config, "DATASETS.TEST", classes)[0]
-            named = [data.image_path(id_) for id_ in data.ids[:MOST_IMAGES]]
+            paths = [data.image_path(id_) for id_ in data.ids[:MOST_IMAGES]]
         except UserError as error:
             raise UserError(f"no test images to compare the export on ({error}); name some by --images") from error
-    for picture in itertools.islice(read_sources(find_sources(named)), MOST_IMAGES):
+    for picture in itertools.islice(read_sources(paths), MOST_IMAGES):
         yield _resized(config, picture.pixels)
 
 

@@ -55,6 +55,7 @@ class Network:
     # of the images that these want, 0..1, RGB
     mean: Sequence[float] = (0.485, 0.456, 0.406)
     std: Sequence[float] = (0.229, 0.224, 0.225)
+    classes: int = 0  # of these weights
 
     @property
     def says(self) -> str:
@@ -110,7 +111,9 @@ def render(values: Values) -> dict[str, str]:
     loader = jinja2.PackageLoader("nst_det.scaffold")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     # JSON is YAML, with names and paths quoted
-    environment.globals["methods"] = METHODS[not values.labels :]
+    # without labels kd teaches the published classes, where there are some
+    kd = values.labels or values.teacher_network.classes
+    environment.globals["methods"] = [one for one in METHODS[not values.labels :] if kd or "kd" not in one.split("+")]
     environment.filters["json"] = partial(json.dumps, ensure_ascii=False, default=str)
     student = values.student_network
     pixels = {key: [round(255 * part, 3) for part in getattr(student, key)] for key in ("mean", "std")}
@@ -161,7 +164,7 @@ def _named(who: str, arch: str, size: int) -> Network:
     if not published:
         return Network(arch, kwargs, False)
     wanted = published_card(model, arch).input
-    return Network(arch, kwargs, True, wanted["mean"], wanted["std"])
+    return Network(arch, kwargs, True, wanted["mean"], wanted["std"], model.pretrained_cfg.get("num_classes") or 0)
 
 
 def fit_size(annotations: Sequence[VocAnnotation], largest: int) -> tuple[int, int]:

@@ -125,6 +125,22 @@ class Tuning:
         return MAP if self.learns_in_stage_two(word) else self.objective
 
 
+def _check_judged(comparison: Comparison, search: Comparison, source: str) -> None:
+    """Refuse a search on images that the students of a comparison without detectors are judged on."""
+    # torch takes seconds to import
+    from nst_det.distillation.dataloader import read_data
+
+    whole = search.distill.clone()
+    whole.defrost()
+    whole.DATA.VAL_FRACTION = 0.0
+    judged, seen = (read_data(one, whole=True) for one in (comparison.distill, whole))
+    if not {*judged.val.paths}.isdisjoint(seen.train.paths):
+        raise UserError(
+            f"{source}: DISTILL.DATA.ROOT {comparison.distill.DATA.ROOT} has no val folder: the search would see the "
+            "images on which the comparison judges its rows; put some images of each class into val/CLASS"
+        )
+
+
 def load_tuning(file: str | Path, output: str | Path | None = None, overrides: Sequence[str] = ()) -> Tuning:
     """Read and check a search; ``output`` replaces OUTPUT_DIR, ``overrides`` are KEY VALUE pairs."""
     file = config_file(file, "tune.yaml")
@@ -167,6 +183,9 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
         "DISTILL.DATA.VAL_FROM": "train",
         "DISTILL.DATA.VAL_FRACTION": config.VAL_FRACTION,
         "DISTILL.DATA.VAL_SEED": config.VAL_SEED,
+        # of other images, and perhaps of fewer levels
+        "DISTILL.CACHE.DIR": "",
+        "DISTILL.CACHE.DTYPE": "auto",
         **(of_detectors if comparison.detect else {}),
         "TUNED": "",
         "ROWS": [],
@@ -175,6 +194,8 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
         **({"DISTILL.TEACHER.WEIGHTS": teacher} if teacher else {}),
     }
     base = load_comparison(compare, folder, [*opts, *(str(word) for pair in settings.items() for word in pair)])
+    if not base.detect and not base.generate:
+        _check_judged(comparison, base, str(compare))
     spaces = {word: space_of(word, base, config, str(file)) for word in base.methods if word != BASELINE}
     if not spaces:
         raise UserError(f"{file}: METHODS has no method with a term to search for")

@@ -77,6 +77,16 @@ def test_each_kind_is_tried_once(comparison, monkeypatch):
     assert tried == ["teacher", "distill/seed0", "detect/seed0/scratch"]
 
 
+def test_a_teacher_that_is_taken_as_it_is_has_no_steps(config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
+    words = ["DISTILL.TEACHER.TRAIN", "False", "DISTILL.TEACHER.PRETRAINED", "True"]
+    comparison = load_comparison(config_file, tmp_path / "out", words)
+    runs = make_plan(comparison)
+    found = estimate(comparison, runs, Machine(1), fake_command)
+    assert {*found} == {run.name for run in runs}
+    assert 0 < found["teacher"].seconds < 60
+
+
 def test_a_trial_that_fails_is_named(comparison, monkeypatch):
     monkeypatch.setenv("FAKE_FAILS", "scratch")
     monkeypatch.setenv("FAKE_CODE", "2")

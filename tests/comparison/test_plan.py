@@ -14,6 +14,8 @@ from nst_det.engine.config import flat
 from nst_det.engine.io import sha256_of_file, write_text
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
+from nst_det.models import Card, create_model, input_contract, save_backbone
+from tests.helpers.hub import NAME, offline_cache, snapshot, weights
 
 
 def test_the_runs_and_what_they_need(comparison):
@@ -146,6 +148,36 @@ def test_a_teacher_of_ones_own_is_not_trained(config_file):
     row = runs["detect/seed1/teacher"]
     assert row.needs == ()
     assert (row.settings["MODEL.WEIGHTS"], row.settings["MODEL.TIMM.ARCH"]) == ("backbone://big", "resnet50")
+
+
+def test_the_row_teacher_has_the_network_of_the_teacher_s_own_file(config_file, tmp_path):
+    file = tmp_path / "big.safetensors"
+    kwargs = {"channels": [8, 8, 16, 16]}
+    pixels = input_contract([0.5] * 3, [0.5] * 3, "RGB", 32)
+    save_backbone(file, create_model("resnet18d", 3, **kwargs), Card("resnet18d", 3, kwargs, input=pixels))
+    words = ["DISTILL.TEACHER.WEIGHTS", str(file), "ROWS", "['teacher']", "DISTILL.TEACHER.ARCH", "resnet50"]
+    comparison = load_comparison(config_file, tmp_path / "out", words)
+    row = next(run for run in make_plan(comparison) if run.row == "teacher")
+    config = run_config(comparison, row)
+    assert (config.MODEL.TIMM.ARCH, config.MODEL.TIMM.KWARGS["channels"]) == ("resnet18d", kwargs["channels"])
+
+
+def test_a_row_that_begins_by_name_is_compared_with_the_file_that_was_taken(config_file, tmp_path, monkeypatch):
+    file = snapshot(offline_cache(tmp_path, monkeypatch)) / "model.safetensors"
+    weights(file)
+    words = ["ROWS", "[imagenet]", "DETECT.IMAGENET_OPTS", f"[MODEL.WEIGHTS, {NAME}]"]
+    comparison = load_comparison(config_file, tmp_path / "out", words)
+    run = next(run for run in make_plan(comparison) if run.row == "imagenet")
+    config = run_config(comparison, run)
+    with RunFolder(run.folders[0]).opened(config, {"MODEL.WEIGHTS_SHA256": sha256_of_file(file)}) as folder:
+        folder.finish({})
+    check_folders(comparison, make_plan(comparison))
+    weights(file, classes=10)
+    with pytest.raises(UserError, match=rf"seed0/imagenet: .*{NAME}"):
+        check_folders(comparison, make_plan(comparison))
+    # a finished run doesn't need it any more
+    file.unlink()
+    check_folders(comparison, make_plan(comparison))
 
 
 def test_weights_that_a_teacher_begins_from_are_trained_once_for_all_seeds(config_file, tmp_path):

@@ -12,7 +12,7 @@ from nst_det.cli import main
 from nst_det.comparison.config import load_comparison
 from nst_det.comparison.display import last_metrics
 from nst_det.comparison.launch_local import RunFailed
-from nst_det.comparison.launch_ray import RayLauncher, run_on_node
+from nst_det.comparison.launch_ray import RayLauncher, needed_environment, run_on_node
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import Run, make_plan
 from nst_det.comparison.result import ComparisonResult, comparable
@@ -97,6 +97,21 @@ def test_a_task_takes_ray_s_gpu_only_where_it_gets_one_and_its_own_threads(tmp_p
     note = "import os; print('{CUDA_VISIBLE_DEVICES} {OMP_NUM_THREADS}'.format(**os.environ))"
     code, said = run_on_node(run, str(tmp_path), [sys.executable, "-c", note], gpu_threads)
     assert (code, said.removesuffix("\n")) == (0, seen)
+
+
+def test_a_task_gets_the_variables_that_its_config_names(tmp_path, monkeypatch):
+    for name in ("VOC_ROOT", "NST_DET_TERMS", "IMAGENET"):
+        monkeypatch.setenv(name, f"of {name}")
+    run = Run("a", "detector", (), (tmp_path / "a",), {})
+    assert needed_environment(run, tmp_path).keys() - {"PYTHONPATH"} == {"NST_DET_TERMS"}
+    run.config_path(tmp_path).parent.mkdir()
+    run.config_path(tmp_path).write_text("ROOT: $VOC_ROOT/VOC2007\nOTHER: ${NOT_SET_HERE}/a\n")
+    found = needed_environment(run, tmp_path)
+    assert found.keys() - {"PYTHONPATH"} == {"NST_DET_TERMS", "VOC_ROOT"}
+    # on a node that has none of them
+    monkeypatch.delenv("VOC_ROOT")
+    note = "import os; print(os.environ['VOC_ROOT'])"
+    assert run_on_node(run, str(tmp_path), [sys.executable, "-c", note], 0, found) == (0, "of VOC_ROOT\n")
 
 
 def test_a_gpu_comes_with_its_share_of_the_smallest_nodes_cores(tmp_path):

@@ -468,7 +468,11 @@ def test_pretrained_weights_of_other_classes_teach_maps(images, tmp_path, monkey
     keys = {"TEACHER.ARCH": "resnet18", "TEACHER.PRETRAINED": True, "TEACHER.TRAIN": False}
     with pytest.raises(UserError, match=r"METHODS: kd compares logits"):
         run(images, tmp_path / "a", METHODS=["kd"], **keys)
-    assert run(images, tmp_path / "a", METHODS=["at"], **keys)["teacher"]["top1"] is None
+    taken = run(images, tmp_path / "a", METHODS=["at"], **keys)["teacher"]
+    assert (taken["top1"], load_card(taken["backbone"]).num_classes) == (None, 0)
+    # its file has no random logits for another run
+    with pytest.raises(UserError, match=r"METHODS: kd compares logits"):
+        run(images, tmp_path / "b", METHODS=["kd"], **{"TEACHER.WEIGHTS": taken["backbone"]})
 
 
 # networks without classes that see images of another size, mean and std, and the level that they teach

@@ -246,6 +246,15 @@ def test_own_classification_data_is_taken(thirty, tmp_path):
     assert not (tmp_path / "mine" / "data").exists()
 
 
+def test_a_detector_trained_alone_is_not_above_those_of_the_comparison(thirty, tmp_path):
+    init_project(tmp_path / "mine", thirty)
+    alone = Path(load_detect_config(tmp_path / "mine" / "detect.yaml").OUTPUT_DIR).resolve()
+    runs = make_plan(load_comparison(tmp_path / "mine" / "compare.yaml"))
+    folders = [folder for run in runs for folder in run.folders]
+    assert len(folders) > 10
+    assert not any(alone in folder.parents for folder in folders)
+
+
 def test_images_without_labels_are_taken(thirty, tmp_path, cli, capsys, monkeypatch):
     images = tmp_path / "found"
     shutil.copytree(thirty / "JPEGImages", images / "deep" / "inside")
@@ -262,6 +271,18 @@ def test_images_without_labels_are_taken(thirty, tmp_path, cli, capsys, monkeypa
     monkeypatch.setattr("nst_det.models.build.published_file", lambda arch: None)
     check_distill_losses(distill, comparison.students, "mine")
     assert not (tmp_path / "mine" / "data").exists()
+
+
+def test_a_published_teacher_without_classes_has_no_kd(thirty, tmp_path, monkeypatch):
+    (tmp_path / "found").mkdir()
+    shutil.copy(next((thirty / "JPEGImages").iterdir()), tmp_path / "found")
+    offline_cache(tmp_path, monkeypatch)
+    name = "convnextv2_atto.fcmae"
+    init_project(tmp_path / "mine", thirty, unlabelled=tmp_path / "found", teacher=name, device="cpu")
+    comparison = load_comparison(tmp_path / "mine" / "compare.yaml")
+    assert (comparison.distill.TEACHER.ARCH, [*comparison.methods]) == (name, ["fitnet", "at", "nst-poly"])
+    monkeypatch.setattr("nst_det.models.build.published_file", lambda arch: None)
+    check_distill_losses(comparison.distill, comparison.students, "mine")
 
 
 def test_names_that_yaml_would_read_otherwise(voc, tmp_path):

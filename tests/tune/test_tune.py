@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import statistics
 import sys
 
@@ -21,7 +22,7 @@ from nst_det.tune.run import search, tune, tuning_table
 from tests.helpers import fake_stage
 from tests.helpers.hub import NAME, offline_cache, snapshot, weights
 from tests.helpers.small_comparison import COMPARE, DETECT, DISTILL, RunsHere, change, starts, write_comparison
-from tests.helpers.voc import write
+from tests.helpers.voc import jpeg, write
 
 optuna = pytest.importorskip("optuna")
 METHODS = ["kd", "at", "kd+nst-poly", "cwd@det"]
@@ -100,6 +101,12 @@ def test_no_run_sees_the_test_data(finished):
     stages = {tree["DATA"]["VAL_FROM"] if "DATA" in tree else tuple(tree["DATASETS"]["TEST"]) for tree in configs}
     assert stages == {"train", ()}
     assert {tree.get("DATA", tree.get("DATASETS"))["VAL_FRACTION"] for tree in configs} == {0.25}
+
+
+def test_no_run_reads_a_cache_of_the_comparison_s_images(tune_file, tmp_path):
+    keys = "[DISTILL.CACHE.VIEWS, 2, DISTILL.CACHE.DIR, cache, DISTILL.CACHE.DTYPE, fp16]"
+    cache = load_tuning(tune_file, tmp_path / "out", ["OPTS", keys]).base.distill.CACHE
+    assert (cache.VIEWS, cache.DIR, cache.DTYPE) == (2, "", "auto")
 
 
 def test_the_first_trial_is_the_configured_setting_and_the_best_is_chosen(finished):
@@ -398,6 +405,13 @@ def test_a_comparison_without_detectors_is_searched_by_top1(tune_file, tmp_path)
     compare = {key: value for key, value in COMPARE.items() if key != "DETECT"}
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump({**compare, "METHODS": ["kd", "at"], "THREADS": 1}))
     change(tune_file, TRIALS=2, DET_LEVELS=[])
+    for number, file in enumerate(sorted((tmp_path / "images" / "cat").iterdir())):
+        write(file, jpeg(8, 8 + number))
+    # the comparison is judged on a part of images/cat
+    with pytest.raises(UserError, match=r"compare\.yaml: DISTILL\.DATA\.ROOT .*val folder"):
+        load_tuning(tune_file, tmp_path / "alone")
+    for split in ("train", "val"):
+        shutil.copytree(tmp_path / "images" / "cat", tmp_path / "images" / split / "cat")
     tuning = load_tuning(tune_file, tmp_path / "alone")
     found, path = tune(tuning)
     assert {word: best.trials for word, best in found.items()} == {"kd": 2, "at": 2}
