@@ -23,6 +23,7 @@ from nst_det.comparison.result import BASELINE, MAP, PUBLISHED_STARTS, TOP1, Com
 from nst_det.comparison.stages import (
     check_backbones,
     check_data_folders,
+    check_data_sets,
     check_detector_losses,
     check_distill_losses,
     check_published,
@@ -49,6 +50,7 @@ def compare(
     machine = this_machine(jobs or comparison.jobs)
     runs = make_plan(comparison)
     check_folders(comparison, runs)
+    check_data_sets(comparison.detect, comparison.engine, comparison.name)
     configs = checked_configs(comparison, runs)
     folder = comparison.folder
     with RunFolder(folder).opened(comparison.claim, comparison.inputs()):
@@ -139,6 +141,7 @@ def print_plan(comparison: Comparison) -> list[Run]:
     check_folders(comparison, runs)
     print_table(plan_table(comparison, runs))
     if not all(run.done for run in runs):
+        check_data_sets(comparison.detect, comparison.engine, comparison.name)
         checked_configs(comparison, runs)
     return runs
 

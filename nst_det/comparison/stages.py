@@ -165,6 +165,22 @@ def _bare(config: CfgNode) -> CfgNode:
     return config
 
 
+def check_data_sets(detect: CfgNode, engine: str, source: str) -> None:
+    """Refuse names of data sets with which the detectors of a comparison would fail, some after their training."""
+    for part in ("TRAIN", "VAL", "TEST") if detect else ():
+        named = detect.DATASETS[part]
+        if not named and part != "VAL":
+            raise UserError(f"{source}: DETECT.DATASETS.{part} names no data set; name one of DATASETS.VOC")
+        # Detectron2 knows others, and tests on several
+        if engine == "torchvision":
+            with errors_of(f"{source}: DETECT"):
+                detection_config.voc_roots(detect, named, f"DATASETS.{part}")
+            if part == "TEST" and len(named) > 1:
+                raise UserError(
+                    f"{source}: DETECT.DATASETS.TEST: the torchvision engine evaluates one data set a run; name one"
+                )
+
+
 def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
     """Refuse data folders that aren't there, and lists that aren't in them."""
     folders = [(f"{DISTILL}.{key}", root) for key, root in distillation_config.image_roots(distill)]

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from nst_det.data.coco import coco_names, form_problem
 from nst_det.data.safe_io import is_number, read_bytes, read_text, shown, shown_path
 from nst_det.data.splits import list_to_test
-from nst_det.data.voc import VocDataset, composed, find_voc_root, ids_of_path
+from nst_det.data.voc import VocDataset, annotation_files, composed, find_voc_root, ids_of_path
 from nst_det.engine.io import write_text
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections, GroundTruth, to_xywh
@@ -58,15 +58,21 @@ def read_detections(
     split: str,
     names: CocoNames | None = None,
     numbered: bool = False,
+    further: Callable[[set[str]], Iterable[str]] = lambda _: (),
 ) -> Detections:
     """Read a folder of VOC results files of ``split``, or a JSON file, see :func:`detections_from_json`.
 
-    ``image_ids`` and ``classes`` are those of the ground truth; a detection elsewhere is an error.
+    ``image_ids`` and ``classes`` are those of the ground truth; a detection elsewhere is an error.  Of other names of
+    categories in a JSON file ``further`` returns those that are classes, too.
     """
     path = Path(path)
     if path.is_dir():
         return read_comp4(path, image_ids, classes, split)
-    return detections_from_json(_read_json(path), image_ids, classes, shown_path(path), names, numbered)
+    entries = _read_json(path)
+    categories = [_category(entry) for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    unknown = {name for name in categories if isinstance(name, str)} - set(classes)
+    known = (*classes, *further(unknown)) if unknown else classes
+    return detections_from_json(entries, image_ids, known, shown_path(path), names, numbered)
 
 
 def read_coco_names(path: str | Path) -> CocoNames:
@@ -237,9 +243,16 @@ def read_voc(
     root = find_voc_root(voc_root)
     data = VocDataset(root, split or list_to_test(root), classes)
     annotations = data.annotations()
-    truth = GroundTruth.from_annotations(annotations, data.classes)
     names = None if names_file is None else read_coco_names(names_file)
-    found = read_detections(detections, data.ids, data.classes, data.split, names, classes is not None)
+    given = classes is not None
+
+    def in_other_lists(unknown: set[str]) -> list[str]:
+        # what a detector has learned needn't be on an image of this split
+        others = (id_ for id_ in annotation_files(root) if id_ not in data.ids) if not given else ()
+        return sorted(unknown & {name for id_ in others for name in data.annotation(id_).names})
+
+    found = read_detections(detections, data.ids, data.classes, data.split, names, given, in_other_lists)
+    truth = GroundTruth.from_annotations(annotations, found.classes)
     lowest = found.score.min() if len(found) else None
     if lowest is None or lowest >= SCORES_LEFT_OUT:
         what = "no detections in it" if lowest is None else f"no score is below {lowest:.3g}"

@@ -8,7 +8,15 @@ import pytest
 from nst_det.data.splits import list_to_test
 from nst_det.errors import UserError
 from nst_det.evaluation.boxes import Detections
-from nst_det.evaluation.io import CocoNames, detections_from_json, read_coco_names, read_detections, write_detections
+from nst_det.evaluation.io import (
+    CocoNames,
+    detections_from_json,
+    read_coco_names,
+    read_detections,
+    read_voc,
+    write_detections,
+)
+from nst_det.evaluation.voc import evaluate_voc
 from tests.helpers.voc import make, obj, write, write_list, xml
 
 IDS = ("000001", "2008_000002")
@@ -289,3 +297,22 @@ def test_the_command_takes_the_order_of_the_classes(tmp_path, cli, capsys):
 def test_the_command_refuses(tmp_path, cli, capsys, words, key):
     assert cli("evaluate", "--voc-root", tmp_path, "--detections", tmp_path, *words) == 2
     assert key in capsys.readouterr().err
+
+
+def test_a_class_that_only_images_of_another_list_have_is_one(tmp_path):
+    make(tmp_path, {"a": xml(obj("kitten")), "b": xml(obj("rare") + obj("other"))}, "train")
+    make(tmp_path, {"c": xml(obj("kitten", (1, 1, 20, 20)))}, "test")
+    file = tmp_path / "detections.json"
+    boxes = [("rare", [0, 0, 20, 20], 0.9), ("kitten", [0, 0, 20, 20], 0.05)]
+    file.write_text(
+        json.dumps([{"image_id": "c", "category": name, "bbox": b, "score": score} for name, b, score in boxes])
+    )
+    found, truth = read_voc(file, tmp_path, "test", None, None)
+    assert found.classes == truth.classes == ("kitten", "rare")
+    result = evaluate_voc(found, truth)
+    # as the run itself has it: no AP without an object, and cat's is not touched
+    assert np.isnan(result.ap_area[0][1])
+    assert (result.ap_area[0][0], result.map_area[0]) == (1.0, 1.0)
+    file.write_text(file.read_text().replace("rare", "nowhere"))
+    with pytest.raises(UserError, match=r"detection 0: category 'nowhere'.*--classes"):
+        read_voc(file, tmp_path, "test", None, None)
