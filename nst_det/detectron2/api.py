@@ -61,7 +61,9 @@ def build_teacher(
     with seeded(0, "teacher"):
         model, named = _build_lazy(path) if path.endswith(".py") else _build_yaml(path, weights, device, overrides)
     # a config of the model zoo names the weights that its training began with, not those it ended with
-    source = expand_path(weights, "TEACHER.WEIGHTS") or (_zoo_weights(config_file) if of_zoo else named)
+    source = expand_path(weights, "TEACHER.WEIGHTS") or (
+        _zoo_weights(config_file) if of_zoo else expand_path(named, "MODEL.WEIGHTS")
+    )
     _, bottom_up = bottom_up_of(model)
     if not source and not (isinstance(bottom_up, TimmBackbone) and bottom_up.loaded):
         raise UserError(

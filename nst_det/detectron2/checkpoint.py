@@ -17,6 +17,7 @@ from nst_det.detection.checkpoint import detector_entries
 from nst_det.detection.zoo import ClassNames, by_own_names, without_prefix
 from nst_det.detectron2.modeling import bottom_up_of
 from nst_det.engine.checkpoint import KEPT, check_intact, write_state
+from nst_det.engine.config import expand_path
 from nst_det.engine.io import write_text
 from nst_det.errors import UserError
 from nst_det.models import (
@@ -74,7 +75,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         self._resumes = resume and self.has_checkpoint()
-        loaded: dict[str, Any] = super().resume_or_load(path, resume=resume)
+        start = path if self._resumes else expand_path(path, "MODEL.WEIGHTS")
+        loaded: dict[str, Any] = super().resume_or_load(start, resume=resume)
         return loaded
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -70,6 +70,12 @@ def register_datasets(cfg: CfgNode) -> None:
     for name in names:
         if name not in ours and name not in DatasetCatalog:
             raise UserError(f"DATASETS: no data set '{name}'; add DATASETS.VOC.{name} with ROOT and SPLIT")
+    if validates(cfg):
+        for name in cfg.DATASETS.TRAIN:
+            key = "VAL" if cfg.DATASETS.VAL else "VAL_FRACTION"
+            if name not in ours or (key == "VAL_FRACTION" and name in cfg.DATASETS.TEST):
+                why = "in DATASETS.TEST too" if name in ours else "no entry of DATASETS.VOC"
+                raise UserError(f"DATASETS.{key}: {name} of DATASETS.TRAIN is {why}; leave DATASETS.{key} out")
     if not ours:
         return
     # all of them get the same classes
@@ -84,11 +90,6 @@ def register_datasets(cfg: CfgNode) -> None:
         warn_of_shared(learned, tested)
     sets: dict[str, VocDataset | JoinedVoc] = dict(opened)
     if validates(cfg):
-        for name in cfg.DATASETS.TRAIN:
-            key = "VAL" if cfg.DATASETS.VAL else "VAL_FRACTION"
-            if name not in opened or (key == "VAL_FRACTION" and name in cfg.DATASETS.TEST):
-                why = "in DATASETS.TEST too" if name in opened else "no entry of DATASETS.VOC"
-                raise UserError(f"DATASETS.{key}: {name} of DATASETS.TRAIN is {why}; leave DATASETS.{key} out")
         left, validation = split_training(cfg, [opened[name] for name in cfg.DATASETS.TRAIN])
         sets |= dict(zip(cfg.DATASETS.TRAIN, left))
         if validation is not None:

@@ -35,6 +35,7 @@ from nst_det.detectron2.config import class_list, validation_config
 from nst_det.detectron2.data import ImageMapper, build_train_loader
 from nst_det.detectron2.evaluator import VocEvaluator
 from nst_det.detectron2.modeling import check_frozen_random
+from nst_det.engine import distributed
 from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line
 from nst_det.engine.distributed import broadcast_from_rank0, wait_for_all
 from nst_det.engine.io import read_json
@@ -319,6 +320,8 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         except NotFinite as error:
             self._skip_or_roll_back(str(error))
         else:
+            # each process saw its own part of the batch
+            distributed.average(distributed.running_statistics(self.student))
             if self.state.average is not None:
                 self.state.average.update()
 
