@@ -396,7 +396,7 @@ def _check_pairs(
 def _leads_out(report: Report, path: Path) -> bool:
     outside = leads_outside(path, report.root)
     if outside:
-        report.add("leads outside", path, "is a link to outside the data set; put the file itself there")
+        report.add("link to outside", path, "is a link to outside the data set; put the file itself there")
     return outside
 
 

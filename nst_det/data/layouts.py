@@ -110,6 +110,10 @@ def find_layout(root: str | Path) -> Layout | None:
     folder = voc / "JPEGImages"
     if not folder.is_dir():
         return _other_layout(root.resolve()) or Layout("VOC folder", voc, {}, annotation_files(voc), is_voc=True)
+    if not any((voc / "ImageSets" / "Main").glob("*.txt")):
+        other = _other_layout(voc)
+        if other and other.splits:
+            return other
     images = {id_: folder / name for id_, name in image_names(folder).items()}
     unused = {folder / name: id_ for id_, name in files_by_id(folder, EXTENSIONS) if images[id_] != folder / name}
     return Layout("VOC folder", voc, images, annotation_files(voc), unused=unused, is_voc=True)

@@ -19,6 +19,7 @@ from nst_det.exporting.modelcard import backbone_card, detectron2_config
 from nst_det.models import Bottomup, Card, classifier_from_file, load_backbone, load_plain
 from nst_det.models.caffe import is_caffe
 from nst_det.models.convert import batch_norm_eps, resnet_keys, resnet_to_detectron2
+from nst_det.models.io import is_backbone_file
 
 LIMIT = 1e-4
 IMAGENET = {"channel_order": "RGB", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -94,7 +95,7 @@ def export_detectron2(weights: str, output: str | Path, arch: str = "") -> Expor
     if output.suffix not in (".pkl", ".pth"):
         raise UserError(f"--output {output}: the file must end in .pkl or .pth")
     card = None
-    if weights.startswith("backbone://") or weights.endswith(".safetensors"):
+    if weights.startswith("backbone://") or is_backbone_file(Path(weights)):
         if arch:
             raise UserError("--arch: a backbone file has its architecture in it; leave --arch out")
         state_dict, card = load_backbone(weights)

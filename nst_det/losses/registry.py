@@ -138,6 +138,8 @@ def register_term(
     student_kind = student_kind or level
     if not {level, student_kind} <= set(KINDS):
         raise ValueError(f"the term '{name}' reads '{student_kind}' and '{level}'; a term reads {', '.join(KINDS)}")
+    if "maps" in (level, student_kind) and level != student_kind:
+        raise ValueError(f"the term '{name}' reads '{student_kind}' and '{level}'; maps are compared with maps")
     if truth not in TRUTHS:
         raise ValueError(f"the term '{name}' asks for the truth '{truth}'; there are {', '.join(TRUTHS[1:])}")
     check_weight(name, weight)

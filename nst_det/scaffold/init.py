@@ -38,6 +38,7 @@ from nst_det.scaffold.crops import write_crops
 # problems with which a run would stop half-way
 FATAL = (
     *("unreadable image", "missing image", "missing annotation", "bad annotation", "bad list", "wrong size"),
+    "link to outside",
     OTHER_FORM,
 )
 # the lists that a third is validated beside
@@ -98,6 +99,11 @@ def init_project(
         raise UserError(f"{folder}: is there already; name another project, or remove it")
     # before torch is imported
     layout = None if isinstance(voc, CocoSource) else _layout(voc)
+    if layout is not None and not layout.is_voc and layout.root in folder.parents:
+        raise UserError(
+            f"{folder}: would be inside {shown_path(layout.root)}, and its copies of the images be found beside them; "
+            "name a project outside"
+        )
     device = device or _device_here()
     networks = choose_networks(student, teacher, device, unlabelled is None)
     cut: list[Path] = []
@@ -112,7 +118,7 @@ def init_project(
                 report = replace(report, root=folder / CONVERTED)
             else:
                 root = layout.root
-                report = check_data(root, [train, test] if train and test else None)
+                report = check_data(root, _checked_lists(layout, train, test))
                 _refuse_broken(report, f"nst-det check-data {shown_path(root)} lists all")
                 if not layout.is_voc:
                     root = convert_layout(layout, made / CONVERTED)
@@ -126,6 +132,14 @@ def init_project(
         for path in cut:
             path.unlink(missing_ok=True)
         raise
+
+
+def _checked_lists(layout: Layout, train: str, test: str) -> list[str] | None:
+    """Return the lists that a project uses; None for all there are."""
+    if not (train and test):
+        return None
+    val = [VAL_LIST] if (train, test) == OF_THREE and VAL_LIST in layout.list_files() else []
+    return [train, test, *val]
 
 
 def _write_project(

@@ -12,6 +12,7 @@ from nst_det.comparison.config import Comparison, load_comparison, path_beside, 
 from nst_det.comparison.plan import finished_teacher, makes_teacher
 from nst_det.comparison.result import BASELINE
 from nst_det.comparison.stages import DETECT, DISTILL, TITLES, errors_of
+from nst_det.distillation.config import transfer_of
 from nst_det.engine.config import config_file, expand_path, flat, load_config, plain
 from nst_det.engine.fingerprint import RESUME, concerns
 from nst_det.engine.keys import Key, at_least, config_tree, one_of
@@ -51,7 +52,7 @@ def space_of(word: str, base: Comparison, config: CfgNode, source: str) -> Space
     A weight that is in the method string, or that AUTO_WEIGHT finds, is not searched.
     """
     row = base.methods[word]
-    method, node, candidates = row.backbone, base.distill.TRANSFER, config.LEVELS
+    method, node, candidates = row.backbone, transfer_of(base.distill, row.backbone.word), config.LEVELS
     configured = list(node.LEVELS)
     if row.detector.names:
         method, node, candidates = row.detector, base.detect.TRANSFER, config.DET_LEVELS

@@ -16,7 +16,7 @@ from nst_det.errors import UserError
 from nst_det.losses import nst_loss
 from nst_det.losses.mmd import KERNELS
 from nst_det.losses.ops import pooled
-from nst_det.models import Card, bottomup_from_file, load_card
+from nst_det.models import Card, classifier_from_file, feature_levels, forward_outputs
 
 # a channel whose norm is below this says nothing about where it is active
 DEAD_NORM = 1e-3
@@ -84,13 +84,13 @@ def read_squares(paths: Sequence[str], size: int) -> tuple[list[str], Tensor]:
 @torch.no_grad()
 def feature_maps(weights: str, images: Tensor) -> FeatureMaps:
     """Run a backbone file's network on (I, 3, S, S) uint8 RGB images, normalized as its card says."""
-    card = load_card(weights)
-    model = bottomup_from_file(weights, list(card.levels)).eval()
+    model, card = classifier_from_file(weights)
+    levels = {name: info for name, info in feature_levels(model).items() if info.stride}
     mean, std = (torch.tensor(card.input[name]).view(3, 1, 1) for name in ("mean", "std"))
     parts: list[dict[str, Tensor]] = []
     for batch in images.split(BATCH):
         ordered = batch.flip(1) if card.input["channel_order"] == "BGR" else batch
-        parts.append(model((ordered / 255 - mean) / std))
+        parts.append(dict(forward_outputs(model, (ordered / 255 - mean) / std, levels).maps))
     maps = {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
     method = f" ({card.method})" if card.method else ""
     return FeatureMaps(f"{weights.rpartition('/')[2].removesuffix('.safetensors')}{method}", card, maps)

@@ -254,6 +254,14 @@ def test_other_method_strings_are_refused(word):
         parse_row(word)
 
 
+def test_a_method_of_its_own_settings_may_be_left_out(config_file, tmp_path):
+    own = {"nst-poly": {"LEVELS": ["res4"]}, "kd": {"WEIGHTS": {"kd": 3.0}}}
+    change(tmp_path / "distill.yaml", TRANSFER={"BY_METHOD": own})
+    comparison = load_comparison(config_file, overrides=["METHODS", "[kd]"])
+    runs = {run.name: run for run in make_plan(comparison)}
+    assert transfer_of(run_config(comparison, runs["distill/seed0"]), "kd").WEIGHTS.kd == 3.0
+
+
 def test_each_method_runs_with_what_a_search_found_for_it(config_file, tuned_file):
     words = ["METHODS", "[kd, kd+nst-poly, fitnet, cwd@det, pkd@det]", "TUNED", str(tuned_file)]
     comparison = load_comparison(config_file, overrides=words)

@@ -71,7 +71,7 @@ def test_everything_wrong_is_listed_in_one_go(root, tmp_path):
         ("id in two lists", "ImageSets/Main/test.txt"),
         ("image without annotation", "JPEGImages/lonely.jpg"),
         ("leads outside", "Annotations/c.xml"),
-        ("leads outside", "Annotations/link.xml"),
+        ("link to outside", "Annotations/link.xml"),
         ("missing annotation", "JPEGImages/noxml.jpg"),
         ("missing image", "JPEGImages/gone"),
         ("repeated id", "ImageSets/Main/train.txt"),

@@ -57,7 +57,8 @@ BAD = [
     ("METHODS", "[3]"),
     ("METHODS", "[nix]"),
     ("SOLVR.BASE_LR", "1", "SOLVR"),
-    ("TRANSFER.BY_METHOD", "{nst-linear: {LEVELS: [res3]}}", "BY_METHOD.nst-linear"),
+    ("TRANSFER.BY_METHOD", "{nst-ploy: {LEVELS: [res3]}}", "BY_METHOD.nst-ploy"),
+    ("TRANSFER.BY_METHOD", "{nst-poly+kd: {LEVELS: [res3]}}", "BY_METHOD.nst-poly+kd"),
     ("TRANSFER.BY_METHOD", "{kd: {LEVEL: [res3]}}", "BY_METHOD.kd"),
     ("TRANSFER.BY_METHOD", "{kd: {LEVELS: {a: 1}}}", "BY_METHOD.kd: LEVELS"),
 ]

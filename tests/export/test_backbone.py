@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 
 import pytest
 import timm
@@ -17,7 +18,7 @@ MEAN, STD = [0.5, 0.25, 0.125], [0.2, 0.3, 0.4]
 
 def saved(folder, arch, order="RGB", **fields):
     torch.manual_seed(0)
-    model = create_model(arch, 5).train()
+    model = create_model(arch, 5, **fields.get("arch_kwargs", {})).train()
     with torch.no_grad():
         # statistics that are not those of a fresh network
         model(torch.randn(4, 3, 64, 64))
@@ -65,6 +66,16 @@ def test_timm_reads_the_folder_back(cli, tmp_path, arch, capsys):
     for row in ("method | `kd+nst-poly`", "teacher | resnet50, top-1 0.7500", "trained on | shapes, 1,234 images"):
         assert f"| {row} |" in card
     assert ("local-dir:" in card) == (arch == "resnet18")
+
+
+def test_the_program_of_a_card_builds_the_network_with_its_arguments(tmp_path, monkeypatch):
+    path, model = saved(tmp_path, "nst_wrn", arch_kwargs={"depth": 10, "width": 1})
+    monkeypatch.chdir(tmp_path)
+    export_timm(str(path), tmp_path / "exported")
+    (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "exported" / "README.md").read_text(), re.DOTALL)
+    found = {}
+    exec(program, found)
+    assert torch.equal(logits(found["model"]), logits(model))
 
 
 def test_torchvision_reads_the_file_back(tmp_path):

@@ -18,6 +18,7 @@ LAYOUTS = {
     "capitals and a folder above": ("data/IMAGES/{0}.jpg data/Annotations/{0}.xml", {}, False),
     "Roboflow": ("{1}/{0}.jpg {1}/{0}.xml", {"README.roboflow.txt": "x"}, True),
     "splits of VOC folders": ("{1}/JPEGImages/{0}.jpg {1}/Annotations/{0}.xml", {}, True),
+    "VOC folder with splits below": ("JPEGImages/{1}/{0}.jpg Annotations/{1}/{0}.xml", {}, True),
     "splits below": ("images/{1}/{0}.jpg annotations/{1}/{0}.xml", {}, True),
     "XML beside images in splits": ("images/{1}/{0}.jpg images/{1}/{0}.xml", {}, True),
     "YOLO below": ("images/{1}/{0}.jpg labels/{1}/{0}.txt", {"data.yaml": data_yaml()}, True),

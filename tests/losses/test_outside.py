@@ -50,6 +50,12 @@ def _registered():
     unregister_term("cosine")
 
 
+@pytest.mark.parametrize(("level", "student_kind"), [("logits", "maps"), ("maps", "embedding")])
+def test_maps_are_compared_with_maps_alone(level, student_kind):
+    with pytest.raises(ValueError, match="'cosine' reads .*maps"):
+        register_term(**{**ENTRY, "level": level}, student_kind=student_kind)
+
+
 @pytest.mark.usefixtures("_registered")
 def test_a_method_from_outside_is_a_method_like_any_other():
     # 3. its name, wherever a method is named

@@ -235,7 +235,7 @@ def test_of_three_lists_one_is_validated_on(voc, tmp_path, with_objects):
     else:
         assert (detect.DATASETS.VAL, detect.DATASETS.VAL_FRACTION) == ([], 0.2)
     (voc / "Annotations" / f"{ids[0]}.xml").unlink()
-    with pytest.raises(UserError, match=rf"{ids[0]}\.xml: no such annotation"):
+    with pytest.raises(UserError, match=rf"{ids[0]}\.xml"):
         init_project(tmp_path / "lost", voc, train="train", test="test")
 
 
@@ -376,6 +376,16 @@ def test_init_takes_it_and_leaves_it_as_it_is(thirty, tmp_path, cli, name):
             np.testing.assert_allclose(item.boxes, data.annotation(item.id).boxes, atol=2e-3)
 
 
+def test_the_list_that_is_validated_on_is_checked_as_well(voc, tmp_path):
+    ids = VocDataset(voc, "trainval").ids
+    for name, part in (("train", ids[2:20]), ("test", ids[20:]), ("val", ids[:2])):
+        write(voc / "ImageSets" / "Main" / f"{name}.txt", "\n".join(part))
+    image = VocDataset(voc, "val").image_path(ids[0])
+    image.write_bytes(image.read_bytes()[:200])
+    with pytest.raises(UserError, match=rf"unreadable image: JPEGImages/{image.name}"):
+        init_project(tmp_path / "mine", voc, train="train", test="test")
+
+
 def test_lists_that_share_images_are_named(voc, tmp_path, cli, capsys):
     data = VocDataset(voc, "trainval")
     learn, exam = list(data.ids[:20]), [data.ids[0], *data.ids[20:]]
@@ -401,6 +411,8 @@ def test_lists_that_share_images_are_named(voc, tmp_path, cli, capsys):
         ("my^project --voc FOLDER/voc", "'my^project'"),
         ("mine --voc FOLDER/voc --images FOLDER/empty FOLDER/empty", "--images: "),
         ("mine --voc FOLDER/cut --images FOLDER/empty --unlabelled FOLDER/empty", "--unlabelled: "),
+        ("mine --voc FOLDER/linked", "link to outside: JPEGImages/"),
+        ("flat/mine --voc FOLDER/flat", "flat/mine: would be inside "),
         ("mine --coco FOLDER/a.json", "--images"),
         ("mine --coco FOLDER/a.json --images FOLDER/empty FOLDER/empty", "COCO: "),
         ("mine --coco FOLDER/a.json --images FOLDER/none", "none: no such folder"),
@@ -415,6 +427,12 @@ def test_what_cannot_be_used_is_named_and_nothing_is_left(voc, tmp_path, monkeyp
     # a folder without lists, which would be cut
     shutil.rmtree(Path(shutil.copytree(voc, tmp_path / "cut")) / "ImageSets")
     (tmp_path / "empty").mkdir()
+    linked = Path(shutil.copytree(voc, tmp_path / "linked")) / "JPEGImages" / image.name
+    linked.unlink()
+    linked.symlink_to(image)
+    (tmp_path / "flat").mkdir()
+    for path in (*(voc / "JPEGImages").iterdir(), *(voc / "Annotations").iterdir()):
+        shutil.copy(path, tmp_path / "flat")
     for name, content in (("a.json", "{}"), ("list.json", "[1, 2]"), ("half.json", '{"images": [')):
         (tmp_path / name).write_text(content)
     before = sorted(tmp_path.rglob("*"))

@@ -64,6 +64,18 @@ def test_maps_are_those_of_the_classifier_on_its_own_pixels(tmp_path, images, or
         torch.testing.assert_close(network.maps[level], maps, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("arch", "level"), [("nst_wrn16_1", "conv3"), ("vit_tiny_patch16_224", "block12")])
+def test_networks_that_no_detector_can_have_are_looked_at(tmp_path, arch, level):
+    kwargs = {"img_size": 32} if arch.startswith("vit") else {}
+    torch.manual_seed(0)
+    model = create_model(arch, 4, **kwargs).eval()
+    card = Card(arch, 4, kwargs, input=input_contract(MEAN, STD, "RGB", 32))
+    save_backbone(tmp_path / "x.safetensors", model, card)
+    maps = feature_maps(str(tmp_path / "x.safetensors"), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).maps
+    assert level in maps
+    assert all(map_.dim() == 4 for map_ in maps.values())
+
+
 def test_squares_are_the_images_middle(made, images):
     assert images.shape == (2, 3, 64, 64)
     np.testing.assert_array_equal(images[1].permute(1, 2, 0), np.asarray(Image.open(made / "images" / "1.png")))
