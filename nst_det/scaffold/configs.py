@@ -164,7 +164,8 @@ def _named(who: str, arch: str, size: int) -> Network:
     if not published:
         return Network(arch, kwargs, False)
     wanted = published_card(model, arch).input
-    return Network(arch, kwargs, True, wanted["mean"], wanted["std"], model.pretrained_cfg.get("num_classes") or 0)
+    about: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    return Network(arch, kwargs, True, wanted["mean"], wanted["std"], int(about.get("num_classes") or 0))
 
 
 def fit_size(annotations: Sequence[VocAnnotation], largest: int) -> tuple[int, int]:
