@@ -173,8 +173,11 @@ def check_data_sets(detect: CfgNode, engine: str, source: str) -> None:
             raise UserError(f"{source}: DETECT.DATASETS.{part} names no data set; name one of DATASETS.VOC")
         # Detectron2 knows others, and tests on several
         if engine == "torchvision":
-            with errors_of(f"{source}: DETECT"):
-                detection_config.voc_roots(detect, named, f"DATASETS.{part}")
+            if unknown := [name for name in named if name not in detect.DATASETS.VOC]:
+                known = ", ".join(detect.DATASETS.VOC) or "nothing"
+                raise UserError(
+                    f"{source}: DETECT.DATASETS.{part}: no data set '{unknown[0]}' in DATASETS.VOC, which has {known}"
+                )
             if part == "TEST" and len(named) > 1:
                 raise UserError(
                     f"{source}: DETECT.DATASETS.TEST: the torchvision engine evaluates one data set a run; name one"

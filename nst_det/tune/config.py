@@ -128,6 +128,9 @@ class Tuning:
 
 def _check_judged(comparison: Comparison, search: Comparison, source: str) -> None:
     """Refuse a search on images that the students of a comparison without detectors are judged on."""
+    if not Path(expand_path(search.distill.DATA.ROOT, "DATA.ROOT")).exists():
+        # it is named before the first run
+        return
     # torch takes seconds to import
     from nst_det.distillation.dataloader import read_data
 

@@ -121,7 +121,7 @@ BAD_FOR_A_STAGE = [
     ("DISTILL.DATA.ROOT $NOT_SET_HERE/x", "DISTILL.DATA.ROOT: the environment variable NOT_SET_HERE"),
     ("DETECT.DATASETS.VOC.own_test.ROOT /nowhere", "DETECT.DATASETS.VOC.own_test.ROOT: no folder"),
     ("DETECT.DATASETS.TEST []", "small: DETECT.DATASETS.TEST names no data set"),
-    ("DETECT.DATASETS.TEST [own_tset]", "DETECT: DATASETS.TEST: no data set 'own_tset'"),
+    ("DETECT.DATASETS.TEST [own_tset]", "DETECT.DATASETS.TEST: no data set 'own_tset'"),
     ("DETECT.DATASETS.TEST [own_test,own_train]", "small: DETECT.DATASETS.TEST: the torchvision engine"),
     ("DISTILL.TRANSFER.LEVELS ['res9']", "DISTILL: TRANSFER"),
     ("DISTILL.STUDENT.ARCH resnet11 DETECT.MODEL.TIMM.ARCH resnet11", "DISTILL: STUDENT.ARCH"),
