@@ -190,7 +190,7 @@ def teacher_folder(comparison: Comparison) -> Path:
 def finished_teacher(comparison: Comparison) -> str:
     """Return the backbone file of a comparison's own teacher, if it is trained; else ""."""
     folder, file = RunFolder(teacher_folder(comparison)), backbone_file(comparison, TEACHER, TEACHER_SEED)
-    if comparison.generate and not (comparison.data_root and comparison.data_root.exists()):
+    if comparison.data_root and not comparison.data_root.exists():
         return ""
     if not (makes_teacher(comparison) and folder.done and Path(file).is_file()):
         return ""

@@ -168,20 +168,14 @@ def _bare(config: CfgNode) -> CfgNode:
 def check_data_sets(detect: CfgNode, engine: str, source: str) -> None:
     """Refuse names of data sets with which the detectors of a comparison would fail, some after their training."""
     for part in ("TRAIN", "VAL", "TEST") if detect else ():
-        named = detect.DATASETS[part]
+        named, key = detect.DATASETS[part], f"{source}: DETECT.DATASETS.{part}"
         if not named and part != "VAL":
-            raise UserError(f"{source}: DETECT.DATASETS.{part} names no data set; name one of DATASETS.VOC")
+            raise UserError(f"{key} names no data set; name one of DATASETS.VOC")
         # Detectron2 knows others, and tests on several
         if engine == "torchvision":
-            if unknown := [name for name in named if name not in detect.DATASETS.VOC]:
-                known = ", ".join(detect.DATASETS.VOC) or "nothing"
-                raise UserError(
-                    f"{source}: DETECT.DATASETS.{part}: no data set '{unknown[0]}' in DATASETS.VOC, which has {known}"
-                )
-            if part == "TEST" and len(named) > 1:
-                raise UserError(
-                    f"{source}: DETECT.DATASETS.TEST: the torchvision engine evaluates one data set a run; name one"
-                )
+            detection_config.check_known(detect, named, key)
+    if detect and engine == "torchvision":
+        detection_config.check_one_test_set(detect, f"{source}: DETECT.DATASETS.TEST")
 
 
 def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:

@@ -350,14 +350,26 @@ def set_names(config: CfgNode) -> list[str]:
     return list(dict.fromkeys(name for part in ("TRAIN", "VAL", "TEST") for name in config.DATASETS[part]))
 
 
-def voc_roots(config: CfgNode, names: Sequence[str], key: str) -> list[tuple[Path, str]]:
-    """Return (root, split) of each data set that ``key`` names; it must be an entry of DATASETS.VOC."""
-    roots = []
+def check_known(config: CfgNode, names: Sequence[str], key: str) -> None:
+    """Refuse data sets that ``key`` names and DATASETS.VOC doesn't have."""
     for name in names:
-        entry = config.DATASETS.VOC.get(name)
-        if entry is None:
+        if config.DATASETS.VOC.get(name) is None:
             known = ", ".join(config.DATASETS.VOC) or "nothing"
             raise UserError(f"{key}: no data set '{name}' in DATASETS.VOC, which has {known}")
+
+
+def check_one_test_set(config: CfgNode, key: str) -> None:
+    """Refuse several data sets in DATASETS.TEST, which ``key`` is, for the torchvision engine."""
+    if len(config.DATASETS.TEST) > 1:
+        raise UserError(f"{key}: the torchvision engine evaluates one data set a run; name one")
+
+
+def voc_roots(config: CfgNode, names: Sequence[str], key: str) -> list[tuple[Path, str]]:
+    """Return (root, split) of each data set that ``key`` names; it must be an entry of DATASETS.VOC."""
+    check_known(config, names, key)
+    roots = []
+    for name in names:
+        entry = config.DATASETS.VOC[name]
         for field in ("ROOT", "SPLIT"):
             if not isinstance(entry.get(field), str) or not entry[field]:
                 raise UserError(f"DATASETS.VOC.{name}.{field} is missing; give the folder and the split's name")

@@ -26,6 +26,7 @@ from nst_det.detection.checkpoint import (
 )
 from nst_det.detection.config import (
     check_device,
+    check_one_test_set,
     defrosted,
     listed_classes,
     load_detect_config,
@@ -327,8 +328,7 @@ def _saved_classes(config: CfgNode) -> list[str]:
 
 
 def _test_data(config: CfgNode, classes: Sequence[str]) -> VocDataset | None:
-    if len(config.DATASETS.TEST) > 1:
-        raise UserError("DATASETS.TEST: the torchvision engine evaluates one data set a run; name one")
+    check_one_test_set(config, "DATASETS.TEST")
     return open_voc(config, "DATASETS.TEST", classes)[0] if config.DATASETS.TEST else None
 
 

@@ -110,10 +110,10 @@ def render(values: Values) -> dict[str, str]:
     """Return the text of :data:`FILES` by name."""
     loader = jinja2.PackageLoader("nst_det.scaffold")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    # JSON is YAML, with names and paths quoted
     # without labels kd teaches the published classes, where there are some
     kd = values.labels or values.teacher_network.classes
     environment.globals["methods"] = [one for one in METHODS[not values.labels :] if kd or "kd" not in one.split("+")]
+    # JSON is YAML, with names and paths quoted
     environment.filters["json"] = partial(json.dumps, ensure_ascii=False, default=str)
     student = values.student_network
     pixels = {key: [round(255 * part, 3) for part in getattr(student, key)] for key in ("mean", "std")}
