@@ -19,9 +19,10 @@ from nst_det.comparison.estimate import STEPS, Estimate, cells, estimate, gpu_sh
 from nst_det.comparison.launch_local import Command, Launcher, LocalLauncher, Machine, run_plan, this_machine
 from nst_det.comparison.launch_ray import RayLauncher, connected
 from nst_det.comparison.plan import DATA, STUDENTS, Run, make_plan, run_config, teacher_detector_name, total_steps
-from nst_det.comparison.result import BASELINE, MAP, PUBLISHED_STARTS, TOP1, ComparisonResult
+from nst_det.comparison.result import BASELINE, IMAGENET, MAP, PUBLISHED_STARTS, TOP1, ComparisonResult
 from nst_det.comparison.stages import (
     check_backbones,
+    check_classifier,
     check_data_folders,
     check_data_sets,
     check_detector_losses,
@@ -119,9 +120,13 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
     detectors = [configs[run.name] for run in runs if run.detects and run.name in configs]
     if comparison.engine == "torchvision":
         check_backbones(detectors, comparison.name)
-        for run in runs:
-            if run.row in PUBLISHED_STARTS and run.seed == comparison.seeds[0] and not run.done:
-                check_published(configs[run.name], f"{comparison.name}: ROWS: {run.row}")
+    for run in runs:
+        if run.row in PUBLISHED_STARTS and run.seed == comparison.seeds[0] and not run.done:
+            config, where = configs[run.name], f"{comparison.name}: ROWS: {run.row}"
+            if run.row == IMAGENET:
+                check_classifier(config, where)
+            if comparison.engine == "torchvision":
+                check_published(config, where)
     # a teacher detector of the user's own is left to its run, and Detectron2 to itself
     teacher = configs.get(teacher_detector_name(comparison))
     for run in runs if teacher is not None and comparison.engine == "torchvision" else ():

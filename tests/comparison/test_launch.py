@@ -17,6 +17,7 @@ from nst_det.comparison.launch_local import LocalLauncher, Machine, RunFailed, r
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import STUDENTS, Run, make_plan, run_config
 from nst_det.comparison.result import ComparisonResult, comparable
+from nst_det.detection.torchvision import build_detector
 from nst_det.distillation.fingerprint import student_claim
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
@@ -272,6 +273,24 @@ def test_the_plan_is_shown_and_nothing_written(comparison, config_file, capsys):
     assert "11 runs, 0 done, 11 to do" in shown
     assert all(run.name in shown for run in make_plan(comparison))
     assert not comparison.folder.exists()
+
+
+@pytest.mark.parametrize("how", [["--plan"], []])
+@pytest.mark.parametrize(
+    "words", [["DISTILL.STUDENT.WEIGHTS", "FILE"], ["DETECT.IMAGENET_OPTS", "[MODEL.WEIGHTS, FILE]"]]
+)
+def test_a_detector_is_no_start_of_the_row_imagenet(config_file, tmp_path, cli, capsys, how, words):
+    comparison = load_comparison(config_file, tmp_path / "out")
+    run = next(run for run in make_plan(comparison) if run.row == "scratch")
+    config = run_config(comparison, run)
+    config.defrost()
+    config.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    torch.save(build_detector(config).state_dict(), tmp_path / "model.pth")
+    words = ["ROWS", "[imagenet]", *(word.replace("FILE", str(tmp_path / "model.pth")) for word in words)]
+    assert cli("compare", "--config-file", config_file, "--output", tmp_path / "out", *how, *words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert all(part in line for part in ("ROWS: imagenet: ", "MODEL.WEIGHTS", "model.pth", "DETECT.IMAGENET_OPTS"))
+    assert not (tmp_path / "out").exists()
 
 
 PLANNED_AND_DONE = pytest.mark.parametrize("how", [["--plan"], ["--dry-run"], []])
