@@ -4,6 +4,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import asdict
 
 import psutil
 import pytest
@@ -92,6 +93,47 @@ def test_a_failing_run_stops_the_others_and_is_named(comparison, monkeypatch, ex
     monkeypatch.delenv("FAKE_FAILS")
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     assert len(compare(comparison, 3, fake_command).rows) == 4
+
+
+@pytest.mark.parametrize(
+    ("methods", "term", "where"),
+    [
+        ("[kd, nst-poly+kd]", "nst-poly", "distill/seed0/students/kd+nst-poly"),
+        ("[kd, cwd@det]", "cwd", "detect/seed0/cwd@det"),
+    ],
+)
+def test_a_row_that_is_not_finite_costs_no_other_row_anything(
+    config_file, tmp_path, cli, capsys, monkeypatch, methods, term, where
+):
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
+    monkeypatch.setattr(launch_local, "stage_command", fake_command)
+    monkeypatch.setenv("FAKE_NOT_FINITE", f"{term} 0")
+    words = ["compare", "--config-file", config_file, "--output", tmp_path / "out", "METHODS", methods]
+    assert cli(*words) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("nst-det: "))
+    row = where.rpartition("/")[2]
+    assert all(part in line for part in (row, where, "SOLVER.NON_FINITE.POLICY"))
+    results = ComparisonResult.load(tmp_path / "out" / "report" / "results.json")
+    assert [*results.missing] == [row]
+    assert where in results.missing[row]
+    # as if it had never been asked for
+    without = compare(load_comparison(config_file, tmp_path / "without", ["METHODS", "[kd]"]), 2)
+    rows, others = (comparable([asdict(row) for row in one.rows]) for one in (results, without))
+    assert rows == others
+    # called again it is tried again
+    assert cli(*words) == 1
+    monkeypatch.delenv("FAKE_NOT_FINITE")
+    assert cli(*words) == 0
+    results = ComparisonResult.load(tmp_path / "out" / "report" / "results.json")
+    assert (results.missing, results.row(row) is None) == ({}, False)
+
+
+def test_without_the_baseline_there_is_no_result(comparison, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
+    monkeypatch.setenv("FAKE_NOT_FINITE", "ce 0")
+    with pytest.raises(RunFailed, match="distill/seed"):
+        compare(comparison, 2, fake_command)
+    assert not (comparison.folder / "report").exists()
 
 
 def run_code(runs, folder, machine, code_of):
