@@ -17,7 +17,7 @@ from nst_det.cli.command import (
     setting,
     with_trust,
 )
-from nst_det.errors import UserError
+from nst_det.errors import RunFailed, UserError
 
 
 @command(
@@ -139,6 +139,13 @@ def compare(args: argparse.Namespace) -> None:
     result = api.compare(args.config_file, values, output=args.output, jobs=args.jobs, ray_address=address)
     print_table(result)
     print(f"report: {result.report}")
+    if missing := result.results.missing:
+        rows = "; ".join(f"{row}, {reason}" for row, reason in missing.items())
+        raise RunFailed(
+            f"rows without a result: {rows}; set SOLVER.NON_FINITE.POLICY skip or back and call this again, or name "
+            "another --output with a lower SOLVER.BASE_LR or a smaller weight of the term",
+            1,
+        )
 
 
 @command(

@@ -45,9 +45,15 @@ REMEDY = "remove the file to run this again"
 
 
 def build_results(
-    comparison: Comparison, runs: Sequence[Run], costs: Mapping[str, Cost] | None = None
+    comparison: Comparison,
+    runs: Sequence[Run],
+    costs: Mapping[str, Cost] | None = None,
+    missing: Mapping[str, str] | None = None,
 ) -> ComparisonResult:
-    """Put the results of all runs of a plan together; ``costs`` are by row, from ``measure_costs``."""
+    """Put the results of all runs of a plan together.
+
+    ``costs`` are by row, from ``measure_costs``; ``missing`` are rows that were left out, and why.
+    """
     by_row = {row: {seed: _seed(comparison, row, seed) for seed in comparison.seeds} for row in comparison.all_rows}
     scores = {row: {seed: one.score for seed, one in entries.items()} for row, entries in by_row.items()}
     begin = student_weights(comparison.distill)
@@ -76,6 +82,7 @@ def build_results(
         engine=", ".join(sorted({one.engine or "" for entries in by_row.values() for one in entries.values()})),
         classes=list(rows[0].per_class),
         rows=rows,
+        missing=dict(missing or {}),
         teacher=from_json(TeacherResult | None, _read(teacher) or None, f"{teacher}/result.json", REMEDY),
         published=list(comparison.published),
         student_weights=begin,

@@ -26,7 +26,14 @@ from nst_det.comparison.result import (
     Measure,
     TermWeight,
 )
-from nst_det.comparison.rows import ROW_OPTS, TEACHER_NETWORK, published_detector, published_weights, without_fpn
+from nst_det.comparison.rows import (
+    ROW_OPTS,
+    TEACHER_NETWORK,
+    published_detector,
+    published_weights,
+    teacher_pixels,
+    without_fpn,
+)
 from nst_det.comparison.stages import (
     DETECT,
     DISTILL,
@@ -328,6 +335,7 @@ def load_comparison(file: str | Path, output: str | Path | None = None, override
     row_opts = {row: tuple(map(str, config.DETECT[key])) for row, key in ROW_OPTS.items()}
     if IMAGENET in rows:
         row_opts[IMAGENET] = (*published_weights(distill, row_opts[IMAGENET], str(file)), *row_opts[IMAGENET])
+    row_opts[TEACHER] = (*teacher_pixels(distill), *row_opts[TEACHER])
     another = {COCO: published_detector(detect, row_opts[COCO], str(file)) if COCO in rows else ()}
     another[NO_FPN] = without_fpn(detect) if NO_FPN in rows else ()
     for row, words in another.items():

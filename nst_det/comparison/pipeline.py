@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
@@ -18,10 +21,20 @@ from nst_det.comparison.display import ProgressDisplay, steps_done
 from nst_det.comparison.estimate import STEPS, Estimate, cells, estimate, gpu_shortage, total, wall_seconds
 from nst_det.comparison.launch_local import Command, Launcher, LocalLauncher, Machine, run_plan, this_machine
 from nst_det.comparison.launch_ray import RayLauncher, connected
-from nst_det.comparison.plan import DATA, STUDENTS, Run, make_plan, run_config, teacher_detector_name, total_steps
-from nst_det.comparison.result import BASELINE, MAP, PUBLISHED_STARTS, TOP1, ComparisonResult
+from nst_det.comparison.plan import (
+    DATA,
+    STUDENTS,
+    Run,
+    backbone_folder,
+    make_plan,
+    run_config,
+    teacher_detector_name,
+    total_steps,
+)
+from nst_det.comparison.result import BASELINE, IMAGENET, MAP, PUBLISHED_STARTS, TOP1, ComparisonResult
 from nst_det.comparison.stages import (
     check_backbones,
+    check_classifier,
     check_data_folders,
     check_data_sets,
     check_detector_losses,
@@ -35,8 +48,10 @@ from nst_det.engine.config import flat, plain, read_yaml
 from nst_det.engine.format import duration, print_table, size
 from nst_det.engine.io import read_json, write_text
 from nst_det.engine.run_dir import RunFolder
-from nst_det.errors import UserError
+from nst_det.errors import RunFailed, UserError
 from nst_det.losses import parse_method
+
+log = logging.getLogger(__name__)
 
 
 def compare(
@@ -44,8 +59,9 @@ def compare(
 ) -> ComparisonResult:
     """Do what is not done yet, then write the report.
 
-    ``jobs`` 0 takes the config's JOBS; ``command`` gives other command lines than this package's own; ``ray_address``
-    is that of the Ray cluster that does the runs, "" for one on this machine.
+    A row with a run whose loss or gradient is not finite is left out, and the result says why; without the baseline
+    there is no result. ``jobs`` 0 takes the config's JOBS; ``command`` gives other command lines than this package's
+    own; ``ray_address`` is that of the Ray cluster that does the runs, "" for one on this machine.
     """
     machine = this_machine(jobs or comparison.jobs)
     runs = make_plan(comparison)
@@ -54,15 +70,58 @@ def compare(
     configs = checked_configs(comparison, runs)
     folder = comparison.folder
     with RunFolder(folder).opened(comparison.claim, comparison.inputs()):
-        if ray_address is None:
-            launch(runs, configs, folder, machine, LocalLauncher(folder, machine, command))
-        else:
-            with connected(ray_address) as ray:
-                launch(runs, configs, folder, machine, RayLauncher(ray, runs, folder, command))
-        results = build_results(comparison, runs, measure_costs(runs, configs, folder))
+        for run in (run for run in runs if not run.done):
+            for path in run.folders:
+                # it may end otherwise now
+                RunFolder(path).not_finite_path.unlink(missing_ok=True)
+        missing: dict[str, str] = {}
+        with nullcontext() if ray_address is None else connected(ray_address) as ray:
+            while True:
+                launcher = RayLauncher(ray, runs, folder, command) if ray else LocalLauncher(folder, machine, command)
+                try:
+                    launch(runs, configs, folder, machine, launcher)
+                    break
+                except RunFailed as error:
+                    ended = not_finite_rows(comparison, runs)
+                    if not ended or comparison.baseline in ended or ended.keys() >= comparison.methods.keys():
+                        raise
+                    log.warning("%s; the other rows go on without %s", error, ", ".join(ended))
+                missing |= ended
+                comparison = without_rows(comparison, ended)
+                runs = make_plan(comparison)
+                configs = run_configs(comparison, runs)
+        results = build_results(comparison, runs, measure_costs(runs, configs, folder), missing)
         results.save(folder / "report" / "results.json")
         nst_det.report.write_report(results, folder / "report", folder)
     return results
+
+
+def not_finite_rows(comparison: Comparison, runs: Sequence[Run]) -> dict[str, str]:
+    """Return the rows of which a run has ended by a loss or gradient that was not finite, and at which step of which.
+
+    Without a student all rows end whose detectors begin with it.
+    """
+    found: dict[str, str] = {}
+    for run in runs:
+        for folder in run.folders:
+            path = RunFolder(folder).not_finite_path
+            if not path.exists():
+                continue
+            rows = [run.row] if run.row else []
+            if run.kind == STUDENTS:
+                rows = [row for row in comparison.all_rows if backbone_folder(comparison, row, run.seed or 0) == folder]
+            where = folder.relative_to(comparison.folder).as_posix()
+            found |= dict.fromkeys(rows, f"not finite at step {read_json(path)['step']} of {where}")
+    return found
+
+
+def without_rows(comparison: Comparison, rows: Collection[str]) -> Comparison:
+    """Return the comparison of all rows but these."""
+    return replace(
+        comparison,
+        methods={word: row for word, row in comparison.methods.items() if word not in rows},
+        rows=tuple(row for row in comparison.rows if row not in rows),
+    )
 
 
 def check_folders(comparison: Comparison, runs: Sequence[Run]) -> None:
@@ -119,9 +178,13 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
     detectors = [configs[run.name] for run in runs if run.detects and run.name in configs]
     if comparison.engine == "torchvision":
         check_backbones(detectors, comparison.name)
-        for run in runs:
-            if run.row in PUBLISHED_STARTS and run.seed == comparison.seeds[0] and not run.done:
-                check_published(configs[run.name], f"{comparison.name}: ROWS: {run.row}")
+    for run in runs:
+        if run.row in PUBLISHED_STARTS and run.seed == comparison.seeds[0] and not run.done:
+            config, where = configs[run.name], f"{comparison.name}: ROWS: {run.row}"
+            if run.row == IMAGENET:
+                check_classifier(config, where)
+            if comparison.engine == "torchvision":
+                check_published(config, where)
     # a teacher detector of the user's own is left to its run, and Detectron2 to itself
     teacher = configs.get(teacher_detector_name(comparison))
     for run in runs if teacher is not None and comparison.engine == "torchvision" else ():
@@ -195,6 +258,7 @@ def results_table(results: ComparisonResult) -> Table:
     title = f"VOC mAP at IoU 0.5, 11-point; engine {results.engine}" if of_detectors else of_stage_one
     versus = f"vs {results.baseline}"
     notes = [] if several else ["One seed: there is no spread to judge differences by."]
+    notes += [f"{row}: no result, {reason}" for row, reason in (results.missing or {}).items()]
     notes += [f"{row.method}: {'; '.join(row.differs)}" for row in rows if row.differs]
     table = Table(title=title, caption=escape("\n".join(notes)) or None)
     spread, interval = (["±"], ["95 % interval"]) if several else ([], [])

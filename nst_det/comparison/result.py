@@ -259,6 +259,7 @@ class ComparisonResult:
     engine: str  # of the detectors; "" where stage one alone is compared, without classes then
     classes: list[str]
     rows: list[RowResult]
+    missing: dict[str, str] | None  # rows without a result, since a run of theirs was not finite: at which step
     teacher: TeacherResult | None
     student_weights: str  # the published weights that all students begin from; "" for random ones
     published: list[str]  # tables of papers beside this one, by their names in nst_det.comparison.published

@@ -38,6 +38,12 @@ def published_weights(distill: CfgNode, given: Sequence[str], source: str) -> tu
     )
 
 
+def teacher_pixels(distill: CfgNode) -> tuple[str, ...]:
+    """Return KEY VALUE pairs for a detector on a teacher whose images have another mean or std than the students'."""
+    own = {f"MODEL.PIXEL_{key}": [round(255 * value, 3) for value in distill.TEACHER[key]] for key in ("MEAN", "STD")}
+    return tuple(str(word) for pair in own.items() if pair[1] for word in pair)
+
+
 def published_detector(detect: CfgNode, given: Sequence[str], source: str) -> tuple[str, ...]:
     """Return KEY VALUE pairs for the detector whose weights ``given`` names, as far as its file tells them."""
     where = f"{source}: DETECT.{ROW_OPTS[COCO]}"

@@ -144,6 +144,24 @@ def check_backbones(configs: Iterable[CfgNode], source: str) -> None:
             build_backbone(config, 0)
 
 
+def check_classifier(config: CfgNode, source: str) -> None:
+    """Refuse a detector's weights where a row is to begin with a classifier's, as all others do."""
+    from nst_det.models.io import is_backbone_file, read_any, trusting_pickles
+    from nst_det.models.weights import are_of_detector
+
+    path = resolve(expand_path(config.MODEL.WEIGHTS, "MODEL.WEIGHTS"))
+    # what isn't there is told by whoever loads it
+    if not path.is_file() or is_backbone_file(path):
+        return
+    with errors_of(source), trusting_pickles(config.TRUST_PICKLE):
+        if are_of_detector(read_any(path)):
+            raise UserError(
+                f"MODEL.WEIGHTS {path}: a whole detector, whose heads the other rows have to learn; name a "
+                "classifier's weights in DETECT.IMAGENET_OPTS [MODEL.WEIGHTS, FILE], or take the "
+                "row coco, or leave the row out"
+            )
+
+
 def check_published(config: CfgNode, source: str) -> None:
     """Fill a detector with the weights that a row begins with, which are there before anything is trained."""
     from nst_det.detection.checkpoint import load_weights

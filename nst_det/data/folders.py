@@ -139,7 +139,10 @@ def read_image_folder(
     if above != root and val_root.is_dir() and not always_cut:
         extra = sorted(set(class_folders(val_root)) - set(names))
         if extra and classes is None:
-            raise UserError(f"{shown_path(val_root / extra[0])}: a class that {shown_path(above)} doesn't have")
+            raise UserError(
+                f"{shown_path(val_root / extra[0])}: a class that {shown_path(above)} doesn't have; rename the "
+                "folder as it is there, or remove it"
+            )
         return ImageFolder(root, names, train, _read_split(root, val_root, names, required=False))
     return cut_validation(root, names, train, val_fraction, seed)
 

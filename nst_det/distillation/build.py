@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,17 @@ class Network:
         return self.has_labels(classes) if labelled else self.num_classes > 0
 
 
-def initial_student(config: CfgNode, num_classes: int) -> Network:
-    """Return the network that every student starts from, random, or as STUDENT.WEIGHTS gives it."""
+def initial_student(config: CfgNode, num_classes: int, classes: Sequence[str] = ()) -> Network:
+    """Return the network that every student starts from, random, or as STUDENT.WEIGHTS gives it.
+
+    ``classes`` are the names of the ``num_classes``, where they are known.
+    """
     node = config.STUDENT
     if not node.WEIGHTS:
         return _new_network(config, "STUDENT", num_classes, node.PRETRAINED)
     path = resolve(expand_path(node.WEIGHTS, "STUDENT.WEIGHTS"))
     if is_backbone_file(path):
-        return _student_from_backbone_file(config, path, num_classes)
+        return _student_from_backbone_file(config, path, num_classes, classes)
     network = _from_plain_weights(config, "STUDENT", path, num_classes)
     # it learns the labels from its first step on
     network.headless = False
@@ -221,16 +224,19 @@ def _from_backbone_file(config: CfgNode, path: Path) -> Network:
     return Network(model, card.arch, card.arch_kwargs, path, card, card.sha256)
 
 
-def _student_from_backbone_file(config: CfgNode, path: Path, num_classes: int) -> Network:
+def _student_from_backbone_file(config: CfgNode, path: Path, num_classes: int, classes: Sequence[str]) -> Network:
     network, (state_dict, card) = _new_network(config, "STUDENT", num_classes), load_backbone(path)
     _check_pixels(config, card, "STUDENT.WEIGHTS")
-    own, kept = network.model.state_dict(), card.num_classes == num_classes
+    own, as_many = network.model.state_dict(), card.num_classes == num_classes
+    kept = as_many and (not card.classes or not classes or card.classes == list(classes))
     head = {} if kept else {name: own[name] for name in classifier_names(network.model)}
     try:
         load_strict(network.model, state_dict | head, str(path))
     except ValueError as error:
         raise UserError(f"STUDENT.WEIGHTS: {error}; it holds {card.arch}, set STUDENT.ARCH to that") from error
-    network.start = f"{path.name}{'' if kept else f', its head of {card.num_classes} classes left out'}"
+    others = f"{card.num_classes} classes{' of other names' if as_many else ''}"
+    network.start = f"{path.name}{'' if kept else f', its head of {others} left out'}"
+    log.info("STUDENT.WEIGHTS: %s", network.start)
     network.source, network.sha256 = path, card.sha256
     return network
 

@@ -192,7 +192,7 @@ KEYS: dict[str, Key] = {
     "STUDENT.WEIGHTS": Key(
         "",
         "begin with a backbone file, backbone://NAME, weights of ARCH from elsewhere, or their name at timm or Hugging "
-        "Face; a head of other classes is left out",
+        "Face; a head of another number of classes, or by a backbone file's card of other names, is left out",
     ),
     "STUDENT.ARCH_KWARGS": Key({}, "more arguments of the architecture"),
     **{f"TRANSFER.{name}": key for name, key in TRANSFER_KEYS.items()},

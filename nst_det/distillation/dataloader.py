@@ -178,7 +178,14 @@ def _labelled(found: ImageFolder, config: CfgNode) -> ImageFolder:
     data = config.DATA
     if not data.PER_CLASS:
         return found
-    train = found.train.with_labels(data.PER_CLASS, data.REST == "unlabelled", data.VAL_SEED)
+    try:
+        train = found.train.with_labels(data.PER_CLASS, data.REST == "unlabelled", data.VAL_SEED)
+    except UserError as error:
+        uncut = config.clone()
+        uncut.defrost()
+        uncut.DATA.VAL_FRACTION = 0.0
+        cut = len(_read_all(uncut).train) > len(found.train)
+        raise UserError(f"{error}{f', or DATA.VAL_FRACTION {data.VAL_FRACTION:g}' if cut else ''}") from error
     return replace(found, train=train)
 
 

@@ -133,7 +133,10 @@ class StageOne:
         needed = not self.methods or any(method.names for method in self.methods.values())
         teacher = initial_teacher(self.config, classes) if needed else None
         labels_shared = teacher is not None and teacher.shares_labels(classes, labelled)
-        student = initial_student(self.config, student_classes(self.config, classes, teacher))
+        if not labelled and teacher is not None and teacher.card is not None:
+            self.class_names = teacher.card.classes
+        names = classes if labelled else self.class_names
+        student = initial_student(self.config, student_classes(self.config, classes, teacher), names)
         # before hours of training, not after: every method's levels, terms and options
         losses = build_losses(self.config, self.methods, student, teacher, labels_shared)
         if teacher is None:
@@ -142,7 +145,6 @@ class StageOne:
         if not labelled:
             warn_of_unread(losses, student)
             warn_of_few(self.data.folder)
-            self.class_names = teacher.card.classes if teacher.card else []
         result = self.prepare_teacher(teacher, labels_shared)
         return {"teacher": result, **self.train_students(student, teacher, losses, result)}
 

@@ -40,6 +40,8 @@ def config_file(path: str | Path, name: str) -> Path:
         if not (path / name).is_file():
             raise UserError(f"{path}: no {name} in this folder; name a project of nst-det init, or a YAML")
         return path / name
+    if not path.exists():
+        raise UserError(f"{path}: no such config file; name a project of nst-det init, or a YAML, before KEY VALUE")
     return path
 
 

@@ -123,7 +123,7 @@ def _baseline(results: ComparisonResult) -> str:
 
 def caveats(results: ComparisonResult) -> list[str]:
     """Return what a careful reader should know before quoting the result; short sentences, the most important first."""
-    notes = []
+    notes = [f"{row} has no result: {reason}." for row, reason in (results.missing or {}).items()]
     to_baseline = {row.method: (row.verdict, row.p_holm) for row in results.methods}
     to_imagenet = {row.method: (one.verdict, one.p_holm) for row in results.methods if (one := row.vs_imagenet)}
     for reference, found in {results.baseline: to_baseline, IMAGENET: to_imagenet}.items():

@@ -126,21 +126,28 @@ class Tuning:
         return MAP if self.learns_in_stage_two(word) else self.objective
 
 
-def _check_judged(comparison: Comparison, search: Comparison, source: str) -> None:
-    """Refuse a search on images that the students of a comparison without detectors are judged on."""
-    if not Path(expand_path(search.distill.DATA.ROOT, "DATA.ROOT")).exists():
-        # it is named before the first run
+def _check_images(comparison: Comparison, search: Comparison, file: str, compare: str) -> None:
+    """Refuse a search of which too few images are left to train on, or that sees those its comparison is judged on."""
+    if search.generate or not Path(expand_path(search.distill.DATA.ROOT, "DATA.ROOT")).exists():
+        # it is made, or named, before the first run
         return
     # torch takes seconds to import
     from nst_det.distillation.dataloader import read_data
 
+    if search.distill.DATA.PER_CLASS:
+        # what is wrong without a search is told as it is there
+        read_data(comparison.distill)
+        with errors_of(f"{file}: VAL_FRACTION (DATA.VAL_FRACTION of stage one)"):
+            read_data(search.distill)
+    if search.detect:
+        return
     whole = search.distill.clone()
     whole.defrost()
     whole.DATA.VAL_FRACTION = 0.0
     judged, seen = (read_data(one, whole=True) for one in (comparison.distill, whole))
     if not {*judged.val.paths}.isdisjoint(seen.train.paths):
         raise UserError(
-            f"{source}: DISTILL.DATA.ROOT {comparison.distill.DATA.ROOT} has no val folder: the search would see the "
+            f"{compare}: DISTILL.DATA.ROOT {comparison.distill.DATA.ROOT} has no val folder: the search would see the "
             "images on which the comparison judges its rows; put some images of each class into val/CLASS"
         )
 
@@ -198,8 +205,7 @@ def load_tuning(file: str | Path, output: str | Path | None = None, overrides: S
         **({"DISTILL.TEACHER.WEIGHTS": teacher} if teacher else {}),
     }
     base = load_comparison(compare, folder, [*opts, *(str(word) for pair in settings.items() for word in pair)])
-    if not base.detect and not base.generate:
-        _check_judged(comparison, base, str(compare))
+    _check_images(comparison, base, str(file), str(compare))
     spaces = {word: space_of(word, base, config, str(file)) for word in base.methods if word != BASELINE}
     if not spaces:
         raise UserError(f"{file}: METHODS has no method with a term to search for")

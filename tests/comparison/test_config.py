@@ -171,6 +171,10 @@ def test_a_folder_without_the_config_is_named(tmp_path, cli, capsys, word, name)
     assert f"{tmp_path}: no {name}" in capsys.readouterr().err
     assert cli(word) == 2
     assert "PROJECT" in capsys.readouterr().err
+    # keys without a config
+    assert cli(word, "DATA.ROOT", tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(part in line for part in ("DATA.ROOT: ", "project", "YAML"))
 
 
 def test_stage_files_are_relative_to_the_comparison_or_from_the_environment(config_file, monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import asdict
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from nst_det.comparison.launch_local import LocalLauncher, Machine, RunFailed, r
 from nst_det.comparison.pipeline import compare
 from nst_det.comparison.plan import STUDENTS, Run, make_plan, run_config
 from nst_det.comparison.result import ComparisonResult, comparable
+from nst_det.detection.torchvision import build_detector
 from nst_det.distillation.fingerprint import student_claim
 from nst_det.engine.run_dir import RunFolder
 from nst_det.errors import UserError
@@ -91,6 +93,47 @@ def test_a_failing_run_stops_the_others_and_is_named(comparison, monkeypatch, ex
     monkeypatch.delenv("FAKE_FAILS")
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
     assert len(compare(comparison, 3, fake_command).rows) == 4
+
+
+@pytest.mark.parametrize(
+    ("methods", "term", "where"),
+    [
+        ("[kd, nst-poly+kd]", "nst-poly", "distill/seed0/students/kd+nst-poly"),
+        ("[kd, cwd@det]", "cwd", "detect/seed0/cwd@det"),
+    ],
+)
+def test_a_row_that_is_not_finite_costs_no_other_row_anything(
+    config_file, tmp_path, cli, capsys, monkeypatch, methods, term, where
+):
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
+    monkeypatch.setattr(launch_local, "stage_command", fake_command)
+    monkeypatch.setenv("FAKE_NOT_FINITE", f"{term} 0")
+    words = ["compare", "--config-file", config_file, "--output", tmp_path / "out", "METHODS", methods]
+    assert cli(*words) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("nst-det: "))
+    row = where.rpartition("/")[2]
+    assert all(part in line for part in (row, where, "SOLVER.NON_FINITE.POLICY"))
+    results = ComparisonResult.load(tmp_path / "out" / "report" / "results.json")
+    assert [*results.missing] == [row]
+    assert where in results.missing[row]
+    # as if it had never been asked for
+    without = compare(load_comparison(config_file, tmp_path / "without", ["METHODS", "[kd]"]), 2)
+    rows, others = (comparable([asdict(row) for row in one.rows]) for one in (results, without))
+    assert rows == others
+    # called again it is tried again
+    assert cli(*words) == 1
+    monkeypatch.delenv("FAKE_NOT_FINITE")
+    assert cli(*words) == 0
+    results = ComparisonResult.load(tmp_path / "out" / "report" / "results.json")
+    assert (results.missing, results.row(row) is None) == ({}, False)
+
+
+def test_without_the_baseline_there_is_no_result(comparison, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0")
+    monkeypatch.setenv("FAKE_NOT_FINITE", "ce 0")
+    with pytest.raises(RunFailed, match="distill/seed"):
+        compare(comparison, 2, fake_command)
+    assert not (comparison.folder / "report").exists()
 
 
 def run_code(runs, folder, machine, code_of):
@@ -272,6 +315,24 @@ def test_the_plan_is_shown_and_nothing_written(comparison, config_file, capsys):
     assert "11 runs, 0 done, 11 to do" in shown
     assert all(run.name in shown for run in make_plan(comparison))
     assert not comparison.folder.exists()
+
+
+@pytest.mark.parametrize("how", [["--plan"], []])
+@pytest.mark.parametrize(
+    "words", [["DISTILL.STUDENT.WEIGHTS", "FILE"], ["DETECT.IMAGENET_OPTS", "[MODEL.WEIGHTS, FILE]"]]
+)
+def test_a_detector_is_no_start_of_the_row_imagenet(config_file, tmp_path, cli, capsys, how, words):
+    comparison = load_comparison(config_file, tmp_path / "out")
+    run = next(run for run in make_plan(comparison) if run.row == "scratch")
+    config = run_config(comparison, run)
+    config.defrost()
+    config.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    torch.save(build_detector(config).state_dict(), tmp_path / "model.pth")
+    words = ["ROWS", "[imagenet]", *(word.replace("FILE", str(tmp_path / "model.pth")) for word in words)]
+    assert cli("compare", "--config-file", config_file, "--output", tmp_path / "out", *how, *words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert all(part in line for part in ("ROWS: imagenet: ", "MODEL.WEIGHTS", "model.pth", "DETECT.IMAGENET_OPTS"))
+    assert not (tmp_path / "out").exists()
 
 
 PLANNED_AND_DONE = pytest.mark.parametrize("how", [["--plan"], ["--dry-run"], []])

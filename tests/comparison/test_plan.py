@@ -162,6 +162,20 @@ def test_the_row_teacher_has_the_network_of_the_teacher_s_own_file(config_file, 
     assert (config.MODEL.TIMM.ARCH, config.MODEL.TIMM.KWARGS["channels"]) == ("resnet18d", kwargs["channels"])
 
 
+def test_the_row_teacher_has_the_pixels_of_a_teacher_with_its_own(config_file, tmp_path):
+    words = ["ROWS", "['teacher']", "DISTILL.TEACHER.MEAN", "[0.5, 0.4, 0.3]", "DISTILL.TEACHER.STD", "[0.2, 0.2, 0.2]"]
+
+    def pixels(*more):
+        comparison = load_comparison(config_file, tmp_path / "out", [*words, *more])
+        model = {run.row: run_config(comparison, run).MODEL for run in make_plan(comparison) if run.detects}
+        return [(model[row].PIXEL_MEAN, model[row].PIXEL_STD) for row in ("teacher", "ce")]
+
+    others = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+    assert pixels() == [([127.5, 102.0, 76.5], [51.0] * 3), others]
+    given = ["DETECT.TEACHER_OPTS", "[MODEL.PIXEL_MEAN, [127.5, 102, 77]]"]
+    assert pixels(*given)[0] == ([127.5, 102, 77], [51.0] * 3)
+
+
 def test_a_row_that_begins_by_name_is_compared_with_the_file_that_was_taken(config_file, tmp_path, monkeypatch):
     file = snapshot(offline_cache(tmp_path, monkeypatch)) / "model.safetensors"
     weights(file)

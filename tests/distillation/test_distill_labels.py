@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from nst_det.distillation.dataloader import StageOneData
+from nst_det.distillation.dataloader import StageOneData, read_data
 from nst_det.distillation.trainer import StudentTrainer
+from nst_det.errors import UserError
 from tests.helpers.stage_one import config, run
 
 
@@ -18,6 +19,16 @@ def test_a_run_with_few_labels(images, tmp_path, rest):
     assert bool((all_labels >= 0).all())
     results = run(images, tmp_path, METHODS=["ce", "kd"], **keys)
     assert {result["steps"] for name, result in results.items() if name != "teacher"} == {2}
+
+
+def test_too_few_images_are_named_with_the_keys_that_change_it(images, tmp_path):
+    # 8 of each class to train on, beside a val folder
+    with pytest.raises(UserError, match=r"'class0'.*DATA\.PER_CLASS 9$"):
+        read_data(config(images, tmp_path, **{"DATA.PER_CLASS": 9}))
+    with pytest.raises(UserError, match=r"'class0'.*DATA\.PER_CLASS 8, or DATA\.VAL_FRACTION 0\.25$"):
+        read_data(
+            config(images, tmp_path, **{"DATA.PER_CLASS": 8, "DATA.VAL_FROM": "train", "DATA.VAL_FRACTION": 0.25})
+        )
 
 
 @pytest.mark.parametrize(("labels", "expected"), [([1, -1, 0, -1], 2), ([-1] * 4, 0)])

@@ -365,6 +365,30 @@ def test_students_begin_with_published_weights(images, taught, tmp_path, form):
 
 
 @pytest.mark.parametrize(
+    ("classes", "kept"),
+    [
+        (["class0", "class1", "class2"], True),
+        # by a card without names, as many
+        ([], True),
+        (["class1", "class0", "class2"], False),
+        (["cat", "dog", "bird"], False),
+    ],
+)
+def test_a_student_keeps_the_head_of_a_backbone_file_of_the_same_classes(images, tmp_path, classes, kept, caplog):
+    caplog.set_level("INFO")
+    torch.manual_seed(3)
+    theirs, path = create_model("nst_resnet10_w32", 3), tmp_path / "theirs.safetensors"
+    save_backbone(path, theirs, Card("nst_resnet10_w32", 3, classes=classes, input=input_contract(*PIXELS, "RGB", 32)))
+    keys = {"METHODS": ["ce"], "STUDENT.WEIGHTS": path, "SOLVER.MAX_ITER": 2, "SOLVER.BASE_LR": 1e-9}
+    done = run(images, tmp_path / "a", **keys)["ce"]
+    after, before = load_file(done["backbone"]), theirs.state_dict()
+    assert torch.allclose(after["layer4.0.conv1.weight"], before["layer4.0.conv1.weight"], rtol=0, atol=1e-6)
+    assert torch.allclose(after["fc.weight"], before["fc.weight"], rtol=0, atol=1e-6) == kept
+    assert ("left out" not in load_card(done["backbone"]).start) == kept
+    assert bool(re.search(r"STUDENT\.WEIGHTS: theirs\.safetensors.* left out", caplog.text)) != kept
+
+
+@pytest.mark.parametrize(
     ("keys", "refused"),
     [
         ({"TEACHER.TRAIN": False}, True),

@@ -182,6 +182,18 @@ def test_more_trials_and_methods_may_be_added_and_nothing_else_changed(tune_file
             of("TRIALS", "2", "METHODS", "[kd]", key, value)
 
 
+@pytest.mark.parametrize(("count", "named"), [(6, r"tune\.yaml: VAL_FRACTION.*"), (7, "")])
+def test_too_few_images_are_left_to_train_on(tune_file, tmp_path, count, named):
+    for number, file in enumerate(sorted((tmp_path / "images" / "cat").iterdir())):
+        write(file, jpeg(8, 8 + number))
+    for split in ("train", "val"):
+        shutil.copytree(tmp_path / "images" / "cat", tmp_path / "images" / split / "cat")
+    words = ["OPTS", f"[DISTILL.DATA.PER_CLASS, {count}]"]
+    with pytest.raises(UserError, match=rf"{named}.*'cat'.*DATA\.PER_CLASS {count}") as caught:
+        load_tuning(tune_file, tmp_path / "out", words)
+    assert bool(named) == ("VAL_FRACTION" in str(caught.value))
+
+
 def test_the_teacher_of_the_comparison_is_taken_if_it_is_the_one_that_would_be_trained(
     tune_file, tmp_path, monkeypatch
 ):
