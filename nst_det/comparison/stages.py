@@ -47,8 +47,11 @@ def check_stage(stage: str, config: CfgNode, engine: str) -> None:
     if stage == DISTILL:
         distillation_config.check_config(config)
     elif engine == "torchvision":
-        # Detectron2 takes all its own keys and values, and complains when it builds
         detection_config.check_config(config, "config")
+    else:
+        from nst_det.detectron2.config import check_config
+
+        check_config(config, "config")
 
 
 @contextmanager
@@ -194,6 +197,11 @@ def check_data_sets(detect: CfgNode, engine: str, source: str) -> None:
             detection_config.check_known(detect, named, key)
     if detect and engine == "torchvision":
         detection_config.check_one_test_set(detect, f"{source}: DETECT.DATASETS.TEST")
+    elif detect:
+        from nst_det.detectron2.config import check_set_names
+
+        with errors_of(f"{source}: DETECT"):
+            check_set_names(detect)
 
 
 def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:

@@ -21,7 +21,7 @@ from nst_det.detection.data import data_classes
 from nst_det.detection.distiller import DistilledDetector
 from nst_det.detectron2.checkpoint import PREFIX, SUFFIX, BackboneCheckpointer
 from nst_det.detectron2.config import add_config, class_list
-from nst_det.detectron2.modeling import TimmBackbone, bottom_up_of, box_outputs, choose_roi_heads
+from nst_det.detectron2.modeling import TimmBackbone, bottom_up_of, box_outputs, roi_heads
 from nst_det.engine.config import expand_path, placed
 from nst_det.engine.seeds import seeded
 from nst_det.errors import UserError
@@ -143,7 +143,7 @@ def _build_yaml(path: str, weights: str, device: str | None, overrides: Sequence
     # the guard against frozen random layers is for those without weights; these come below
     cfg.MODEL.WEIGHTS = weights or named or "later"
     cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.TIMM.PRETRAINED and not (weights or named)
-    choose_roi_heads(cfg)
+    cfg.MODEL.ROI_HEADS.NAME = roi_heads(cfg)
     if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
         classes = _classes_in(weights or named) or data_classes(cfg, known_only=True)
         if not classes:

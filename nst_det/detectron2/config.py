@@ -23,7 +23,7 @@ from nst_det.detection.config import (
 )
 from nst_det.detection.data import data_classes, split_training, warn_of_shared
 from nst_det.detectron2.data import register_images
-from nst_det.detectron2.modeling import choose_roi_heads
+from nst_det.detectron2.modeling import roi_heads
 from nst_det.engine.distributed import is_main_process
 from nst_det.engine.keys import OFF
 from nst_det.errors import UserError
@@ -45,10 +45,15 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
     defaults = get_cfg()
     add_config(defaults)
     cfg = load_with_preset(defaults, file, overrides)
+    check_config(cfg, str(file or "command line"))
     with defrosted(cfg):
         resolve_machine(cfg)
-        choose_roi_heads(cfg)
-    source = str(file or "command line")
+        cfg.MODEL.ROI_HEADS.NAME = roi_heads(cfg)
+    return cfg
+
+
+def check_config(cfg: CfgNode, source: str) -> None:
+    """Refuse values that this engine can't follow; Detectron2 takes all of its own, and complains when it builds."""
     if cfg.SOLVER.ACCUMULATE != 1:
         raise UserError(
             f"{source}: SOLVER.ACCUMULATE: Detectron2's trainer doesn't take a step in parts; set it to 1, or ENGINE "
@@ -60,14 +65,13 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
             'which makes too many sizes to compile; set them to "off" and [], or ENGINE torchvision'
         )
     check_added_keys(cfg, source)
-    return cfg
+    roi_heads(cfg)
 
 
-def register_datasets(cfg: CfgNode) -> None:
-    """Register the folders of ``DATASETS.VOC`` that TRAIN and TEST name, and set NUM_CLASSES where it is 0."""
-    names = set_names(cfg)
-    ours = [name for name in names if name in cfg.DATASETS.VOC]
-    for name in names:
+def check_set_names(cfg: CfgNode) -> None:
+    """Refuse names that neither DATASETS.VOC nor Detectron2 knows, and those that can't be validated on."""
+    ours = cfg.DATASETS.VOC
+    for name in set_names(cfg):
         if name not in ours and name not in DatasetCatalog:
             raise UserError(f"DATASETS: no data set '{name}'; add DATASETS.VOC.{name} with ROOT and SPLIT")
     if validates(cfg):
@@ -76,6 +80,12 @@ def register_datasets(cfg: CfgNode) -> None:
             if name not in ours or (key == "VAL_FRACTION" and name in cfg.DATASETS.TEST):
                 why = "in DATASETS.TEST too" if name in ours else "no entry of DATASETS.VOC"
                 raise UserError(f"DATASETS.{key}: {name} of DATASETS.TRAIN is {why}; leave DATASETS.{key} out")
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register the folders of ``DATASETS.VOC`` that TRAIN and TEST name, and set NUM_CLASSES where it is 0."""
+    check_set_names(cfg)
+    ours = [name for name in set_names(cfg) if name in cfg.DATASETS.VOC]
     if not ours:
         return
     # all of them get the same classes

@@ -155,18 +155,18 @@ class CanonicalROIHeads(StandardROIHeads):
         return parts
 
 
-def choose_roi_heads(cfg: CfgNode) -> None:
-    """Put :class:`CanonicalROIHeads` in place of StandardROIHeads where the canonical keys ask for it."""
-    box = cfg.MODEL.ROI_BOX_HEAD
+def roi_heads(cfg: CfgNode) -> str:
+    """Return ``MODEL.ROI_HEADS.NAME``, or :class:`CanonicalROIHeads` where the canonical keys ask for it."""
+    box, name = cfg.MODEL.ROI_BOX_HEAD, str(cfg.MODEL.ROI_HEADS.NAME)
     # the constants in Detectron2's ROIPooler, for which it has no config key
     if (box.CANONICAL_BOX_SIZE, box.CANONICAL_LEVEL) == (224, 4):
-        return
-    if cfg.MODEL.ROI_HEADS.NAME not in ("StandardROIHeads", "CanonicalROIHeads"):
+        return name
+    if name not in ("StandardROIHeads", "CanonicalROIHeads"):
         raise UserError(
-            f"MODEL.ROI_BOX_HEAD: {cfg.MODEL.ROI_HEADS.NAME} doesn't read CANONICAL_BOX_SIZE and CANONICAL_LEVEL; use "
-            "StandardROIHeads, or leave them at 224 and 4"
+            f"MODEL.ROI_BOX_HEAD: {name} doesn't read CANONICAL_BOX_SIZE and CANONICAL_LEVEL; use StandardROIHeads, or "
+            "leave them at 224 and 4"
         )
-    cfg.MODEL.ROI_HEADS.NAME = "CanonicalROIHeads"
+    return "CanonicalROIHeads"
 
 
 def box_outputs(heads: Any, maps: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -227,13 +227,11 @@ class DistillTrainer(TrainLoop, DefaultTrainer):
         )
         on_gpu = next(model.parameters()).is_cuda
         common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "fused": on_gpu, "foreach": not on_gpu}
-        if solver.OPTIMIZER.upper() == "SGD":
+        if solver.OPTIMIZER == "SGD":
             momentum = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
             optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, **common, **momentum)
-        elif solver.OPTIMIZER.upper() == "ADAMW":
-            optimizer = torch.optim.AdamW(groups, **common)
         else:
-            raise UserError(f"SOLVER.OPTIMIZER: '{solver.OPTIMIZER}' is not one of SGD, ADAMW")
+            optimizer = torch.optim.AdamW(groups, **common)
         # which clips entries, or each parameter by itself; the norm of all is clipped by a hook
         by_hook = solver.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL
         return optimizer if by_hook else maybe_add_gradient_clipping(cfg, optimizer)

@@ -6,7 +6,7 @@ import yaml
 
 from nst_det.cli import build_parser
 from nst_det.comparison.config import Tuned, load_comparison, parse_row, read_tuned, row_weights
-from nst_det.comparison.pipeline import compare
+from nst_det.comparison.pipeline import compare, print_plan
 from nst_det.comparison.plan import make_plan, run_config
 from nst_det.distillation.config import transfer_of
 from nst_det.engine.config import plain
@@ -229,6 +229,33 @@ def test_on_the_detectron2_engine_all_its_keys_are_known(config_file):
     assert comparison.detect.MODEL.TIMM.ARCH == "nst_resnet10_w32"
     with pytest.raises(UserError, match=r"unknown key DETECT\.MODEL\.RESNET"):
         load_comparison(config_file, overrides=["ENGINE", "detectron2", "DETECT.MODEL.RESNET.DEPTHS", "34"])
+
+
+BUILT_IN = ["DETECT.DATASETS.TRAIN", "[voc_2007_trainval]", "DETECT.DATASETS.TEST", "[voc_2007_test]"]
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["DETECT.SOLVER.ACCUMULATE", "2"], "SOLVER.ACCUMULATE"),
+        (["DETECT.SOLVER.COMPILE", "default"], "SOLVER.COMPILE"),
+        (["DETECT.TEST.AMP", "True"], "TEST.AMP"),
+        (["DETECT.TEST.PATIENCE", "3"], "TEST.PATIENCE"),
+        (
+            ["DETECT.MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "DETECT.MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE", "96"],
+            "MODEL.ROI_BOX_HEAD",
+        ),
+        (["DETECT.DATASETS.TEST", "[nowhere]"], "nowhere"),
+        ([*BUILT_IN, "DETECT.DATASETS.VAL_FRACTION", "0.2"], "DATASETS.VAL_FRACTION"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_detectron2_engine_refuses_is_refused_before_stage_one(config_file, words, named):
+    pytest.importorskip("detectron2")
+    comparison = load_comparison(config_file, overrides=["ENGINE", "detectron2", *words])
+    with pytest.raises(UserError, match=re.escape(named)):
+        print_plan(comparison)
 
 
 @pytest.mark.parametrize(
