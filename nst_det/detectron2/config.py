@@ -82,18 +82,31 @@ def check_set_names(cfg: CfgNode) -> None:
                 raise UserError(f"DATASETS.{key}: {name} of DATASETS.TRAIN is {why}; leave DATASETS.{key} out")
 
 
-def register_datasets(cfg: CfgNode) -> None:
-    """Register the folders of ``DATASETS.VOC`` that TRAIN and TEST name, and set NUM_CLASSES where it is 0."""
+def open_datasets(cfg: CfgNode) -> dict[str, VocDataset]:
+    """Open the folders of ``DATASETS.VOC`` that TRAIN, VAL and TEST name; a class that isn't trained is refused."""
     check_set_names(cfg)
     ours = [name for name in set_names(cfg) if name in cfg.DATASETS.VOC]
-    if not ours:
-        return
     # all of them get the same classes
-    classes = data_classes(cfg, known_only=True)
-    opened: dict[str, VocDataset] = {}
-    for name, (root, split) in zip(ours, voc_roots(cfg, ours, "DATASETS")):
-        opened[name] = VocDataset(root, split, classes)
-        log.info("%s: %s of %s, classes %s", name, split, root, ", ".join(classes))
+    classes = data_classes(cfg, known_only=True) if ours else ()
+    roots = voc_roots(cfg, ours, "DATASETS")
+    opened = {name: VocDataset(root, split, classes) for name, (root, split) in zip(ours, roots)}
+    for part in ("VAL", "TEST"):
+        for name in (name for name in cfg.DATASETS[part] if name in opened):
+            try:
+                for item in opened[name].annotations():
+                    opened[name].labels(item)
+            except UserError as error:
+                raise UserError(f"DATASETS.{part} {name}: {error}, or name all classes in DATASETS.CLASSES") from error
+    return opened
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register the folders of ``DATASETS.VOC`` that TRAIN and TEST name, and set NUM_CLASSES where it is 0."""
+    opened = open_datasets(cfg)
+    if not opened:
+        return
+    for name, data in opened.items():
+        log.info("%s: %s of %s, classes %s", name, data.split, data.root, ", ".join(data.classes))
     if is_main_process():
         train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
         learned, tested = ([opened[name] for name in part if name in opened] for part in (train, test))
@@ -104,9 +117,9 @@ def register_datasets(cfg: CfgNode) -> None:
         sets |= dict(zip(cfg.DATASETS.TRAIN, left))
         if validation is not None:
             sets[VALIDATION] = validation
-    for name, data in sets.items():
-        register_images(name, data, cfg.DATASETS.USE_DIFFICULT)
-    resolve_classes(cfg, classes)
+    for name, images in sets.items():
+        register_images(name, images, cfg.DATASETS.USE_DIFFICULT)
+    resolve_classes(cfg, next(iter(opened.values())).classes)
 
 
 def validation_config(cfg: CfgNode) -> CfgNode | None:

@@ -77,6 +77,18 @@ def test_images_without_an_object_to_train_on(configured, voc_root, tmp_path, se
         build_train_loader(cfg)
 
 
+@pytest.mark.parametrize("key", ["DATASETS.TEST", "DATASETS.VAL"])
+def test_a_class_that_is_not_trained_is_refused_before_training(train, voc_root, tmp_path, capsys, key):
+    root, folder = shutil.copytree(voc_root, tmp_path / "voc"), tmp_path / "run"
+    file = root / "Annotations" / "i09.xml"
+    file.write_text(file.read_text().replace("<name>square", "<name>ring"))
+    entry = {"other": {"ROOT": str(root), "SPLIT": "test"}}
+    assert train(folder, "DATASETS.VOC", entry, key, "[other]", test=key == "DATASETS.TEST") == 2
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"{key} other: {file}: .*ring.*DATASETS\.CLASSES", found), found
+    assert not (folder / "metrics.jsonl").exists()
+
+
 def test_an_image_that_is_none_has_no_parity(cli, tiny_teacher, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("no image")
     named = ["--config-file", tiny_teacher[0], "--weights", tiny_teacher[1]]
