@@ -24,6 +24,7 @@ from nst_det.detection.config import (
 from nst_det.detection.data import data_classes, split_training, warn_of_shared
 from nst_det.detectron2.data import register_images
 from nst_det.detectron2.modeling import roi_heads
+from nst_det.engine.config import flat
 from nst_det.engine.distributed import is_main_process
 from nst_det.engine.keys import OFF
 from nst_det.errors import UserError
@@ -66,6 +67,16 @@ def check_config(cfg: CfgNode, source: str) -> None:
         )
     check_added_keys(cfg, source)
     roi_heads(cfg)
+
+
+def check_sync_norm(cfg: CfgNode, processes: int) -> None:
+    """Refuse normalization over several processes on the CPU, where PyTorch doesn't train by it."""
+    for key, value in flat(cfg.MODEL, "MODEL.").items() if processes > 1 and cfg.MODEL.DEVICE == "cpu" else ():
+        if key.endswith(".NORM") and value in ("SyncBN", "nnSyncBN"):
+            raise UserError(
+                f"{key} {value}: Detectron2 doesn't train by it in several processes on the CPU; set it to BN, or "
+                "start one process"
+            )
 
 
 def check_set_names(cfg: CfgNode) -> None:

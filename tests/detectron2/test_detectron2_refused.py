@@ -159,6 +159,13 @@ def test_processes_that_cannot_meet_on_these_gpus(train, tmp_path, monkeypatch, 
     assert named in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("key", ["MODEL.TIMM.NORM", "MODEL.FPN.NORM"])
+def test_normalization_over_processes_on_the_cpu(train, tmp_path, capsys, key):
+    assert train(tmp_path / "run", key, "SyncBN", flags=["--num-gpus", "2"]) == 2
+    assert f"{key} SyncBN" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_runs_folder(train, tiny_yaml, tmp_path, capsys):
     folder = tmp_path / "run"
     with RunFolder(folder).opened(load_config(tiny_yaml, ["OUTPUT_DIR", str(folder), "SEED", "9"])):
