@@ -173,7 +173,7 @@ def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Cf
         distill = merge_stage(comparison.distill, students[0].options, f"run {students[0].name}")
         check_distill_losses(distill, comparison.students, comparison.name)
     if not comparison.generate:
-        check_data_folders(comparison.distill, comparison.detect, comparison.name)
+        check_data_folders(comparison.distill, comparison.detect, comparison.engine, comparison.name)
     configs = run_configs(comparison, runs)
     detectors = [configs[run.name] for run in runs if run.detects and run.name in configs]
     if comparison.engine == "torchvision":

@@ -204,8 +204,8 @@ def check_data_sets(detect: CfgNode, engine: str, source: str) -> None:
             check_set_names(detect)
 
 
-def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
-    """Refuse data folders that aren't there, and lists that aren't in them."""
+def check_data_folders(distill: CfgNode, detect: CfgNode, engine: str, source: str) -> None:
+    """Refuse data folders that aren't there, lists that aren't in them, and classes that the engine would refuse."""
     folders = [(f"{DISTILL}.{key}", root) for key, root in distillation_config.image_roots(distill)]
     if distill.TEST.PROBE.ROOT:
         folders.append((f"{DISTILL}.TEST.PROBE.ROOT", distill.TEST.PROBE.ROOT))
@@ -218,6 +218,11 @@ def check_data_folders(distill: CfgNode, detect: CfgNode, source: str) -> None:
         if not folder or not (path.exists() if key.startswith(DISTILL) else path.is_dir()):
             raise UserError(f"{source}: {key}: no folder '{folder}'; name it on the command line: {key} DIR")
     with errors_of(f"{source}: DETECT"):
+        if engine == "detectron2":
+            from nst_det.detectron2.config import open_datasets
+
+            open_datasets(detect)
+            return
         for root, split in detection_config.voc_roots(detect, sets, "DATASETS.VOC") if sets else ():
             # the list alone is read
             VocDataset(root, split, UNKNOWN)

@@ -24,6 +24,7 @@ from nst_det.detection.config import (
 from nst_det.detection.data import data_classes, split_training, warn_of_shared
 from nst_det.detectron2.data import register_images
 from nst_det.detectron2.modeling import roi_heads
+from nst_det.engine.config import flat
 from nst_det.engine.distributed import is_main_process
 from nst_det.engine.keys import OFF
 from nst_det.errors import UserError
@@ -68,6 +69,16 @@ def check_config(cfg: CfgNode, source: str) -> None:
     roi_heads(cfg)
 
 
+def check_sync_norm(cfg: CfgNode, processes: int) -> None:
+    """Refuse normalization over several processes on the CPU, where PyTorch doesn't train by it."""
+    for key, value in flat(cfg.MODEL, "MODEL.").items() if processes > 1 and cfg.MODEL.DEVICE == "cpu" else ():
+        if key.endswith(".NORM") and value in ("SyncBN", "nnSyncBN"):
+            raise UserError(
+                f"{key} {value}: Detectron2 doesn't train by it in several processes on the CPU; set it to BN, or "
+                "start one process"
+            )
+
+
 def check_set_names(cfg: CfgNode) -> None:
     """Refuse names that neither DATASETS.VOC nor Detectron2 knows, and those that can't be validated on."""
     ours = cfg.DATASETS.VOC
@@ -82,18 +93,31 @@ def check_set_names(cfg: CfgNode) -> None:
                 raise UserError(f"DATASETS.{key}: {name} of DATASETS.TRAIN is {why}; leave DATASETS.{key} out")
 
 
-def register_datasets(cfg: CfgNode) -> None:
-    """Register the folders of ``DATASETS.VOC`` that TRAIN and TEST name, and set NUM_CLASSES where it is 0."""
+def open_datasets(cfg: CfgNode) -> dict[str, VocDataset]:
+    """Open the folders of ``DATASETS.VOC`` that TRAIN, VAL and TEST name; a class that isn't trained is refused."""
     check_set_names(cfg)
     ours = [name for name in set_names(cfg) if name in cfg.DATASETS.VOC]
-    if not ours:
-        return
     # all of them get the same classes
-    classes = data_classes(cfg, known_only=True)
-    opened: dict[str, VocDataset] = {}
-    for name, (root, split) in zip(ours, voc_roots(cfg, ours, "DATASETS")):
-        opened[name] = VocDataset(root, split, classes)
-        log.info("%s: %s of %s, classes %s", name, split, root, ", ".join(classes))
+    classes = data_classes(cfg, known_only=True) if ours else ()
+    roots = voc_roots(cfg, ours, "DATASETS")
+    opened = {name: VocDataset(root, split, classes) for name, (root, split) in zip(ours, roots)}
+    for part in ("VAL", "TEST"):
+        for name in (name for name in cfg.DATASETS[part] if name in opened):
+            try:
+                for item in opened[name].annotations():
+                    opened[name].labels(item)
+            except UserError as error:
+                raise UserError(f"DATASETS.{part} {name}: {error}, or name all classes in DATASETS.CLASSES") from error
+    return opened
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register the folders of ``DATASETS.VOC`` that TRAIN and TEST name, and set NUM_CLASSES where it is 0."""
+    opened = open_datasets(cfg)
+    if not opened:
+        return
+    for name, data in opened.items():
+        log.info("%s: %s of %s, classes %s", name, data.split, data.root, ", ".join(data.classes))
     if is_main_process():
         train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
         learned, tested = ([opened[name] for name in part if name in opened] for part in (train, test))
@@ -104,9 +128,9 @@ def register_datasets(cfg: CfgNode) -> None:
         sets |= dict(zip(cfg.DATASETS.TRAIN, left))
         if validation is not None:
             sets[VALIDATION] = validation
-    for name, data in sets.items():
-        register_images(name, data, cfg.DATASETS.USE_DIFFICULT)
-    resolve_classes(cfg, classes)
+    for name, images in sets.items():
+        register_images(name, images, cfg.DATASETS.USE_DIFFICULT)
+    resolve_classes(cfg, next(iter(opened.values())).classes)
 
 
 def validation_config(cfg: CfgNode) -> CfgNode | None:

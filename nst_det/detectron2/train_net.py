@@ -24,7 +24,14 @@ from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.pipeline import DETECTIONS_FILE, print_result
 from nst_det.detection.trainer import transfer_of
 from nst_det.detectron2.checkpoint import BackboneCheckpointer, numbered, step_of
-from nst_det.detectron2.config import VALIDATION, class_list, load_config, register_datasets, validation_config
+from nst_det.detectron2.config import (
+    VALIDATION,
+    check_sync_norm,
+    class_list,
+    load_config,
+    register_datasets,
+    validation_config,
+)
 from nst_det.detectron2.trainer import DistillTrainer, inference_folder, reduce_backbones
 from nst_det.engine.checkpoint import would_resume
 from nst_det.engine.device import (
@@ -61,7 +68,10 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}")
     if cfg.SOLVER.IMS_PER_BATCH % max(args.num_gpus * args.num_machines, 1):
         raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} can't be shared out to the processes evenly")
-    check_device(cfg, max(started_together(), args.num_gpus * args.num_machines))
+    processes = max(started_together(), args.num_gpus * args.num_machines)
+    check_device(cfg, processes)
+    if not args.eval_only:
+        check_sync_norm(cfg, processes)
     if started_together() > 1:
         if args.num_gpus > 1 or args.num_machines > 1:
             raise UserError("--num-gpus, --num-machines: torchrun has started the processes; leave these out")

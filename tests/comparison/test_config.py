@@ -12,6 +12,7 @@ from nst_det.distillation.config import transfer_of
 from nst_det.engine.config import plain
 from nst_det.errors import UserError
 from tests.helpers.small_comparison import change
+from tests.helpers.voc import obj, write, xml
 
 TUNED = {
     "kd": {"trials": 8, "settings": {"WEIGHTS": {"kd": 2.5}}},
@@ -256,6 +257,14 @@ def test_what_the_detectron2_engine_refuses_is_refused_before_stage_one(config_f
     comparison = load_comparison(config_file, overrides=["ENGINE", "detectron2", *words])
     with pytest.raises(UserError, match=re.escape(named)):
         print_plan(comparison)
+
+
+@pytest.mark.detectron2
+def test_a_class_that_detectron2_would_not_train_is_refused_before_stage_one(config_file):
+    pytest.importorskip("detectron2")
+    write(config_file.parent / "voc" / "Annotations" / "test.xml", xml(obj("ring")))
+    with pytest.raises(UserError, match=r"DATASETS\.TEST own_test: .*test\.xml.*ring"):
+        print_plan(load_comparison(config_file, overrides=["ENGINE", "detectron2"]))
 
 
 @pytest.mark.parametrize(

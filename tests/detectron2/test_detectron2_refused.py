@@ -77,6 +77,18 @@ def test_images_without_an_object_to_train_on(configured, voc_root, tmp_path, se
         build_train_loader(cfg)
 
 
+@pytest.mark.parametrize("key", ["DATASETS.TEST", "DATASETS.VAL"])
+def test_a_class_that_is_not_trained_is_refused_before_training(train, voc_root, tmp_path, capsys, key):
+    root, folder = shutil.copytree(voc_root, tmp_path / "voc"), tmp_path / "run"
+    file = root / "Annotations" / "i09.xml"
+    file.write_text(file.read_text().replace("<name>square", "<name>ring"))
+    entry = {"other": {"ROOT": str(root), "SPLIT": "test"}}
+    assert train(folder, "DATASETS.VOC", entry, key, "[other]", test=key == "DATASETS.TEST") == 2
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"{key} other: {file}: .*ring.*DATASETS\.CLASSES", found), found
+    assert not (folder / "metrics.jsonl").exists()
+
+
 def test_an_image_that_is_none_has_no_parity(cli, tiny_teacher, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("no image")
     named = ["--config-file", tiny_teacher[0], "--weights", tiny_teacher[1]]
@@ -145,6 +157,13 @@ def test_processes_that_cannot_meet_on_these_gpus(train, tmp_path, monkeypatch, 
     monkeypatch.setattr("nst_det.detectron2.train_net.launch", lambda *_, **__: None)
     assert train(tmp_path / "run", "MODEL.DEVICE", device, flags=["--num-gpus", "2"]) == 2
     assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("key", ["MODEL.TIMM.NORM", "MODEL.FPN.NORM"])
+def test_normalization_over_processes_on_the_cpu(train, tmp_path, capsys, key):
+    assert train(tmp_path / "run", key, "SyncBN", flags=["--num-gpus", "2"]) == 2
+    assert f"{key} SyncBN" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_runs_folder(train, tiny_yaml, tmp_path, capsys):

@@ -49,7 +49,7 @@ def test_thirty_images_become_a_comparison(voc, tmp_path, cli, capsys, monkeypat
         run_config(comparison, run)
     # a teacher, three seeds of students, and of seven detectors
     assert len(runs) == 1 + 3 + 3 * 7
-    check_data_folders(comparison.distill, comparison.detect, "here")
+    check_data_folders(comparison.distill, comparison.detect, comparison.engine, "here")
     assert comparison.folder == tmp_path / "my_project" / "output"
     detect, train = comparison.detect, VocDataset(voc, "trainval")
     assert Path(detect.DATASETS.VOC.own_train.ROOT) == voc
@@ -329,7 +329,7 @@ def test_coco_annotations_become_a_project_like_the_one_from_voc(thirty, tmp_pat
             np.testing.assert_array_equal(one.boxes, other.boxes)
             np.testing.assert_array_equal(one.difficult, other.difficult)
     comparison = load_comparison(tmp_path / "mine" / "compare.yaml")
-    check_data_folders(comparison.distill, comparison.detect, "here")
+    check_data_folders(comparison.distill, comparison.detect, comparison.engine, "here")
     assert Path(comparison.detect.DATASETS.VOC.own_train.ROOT) == root
     # the configs are those that the VOC folder itself gets
     init_project(tmp_path / "other", thirty, device="cpu")
