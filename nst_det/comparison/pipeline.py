@@ -69,31 +69,43 @@ def compare(
     check_data_sets(comparison.detect, comparison.engine, comparison.name)
     configs = checked_configs(comparison, runs)
     folder = comparison.folder
-    with RunFolder(folder).opened(comparison.claim, comparison.inputs()):
+    with (
+        RunFolder(folder).opened(comparison.claim, comparison.inputs()),
+        nullcontext() if ray_address is None else connected(ray_address) as ray,
+    ):
         for run in (run for run in runs if not run.done):
             for path in run.folders:
                 # it may end otherwise now
                 RunFolder(path).not_finite_path.unlink(missing_ok=True)
         missing: dict[str, str] = {}
-        with nullcontext() if ray_address is None else connected(ray_address) as ray:
-            while True:
-                launcher = RayLauncher(ray, runs, folder, command) if ray else LocalLauncher(folder, machine, command)
-                try:
-                    launch(runs, configs, folder, machine, launcher)
-                    break
-                except RunFailed as error:
-                    ended = not_finite_rows(comparison, runs)
-                    if not ended or comparison.baseline in ended or ended.keys() >= comparison.methods.keys():
-                        raise
-                    log.warning("%s; the other rows go on without %s", error, ", ".join(ended))
-                missing |= ended
-                comparison = without_rows(comparison, ended)
-                runs = make_plan(comparison)
-                configs = run_configs(comparison, runs)
+        while True:
+            launcher = RayLauncher(ray, runs, folder, command) if ray else LocalLauncher(folder, machine, command)
+            ended = launch_rows(comparison, runs, configs, machine, launcher)
+            if not ended:
+                break
+            missing |= ended
+            comparison = without_rows(comparison, ended)
+            runs = make_plan(comparison)
+            configs = run_configs(comparison, runs)
         results = build_results(comparison, runs, measure_costs(runs, configs, folder), missing)
         results.save(folder / "report" / "results.json")
         nst_det.report.write_report(results, folder / "report", folder)
     return results
+
+
+def launch_rows(
+    comparison: Comparison, runs: Sequence[Run], configs: Mapping[str, CfgNode], machine: Machine, launcher: Launcher
+) -> dict[str, str]:
+    """Do the runs; return the rows of which one was not finite, and why, unless nothing could be compared without."""
+    try:
+        launch(runs, configs, comparison.folder, machine, launcher)
+    except RunFailed as error:
+        ended = not_finite_rows(comparison, runs)
+        if not ended or comparison.baseline in ended or ended.keys() >= comparison.methods.keys():
+            raise
+        log.warning("%s; the other rows go on without %s", error, ", ".join(ended))
+        return ended
+    return {}
 
 
 def not_finite_rows(comparison: Comparison, runs: Sequence[Run]) -> dict[str, str]:

@@ -160,8 +160,8 @@ def check_classifier(config: CfgNode, source: str) -> None:
         if are_of_detector(read_any(path)):
             raise UserError(
                 f"MODEL.WEIGHTS {path}: a whole detector, whose heads the other rows have to learn; name a "
-                "classifier's weights in DETECT.IMAGENET_OPTS [MODEL.WEIGHTS, FILE], or take the "
-                "row coco, or leave the row out"
+                "classifier's weights in DETECT.IMAGENET_OPTS [MODEL.WEIGHTS, FILE], or take the row coco, or leave "
+                "the row out"
             )
 
 
@@ -188,20 +188,22 @@ def _bare(config: CfgNode) -> CfgNode:
 
 def check_data_sets(detect: CfgNode, engine: str, source: str) -> None:
     """Refuse names of data sets with which the detectors of a comparison would fail, some after their training."""
-    for part in ("TRAIN", "VAL", "TEST") if detect else ():
+    if not detect:
+        return
+    for part in ("TRAIN", "VAL", "TEST"):
         named, key = detect.DATASETS[part], f"{source}: DETECT.DATASETS.{part}"
         if not named and part != "VAL":
             raise UserError(f"{key} names no data set; name one of DATASETS.VOC")
         # Detectron2 knows others, and tests on several
         if engine == "torchvision":
             detection_config.check_known(detect, named, key)
-    if detect and engine == "torchvision":
+    if engine == "torchvision":
         detection_config.check_one_test_set(detect, f"{source}: DETECT.DATASETS.TEST")
-    elif detect:
-        from nst_det.detectron2.config import check_set_names
+        return
+    from nst_det.detectron2.config import check_set_names
 
-        with errors_of(f"{source}: DETECT"):
-            check_set_names(detect)
+    with errors_of(f"{source}: DETECT"):
+        check_set_names(detect)
 
 
 def check_data_folders(distill: CfgNode, detect: CfgNode, engine: str, source: str) -> None:
