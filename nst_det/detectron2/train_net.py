@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from nst_det.detection.checkpoint import save_weights
-from nst_det.detection.config import check_device, defrosted
+from nst_det.detection.config import check_device
 from nst_det.detection.data import data_classes
 from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.detection.pipeline import DETECTIONS_FILE, print_result
@@ -44,7 +44,7 @@ from nst_det.engine.device import (
 from nst_det.engine.distributed import TIMEOUT, start_processes, started_together, stop_processes
 from nst_det.engine.io import read_json, write_text
 from nst_det.engine.metrics import last_losses
-from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder
+from nst_det.engine.run_dir import WEIGHTS_FILE, RunFolder, portable
 from nst_det.engine.signals import EXIT_RESUME, Preempted, preemptible
 from nst_det.errors import UserError
 from nst_det.evaluation.thresholds import THRESHOLDS
@@ -161,9 +161,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _setup(cfg: CfgNode, output_dir: str | Path, args: argparse.Namespace) -> None:
     """Do Detectron2's setup, with its log and config in ``output_dir``; this project's log goes there too."""
-    own = cfg.clone()
-    with defrosted(own):
-        own.OUTPUT_DIR = str(output_dir)
+    own = portable(cfg, Path(output_dir))
+    own.OUTPUT_DIR = str(output_dir)
     default_setup(own, args)
     set_float32_precision(cfg.FLOAT32_PRECISION, torch.device(cfg.MODEL.DEVICE))
     logger = logging.getLogger("nst_det")

@@ -139,20 +139,13 @@ class RunFolder:
             if not kept:
                 write_json(self.inputs_path, dict(inputs))
         self.not_finite_path.unlink(missing_ok=True)
-        values = {key: self._portable(key, value) for key, value in _values(config).items()}
+        values = {key: _portable(key, value, self.path) for key, value in _values(config).items()}
         if not begun:
             write_json(self.config_path, values)
         if isinstance(config, CfgNode):
-            portable = config.clone()
-            portable.defrost()
-            for name, entry in portable.get("DATASETS", {}).get("VOC", {}).items():
-                entry.update({key: values[f"DATASETS.VOC.{name}.{key}"] for key in entry})
-            write_text(self.path / "config.yaml", portable.dump())
+            write_text(self.path / "config.yaml", portable(config, self.path).dump())
         history = self.path / "provenance.json"
         write_json(history, [*(read_json(history) if history.exists() else []), provenance()])
-
-    def _portable(self, key: str, value: Any) -> Any:
-        return places(value, self.path) if key.endswith(".ROOT") and isinstance(value, str) and value else value
 
     @property
     def begun(self) -> bool:
@@ -173,6 +166,20 @@ class RunFolder:
         """Write the result with the run's speed; from now on the run is done."""
         rows = read_metrics(self.metrics_path, speed=True) if self.metrics_path.exists() else []
         write_json(self.result_path, result | ({"speed": speed_of(rows)} if rows else {}))
+
+
+def portable(config: CfgNode, folder: Path) -> CfgNode:
+    """Return a config as it is written into ``folder``: either this or the data sets of stage two may be moved."""
+    config = config.clone()
+    config.defrost()
+    for entry in config.get("DATASETS", {}).get("VOC", {}).values():
+        entry.update({key: _portable(key, value, folder) for key, value in entry.items()})
+    return config
+
+
+def _portable(key: str, value: Any, folder: Path) -> Any:
+    of_data = key.rpartition(".")[2] == "ROOT" and isinstance(value, str) and value
+    return places(value, folder) if of_data else value
 
 
 def _values(config: CfgNode | dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -84,6 +85,17 @@ def test_the_command_leaves_a_run_folder(train, taught, tmp_path, capsys):
     assert train(folder, flags=["--eval-only", "--resume"], test=True) == 0
     assert "square" in capsys.readouterr().out
     assert read_json(folder / "result.json") == result
+
+
+def test_a_run_is_evaluated_where_it_was_moved_with_its_data(cli, train, voc_root, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(voc_root, home / "voc")
+    data = {name: {"ROOT": str(home / "voc"), "SPLIT": name[5:]} for name in ("tiny_train", "tiny_test")}
+    assert train(home / "run", "DATASETS.VOC", data, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "[]") == 0
+    moved = home.rename(tmp_path / "moved") / "run"
+    words = ["--eval-only", "--resume", "OUTPUT_DIR", moved, "DATASETS.TEST", "[tiny_test]"]
+    assert cli("train-det", "--config-file", moved / "config.yaml", *words) == 0
+    assert "map" in read_json(moved / "inference" / "result.json")
 
 
 class Stop(HookBase):
