@@ -58,6 +58,7 @@ from nst_det.engine.device import (
     many_sizes,
     set_cudnn_benchmark,
     set_float32_precision,
+    train_depthwise_in_float32,
 )
 from nst_det.engine.distributed import (
     broadcast_from_rank0,
@@ -255,6 +256,7 @@ def _student(config: CfgNode, classes: Sequence[str], seed: int) -> Detector:
     place_detector(detector, config)
     amp, device = config.SOLVER.AMP, detector.pixel_mean.device
     detector.amp = amp_dtype(amp, device)
+    train_depthwise_in_float32(detector.backbone)
     set_cudnn_benchmark(config.CUDNN_BENCHMARK, device)
     log.info(compute_line(device, detector.amp, config.DATALOADER.NUM_WORKERS, amp.ENABLED))
     return detector

@@ -36,7 +36,7 @@ from nst_det.detectron2.data import ImageMapper, build_train_loader
 from nst_det.detectron2.evaluator import VocEvaluator
 from nst_det.detectron2.modeling import check_frozen_random
 from nst_det.engine import distributed
-from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line
+from nst_det.engine.device import amp_dtype, autocast, cast_frozen, compute_line, train_depthwise_in_float32
 from nst_det.engine.distributed import broadcast_from_rank0, wait_for_all
 from nst_det.engine.io import read_json
 from nst_det.engine.keys import FULL_MODEL
@@ -65,6 +65,7 @@ def reduce_backbones(model: nn.Module, dtype: torch.dtype, test: bool) -> None:
         detectors.append((model.teacher, True))
     for detector, always in detectors:
         backbone = detector.backbone
+        train_depthwise_in_float32(backbone)
         backbone.forward = partial(_reduced, backbone, backbone.forward, dtype, always)
 
 

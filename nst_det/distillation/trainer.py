@@ -18,7 +18,7 @@ from nst_det.distillation.build import Network, by_positions, copy_of
 from nst_det.distillation.cache import is_stand_in
 from nst_det.engine.compilation import compiled
 from nst_det.engine.config import plain
-from nst_det.engine.device import autocast, default_device
+from nst_det.engine.device import autocast, default_device, train_depthwise_in_float32
 from nst_det.engine.distributed import (
     average_gradients,
     copy_from_first,
@@ -78,6 +78,7 @@ class StudentTrainer(OptimizedState):
     ) -> None:
         self.device = default_device()
         model = copy_of(network, self.device)
+        train_depthwise_in_float32(model)
         if solver.SYNC_BN:
             model, transfer = sync_batch_norm(model), cast(TransferLoss, sync_batch_norm(transfer))
         copy_from_first(model, transfer.to(self.device))

@@ -1,11 +1,13 @@
 """Questions about the device of a run, float32 on a GPU, weights cast once, and the line where a GPU fails."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nst_det.engine import device as module
 from nst_det.engine.device import (
@@ -19,6 +21,7 @@ from nst_det.engine.device import (
     set_cudnn_benchmark,
     set_float32_precision,
     tf32_in,
+    train_depthwise_in_float32,
 )
 from nst_det.errors import UserError
 from nst_det.losses.mmd_gpu import _as_convolutions
@@ -109,6 +112,60 @@ class Standardized(nn.Conv2d):
 
     def forward(self, x):
         return self._conv_forward(x, (self.weight - self.weight.mean()) / self.weight.std(), None)
+
+
+class Gradients(TorchDispatchMode):
+    """Notes the precision in which the gradients of each convolution are computed, by the shape of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution_backward.default:
+            self.seen[tuple(args[2].shape)] = {args[0].dtype, args[1].dtype, args[2].dtype}
+        return function(*args, **(kwargs or {}))
+
+
+# padded by timm as TensorFlow does, in a function of its own
+@pytest.mark.parametrize("arch", ["mobilenetv3_small_050", "tf_efficientnet_lite0"])
+def test_depthwise_convolutions_on_the_cpu_learn_in_float32(arch):
+    torch.manual_seed(0)
+    plain = create_model(arch, 5).train().to(memory_format=torch.channels_last)
+    model = copy.deepcopy(plain)
+    train_depthwise_in_float32(model)
+    # once is as twice, and a copy's layers are its own
+    train_depthwise_in_float32(model)
+    model = copy.deepcopy(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with Gradients() as gradients, autocast(CPU, torch.bfloat16):
+        model(x).sum().backward()
+    kinds = {shape[1] == 1 and shape[0] > 1: kinds for shape, kinds in gradients.seen.items()}
+    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert all(layer.weight.grad is not None for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    # without gradients, and in float32, nothing changes
+    model, plain = copy.deepcopy(model).eval(), copy.deepcopy(plain).eval()
+    model.load_state_dict(plain.state_dict())
+    for dtype in (torch.bfloat16, None):
+        with torch.no_grad(), autocast(CPU, dtype):
+            assert torch.equal(model(x), plain(x))
+    assert torch.equal(model(x), plain(x))
+
+
+def test_a_depthwise_convolution_s_gradients_are_those_of_float64():
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(6, 12, 3, padding=1, groups=6), torch.randn(2, 6, 5, 5, requires_grad=True)
+    exact, y = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    exact(y).square().sum().backward()
+    train_depthwise_in_float32(layer)
+    with autocast(CPU, torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    # the loss in float32: of what is rounded, the outputs and their gradients, each is off by 2 ** -9 at most
+    out.float().square().sum().backward()
+    for found, expected in ((layer.weight.grad, exact.weight.grad), (x.grad, y.grad)):
+        assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
