@@ -12,7 +12,6 @@ from fvcore.common.config import CfgNode
 import nst_det.detection.config as detection_config
 import nst_det.distillation.config as distillation_config
 from nst_det.data.synthetic import CLASSIFICATION, DETECTION, SETTINGS_FILE, generate_data, settings_from
-from nst_det.data.voc import VocDataset
 from nst_det.detection.augment import change_preset
 from nst_det.detection.fingerprint import input_fingerprints
 from nst_det.engine.config import expand_path, load_config, merge_overrides
@@ -224,10 +223,10 @@ def check_data_folders(distill: CfgNode, detect: CfgNode, engine: str, source: s
             from nst_det.detectron2.config import open_datasets
 
             open_datasets(detect)
-            return
-        for root, split in detection_config.voc_roots(detect, sets, "DATASETS.VOC") if sets else ():
-            # the list alone is read
-            VocDataset(root, split, UNKNOWN)
+        elif detect:
+            from nst_det.detection.data import open_sets
+
+            open_sets(detect)
 
 
 def data_fingerprints(distill: CfgNode, detect: CfgNode) -> dict[str, str]:

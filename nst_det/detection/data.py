@@ -18,7 +18,7 @@ from nst_det.data.safe_io import shown_path
 from nst_det.data.splits import JoinedVoc, hold_out, shared_images
 from nst_det.data.voc import VocDataset, class_names
 from nst_det.detection.augment import Augmentation, Drawn, resize, resized_shape
-from nst_det.detection.config import listed_classes, voc_roots
+from nst_det.detection.config import listed_classes, set_names, voc_roots
 from nst_det.engine.distributed import is_main_process, share_of
 from nst_det.engine.loader import load
 from nst_det.engine.seeds import derive_seed
@@ -102,6 +102,28 @@ def open_voc(config: CfgNode, key: str, classes: Sequence[str]) -> list[VocDatas
     return [VocDataset(root, split, classes) for root, split in voc_roots(config, names, key)]
 
 
+def open_sets(config: CfgNode) -> dict[str, VocDataset]:
+    """Open those of DATASETS.VOC that TRAIN, VAL and TEST name; a class that isn't trained is refused."""
+    names = [name for name in set_names(config) if name in config.DATASETS.VOC]
+    # all of them get the same classes
+    classes = data_classes(config, known_only=True) if names else ()
+    roots = voc_roots(config, names, "DATASETS")
+    opened = {name: VocDataset(root, split, classes) for name, (root, split) in zip(names, roots)}
+    for part in ("VAL", "TEST"):
+        check_tested_classes((opened[name] for name in config.DATASETS[part] if name in opened), f"DATASETS.{part}")
+    return opened
+
+
+def check_tested_classes(sets: Iterable[VocDataset], key: str) -> None:
+    """Refuse data sets of ``key`` with objects of a class that isn't trained: the figures would leave them out."""
+    try:
+        for data in sets:
+            for item in data.annotations():
+                data.labels(item)
+    except UserError as error:
+        raise UserError(f"{key}: {error}, or name all classes in DATASETS.CLASSES") from error
+
+
 def warn_of_shared(train: Sequence[VocDataset], test: Sequence[VocDataset], key: str = "DATASETS.TEST") -> None:
     """Log that images are to be trained on and in ``key`` too."""
     shared = shared_images(train, test)
@@ -119,6 +141,7 @@ def split_training(config: CfgNode, sets: Sequence[VocDataset]) -> tuple[list[Vo
     """
     if config.DATASETS.VAL:
         given = open_voc(config, "DATASETS.VAL", sets[0].classes)
+        check_tested_classes(given, "DATASETS.VAL")
         if is_main_process():
             warn_of_shared(sets, given, "DATASETS.VAL")
         return list(sets), JoinedVoc(tuple(given))

@@ -35,6 +35,7 @@ from nst_det.detection.config import (
     resolve_machine,
 )
 from nst_det.detection.data import (
+    check_tested_classes,
     data_classes,
     evaluation_batches,
     open_voc,
@@ -148,6 +149,7 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
             return broadcast_from_rank0(folder.result)
         seed = broadcast_from_rank0(lambda: _seed(config, folder))
         data = _test_data(config, classes)
+        check_tested_classes([] if data is None else [data], "DATASETS.TEST")
         opened = open_voc(config, "DATASETS.TRAIN", classes)
         if data is not None and is_main_process():
             warn_of_shared(opened, [data])

@@ -19,9 +19,8 @@ from nst_det.detection.config import (
     resolve_machine,
     set_names,
     validates,
-    voc_roots,
 )
-from nst_det.detection.data import data_classes, split_training, warn_of_shared
+from nst_det.detection.data import open_sets, split_training, warn_of_shared
 from nst_det.detectron2.data import register_images
 from nst_det.detectron2.modeling import roi_heads
 from nst_det.engine.config import flat
@@ -94,21 +93,9 @@ def check_set_names(cfg: CfgNode) -> None:
 
 
 def open_datasets(cfg: CfgNode) -> dict[str, VocDataset]:
-    """Open the folders of ``DATASETS.VOC`` that TRAIN, VAL and TEST name; a class that isn't trained is refused."""
+    """Open the folders of ``DATASETS.VOC`` that TRAIN, VAL and TEST name, after a look at all names."""
     check_set_names(cfg)
-    ours = [name for name in set_names(cfg) if name in cfg.DATASETS.VOC]
-    # all of them get the same classes
-    classes = data_classes(cfg, known_only=True) if ours else ()
-    roots = voc_roots(cfg, ours, "DATASETS")
-    opened = {name: VocDataset(root, split, classes) for name, (root, split) in zip(ours, roots)}
-    for part in ("VAL", "TEST"):
-        for name in (name for name in cfg.DATASETS[part] if name in opened):
-            try:
-                for item in opened[name].annotations():
-                    opened[name].labels(item)
-            except UserError as error:
-                raise UserError(f"DATASETS.{part} {name}: {error}, or name all classes in DATASETS.CLASSES") from error
-    return opened
+    return open_sets(cfg)
 
 
 def register_datasets(cfg: CfgNode) -> None:

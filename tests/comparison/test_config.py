@@ -259,12 +259,13 @@ def test_what_the_detectron2_engine_refuses_is_refused_before_stage_one(config_f
         print_plan(comparison)
 
 
-@pytest.mark.detectron2
-def test_a_class_that_detectron2_would_not_train_is_refused_before_stage_one(config_file):
-    pytest.importorskip("detectron2")
+@pytest.mark.parametrize("engine", ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)])
+def test_a_class_that_is_tested_but_not_trained_is_refused_before_stage_one(config_file, engine):
+    if engine == "detectron2":
+        pytest.importorskip(engine)
     write(config_file.parent / "voc" / "Annotations" / "test.xml", xml(obj("ring")))
-    with pytest.raises(UserError, match=r"DATASETS\.TEST own_test: .*test\.xml.*ring"):
-        print_plan(load_comparison(config_file, overrides=["ENGINE", "detectron2"]))
+    with pytest.raises(UserError, match=r"DATASETS\.TEST: .*test\.xml.*ring"):
+        print_plan(load_comparison(config_file, overrides=["ENGINE", engine]))
 
 
 @pytest.mark.parametrize(

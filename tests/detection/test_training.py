@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nst_det.data.voc import VocDataset
 from nst_det.detection import pipeline
 from nst_det.detection.checkpoint import save_weights
 from nst_det.detection.config import load_detect_config
@@ -156,6 +158,21 @@ def test_methods_begin_alike_and_measuring_changes_nothing(on_shapes, tmp_path, 
 def test_a_run_that_cant_be_made_is_one_line(on_shapes, wide_teacher, changes, named):
     with pytest.raises(UserError, match=named):
         train_detector(on_shapes("run", {**wide_teacher, **changes}))
+
+
+@pytest.mark.parametrize("key", ["DATASETS.TEST", "DATASETS.VAL"])
+def test_a_class_that_is_tested_but_not_trained_is_refused(on_shapes, shapes, tmp_path, key):
+    """The figures would be those of the other classes, without a word."""
+    shutil.copytree(shapes, tmp_path / "data")
+    changed = tmp_path / "data" / "Annotations" / f"{VocDataset(shapes, 'test').ids[-1]}.xml"
+    name = VocDataset(shapes, "test").annotation(changed.stem).objects[0].name
+    changed.write_text(changed.read_text().replace(f"<name>{name}</name>", "<name>zebra</name>", 1))
+    sets = {"shapes_trainval": "trainval", "shapes_test": "test"}
+    voc = {data: {"ROOT": str(tmp_path / "data"), "SPLIT": split} for data, split in sets.items()}
+    changes = {**UNTESTED, "DATASETS.VOC": voc, key: ["shapes_test"]}
+    with pytest.raises(UserError, match=rf"{key}: .*{changed.name}: .*'zebra'.*DATASETS.CLASSES"):
+        train_detector(on_shapes("run", changes))
+    assert not checkpoints(tmp_path / "run" / "checkpoints")
 
 
 def test_a_folder_with_another_run_is_refused(on_shapes):
