@@ -66,7 +66,7 @@ def compare(
     machine = this_machine(jobs or comparison.jobs)
     runs = make_plan(comparison)
     check_folders(comparison, runs)
-    check_data_sets(comparison.detect, comparison.engine, comparison.name)
+    check_data(comparison)
     configs = checked_configs(comparison, runs)
     folder = comparison.folder
     with (
@@ -179,13 +179,18 @@ def launch(
         run_plan(runs, folder, launcher, display)
 
 
+def check_data(comparison: Comparison) -> None:
+    """Refuse data that the runs would refuse, some of them after a training."""
+    check_data_sets(comparison.detect, comparison.engine, comparison.name)
+    if not comparison.generate:
+        check_data_folders(comparison.distill, comparison.detect, comparison.engine, comparison.name)
+
+
 def checked_configs(comparison: Comparison, runs: Sequence[Run]) -> dict[str, CfgNode]:
     """Return the config of each run of a plan but the data's, by name, after all checks that need no training."""
     if students := [run for run in runs if run.kind == STUDENTS and not run.done]:
         distill = merge_stage(comparison.distill, students[0].options, f"run {students[0].name}")
         check_distill_losses(distill, comparison.students, comparison.name)
-    if not comparison.generate:
-        check_data_folders(comparison.distill, comparison.detect, comparison.engine, comparison.name)
     configs = run_configs(comparison, runs)
     detectors = [configs[run.name] for run in runs if run.detects and run.name in configs]
     if comparison.engine == "torchvision":
@@ -216,7 +221,7 @@ def print_plan(comparison: Comparison) -> list[Run]:
     check_folders(comparison, runs)
     print_table(plan_table(comparison, runs))
     if not all(run.done for run in runs):
-        check_data_sets(comparison.detect, comparison.engine, comparison.name)
+        check_data(comparison)
         checked_configs(comparison, runs)
     return runs
 

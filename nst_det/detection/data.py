@@ -110,16 +110,16 @@ def open_sets(config: CfgNode) -> dict[str, VocDataset]:
     roots = voc_roots(config, names, "DATASETS")
     opened = {name: VocDataset(root, split, classes) for name, (root, split) in zip(names, roots)}
     for part in ("VAL", "TEST"):
-        check_tested_classes((opened[name] for name in config.DATASETS[part] if name in opened), f"DATASETS.{part}")
+        for name in (name for name in config.DATASETS[part] if name in opened):
+            check_tested_classes(opened[name], f"DATASETS.{part} {name}")
     return opened
 
 
-def check_tested_classes(sets: Iterable[VocDataset], key: str) -> None:
-    """Refuse data sets of ``key`` with objects of a class that isn't trained: the figures would leave them out."""
+def check_tested_classes(data: VocDataset, key: str) -> None:
+    """Refuse a data set with objects of a class that isn't trained: the figures would leave them out."""
     try:
-        for data in sets:
-            for item in data.annotations():
-                data.labels(item)
+        for item in data.annotations():
+            data.labels(item)
     except UserError as error:
         raise UserError(f"{key}: {error}, or name all classes in DATASETS.CLASSES") from error
 
@@ -141,7 +141,6 @@ def split_training(config: CfgNode, sets: Sequence[VocDataset]) -> tuple[list[Vo
     """
     if config.DATASETS.VAL:
         given = open_voc(config, "DATASETS.VAL", sets[0].classes)
-        check_tested_classes(given, "DATASETS.VAL")
         if is_main_process():
             warn_of_shared(sets, given, "DATASETS.VAL")
         return list(sets), JoinedVoc(tuple(given))

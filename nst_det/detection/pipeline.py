@@ -149,11 +149,14 @@ def _train_and_test(config: CfgNode, folder: RunFolder) -> dict[str, Any]:
             return broadcast_from_rank0(folder.result)
         seed = broadcast_from_rank0(lambda: _seed(config, folder))
         data = _test_data(config, classes)
-        check_tested_classes([] if data is None else [data], "DATASETS.TEST")
         opened = open_voc(config, "DATASETS.TRAIN", classes)
         if data is not None and is_main_process():
             warn_of_shared(opened, [data])
         sets, validation = split_training(config, opened)
+        # what VAL_FRACTION keeps has no name, and no other classes
+        for part, tested in {"VAL": validation.sets if validation else (), "TEST": [data] if data else ()}.items():
+            for name, one in zip(config.DATASETS[part], tested):
+                check_tested_classes(one, f"DATASETS.{part} {name}")
         student = _student(config, classes, seed)
         average = AveragedWeights(student, config.SOLVER.EMA_DECAY) if config.SOLVER.EMA_DECAY else None
         model = _with_teacher(student, config, seed, classes)

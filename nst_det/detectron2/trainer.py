@@ -59,13 +59,14 @@ def reduce_backbones(model: nn.Module, dtype: torch.dtype, test: bool) -> None:
 
     The student's does so in training, and with ``test`` (TEST.AMP) in evaluation too.
     """
+    student: Any = student_of(model)
+    train_depthwise_in_float32(student.backbone)
     # the heads stay in float32: in bfloat16 a coordinate above 128 has steps of a whole pixel
-    detectors: list[tuple[Any, bool]] = [(student_of(model), test)]
+    detectors: list[tuple[Any, bool]] = [(student, test)]
     if isinstance(model, DistilledDetector):
         detectors.append((model.teacher, True))
     for detector, always in detectors:
         backbone = detector.backbone
-        train_depthwise_in_float32(backbone)
         backbone.forward = partial(_reduced, backbone, backbone.forward, dtype, always)
 
 

@@ -28,7 +28,7 @@ from nst_det.comparison.plan import (
     with_students,
 )
 from nst_det.comparison.result import BASELINE, PUBLISHED_STARTS, TEACHER
-from nst_det.comparison.stages import merge_stage
+from nst_det.comparison.stages import check_data_folders, merge_stage
 from nst_det.engine.io import read_json, write_text
 from nst_det.engine.run_dir import RunFolder
 from nst_det.engine.seeds import derive_seed
@@ -86,6 +86,9 @@ class Evaluator:
 
     def check(self) -> None:
         """Find what would stop a trial before the first run is started."""
+        if not self.base.generate:
+            # the data are those of all trials
+            check_data_folders(self.base.distill, self.base.detect, self.base.engine, self.base.name)
         for word, space in self.tuning.spaces.items():
             # every level and option once; weights can't be wrong
             for name, values in (space.choices or {"": ("",)}).items():

@@ -264,7 +264,7 @@ def test_a_class_that_is_tested_but_not_trained_is_refused_before_stage_one(conf
     if engine == "detectron2":
         pytest.importorskip(engine)
     write(config_file.parent / "voc" / "Annotations" / "test.xml", xml(obj("ring")))
-    with pytest.raises(UserError, match=r"DATASETS\.TEST: .*test\.xml.*ring"):
+    with pytest.raises(UserError, match=r"DATASETS\.TEST own_test: .*test\.xml.*ring"):
         print_plan(load_comparison(config_file, overrides=["ENGINE", engine]))
 
 

@@ -170,7 +170,7 @@ def test_a_class_that_is_tested_but_not_trained_is_refused(on_shapes, shapes, tm
     sets = {"shapes_trainval": "trainval", "shapes_test": "test"}
     voc = {data: {"ROOT": str(tmp_path / "data"), "SPLIT": split} for data, split in sets.items()}
     changes = {**UNTESTED, "DATASETS.VOC": voc, key: ["shapes_test"]}
-    with pytest.raises(UserError, match=rf"{key}: .*{changed.name}: .*'zebra'.*DATASETS.CLASSES"):
+    with pytest.raises(UserError, match=rf"{key} shapes_test: .*{changed.name}: .*'zebra'.*DATASETS.CLASSES"):
         train_detector(on_shapes("run", changes))
     assert not checkpoints(tmp_path / "run" / "checkpoints")
 

@@ -85,7 +85,7 @@ def test_a_class_that_is_not_trained_is_refused_before_training(train, voc_root,
     entry = {"other": {"ROOT": str(root), "SPLIT": "test"}}
     assert train(folder, "DATASETS.VOC", entry, key, "[other]", test=key == "DATASETS.TEST") == 2
     found = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(rf"{key}: {file}: .*ring.*DATASETS\.CLASSES", found), found
+    assert re.search(rf"{key} other: {file}: .*ring.*DATASETS\.CLASSES", found), found
     assert not (folder / "metrics.jsonl").exists()
 
 

@@ -153,7 +153,7 @@ def test_depthwise_convolutions_on_the_cpu_learn_in_float32(arch):
     assert torch.equal(model(x), plain(x))
 
 
-def test_a_depthwise_convolution_s_gradients_are_those_of_float64():
+def test_gradients_of_a_depthwise_convolution_are_those_of_float64():
     torch.manual_seed(0)
     layer, x = nn.Conv2d(6, 12, 3, padding=1, groups=6), torch.randn(2, 6, 5, 5, requires_grad=True)
     exact, y = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
